@@ -1,0 +1,25 @@
+"""Waiting for what another task or thread does, with a bound."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+#: Far above what any wait of a test takes on a busy machine.
+BOUND_S = 30.0
+POLL_S = 0.005
+
+
+async def until(condition: Callable[[], bool], what: str) -> None:
+    """Return once `condition` holds; fail and name `what` when it does not come true in time."""
+    give_up_s = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < give_up_s, f"waited {BOUND_S:g} s in vain for: {what}"
+        await asyncio.sleep(POLL_S)
+
+
+def until_in_thread(condition: Callable[[], bool], what: str) -> None:
+    """The same where there is no loop."""
+    give_up_s = time.monotonic() + BOUND_S
+    while not condition():
+        assert time.monotonic() < give_up_s, f"waited {BOUND_S:g} s in vain for: {what}"
+        time.sleep(POLL_S)
