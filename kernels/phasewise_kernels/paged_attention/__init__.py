@@ -1,0 +1,1 @@
+"""Causal attention of new tokens over a KV cache that is kept in blocks."""

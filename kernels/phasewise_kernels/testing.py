@@ -1,0 +1,55 @@
+"""What tests and benchmarks of kernels share: tolerances, poison, names of shapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest accepted |actual - expected|: `absolute` + `relative` * |expected|, and why that much."""
+
+    absolute: float
+    relative: float
+    reason: str
+
+
+#: Paged attention against the fp64 reference, by dtype of query and cache, for standard normal inputs.
+ATTENTION_TOLERANCES = {
+    torch.float32: Tolerance(
+        absolute=1e-5,
+        relative=1e-5,
+        reason=(
+            "The partial sums of a score have a size of sqrt(head_dim); each addition rounds by 2**-24 of that, the "
+            "errors of head_dim additions grow like sqrt(head_dim), and the score is divided by sqrt(head_dim): "
+            "5e-7 for a head_dim of 64. Softmax makes of it a relative error of 1e-6 in its weights, and the output "
+            "is a mean, under these weights, of values up to 4: 4e-6. 1e-5 leaves a factor of two."
+        ),
+    ),
+}
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
+    """Fail, with the largest difference, unless shapes and dtypes are equal and all values within tolerance.
+
+    NaN is never close, not even to NaN.
+    """
+    torch.testing.assert_close(
+        actual, expected, atol=tolerance.absolute, rtol=tolerance.relative, equal_nan=False
+    )
+
+
+def poison_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Memory as a careless reader would find it: every value NaN, on the CPU.
+
+    NaN survives a multiplication by zero, so a masked score of an unused slot still shows.
+    """
+    return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+
+def shape_id(value: object) -> str:
+    """A short name of a test parameter: `3x17` for a sequence of numbers, else its text."""
+    if isinstance(value, list | tuple):
+        return "x".join(map(str, value)) or "none"
+    return str(value)
