@@ -1,0 +1,279 @@
+"""What the sender's and the receiver's machine have in common: states, events, actions, one step. Pure.
+
+A machine is a table (state, event) -> handler. `handle(event, now_s)` looks the handler up, which notes
+the actions to perform and returns the next state. Frames of the other side are events too. Two rules
+hold in every state and are therefore not in the tables:
+
+- what a deadline ends, it ends before the event is looked at;
+- an event without a row breaks the protocol: the transfer is aborted, with the reason. In a state that
+  is final nothing happens any more.
+
+The tables: `sender.TABLE`, `receiver.TABLE`. A picture of both: docs/kvtransfer.md.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from kvtransfer.errors import PhasewiseTransferError
+from kvtransfer.frames import Frame
+from kvtransfer.kv_range import KvRange
+
+
+class TransferState(StrEnum):
+    """Where a transfer stands, as one side sees it."""
+
+    #: Nothing was said yet.
+    NEW = "new"
+    #: Blocks are asked for.
+    REQUESTED = "requested"
+    #: There is a lease on them.
+    RESERVED = "reserved"
+    #: Chunks are on their way.
+    RECEIVING = "receiving"
+    #: All of them are in the receiver's cache, whole.
+    VERIFIED = "verified"
+    #: Receiver, final: the blocks belong to the sequence.
+    COMMITTED = "committed"
+    #: Sender, final: the receiver committed, and the blocks here are back.
+    RELEASED = "released"
+    #: Final: a deadline passed.
+    EXPIRED = "expired"
+    #: Final: one side gave up.
+    ABORTED = "aborted"
+
+
+FINAL = frozenset(
+    {TransferState.COMMITTED, TransferState.RELEASED, TransferState.EXPIRED, TransferState.ABORTED}
+)
+#: The states before those, in order.
+LIVE = tuple(state for state in TransferState if state not in FINAL)
+
+
+# Events that are not frames.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Sender: the stream is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvReady:
+    """Sender: the KV of this range is computed and stays as it is. Each (layer, block) once."""
+
+    kv_range: KvRange
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFinished:
+    """Sender: all KV is ready, and prefill sampled these tokens."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksReserved:
+    """Receiver: answer to ReserveBlocks. The blocks are the transfer's until it releases or commits them."""
+
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReservationDenied:
+    """Receiver: answer to ReserveBlocks."""
+
+    reason: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FrameDamaged:
+    """Bytes came that are not a whole frame. sequence_number: of the chunk that it probably was."""
+
+    error: PhasewiseTransferError
+    sequence_number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBroke:
+    """Nothing can be sent or received any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostBroke:
+    """Reading or writing the cache here raised."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """This side does not want the transfer any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    """`next_deadline_s` was reached."""
+
+
+# Actions.
+
+
+@dataclass(frozen=True, slots=True)
+class SendFrame:
+    """Send this control frame."""
+
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunk:
+    """Sender: gather this range from these blocks of the pool and send it as a chunk."""
+
+    lease_id: int
+    incarnation: int
+    sequence_number: int
+    kv_range: KvRange
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveBlocks:
+    """Receiver: ask the host for blocks; answered by BlocksReserved or ReservationDenied."""
+
+    transfer_id: str
+    num_tokens: int
+    max_tokens: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CancelReservation:
+    """Receiver: do not wait for the host any more; it keeps, or takes back, what it had for us."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteChunk:
+    """Receiver: scatter the payload into these layers of these blocks of the pool, before what follows."""
+
+    block_ids: tuple[int, ...]
+    layer_lo: int
+    layer_hi: int
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class CommitBlocks:
+    """Receiver: the blocks are the sequence's from now on."""
+
+    block_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseBlocks:
+    """Give the transfer's blocks back to the pool."""
+
+    block_ids: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """What a transfer that committed has moved, and how long it took."""
+
+    #: Payload, each byte counted once.
+    num_bytes: int
+    num_chunks: int
+    #: First chunk handed to the transport to commit, in seconds.
+    transfer_s: float
+    #: The part of it after prefill had finished.
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The machine is in a final state. Nothing follows. error: why, unless it went well."""
+
+    error: PhasewiseTransferError | None
+    #: Of a sender whose transfer committed.
+    report: TransferReport | None = None
+
+
+Action = (
+    SendFrame
+    | SendChunk
+    | ReserveBlocks
+    | CancelReservation
+    | WriteChunk
+    | CommitBlocks
+    | ReleaseBlocks
+    | End
+)
+
+#: (state, type of the event) -> handler(machine, event, now_s) -> next state.
+Table = Mapping[tuple[TransferState, type], Callable[[Any, Any, float], TransferState]]
+
+
+class Machine(ABC):
+    """One step of a table. Knows no role."""
+
+    def __init__(self, table: Table) -> None:
+        self.state = TransferState.NEW
+        self._table = table
+        self._actions: list[Action] = []
+
+    @property
+    def is_ended(self) -> bool:
+        """True in a final state."""
+        return self.state in FINAL
+
+    @property
+    @abstractmethod
+    def transfer_id(self) -> str:
+        """As the sender named it; empty before the receiver has heard it."""
+
+    @property
+    @abstractmethod
+    def next_deadline_s(self) -> float:
+        """When `TimePassed` is due; infinite when there is nothing to wait for."""
+
+    def handle(self, event: object, now_s: float) -> list[Action]:
+        """What to do about this event, in order. Empty when the machine has ended."""
+        if not self.is_ended:
+            self.state = self._step(event, now_s)
+        actions, self._actions = self._actions, []
+        return actions
+
+    def _step(self, event: object, now_s: float) -> TransferState:
+        late = self._end_if_late(event, now_s)
+        if late is not None:
+            return late
+        handler = self._table.get((self.state, type(event)))
+        if handler is None:
+            return self._unexpected(event)
+        return handler(self, event, now_s)
+
+    @abstractmethod
+    def _end_if_late(self, event: object, now_s: float) -> TransferState | None:
+        """End what a deadline ends; None when none has passed."""
+
+    @abstractmethod
+    def _unexpected(self, event: object) -> TransferState:
+        """End because the table has no row for this event."""
+
+    def _stay(self, _event: object, _now_s: float) -> TransferState:
+        """Handler of what may come and changes nothing."""
+        return self.state
+
+    def _do(self, *actions: Action) -> None:
+        self._actions.extend(actions)

@@ -1,0 +1,129 @@
+"""The ways on which a transfer is tested, each with a receiver at its end: in this process, and real gRPC."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from kvtransfer.config import KvTransferConfig
+from kvtransfer.frames import Ack, Chunk, Frame
+from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
+from kvtransfer.server import KvTransferServer, add_kvtransfer_service
+from kvtransfer.stream import MessageChannel, MessageStream
+from kvtransfer.wire import decode
+from tests.support.kvtransfer_fakes import FakeKvHost, Hook, QueueChannel, unchanged
+
+WAYS = ("in_process", "grpc")
+
+
+class TappedStream:
+    """The sender's end of a stream, whose messages pass the hooks of its channel."""
+
+    def __init__(self, stream: MessageStream, tap: "TappedChannel") -> None:
+        self._stream = stream
+        self._tap = tap
+
+    async def read(self) -> bytes | None:
+        while True:
+            message = await self._stream.read()
+            if message is None:
+                return None
+            self._tap.count(message)
+            arriving = self._tap.to_sender(message)
+            if arriving:
+                [only] = arriving
+                return only
+
+    async def write(self, message: bytes) -> None:
+        self._tap.count(message)
+        for leaving in self._tap.to_receiver(message):
+            await self._stream.write(leaving)
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+
+@dataclass
+class TappedChannel:
+    """A channel that can be made to misbehave, and that counts what passes."""
+
+    channel: MessageChannel
+    to_receiver: Hook = unchanged
+    to_sender: Hook = unchanged
+    num_messages: int = 0
+    num_in_flight: int = 0
+    max_in_flight: int = 0
+    frames: list[Frame] = field(default_factory=list)
+    streams: list[TappedStream] = field(default_factory=list)
+
+    def open(self) -> MessageStream:
+        stream = TappedStream(self.channel.open(), self)
+        self.streams.append(stream)
+        return stream
+
+    def count(self, message: bytes) -> None:
+        """A message passes, before the hook sees it."""
+        self.num_messages += 1
+        frame = decode(message)
+        self.frames.append(frame)
+        self.num_in_flight += isinstance(frame, Chunk) - isinstance(frame, Ack)
+        self.max_in_flight = max(self.max_in_flight, self.num_in_flight)
+
+    def num_of(self, kind: type) -> int:
+        """Frames of this kind that have passed."""
+        return sum(isinstance(frame, kind) for frame in self.frames)
+
+
+@dataclass
+class Way:
+    """vanish: the receiver's process is gone, without a word to anybody."""
+
+    channel: TappedChannel
+    receiver: KvTransferServer
+    vanish: Callable[[], Awaitable[None]]
+
+
+@asynccontextmanager
+async def way_to(kind: str, host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
+    """A receiver that serves `host`, and the way to it."""
+    serve = {"in_process": _in_process, "grpc": _grpc}[kind]
+    async with serve(host, config) as way:
+        yield way
+
+
+@asynccontextmanager
+async def _in_process(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
+    receiver = KvTransferServer(host, config)
+    channel = QueueChannel(receiver.serve)
+
+    async def vanish() -> None:
+        channel.cut()
+        for task in channel.served:
+            task.cancel()
+        await asyncio.gather(*channel.served, return_exceptions=True)
+
+    try:
+        yield Way(TappedChannel(channel), receiver, vanish)
+    finally:
+        await receiver.close("the test is over")
+        await asyncio.gather(*channel.served, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _grpc(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
+    server = grpc.aio.server(options=GRPC_OPTIONS)
+    receiver = add_kvtransfer_service(server, host, config)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async def vanish() -> None:
+        await server.stop(None)
+
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
+            yield Way(TappedChannel(GrpcChannel(channel)), receiver, vanish)
+            await receiver.close("the test is over")
+    finally:
+        await server.stop(None)
