@@ -1,0 +1,213 @@
+"""KV on its way to this worker: who waits for blocks, who has them, and what nobody has claimed yet. Pure.
+
+A transfer is WAITING for blocks, then RECEIVING into them, then, when its request has not come yet,
+UNCLAIMED; its request takes it over as soon as both are here. A transfer whose request is over is
+remembered for a while, so that one that asks late is refused.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from kvtransfer.layout import blocks_needed
+from workers.api import Phase, PhaseSet
+from workers.engine.admission import phase_names
+from workers.engine.block_pool import BlockPool
+from workers.engine.messages import (
+    BlocksReserved,
+    CommitTransfer,
+    ReservationRefused,
+    ReserveBlocks,
+)
+from workers.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedKv:
+    """KV that was committed. Its blocks are leased until a sequence adopts them."""
+
+    transfer_id: str
+    block_ids: tuple[int, ...]
+    #: Tokens whose KV is in the blocks.
+    num_tokens: int
+    #: What prefill sampled.
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Receiving:
+    block_ids: tuple[int, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unclaimed:
+    kv: ArrivedKv
+    expires_at_s: float
+
+
+class IncomingKv:
+    """The receiving transfers of one worker that serves `phases`.
+
+    max_waiting: transfers that may wait for blocks; one more is refused. claim_s: how long committed KV
+    waits for its request, and a transfer is remembered after its request is over, in seconds.
+    """
+
+    def __init__(self, pool: BlockPool, phases: PhaseSet, *, max_waiting: int, claim_s: float) -> None:
+        self._pool = pool
+        self._phases = phases
+        self._max_waiting = max_waiting
+        self._claim_s = claim_s
+        self._waiting: deque[ReserveBlocks] = deque()
+        self._receiving: dict[str, _Receiving] = {}
+        self._unclaimed: dict[str, _Unclaimed] = {}
+        #: Transfer -> until when it is remembered.
+        self._given_up: dict[str, float] = {}
+
+    @property
+    def num_held(self) -> int:
+        """Transfers that hold blocks. Each may become a running sequence."""
+        return len(self._receiving) + len(self._unclaimed)
+
+    def knows(self, transfer_id: str) -> bool:
+        """True while it waits, receives or is unclaimed."""
+        return (
+            transfer_id in self._receiving
+            or transfer_id in self._unclaimed
+            or any(request.transfer_id == transfer_id for request in self._waiting)
+        )
+
+    def is_receiving(self, transfer_id: str) -> bool:
+        """True while it fills blocks."""
+        return transfer_id in self._receiving
+
+    def is_given_up(self, transfer_id: str) -> bool:
+        """Its request is over, or came too late."""
+        return transfer_id in self._given_up
+
+    def next_expiry_s(self) -> float:
+        """The earliest time at which `expire` has something to do; infinite when there is none."""
+        times = [request.deadline_s for request in self._waiting]
+        times += [unclaimed.expires_at_s for unclaimed in self._unclaimed.values()]
+        times += self._given_up.values()
+        return min(times, default=math.inf)
+
+    def reserve(self, request: ReserveBlocks, now_s: float, *, is_in_use: bool) -> ReservationRefused | None:
+        """Let a transfer wait for blocks; the refusal when it may not.
+
+        is_in_use: its id belongs to a sequence that waits for no KV, or to KV that leaves.
+        """
+        num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
+        refusal: tuple[str, bool] | None = None
+        if Phase.DECODE not in self._phases:
+            refusal = f"this worker serves {phase_names(self._phases)}, not decode", False
+        elif self.is_given_up(request.transfer_id):
+            refusal = "the request was aborted here", False
+        elif num_blocks > self._pool.num_blocks:
+            refusal = f"needs {num_blocks} KV blocks; the pool has {self._pool.num_blocks}", False
+        elif is_in_use or self.knows(request.transfer_id):
+            refusal = "this transfer id is in use here already", False
+        elif len(self._waiting) >= self._max_waiting:
+            refusal = f"{len(self._waiting)} transfers wait for blocks already", True
+        elif request.deadline_s <= now_s:
+            refusal = "its deadline has passed", False
+        if refusal is not None:
+            return ReservationRefused(request.transfer_id, *refusal)
+        self._waiting.append(request)
+        return None
+
+    def cancel(self, transfer_id: str) -> bool:
+        """Forget one that waits; False when there is none."""
+        waiting = [request for request in self._waiting if request.transfer_id == transfer_id]
+        for request in waiting:
+            self._waiting.remove(request)
+        return bool(waiting)
+
+    def grant(self, num_places: int) -> list[BlocksReserved]:
+        """Give blocks to those that wait, in order, to `num_places` at most, while the blocks last.
+
+        The first is never overtaken, or one that needs many blocks would wait for ever.
+        """
+        granted: list[BlocksReserved] = []
+        while self._waiting and len(granted) < num_places:
+            request = self._waiting[0]
+            num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
+            if num_blocks > self._pool.num_free:
+                break
+            self._waiting.popleft()
+            block_ids = tuple(self._pool.lease(num_blocks))
+            self._receiving[request.transfer_id] = _Receiving(block_ids, request.num_tokens)
+            granted.append(BlocksReserved(request.transfer_id, block_ids))
+        return granted
+
+    def commit(self, commit: CommitTransfer) -> ArrivedKv | None:
+        """What has arrived: for `leave_unclaimed`, a sequence or the pool. None when it is not known."""
+        receiving = self._receiving.pop(commit.transfer_id, None)
+        if receiving is None:
+            return None
+        assert receiving.block_ids == tuple(commit.block_ids), commit
+        return ArrivedKv(commit.transfer_id, receiving.block_ids, receiving.num_tokens, commit.token_ids)
+
+    def leave_unclaimed(self, kv: ArrivedKv, now_s: float) -> None:
+        """Keep it until its request comes."""
+        self._unclaimed[kv.transfer_id] = _Unclaimed(kv, now_s + self._claim_s)
+
+    def claim(self, transfer_id: str) -> ArrivedKv | None:
+        """The KV of a request that has come; None when it is still on its way."""
+        unclaimed = self._unclaimed.pop(transfer_id, None)
+        return unclaimed.kv if unclaimed is not None else None
+
+    def release(self, transfer_id: str) -> bool:
+        """The transfer has ended without a commit: its blocks are free. False when it is not known."""
+        receiving = self._receiving.pop(transfer_id, None)
+        if receiving is None:
+            return False
+        self._pool.release(receiving.block_ids)
+        return True
+
+    def give_up(self, transfer_id: str, now_s: float) -> list[ReservationRefused]:
+        """The transfer's request is over. The answer, when it was still waiting for blocks.
+
+        Blocks that it fills come back by `release` or `commit`.
+        """
+        self._given_up[transfer_id] = now_s + self._claim_s
+        if self.cancel(transfer_id):
+            return [ReservationRefused(transfer_id, "the request was aborted here", False)]
+        return []
+
+    def expire(self, now_s: float) -> list[ReservationRefused]:
+        """End what is past its time; the answers to those that waited too long."""
+        late = [request for request in self._waiting if request.deadline_s <= now_s]
+        for request in late:
+            self._waiting.remove(request)
+        self._given_up = {i: until_s for i, until_s in self._given_up.items() if until_s > now_s}
+        for transfer_id in [i for i, one in self._unclaimed.items() if one.expires_at_s <= now_s]:
+            self._pool.release(self._unclaimed.pop(transfer_id).kv.block_ids)
+            self._given_up[transfer_id] = now_s + self._claim_s
+        return [ReservationRefused(r.transfer_id, "no blocks came free in time", True) for r in late]
+
+    def leased_block_ids(self) -> list[int]:
+        """All blocks that are held here."""
+        held = [one.block_ids for one in self._receiving.values()]
+        held += [one.kv.block_ids for one in self._unclaimed.values()]
+        return [block_id for block_ids in held for block_id in block_ids]
+
+    def check_invariants(self) -> None:
+        """A transfer is in one place."""
+        waiting = [request.transfer_id for request in self._waiting]
+        places = [*waiting, *self._receiving, *self._unclaimed]
+        assert len(places) == len(set(places)), places
+        assert not self._given_up.keys() & {*waiting, *self._unclaimed}, self._given_up
+
+
+def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | None:
+    """Why this KV is not what the request needs; None when it is."""
+    if arrived.num_tokens != sequence.num_prompt_tokens:
+        return f"KV of {arrived.num_tokens} tokens came for a prompt of {sequence.num_prompt_tokens}"
+    if len(arrived.block_ids) < blocks_needed(sequence.max_tokens, block_size):
+        return f"{len(arrived.block_ids)} blocks were reserved; {sequence.max_tokens} tokens need more"
+    if len(arrived.token_ids) != 1:
+        return f"prefill handed over {len(arrived.token_ids)} tokens, not 1"
+    if sequence.sampling.max_new_tokens == 1:
+        return "prefill handed over the only token that was asked for"
+    return None

@@ -1,0 +1,181 @@
+"""The worker's main loop: drain the mailbox, schedule, run, publish."""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from workers.api import BlockCounts
+from workers.engine.engine import Engine
+from workers.engine.messages import Message, Output
+from workers.engine.scheduler import StepPlan
+
+logger = logging.getLogger(__name__)
+
+#: The loop looks at its stop flag at least this often, in seconds.
+MAX_IDLE_S = 0.5
+#: Steps that may break in a row before the worker says that it cannot serve.
+MAX_BROKEN_STEPS = 3
+
+
+class Runner(Protocol):
+    """Computes steps. `ModelRunner` does it with torch; tests have one without."""
+
+    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> SequenceOf[int]:
+        """One sampled token for each slice that yields one, in order.
+
+        Calls on_layers(layer_lo, layer_hi) as soon as the KV of these layers is written.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """The engine's counters at one moment between two steps."""
+
+    num_waiting: int
+    num_running: int
+    blocks: BlockCounts
+    num_leases: int
+    num_steps: int
+
+
+class StepLoop:
+    """Runs an engine in a thread of its own.
+
+    `post`, `call` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
+    `on_broken` once, when steps keep failing.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        runner: Runner,
+        publish: Callable[[list[Output]], None],
+        on_broken: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = engine
+        self.num_steps = 0
+        self._runner = runner
+        self._publish = publish
+        self._on_broken = on_broken
+        self._clock = clock
+        # Not bounded here: the engine refuses requests past its limits, and a transfer's messages must
+        # never be lost. Each is a few hundred bytes.
+        self._mailbox: queue.SimpleQueue[Message | Callable[[], None] | None] = queue.SimpleQueue()
+        self._is_stopped = False
+        self._num_broken_steps = 0
+        self._is_broken = False
+        self._snapshot = self._take_snapshot()
+
+    @property
+    def snapshot(self) -> EngineSnapshot:
+        """As of the last publication or the last idle turn of the loop. Never torn: replaced as a whole."""
+        return self._snapshot
+
+    def post(self, message: Message) -> None:
+        """Hand a message to the engine."""
+        self._mailbox.put(message)
+
+    def call(self, function: Callable[[], None]) -> "Future[None]":
+        """Run this between two steps, in the loop's thread, while `run` runs; what it raises is the result."""
+        result: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                function()
+            except BaseException as error:  # noqa: BLE001 - handed to whoever asked
+                result.set_exception(error)
+            else:
+                result.set_result(None)
+
+        self._mailbox.put(act)
+        return result
+
+    def stop(self) -> None:
+        """Make `run` return after the step it is in."""
+        self._is_stopped = True
+        self._mailbox.put(None)
+
+    def run(self) -> None:
+        """Until `stop`."""
+        may_wait = True
+        while not self._is_stopped:
+            try:
+                self._drain_mailbox(self._idle_s() if may_wait else 0.0)
+                may_wait = not self.step()
+            except Exception:
+                # The engine's own bug: say so and leave, never spin.
+                logger.exception("engine_broken")
+                self._on_broken("the engine failed; see the worker's log")
+                return
+
+    def step(self) -> bool:
+        """Schedule and run one step; False when there was nothing to compute."""
+        now_s = self._clock()
+        self.engine.expire(now_s)
+        # At the same time: what is admitted still has some of its time left.
+        plan = self.engine.schedule(now_s)
+        # What the plan starts (a transfer, say) must be known before its KV is.
+        self._publish_outputs()
+        if plan is None:
+            return False
+        try:
+            token_ids = self._runner.run(plan, lambda lo, hi: self._publish_kv(plan, lo, hi))
+        except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
+            self._step_broke(plan, error)
+        else:
+            self.engine.complete(plan, token_ids, self._clock())
+            self._num_broken_steps = 0
+        self.num_steps += 1
+        self._publish_outputs()
+        return True
+
+    def _idle_s(self) -> float:
+        deadline_s = self.engine.next_deadline_s()
+        if deadline_s is None:
+            return MAX_IDLE_S
+        return min(MAX_IDLE_S, max(0.0, deadline_s - self._clock()))
+
+    def _drain_mailbox(self, wait_s: float) -> None:
+        try:
+            message = self._mailbox.get(timeout=wait_s) if wait_s > 0 else self._mailbox.get_nowait()
+            while True:
+                if callable(message):
+                    message()
+                elif message is not None:
+                    self.engine.handle(message, self._clock())
+                message = self._mailbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _step_broke(self, plan: StepPlan, error: Exception) -> None:
+        logger.exception("step_failed num_sequences=%d num_tokens=%d", len(plan.slices), plan.num_tokens)
+        self.engine.fail_step(plan, f"the step failed: {error}", self._clock())
+        self._num_broken_steps += 1
+        if self._num_broken_steps == MAX_BROKEN_STEPS and not self._is_broken:
+            self._is_broken = True
+            self._on_broken(f"{MAX_BROKEN_STEPS} steps in a row failed, the last with: {error}")
+
+    def _publish_kv(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> None:
+        ready: list[Output] = [*self.engine.kv_ready(plan, layer_lo, layer_hi)]
+        if ready:
+            self._publish(ready)
+
+    def _take_snapshot(self) -> EngineSnapshot:
+        engine = self.engine
+        return EngineSnapshot(
+            engine.num_waiting, engine.num_running, engine.block_counts(), engine.num_leases, self.num_steps
+        )
+
+    def _publish_outputs(self) -> None:
+        # First: whoever sees an output finds counters that are as new.
+        self._snapshot = self._take_snapshot()
+        outputs = self.engine.take_outputs()
+        if outputs:
+            self._publish(outputs)
