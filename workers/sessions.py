@@ -1,0 +1,167 @@
+"""Which gateway a request came from, and what waits to be told to it. Used in the loop only.
+
+A session is one gateway's stream. Requests belong to the session that submitted them: their events go
+there, and when it ends they are aborted.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from workers.api import (
+    Abort,
+    Command,
+    Event,
+    FailureCode,
+    KvTransferred,
+    RequestFailed,
+    RequestKey,
+    Submit,
+    TokensGenerated,
+)
+from workers.submit_check import submit_problem
+
+#: Events that may wait for a gateway that reads too slowly; one more ends its session.
+MAX_PENDING_EVENTS = 16384
+#: Requests of one session at a time, in whatever state; one more is refused as overloaded.
+MAX_REQUESTS_PER_SESSION = 4096
+
+
+class GatewaySession:
+    """One gateway's stream, as far as the worker cares."""
+
+    def __init__(self) -> None:
+        #: Requests that it submitted and that have not ended.
+        self.keys: set[RequestKey] = set()
+        #: More waited than may; the session must end, also if a write of it still hangs.
+        self.overflowed = asyncio.Event()
+        self._pending: list[Event] = []
+        self._is_last_batch = False
+        self._wake = asyncio.Event()
+
+    def put(self, events: Iterable[Event]) -> None:
+        """More to tell. Past the limit all that waits is dropped, and the session is over."""
+        if self._is_last_batch:
+            return
+        self._pending.extend(events)
+        if len(self._pending) > MAX_PENDING_EVENTS:
+            self._pending.clear()
+            self.overflowed.set()
+            self._is_last_batch = True
+        self._wake.set()
+
+    def finish(self) -> None:
+        """Nothing more will be put."""
+        self._is_last_batch = True
+        self._wake.set()
+
+    async def take(self) -> list[Event]:
+        """All that waits, as soon as there is something; empty when nothing will come any more."""
+        while not self._pending and not self._is_last_batch:
+            self._wake.clear()
+            await self._wake.wait()
+        pending, self._pending = self._pending, []
+        return pending
+
+
+class SessionTable:
+    """All sessions of a worker. It refuses requests until `serve_with`, and again from `refuse` on."""
+
+    def __init__(self) -> None:
+        self._sessions: set[GatewaySession] = set()
+        self._owners: dict[RequestKey, GatewaySession] = {}
+        self._refusal: str | None = "the worker is still loading its model"
+        self._post: Callable[[Command], None] = _post_nowhere
+        self._vocab_size = 0
+
+    def serve_with(self, post: Callable[[Command], None], vocab_size: int) -> None:
+        """From now on requests go to the engine, by `post`."""
+        self._post = post
+        self._vocab_size = vocab_size
+        self._refusal = None
+
+    def refuse(self, reason: str) -> None:
+        """Fail every request that is in flight, and each that comes from now on."""
+        self._refusal = reason
+        for key in list(self._owners):
+            self._post(Abort(key))
+            self.deliver([RequestFailed(key, FailureCode.INTERNAL, reason)])
+
+    def finish(self) -> None:
+        """End every session once it has been told what waits for it."""
+        for session in self._sessions:
+            session.finish()
+
+    def open(self) -> GatewaySession:
+        """A new stream."""
+        session = GatewaySession()
+        self._sessions.add(session)
+        return session
+
+    def close(self, session: GatewaySession) -> None:
+        """The stream is over: abort what came by it."""
+        self._sessions.discard(session)
+        for key in session.keys:
+            del self._owners[key]
+            self._post(Abort(key))
+        session.keys.clear()
+        session.finish()
+
+    def handle(self, session: GatewaySession, command: Command) -> None:
+        """A command that came by this session."""
+        if isinstance(command, Submit):
+            self._submit(session, command)
+        elif command.key in session.keys:
+            session.keys.remove(command.key)
+            del self._owners[command.key]
+            self._post(command)
+
+    def deliver(self, events: Iterable[Event]) -> None:
+        """Events of requests, to whom they belong; those of requests that nobody owns any more are dropped."""
+        by_session: dict[GatewaySession, list[Event]] = {}
+        for event in events:
+            session = self._owners.get(event.key)
+            if session is None:
+                continue
+            by_session.setdefault(session, []).append(event)
+            if _is_last(event):
+                session.keys.remove(event.key)
+                del self._owners[event.key]
+        for session, theirs in by_session.items():
+            session.put(theirs)
+
+    def check_invariants(self) -> None:
+        """Each request has one owner, which knows it."""
+        assert {key: session for session in self._sessions for key in session.keys} == self._owners
+
+    def _submit(self, session: GatewaySession, submit: Submit) -> None:
+        refusal: tuple[FailureCode, str] | None = None
+        if self._refusal is not None:
+            refusal = FailureCode.INTERNAL, self._refusal
+        elif (problem := submit_problem(submit, self._vocab_size)) is not None:
+            refusal = FailureCode.INVALID, problem
+        elif submit.key in self._owners:
+            # The engine would say the same, but its answer would end the one that runs.
+            refusal = FailureCode.INVALID, "attempt: this attempt is running here already"
+        elif len(session.keys) >= MAX_REQUESTS_PER_SESSION:
+            refusal = FailureCode.OVERLOADED, f"{len(session.keys)} requests of this session are here already"
+        if refusal is not None:
+            session.put([RequestFailed(submit.key, *refusal)])
+            return
+        session.keys.add(submit.key)
+        self._owners[submit.key] = session
+        self._post(submit)
+
+
+def _is_last(event: Event) -> bool:
+    """Nothing follows for this request."""
+    match event:
+        case RequestFailed() | KvTransferred():
+            return True
+        case TokensGenerated():
+            return event.finish_reason is not None
+        case _:
+            return False
+
+
+def _post_nowhere(_command: Command) -> None:
+    raise AssertionError("there is no engine yet")
