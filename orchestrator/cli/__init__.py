@@ -1,0 +1,1 @@
+"""The `phasewise` command: one file per verb, each with `add_parser` and `run`."""

@@ -1,0 +1,1 @@
+"""What decides, and nothing else: no I/O, no clock, no randomness."""

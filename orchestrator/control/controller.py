@@ -1,0 +1,254 @@
+"""What to start and what to stop, so that every declared worker runs. Pure.
+
+`decide` is called every tick with all that was seen. It changes the `ControllerState` it is given and
+returns a `Plan`; nothing else is kept between ticks. One process of a worker is wanted at a time: the newest,
+while it starts or is ready. Every other living process is stopped, whoever started it.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
+from orchestrator.control.plan import Plan, StartWorker, StopWorker
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
+from workers.api import WorkerId, WorkerState, WorkerStatus
+
+#: A stop that has not ended its process is asked for again after this, in seconds.
+STOP_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """What is declared, and how long a worker may be silent."""
+
+    deployment: str
+    #: Served model name.
+    model: str
+    declared: tuple[DeclaredWorker, ...]
+    #: For a worker that is ready.
+    heartbeat_timeout_s: float = 5.0
+    #: For one that is being placed or loads; it speaks while it loads.
+    startup_timeout_s: float = 300.0
+    controller_pid: int = 0
+
+
+@dataclass(slots=True)
+class ControllerState:
+    """All that the controller remembers. Made by `recover`, changed by `decide` alone."""
+
+    #: One for each declared worker, in the order of the manifest.
+    machines: dict[WorkerId, WorkerMachine]
+    epoch: int
+    version: int = 0
+    decided_at_s: float | None = None
+    #: When the stop of a process that still lives was last asked for.
+    stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
+
+    def check_invariants(self) -> None:
+        """What holds between ticks."""
+        for worker_id, machine in self.machines.items():
+            assert machine.worker_id == worker_id
+            machine.check_invariants()
+
+
+def recover(
+    last_view: ClusterView | None,
+    processes: Iterable[ProcessReport],
+    config: ControllerConfig,
+    now_s: float,
+) -> ControllerState:
+    """The state of a controller that has just started, perhaps in the place of one that died.
+
+    last_view: what the gateway has; None when no controller ever told it anything. Living processes are
+    adopted, and a worker that was ready is ready until the first `decide` hears otherwise, so the gateway
+    does not stop using it. No incarnation of the view or of the processes is used again.
+    """
+    reports = tuple(processes)
+    state = ControllerState(
+        machines={declared.worker_id: WorkerMachine(declared.worker_id) for declared in config.declared},
+        epoch=1 if last_view is None else last_view.controller_epoch + 1,
+    )
+    for machine in state.machines.values():
+        own = [report for report in reports if report.worker_id == machine.worker_id]
+        last = None if last_view is None else last_view.worker(machine.worker_id)
+        newest = max(
+            [report.incarnation for report in own] + ([] if last is None else [last.incarnation]), default=0
+        )
+        if newest > 0:
+            _recover_worker(machine, newest, last, own, now_s)
+    return state
+
+
+def _recover_worker(
+    machine: WorkerMachine, newest: int, last: WorkerView | None, own: list[ProcessReport], now_s: float
+) -> None:
+    """Let the machine be where the last view and the processes say that the newest incarnation is."""
+    machine.adopt(newest, "found by a new controller", now_s)
+    ends = [report for report in own if report.incarnation == newest]
+    is_alive = bool(ends) and all(report.is_alive for report in ends)
+    last = last if last is not None and last.incarnation == newest else None
+    if last is not None and last.state is LifecycleState.READY:
+        machine.handle(WorkerEvent.HEARD_READY, "was ready when the controller restarted", now_s)
+        machine.address, machine.status = last.address, last.status
+    if is_alive:
+        return
+    if last is not None and last.state is LifecycleState.FAILED:
+        machine.handle(WorkerEvent.HEARD_FAILED, last.reason or "had failed", now_s)
+    else:
+        why = next((report.exit_reason for report in ends if report.exit_reason), "its process was gone")
+        machine.handle(WorkerEvent.EXITED, f"{why}, found by a new controller", now_s)
+
+
+def decide(now_s: float, observation: Observation, state: ControllerState, config: ControllerConfig) -> Plan:
+    """What to do now, and the view that the gateways are to have. Changes `state`."""
+    elapsed_s = 0.0 if state.decided_at_s is None else max(0.0, now_s - state.decided_at_s)
+    # A controller that was held up must not take its own deafness for the silence of the workers: one
+    # look counts for half a timeout at most.
+    listened_s = min(elapsed_s, config.heartbeat_timeout_s / 2)
+    by_worker: dict[WorkerId, list[ProcessReport]] = {}
+    for report in observation.processes:
+        by_worker.setdefault(report.worker_id, []).append(report)
+
+    starts = []
+    for declared in config.declared:
+        machine = state.machines[declared.worker_id]
+        _follow_processes(machine, by_worker.get(machine.worker_id, []), now_s)
+        status = observation.statuses.get((machine.worker_id, machine.incarnation))
+        _follow_status(machine, status, listened_s, config, now_s)
+        start = _start_if_due(machine, declared, now_s)
+        if start is not None:
+            starts.append(start)
+    stops = _stop_unwanted(observation.processes, state, now_s)
+    state.decided_at_s = now_s
+    state.version += 1
+    return Plan((*stops, *starts), _view(state, config))
+
+
+def _follow_processes(machine: WorkerMachine, reports: list[ProcessReport], now_s: float) -> None:
+    """Tell the machine what the cluster says of its processes."""
+    ended = {report.incarnation: report.exit_reason for report in reports if report.exit_reason is not None}
+    alive = {report.incarnation: report for report in reports if report.incarnation not in ended}
+    for report in reports:
+        machine.saw_incarnation(report.incarnation)
+    newest = max(alive, default=0)
+    if newest > machine.incarnation:
+        machine.adopt(newest, f"incarnation {newest} was started by somebody else", now_s)
+
+    if machine.incarnation in ended:
+        machine.is_listed = True
+        machine.handle(
+            WorkerEvent.EXITED, f"exited: {ended[machine.incarnation] or 'no reason given'}", now_s
+        )
+    elif machine.incarnation in alive:
+        machine.is_listed = True
+        _follow_placement(machine, alive[machine.incarnation], now_s)
+    elif machine.is_listed:
+        machine.handle(WorkerEvent.EXITED, "exited: its process is not listed any more", now_s)
+
+
+def _follow_placement(machine: WorkerMachine, report: ProcessReport, now_s: float) -> None:
+    if not machine.wants_process:
+        return
+    if not report.address:
+        if report.detail and machine.status is None:
+            machine.handle(WorkerEvent.PLACEMENT_REPORTED, report.detail, now_s)
+    elif report.address != machine.address:
+        moved = f"moved from {machine.address} to" if machine.address else "listens at"
+        machine.handle(WorkerEvent.BOUND, f"{moved} {report.address}", now_s)
+        machine.address = report.address
+
+
+def _follow_status(
+    machine: WorkerMachine,
+    status: WorkerStatus | None,
+    listened_s: float,
+    config: ControllerConfig,
+    now_s: float,
+) -> None:
+    """Tell the machine what the newest process said, or for how long it said nothing."""
+    if not machine.wants_process:
+        return
+    if status is not None:
+        machine.silent_s = 0.0
+        machine.status = status
+        match status.state:
+            case WorkerState.LOADING:
+                machine.handle(WorkerEvent.HEARD_LOADING, status.message or "loads its model", now_s)
+            case WorkerState.READY:
+                machine.handle(WorkerEvent.HEARD_READY, status.message or "serves", now_s)
+            case WorkerState.FAILED:
+                machine.handle(WorkerEvent.HEARD_FAILED, status.message or "gave no reason", now_s)
+        return
+    machine.silent_s += listened_s
+    is_ready = machine.state is LifecycleState.READY
+    timeout_s = config.heartbeat_timeout_s if is_ready else config.startup_timeout_s
+    if machine.silent_s > timeout_s:
+        doing = "" if is_ready else f" while it started ({machine.reason})"
+        machine.handle(WorkerEvent.SILENT, f"silent for {machine.silent_s:.1f} s{doing}", now_s)
+
+
+def _start_if_due(machine: WorkerMachine, declared: DeclaredWorker, now_s: float) -> StartWorker | None:
+    if now_s >= machine.retry_at_s:
+        machine.handle(WorkerEvent.RETRY_DUE, f"starts again: {machine.reason}", now_s)
+    if machine.state is not LifecycleState.PENDING:
+        return None
+    machine.handle(WorkerEvent.PLACEMENT_ASKED, machine.reason, now_s)
+    return StartWorker(declared, machine.incarnation, machine.reason)
+
+
+def _stop_unwanted(
+    processes: tuple[ProcessReport, ...], state: ControllerState, now_s: float
+) -> list[StopWorker]:
+    """Stop every living process but the newest, wanted one of each declared worker."""
+    unwanted: dict[ProcessKey, str] = {}
+    for report in processes:
+        why = _why_unwanted(report, state.machines.get(report.worker_id))
+        if report.is_alive and why is not None:
+            unwanted[report.key] = why
+    asked_at_s = {key: at_s for key, at_s in state.stops_asked_at_s.items() if key in unwanted}
+    due = [key for key in unwanted if now_s - asked_at_s.get(key, -math.inf) >= STOP_RETRY_S]
+    state.stops_asked_at_s = asked_at_s | dict.fromkeys(due, now_s)
+    return [StopWorker(*key, unwanted[key]) for key in due]
+
+
+def _why_unwanted(report: ProcessReport, machine: WorkerMachine | None) -> str | None:
+    if machine is None:
+        return "no such worker is declared"
+    if report.incarnation < machine.incarnation:
+        loss = f": {machine.last_loss}" if machine.last_loss else ""
+        return f"incarnation {machine.incarnation} takes its place{loss}"
+    if not machine.wants_process:
+        return f"{machine.state}: {machine.reason}"
+    return None
+
+
+def _view(state: ControllerState, config: ControllerConfig) -> ClusterView:
+    """Grows with every tick, so that an age can be told from it."""
+    return ClusterView(
+        deployment=config.deployment,
+        controller_epoch=state.epoch,
+        version=state.version,
+        model=config.model,
+        workers=tuple(
+            _worker_view(state.machines[declared.worker_id], declared) for declared in config.declared
+        ),
+        controller_pid=config.controller_pid,
+    )
+
+
+def _worker_view(machine: WorkerMachine, declared: DeclaredWorker) -> WorkerView:
+    # A ready worker that missed the last look is still used; the view says how old its status is.
+    is_silent = machine.state is LifecycleState.READY and machine.silent_s > 0
+    return WorkerView(
+        worker_id=machine.worker_id,
+        incarnation=machine.incarnation,
+        phases=declared.phases,
+        state=machine.state,
+        address=machine.address,
+        reason=f"silent for {machine.silent_s:.1f} s" if is_silent else machine.reason,
+        num_restarts=machine.num_restarts,
+        status=machine.status,
+    )

@@ -1,0 +1,38 @@
+"""A worker as the manifest declares it, before any process of it exists. Pure."""
+
+from dataclasses import dataclass
+
+from workers.api import EngineConfig, KvTransferConfig, PhaseSet, WorkerId, WorkerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResources:
+    """What Ray reserves for one worker; `memory_bytes` None reserves no memory."""
+
+    num_cpus: float
+    num_gpus: int = 0
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredWorker:
+    """Everything about a worker that does not change when its process is replaced."""
+
+    worker_id: WorkerId
+    phases: PhaseSet
+    model_source: str
+    resources: WorkerResources
+    engine: EngineConfig
+    kv_transfer: KvTransferConfig
+
+    def spec(self, incarnation: int, bind_host: str) -> WorkerSpec:
+        """What a process of this worker is started with; it binds a free port of `bind_host`."""
+        return WorkerSpec(
+            worker_id=self.worker_id,
+            incarnation=incarnation,
+            phases=self.phases,
+            model_source=self.model_source,
+            bind_host=bind_host,
+            engine=self.engine,
+            kv_transfer=self.kv_transfer,
+        )

@@ -1,0 +1,348 @@
+"""The life of one request at the gateway: events in, actions out. Pure.
+
+The machine knows which tokens the client has, so a lost worker costs time and not the request: it asks
+for a new route, and the next attempt prefills prompt and delivered tokens. Token positions decide what is
+delivered: each exactly once and in order, whatever the two workers' streams do.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from orchestrator.control.router import Route
+from orchestrator.control.view import WorkerView
+from workers.api import (
+    Abort,
+    Command,
+    FailureCode,
+    FinishReason,
+    Handoff,
+    KvTransferred,
+    Phase,
+    PrefillStarted,
+    RequestFailed,
+    RequestId,
+    RequestKey,
+    SamplingParams,
+    Submit,
+    TokensGenerated,
+    WorkerId,
+)
+
+#: Times that a request is given to workers before its failure is the client's.
+MAX_ATTEMPTS = 3
+
+
+class RequestState(StrEnum):
+    """Where a request is."""
+
+    #: Not given to a worker (any more): wants a route.
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.QUEUED: frozenset({RequestState.PREFILL, RequestState.FAILED}),
+    RequestState.PREFILL: frozenset(
+        {RequestState.DECODE, RequestState.QUEUED, RequestState.FINISHED, RequestState.FAILED}
+    ),
+    RequestState.DECODE: frozenset({RequestState.QUEUED, RequestState.FINISHED, RequestState.FAILED}),
+    RequestState.FINISHED: frozenset(),
+    RequestState.FAILED: frozenset(),
+}
+
+
+class FailureKind(StrEnum):
+    """What the client is told; the gateway maps these to gRPC statuses."""
+
+    INVALID = "invalid"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+
+
+_KIND_OF_CODE = {
+    FailureCode.INVALID: FailureKind.INVALID,
+    FailureCode.OVERLOADED: FailureKind.OVERLOADED,
+    FailureCode.DEADLINE: FailureKind.DEADLINE,
+    FailureCode.TRANSFER: FailureKind.UNAVAILABLE,
+    FailureCode.INTERNAL: FailureKind.UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Give this command to that incarnation of a worker."""
+
+    worker: WorkerView
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """New tokens for the client; `first_index` counts generated tokens from 0."""
+
+    token_ids: tuple[int, ...]
+    first_index: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class WantRoute:
+    """Give the machine a route when there is one (`routed`)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """Tell the client that the request ended without all its tokens."""
+
+    kind: FailureKind
+    reason: str
+
+
+Action = Send | Deliver | WantRoute | Fail
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """What the timings of the answer are made of; all in seconds, `_at_s` on the gateway's clock."""
+
+    arrived_at_s: float
+    #: Of the attempt that gave the first token, as are `worker_queue_s` and `prefill_s`.
+    submitted_at_s: float | None = None
+    first_token_at_s: float | None = None
+    last_token_at_s: float | None = None
+    #: At the worker, before its first prefill step.
+    worker_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    #: Of the last attempt; None when it had no hand-off, or when the report came after the last token.
+    kv_transfer: KvTransferred | None = None
+
+
+@dataclass(slots=True)
+class RequestMachine:
+    """One request. Methods are the events; each returns what is to be done now."""
+
+    request_id: RequestId
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_s: float
+    times: RequestTimes
+    state: RequestState = RequestState.QUEUED
+    #: Number of the present attempt, or of the last one; 0 before the first.
+    attempt: int = 0
+    num_attempts: int = 0
+    route: Route | None = None
+    #: Generated tokens that the client has, in order.
+    delivered: list[int] = field(default_factory=list)
+    #: Workers that an attempt failed at: better not used again while others can do the same.
+    avoided: set[WorkerId] = field(default_factory=set)
+    #: Tokens of this attempt that came before an earlier one, by index.
+    _early: dict[int, int] = field(default_factory=dict)
+    #: Where this attempt's output ends and why, once a worker has said so.
+    _end: tuple[int, FinishReason] | None = None
+    #: Workers that still hold something of this attempt, or will send something of it.
+    _holders: set[WorkerId] = field(default_factory=set)
+
+    @property
+    def key(self) -> RequestKey:
+        """Names the present attempt."""
+        return RequestKey(self.request_id, self.attempt)
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come of it."""
+        return self.state in (RequestState.FINISHED, RequestState.FAILED)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that the next attempt must prefill."""
+        return len(self.prompt_ids) + len(self.delivered)
+
+    def routed(self, route: Route, attempt: int, now_s: float) -> list[Action]:
+        """A route was chosen: submit to its workers.
+
+        attempt: a number that no earlier attempt at a request of this id had, this one or one before it
+        that used the same id. What is still on its way from those can then not be taken for ours.
+        """
+        if now_s >= self.deadline_s:
+            return self.deadline_passed()
+        self._move_to(RequestState.PREFILL)
+        assert attempt != self.attempt
+        self.attempt = attempt
+        self.num_attempts += 1
+        self.route = route
+        self._early.clear()
+        self._end = None
+        self.times.kv_transfer = None
+        if not self.delivered:
+            self.times.submitted_at_s = now_s
+        sampling = replace(self.sampling, max_new_tokens=self.sampling.max_new_tokens - len(self.delivered))
+        token_ids = self.prompt_ids + tuple(self.delivered)
+        timeout_s = self.deadline_s - now_s
+
+        def submit(worker: WorkerView, phases: frozenset[Phase], handoff: Handoff | None) -> Action:
+            self._holders.add(worker.worker_id)
+            return Send(worker, Submit(self.key, phases, token_ids, sampling, timeout_s, handoff))
+
+        if route.is_colocated:
+            return [submit(route.prefill, frozenset({Phase.PREFILL, Phase.DECODE}), None)]
+        transfer_id = f"{self.request_id}/{self.attempt}"
+        return [
+            submit(route.decode, frozenset({Phase.DECODE}), Handoff(transfer_id)),
+            submit(
+                route.prefill,
+                frozenset({Phase.PREFILL}),
+                Handoff(transfer_id, route.decode.address, route.decode.incarnation),
+            ),
+        ]
+
+    def no_route(self, reason: str) -> list[Action]:
+        """No worker can run it and none is coming."""
+        return self._fail(FailureKind.UNAVAILABLE, reason)
+
+    def worker_event(
+        self,
+        worker_id: WorkerId,
+        event: PrefillStarted | TokensGenerated | KvTransferred | RequestFailed,
+        now_s: float,
+    ) -> list[Action]:
+        """A worker of the route reported. Events of earlier attempts, and of workers that are done, are ignored."""
+        if self.is_over or event.key != self.key or worker_id not in self._holders:
+            return []
+        assert self.route is not None
+        match event:
+            case PrefillStarted():
+                if not self.delivered:
+                    self.times.worker_queue_s = event.queue_s
+                return []
+            case KvTransferred():
+                if self.route.is_colocated or worker_id != self.route.prefill.worker_id:
+                    return []
+                self.times.kv_transfer = event
+                self._holders.discard(worker_id)
+                return self._missing_if_alone(worker_id)
+            case TokensGenerated():
+                return self._tokens(worker_id, event, now_s)
+            case RequestFailed():
+                self._holders.discard(worker_id)
+                self.avoided.add(self._at_fault(worker_id, event.code))
+                return self._attempt_failed(event.code, f"{worker_id}: {event.reason}")
+
+    def worker_lost(self, worker: WorkerView, reason: str) -> list[Action]:
+        """The stream to that incarnation of a worker ended: it has dropped what it held."""
+        if self.is_over or worker.worker_id not in self._holders or not self._is_routed_to(worker):
+            return []
+        self._holders.discard(worker.worker_id)
+        return self._attempt_failed(FailureCode.INTERNAL, f"{worker.worker_id}: {reason}")
+
+    def cancelled(self, reason: str) -> list[Action]:
+        """The client left, or asked to abort."""
+        return [] if self.is_over else self._fail(FailureKind.CANCELLED, reason)
+
+    def stopped(self, reason: str) -> list[Action]:
+        """The gateway ends."""
+        return [] if self.is_over else self._fail(FailureKind.UNAVAILABLE, reason)
+
+    def deadline_passed(self, detail: str = "") -> list[Action]:
+        """Time is up, whatever the state. detail: what it waited for, if that is known."""
+        if self.is_over:
+            return []
+        reason = f"the deadline passed in state {self.state}, with {len(self.delivered)} tokens delivered"
+        return self._fail(FailureKind.DEADLINE, f"{reason}: {detail}" if detail else reason)
+
+    def check_invariants(self) -> None:
+        """Whoever works on it is known, and nobody else."""
+        is_running = self.state in (RequestState.PREFILL, RequestState.DECODE)
+        assert bool(self._holders) == is_running, (self.state, self._holders)
+        if self.route is not None:
+            assert self._holders <= {self.route.prefill.worker_id, self.route.decode.worker_id}
+        assert self.num_attempts <= MAX_ATTEMPTS
+        assert len(self.delivered) <= self.sampling.max_new_tokens
+        assert self.times.first_token_at_s is None or self.delivered
+
+    def _tokens(self, worker_id: WorkerId, event: TokensGenerated, now_s: float) -> list[Action]:
+        if event.prefill_s is not None and not self.delivered:
+            self.times.prefill_s = event.prefill_s
+        index = event.first_position - len(self.prompt_ids)
+        for i, token_id in enumerate(event.token_ids, start=index):
+            if len(self.delivered) <= i < self.sampling.max_new_tokens:
+                self._early.setdefault(i, token_id)
+        if event.finish_reason is not None:
+            end = min(index + len(event.token_ids), self.sampling.max_new_tokens)
+            self._end = (end, event.finish_reason)
+            self._holders.discard(worker_id)
+        actions = self._deliver(now_s)
+        return actions if self.is_over else actions + self._missing_if_alone(worker_id)
+
+    def _deliver(self, now_s: float) -> list[Action]:
+        """Hand over what is next in order, and end the request if that was all."""
+        first_index = len(self.delivered)
+        max_tokens, finish_reason = self._end or (self.sampling.max_new_tokens, FinishReason.LENGTH)
+        while len(self.delivered) < max_tokens:
+            token_id = self._early.pop(len(self.delivered), None)
+            if token_id is None:
+                break
+            self.delivered.append(token_id)
+        new = tuple(self.delivered[first_index:])
+        is_finished = len(self.delivered) >= max_tokens
+        if new:
+            if self.times.first_token_at_s is None:
+                self.times.first_token_at_s = now_s
+            self.times.last_token_at_s = now_s
+        elif not is_finished:
+            return []
+        deliver = Deliver(new, first_index, finish_reason if is_finished else None)
+        if is_finished:
+            self._move_to(RequestState.FINISHED)
+            return [deliver, *self._abort_holders()]
+        if self.state is RequestState.PREFILL:
+            self._move_to(RequestState.DECODE)
+        return [deliver]
+
+    def _missing_if_alone(self, worker_id: WorkerId) -> list[Action]:
+        """When no worker is left, and that was the last one, what is missing will not come."""
+        if self._holders:
+            return []
+        return self._attempt_failed(FailureCode.INTERNAL, f"{worker_id}: tokens are missing")
+
+    def _is_routed_to(self, worker: WorkerView) -> bool:
+        assert self.route is not None
+        return any(
+            (used.worker_id, used.incarnation) == (worker.worker_id, worker.incarnation)
+            for used in (self.route.prefill, self.route.decode)
+        )
+
+    def _at_fault(self, worker_id: WorkerId, code: FailureCode) -> WorkerId:
+        """Who the next attempt should do without: of a broken transfer the one that did not report it."""
+        assert self.route is not None
+        pair = (self.route.prefill.worker_id, self.route.decode.worker_id)
+        return pair[1 - pair.index(worker_id)] if code is FailureCode.TRANSFER else worker_id
+
+    def _attempt_failed(self, code: FailureCode, reason: str) -> list[Action]:
+        if not code.is_retryable or self.num_attempts >= MAX_ATTEMPTS:
+            return self._fail(_KIND_OF_CODE[code], reason)
+        self._move_to(RequestState.QUEUED)
+        return [*self._abort_holders(), WantRoute(reason)]
+
+    def _fail(self, kind: FailureKind, reason: str) -> list[Action]:
+        self._move_to(RequestState.FAILED)
+        return [*self._abort_holders(), Fail(kind, reason)]
+
+    def _abort_holders(self) -> list[Action]:
+        """Free what the attempt's workers still hold."""
+        holders, self._holders = self._holders, set()
+        if self.route is None:
+            return []
+        # A decode worker that only waits for its KV, too: a first token that ends it all sends none.
+        workers = {worker.worker_id: worker for worker in (self.route.prefill, self.route.decode)}
+        return [Send(worker, Abort(self.key)) for worker in workers.values() if worker.worker_id in holders]
+
+    def _move_to(self, state: RequestState) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.request_id}: {self.state} -> {state}"
+        self.state = state

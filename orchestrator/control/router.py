@@ -1,0 +1,130 @@
+"""Which workers a request runs on. Pure.
+
+Loads are the gateway's own account of what it has in flight: the view is up to a tick old.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from workers.api import Phase, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Prefill and decode on these incarnations; one worker may do both."""
+
+    prefill: WorkerView
+    decode: WorkerView
+    reason: str
+
+    @property
+    def is_colocated(self) -> bool:
+        """No KV has to move."""
+        return self.prefill.worker_id == self.decode.worker_id
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """No worker can run it now, but one is on its way."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """No worker can run it, and none is coming."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Load:
+    """What a gateway has in flight on one worker."""
+
+    #: Prompt tokens submitted whose prefill has not ended.
+    prefill_tokens: int = 0
+    #: Sequences that decode, or will decode, there.
+    decode_sequences: int = 0
+
+
+@dataclass(slots=True)
+class LoadLedger:
+    """In-flight work for each worker; entries of idle workers are dropped."""
+
+    loads: dict[WorkerId, Load] = field(default_factory=dict)
+
+    def of(self, worker_id: WorkerId) -> Load:
+        """What is in flight there; zero for a worker without any."""
+        return self.loads.get(worker_id) or Load()
+
+    def add(self, worker_id: WorkerId, *, prefill_tokens: int = 0, decode_sequences: int = 0) -> None:
+        """Count work that was submitted (positive) or has ended (negative)."""
+        load = self.loads.setdefault(worker_id, Load())
+        load.prefill_tokens += prefill_tokens
+        load.decode_sequences += decode_sequences
+        assert load.prefill_tokens >= 0, worker_id
+        assert load.decode_sequences >= 0, worker_id
+        if load == Load():
+            del self.loads[worker_id]
+
+
+def choose_route(
+    view: ClusterView | None, ledger: LoadLedger, is_linked: Callable[[WorkerView], bool]
+) -> Route | Wait | Refuse:
+    """The least loaded workers for prefill and for decode.
+
+    is_linked: whether the gateway has a working stream to that incarnation. Among equally loaded prefill
+    workers one that can also decode wins, since then no KV has to move; of several such the one with fewer
+    sequences. Ties go to the smaller id.
+    """
+    if view is None:
+        return Wait("no controller has published a view of the cluster yet")
+    prefill = _least_loaded(view, Phase.PREFILL, is_linked, lambda w: _prefill_cost(w, ledger))
+    if prefill is None:
+        return _missing(view, Phase.PREFILL)
+    if Phase.DECODE in prefill.phases:
+        return Route(prefill, prefill, f"{prefill.worker_id} serves both phases")
+    decode = _least_loaded(
+        view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
+    )
+    if decode is None:
+        return _missing(view, Phase.DECODE)
+    reason = (
+        f"least loaded: {prefill.worker_id} with {ledger.of(prefill.worker_id).prefill_tokens} prompt tokens, "
+        f"{decode.worker_id} with {ledger.of(decode.worker_id).decode_sequences} sequences"
+    )
+    return Route(prefill, decode, reason)
+
+
+def _prefill_cost(worker: WorkerView, ledger: LoadLedger) -> tuple[int, ...]:
+    load = ledger.of(worker.worker_id)
+    return load.prefill_tokens, 0 if Phase.DECODE in worker.phases else 1, load.decode_sequences
+
+
+def _least_loaded(
+    view: ClusterView,
+    phase: Phase,
+    is_linked: Callable[[WorkerView], bool],
+    cost: Callable[[WorkerView], tuple[int, ...]],
+) -> WorkerView | None:
+    candidates = [
+        worker
+        for worker in view.workers
+        if phase in worker.phases and worker.state is LifecycleState.READY and is_linked(worker)
+    ]
+    return min(candidates, key=lambda worker: (*cost(worker), worker.worker_id), default=None)
+
+
+def _missing(view: ClusterView, phase: Phase) -> Wait | Refuse:
+    declared = [worker for worker in view.workers if phase in worker.phases]
+    coming = [worker for worker in declared if worker.state is not LifecycleState.FAILED]
+    states = "; ".join(_describe(worker) for worker in declared)
+    text = f"no worker can {phase} now ({states or 'none is declared'})"
+    return Wait(text) if coming else Refuse(text)
+
+
+def _describe(worker: WorkerView) -> str:
+    if worker.state is LifecycleState.READY:
+        return f"{worker.worker_id} is ready, and not connected yet"
+    return f"{worker.worker_id} is {worker.state}" + (f": {worker.reason}" if worker.reason else "")

