@@ -1,0 +1,47 @@
+"""phasewise.control.v1.GatewayControlService: what the controller and the command line call."""
+
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from orchestrator.control.view_wire import view_from_pb, view_to_pb
+from orchestrator.gateway.dispatcher import Dispatcher
+from protos import control_pb2 as pb
+from protos.control_pb2_grpc import GatewayControlServiceServicer
+
+
+class ControlService(GatewayControlServiceServicer):
+    """deployment: name of ours; the view of another one is refused."""
+
+    def __init__(self, deployment: str, dispatcher: Dispatcher) -> None:
+        self._deployment = deployment
+        self._dispatcher = dispatcher
+
+    async def PublishView(  # noqa: N802
+        self, request: pb.PublishViewRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.PublishViewResponse:
+        """See the .proto."""
+        if request.view.deployment != self._deployment:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"the view is of deployment {request.view.deployment!r}; this gateway serves {self._deployment!r}",
+            )
+        self._dispatcher.update_view(view_from_pb(request.view))
+        return pb.PublishViewResponse()
+
+    async def GetView(  # noqa: N802
+        self, _request: pb.GetViewRequest, _context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetViewResponse:
+        """See the .proto."""
+        dispatcher = self._dispatcher
+        response = pb.GetViewResponse(
+            num_running_requests=dispatcher.num_running,
+            num_waiting_requests=dispatcher.num_waiting,
+            num_finished_requests=dispatcher.num_finished,
+            num_failed_requests=dispatcher.num_failed,
+        )
+        if dispatcher.view is not None:
+            response.view.CopyFrom(view_to_pb(dispatcher.view))
+            response.age_s = dispatcher.view_age_s
+        return response

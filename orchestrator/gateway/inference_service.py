@@ -1,0 +1,172 @@
+"""phasewise.inference.v1.InferenceService: what clients call."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from orchestrator.control.request_machine import Fail, FailureKind
+from orchestrator.errors import (
+    DuplicateRequest,
+    GatewayFull,
+    GatewayStopping,
+    InvalidRequest,
+    NoModelYet,
+    PhasewiseOrchestratorError,
+    RequestTooLarge,
+    UnknownModel,
+)
+from orchestrator.gateway.answer import response
+from orchestrator.gateway.config import GatewayConfig
+from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.live_request import LiveRequest
+from orchestrator.gateway.model_texts import Detokenizer
+from orchestrator.gateway.served_model import LoadedModel, ServedModel
+from orchestrator.gateway.validation import CheckedRequest, check_request
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import InferenceServiceServicer
+from workers.api import RequestId
+
+#: A longer request is read in a thread: tokenising it takes milliseconds.
+LONG_REQUEST_BYTES = 16 * 2**10
+#: Threads that do so at a time.
+MAX_READER_THREADS = 2
+DEADLINE_MARGIN_S = 0.1
+
+_STATUS_OF_KIND = {
+    FailureKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    FailureKind.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    FailureKind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    FailureKind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    FailureKind.CANCELLED: grpc.StatusCode.CANCELLED,
+}
+_STATUS_OF_REFUSAL: dict[type[PhasewiseOrchestratorError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModel: grpc.StatusCode.NOT_FOUND,
+    RequestTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
+    GatewayFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    GatewayStopping: grpc.StatusCode.UNAVAILABLE,
+    NoModelYet: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class InferenceService(InferenceServiceServicer):
+    """Checks what comes, lets the dispatcher run it, and writes what comes of it. Made in the loop.
+
+    draw_seed: a random number below 2**64.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        dispatcher: Dispatcher,
+        served: ServedModel,
+        draw_seed: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._dispatcher = dispatcher
+        self._served = served
+        self._draw_seed = draw_seed
+        self._readers = asyncio.Semaphore(MAX_READER_THREADS)
+        self._num_reading = 0
+        self._clock = asyncio.get_running_loop().time
+
+    async def Generate(  # type: ignore[override] # noqa: N802 - a coroutine that writes is the third kind of handler
+        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> None:
+        """See the .proto."""
+        arrived_at_s = self._clock()
+        client_timeout_s = context.time_remaining()
+        timeout_s = min(
+            self._config.request_timeout_s, math.inf if client_timeout_s is None else client_timeout_s
+        )
+        deadline_s = arrived_at_s + timeout_s
+        failure: Fail | None
+        try:
+            # The dispatcher keeps the deadline. This bounds what it does not know of: the reading of a long
+            # prompt, and a client that does not read its answer.
+            async with asyncio.timeout_at(deadline_s + DEADLINE_MARGIN_S):
+                failure = await self._answer(request, context, arrived_at_s, deadline_s)
+        except TimeoutError:
+            failure = Fail(
+                FailureKind.DEADLINE, f"the deadline passed: {timeout_s:.3g} s after the request came"
+            )
+        except PhasewiseOrchestratorError as error:
+            await context.abort(_STATUS_OF_REFUSAL[type(error)], str(error))
+        if failure is not None:
+            await context.abort(_STATUS_OF_KIND[failure.kind], failure.reason)
+
+    async def Abort(  # noqa: N802
+        self, request: pb.AbortRequest, _context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.AbortResponse:
+        """See the .proto."""
+        return pb.AbortResponse(found=self._dispatcher.abort(RequestId(request.request_id)))
+
+    async def GetModelInfo(  # noqa: N802
+        self, _request: pb.GetModelInfoRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetModelInfoResponse:
+        """See the .proto."""
+        try:
+            loaded = self._served.get(self._dispatcher.why_not())
+        except NoModelYet as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return pb.GetModelInfoResponse(
+            model=self._config.model,
+            architecture=loaded.info.architecture,
+            max_context_tokens=loaded.info.max_context_tokens,
+            vocab_size=loaded.info.vocab_size,
+            eos_token_ids=loaded.info.eos_token_ids,
+            has_chat_template=loaded.texts.has_chat_template,
+            model_digest=loaded.info.model_digest,
+        )
+
+    async def _answer(
+        self,
+        request: pb.GenerateRequest,
+        context: "grpc.aio.ServicerContext[Any, Any]",
+        arrived_at_s: float,
+        deadline_s: float,
+    ) -> Fail | None:
+        self._dispatcher.check_room(self._num_reading)
+        loaded = self._served.get(self._dispatcher.why_not())
+        checked = await self._read(request, loaded)
+        live = self._dispatcher.submit(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+        try:
+            return await self._stream(live, loaded.texts.detokenizer(), context)
+        finally:
+            self._dispatcher.release(live)
+
+    async def _read(self, request: pb.GenerateRequest, loaded: LoadedModel) -> CheckedRequest:
+        def check() -> CheckedRequest:
+            return check_request(
+                request,
+                model=loaded.info,
+                texts=loaded.texts,
+                served_name=self._config.model,
+                draw_seed=self._draw_seed,
+            )
+
+        if request.ByteSize() <= LONG_REQUEST_BYTES:
+            return check()
+        self._num_reading += 1
+        try:
+            async with self._readers:
+                return await asyncio.to_thread(check)
+        finally:
+            self._num_reading -= 1
+
+    async def _stream(
+        self, live: LiveRequest, detokenizer: Detokenizer, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> Fail | None:
+        """Write until it ends; the failure, if that was one."""
+        while True:
+            news = await live.next()
+            if isinstance(news, Fail):
+                return news
+            await context.write(response(live.machine, news, detokenizer, self._clock()))
+            if news.finish_reason is not None:
+                return None

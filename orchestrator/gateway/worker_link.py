@@ -1,0 +1,180 @@
+"""One multiplexed Session stream to one incarnation of a worker: commands down, batches of events up."""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import grpc
+import grpc.aio
+
+from orchestrator.control.view import WorkerView
+from orchestrator.errors import UnusableModel
+from protos import worker_pb2 as pb
+from protos.worker_pb2_grpc import WorkerServiceStub
+from workers.api import Command, Event, ModelInfo
+from workers.wire import command_to_pb, event_from_pb, model_from_pb
+
+if TYPE_CHECKING:
+    SessionCall = grpc.aio.StreamStreamCall[pb.CommandBatch, pb.EventBatch]
+
+logger = logging.getLogger(__name__)
+
+#: For each of the answers before the stream, and for the stream to open, in seconds.
+CONNECT_TIMEOUT_S = 10.0
+FIRST_BACKOFF_S = 0.05
+MAX_BACKOFF_S = 2.0
+#: A worker that leaves more commands than this unread is given up.
+MAX_QUEUED_COMMANDS = 4096
+#: In one message, so that prompts of any length stay below the worker's limit of a message.
+MAX_COMMANDS_PER_BATCH = 64
+_CHANNEL_OPTIONS = (
+    # A tokenizer may be tens of megabytes long.
+    ("grpc.max_receive_message_length", 256 * 2**20),
+    # Each attempt connects anew, without the back-off of the one before.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class LinkListener(Protocol):
+    """Whom a link tells. Called in the event loop, never from within `send`."""
+
+    async def model_found(self, worker: WorkerView, model: ModelInfo) -> None:
+        """The worker has loaded this model; the link opens when this returns. May raise UnusableModel."""
+
+    def link_opened(self, link: "WorkerLink") -> None:
+        """Commands can be sent."""
+
+    def link_broke(self, link: "WorkerLink", reason: str) -> None:
+        """It could not be opened, or the worker drops all that came by it; it is being opened anew."""
+
+    def events_came(self, link: "WorkerLink", events: Sequence[Event]) -> None:
+        """In the order in which the worker sent them."""
+
+
+class WorkerLink:
+    """`run` opens the stream, and opens it again when it breaks, until it is cancelled."""
+
+    def __init__(self, worker: WorkerView, listener: LinkListener) -> None:
+        self.worker = worker
+        self._listener = listener
+        self._is_open = False
+        #: At most MAX_QUEUED_COMMANDS; emptied when the stream breaks.
+        self._outbox: deque[pb.Command] = deque()
+        self._has_commands = asyncio.Event()
+        self._call: SessionCall | None = None
+        self._reason = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Commands can be sent."""
+        return self._is_open
+
+    def send(self, command: Command) -> None:
+        """Queue a command; it leaves with all others that are queued then.
+
+        Without an open stream it is dropped, since a worker drops what came by a stream that ended.
+        """
+        if not self._is_open:
+            return
+        if len(self._outbox) >= MAX_QUEUED_COMMANDS:
+            self._end(f"{MAX_QUEUED_COMMANDS} commands are unread")
+            return
+        self._outbox.append(command_to_pb(command, self.worker.incarnation))
+        self._has_commands.set()
+
+    async def run(self) -> None:
+        """MAIN LOOP of one link."""
+        backoff_s = FIRST_BACKOFF_S
+        last_reason = ""
+        while True:
+            try:
+                reason = await self._session()
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except (TimeoutError, UnusableModel, grpc.aio.BaseError) as error:
+                reason = str(error) or type(error).__name__
+            except Exception as error:
+                logger.exception(
+                    "link_failed worker_id=%s incarnation=%d", self.worker.worker_id, self.worker.incarnation
+                )
+                reason = f"{type(error).__name__}: {error}"
+            finally:
+                was_open, self._is_open = self._is_open, False
+                self._outbox.clear()
+            if was_open:
+                backoff_s = FIRST_BACKOFF_S
+            # A worker that stays away is told of once.
+            if was_open or reason != last_reason:
+                self._listener.link_broke(self, reason)
+            last_reason = reason
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+
+    async def _session(self) -> str:
+        """One stream from beginning to end; returns why it ended."""
+        async with grpc.aio.insecure_channel(self.worker.address, options=_CHANNEL_OPTIONS) as channel:
+            stub = WorkerServiceStub(channel)
+            status = await stub.GetStatus(pb.GetStatusRequest(), timeout=CONNECT_TIMEOUT_S)
+            if status.incarnation != self.worker.incarnation:
+                return f"incarnation {status.incarnation} answers there instead of {self.worker.incarnation}"
+            model = await stub.GetModel(pb.GetModelRequest(), timeout=CONNECT_TIMEOUT_S)
+            await self._listener.model_found(self.worker, model_from_pb(model))
+            call = stub.Session()
+            writer: asyncio.Task[None] | None = None
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await call.wait_for_connection()
+                self._call, self._reason, self._is_open = call, "the worker ended the stream", True
+                self._has_commands.clear()
+                self._listener.link_opened(self)
+                writer = asyncio.create_task(self._write(call))
+                await self._read(call)
+            finally:
+                self._call = None
+                call.cancel()
+                if writer is not None:
+                    writer.cancel()
+                    (error,) = await asyncio.gather(writer, return_exceptions=True)
+                    if isinstance(error, Exception):
+                        logger.error("link_writer_failed worker_id=%s", self.worker.worker_id, exc_info=error)
+        return self._reason
+
+    async def _read(self, call: "SessionCall") -> None:
+        """Until the stream ends. Raises AioRpcError when it ends with an error."""
+        try:
+            while True:
+                batch = await call.read()
+                if not isinstance(batch, pb.EventBatch):
+                    return
+                events = [event for message in batch.events if (event := event_from_pb(message)) is not None]
+                self._listener.events_came(self, events)
+        except asyncio.CancelledError:
+            # So says a call that `_end` cancelled; our own task's is another.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+
+    async def _write(self, call: "SessionCall") -> None:
+        """All that is queued in one message, until the stream ends."""
+        # The reader sees the same end, and says why.
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+            try:
+                while True:
+                    await self._has_commands.wait()
+                    batch = pb.CommandBatch()
+                    while self._outbox and len(batch.commands) < MAX_COMMANDS_PER_BATCH:
+                        batch.commands.append(self._outbox.popleft())
+                    if not self._outbox:
+                        self._has_commands.clear()
+                    await call.write(batch)
+            finally:
+                self._end("commands can no longer be written")
+
+    def _end(self, reason: str) -> None:
+        """Cancel the call; the reader then ends the session."""
+        if self._call is not None and not self._call.done():
+            self._reason = reason
+            self._call.cancel()

@@ -1,0 +1,170 @@
+"""What the gateway learns of workers: views, models, links that open and break."""
+
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+import pytest
+
+from orchestrator.gateway import worker_link
+from protos import control_pb2
+from protos import inference_pb2 as pb
+from tests.support.fake_worker import (
+    BOTH,
+    DECODE,
+    PREFILL,
+    FakeWorker,
+    byte_model,
+    running,
+    without_byte_level,
+)
+from tests.support.gateway import (
+    collect,
+    error_of,
+    gateway,
+    generate_request,
+    run,
+    tokens_of,
+)
+from tests.support.waiting import until
+from workers.api import Abort, RequestId, RequestKey
+
+
+def test_model_info_comes_from_the_workers() -> None:
+    async def scenario() -> None:
+        loading = FakeWorker("both-0", BOTH)
+        async with running(loading), gateway() as it:
+            with pytest.raises(grpc.aio.AioRpcError, match="no worker has loaded the model yet") as caught:
+                await it.client.GetModelInfo(pb.GetModelInfoRequest())
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            status, message = await error_of(it.client.Generate(generate_request()))
+            assert (status, "no controller has published" in message) == ("UNAVAILABLE", True)
+            await it.use(loading)
+            assert await it.client.GetModelInfo(pb.GetModelInfoRequest()) == pb.GetModelInfoResponse(
+                model="tiny",
+                architecture="llama",
+                max_context_tokens=512,
+                vocab_size=259,
+                eos_token_ids=[2],
+                has_chat_template=True,
+                model_digest="abc",
+            )
+
+    run(scenario)
+
+
+def test_a_model_that_changes_is_learnt_again() -> None:
+    async def scenario() -> None:
+        async with gateway(FakeWorker("both-0", BOTH)) as it:
+            model = byte_model(model_digest="def", max_context_tokens=100)
+            new = FakeWorker("both-0", BOTH, model, incarnation=2)
+            async with running(new):
+                await it.use(new)
+                info = await it.client.GetModelInfo(pb.GetModelInfoRequest())
+                assert (info.model_digest, info.max_context_tokens) == ("def", 100)
+
+    run(scenario)
+
+
+def test_the_smallest_kv_cache_bounds_what_is_taken() -> None:
+    async def scenario() -> None:
+        small = FakeWorker("p-0", PREFILL, byte_model(max_sequence_tokens=32))
+        async with gateway(small, FakeWorker("d-0", DECODE)) as it:
+            status, message = await error_of(it.client.Generate(generate_request(max_tokens=30)))
+            assert status == "RESOURCE_EXHAUSTED"
+            assert "needs KV for 33 with the output, and a worker's KV cache holds 32" in message
+
+    run(scenario)
+
+
+def test_a_worker_whose_model_is_not_loaded_or_not_usable_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_link, "MAX_BACKOFF_S", 0.02)
+
+    async def scenario() -> None:
+        loading = FakeWorker("both-0", BOTH)
+        loading.model = None
+        broken = FakeWorker("both-1", BOTH, byte_model(tokenizer_json=without_byte_level()))
+        async with running(loading, broken), gateway() as it:
+            await it.publish(loading.view(), broken.view())
+            assert not await it.is_serving()
+            loading.model = byte_model()
+            await until(lambda: it.linked() == {("both-0", 1)}, "the worker that has loaded")
+            await collect(it.client.Generate(generate_request()))
+            assert broken.num_sessions == 0
+
+    run(scenario)
+
+
+def test_another_incarnation_behind_an_address_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "MAX_BACKOFF_S", 0.02)
+
+    async def scenario() -> None:
+        new = FakeWorker("both-0", BOTH, incarnation=2)
+        async with running(new), gateway() as it:
+            await it.publish(replace(new.view(), incarnation=1))
+            await until(lambda: new.num_status_calls >= 2, "two attempts to open the link")
+            assert (it.linked(), new.num_sessions) == (set(), 0)
+            assert not await it.is_serving()
+            await it.use(new)
+            await collect(it.client.Generate(generate_request()))
+
+    run(scenario)
+
+
+def test_a_view_that_is_older_than_the_present_one_is_ignored() -> None:
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        async with gateway(both) as it:
+            await it.publish(both.view(), epoch=3, version=5)
+            await it.publish(epoch=3, version=4)
+            await it.publish(epoch=2, version=99)
+            answer = await it.control.GetView(control_pb2.GetViewRequest())
+            assert (answer.view.controller_epoch, answer.view.version) == (3, 5)
+            await collect(it.client.Generate(generate_request()))
+            await it.publish(epoch=4, version=1)
+            answer = await it.control.GetView(control_pb2.GetViewRequest())
+            assert len(answer.view.workers) == 0
+            assert it.linked() == set()
+
+    run(scenario)
+
+
+def test_without_a_controller_serving_goes_on_with_the_last_view() -> None:
+    async def scenario() -> None:
+        async with gateway(FakeWorker("both-0", BOTH)) as it:
+            # Nobody publishes any more.
+            for _ in range(3):
+                await collect(it.client.Generate(generate_request()))
+            assert await it.is_serving()
+
+    run(scenario)
+
+
+def test_a_stream_that_breaks_is_opened_again() -> None:
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        async with gateway(both) as it:
+            both.break_session()
+            await until(lambda: both.num_sessions == 2, "a second session")
+            assert len(tokens_of(await collect(it.client.Generate(generate_request())))) == 4
+
+    run(scenario)
+
+
+def test_a_worker_that_leaves_its_commands_unread_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "MAX_QUEUED_COMMANDS", 3)
+
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        async with gateway(both) as it:
+            # Sent within one turn of the loop, so that the writer has no turn in between.
+            (link,) = it.dispatcher._links.values()
+            for _ in range(4):
+                link.send(Abort(RequestKey(RequestId("nobody"), 1)))
+            await until(lambda: both.num_sessions == 2, "the stream to be opened anew")
+            await until(lambda: link.is_open, "the link")
+            await collect(it.client.Generate(generate_request()))
+
+    run(scenario)

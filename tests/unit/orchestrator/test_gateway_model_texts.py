@@ -1,0 +1,121 @@
+"""Tokenising, chat templates, and text that comes back token by token."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from orchestrator.errors import InvalidRequest, UnusableModel
+from orchestrator.gateway.model_texts import ModelTexts
+from tests.support.fake_worker import byte_ids, byte_model, byte_tokenizer, without_byte_level
+
+TEXTS = ModelTexts(byte_model())
+TOKENIZER = byte_tokenizer()
+
+
+def streamed(token_ids: list[int]) -> str:
+    detokenizer = TEXTS.detokenizer()
+    pieces = [detokenizer.push([token_id]) for token_id in token_ids]
+    return "".join(pieces) + detokenizer.flush()
+
+
+@given(st.text())
+def test_any_text_comes_back_in_valid_pieces(text: str) -> None:
+    detokenizer = TEXTS.detokenizer()
+    pieces = [detokenizer.push([token_id]) for token_id in TEXTS.encode(text)]
+    assert "".join(pieces) == TOKENIZER.decode(TEXTS.encode(text))
+    assert detokenizer.flush() == ""
+
+
+@given(st.lists(st.integers(0, 300)))
+def test_any_tokens_make_the_text_that_decoding_them_at_once_makes(token_ids: list[int]) -> None:
+    known = [token_id for token_id in token_ids if token_id < TOKENIZER.get_vocab_size()]
+    assert streamed(token_ids) == TOKENIZER.decode(known, skip_special_tokens=True)
+
+
+@given(st.lists(st.integers(0, 258)), st.integers(1, 5))
+def test_how_tokens_are_batched_makes_no_difference(token_ids: list[int], size: int) -> None:
+    detokenizer = TEXTS.detokenizer()
+    batches = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
+    assert "".join(map(detokenizer.push, batches)) + detokenizer.flush() == streamed(token_ids)
+
+
+def test_a_character_comes_when_it_is_whole() -> None:
+    detokenizer = TEXTS.detokenizer()
+    assert [detokenizer.push([token_id]) for token_id in byte_ids("a世b")] == ["a", "", "", "世", "b"]
+
+
+def test_what_is_left_of_a_character_is_replaced_at_the_end() -> None:
+    detokenizer = TEXTS.detokenizer()
+    assert detokenizer.push(byte_ids("👋")[:3]) == ""
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_added_tokens_that_are_not_special_are_text() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool 世>", normalized=False)])
+    texts = ModelTexts(byte_model(tokenizer_json=tokenizer.to_str().encode()))
+    detokenizer = texts.detokenizer()
+    assert detokenizer.push(texts.encode("a<tool 世>b")) == "a<tool 世>b"
+
+
+def test_templates_are_rendered_as_transformers_does() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=TOKENIZER, bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    template = (
+        "{{ bos_token }}\n{% for message in messages %}\n    {% if loop.first and message['role'] != 'system' %}\n"
+        "{{ 'default' }}{{ eos_token }}\n    {% endif %}\n  {{- message['role'] + ': ' + message['content'] | trim }}\n"
+        "{% if message['content'] | length > 3 %}{% continue %}{% endif %}{{ message | tojson }}\n{% endfor %}\n"
+        "{%- if add_generation_prompt %}go{% endif %}"
+    )
+    messages = [{"role": "user", "content": " häß <b> "}, {"role": "assistant", "content": "x"}]
+    expected = reference.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    assert ModelTexts(byte_model(chat_template=template)).render_chat(messages) == expected
+
+
+def test_a_template_that_refuses_makes_the_request_invalid() -> None:
+    with pytest.raises(InvalidRequest, match=r"chat\.messages is refused.*not this one"):
+        TEXTS.render_chat([{"role": "user", "content": "raise"}])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(1) }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].role.x }}",
+    ],
+)
+def test_a_template_that_breaks_or_reaches_out_makes_the_request_invalid(template: str) -> None:
+    with pytest.raises(InvalidRequest, match="chat template"):
+        ModelTexts(byte_model(chat_template=template)).render_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"), [("", "has no chat template"), ("{% if %}", "cannot be read")]
+)
+def test_without_a_template_chat_is_refused_and_text_is_not(template: str, problem: str) -> None:
+    texts = ModelTexts(byte_model(chat_template=template))
+    assert not texts.has_chat_template
+    assert texts.encode("ab") == byte_ids("ab")
+    with pytest.raises(InvalidRequest, match=problem):
+        texts.render_chat([{"role": "user", "content": "x"}])
+
+
+@pytest.mark.parametrize("tokenizer_json", [b"", b"{}", b"\xff", json.dumps({"model": 1}).encode()])
+def test_a_broken_tokenizer_is_refused(tokenizer_json: bytes) -> None:
+    with pytest.raises(UnusableModel, match="cannot be read"):
+        ModelTexts(byte_model(tokenizer_json=tokenizer_json))
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    with pytest.raises(UnusableModel, match="'Metaspace'; supported: 'ByteLevel'"):
+        ModelTexts(byte_model(tokenizer_json=without_byte_level()))
