@@ -1,0 +1,79 @@
+"""The gateway and the controller as Ray actors: thin, and started again by Ray when they die."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+
+from orchestrator.control.controller import ControllerConfig
+from orchestrator.gateway.config import GatewayConfig
+from orchestrator.gateway.server import serve
+from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.models import Deployment
+from orchestrator.runtime.cluster import RayCluster
+from orchestrator.runtime.control_loop import ControlLoop
+from orchestrator.runtime.view_publisher import GatewayPublisher
+from orchestrator.runtime.worker_probe import WorkerProbe
+from workers.actor import LOG_FORMAT, ServiceThread
+
+
+class GatewayActor:
+    """Hosts the gateway."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+
+        async def start(on_bound: Callable[[tuple[str, str]], None], stop: asyncio.Event) -> None:
+            await serve(config, on_bound=lambda *addresses: on_bound(addresses), stop=stop)
+
+        self._service: ServiceThread[tuple[str, str]] = ServiceThread(start)
+
+    async def addresses(self) -> tuple[str, str]:
+        """host:port for clients and for the controller; waits until both are bound."""
+        return await asyncio.wrap_future(self._service.bound)
+
+
+class ControllerActor:
+    """Hosts the controller of one deployment. control_address: of the gateway that it tells."""
+
+    def __init__(self, deployment: Deployment, control_address: str) -> None:
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+
+        async def start(on_bound: Callable[[int], None], stop: asyncio.Event) -> None:
+            on_bound(os.getpid())
+            await _control(deployment, control_address, stop)
+
+        self._service: ServiceThread[int] = ServiceThread(start)
+
+    async def pid(self) -> int:
+        """Of this process; waits until the loop has begun."""
+        return await asyncio.wrap_future(self._service.bound)
+
+
+async def _control(deployment: Deployment, control_address: str, stop: asyncio.Event) -> None:
+    spec = deployment.spec
+    tick_s = spec.controller.tick_ms / 1000
+    # Half a tick for the answers leaves the other half for what follows from them.
+    probe, publisher = WorkerProbe(timeout_s=tick_s / 2), GatewayPublisher(control_address)
+    loop = ControlLoop(
+        RayCluster(deployment.metadata.name, binds_to_node=spec.network.bind == "node"),
+        probe,
+        publisher,
+        ControllerConfig(
+            deployment=deployment.metadata.name,
+            model=spec.model.served_name,
+            declared=tuple(worker_specs(deployment)),
+            heartbeat_timeout_s=spec.controller.heartbeat_timeout_ms / 1000,
+            controller_pid=os.getpid(),
+        ),
+        tick_s=tick_s,
+        clock=time.monotonic,
+        sleep=asyncio.sleep,
+        stop=stop,
+    )
+    try:
+        await loop.run()
+    finally:
+        await probe.close()
+        await publisher.close()
