@@ -1,0 +1,28 @@
+"""What is going on, while it takes longer than a moment: a spinner on a terminal, else a line per change."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+
+@contextmanager
+def shown_progress(console: Console | None = None) -> Iterator[Callable[[str], None]]:
+    """A function to be told what is being done now; what it shows is gone after the block, on a terminal."""
+    console = console if console is not None else Console(stderr=True)
+    if console.is_terminal:
+        with console.status("...") as status:
+            yield lambda text: status.update(text, spinner="dots")
+        return
+    last = ""
+
+    def show(text: str) -> None:
+        nonlocal last
+        # A percentage that grows is no news in a log.
+        changed = re.sub(r"[0-9.]+ ?%", "", text)
+        if changed != last:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        last = changed
+
+    yield show

@@ -1,0 +1,170 @@
+"""What `phasewise status` prints of one deployment, for a terminal of 80 columns and as JSON. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.control.view import ClusterView, WorkerView
+from orchestrator.runtime.registry import RunningDeployment
+from workers.api import BlockCounts, Phase
+
+MIB = 2**20
+#: A controller that has not spoken for so long is called silent; it speaks at every tick.
+SILENT_AFTER_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayReport:
+    """What a gateway answered: the view it holds, and its counts of requests."""
+
+    #: None until a controller has published one.
+    view: ClusterView | None
+    #: Seconds since the view arrived.
+    age_s: float
+    num_running: int
+    num_waiting: int
+    num_finished: int
+    num_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """One registered deployment and what its gateway said; `problem` says why when it said nothing."""
+
+    running: RunningDeployment
+    report: GatewayReport | None
+    problem: str = ""
+
+
+def lines(status: DeploymentStatus) -> list[str]:
+    """The text for people."""
+    running, report = status.running, status.report
+    if report is None:
+        return [
+            f"{running.name}: DOES NOT ANSWER",
+            f"  {status.problem}",
+            f"  `phasewise down {running.name}` clears it away",
+        ]
+    view = report.view
+    if view is None:
+        return [f"{running.name}: no controller has reported yet", *_requests(running, report)]
+    return [
+        f"{view.deployment}: model {view.model}, {_readiness(view)}",
+        *_requests(running, report),
+        *_controller(view, report.age_s),
+        "",
+        *_table(_LIFE_HEADER, [_life_row(worker) for worker in view.workers], num_left=3),
+        *_reasons(view),
+        "",
+        *_table(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], num_left=1),
+    ]
+
+
+def as_json(status: DeploymentStatus) -> dict[str, Any]:
+    """The same for programs; without `report` when the gateway does not answer."""
+    found: dict[str, Any] = {**asdict(status.running), "answers": status.report is not None}
+    if status.report is None:
+        return {**found, "problem": status.problem}
+    report = asdict(status.report)
+    view = status.report.view
+    if view is not None:
+        report["view"]["is_ready"] = view.is_ready
+        for worker, source in zip(report["view"]["workers"], view.workers, strict=True):
+            worker["phases"] = _phases(source)
+            if worker["status"] is not None:
+                worker["status"]["phases"] = [p.value for p in Phase if p in worker["status"]["phases"]]
+    return {**found, "report": report}
+
+
+def _readiness(view: ClusterView) -> str:
+    if view.is_ready:
+        return "ready"
+    served = {phase for w in view.workers if w.state == "ready" for phase in w.phases}
+    missing = [phase.value for phase in (Phase.PREFILL, Phase.DECODE) if phase not in served]
+    return f"NOT READY: no worker is ready for {' and '.join(missing)}"
+
+
+def _requests(running: RunningDeployment, report: GatewayReport) -> list[str]:
+    now = f"{report.num_running} running, {report.num_waiting} waiting"
+    so_far = f"{report.num_finished} finished, {report.num_failed} failed"
+    return [f"  gateway     {running.address}", f"  requests    {now}, {so_far}"]
+
+
+def _controller(view: ClusterView, age_s: float) -> list[str]:
+    if age_s >= SILENT_AFTER_S:
+        what = f"the controller has been silent for {age_s:.0f} s: serving goes on"
+        return [f"  controller  pid {view.controller_pid}; {what}"]
+    heard = f"heard {age_s:.1f} s ago"
+    return [f"  controller  pid {view.controller_pid}, start {view.controller_epoch}, {heard}"]
+
+
+#: INC is the incarnation.
+_LIFE_HEADER = ("WORKER", "PHASES", "STATE", "INC", "RESTARTS", "PID", "ADDRESS")
+_LOAD_HEADER = (
+    "WORKER",
+    "WAITING",
+    "RUNNING",
+    "KV FREE",
+    "IN USE",
+    "LEASED",
+    "TOTAL",
+    "LEASES",
+    "MEMORY",
+)
+_NO_BLOCKS = BlockCounts(0, 0, 0, 0, 0)
+
+
+def _life_row(worker: WorkerView) -> tuple[str, ...]:
+    return (
+        worker.worker_id,
+        "+".join(_phases(worker)),
+        worker.state.value,
+        str(worker.incarnation),
+        str(worker.num_restarts),
+        str(worker.status.pid) if worker.status else "-",
+        worker.address or "-",
+    )
+
+
+def _load_row(worker: WorkerView) -> tuple[str, ...]:
+    status = worker.status
+    if status is None:
+        return (worker.worker_id, *["-"] * (len(_LOAD_HEADER) - 1))
+    blocks = status.blocks
+    counts = (blocks.free + blocks.cached, blocks.in_use, blocks.leased, blocks.total)
+    return (
+        worker.worker_id,
+        str(status.num_waiting),
+        str(status.num_running),
+        *(["-"] * len(counts) if blocks == _NO_BLOCKS else [str(count) for count in counts]),
+        str(status.num_leases),
+        f"{status.memory_bytes / MIB:.0f} MiB",
+    )
+
+
+def _reasons(view: ClusterView) -> list[str]:
+    """One line for each worker that is not simply ready, or that says something about itself."""
+    found = []
+    for worker in view.workers:
+        message = worker.status.message if worker.status else ""
+        texts = [text for text in (worker.reason, message) if text]
+        if texts and worker.state != "ready":
+            found.append(f"  {worker.worker_id}: {'; '.join(dict.fromkeys(texts))}")
+    return found
+
+
+def _phases(worker: WorkerView) -> list[str]:
+    return [phase.value for phase in Phase if phase in worker.phases]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> list[str]:
+    """Columns as wide as needed; the first `num_left` and a last ADDRESS stand left, the others right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    found = []
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if i < num_left or header[i] == "ADDRESS" else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        found.append("  " + "  ".join(cells).rstrip())
+    return found

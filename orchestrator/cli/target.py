@@ -1,0 +1,77 @@
+"""Which gateway a verb speaks to, and what to say when it does not answer."""
+
+import argparse
+import sys
+
+import grpc
+
+from orchestrator.cli import arguments, exit_codes
+from orchestrator.errors import DeploymentNotFound
+from orchestrator.runtime.registry import Registry, RunningDeployment
+
+CHANNEL_OPTIONS = (
+    # A proxy for the web does not lead to a cluster.
+    ("grpc.enable_http_proxy", 0),
+)
+#: How gRPC begins or words its text when the connection, not the gateway, is the trouble.
+_NO_CONNECTION = ("failed to connect to", "errors resolving", "Socket closed", "Connection reset")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--address and --name; by default the only deployment that runs on this machine."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--address", type=arguments.address, metavar="HOST:PORT", help="a gateway, wherever it runs"
+    )
+    where.add_argument(
+        "--name", metavar="NAME", help="a deployment started on this machine (default: the only one)"
+    )
+
+
+def gateway_address(args: argparse.Namespace, registry: Registry) -> str:
+    """Where clients call the gateway that is meant. Raises DeploymentNotFound."""
+    return str(args.address) if args.address else find(registry, args.name).address
+
+
+def find(registry: Registry, name: str | None) -> RunningDeployment:
+    """The deployment `name`, or with None the only one. Raises DeploymentNotFound."""
+    running = registry.list()
+    found = [one for one in running if name in (None, one.name)]
+    if len(found) != 1:
+        raise DeploymentNotFound(name, tuple(one.name for one in running))
+    return found[0]
+
+
+def connect(address: str) -> grpc.aio.Channel:
+    """A channel to be used in an `async with`; it connects at the first call.
+
+    Not the synchronous API: there, a Ctrl-C that is raised within gRPC's own code can make closing the
+    channel wait for ever (grpc issue 19973). `interruptible.run` cancels the task instead.
+    """
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def describe(address: str, error: grpc.RpcError) -> str:
+    """One line on why a call to `address` failed."""
+    details = " ".join((error.details() or "no reason was given").split())
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return f"what answers at {address} is no Phasewise gateway: {details}"
+    if not _is_connection_lost(error):
+        return f"{error.code().name}: {details}"
+    # The reason stands last in gRPC's text, after the address in each of its forms.
+    reason = details.rpartition("remote host: ")[2]
+    return f"no gateway answers at {address}: {reason}"
+
+
+def failed(address: str, error: grpc.RpcError) -> int:
+    """Say on stderr why a call to `address` failed; returns the exit code."""
+    hint = "; `phasewise status` shows what runs" if _is_connection_lost(error) else ""
+    print(describe(address, error) + hint, file=sys.stderr)
+    unreachable = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED)
+    return exit_codes.UNREACHABLE if error.code() in unreachable else exit_codes.FAILURE
+
+
+def _is_connection_lost(error: grpc.RpcError) -> bool:
+    """The connection failed, as opposed to a gateway that answers UNAVAILABLE."""
+    details = error.details() or ""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NO_CONNECTION)

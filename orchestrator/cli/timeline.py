@@ -1,0 +1,105 @@
+"""What the time of one request went to, drawn on one axis for a terminal of 80 columns. Pure."""
+
+from dataclasses import dataclass
+
+from protos import inference_pb2 as pb
+
+MIB = 2**20
+BAR_COLUMNS = 46
+_FINISH_REASONS = {pb.FINISH_REASON_STOP: "an end token", pb.FINISH_REASON_LENGTH: "the length limit"}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of the request's time, in seconds since it arrived at the gateway."""
+
+    name: str
+    start_s: float
+    duration_s: float
+    mark: str = "#"
+    #: The last part of the span, drawn with `exposed_mark`.
+    exposed_s: float = 0.0
+    exposed_mark: str = "#"
+
+
+def lines(last: pb.GenerateResponse) -> list[str]:
+    """The timeline of the request whose last message this is."""
+    found = spans(last.timings)
+    total_s = max(last.timings.total_s, *(span.start_s + span.duration_s for span in found))
+    axis = f"{'0':<{BAR_COLUMNS // 2}}{seconds(total_s):>{BAR_COLUMNS - BAR_COLUMNS // 2}}"
+    return [
+        f"{'':<13}{axis}",
+        *(f"{span.name:<12}|{bar(span, total_s)}|{seconds(span.duration_s):>9}" for span in found),
+        "",
+        *_numbers(last),
+    ]
+
+
+def spans(timings: pb.Timings) -> list[Span]:
+    """Queue, prefill, KV transfer if there was one, and decode.
+
+    The transfer runs beside prefill and ends `exposed_s` after it; decode counts from the first token,
+    which the prefill worker sends, so the exposed part lies within decode.
+    """
+    prefill_end_s = timings.queue_s + timings.prefill_s
+    found = [Span("queue", 0.0, timings.queue_s), Span("prefill", timings.queue_s, timings.prefill_s)]
+    if timings.HasField("kv_transfer"):
+        transfer = timings.kv_transfer
+        start_s = max(0.0, prefill_end_s + transfer.exposed_s - transfer.transfer_s)
+        span = Span("KV transfer", start_s, transfer.transfer_s, "-", transfer.exposed_s, "#")
+        found.append(span)
+    found.append(Span("decode", timings.ttft_s, timings.decode_s))
+    return found
+
+
+def bar(span: Span, total_s: float) -> str:
+    """The span on an axis of `total_s`; one that took any time is at least one column wide."""
+    if total_s <= 0 or span.duration_s <= 0:
+        return " " * BAR_COLUMNS
+    per_s = BAR_COLUMNS / total_s
+    start = min(round(span.start_s * per_s), BAR_COLUMNS - 1)
+    end = min(max(round((span.start_s + span.duration_s) * per_s), start + 1), BAR_COLUMNS)
+    exposed = min(round(span.exposed_s * per_s), end - start)
+    drawn = span.mark * (end - start - exposed) + span.exposed_mark * exposed
+    return " " * start + drawn + " " * (BAR_COLUMNS - end)
+
+
+def seconds(duration_s: float) -> str:
+    """With three digits, in ms below one second."""
+    if duration_s >= 0.9995:
+        return f"{duration_s:.2f} s" if duration_s < 99.995 else f"{duration_s:.0f} s"
+    return f"{duration_s * 1000:.1f} ms" if duration_s < 0.09995 else f"{duration_s * 1000:.0f} ms"
+
+
+def _numbers(last: pb.GenerateResponse) -> list[str]:
+    timings, usage = last.timings, last.usage
+    tpot = seconds(timings.tpot_s) if timings.HasField("tpot_s") else "none below 2 tokens"
+    reason = _FINISH_REASONS.get(last.finish_reason, "the gateway")
+    found = [
+        f"latency      TTFT {seconds(timings.ttft_s)}, TPOT {tpot}, total {seconds(timings.total_s)}",
+        f"tokens       {usage.prompt_tokens} in the prompt, {usage.completion_tokens} generated; ended by {reason}",
+        *_transfer(timings),
+        _workers(timings),
+    ]
+    if timings.attempts > 1:
+        found.append(f"attempts     {timings.attempts}: a worker was lost and the request went on elsewhere")
+    return found
+
+
+def _transfer(timings: pb.Timings) -> list[str]:
+    if not timings.HasField("kv_transfer"):
+        return []
+    transfer = timings.kv_transfer
+    hidden_s = max(0.0, transfer.transfer_s - transfer.exposed_s)
+    chunks = f"{transfer.num_chunks} chunk{'' if transfer.num_chunks == 1 else 's'}"
+    return [
+        f"KV transfer  {transfer.num_bytes / MIB:.2f} MiB in {chunks}",
+        f"             {seconds(hidden_s)} hidden by prefill (-), {seconds(transfer.exposed_s)} exposed (#)",
+    ]
+
+
+def _workers(timings: pb.Timings) -> str:
+    prefill, decode = timings.prefill_worker_id or "unknown", timings.decode_worker_id or "unknown"
+    if prefill == decode:
+        return f"worker       {prefill}"
+    return f"workers      prefill on {prefill}, decode on {decode}"

