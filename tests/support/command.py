@@ -1,0 +1,62 @@
+"""The `phasewise` command and the examples, run as a user runs them: as processes, with folders of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+#: Far above what any of them takes on a busy machine.
+BOUND_S = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Somebody whose deployments are remembered in `state`; models come from the usual cache."""
+
+    state: Path
+
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """`phasewise ARGUMENTS`, to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "orchestrator", *arguments],
+            cwd=ROOT,
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            timeout=BOUND_S,
+            check=False,
+        )
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
+        """A Python command, with its output in pipes and in a process group of its own, as in a terminal."""
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=self._environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
+
+
+def press_ctrl_c(process: "subprocess.Popen[str]") -> None:
+    """As a terminal does: the whole process group gets SIGINT."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def read_until(process: "subprocess.Popen[str]", text: str) -> str:
+    """Lines of stderr up to the one with this text; fails when the process ends before."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if text in line:
+            return said
+    raise AssertionError(f"{text!r} was never said; this was: {said}")
