@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 #: Channels kept while no transfer uses them; beyond that the one that is idle longest is closed.
 MAX_IDLE_CHANNELS = 32
 #: A connection of its own: one that failed must not make the next channel wait out its back-off.
-CHANNEL_OPTIONS = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+#: Addresses are the cluster's own: no proxy.
+CHANNEL_OPTIONS = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 
 
 @dataclass(eq=False, slots=True)

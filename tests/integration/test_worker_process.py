@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Self
 
 import grpc
 import grpc.aio
@@ -39,7 +41,8 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from workers import loading, sessions
+from workers import kv_sending, loading, sessions
+from workers import worker as worker_module
 from workers.api import (
     FailureCode,
     FinishReason,
@@ -541,6 +544,28 @@ def test_transfer_id_in_use_is_refused(model_path: Path, monkeypatch: pytest.Mon
     asyncio.run(scenario())
 
 
+def test_two_workers_that_wait_for_each_others_blocks_end_with_the_deadline(model_path: Path) -> None:
+    """Each pool is full of KV that the other has no room for: nothing can go on, and nothing may stay."""
+    blocks = 8 * BLOCK_BYTES
+
+    async def scenario() -> None:
+        async with running_pair(
+            worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
+            worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
+        ) as pair:
+            for i, worker in enumerate(pair):
+                # Its prompt fills 8 blocks here, and needs as many there.
+                handoff = Handoff(f"t{i}", pair[1 - i].address, 1)
+                request = submit(prompt(120), request_id=f"r{i}", phases=PREFILL, timeout_s=3.0)
+                await worker.send(replace(request, handoff=handoff))
+            for i, worker in enumerate(pair):
+                code, _reason = await worker.failure_of(f"r{i}")
+                assert code in (FailureCode.DEADLINE, FailureCode.TRANSFER)
+                await worker.assert_nothing_leaks()
+
+    asyncio.run(scenario())
+
+
 # A peer that is not there, or is another.
 
 
@@ -562,6 +587,107 @@ def test_dead_peer_fails_the_transfer_with_the_reason(model_path: Path) -> None:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         assert "UNAVAILABLE" in asyncio.run(failed_hand_off(model_path, address))
+
+
+class MutableWay:
+    """Passes bytes on between a client and `target`, until `mute`: then none, and nothing is closed."""
+
+    def __init__(self, target: str) -> None:
+        self._host, _, self._port = target.rpartition(":")
+        self._is_muted = False
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self.address = ""
+
+    def mute(self) -> None:
+        """As if one side's power had failed."""
+        self._is_muted = True
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
+
+    async def _serve(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        from_target, to_target = await asyncio.open_connection(self._host, int(self._port))
+        self._writers += [to_client, to_target]
+        for reader, writer in ((from_client, to_target), (from_target, to_client)):
+            self._tasks.append(asyncio.create_task(self._pass_on(reader, writer)))
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while received := await reader.read(2**16):
+                if not self._is_muted:
+                    writer.write(received)
+                    await writer.drain()
+            if not self._is_muted:
+                writer.close()
+
+
+@pytest.fixture
+def quick_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second of silence instead of ten, which is the least that gRPC does."""
+    quick = {"grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
+    quick["grpc.http2.min_ping_interval_without_data_ms"] = 100
+    for module, name in ((worker_module, "GRPC_OPTIONS"), (kv_sending, "CHANNEL_OPTIONS")):
+        options = [(key, quick.get(key, value)) for key, value in getattr(module, name)]
+        assert quick.keys() <= {key for key, _ in options}
+        monkeypatch.setattr(module, name, tuple(options))
+
+
+#: Neither the leases nor the deadlines of a test's requests end within it.
+LONG_S = 3600.0
+
+
+@pytest.mark.usefixtures("quick_keepalive")
+def test_requests_of_a_gateway_that_vanished_without_a_word_are_aborted(model_path: Path) -> None:
+    async def scenario() -> None:
+        async with running_worker(worker_spec(model_path)) as worker, MutableWay(worker.address) as way:
+            gateway = WorkerClient(way.address)
+            # Its KV never comes.
+            await gateway.send(submit(prompt(20), phases=DECODE, timeout_s=LONG_S, handoff=Handoff("t")))
+            await worker.wait_for_status(lambda status: status.num_waiting == 1, "the request")
+            way.mute()
+            await worker.assert_nothing_leaks()
+            await gateway.drop_session()
+            await gateway.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("quick_keepalive")
+def test_peer_that_vanishes_without_a_word_fails_the_transfer(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = StepGate(monkeypatch, at_start(64))
+
+    async def scenario() -> None:
+        async with (
+            running_pair(
+                worker_spec(model_path, PREFILL, token_budget=SMALL_BUDGET, lease_s=LONG_S),
+                worker_spec(model_path, DECODE, lease_s=LONG_S),
+            ) as (prefill, decode),
+            MutableWay(decode.address) as way,
+        ):
+            request = submit(prompt(100), phases=PREFILL, timeout_s=LONG_S)
+            await prefill.send(replace(request, handoff=Handoff("t", way.address, 1)))
+            await gate.reached()
+            await decode.wait_for_status(lambda status: status.blocks.leased > 0, "a lease at decode")
+            way.mute()
+            gate.open()
+            code, reason = await prefill.failure_of()
+            assert (code, "UNAVAILABLE" in reason) == (FailureCode.TRANSFER, True), reason
+
+    asyncio.run(scenario())
 
 
 def test_peer_of_another_layout_or_incarnation_refuses_with_the_reason(model_path: Path) -> None:
@@ -680,11 +806,14 @@ def test_worker_that_cannot_load_says_why_until_it_is_stopped(
     asyncio.run(scenario())
 
 
-def test_bug_while_loading_makes_the_worker_fail(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_path: object) -> None:
+@pytest.mark.parametrize(("module", "function"), [(loading, "load_weights"), (worker_module, "Engine")])
+def test_bug_while_loading_makes_the_worker_fail(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str
+) -> None:
+    def broken(*_arguments: object, **_settings: object) -> None:
         raise KeyError("layers.7")
 
-    monkeypatch.setattr(loading, "load_weights", broken)
+    monkeypatch.setattr(module, function, broken)
 
     async def scenario() -> None:
         async with running_worker(worker_spec(model_path), is_ready=False) as worker:
@@ -796,3 +925,7 @@ def test_plain_process_names_what_is_wrong(model_path: Path) -> None:
         _output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "choose from prefill and decode" in errors
+    with start_process(*arguments, "--phases", "decode", "--token-budget", "8") as process:
+        _output, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "argument --token-budget: is 8; it must hold a block" in errors

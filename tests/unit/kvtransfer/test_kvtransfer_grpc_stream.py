@@ -1,0 +1,45 @@
+"""What the gRPC stream makes of a call that breaks at an awkward moment."""
+
+import asyncio
+
+import grpc.aio
+import pytest
+
+from kvtransfer.grpc_stream import GrpcChannel
+
+
+class BrokenCall:
+    """A call that ends just as something is asked of it; gRPC then raises in any of these ways."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    async def write(self, _message: bytes) -> None:
+        raise self._error
+
+    async def done_writing(self) -> None:
+        raise self._error
+
+
+class OneCallChannel:
+    """Stands for grpc.aio.Channel: every call of its one method is the same."""
+
+    def __init__(self, call: BrokenCall) -> None:
+        self._call = call
+
+    def stream_stream(self, _method: str) -> object:
+        return lambda: self._call
+
+
+@pytest.mark.parametrize(
+    "error",
+    [grpc.aio.UsageError("it is over"), asyncio.InvalidStateError("it is over"), asyncio.CancelledError()],
+)
+def test_closing_what_is_broken_does_nothing_and_writing_says_so(error: BaseException) -> None:
+    async def scenario() -> None:
+        stream = GrpcChannel(OneCallChannel(BrokenCall(error))).open()  # type: ignore[arg-type]
+        await stream.close()
+        with pytest.raises(ConnectionError):
+            await stream.write(b"")
+
+    asyncio.run(scenario())
