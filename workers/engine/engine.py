@@ -7,6 +7,7 @@ word (CommitTransfer or ReleaseTransfer): a late chunk can then never meet a blo
 import math
 from collections import deque
 from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
 from typing import assert_never
 
 from kvtransfer.layout import blocks_needed
@@ -151,13 +152,10 @@ class Engine:
 
     def schedule(self, now_s: float) -> StepPlan | None:
         """Plan a step and take the blocks of what it admits; None when there is nothing to compute."""
-        plan = schedule(
-            self._running.values(),
-            self._waiting,
-            self.pool,
-            self._config,
-            num_places=self._config.max_running_sequences - self._incoming.num_held,
-        )
+        # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
+        waiting = takewhile(lambda it: it.arrived_s <= self._incoming.waits_since_s, self._waiting)
+        num_places = self._config.max_running_sequences - self._incoming.num_held
+        plan = schedule(self._running.values(), waiting, self.pool, self._config, num_places=num_places)
         for sequence in plan.admitted:
             self._waiting.popleft()
             self._admit(sequence, now_s)

@@ -35,6 +35,12 @@ class ArrivedKv:
 
 
 @dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: ReserveBlocks
+    since_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Receiving:
     block_ids: tuple[int, ...]
     num_tokens: int
@@ -58,7 +64,7 @@ class IncomingKv:
         self._phases = phases
         self._max_waiting = max_waiting
         self._claim_s = claim_s
-        self._waiting: deque[ReserveBlocks] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._receiving: dict[str, _Receiving] = {}
         self._unclaimed: dict[str, _Unclaimed] = {}
         #: Transfer -> until when it is remembered.
@@ -69,12 +75,17 @@ class IncomingKv:
         """Transfers that hold blocks. Each may become a running sequence."""
         return len(self._receiving) + len(self._unclaimed)
 
+    @property
+    def waits_since_s(self) -> float:
+        """When the first of those that wait for blocks asked for them; infinite when none waits."""
+        return self._waiting[0].since_s if self._waiting else math.inf
+
     def knows(self, transfer_id: str) -> bool:
         """True while it waits, receives or is unclaimed."""
         return (
             transfer_id in self._receiving
             or transfer_id in self._unclaimed
-            or any(request.transfer_id == transfer_id for request in self._waiting)
+            or any(one.request.transfer_id == transfer_id for one in self._waiting)
         )
 
     def is_receiving(self, transfer_id: str) -> bool:
@@ -87,7 +98,7 @@ class IncomingKv:
 
     def next_expiry_s(self) -> float:
         """The earliest time at which `expire` has something to do; infinite when there is none."""
-        times = [request.deadline_s for request in self._waiting]
+        times = [one.request.deadline_s for one in self._waiting]
         times += [unclaimed.expires_at_s for unclaimed in self._unclaimed.values()]
         times += self._given_up.values()
         return min(times, default=math.inf)
@@ -113,14 +124,14 @@ class IncomingKv:
             refusal = "its deadline has passed", False
         if refusal is not None:
             return ReservationRefused(request.transfer_id, *refusal)
-        self._waiting.append(request)
+        self._waiting.append(_Waiting(request, now_s))
         return None
 
     def cancel(self, transfer_id: str) -> bool:
         """Forget one that waits; False when there is none."""
-        waiting = [request for request in self._waiting if request.transfer_id == transfer_id]
-        for request in waiting:
-            self._waiting.remove(request)
+        waiting = [one for one in self._waiting if one.request.transfer_id == transfer_id]
+        for one in waiting:
+            self._waiting.remove(one)
         return bool(waiting)
 
     def grant(self, num_places: int) -> list[BlocksReserved]:
@@ -130,7 +141,7 @@ class IncomingKv:
         """
         granted: list[BlocksReserved] = []
         while self._waiting and len(granted) < num_places:
-            request = self._waiting[0]
+            request = self._waiting[0].request
             num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
             if num_blocks > self._pool.num_free:
                 break
@@ -177,14 +188,16 @@ class IncomingKv:
 
     def expire(self, now_s: float) -> list[ReservationRefused]:
         """End what is past its time; the answers to those that waited too long."""
-        late = [request for request in self._waiting if request.deadline_s <= now_s]
-        for request in late:
-            self._waiting.remove(request)
+        late = [one for one in self._waiting if one.request.deadline_s <= now_s]
+        for one in late:
+            self._waiting.remove(one)
         self._given_up = {i: until_s for i, until_s in self._given_up.items() if until_s > now_s}
         for transfer_id in [i for i, one in self._unclaimed.items() if one.expires_at_s <= now_s]:
             self._pool.release(self._unclaimed.pop(transfer_id).kv.block_ids)
             self._given_up[transfer_id] = now_s + self._claim_s
-        return [ReservationRefused(r.transfer_id, "no blocks came free in time", True) for r in late]
+        return [
+            ReservationRefused(one.request.transfer_id, "no blocks came free in time", True) for one in late
+        ]
 
     def leased_block_ids(self) -> list[int]:
         """All blocks that are held here."""
@@ -194,7 +207,7 @@ class IncomingKv:
 
     def check_invariants(self) -> None:
         """A transfer is in one place."""
-        waiting = [request.transfer_id for request in self._waiting]
+        waiting = [one.request.transfer_id for one in self._waiting]
         places = [*waiting, *self._receiving, *self._unclaimed]
         assert len(places) == len(set(places)), places
         assert not self._given_up.keys() & {*waiting, *self._unclaimed}, self._given_up

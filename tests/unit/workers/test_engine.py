@@ -329,6 +329,22 @@ def test_the_next_deadline_is_never_later_than_the_first_thing_to_expire() -> No
     assert engine.next_deadline_s() is None
 
 
+def test_prompts_that_came_later_do_not_overtake_a_reservation() -> None:
+    engine = make_engine(num_blocks=4)
+    engine.handle(submit("before"), 0.0)
+    run_step(engine, 0.0)
+    assert reserve(engine, "big", max_tokens=16) == ()
+    # There is room for it, but it would never end that way: another would come, and another.
+    engine.handle(submit("later"), 1.0)
+    for _ in range(2):
+        run_step(engine, 1.0)
+    assert [type(o) for o in outputs_of(engine)][-1] is BlocksReserved
+    assert engine.num_waiting == 1
+    engine.handle(ReleaseTransfer("big", tuple(engine._incoming.leased_block_ids()), "over"), 2.0)
+    run_step(engine, 2.0)
+    assert engine.num_waiting == 0
+
+
 def test_a_reservation_that_waits_too_long_is_refused_and_the_next_one_moves_up() -> None:
     engine = make_engine(num_blocks=4)
     assert len(reserve(engine, "t0", max_tokens=8)) == 2
