@@ -12,6 +12,9 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from workers.model.config import ModelConfig
 
+#: See `_linear`. Measured with torch 2.13 on one AVX2 core; from 9 rows on the usual order is the faster one.
+MAX_FEW_ROWS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
@@ -101,7 +104,7 @@ class Llama:
                     on_layers(group_start, num_computed)
                 group_start = num_computed
         rows = _rms_norm(hidden[batch.logit_rows], self._norm, config.rms_norm_eps)
-        return F.linear(rows, self._lm_head)
+        return _linear(rows, self._lm_head)
 
     def _attend(
         self,
@@ -116,7 +119,7 @@ class Llama:
         config = self.config
         num_tokens = hidden.shape[0]
         normed = _rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-        fused = F.linear(normed, layer.qkv).view(num_tokens, -1, config.head_dim)
+        fused = _linear(normed, layer.qkv).view(num_tokens, -1, config.head_dim)
         # Query and key heads are neighbours, so one rotation serves both.
         num_rotated = config.num_heads + config.num_kv_heads
         rotated = _rotate(fused[:, :num_rotated], *rope)
@@ -125,13 +128,25 @@ class Llama:
         k_cache.flatten(0, 1).index_copy_(0, slots, key)
         v_cache.flatten(0, 1).index_copy_(0, slots, fused[:, num_rotated:])
         attended = paged_attention(query, k_cache, v_cache, attention)
-        return F.linear(attended.flatten(1), layer.attention_out)
+        return _linear(attended.flatten(1), layer.attention_out)
 
     def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
         """SwiGLU block without the residual."""
         normed = _rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, layer.down)
+        gate, up = _linear(normed, layer.gate_up).chunk(2, dim=-1)
+        return _linear(F.silu(gate) * up, layer.down)
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """rows @ weight.T, contiguous; rows: [num_rows, in_size], weight: [out_size, in_size].
+
+    A step of a few sequences reads every weight for a few rows. MKL does that up to 4 times faster with
+    the weight on the left, for 2 to MAX_FEW_ROWS rows and if the weight is not wider than high.
+    """
+    out_size, in_size = weight.shape
+    if 2 <= rows.shape[0] <= MAX_FEW_ROWS and out_size >= in_size:
+        return torch.mm(weight, rows.t()).t().contiguous()
+    return F.linear(rows, weight)
 
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

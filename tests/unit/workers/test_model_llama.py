@@ -10,7 +10,7 @@ from tests.support.embedded_model import embedded_llama, embedded_prepared, embe
 from tests.support.generate import BLOCK_SIZE, Session, greedy
 from tests.support.hf_reference import hf_greedy, hf_llama, hf_logits
 from tests.support.tiny_model import write_tiny_gguf
-from workers.model.llama import ForwardBatch, Llama
+from workers.model.llama import MAX_FEW_ROWS, ForwardBatch, Llama, _linear
 from workers.model.prepare import load_weights, prepare
 
 #: Logits reach 40, and each passes some 200 fp32 sums of up to 1536 products; another order of addition
@@ -76,6 +76,19 @@ def test_last_position_of_the_context_equals_transformers(tmp_path: Path) -> Non
     token_ids = prompt(96)
     expected = hf_logits(hf_llama(model.config, weights), token_ids)
     assert_same_logits(fed_in_chunks(model, token_ids, [95, 1]), expected)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 64), (64, 96)])
+def test_products_are_the_same_for_every_number_of_rows(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(shape, generator=generator)
+    for num_rows in range(1, MAX_FEW_ROWS + 3):
+        rows = torch.randn(num_rows, shape[1], generator=generator)
+        actual = _linear(rows, weight)
+        assert actual.is_contiguous()
+        expected = (rows.double() @ weight.double().t()).float()
+        # Sums of 96 products of magnitude 1.
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
 
 
 def test_tiny_output_varies_so_that_comparing_tokens_means_something(tiny: Llama) -> None:
