@@ -23,7 +23,13 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal or Shutdown; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.token_budget < arguments.block_size:
+        parser.error(
+            f"argument --token-budget: is {arguments.token_budget}; it must hold a block of "
+            f"--block-size {arguments.block_size} tokens, or no long prompt could ever begin"
+        )
     logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
     try:
         asyncio.run(_serve(_spec(arguments)))

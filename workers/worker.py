@@ -146,7 +146,7 @@ class Worker:
             self._loop.call_soon_threadsafe(self._set_state, WorkerState.LOADING, f"{what} {fraction:.0%}")
 
         try:
-            loaded = await asyncio.to_thread(load, self.spec, progress)
+            self._start_engine(await asyncio.to_thread(load, self.spec, progress))
         except _LoadingStopped:
             return
         except PhasewiseWorkerError as error:
@@ -155,7 +155,6 @@ class Worker:
             logger.exception("loading_broke worker_id=%s", self.spec.worker_id)
             self._set_state(WorkerState.FAILED, f"loading failed: {error!r}; see the worker's log")
         else:
-            self._start_engine(loaded)
             self._set_state(WorkerState.READY, "")
             return
         self._sessions.refuse(f"the worker failed: {self._message}")
@@ -198,12 +197,17 @@ class Worker:
         """Events to the gateways, the rest to the transfers."""
         assert self._kv_host is not None
         events: list[Event] = []
-        for output in outputs:
-            if isinstance(output, TransferOutput):
-                self._kv_host.handle(output)
-            else:
-                events.append(output)
-        self._sessions.deliver(events)
+        try:
+            for output in outputs:
+                if isinstance(output, TransferOutput):
+                    self._kv_host.handle(output)
+                else:
+                    events.append(output)
+            self._sessions.deliver(events)
+        except Exception:
+            # Our own bug. What is lost with this batch would be waited for until deadlines.
+            logger.exception("dispatch_broke worker_id=%s", self.spec.worker_id)
+            self._engine_broke("what the engine said could not be passed on; see the worker's log")
 
     def _engine_broke(self, reason: str) -> None:
         self._set_state(WorkerState.FAILED, reason)

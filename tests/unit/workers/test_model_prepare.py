@@ -275,6 +275,26 @@ def test_cache_that_cannot_be_written_names_the_setting(tiny_path: Path, tmp_pat
         prepare(str(tiny_path), Recorder(), tmp_path / "file" / "cache")
 
 
+def test_prepared_model_is_opened_where_nothing_can_be_recorded(tiny_path: Path, cache: Path) -> None:
+    prepared, _ = prepare_tiny(tiny_path, cache)
+    # Stands for a file system that is read-only, or full.
+    shutil.rmtree(cache / "digests")
+    (cache / "digests").write_text("")
+    again, progress = prepare_tiny(tiny_path, cache)
+    assert again == prepared
+    assert progress.num_conversions == 0
+
+
+def test_user_without_a_home_is_told_the_setting(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ModelUnavailable, match=r"no home folder.*XDG_CACHE_HOME"):
+        prepare(str(tiny_path), Recorder())
+
+
 def test_absent_package_names_both_ways_to_install_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ModelUnavailable) as caught:
