@@ -16,6 +16,7 @@
     │   ├── GatewayFull         too many requests wait already
     │   ├── GatewayStopping     the gateway takes no more requests
     │   ├── NoModelYet          no worker has loaded the model yet
+    │   ├── ControllerSuperseded another controller of the deployment has taken over
     │   └── LaunchFailed        a deployment could not be started
     └── PeerError               the other side is at fault
         ├── UnusableModel       a worker has loaded a model whose texts the gateway cannot handle
@@ -281,6 +282,17 @@ class NoModelYet(OwnError):
 
     def __str__(self) -> str:
         return f"no worker has loaded the model yet: {self.detail}"
+
+
+class ControllerSuperseded(OwnError):
+    """The gateway listens to a later controller than this one, of `epoch`."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__(epoch)
+        self.epoch = epoch
+
+    def __str__(self) -> str:
+        return f"another controller has taken over from this one, of epoch {self.epoch}"
 
 
 class UnusableModel(PeerError):

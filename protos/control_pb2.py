@@ -25,27 +25,27 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x14phasewise.control.v1\x1a\x13protos/worker.proto\"E\n\x12PublishViewRequest\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\"\x15\n\x13PublishViewResponse\"\x10\n\x0eGetViewRequest\"\xc9\x01\n\x0fGetViewResponse\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1d\n\x15num_finished_requests\x18\x05 \x01(\x04\x12\x1b\n\x13num_failed_requests\x18\x06 \x01(\x04\"\xa6\x01\n\x0b\x43lusterView\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x18\n\x10\x63ontroller_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .phasewise.control.v1.WorkerView\x12\x16\n\x0e\x63ontroller_pid\x18\x06 \x01(\x04\"\xff\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\x06phases\x18\x03 \x03(\x0e\x32\x1a.phasewise.worker.v1.Phase\x12\x33\n\x05state\x18\x04 \x01(\x0e\x32$.phasewise.control.v1.LifecycleState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\x31\n\x06status\x18\x08 \x01(\x0b\x32!.phasewise.worker.v1.WorkerStatus*\xbd\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17LIFECYCLE_STATE_PENDING\x10\x01\x12\x1c\n\x18LIFECYCLE_STATE_STARTING\x10\x02\x12\x19\n\x15LIFECYCLE_STATE_READY\x10\x03\x12\x18\n\x14LIFECYCLE_STATE_LOST\x10\x04\x12\x1a\n\x16LIFECYCLE_STATE_FAILED\x10\x05\x32\xd3\x01\n\x15GatewayControlService\x12\x62\n\x0bPublishView\x12(.phasewise.control.v1.PublishViewRequest\x1a).phasewise.control.v1.PublishViewResponse\x12V\n\x07GetView\x12$.phasewise.control.v1.GetViewRequest\x1a%.phasewise.control.v1.GetViewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x14phasewise.control.v1\x1a\x13protos/worker.proto\"E\n\x12PublishViewRequest\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\",\n\x13PublishViewResponse\x12\x15\n\ris_superseded\x18\x01 \x01(\x08\"\x10\n\x0eGetViewRequest\"\xc9\x01\n\x0fGetViewResponse\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1d\n\x15num_finished_requests\x18\x05 \x01(\x04\x12\x1b\n\x13num_failed_requests\x18\x06 \x01(\x04\"\xa6\x01\n\x0b\x43lusterView\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x18\n\x10\x63ontroller_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .phasewise.control.v1.WorkerView\x12\x16\n\x0e\x63ontroller_pid\x18\x06 \x01(\x04\"\xff\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\x06phases\x18\x03 \x03(\x0e\x32\x1a.phasewise.worker.v1.Phase\x12\x33\n\x05state\x18\x04 \x01(\x0e\x32$.phasewise.control.v1.LifecycleState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\x31\n\x06status\x18\x08 \x01(\x0b\x32!.phasewise.worker.v1.WorkerStatus*\xbd\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17LIFECYCLE_STATE_PENDING\x10\x01\x12\x1c\n\x18LIFECYCLE_STATE_STARTING\x10\x02\x12\x19\n\x15LIFECYCLE_STATE_READY\x10\x03\x12\x18\n\x14LIFECYCLE_STATE_LOST\x10\x04\x12\x1a\n\x16LIFECYCLE_STATE_FAILED\x10\x05\x32\xd3\x01\n\x15GatewayControlService\x12\x62\n\x0bPublishView\x12(.phasewise.control.v1.PublishViewRequest\x1a).phasewise.control.v1.PublishViewResponse\x12V\n\x07GetView\x12$.phasewise.control.v1.GetViewRequest\x1a%.phasewise.control.v1.GetViewResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIFECYCLESTATE']._serialized_start=811
-  _globals['_LIFECYCLESTATE']._serialized_end=1000
+  _globals['_LIFECYCLESTATE']._serialized_start=834
+  _globals['_LIFECYCLESTATE']._serialized_end=1023
   _globals['_PUBLISHVIEWREQUEST']._serialized_start=67
   _globals['_PUBLISHVIEWREQUEST']._serialized_end=136
   _globals['_PUBLISHVIEWRESPONSE']._serialized_start=138
-  _globals['_PUBLISHVIEWRESPONSE']._serialized_end=159
-  _globals['_GETVIEWREQUEST']._serialized_start=161
-  _globals['_GETVIEWREQUEST']._serialized_end=177
-  _globals['_GETVIEWRESPONSE']._serialized_start=180
-  _globals['_GETVIEWRESPONSE']._serialized_end=381
-  _globals['_CLUSTERVIEW']._serialized_start=384
-  _globals['_CLUSTERVIEW']._serialized_end=550
-  _globals['_WORKERVIEW']._serialized_start=553
-  _globals['_WORKERVIEW']._serialized_end=808
-  _globals['_GATEWAYCONTROLSERVICE']._serialized_start=1003
-  _globals['_GATEWAYCONTROLSERVICE']._serialized_end=1214
+  _globals['_PUBLISHVIEWRESPONSE']._serialized_end=182
+  _globals['_GETVIEWREQUEST']._serialized_start=184
+  _globals['_GETVIEWREQUEST']._serialized_end=200
+  _globals['_GETVIEWRESPONSE']._serialized_start=203
+  _globals['_GETVIEWRESPONSE']._serialized_end=404
+  _globals['_CLUSTERVIEW']._serialized_start=407
+  _globals['_CLUSTERVIEW']._serialized_end=573
+  _globals['_WORKERVIEW']._serialized_start=576
+  _globals['_WORKERVIEW']._serialized_end=831
+  _globals['_GATEWAYCONTROLSERVICE']._serialized_start=1026
+  _globals['_GATEWAYCONTROLSERVICE']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)

@@ -69,12 +69,17 @@ Global___PublishViewRequest: _TypeAlias = PublishViewRequest  # noqa: Y015
 class PublishViewResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    IS_SUPERSEDED_FIELD_NUMBER: _builtins.int
+    is_superseded: _builtins.bool
+    """The gateway has a view of a later controller. The one that asked must not act any more."""
     def __init__(
         self,
+        *,
+        is_superseded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_superseded", b"is_superseded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -145,7 +150,7 @@ class ClusterView(_message.Message):
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     controller_epoch: _builtins.int
-    """Starts of the controller, in order; version counts its views."""
+    """Grows with each start of the controller; version counts its views."""
     version: _builtins.int
     model: _builtins.str
     """Served model name."""
@@ -190,7 +195,7 @@ class WorkerView(_message.Message):
     reason: _builtins.str
     """Why it is in this state."""
     num_restarts: _builtins.int
-    """Starts after the first."""
+    """Starts after the first, as far as the controller knows."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property

@@ -50,7 +50,8 @@ class GatewayControlServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def PublishView(self, request, context):
-        """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored.
+        """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored;
+        the answer says whether that is so because another controller has taken over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,14 +34,18 @@ class GatewayControlServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GatewayControlServiceAsyncStub: ...
     PublishView: _grpc.UnaryUnaryMultiCallable[_control_pb2.PublishViewRequest, _control_pb2.PublishViewResponse]
-    """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored."""
+    """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored;
+    the answer says whether that is so because another controller has taken over.
+    """
     GetView: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]
 
 @_typing.type_check_only
 class GatewayControlServiceAsyncStub(GatewayControlServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PublishView: _aio.UnaryUnaryMultiCallable[_control_pb2.PublishViewRequest, _control_pb2.PublishViewResponse]  # type: ignore[assignment]
-    """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored."""
+    """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored;
+    the answer says whether that is so because another controller has taken over.
+    """
     GetView: _aio.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]  # type: ignore[assignment]
 
 class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -51,7 +55,9 @@ class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.PublishViewRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.PublishViewResponse, _abc.Awaitable[_control_pb2.PublishViewResponse]]:
-        """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored."""
+        """The controller's view replaces the gateway's. A view with a lower (controller_epoch, version) is ignored;
+        the answer says whether that is so because another controller has taken over.
+        """
 
     @_abc_1.abstractmethod
     def GetView(

@@ -59,8 +59,10 @@ class InferenceServiceServicer:
         INVALID_ARGUMENT    the request itself is wrong; the message names the field
         NOT_FOUND           no such model
         ALREADY_EXISTS      a running request has this request_id
-        RESOURCE_EXHAUSTED  the gateway's queue is full, or the prompt can never fit the KV cache
-        UNAVAILABLE         no worker can run a phase, or all attempts failed
+        RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+        or the prompt can never fit the KV cache
+        UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
+        is stopping
         DEADLINE_EXCEEDED   the client's deadline, or the deployment's request timeout, passed
         CANCELLED           aborted by Abort
         """

@@ -36,8 +36,10 @@ class InferenceServiceStub:
       INVALID_ARGUMENT    the request itself is wrong; the message names the field
       NOT_FOUND           no such model
       ALREADY_EXISTS      a running request has this request_id
-      RESOURCE_EXHAUSTED  the gateway's queue is full, or the prompt can never fit the KV cache
-      UNAVAILABLE         no worker can run a phase, or all attempts failed
+      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+                          or the prompt can never fit the KV cache
+      UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
+                          is stopping
       DEADLINE_EXCEEDED   the client's deadline, or the deployment's request timeout, passed
       CANCELLED           aborted by Abort
     """
@@ -53,8 +55,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
       INVALID_ARGUMENT    the request itself is wrong; the message names the field
       NOT_FOUND           no such model
       ALREADY_EXISTS      a running request has this request_id
-      RESOURCE_EXHAUSTED  the gateway's queue is full, or the prompt can never fit the KV cache
-      UNAVAILABLE         no worker can run a phase, or all attempts failed
+      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+                          or the prompt can never fit the KV cache
+      UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
+                          is stopping
       DEADLINE_EXCEEDED   the client's deadline, or the deployment's request timeout, passed
       CANCELLED           aborted by Abort
     """
@@ -73,8 +77,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT    the request itself is wrong; the message names the field
           NOT_FOUND           no such model
           ALREADY_EXISTS      a running request has this request_id
-          RESOURCE_EXHAUSTED  the gateway's queue is full, or the prompt can never fit the KV cache
-          UNAVAILABLE         no worker can run a phase, or all attempts failed
+          RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+                              or the prompt can never fit the KV cache
+          UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
+                              is stopping
           DEADLINE_EXCEEDED   the client's deadline, or the deployment's request timeout, passed
           CANCELLED           aborted by Abort
         """

@@ -33,6 +33,8 @@ class ControllerConfig:
     #: For one that is being placed or loads; it speaks while it loads.
     startup_timeout_s: float = 300.0
     controller_pid: int = 0
+    #: Epochs and incarnations up to this one may have been used, even where no view tells of them.
+    used_up: int = 0
 
 
 @dataclass(slots=True)
@@ -64,14 +66,17 @@ def recover(
 
     last_view: what the gateway has; None when no controller ever told it anything. Living processes are
     adopted, and a worker that was ready is ready until the first `decide` hears otherwise, so the gateway
-    does not stop using it. No incarnation of the view or of the processes is used again.
+    does not stop using it. No incarnation of the view or of the processes is used again; without a view, which
+    tells of those that have gone, none up to `config.used_up` either.
     """
     reports = tuple(processes)
     state = ControllerState(
         machines={declared.worker_id: WorkerMachine(declared.worker_id) for declared in config.declared},
-        epoch=1 if last_view is None else last_view.controller_epoch + 1,
+        epoch=1 + (config.used_up if last_view is None else last_view.controller_epoch),
     )
     for machine in state.machines.values():
+        if last_view is None:
+            machine.saw_incarnation(config.used_up)
         own = [report for report in reports if report.worker_id == machine.worker_id]
         last = None if last_view is None else last_view.worker(machine.worker_id)
         newest = max(
@@ -87,6 +92,8 @@ def _recover_worker(
 ) -> None:
     """Let the machine be where the last view and the processes say that the newest incarnation is."""
     machine.adopt(newest, "found by a new controller", now_s)
+    if last is not None:
+        machine.num_restarts = last.num_restarts + (newest > last.incarnation)
     ends = [report for report in own if report.incarnation == newest]
     is_alive = bool(ends) and all(report.is_alive for report in ends)
     last = last if last is not None and last.incarnation == newest else None

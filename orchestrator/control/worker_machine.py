@@ -94,12 +94,9 @@ class WorkerMachine:
     last_loss: str = ""
     #: Losses since its record was clean.
     num_losses: int = 0
+    #: Processes after the first, as far as is known.
+    num_restarts: int = 0
     _ready_since_s: float = 0.0
-
-    @property
-    def num_restarts(self) -> int:
-        """Starts after the first."""
-        return max(0, self.incarnation - 1)
 
     @property
     def wants_process(self) -> bool:
@@ -145,6 +142,8 @@ class WorkerMachine:
         assert self.incarnation > 0 or self.state is LifecycleState.PENDING, self
 
     def _new_process(self, incarnation: int) -> None:
+        if self.incarnation > 0:
+            self.num_restarts += 1
         self.incarnation = incarnation
         self.saw_incarnation(incarnation)
         self.address, self.status, self.silent_s, self.is_listed = "", None, 0.0, False

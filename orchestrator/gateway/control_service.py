@@ -27,8 +27,14 @@ class ControlService(GatewayControlServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"the view is of deployment {request.view.deployment!r}; this gateway serves {self._deployment!r}",
             )
-        self._dispatcher.update_view(view_from_pb(request.view))
-        return pb.PublishViewResponse()
+        view = view_from_pb(request.view)
+        is_used = self._dispatcher.update_view(view)
+        present = self._dispatcher.view
+        # Two that started without a gateway to ask have the same epoch.
+        is_of_another = present is not None and (
+            (present.controller_epoch, present.controller_pid) != (view.controller_epoch, view.controller_pid)
+        )
+        return pb.PublishViewResponse(is_superseded=not is_used and is_of_another)
 
     async def GetView(  # noqa: N802
         self, _request: pb.GetViewRequest, _context: "grpc.aio.ServicerContext[Any, Any]"

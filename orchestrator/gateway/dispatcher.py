@@ -283,7 +283,8 @@ class Dispatcher:
         del self._tasks[link]
 
     def _worker_lost(self, worker: WorkerView, reason: str) -> None:
-        for request in list(self._requests.values()):
+        # The latest first, since each goes to the front of the queue: the earliest is then the next.
+        for request in reversed(list(self._requests.values())):
             self._do(request, request.machine.worker_lost(worker, reason))
 
     def _deadline_passed(self, request: LiveRequest) -> None:

@@ -35,6 +35,9 @@ LONG_REQUEST_BYTES = 16 * 2**10
 #: Threads that do so at a time.
 MAX_READER_THREADS = 2
 DEADLINE_MARGIN_S = 0.1
+#: Of a status: gRPC writes a byte as three at worst, and a client that gets more than 8 KiB of metadata sees
+#: RESOURCE_EXHAUSTED in the status's place.
+MAX_STATUS_MESSAGE_BYTES = 2000
 
 _STATUS_OF_KIND = {
     FailureKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -96,9 +99,9 @@ class InferenceService(InferenceServiceServicer):
                 FailureKind.DEADLINE, f"the deadline passed: {timeout_s:.3g} s after the request came"
             )
         except PhasewiseOrchestratorError as error:
-            await context.abort(_STATUS_OF_REFUSAL[type(error)], str(error))
+            await context.abort(_STATUS_OF_REFUSAL[type(error)], _status_message(str(error)))
         if failure is not None:
-            await context.abort(_STATUS_OF_KIND[failure.kind], failure.reason)
+            await context.abort(_STATUS_OF_KIND[failure.kind], _status_message(failure.reason))
 
     async def Abort(  # noqa: N802
         self, request: pb.AbortRequest, _context: "grpc.aio.ServicerContext[Any, Any]"
@@ -113,7 +116,7 @@ class InferenceService(InferenceServiceServicer):
         try:
             loaded = self._served.get(self._dispatcher.why_not())
         except NoModelYet as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _status_message(str(error)))
         return pb.GetModelInfoResponse(
             model=self._config.model,
             architecture=loaded.info.architecture,
@@ -170,3 +173,11 @@ class InferenceService(InferenceServiceServicer):
             await context.write(response(live.machine, news, detokenizer, self._clock()))
             if news.finish_reason is not None:
                 return None
+
+
+def _status_message(text: str) -> str:
+    """The text, or as much of its beginning as a status can carry."""
+    encoded = text.encode()
+    if len(encoded) <= MAX_STATUS_MESSAGE_BYTES:
+        return text
+    return encoded[:MAX_STATUS_MESSAGE_BYTES].decode(errors="ignore") + "..."

@@ -26,11 +26,21 @@ logger = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 2.0
+#: After so much silence a worker is asked whether it is there, and has as long again to answer. Workers take one
+#: such question every five seconds.
+KEEPALIVE_MS = 10_000
 #: A worker that leaves more commands than this unread is given up.
 MAX_QUEUED_COMMANDS = 4096
 #: In one message, so that prompts of any length stay below the worker's limit of a message.
 MAX_COMMANDS_PER_BATCH = 64
 _CHANNEL_OPTIONS = (
+    # Addresses are the cluster's own: no proxy.
+    ("grpc.enable_http_proxy", 0),
+    # A worker whose machine is gone closes no connection, and there may be no controller to tell.
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    # Not grpc.keepalive_timeout_ms, which grpcio 1.85 takes and does not heed.
+    ("grpc.http2.ping_timeout_ms", KEEPALIVE_MS),
+    ("grpc.http2.max_pings_without_data", 0),
     # A tokenizer may be tens of megabytes long.
     ("grpc.max_receive_message_length", 256 * 2**20),
     # Each attempt connects anew, without the back-off of the one before.
@@ -118,8 +128,10 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.worker.address, options=_CHANNEL_OPTIONS) as channel:
             stub = WorkerServiceStub(channel)
             status = await stub.GetStatus(pb.GetStatusRequest(), timeout=CONNECT_TIMEOUT_S)
-            if status.incarnation != self.worker.incarnation:
-                return f"incarnation {status.incarnation} answers there instead of {self.worker.incarnation}"
+            # The port of a process that has gone may be another one's by now.
+            wanted = (self.worker.worker_id, self.worker.incarnation)
+            if (status.worker_id, status.incarnation) != wanted:
+                return f"incarnation {status.incarnation} of {status.worker_id!r} answers at its address"
             model = await stub.GetModel(pb.GetModelRequest(), timeout=CONNECT_TIMEOUT_S)
             await self._listener.model_found(self.worker, model_from_pb(model))
             call = stub.Session()

@@ -16,7 +16,7 @@ from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, StartWorker, StopWorker
 from orchestrator.control.view import ClusterView
-from orchestrator.errors import PhasewiseOrchestratorError
+from orchestrator.errors import ControllerSuperseded, PhasewiseOrchestratorError
 from workers.api import WorkerId, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class ViewPublisher(Protocol):
     """The way to the gateway."""
 
     async def publish(self, view: ClusterView) -> None:
-        """Replace the gateway's view. Raises GatewayUnreachable."""
+        """Replace the gateway's view. Raises GatewayUnreachable or ControllerSuperseded."""
         ...
 
     async def last_view(self) -> ClusterView | None:
@@ -134,12 +134,17 @@ class ControlLoop:
         self._failed_starts: list[ProcessReport] = []
 
     async def run(self) -> None:
-        """Until `stop` is set. Lives through every exception, and waits longer after each in a row."""
+        """Until `stop` is set. Lives through every exception but one, and waits longer after each in a row.
+
+        Raises ControllerSuperseded: the workers are another controller's, whom this one must not disturb.
+        """
         num_failed = 0
         while not self._stop.is_set():
             began_s = self._clock()
             try:
                 await self.tick()
+            except ControllerSuperseded:
+                raise
             except Exception as error:  # noqa: BLE001 - counted and logged there; the loop must go on
                 self.failures.failed("tick", error)
                 num_failed += 1
@@ -168,7 +173,8 @@ class ControlLoop:
         _log_changes(self._last_view, plan.view)
         self._last_view = plan.view
         # The view goes first. It keeps requests off a worker that is about to be stopped, and keeps the
-        # new incarnation from being used again should we die in the middle.
+        # new incarnation from being used again should we die in the middle. And it ends us here if another
+        # controller has taken over.
         await self._publish(plan.view)
         async with asyncio.TaskGroup() as group:
             for action in plan.actions:
@@ -238,6 +244,8 @@ class ControlLoop:
         try:
             async with asyncio.timeout(timeout_s):
                 yield
+        except ControllerSuperseded:
+            raise
         except Exception as error:  # noqa: BLE001 - counted and logged; reconciling must go on
             self.failures.failed(act, error)
         else:

@@ -7,7 +7,7 @@ import grpc.aio
 
 from orchestrator.control.view import ClusterView
 from orchestrator.control.view_wire import view_from_pb, view_to_pb
-from orchestrator.errors import GatewayUnreachable
+from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
 from orchestrator.runtime.channel import open_channel
 from protos import control_pb2 as pb
 from protos.control_pb2_grpc import GatewayControlServiceStub
@@ -29,11 +29,13 @@ class GatewayPublisher:
         self._stub = GatewayControlServiceStub(self._channel)
 
     async def publish(self, view: ClusterView) -> None:
-        """Replace the gateway's view. Raises GatewayUnreachable."""
+        """Replace the gateway's view. Raises GatewayUnreachable or ControllerSuperseded."""
         with self._map_errors():
-            await self._stub.PublishView(
+            answer = await self._stub.PublishView(
                 pb.PublishViewRequest(view=view_to_pb(view)), timeout=PUBLISH_TIMEOUT_S
             )
+        if answer.is_superseded:
+            raise ControllerSuperseded(view.controller_epoch)
 
     async def last_view(self) -> ClusterView | None:
         """The view that the gateway has; waits a while for a gateway to come. Raises GatewayUnreachable."""

@@ -10,7 +10,7 @@ from orchestrator.control.controller import ControllerConfig
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.observation import ProcessKey, ProcessReport
 from orchestrator.control.view import ClusterView
-from orchestrator.errors import GatewayUnreachable
+from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
 from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId, WorkerState, WorkerStatus
 
 
@@ -184,6 +184,8 @@ class FakeGateway:
         old = self.view
         if old is None or (old.controller_epoch, old.version) <= (view.controller_epoch, view.version):
             self.view = view
+        elif old.controller_epoch > view.controller_epoch:
+            raise ControllerSuperseded(view.controller_epoch)
 
     async def last_view(self) -> ClusterView | None:
         await self._answer()

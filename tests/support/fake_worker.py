@@ -14,6 +14,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
+from kvtransfer.grpc_stream import GRPC_OPTIONS
 from orchestrator.control.view import LifecycleState, WorkerView
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
@@ -153,7 +154,7 @@ class FakeWorker(WorkerServiceServicer):
 
     async def start(self) -> None:
         """Listen at a free port."""
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=GRPC_OPTIONS)
         add_WorkerServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         await self._server.start()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.control.view import LifecycleState
+from orchestrator.errors import ControllerSuperseded
 from orchestrator.runtime.control_loop import MAX_BACKOFF_S, ControlLoop
 from tests.support.fake_cluster import (
     FakeClock,
@@ -324,6 +325,26 @@ def test_a_new_controller_takes_over_without_touching_what_works() -> None:
         assert (stage.gateway.view.controller_epoch, stage.gateway.view.version) == (2, 1)
         assert stage.machines.num_starts == 2
         assert stage.cluster.stopped == []
+
+    run(scenario)
+
+
+def test_a_controller_whose_place_was_taken_ends_without_touching_anything() -> None:
+    async def scenario() -> None:
+        stage = Stage()
+        await stage.ticks(4)
+        old = stage.loop
+        stage.restart()
+        await stage.ticks(1)
+        view = stage.gateway.view
+        # The old one would start another process in the place of this one.
+        stage.machines.crash((W0, 1))
+        with pytest.raises(ControllerSuperseded):
+            await old.run()
+        assert stage.gateway.view is view
+        assert (stage.machines.num_starts, stage.cluster.stopped) == (2, [])
+        await stage.ticks(4)
+        assert stage.all_ready()
 
     run(scenario)
 

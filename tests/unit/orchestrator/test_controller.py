@@ -405,13 +405,32 @@ def test_a_new_controller_without_a_view_adopts_what_lives(world: World) -> None
 
 def test_a_new_controller_does_not_use_an_incarnation_of_the_view_again(world: World) -> None:
     assert world.view is not None
-    workers = tuple(replace(worker, incarnation=6, state=S.LOST) for worker in world.view.workers)
+    workers = tuple(
+        replace(worker, incarnation=6, num_restarts=2, state=S.LOST) for worker in world.view.workers
+    )
     world.view = replace(world.view, workers=workers)
     world.machines.processes.clear()
     world.restart_controller()
     world.tick()
     ticks_until(world, lambda: world.view is not None and world.view.is_ready, 10)
-    assert (world.worker().incarnation, world.worker().num_restarts) == (7, 6)
+    assert (world.worker().incarnation, world.worker().num_restarts) == (7, 3)
+
+
+def test_a_new_controller_that_nobody_tells_what_was_uses_numbers_above_all_that_may_have_been() -> None:
+    world = World()
+    world.config = replace(world.config, used_up=1000)
+    world.machines.start(declare("w-1"), 1)
+    ticks_until(world, lambda: world.view is not None and world.view.is_ready, 10)
+    assert world.view is not None
+    assert world.view.controller_epoch == 1001
+    assert [worker.incarnation for worker in world.view.workers] == [1001, 1]
+    assert [worker.num_restarts for worker in world.view.workers] == [0, 0]
+    world.machines.crash((W1, 1))
+    ticks_until(world, lambda: world.worker("w-1").incarnation != 1, 5)
+    assert (world.worker("w-1").incarnation, world.worker("w-1").num_restarts) == (1001, 1)
+    world.restart_controller()
+    world.tick()
+    assert world.view.controller_epoch == 1002
 
 
 def test_a_new_controller_leaves_a_failed_worker_its_minute() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.view_wire import view_to_pb
-from orchestrator.errors import GatewayUnreachable
+from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
 from orchestrator.runtime.view_publisher import GatewayPublisher
 from orchestrator.runtime.worker_probe import WorkerProbe
 from protos import control_pb2, worker_pb2
@@ -53,10 +53,11 @@ class Gateway(GatewayControlServiceServicer):
 
     def __init__(self) -> None:
         self.views: list[control_pb2.ClusterView] = []
+        self.has_another = False
 
     async def PublishView(self, request: Any, context: Any) -> control_pb2.PublishViewResponse:  # noqa: N802
         self.views.append(request.view)
-        return control_pb2.PublishViewResponse()
+        return control_pb2.PublishViewResponse(is_superseded=self.has_another)
 
     async def GetView(self, request: Any, context: Any) -> control_pb2.GetViewResponse:  # noqa: N802
         return control_pb2.GetViewResponse(view=self.views[-1] if self.views else None)
@@ -168,6 +169,19 @@ def test_the_gateway_gets_the_view_and_gives_it_back() -> None:
             await publisher.publish(VIEW)
             assert gateway.views == [view_to_pb(VIEW)]
             assert await publisher.last_view() == VIEW
+            await publisher.close()
+
+    run(scenario)
+
+
+def test_a_gateway_that_has_another_controller_is_a_typed_error() -> None:
+    async def scenario() -> None:
+        gateway = Gateway()
+        gateway.has_another = True
+        async with serving(lambda s: add_GatewayControlServiceServicer_to_server(gateway, s)) as address:
+            publisher = GatewayPublisher(address)
+            with pytest.raises(ControllerSuperseded, match="of epoch 2"):
+                await publisher.publish(VIEW)
             await publisher.close()
 
     run(scenario)

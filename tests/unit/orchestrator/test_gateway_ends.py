@@ -104,6 +104,18 @@ def test_what_workers_refuse_has_its_status_and_their_reason(
     run(scenario)
 
 
+def test_a_reason_of_any_length_keeps_its_status_and_its_beginning() -> None:
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        both.answer = lambda submit: [RequestFailed(submit.key, FailureCode.INVALID, "für " * 10_000)]
+        async with gateway(both) as it:
+            status, message = await error_of(it.client.Generate(generate_request()))
+            assert (status, message[:16]) == ("INVALID_ARGUMENT", "both-0: für für ")
+            assert message.endswith("...")
+
+    run(scenario)
+
+
 def test_a_failure_midway_keeps_the_tokens_before_it() -> None:
     async def scenario() -> None:
         both = FakeWorker("both-0", BOTH)
@@ -136,6 +148,29 @@ def test_without_workers_a_request_waits_until_one_comes() -> None:
             await new.start()
             await it.publish(new.view())
             assert tokens_of(await collect(call)) == EXPECTED
+            await new.die()
+
+    run(scenario)
+
+
+def test_requests_that_lost_their_worker_go_on_in_the_order_in_which_they_came() -> None:
+    async def scenario() -> None:
+        old, new = FakeWorker("both-0", BOTH), FakeWorker("both-0", BOTH, incarnation=2)
+        old.answer = lambda submit: []
+        async with gateway(old) as it:
+            calls = []
+            for i in range(4):
+                request = generate_request()
+                request.request_id = f"r{i}"
+                calls.append(it.client.Generate(request))
+                await until(lambda i=i: len(old.submits) == i + 1, "the request")  # type: ignore[misc]
+            await old.die()
+            await until(lambda: it.dispatcher.num_waiting == 4, "the requests to wait")
+            await new.start()
+            await it.publish(new.view())
+            for call in calls:
+                await collect(call)
+            assert [submit.key.request_id for submit in new.submits] == ["r0", "r1", "r2", "r3"]
             await new.die()
 
     run(scenario)

@@ -1,11 +1,14 @@
 """What the gateway learns of workers: views, models, links that open and break."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 
 import grpc
 import grpc.aio
 import pytest
 
+from orchestrator.control.view import WorkerView
 from orchestrator.gateway import worker_link
 from protos import control_pb2
 from protos import inference_pb2 as pb
@@ -27,7 +30,26 @@ from tests.support.gateway import (
     tokens_of,
 )
 from tests.support.waiting import until
-from workers.api import Abort, RequestId, RequestKey
+from workers.api import Abort, Event, ModelInfo, RequestId, RequestKey, WorkerId
+
+
+class Listener:
+    """Implements LinkListener; keeps why links broke."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    async def model_found(self, worker: WorkerView, model: ModelInfo) -> None:
+        pass
+
+    def link_opened(self, link: worker_link.WorkerLink) -> None:
+        pass
+
+    def link_broke(self, link: worker_link.WorkerLink, reason: str) -> None:
+        self.reasons.append(reason)
+
+    def events_came(self, link: worker_link.WorkerLink, events: Sequence[Event]) -> None:
+        pass
 
 
 def test_model_info_comes_from_the_workers() -> None:
@@ -109,6 +131,40 @@ def test_another_incarnation_behind_an_address_is_not_used(monkeypatch: pytest.M
             assert not await it.is_serving()
             await it.use(new)
             await collect(it.client.Generate(generate_request()))
+
+    run(scenario)
+
+
+def test_another_worker_behind_an_address_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "MAX_BACKOFF_S", 0.02)
+
+    async def scenario() -> None:
+        # The port of p-0, whose process has gone, and both are at their first incarnation.
+        decode = FakeWorker("d-0", DECODE)
+        async with running(decode), gateway() as it:
+            await it.publish(replace(decode.view(), worker_id=WorkerId("p-0"), phases=PREFILL))
+            await until(lambda: decode.num_status_calls >= 2, "two attempts to open the link")
+            assert (it.linked(), decode.num_sessions) == (set(), 0)
+
+    run(scenario)
+
+
+def test_a_proxy_for_the_web_is_not_asked_for_the_way_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        await both.start()
+        link = worker_link.WorkerLink(both.view(), listener := Listener())
+        task = asyncio.create_task(link.run())
+        try:
+            await until(lambda: link.is_open, "the link")
+            assert listener.reasons == []
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await both.die()
 
     run(scenario)
 

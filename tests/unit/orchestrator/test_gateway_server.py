@@ -150,6 +150,34 @@ def test_the_view_can_be_read_back_with_the_counts() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("epoch", "version", "pid", "is_superseded"),
+    [
+        pytest.param(1, 99, 1, True, id="an earlier controller"),
+        pytest.param(2, 4, 1, True, id="another one of the same epoch"),
+        pytest.param(2, 4, 2, False, id="its own view, overtaken by a later one"),
+        pytest.param(2, 6, 2, False, id="the same controller"),
+        pytest.param(3, 1, 3, False, id="a later controller"),
+    ],
+)
+def test_a_controller_is_told_when_another_has_taken_over(
+    epoch: int, version: int, pid: int, is_superseded: bool
+) -> None:
+    async def scenario() -> None:
+        async with gateway() as it:
+            present = control_pb2.ClusterView(
+                deployment="test", controller_epoch=2, version=5, controller_pid=2
+            )
+            await it.control.PublishView(control_pb2.PublishViewRequest(view=present))
+            view = control_pb2.ClusterView(
+                deployment="test", controller_epoch=epoch, version=version, controller_pid=pid
+            )
+            answer = await it.control.PublishView(control_pb2.PublishViewRequest(view=view))
+            assert answer.is_superseded == is_superseded
+
+    run(scenario)
+
+
 def test_the_view_of_another_deployment_is_refused() -> None:
     async def scenario() -> None:
         async with gateway() as it:

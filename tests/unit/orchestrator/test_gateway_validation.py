@@ -176,6 +176,7 @@ def test_tokens_that_are_no_utf_8_are_a_prompt_like_any_other() -> None:
         errors.GatewayFull(3),
         errors.GatewayStopping(),
         errors.NoModelYet("d"),
+        errors.ControllerSuperseded(3),
         errors.UnusableModel("p"),
     ],
 )
