@@ -5,7 +5,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
+# isort: off
+import orchestrator.runtime.ray_token  # noqa: F401 - must come before ray
+import ray
+
+# isort: on
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.gateway.server import serve
@@ -16,6 +22,9 @@ from orchestrator.runtime.control_loop import ControlLoop
 from orchestrator.runtime.view_publisher import GatewayPublisher
 from orchestrator.runtime.worker_probe import WorkerProbe
 from workers.actor import LOG_FORMAT, ServiceThread
+
+#: Between a service that ended and the next start of its process, in seconds.
+RESTART_PAUSE_S = 1.0
 
 
 class GatewayActor:
@@ -28,6 +37,7 @@ class GatewayActor:
             await serve(config, on_bound=lambda *addresses: on_bound(addresses), stop=stop)
 
         self._service: ServiceThread[tuple[str, str]] = ServiceThread(start)
+        _end_with(self._service, is_first_start=_is_first_start())
 
     async def addresses(self) -> tuple[str, str]:
         """host:port for clients and for the controller; waits until both are bound."""
@@ -42,16 +52,42 @@ class ControllerActor:
 
         async def start(on_bound: Callable[[int], None], stop: asyncio.Event) -> None:
             on_bound(os.getpid())
-            await _control(deployment, control_address, stop)
+            await _control(deployment, control_address, stop, used_up=used_up)
 
+        is_first_start = _is_first_start()
+        # The one before us may have died with the gateway, the only one who knows what was used.
+        used_up = 0 if is_first_start else int(time.time())
         self._service: ServiceThread[int] = ServiceThread(start)
+        _end_with(self._service, is_first_start=is_first_start)
 
     async def pid(self) -> int:
         """Of this process; waits until the loop has begun."""
         return await asyncio.wrap_future(self._service.bound)
 
 
-async def _control(deployment: Deployment, control_address: str, stop: asyncio.Event) -> None:
+def _is_first_start() -> bool:
+    return not ray.get_runtime_context().was_current_actor_reconstructed
+
+
+def _end_with(service: ServiceThread[Any], *, is_first_start: bool) -> None:
+    """Have this process end when its service does, so that Ray starts the actor again: nobody else looks after it.
+
+    A first start that fails is left to whoever asked for it, who hears why when asking for what was bound.
+    """
+
+    def ended(_reason: object) -> None:
+        if is_first_start and service.bound.exception() is not None:
+            return
+        # A port that is taken now may be free in a moment.
+        time.sleep(RESTART_PAUSE_S)
+        os._exit(1)
+
+    service.ended.add_done_callback(ended)
+
+
+async def _control(
+    deployment: Deployment, control_address: str, stop: asyncio.Event, *, used_up: int
+) -> None:
     spec = deployment.spec
     tick_s = spec.controller.tick_ms / 1000
     # Half a tick for the answers leaves the other half for what follows from them.
@@ -66,6 +102,7 @@ async def _control(deployment: Deployment, control_address: str, stop: asyncio.E
             declared=tuple(worker_specs(deployment)),
             heartbeat_timeout_s=spec.controller.heartbeat_timeout_ms / 1000,
             controller_pid=os.getpid(),
+            used_up=used_up,
         ),
         tick_s=tick_s,
         clock=time.monotonic,

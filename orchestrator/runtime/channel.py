@@ -1,4 +1,4 @@
-"""gRPC channels from the controller to workers and gateway."""
+"""gRPC channels to the gateway, from the controller and the command line, and from the controller to workers."""
 
 import grpc.aio
 

@@ -1,8 +1,10 @@
 """Workers as Ray actors. Every call to Ray that the controller makes is in this file."""
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 # isort: off
 import orchestrator.runtime.ray_token  # noqa: F401 - must come before ray
@@ -21,6 +23,8 @@ from workers.launch_environment import MALLOC_ENVIRONMENT
 #: Ray namespace of all actors of Phasewise.
 NAMESPACE = "phasewise"
 LOOPBACK = "127.0.0.1"
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -45,19 +49,25 @@ class RayCluster:
         self._prefix = f"{deployment}/worker/"
         self._binds_to_node = binds_to_node
         self._processes: dict[tuple[WorkerId, int], _Process] = {}
+        # One, so that a call that outlives its timeout does not meet the next in the middle.
+        self._ray_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
     async def list_processes(self) -> list[ProcessReport]:
         """All that were started and have not been stopped, the dead ones with the reason."""
-        return await asyncio.to_thread(self._list)
+        return await self._in_ray_thread(self._list)
 
     async def start(self, worker: DeclaredWorker, incarnation: int) -> None:
         """Ask Ray for a process; returns before it runs. A second call for the same one changes nothing."""
-        await asyncio.to_thread(self._start, worker, incarnation)
+        await self._in_ray_thread(self._start, worker, incarnation)
 
     async def stop(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         """End the process at once, whatever it is doing."""
         del reason  # the controller has logged it
-        await asyncio.to_thread(self._stop, worker_id, incarnation)
+        await self._in_ray_thread(self._stop, worker_id, incarnation)
+
+    async def _in_ray_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """Ray's calls block."""
+        return await asyncio.get_running_loop().run_in_executor(self._ray_thread, call, *arguments)
 
     def _list(self) -> list[ProcessReport]:
         for name in list_named_actors():

@@ -20,6 +20,10 @@ START_TIMEOUT_S = 120.0
 #: Ray needs one to two seconds to end all its processes.
 END_TIMEOUT_S = 20.0
 SHOWN_LOG_LINES = 5
+MODULE = "orchestrator.runtime.local_head"
+#: A process that began at another time is another one. But all such times shift when the clock of the machine
+#: is set, as after a sleep: in seconds, by how much they may differ.
+MAX_CLOCK_STEP_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def start_head(*, num_cpus: int, is_bound_to_us: bool, log: Path) -> Head:
     is_bound_to_us: it ends when this process does, even by a kill. log: gets what it says on stderr.
     Raises LaunchFailed.
     """
-    command = [sys.executable, "-m", "orchestrator.runtime.local_head", f"--num-cpus={num_cpus}"]
+    command = [sys.executable, "-m", MODULE, f"--num-cpus={num_cpus}"]
     if is_bound_to_us:
         command.append("--until-stdin-closes")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,7 @@ def end_process(pid: int, created_unix_s: float | None) -> None:
     """End the process, kindly first; returns when it is gone. One that began at another time is left alone."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        if created_unix_s is not None and process.create_time() != created_unix_s:
+        if created_unix_s is not None and not _began_at(process, created_unix_s):
             return
         process.terminate()
         try:
@@ -87,9 +91,15 @@ def is_running(pid: int, created_unix_s: float | None) -> bool:
     """Whether this very process lives."""
     try:
         process = psutil.Process(pid)
-        return process.create_time() == created_unix_s and process.status() != psutil.STATUS_ZOMBIE
+        is_it = created_unix_s is not None and _began_at(process, created_unix_s)
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _began_at(process: psutil.Process, created_unix_s: float) -> bool:
+    """Whether it is a head, and the one that began then."""
+    return MODULE in process.cmdline() and abs(process.create_time() - created_unix_s) < MAX_CLOCK_STEP_S
 
 
 def _close(process: "subprocess.Popen[bytes]") -> None:

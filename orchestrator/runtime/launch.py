@@ -3,14 +3,18 @@
 The gateway runs on the node on which `launch` is called; the controller starts the workers.
 """
 
+import errno
 import logging
 import math
 import os
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any
 
 # isort: off
@@ -23,7 +27,7 @@ from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator import interruptible
-from orchestrator.errors import AddressInUse, AlreadyRunning, LaunchFailed
+from orchestrator.errors import AddressInUse, AddressUnusable, AlreadyRunning, LaunchFailed
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.declare import gateway_config
 from orchestrator.manifest.models import Deployment, split_address
@@ -35,6 +39,9 @@ from orchestrator.runtime.readiness import Progress, has_gateway, wait_until_rea
 from orchestrator.runtime.registry import Registry, RunningDeployment
 
 ACTOR_TIMEOUT_S = 120.0
+#: For a gateway that runs already to say where.
+ANSWER_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +60,35 @@ def launch(
     is_bound_to_us: bool = False,
     registry: Registry | None = None,
 ) -> Launched:
-    """Start it and return when it serves. What goes wrong, or Ctrl-C, undoes all of it.
+    """Start it and return when it serves. What goes wrong, Ctrl-C, or SIGTERM, undoes all of it.
 
     ray_address: a running cluster, as for `ray.init`; None starts one on this machine. is_bound_to_us: a
     cluster that is started here ends with this process, however that ends.
-    Raises AlreadyRunning, AddressInUse and LaunchFailed.
+    Raises AlreadyRunning, AddressInUse, AddressUnusable and LaunchFailed.
     """
     registry = registry if registry is not None else Registry()
+    with registry.starting(deployment.metadata.name), _undone_by_sigterm():
+        return _launch(deployment, progress, registry, ray_address, is_bound_to_us=is_bound_to_us)
+
+
+def _launch(
+    deployment: Deployment,
+    progress: Progress,
+    registry: Registry,
+    ray_address: str | None,
+    *,
+    is_bound_to_us: bool,
+) -> Launched:
     name = deployment.metadata.name
     earlier = registry.get(name)
     if earlier is not None and is_alive(earlier):
         raise AlreadyRunning(name, earlier.address)
     config = with_fixed_ports(gateway_config(deployment))
-    running = RunningDeployment(name, config.address, config.control_address, ray_address or "", None, None)
+    running = RunningDeployment(name, config.address, config.control_address, "", None, None)
     head: Head | None = None
+    if ray_address is not None:
+        progress(f"joining the Ray cluster at {ray_address}")
+        running = _join(replace(running, ray_address=ray_address), registry)
     try:
         if ray_address is None:
             progress("starting Ray")
@@ -80,10 +102,14 @@ def launch(
                 head_created_unix_s=head.created_unix_s,
             )
         registry.save(running)
-        _connect(running)
+        if head is not None:
+            _connect(running)
         progress("starting the gateway")
         _start_actors(deployment, config)
-        interruptible.run(wait_until_ready(running, progress))
+        interruptible.run(wait_until_ready(running, progress, lambda: _is_there(running)))
+    except AlreadyRunning:
+        # Somebody else was faster, on the same cluster: what runs there is not ours to stop.
+        raise
     except BaseException:
         with _undisturbed():
             progress("stopping what was started")
@@ -92,6 +118,36 @@ def launch(
     finally:
         ray.shutdown()
     return Launched(running, head)
+
+
+def _join(running: RunningDeployment, registry: Registry) -> RunningDeployment:
+    """Connect to a cluster that is not ours; returns it with the cluster's own address.
+
+    Raises LaunchFailed, and AlreadyRunning when something of this name runs there, whoever started it: that is
+    then remembered here, so that it can be stopped from here.
+    """
+    try:
+        _connect(running)
+        running = replace(running, ray_address=ray.get_runtime_context().gcs_address)
+        if not _actor_names(running.name):
+            return running
+        there = _with_real_addresses(running)
+    except BaseException:
+        ray.shutdown()
+        raise
+    ray.shutdown()
+    registry.save(there)
+    raise AlreadyRunning(there.name, there.address)
+
+
+def _with_real_addresses(running: RunningDeployment) -> RunningDeployment:
+    """The same with the addresses that its gateway says; unchanged when there is none that speaks."""
+    try:
+        gateway: Any = ray.get_actor(gateway_actor_name(running.name))
+        address, control_address = ray.get(gateway.addresses.remote(), timeout=ANSWER_TIMEOUT_S)
+    except (ValueError, RayError):
+        return running
+    return replace(running, address=address, control_address=control_address)
 
 
 def shut_down(running: RunningDeployment, registry: Registry | None = None) -> None:
@@ -103,10 +159,15 @@ def shut_down(running: RunningDeployment, registry: Registry | None = None) -> N
         end_process(running.head_pid, running.head_created_unix_s)
     elif running.ray_address:
         if not ray.is_initialized():
-            _connect(running)
-        prefix = f"{running.name}/"
+            try:
+                _connect(running)
+            except LaunchFailed as error:
+                remedy = (
+                    f"{error.remedy}. If that cluster is gone for good, delete {registry.path(running.name)}"
+                )
+                raise LaunchFailed(error.problem, remedy) from error
         # The controller first, or it would start the workers again: it is the first by name.
-        for name in sorted(name for name in list_named_actors() if name.startswith(prefix)):
+        for name in _actor_names(running.name):
             _kill(name)
         ray.shutdown()
     registry.remove(running.name)
@@ -139,10 +200,22 @@ def is_alive(running: RunningDeployment) -> bool:
     return interruptible.run(has_gateway(running.control_address))
 
 
+def _is_there(running: RunningDeployment) -> bool:
+    """The same from within the cluster."""
+    if running.head_pid is not None:
+        return is_running(running.head_pid, running.head_created_unix_s)
+    return gateway_actor_name(running.name) in _actor_names(running.name)
+
+
+def _actor_names(deployment: str) -> list[str]:
+    """Of all its actors that live, sorted."""
+    return sorted(name for name in list_named_actors() if name.startswith(f"{deployment}/"))
+
+
 def with_fixed_ports(config: GatewayConfig) -> GatewayConfig:
     """The same with a free port for each port 0, so that a gateway that is started again comes back there.
 
-    Raises AddressInUse for a port that is taken.
+    Raises AddressInUse for a port that is taken, and AddressUnusable.
     """
     return replace(
         config,
@@ -160,7 +233,9 @@ def _free_address(address: str, manifest_key: str) -> str:
         try:
             probe.bind((host.strip("[]"), port))
         except OSError as error:
-            raise AddressInUse(address, manifest_key) from error
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUse(address, manifest_key) from error
+            raise AddressUnusable(address, manifest_key, error.strerror or str(error)) from error
         return f"{host}:{probe.getsockname()[1]}"
 
 
@@ -175,6 +250,7 @@ def _connect(running: RunningDeployment) -> None:
     if running.head_pid is not None:
         options["_node_ip_address"] = NODE_ADDRESS
     try:
+        _check_reachable(running.ray_address)
         ray.init(
             address=running.ray_address,
             namespace=NAMESPACE,
@@ -182,9 +258,17 @@ def _connect(running: RunningDeployment) -> None:
             logging_level=logging.ERROR,
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         remedy = "Check the address, and that RAY_AUTH_MODE and the token are those of the cluster"
         raise LaunchFailed(f"no Ray cluster answers at {running.ray_address!r}: {error}", remedy) from error
+
+
+def _check_reachable(ray_address: str) -> None:
+    """Raises OSError when nothing listens there: Ray itself would go on asking for minutes."""
+    host, _, port = ray_address.rpartition(":")
+    # Others are names, as `auto`, or of another protocol.
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _start_actors(deployment: Deployment, config: GatewayConfig) -> None:
@@ -212,7 +296,7 @@ def _start_actors(deployment: Deployment, config: GatewayConfig) -> None:
         raise AlreadyRunning(name, config.address) from error
     except RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, AddressInUse):
+        if isinstance(cause, AddressInUse | AddressUnusable):
             raise cause from error
         raise LaunchFailed(f"the gateway or the controller failed: {cause}", "See Ray's logs") from error
     except (RayActorError, TimeoutError) as error:
@@ -240,15 +324,35 @@ def _kill(name: str) -> None:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits: what happens here takes seconds and must be done."""
-    try:
-        earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:
-        # Only the main thread has signals.
-        yield
-        return
+def _undone_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, which undoes what was started, unless our caller treats it otherwise."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    is_ours = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, earlier)
+        # Ray has put a handler of its own in its place by now, for as long as we are connected.
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: what happens here takes seconds and must be done."""
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread has signals.
+        yield
+        return
+    earlier = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -2,12 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import grpc.aio
 
-from orchestrator.control.view import ClusterView, LifecycleState
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.view_wire import view_from_pb
 from orchestrator.errors import LaunchFailed
 from orchestrator.runtime.channel import open_channel
@@ -15,6 +15,7 @@ from orchestrator.runtime.registry import RunningDeployment
 from protos import control_pb2, inference_pb2
 from protos.control_pb2_grpc import GatewayControlServiceStub
 from protos.inference_pb2_grpc import InferenceServiceStub
+from workers.api import WorkerId
 
 if TYPE_CHECKING:  # the stubs' asynchronous forms exist for type checkers only
     from protos.control_pb2_grpc import GatewayControlServiceAsyncStub
@@ -29,10 +30,13 @@ RPC_TIMEOUT_S = 2.0
 Progress = Callable[[str], None]
 
 
-async def wait_until_ready(running: RunningDeployment, progress: Progress) -> None:
+async def wait_until_ready(
+    running: RunningDeployment, progress: Progress, is_there: Callable[[], bool]
+) -> None:
     """Until every declared worker is ready, or has failed and the others can serve without it.
 
-    Raises LaunchFailed when they cannot, or when it takes too long.
+    is_there: whether there is still something to wait for; asked when the gateway does not answer.
+    Raises LaunchFailed when they cannot, when it takes too long, or when somebody stopped it.
     """
     async with (
         open_channel(running.control_address) as control_channel,
@@ -42,6 +46,10 @@ async def wait_until_ready(running: RunningDeployment, progress: Progress) -> No
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         while True:
             view = await _view(control)
+            if view is None and not is_there():
+                raise LaunchFailed(
+                    "it was stopped while it started, or Ray broke down", "Start it again, or see Ray's logs"
+                )
             progress(describe(view))
             if view is not None and _is_settled(view):
                 if not view.is_ready:
@@ -67,15 +75,25 @@ async def has_gateway(control_address: str) -> bool:
 
 
 def describe(view: ClusterView | None) -> str:
-    """One line: every worker that is not ready, with what it is doing."""
+    """One line: what the workers are doing, those that do the same together."""
     if view is None:
         return "waiting for the controller"
-    parts = []
-    for worker in view.workers:
-        detail = worker.status.message if worker.status and worker.status.message else worker.reason
-        is_ready = worker.state is LifecycleState.READY
-        parts.append(f"{worker.worker_id}: {'ready' if is_ready else detail or worker.state}")
-    return "; ".join(parts)
+    return _by_reason({worker.worker_id: _doing(worker) for worker in view.workers})
+
+
+def _doing(worker: WorkerView) -> str:
+    if worker.state is LifecycleState.READY:
+        return "ready"
+    told = worker.status.message if worker.status is not None else ""
+    return told or worker.reason or worker.state
+
+
+def _by_reason(reasons: Mapping[WorkerId, str]) -> str:
+    """`prefill-0, prefill-1: ready; decode-0: loading`."""
+    workers: dict[str, list[str]] = {}
+    for worker_id, reason in reasons.items():
+        workers.setdefault(reason, []).append(worker_id)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in workers.items())
 
 
 async def _view(control: "GatewayControlServiceAsyncStub") -> ClusterView | None:
@@ -100,5 +118,5 @@ def _is_settled(view: ClusterView) -> bool:
 
 
 def _failures(view: ClusterView) -> str:
-    failed = [worker for worker in view.workers if worker.state is LifecycleState.FAILED]
-    return "; ".join(f"{worker.worker_id}: {worker.reason}" for worker in failed)
+    failed = (worker for worker in view.workers if worker.state is LifecycleState.FAILED)
+    return _by_reason({worker.worker_id: worker.reason for worker in failed})

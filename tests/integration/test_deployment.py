@@ -131,6 +131,27 @@ def test_the_same_name_cannot_be_started_twice(running: Running, tmp_path: Path)
     assert "phasewise down it" in again.stderr
 
 
+def test_the_same_name_started_from_elsewhere_on_the_same_cluster_stops_nothing(
+    running: Running, tmp_path: Path
+) -> None:
+    manifest = tmp_path / "again.yaml"
+    manifest.write_text(MANIFEST)
+    known = Registry(running.user.state / "phasewise" / "deployments").get("it")
+    assert known is not None
+    before = running.view()
+    elsewhere = User(tmp_path / "elsewhere")
+    again = elsewhere.run("up", str(manifest), "--ray-address", known.ray_address)
+    assert again.returncode == 1
+    assert f"runs already, with its gateway at {running.address}" in again.stderr
+    assert before is not None
+    after = running.view()
+    assert after is not None
+    assert [worker.incarnation for worker in after.workers] == [w.incarnation for w in before.workers]
+    assert running.all_ready()
+    # It could be stopped from there now.
+    assert elsewhere.run("status", "it").returncode == 0
+
+
 def test_the_gateways_port_in_use_is_one_clear_error(running: Running, tmp_path: Path) -> None:
     manifest = tmp_path / "other.yaml"
     manifest.write_text(

