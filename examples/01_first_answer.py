@@ -37,7 +37,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     except grpc.RpcError as error:
-        print(f"the request failed: {error}", file=sys.stderr)
+        print(f"the request failed: {error.code().name}: {error.details()}", file=sys.stderr)
         return 1
 
 

@@ -27,12 +27,12 @@ def main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    python = folder / "bin" / "python"
-    if not python.exists() and not create_environment(folder):
+    # Not the interpreter: on Debian without python3-venv a failed attempt leaves that behind.
+    if not (folder / "bin" / "pip").exists() and not create_environment(folder):
         return 1
     extra = "" if kind == "runtime" else "[dev]"
     pip = [
-        str(python),
+        str(folder / "bin" / "python"),
         "-m",
         "pip",
         "install",

@@ -72,7 +72,7 @@ def take_slice(trace: Trace, *, rate_rps: float, duration_s: float, first_row: i
             trace.file,
             None,
             f"rows {first_row} to {start + num_rows} all arrive at once, so no rate can be made of them; "
-            "take more rows with a longer duration",
+            "take more rows with a longer duration, or begin at another row",
         )
     arrivals_s = tuple((row.arrival_s - origin_s) / span_s * duration_s for row in rows)
     return Slice(rows, arrivals_s, span_s / duration_s)

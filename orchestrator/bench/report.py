@@ -31,7 +31,7 @@ def lines(trace: Trace, part: Slice, config: BenchConfig, result: BenchResult) -
 def describe_slice(trace: Trace, part: Slice) -> str:
     """Which rows, and how they were re-timed."""
     first, last = part.rows[0].number, part.rows[-1].number
-    return f"{trace.file} ({trace.format}), rows {first} to {last} of {len(trace.rows)}, sped up {part.speed_up:.3g}x"
+    return f"{trace.file} ({trace.format}), rows {first} to {last} of {len(trace.rows)}, at {part.speed_up:.3g}x their speed"
 
 
 def _clipped(summary: Summary, result: BenchResult) -> list[str]:

@@ -4,13 +4,12 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import grpc
-
 from orchestrator.bench.load import LoadConfig, LoadProgress, OpenLoop
 from orchestrator.bench.plan import Slice, plan_requests
 from orchestrator.bench.records import BenchConfig, ServedModel
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.errors import GatewayUnreachable
+from orchestrator.runtime.channel import open_channel
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServiceStub
 
@@ -25,16 +24,15 @@ async def run_bench(
     stop: asyncio.Event,
     on_progress: Callable[[LoadProgress], None],
 ) -> BenchResult:
-    """Send the rows of `part` to the gateway at `address`. Raises GatewayUnreachable.
+    """Send the rows of `part` to the gateway at `address`.
+
+    Raises grpc.RpcError when it does not say what it serves, GatewayUnreachable when that is no model.
 
     Setting `stop` ends it early, with a result of what was done until then.
     """
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with open_channel(address) as channel:
         stub = InferenceServiceStub(channel)
-        try:
-            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=MODEL_INFO_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise GatewayUnreachable(address, error.details() or error.code().name) from error
+        info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=MODEL_INFO_TIMEOUT_S)
         model = ServedModel(info.model, info.model_digest, info.max_context_tokens, info.vocab_size)
         if model.max_context_tokens < 2 or model.vocab_size < 1:
             raise GatewayUnreachable(address, "what answers there describes no model")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,15 +18,16 @@ from orchestrator.bench.load import LoadProgress
 from orchestrator.bench.machine import describe_machine
 from orchestrator.bench.plan import Slice, take_slice
 from orchestrator.bench.records import BenchConfig
-from orchestrator.bench.report import as_json, describe_slice, lines
+from orchestrator.bench.report import as_json, lines
 from orchestrator.bench.runner import run_bench
 from orchestrator.bench.summary import BenchResult
 from orchestrator.bench.trace import Trace, read_trace
-from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli import arguments, exit_codes, target
 from orchestrator.cli.progress import shown_progress
 from orchestrator.control.slo import Slo
 from orchestrator.errors import (
     AddressInUse,
+    AddressUnusable,
     AlreadyRunning,
     GatewayUnreachable,
     LaunchFailed,
@@ -57,8 +59,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "bench",
         help="replay a request trace and measure TTFT, TPOT, ITL and goodput",
-        description="Replay a request trace in an open loop: requests are sent when they are due, whatever became "
-        "of those before. What the numbers mean is in docs/benchmarking.md.",
+        description="Replay a request trace in an open loop: requests are sent when they are due, whatever\n"
+        "became of those before. What the numbers mean is in docs/benchmarking.md.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,15 +119,18 @@ def run(args: argparse.Namespace) -> int:
             trace, rate_rps=config.rate_rps, duration_s=config.duration_s, first_row=config.first_row
         )
         with _gateway(args, deployment) as address:
-            print(f"{address}: {describe_slice(trace, part)}", file=sys.stderr)
-            result = asyncio.run(_measure(address, part, config))
+            print(f"{address}: {len(part.rows)} requests in {config.duration_s:g} s", file=sys.stderr)
+            try:
+                result = asyncio.run(_measure(address, part, config))
+            except grpc.RpcError as error:
+                return target.failed(address, error)
     except ManifestError as error:
         return _failed(str(error), exit_codes.INVALID_MANIFEST)
     except (TraceError, argparse.ArgumentTypeError) as error:
         return _failed(str(error), exit_codes.USAGE)
     except GatewayUnreachable as error:
         return _failed(str(error), exit_codes.UNREACHABLE)
-    except (AlreadyRunning, AddressInUse, LaunchFailed) as error:
+    except (AlreadyRunning, AddressInUse, AddressUnusable, LaunchFailed) as error:
         return _failed(str(error), exit_codes.FAILURE)
     return _report(args, trace, part, config, result)
 
@@ -201,7 +206,11 @@ def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
 
 @contextmanager
 def _progress_bar(num_requests: int) -> Iterator[Callable[[LoadProgress], None]]:
+    """On a terminal; elsewhere a line for each tenth of the answers."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _progress_lines(num_requests)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -209,7 +218,7 @@ def _progress_bar(num_requests: int) -> Iterator[Callable[[LoadProgress], None]]
         TextColumn("answered, {task.fields[sent]} sent, {task.fields[failed]} failed"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("requests", total=num_requests, sent=0, failed=0)
 
         def update(now: LoadProgress) -> None:
@@ -217,6 +226,20 @@ def _progress_bar(num_requests: int) -> Iterator[Callable[[LoadProgress], None]]
             bar.update(task, completed=answered, sent=now.num_sent, failed=now.num_failed)
 
         yield update
+
+
+def _progress_lines(num_requests: int) -> Callable[[LoadProgress], None]:
+    num_tenths = 0
+
+    def update(now: LoadProgress) -> None:
+        nonlocal num_tenths
+        answered = now.num_finished + now.num_failed
+        if 10 * answered // num_requests > num_tenths:
+            num_tenths = 10 * answered // num_requests
+            text = f"{answered}/{num_requests} answered, {now.num_sent} sent, {now.num_failed} failed"
+            print(text, file=sys.stderr)
+
+    return update
 
 
 def _report(

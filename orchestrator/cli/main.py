@@ -71,7 +71,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         chosen.run = _print_version
         return chosen
     if chosen.verb is None:
-        top.error("a verb is needed")
+        top.print_help(sys.stderr)
+        top.exit(exit_codes.USAGE, "\nphasewise: a verb is needed\n")
     if chosen.verb not in VERBS:
         top.error(unknown_verb(chosen.verb))
     parser = argparse.ArgumentParser(prog="phasewise")
@@ -85,7 +86,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def unknown_verb(verb: str) -> str:
     """The sentence for a verb that there is not, with the nearest one that there is."""
     nearest = difflib.get_close_matches(verb, VERBS, n=1)
-    return f"there is no verb {verb!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "`phasewise --help` lists them"
+    return f"there is no verb {verb!r}; {hint}"
 
 
 def _run(argv: Sequence[str]) -> int:

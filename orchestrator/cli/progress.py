@@ -1,10 +1,14 @@
 """What is going on, while it takes longer than a moment: a spinner on a terminal, else a line per change."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+
+#: A wait shorter than this is not shown, in seconds.
+SHOWN_AFTER_S = 1.0
 
 
 @contextmanager
@@ -26,3 +30,28 @@ def shown_progress(console: Console | None = None) -> Iterator[Callable[[str], N
         last = changed
 
     yield show
+
+
+@contextmanager
+def shown_wait(
+    text: str, *, console: Console | None = None, after_s: float = SHOWN_AFTER_S
+) -> Iterator[Callable[[], None]]:
+    """In an event loop: `text` with a spinner from `after_s` on, on a terminal only.
+
+    It goes when the block is left, or before, when the function that this gives is called.
+    """
+    console = console if console is not None else Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    status = console.status(text)
+    timer = asyncio.get_running_loop().call_later(after_s, status.start)
+
+    def end() -> None:
+        timer.cancel()
+        status.stop()
+
+    try:
+        yield end
+    finally:
+        end()

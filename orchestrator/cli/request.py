@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Self
 
 from orchestrator.cli import arguments, target
+from orchestrator.cli.progress import shown_wait
 from orchestrator.errors import BrokenAnswer
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServiceStub
@@ -98,9 +99,11 @@ async def stream(
     async with target.connect(address) as channel:
         call = InferenceServiceStub(channel).Generate(request, timeout=timeout_s)
         try:
-            async for response in call:
-                on_message(response)
-                last = response
+            with shown_wait("waiting for the first token") as came:
+                async for response in call:
+                    came()
+                    on_message(response)
+                    last = response
         finally:
             call.cancel()
     if last.finish_reason == pb.FINISH_REASON_UNSPECIFIED:

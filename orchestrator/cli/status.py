@@ -42,8 +42,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "status",
         help="show the workers of the deployments that run",
-        description="Show the deployments that were started on this machine: requests, controller, and each "
-        "worker's state, KV blocks and leases.",
+        description="Show the deployments that were started on this machine: requests, controller, and\n"
+        "each worker's state, KV blocks and leases.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -7,14 +7,12 @@ import grpc
 
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.errors import DeploymentNotFound
+from orchestrator.runtime.channel import open_channel
 from orchestrator.runtime.registry import Registry, RunningDeployment
 
-CHANNEL_OPTIONS = (
-    # A proxy for the web does not lead to a cluster.
-    ("grpc.enable_http_proxy", 0),
-)
-#: How gRPC begins or words its text when the connection, not the gateway, is the trouble.
-_NO_CONNECTION = ("failed to connect to", "errors resolving", "Socket closed", "Connection reset")
+#: In gRPC's text when there never was a connection, and when there was one.
+_NOT_CONNECTED = ("failed to connect to", "errors resolving")
+_CONNECTION_LOST = ("Socket closed", "Connection reset")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +46,7 @@ def connect(address: str) -> grpc.aio.Channel:
     Not the synchronous API: there, a Ctrl-C that is raised within gRPC's own code can make closing the
     channel wait for ever (grpc issue 19973). `interruptible.run` cancels the task instead.
     """
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return open_channel(address)
 
 
 def describe(address: str, error: grpc.RpcError) -> str:
@@ -56,11 +54,17 @@ def describe(address: str, error: grpc.RpcError) -> str:
     details = " ".join((error.details() or "no reason was given").split())
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return f"what answers at {address} is no Phasewise gateway: {details}"
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and "Deadline Exceeded" in details:
+        # gRPC's own words, on our side: the gateway says what it was doing.
+        details = "the gateway had not ended its answer in time"
     if not _is_connection_lost(error):
         return f"{error.code().name}: {details}"
     # The reason stands last in gRPC's text, after the address in each of its forms.
     reason = details.rpartition("remote host: ")[2]
-    return f"no gateway answers at {address}: {reason}"
+    if any(text in details for text in _NOT_CONNECTED):
+        return f"no gateway answers at {address}: {reason}"
+    reason = reason.removeprefix("Stream removed (").removesuffix(")")
+    return f"the connection to the gateway at {address} was lost: {reason}"
 
 
 def failed(address: str, error: grpc.RpcError) -> int:
@@ -74,4 +78,5 @@ def failed(address: str, error: grpc.RpcError) -> int:
 def _is_connection_lost(error: grpc.RpcError) -> bool:
     """The connection failed, as opposed to a gateway that answers UNAVAILABLE."""
     details = error.details() or ""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and any(text in details for text in _NO_CONNECTION)
+    known = (*_NOT_CONNECTED, *_CONNECTION_LOST)
+    return error.code() is grpc.StatusCode.UNAVAILABLE and any(text in details for text in known)

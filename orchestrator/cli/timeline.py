@@ -38,12 +38,13 @@ def lines(last: pb.GenerateResponse) -> list[str]:
 def spans(timings: pb.Timings) -> list[Span]:
     """Queue, prefill, KV transfer if there was one, and decode.
 
+    A transfer of a later attempt than the first token's is left out: where it lies is not known.
     The transfer runs beside prefill and ends `exposed_s` after it; decode counts from the first token,
     which the prefill worker sends, so the exposed part lies within decode.
     """
     prefill_end_s = timings.queue_s + timings.prefill_s
     found = [Span("queue", 0.0, timings.queue_s), Span("prefill", timings.queue_s, timings.prefill_s)]
-    if timings.HasField("kv_transfer"):
+    if timings.HasField("kv_transfer") and timings.attempts <= 1:
         transfer = timings.kv_transfer
         start_s = max(0.0, prefill_end_s + transfer.exposed_s - transfer.transfer_s)
         span = Span("KV transfer", start_s, transfer.transfer_s, "-", transfer.exposed_s, "#")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from orchestrator.cli import exit_codes
 from orchestrator.cli.progress import shown_progress
-from orchestrator.errors import AddressInUse, AlreadyRunning, LaunchFailed, ManifestError
+from orchestrator.errors import (
+    AddressInUse,
+    AddressUnusable,
+    AlreadyRunning,
+    LaunchFailed,
+    ManifestError,
+)
 from orchestrator.manifest.load import load
 
 EXAMPLES = """\
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with shown_progress() as progress:
             running = launch(deployment, progress, ray_address=args.ray_address).running
-    except (AlreadyRunning, AddressInUse, LaunchFailed) as error:
+    except (AlreadyRunning, AddressInUse, AddressUnusable, LaunchFailed) as error:
         print(error, file=sys.stderr)
         return exit_codes.FAILURE
     print(f"deployment {running.name!r} serves at {running.address} (gRPC)")

@@ -1,6 +1,8 @@
 """The `phasewise` command and the examples, run as a user runs them: as processes, with folders of their own."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,6 +46,17 @@ class User:
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """Arguments of every `phasewise ...` line in a text, without what a shell does around it."""
+    text = text.replace("\\\n", " ")
+    found = []
+    for line in re.findall(r"^(?:.*\| *| *)(phasewise .*)$", text, flags=re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        ends = [i for i, word in enumerate(words) if word in (">", "|")]
+        found.append(words[1 : ends[0] if ends else None])
+    return found
 
 
 def press_ctrl_c(process: "subprocess.Popen[str]") -> None:

@@ -160,7 +160,7 @@ def text_of(*records: RequestRecord) -> str:
 
 def test_the_report_names_the_rows_and_shows_milliseconds() -> None:
     text = text_of(record([0.5, 0.55]), record([0.7, 0.75]))
-    assert "some.csv (azure), rows 1 to 2 of 5, sped up 1x" in text
+    assert "some.csv (azure), rows 1 to 2 of 5, at 1x their speed" in text
     assert "1 requests/s for 2 s, open loop; model smol" in text
     assert "TTFT         600.0     680.0     690.0     698.0   2" in text
     assert "targets    TTFT <= 1000 ms and TPOT <= 100 ms" in text

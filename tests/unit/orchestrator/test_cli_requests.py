@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from orchestrator.cli import exit_codes
+from orchestrator.cli import exit_codes, target
 from orchestrator.cli.main import main
 from orchestrator.runtime.registry import Registry, RunningDeployment
 from protos import inference_pb2 as pb
@@ -143,7 +143,7 @@ def test_the_deadline_of_the_caller_ends_the_request(
     gateway.goes_on = True
     arguments = ["generate", "x", "--timeout-s", "0.2", "--address", gateway.address]
     assert main(arguments) == exit_codes.FAILURE
-    assert capsys.readouterr().err.startswith("DEADLINE_EXCEEDED: ")
+    assert capsys.readouterr().err == "DEADLINE_EXCEEDED: the gateway had not ended its answer in time\n"
     assert gateway.was_cancelled.wait(WAIT_S)
 
 
@@ -166,6 +166,14 @@ def test_no_gateway_at_the_address_is_said(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err == (
         "no gateway answers at 127.0.0.1:0: Connection refused; `phasewise status` shows what runs\n"
     )
+
+
+def test_a_gateway_that_goes_in_the_middle_is_not_called_absent() -> None:
+    nothing = grpc.aio.Metadata()
+    gone = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, nothing, nothing, details="Stream removed (Socket closed)"
+    )
+    assert target.describe("h:1", gone) == "the connection to the gateway at h:1 was lost: Socket closed"
 
 
 def test_what_is_no_gateway_is_said(capsys: pytest.CaptureFixture[str]) -> None:

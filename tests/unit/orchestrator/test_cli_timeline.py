@@ -53,6 +53,14 @@ def test_a_request_on_one_worker_has_no_transfer() -> None:
     assert "\n".join(lines(last)) == ON_ONE_WORKER
 
 
+def test_the_transfer_of_a_later_attempt_is_told_and_not_drawn() -> None:
+    last = last_message()
+    last.timings.attempts = 2
+    drawn = lines(last)
+    assert not any(line.startswith("KV transfer |") for line in drawn)
+    assert "KV transfer  1.63 MiB in 6 chunks" in drawn
+
+
 def test_a_message_without_numbers_is_drawn_all_the_same() -> None:
     assert lines(pb.GenerateResponse())[1] == f"queue       |{' ' * BAR_COLUMNS}|   0.0 ms"
 
