@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from workers.model.config import ModelConfig
 
-#: See `_linear`. Measured with torch 2.13 on one AVX2 core; from 9 rows on the usual order is the faster one.
-MAX_FEW_ROWS = 8
+#: See `_linear`. By benchmarks/engine/decode_step.py on one AVX2 core; from 6 rows on there is no gain, or a loss.
+MAX_FEW_ROWS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Llama:
 def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """rows @ weight.T, contiguous; rows: [num_rows, in_size], weight: [out_size, in_size].
 
-    A step of a few sequences reads every weight for a few rows. MKL does that up to 4 times faster with
+    A step of a few sequences reads every weight for a few rows. MKL does that up to twice as fast with
     the weight on the left, for 2 to MAX_FEW_ROWS rows and if the weight is not wider than high.
     """
     out_size, in_size = weight.shape
