@@ -272,7 +272,7 @@ def _check_reachable(ray_address: str) -> None:
 
 
 def _start_actors(deployment: Deployment, config: GatewayConfig) -> None:
-    """Gateway here, controller anywhere; both come back by themselves."""
+    """Gateway and controller, both on this node; both come back by themselves."""
     name = deployment.metadata.name
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     common: dict[str, Any] = {
