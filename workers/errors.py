@@ -5,7 +5,8 @@
     │   ├── ModelUnavailable    nothing is there under that name
     │   ├── UnsupportedModel    it is there, and is more than we can run
     │   ├── CorruptModel        it is there, and damaged
-    │   └── KvCacheTooSmall     the block pool would not hold a single block
+    │   ├── KvCacheTooSmall     the block pool would not hold a single block
+    │   └── InvalidGrammar      a request's grammar says nothing that can be followed
     └── MachineError            the machine has too little of something
         ├── OutOfMemory
         ├── OutOfDisk
@@ -66,16 +67,17 @@ class UnsupportedModel(CallerError):
 
 
 class CorruptModel(CallerError):
-    """The model file is damaged at byte `offset`."""
+    """The model file is damaged; at byte `offset` where that says more than the problem does."""
 
-    def __init__(self, path: str, offset: int, problem: str) -> None:
+    def __init__(self, path: str, offset: int | None, problem: str) -> None:
         super().__init__(path, offset, problem)
         self.path = path
         self.offset = offset
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.path} is damaged at byte {self.offset}: {self.problem}"
+        place = "" if self.offset is None else f" at byte {self.offset}"
+        return f"{self.path} is damaged{place}: {self.problem}"
 
 
 class KvCacheTooSmall(CallerError):
@@ -92,6 +94,18 @@ class KvCacheTooSmall(CallerError):
             f"{self.block_bytes / MIB:.3g} MiB; set engine.kvCacheMiB to at least "
             f"{-(-self.block_bytes // MIB)}, better to room for whole prompts"
         )
+
+
+class InvalidGrammar(CallerError):
+    """A grammar of this kind cannot be followed; `problem` says what is wrong and where."""
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(kind, problem)
+        self.kind = kind
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"grammar ({self.kind}): {self.problem}"
 
 
 class OutOfMemory(MachineError):

@@ -30,6 +30,32 @@ ATTENTION_TOLERANCES = {
 }
 
 
+#: Projections against the fp64 reference with the weight as it is kept, by that dtype, for standard normal rows and
+#: weights of 1 / sqrt(in_size).
+LINEAR_TOLERANCES = {
+    "float32": Tolerance(
+        absolute=1e-5,
+        relative=1e-5,
+        reason=(
+            "An output has a size of 1; each of up to 200 additions rounds by 2**-24 of the partial sum, up to 4: "
+            "errors add up to 4 * sqrt(200) * 6e-8 = 3.4e-6 at random. 1e-5 leaves a factor of three."
+        ),
+    ),
+    "bfloat16": Tolerance(
+        absolute=5e-2,
+        relative=1e-2,
+        reason=(
+            "With many rows, the rows and the output are rounded to bfloat16, by 2**-9 each. An output is a sum of "
+            "products whose errors add up at random to 2**-9 of its size of 1, and of up to 4; then it is rounded "
+            "by 2**-9 of itself. Five times that covers the largest of some thousand."
+        ),
+    ),
+    "int8": Tolerance(
+        absolute=1e-5, relative=1e-5, reason="As float32: int8 is exact in it, and scaled once per output."
+    ),
+}
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """Fail, with the largest difference, unless shapes and dtypes are equal and all values within tolerance.
 

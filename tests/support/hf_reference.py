@@ -1,13 +1,16 @@
 """The same model in transformers, which is what correct means for the forward pass."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from workers.model.config import ModelConfig
 
 
 def hf_llama(config: ModelConfig, weights: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    """LlamaForCausalLM with our converted weights, taken apart again. fp32 on the CPU."""
+    """LlamaForCausalLM with our converted weights, taken apart again. fp32 on the CPU.
+
+    config: of a Llama without biases and without scaled rotation.
+    """
     hf_config = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -18,7 +21,7 @@ def hf_llama(config: ModelConfig, weights: dict[str, torch.Tensor]) -> LlamaForC
         head_dim=config.head_dim,
         max_position_embeddings=config.max_context_tokens,
         rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope.theta},
         tie_word_embeddings=config.tie_embeddings,
         bos_token_id=None,
         eos_token_id=list(config.eos_token_ids),
@@ -50,14 +53,14 @@ def hf_llama(config: ModelConfig, weights: dict[str, torch.Tensor]) -> LlamaForC
 
 
 @torch.inference_mode()
-def hf_logits(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+def hf_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     """[len(token_ids), vocab_size]."""
     logits: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return logits
 
 
 @torch.inference_mode()
-def hf_greedy(model: LlamaForCausalLM, prompt: list[int], num_tokens: int) -> list[int]:
+def hf_greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
     """The next tokens, at most this many; ends with an end token if it comes."""
     inputs, cache, generated = torch.tensor([prompt]), None, []
     while len(generated) < num_tokens:

@@ -53,7 +53,7 @@ def write_tiny_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(hidden // heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    _add_tokenizer(writer, vocab, pre_tokenizer)
+    add_tiny_tokenizer(writer, vocab, pre_tokenizer)
     rng = np.random.default_rng(seed)
     kv_size = hidden // heads * kv_heads
     _add_matrix(writer, rng, "token_embd", vocab, hidden, Q8)
@@ -77,7 +77,7 @@ def write_tiny_gguf(
     return path
 
 
-def _add_tokenizer(writer: GGUFWriter, vocab: int, pre_tokenizer: str) -> None:
+def add_tiny_tokenizer(writer: GGUFWriter, vocab: int, pre_tokenizer: str) -> None:
     pairs = list(product("etaoinsrhldu", repeat=2))[: vocab - len(CONTROL_TOKENS) - 256]
     tokens = [*CONTROL_TOKENS, *sorted(ByteLevel.alphabet()), *(left + right for left, right in pairs)]
     assert len(tokens) == vocab, f"vocab is 259 to {len(tokens)}"

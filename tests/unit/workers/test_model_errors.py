@@ -8,6 +8,7 @@ from workers.errors import (
     AddressUnavailable,
     CallerError,
     CorruptModel,
+    InvalidGrammar,
     KvCacheTooSmall,
     MachineError,
     ModelUnavailable,
@@ -25,6 +26,7 @@ LEAVES = [
     OutOfDisk("/cache", 2**30, 2**20),
     KvCacheTooSmall(2**20, 2**21),
     AddressUnavailable("127.0.0.1:80"),
+    InvalidGrammar("regex", "unclosed group"),
 ]
 
 
@@ -37,7 +39,7 @@ def test_fields_and_message_survive_pickling(error: PhasewiseWorkerError) -> Non
 
 
 def test_only_the_machine_may_do_better_later() -> None:
-    assert [error.retryable for error in LEAVES] == [False, False, False, True, True, False, True]
+    assert [error.retryable for error in LEAVES] == [False, False, False, True, True, False, True, False]
     assert not CallerError.retryable
     assert MachineError.retryable
 

@@ -2,7 +2,6 @@
 
 import struct
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,7 @@ from tests.support.tiny_model import write_tiny_gguf
 from workers.errors import CorruptModel, UnsupportedModel
 from workers.model.convert import plan_output
 from workers.model.gguf_file import GgufFile, open_gguf
-from workers.model.metadata import read_config
-from workers.model.tokenizer import tokenizer_json
+from workers.model.gguf_names import read_gguf
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +29,8 @@ def tiny(tiny_path: Path) -> GgufFile:
 
 def read_all(path: Path) -> None:
     """Everything that is read before a conversion writes."""
-    file = open_gguf(path)
-    config = read_config(file)
-    plan_output(file, config)
-    tokenizer_json(file)
+    model = read_gguf(open_gguf(path))
+    plan_output(model.checkpoint, model.config)
 
 
 def test_same_metadata_and_tensors_as_the_gguf_library(tiny_path: Path, tiny: GgufFile) -> None:
@@ -129,45 +125,3 @@ def test_tensor_type_without_dequantisation_is_named_with_what_is_supported(
     patch_type(tiny_path, tmp_path / "a.gguf", "blk.0.attn_q.weight", int8)
     with pytest.raises(UnsupportedModel, match=r"tensor type I8 in 'blk.0.attn_q.weight'.*Q4_1"):
         read_all(tmp_path / "a.gguf")
-
-
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    path = write_tiny_gguf(tmp_path / "a.gguf", architecture="mamba")
-    with pytest.raises(UnsupportedModel, match=r"architecture 'mamba', .* supported: 'llama'"):
-        read_config(open_gguf(path))
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "error"),
-    [
-        ("llama.rope.scaling.type", "yarn", UnsupportedModel),
-        ("llama.attention.sliding_window", 128, UnsupportedModel),
-        ("llama.expert_count", 8, UnsupportedModel),
-        ("llama.rope.dimension_count", 8, UnsupportedModel),
-        ("split.count", 3, UnsupportedModel),
-        ("llama.block_count", 0, CorruptModel),
-        ("llama.block_count", "two", CorruptModel),
-        ("llama.attention.head_count_kv", 3, CorruptModel),
-        ("llama.attention.layer_norm_rms_epsilon", float("nan"), CorruptModel),
-        ("tokenizer.ggml.eos_token_id", 384, CorruptModel),
-        ("tokenizer.ggml.tokens", [1, 2], CorruptModel),
-    ],
-)
-def test_metadata_beyond_a_plain_llama_are_refused(
-    tiny: GgufFile, key: str, value: str | float, error: type[Exception]
-) -> None:
-    changed = replace(tiny, metadata={**tiny.metadata, key: value})
-    with pytest.raises(error):
-        read_config(changed)
-
-
-@pytest.mark.parametrize("key", ["llama.block_count", "general.architecture", "tokenizer.ggml.tokens"])
-def test_missing_metadata_are_named(tiny: GgufFile, key: str) -> None:
-    changed = replace(tiny, metadata={k: v for k, v in tiny.metadata.items() if k != key})
-    with pytest.raises(CorruptModel, match=key):
-        read_config(changed)
-
-
-def test_harmless_variants_are_accepted(tiny: GgufFile) -> None:
-    harmless = {"llama.rope.scaling.type": "none", "llama.attention.sliding_window": 0}
-    assert read_config(replace(tiny, metadata={**tiny.metadata, **harmless})) == read_config(tiny)

@@ -322,7 +322,7 @@ def test_package_names_that_would_be_imported_or_are_none_are_refused(cache: Pat
 def test_missing_file_and_folder_are_told_apart(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(ModelUnavailable, match="there is no such file"):
         prepare(str(tmp_path / "none.gguf"), Recorder(), cache)
-    with pytest.raises(ModelUnavailable, match="this is a folder"):
+    with pytest.raises(ModelUnavailable, match=r"this is a folder without config\.json"):
         prepare(str(tmp_path), Recorder(), cache)
 
 

@@ -14,7 +14,7 @@ from tests.support.embedded_model import embedded_prepared, embedded_tokenizer
 from tests.support.tiny_model import write_tiny_gguf
 from workers.errors import CorruptModel, UnsupportedModel
 from workers.model.gguf_file import GgufFile, MetadataValue, open_gguf
-from workers.model.tokenizer import chat_template, tokenizer_json
+from workers.model.tokenizer import UNUSED, USER_DEFINED, chat_template, tokenizer_json
 
 TEXTS = {
     "text": "It's 23 °C; isn't that  nice?\n\nYes.",
@@ -60,9 +60,65 @@ def changed(tiny: GgufFile, key: str, value: MetadataValue) -> GgufFile:
     return replace(tiny, metadata={**tiny.metadata, key: value})
 
 
-def test_other_kinds_of_tokenizer_are_refused(tiny: GgufFile) -> None:
-    with pytest.raises(UnsupportedModel, match="'llama' tokenizer"):
-        tokenizer_json(changed(tiny, "tokenizer.ggml.model", "llama"))
+@pytest.mark.parametrize(
+    ("key", "value", "feature"),
+    [
+        ("tokenizer.ggml.model", "t5", "a 't5' tokenizer"),
+        ("tokenizer.ggml.pre", "gpt-4o", "pre-tokenizer 'gpt-4o'"),
+        ("tokenizer.ggml.add_eos_token", True, "add_eos_token = True"),
+    ],
+)
+def test_other_kinds_of_tokenizer_are_refused(
+    tiny: GgufFile, key: str, value: MetadataValue, feature: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=feature):
+        tokenizer_json(changed(tiny, key, value))
+
+
+def test_file_that_does_not_say_how_words_are_cut_is_refused(tiny: GgufFile) -> None:
+    metadata = {key: value for key, value in tiny.metadata.items() if key != "tokenizer.ggml.pre"}
+    with pytest.raises(UnsupportedModel, match=r"tokenizer\.ggml\.pre.*converted anew"):
+        tokenizer_json(replace(tiny, metadata=metadata))
+
+
+@pytest.mark.parametrize(("pre", "adds_bos"), [("smollm", False), ("llama-bpe", True), ("tekken", True)])
+def test_bos_token_is_added_as_the_metadata_say_or_else_as_is_usual(
+    tiny: GgufFile, pre: str, adds_bos: bool
+) -> None:
+    file = changed(tiny, "tokenizer.ggml.pre", pre)
+    plain = build(file).encode("tea", add_special_tokens=False).ids
+    with_bos = [1, *plain]
+    assert build(file).encode("tea").ids == (with_bos if adds_bos else plain)
+    assert build(changed(file, "tokenizer.ggml.add_bos_token", True)).encode("tea").ids == with_bos
+    assert build(changed(file, "tokenizer.ggml.add_bos_token", False)).encode("tea").ids == plain
+
+
+def test_bos_token_that_is_to_be_added_must_be_named(tiny: GgufFile) -> None:
+    metadata = {key: value for key, value in tiny.metadata.items() if "bos_token_id" not in key}
+    with pytest.raises(CorruptModel, match="bos token"):
+        tokenizer_json(replace(tiny, metadata={**metadata, "tokenizer.ggml.add_bos_token": True}))
+
+
+def with_type(tiny: GgufFile, token_id: int, token: str, token_type: int) -> GgufFile:
+    tokens, types = (list(tiny.metadata[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type"))
+    tokens[token_id], types[token_id] = token, token_type
+    values = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    return replace(tiny, metadata={**tiny.metadata, **values})
+
+
+def test_tokens_that_a_user_defined_are_found_in_texts_and_are_text(tiny: GgufFile) -> None:
+    tokenizer = build(with_type(tiny, 0, "<é think>", USER_DEFINED))
+    encoded = tokenizer.encode("a<é think>a")
+    assert encoded.ids[1] == 0
+    assert len(encoded.ids) == 3
+    assert tokenizer.decode(encoded.ids) == "a<é think>a"
+    assert not tokenizer.get_added_tokens_decoder()[0].special
+
+
+def test_tokens_that_only_fill_the_embedding_table_are_no_text(tiny: GgufFile) -> None:
+    tokenizer = build(with_type(tiny, 0, "tea", UNUSED))
+    assert 0 not in tokenizer.encode("tea").ids
+    assert tokenizer.id_to_token(0) is None
 
 
 @pytest.mark.parametrize(
@@ -73,6 +129,7 @@ def test_other_kinds_of_tokenizer_are_refused(tiny: GgufFile) -> None:
         ("tokenizer.ggml.tokens", ["same"] * 384),
         ("tokenizer.ggml.merges", ["no-such pair"]),
         ("tokenizer.ggml.merges", ["e"]),
+        ("tokenizer.ggml.add_bos_token", "yes"),
     ],
 )
 def test_contradictory_vocabulary_is_corrupt(tiny: GgufFile, key: str, value: MetadataValue) -> None:

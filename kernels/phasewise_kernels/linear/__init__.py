@@ -1,0 +1,1 @@
+"""Projections: rows times a weight that never changes."""
