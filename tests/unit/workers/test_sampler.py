@@ -9,28 +9,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.api import SamplingParams
-from workers.engine.sampler import NUM_CANDIDATES, SampleRow, sample, uniform
+from workers.engine.sampler import SampleRow, sample, uniform
+from workers.engine.sampling.draw import NUM_CANDIDATES
 from workers.engine.sequence import NO_TOKEN
 
 INF = float("inf")
 NAN = float("nan")
-#: Large enough that not all tokens are candidates.
-VOCAB = NUM_CANDIDATES * 4
+FEW, MANY = NUM_CANDIDATES
+#: Large enough that not all tokens are among the first candidates.
+VOCAB = FEW * 4
 
 
 def row(
     temperature: float = 0.0, top_p: float = 1.0, *, seed: int = 1, position: int = 3, max_new: int = 8
 ) -> SampleRow:
-    return SampleRow(SamplingParams(max_new, temperature, top_p, seed), position)
+    return SampleRow(SamplingParams(max_new, temperature, top_p=top_p, seed=seed), position)
 
 
 def draw(logits: list[float], **settings: float) -> int:
-    [token] = sample(torch.tensor([logits]), [row(**settings)])  # type: ignore[arg-type]
+    [token] = tokens(torch.tensor([logits]), [row(**settings)])  # type: ignore[arg-type]
     return token
 
 
+def tokens(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
+    return sample(logits.clone(), rows).token_ids
+
+
 def draw_by_sorting_all(logits: torch.Tensor, one: SampleRow) -> int:
-    """What the docstring of `sample` says, in plain words, for one row."""
+    """Temperature and top_p as the docstring of `sample` has them, in plain words, for one row."""
     values = logits.double().numpy()
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
     weights = np.exp((values[order] - values[order[0]]) / one.sampling.temperature)
@@ -43,15 +49,19 @@ def draw_by_sorting_all(logits: torch.Tensor, one: SampleRow) -> int:
 
 def test_greedy_takes_the_largest_and_of_equals_the_lowest_id() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0], [-5.0, -7.0, -6.0]])
-    assert sample(logits, [row(), row()]) == [1, 0]
+    assert tokens(logits, [row(), row()]) == [1, 0]
 
 
 def test_the_numbers_are_those_of_philox() -> None:
     for seed, position in [(0, 0), (1, 2), (2**63 + 5, 77), (2**64 - 1, 10**6)]:
         expected = np.random.Generator(np.random.Philox(key=seed, counter=position)).random()
         assert uniform(seed, position) == expected
+        counter = np.array([position, 5, 0, 0], dtype=np.uint64)
+        expected = np.random.Generator(np.random.Philox(key=seed, counter=counter)).random()
+        assert uniform(seed, position, 5) == expected
     # Written down, so that a new version of a library cannot change what a seed means.
     assert uniform(42, 7) == pytest.approx(0.4074136540795371, abs=0)
+    assert uniform(42, 7, 3) == pytest.approx(0.6596202665651832, abs=0)
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**31), st.lists(st.integers(0, 2**64 - 1), max_size=3))
@@ -70,7 +80,7 @@ def test_a_number_does_not_depend_on_what_was_drawn_before(
     st.sampled_from([0.3, 1.0, 2.5, 50.0]),
     st.sampled_from([0.1, 0.5, 0.9, 0.999, 1.0]),
     st.sampled_from([0.5, 3.0, 20.0]),
-    st.sampled_from([7, NUM_CANDIDATES, NUM_CANDIDATES + 1, VOCAB]),
+    st.sampled_from([7, FEW, FEW + 1, VOCAB, MANY + 32]),
     st.booleans(),
 )
 def test_a_draw_is_what_sorting_the_whole_vocabulary_gives(
@@ -82,7 +92,7 @@ def test_a_draw_is_what_sorting_the_whole_vocabulary_gives(
         logits = logits.round()
     rows = [row(temperature, top_p, seed=seed, position=i) for i in range(4)]
     expected = [draw_by_sorting_all(line, one) for line, one in zip(logits, rows, strict=True)]
-    assert sample(logits, rows) == expected
+    assert tokens(logits, rows) == expected
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -90,14 +100,14 @@ def test_a_rows_token_does_not_depend_on_its_batch(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(6, VOCAB, generator=generator) * 4
     rows = [row(0.0), row(1.0), row(0.7, 0.9), row(30.0), row(1.0, 0.5, seed=9), row(0.0)]
-    together = sample(logits, rows)
-    alone = [sample(logits[i : i + 1], [rows[i]])[0] for i in range(6)]
+    together = tokens(logits, rows)
+    alone = [tokens(logits[i : i + 1], [rows[i]])[0] for i in range(6)]
     assert together == alone
 
 
 def test_tokens_come_in_proportion_to_their_probability() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2])).expand(4000, 3)
-    counts = Counter(sample(logits, [row(1.0, position=i) for i in range(4000)]))
+    counts = Counter(tokens(logits, [row(1.0, position=i) for i in range(4000)]))
     # Three standard deviations of a binomial count are below 100.
     assert [abs(counts[i] - expected) < 100 for i, expected in enumerate([2000, 1200, 800])] == [True] * 3
 
@@ -106,7 +116,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = torch.log(torch.tensor([0.2, 0.5, 0.3])).expand(500, 3)
 
     def kept(top_p: float) -> set[int]:
-        return set(sample(logits, [row(1.0, top_p, position=i) for i in range(500)]))
+        return set(tokens(logits, [row(1.0, top_p, position=i) for i in range(500)]))
 
     assert [kept(p) for p in (1e-12, 0.4, 0.6, 0.95)] == [{1}, {1}, {1, 2}, {0, 1, 2}]
 
@@ -128,7 +138,7 @@ def test_a_huge_temperature_is_uniform() -> None:
 def test_what_is_ruled_out_is_never_drawn(top_p: float) -> None:
     logits = torch.full((200, VOCAB), -INF)
     logits[:, [3, VOCAB - 1]] = 1.0
-    drawn = set(sample(logits, [row(1.0, top_p, position=i) for i in range(200)]))
+    drawn = set(tokens(logits, [row(1.0, top_p, position=i) for i in range(200)]))
     assert drawn <= {3, VOCAB - 1}
     assert draw([-INF, 4.0, -INF], temperature=9.0) == 1
 
@@ -139,16 +149,9 @@ def test_what_is_ruled_out_is_never_drawn(top_p: float) -> None:
 )
 def test_unusable_logits_fail_their_row_and_no_other(bad: list[float], temperature: float) -> None:
     logits = torch.tensor([[0.0, 0.0, 90.0], bad, [90.0, 0.0, 0.0]])
-    assert sample(logits, [row(temperature)] * 3) == [2, NO_TOKEN, 0]
+    assert tokens(logits, [row(temperature)] * 3) == [2, NO_TOKEN, 0]
 
 
 def test_no_rows_and_one_token_are_fine() -> None:
-    assert sample(torch.empty(0, 5), []) == []
-    assert sample(torch.tensor([[-3.0]]), [row(1.0, 0.1)]) == [0]
-
-
-def test_logits_are_not_changed() -> None:
-    logits = torch.randn(2, VOCAB)
-    before = logits.clone()
-    sample(logits, [row(0.5, 0.9), row()])
-    assert torch.equal(logits, before)
+    assert tokens(torch.empty(0, 5), []) == []
+    assert tokens(torch.tensor([[-3.0]]), [row(1.0, 0.1)]) == [0]
