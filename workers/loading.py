@@ -1,15 +1,22 @@
 """Everything between a WorkerSpec and an engine that can run: model, KV cache, layout. Blocks for seconds."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 
 from kvtransfer.layout import KvLayout
-from workers.api import EngineConfig, ModelInfo, WorkerSpec
-from workers.engine.runner import ModelRunner
+from workers.api import EngineConfig, ModelInfo, Submit, WorkerSpec
+from workers.engine.block_hash import root_hash
+from workers.engine.decoding.cautious import punctuation_token_ids
+from workers.engine.grammar import GrammarCompiler
+from workers.engine.grammar_masks import GrammarMasks
+from workers.engine.grammar_states import GrammarStates
+from workers.engine.runner import GrammarTools, ModelRunner
 from workers.errors import KvCacheTooSmall
-from workers.model.config import ModelConfig
+from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
 from workers.model.prepare import PreparedModel, load_weights, prepare
 from workers.model.resources import check_memory
@@ -28,6 +35,19 @@ class LoadedModel:
     layout: KvLayout
     num_blocks: int
     info: ModelInfo
+    compiler: GrammarCompiler
+    #: Tokens that are nothing but punctuation.
+    punctuation: frozenset[int]
+
+    def root_of(self, submit: Submit) -> bytes:
+        """What the first block of a request's KV is chained to in the prefix cache."""
+        salt = submit.cache_salt
+        rope, num_tokens = self.config.rope, len(submit.token_ids)
+        if rope.scaling is RopeScaling.DYNAMIC and num_tokens > rope.original_context_tokens:
+            # All of its K depend on how long the prompt is.
+            salt = f"{num_tokens} tokens:{salt}"
+        tokenizer_digest = hashlib.sha256(self.info.tokenizer_json).hexdigest()
+        return root_hash(self.info.model_digest, tokenizer_digest, salt)
 
 
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:
@@ -38,17 +58,34 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
     progress("loading the weights", 0.0)
-    model = Llama(prepared.config, load_weights(prepared))
+    model = Llama(prepared.config, load_weights(prepared), spec.engine.weight_dtype)
     layout = prepared.config.kv_layout(
         block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest
     )
     kv_cache = _take_kv_cache(model, layout, spec.engine, progress)
-    runner = ModelRunner(model, kv_cache, spec.engine.block_size, spec.kv_transfer.layer_group_size)
+    config = prepared.config
+    compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
+    grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
+    runner = ModelRunner(model, kv_cache, spec.engine.block_size, spec.kv_transfer.layer_group_size, grammars)
     progress("computing a first token", 0.0)
     runner.warm_up()
     num_blocks = kv_cache.shape[2]
-    info = _model_info(prepared, max_sequence_tokens=num_blocks * spec.engine.block_size)
-    return LoadedModel(prepared.config, runner, kv_cache, layout, num_blocks, info)
+    return LoadedModel(
+        config=config,
+        runner=runner,
+        kv_cache=kv_cache,
+        layout=layout,
+        num_blocks=num_blocks,
+        info=_model_info(prepared, max_sequence_tokens=num_blocks * spec.engine.block_size),
+        compiler=compiler,
+        punctuation=_punctuation(prepared.tokenizer_json),
+    )
+
+
+def _punctuation(tokenizer_json: bytes) -> frozenset[int]:
+    tokenizer = Tokenizer.from_buffer(tokenizer_json)
+    ids = range(tokenizer.get_vocab_size(with_added_tokens=True))
+    return punctuation_token_ids(tokenizer.decode_batch([[i] for i in ids]))
 
 
 def _take_kv_cache(

@@ -21,11 +21,12 @@ from kvtransfer.grpc_stream import GRPC_OPTIONS, add_handler
 from kvtransfer.stream import MessageStream
 from kvtransfer.wire import encode
 from protos import worker_pb2_grpc as pb_grpc
-from workers.api import Event, ModelInfo, WorkerSpec, WorkerState, WorkerStatus
+from workers.api import Event, KvEvent, WorkerSpec, WorkerState, WorkerStatus
 from workers.engine.engine import Engine
-from workers.engine.messages import Output
+from workers.engine.messages import Output, TokensDecoded
 from workers.engine.step_loop import StepLoop
 from workers.errors import AddressUnavailable, PhasewiseWorkerError
+from workers.grammar_gate import GrammarGate
 from workers.kv_host import EngineKvHost, TransferOutput
 from workers.loading import LoadedModel, load
 from workers.service import WorkerService
@@ -68,7 +69,7 @@ class Worker:
         self._message = "starting"
         #: The state that was last told to `on_state`.
         self._told_state: WorkerState | None = None
-        self._model: ModelInfo | None = None
+        self._loaded: LoadedModel | None = None
         self._loop = asyncio.get_running_loop()
         self._sessions = SessionTable()
         self._step_loop: StepLoop | None = None
@@ -84,7 +85,7 @@ class Worker:
             self._sessions,
             self.spec.incarnation,
             status=self.status,
-            model=lambda: self._model,
+            model=lambda: self._loaded.info if self._loaded is not None else None,
             shut_down=stop.set,
         )
         pb_grpc.add_WorkerServiceServicer_to_server(service, server)
@@ -167,6 +168,9 @@ class Worker:
             num_blocks=loaded.num_blocks,
             max_context_tokens=loaded.config.max_context_tokens,
             claim_s=spec.kv_transfer.lease_s,
+            attention_tokens=loaded.config.attention_tokens,
+            root_of=loaded.root_of,
+            punctuation=loaded.punctuation,
         )
         # One callback for each publication, at most a few in each step; both ends take them in order.
         self._step_loop = StepLoop(
@@ -178,8 +182,9 @@ class Worker:
         self._kv_host = EngineKvHost(
             loaded.layout, spec.incarnation, loaded.kv_cache, self._step_loop.post, spec.kv_transfer
         )
-        self._model = loaded.info
-        self._sessions.serve_with(self._step_loop.post, loaded.config.vocab_size)
+        gate = GrammarGate(loaded.compiler, self._step_loop.post, self._sessions.deliver)
+        self._sessions.serve_with(gate.pass_on, loaded.config.vocab_size)
+        self._loaded = loaded
         self._thread = threading.Thread(
             target=self._step_loop.run, name=f"engine-{spec.worker_id}", daemon=True
         )
@@ -197,13 +202,20 @@ class Worker:
         """Events to the gateways, the rest to the transfers."""
         assert self._kv_host is not None
         events: list[Event] = []
+        kv_events: list[KvEvent] = []
         try:
             for output in outputs:
-                if isinstance(output, TransferOutput):
+                if isinstance(output, TokensDecoded):
+                    events.extend(output.events())
+                elif isinstance(output, TransferOutput):
                     self._kv_host.handle(output)
+                elif isinstance(output, KvEvent):
+                    kv_events.append(output)
                 else:
                     events.append(output)
             self._sessions.deliver(events)
+            if kv_events:
+                self._sessions.deliver_kv(kv_events)
         except Exception:
             # Our own bug. What is lost with this batch would be waited for until deadlines.
             logger.exception("dispatch_broke worker_id=%s", self.spec.worker_id)
@@ -238,6 +250,9 @@ class Worker:
         if self._step_loop is not None and self._thread is not None:
             self._step_loop.stop()
             await asyncio.to_thread(self._thread.join)
+        if self._loaded is not None:
+            self._loaded.runner.close()
+            await asyncio.to_thread(self._loaded.compiler.close)
         await server.stop(STOP_GRACE_S)
         logger.info("worker_stopped worker_id=%s incarnation=%d", self.spec.worker_id, self.spec.incarnation)
 

@@ -4,15 +4,23 @@ from collections.abc import Callable
 
 from workers.api import EngineConfig, Handoff, Phase, PhaseSet, RequestId, RequestKey, SamplingParams, Submit
 from workers.engine.engine import Engine
-from workers.engine.messages import Output
+from workers.engine.messages import Output, TokensDecoded
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_result import StepResult
 
 PREFILL = frozenset({Phase.PREFILL})
 DECODE = frozenset({Phase.DECODE})
 BOTH = PREFILL | DECODE
 STOP_TOKEN = 7
+#: Every prompt begins alike here, and nobody is to be preempted but where a test is about that.
 CONFIG = EngineConfig(
-    block_size=4, token_budget=16, max_running_sequences=4, max_waiting_requests=6, kv_cache_bytes=0
+    block_size=4,
+    token_budget=16,
+    max_running_sequences=4,
+    max_waiting_requests=6,
+    kv_cache_bytes=0,
+    growth_reserve=1.0,
+    is_prefix_cache_on=False,
 )
 CLAIM_S = 5.0
 
@@ -69,22 +77,28 @@ def run_step(engine: Engine, now_s: float, token_id: int | Callable[[int], int] 
         return None
     num_tokens = sum(part.yields_token for part in plan.slices)
     choose = token_id if callable(token_id) else lambda _index: token_id
-    engine.complete(plan, [choose(i) for i in range(num_tokens)], now_s)
+    engine.complete(plan, StepResult([choose(i) for i in range(num_tokens)]), now_s)
     engine.check_invariants()
     return plan
 
 
 def outputs_of(engine: Engine, *kinds: type) -> list[Output]:
     """What has come out since the last look, of these kinds alone when any is named."""
-    outputs = engine.take_outputs()
+    outputs = expanded(engine.take_outputs())
     return [output for output in outputs if not kinds or isinstance(output, kinds)]
+
+
+def expanded(outputs: list[Output]) -> list[Output]:
+    """With an event for each request in place of TokensDecoded."""
+    each = [output.events() if isinstance(output, TokensDecoded) else [output] for output in outputs]
+    return [output for some in each for output in some]
 
 
 def assert_empty(engine: Engine) -> None:
     """Nothing runs, waits or holds a block."""
     engine.check_invariants()
     counts = engine.block_counts()
-    assert counts.free == counts.total, counts
+    assert counts.free + counts.cached == counts.total, counts
     assert (engine.num_leases, engine.num_running, engine.num_waiting) == (0, 0, 0)
 
 
@@ -97,10 +111,10 @@ class FakeRunner:
         self.plans: list[StepPlan] = []
         self._num_layers = num_layers
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> list[int]:
+    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         self.plans.append(plan)
         if self.failure is not None:
             raise self.failure
         for layer in range(self._num_layers):
             on_layers(layer, layer + 1)
-        return [self.token_id for part in plan.slices if part.yields_token]
+        return StepResult([self.token_id for part in plan.slices if part.yields_token])

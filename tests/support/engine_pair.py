@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.kv_range import Coverage, KvRange
 from kvtransfer.layout import blocks_needed
-from tests.support.engine_fakes import DECODE, PREFILL, assert_empty, make_engine
+from tests.support.engine_fakes import DECODE, PREFILL, assert_empty, expanded, make_engine
 from tests.support.engine_fakes import submit as make_submit
 from workers.api import (
     Abort,
@@ -40,6 +40,7 @@ from workers.engine.messages import (
     TransferSent,
 )
 from workers.engine.scheduler import Slice
+from workers.engine.step_result import StepResult
 
 CONFIG = EngineConfig(block_size=2, token_budget=7, max_running_sequences=3, max_waiting_requests=5)
 NUM_BLOCKS = 14
@@ -132,7 +133,7 @@ class EnginePair:
                 for ready in engine.kv_ready(plan, layer, layer + 1):
                     self._kv_ready(ready)
             tokens = [next_token(part) for part in plan.slices if part.yields_token]
-            engine.complete(plan, tokens, self.now_s)
+            engine.complete(plan, StepResult(tokens), self.now_s)
             self._read(side)
         self.check()
         return plan is not None
@@ -221,7 +222,7 @@ class EnginePair:
     # Transfers. What is called `_..._ends` ends one half once.
 
     def _read(self, side: str) -> None:
-        for output in self.engines[side].take_outputs():
+        for output in expanded(self.engines[side].take_outputs()):
             match output:
                 case StartTransfer():
                     self._start(output)

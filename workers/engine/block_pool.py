@@ -1,105 +1,318 @@
-"""Who owns which KV block. Pure."""
+"""Who holds which KV block, and which blocks hold KV that later prompts can use. Pure.
+
+A block is held by sequences (IN USE, shared by any number), by transfers (LEASED when by them alone), or
+by nobody: then it is CACHED while it holds KV that the prefix index knows, and FREE otherwise. A cached
+block is taken when no free one is left, the one that was used longest ago first.
+
+free + cached + in use + leased = total, always.
+"""
 
 from collections.abc import Sequence
-from enum import StrEnum
+from dataclasses import dataclass
 
-from workers.api import BlockCounts
+from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
+
+#: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
+MAX_SIBLINGS = 32
 
 
-class BlockState(StrEnum):
-    """A block is in exactly one of these."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What the prefix index knows of a block."""
 
-    FREE = "free"
-    IN_USE = "in_use"
-    LEASED = "leased"
+    hash: bytes
+    parent: bytes
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """Blocks that hold the beginning of a prompt: `block_ids` whole, then the first `num_partial` tokens of `partial`."""
+
+    block_ids: tuple[int, ...] = ()
+    partial: int | None = None
+    num_partial: int = 0
+
+
+NO_MATCH = PrefixMatch()
 
 
 class BlockPool:
-    """Hands out block ids 0..num_blocks-1.
+    """Hands out block ids 0..num_blocks-1, and finds those that hold the beginning of a prompt.
 
-    A block is FREE, IN_USE by one sequence, or LEASED to one transfer. Every act names the state it
-    expects, so that freeing twice, or freeing what a transfer holds, fails at once.
+    Every act names the holder it changes, so that freeing twice, or freeing what a transfer holds, fails
+    at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
-        self._states = [BlockState.FREE] * num_blocks
+        self._num_sequences = [0] * num_blocks
+        self._num_transfers = [0] * num_blocks
         # A stack: the block freed last is the one most likely still in a cache.
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._counts = {BlockState.FREE: num_blocks, BlockState.IN_USE: 0, BlockState.LEASED: 0}
+        #: Held by nobody but known to the index; the one to take first is first.
+        self._cached: dict[int, None] = {}
+        self._num_in_use = 0
+        self._num_leased = 0
+        self._stored: dict[int, _Stored] = {}
+        self._by_hash: dict[bytes, int] = {}
+        self._children: dict[bytes, dict[int, None]] = {}
+        #: In the index already, but computed by the step that is being planned or run.
+        self._pending: dict[int, None] = {}
+        self._is_watched = False
+        self._events: list[KvBlocksStored | KvBlocksRemoved] = []
 
     @property
-    def num_free(self) -> int:
-        """Blocks that can be taken now."""
-        return len(self._free)
+    def num_available(self) -> int:
+        """Blocks that can be taken now: free ones, and cached ones at the price of what they hold."""
+        return len(self._free) + len(self._cached)
 
     @property
     def num_blocks(self) -> int:
-        """All blocks, whatever their state."""
-        return len(self._states)
+        """All blocks, whoever holds them."""
+        return len(self._num_sequences)
 
     def counts(self) -> BlockCounts:
         """The four counts, whose sum is the total."""
         return BlockCounts(
-            free=self._counts[BlockState.FREE],
-            cached=0,
-            in_use=self._counts[BlockState.IN_USE],
-            leased=self._counts[BlockState.LEASED],
-            total=len(self._states),
+            free=len(self._free),
+            cached=len(self._cached),
+            in_use=self._num_in_use,
+            leased=self._num_leased,
+            total=len(self._num_sequences),
         )
 
+    # Taking and giving back.
+
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take free blocks for a sequence. The caller has checked `num_free`."""
-        return self._take(num_blocks, BlockState.IN_USE)
+        """Take blocks for a sequence. The caller has checked `num_available`."""
+        taken = self._take(num_blocks)
+        for block_id in taken:
+            self._num_sequences[block_id] = 1
+        self._num_in_use += num_blocks
+        return taken
 
     def lease(self, num_blocks: int) -> list[int]:
-        """Take free blocks for a transfer that will fill them."""
-        return self._take(num_blocks, BlockState.LEASED)
+        """Take blocks for a transfer that will fill them. The caller has checked `num_available`."""
+        taken = self._take(num_blocks)
+        for block_id in taken:
+            self._num_transfers[block_id] = 1
+        self._num_leased += num_blocks
+        return taken
+
+    def share(self, block_ids: Sequence[int]) -> None:
+        """One more sequence holds these, which are in use or cached."""
+        for block_id in block_ids:
+            if self._num_sequences[block_id] == 0:
+                self._num_in_use += 1
+                if self._num_transfers[block_id] > 0:
+                    self._num_leased -= 1
+                else:
+                    # A block that holds nothing cannot be shared: KeyError.
+                    del self._cached[block_id]
+            self._num_sequences[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """A sequence is done with these."""
-        self._move(block_ids, BlockState.IN_USE, BlockState.FREE)
+        """A sequence is done with these, in the order of its tokens."""
+        # From the end: a block is of use only with those before it, so it should be taken before them.
+        for block_id in reversed(block_ids):
+            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
+            self._num_sequences[block_id] -= 1
+            if self._num_sequences[block_id] == 0:
+                self._num_in_use -= 1
+                if self._num_transfers[block_id] > 0:
+                    self._num_leased += 1
+                else:
+                    self._put_back(block_id)
 
-    def hand_over(self, block_ids: Sequence[int]) -> None:
-        """A sequence leaves these to the transfer that is sending them."""
-        self._move(block_ids, BlockState.IN_USE, BlockState.LEASED)
+    def hold(self, block_ids: Sequence[int]) -> None:
+        """A transfer holds these too, which are in use."""
+        for block_id in block_ids:
+            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
+            self._num_transfers[block_id] += 1
 
     def adopt(self, block_ids: Sequence[int]) -> None:
         """A sequence takes over what a transfer has filled."""
-        self._move(block_ids, BlockState.LEASED, BlockState.IN_USE)
+        for block_id in block_ids:
+            assert self._num_transfers[block_id] == 1, f"block {block_id} is not leased once"
+            assert self._num_sequences[block_id] == 0, f"block {block_id} is in use"
+            self._num_transfers[block_id] = 0
+            self._num_sequences[block_id] = 1
+        self._num_leased -= len(block_ids)
+        self._num_in_use += len(block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """A transfer is done with these."""
-        self._move(block_ids, BlockState.LEASED, BlockState.FREE)
+        for block_id in reversed(block_ids):
+            assert self._num_transfers[block_id] > 0, f"block {block_id} is leased by no transfer"
+            self._num_transfers[block_id] -= 1
+            if self._num_transfers[block_id] == 0 and self._num_sequences[block_id] == 0:
+                self._num_leased -= 1
+                self._put_back(block_id)
+
+    def is_shared(self, block_id: int) -> bool:
+        """More than one holds it."""
+        return self._num_sequences[block_id] + self._num_transfers[block_id] > 1
+
+    def prepare_to_write(self, block_id: int) -> bool:
+        """Whether its one sequence may write to it; False when others hold it too, who need a copy's original.
+
+        What the index knew of a block that is written to is forgotten.
+        """
+        if self.is_shared(block_id):
+            return False
+        if block_id in self._stored:
+            self._forget(block_id)
+        return True
+
+    # The prefix index.
+
+    def match(self, parents: Sequence[bytes], token_ids: Sequence[int]) -> PrefixMatch:
+        """The longest known beginning of a prompt, short of its last token: that one is always computed.
+
+        parents: the root and then the hashes of the prompt's full blocks, in order.
+        """
+        size = self.block_size
+        found: list[int] = []
+        for i, name in enumerate(parents[1:]):
+            block_id = self._by_hash.get(name)
+            if block_id is None or self._stored[block_id].token_ids != tuple(
+                token_ids[i * size : (i + 1) * size]
+            ):
+                break
+            found.append(block_id)
+        if len(found) * size == len(token_ids):
+            # All of it is known. The last block is copied, and its last token computed in the copy.
+            last = found.pop()
+            if last in self._pending:
+                return PrefixMatch(tuple(found))
+            return PrefixMatch(tuple(found), last, size - 1)
+        rest = token_ids[len(found) * size : len(token_ids) - 1][:size]
+        best, num_best = None, 0
+        siblings = self._children.get(parents[len(found)], {})
+        for block_id, _ in zip(reversed(siblings), range(MAX_SIBLINGS), strict=False):
+            # What this step computes cannot be copied before it.
+            num_same = 0 if block_id in self._pending else _common(self._stored[block_id].token_ids, rest)
+            if num_same > num_best:
+                best, num_best = block_id, num_same
+        return PrefixMatch(tuple(found), best, num_best)
+
+    def num_cached_of(self, match: PrefixMatch) -> int:
+        """How many of its whole blocks are held by nobody: `num_available` falls by so many if they are shared."""
+        return sum(block_id in self._cached for block_id in match.block_ids)
+
+    def store(
+        self, block_id: int, name: bytes, parent: bytes, token_ids: Sequence[int], *, is_pending: bool = False
+    ) -> None:
+        """The block holds the KV of these tokens after `parent`. The first block of a name is kept.
+
+        is_pending: it will hold them when the step has run that is being planned.
+        """
+        if name in self._by_hash:
+            return
+        assert block_id not in self._stored, f"block {block_id} holds something else"
+        self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
+        self._by_hash[name] = block_id
+        self._children.setdefault(parent, {})[block_id] = None
+        if is_pending:
+            self._pending[block_id] = None
+        elif self._is_watched:
+            self._events.append(KvBlocksStored(parent, (name,)))
+
+    def settle(self) -> None:
+        """The step has run: what was pending is computed."""
+        if self._pending:
+            if self._is_watched:
+                stored = [self._stored[block_id] for block_id in self._pending]
+                self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in stored)
+            self._pending.clear()
+
+    def forget_pending(self) -> None:
+        """The step has failed: what was pending holds nothing."""
+        pending, self._pending = list(self._pending), {}
+        for block_id in pending:
+            self._forget(block_id, is_told=False)
+            if block_id in self._cached:
+                del self._cached[block_id]
+                self._free.append(block_id)
+
+    def watch(self) -> None:
+        """From now on changes of the index are told, beginning with all that it knows."""
+        self._is_watched = True
+        known = [one for block_id, one in self._stored.items() if block_id not in self._pending]
+        self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in known)
+
+    def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
+        """Changes of the index since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    # Checks.
 
     def check_invariants(self) -> None:
-        """free + in_use + leased = total, and the free list holds each free block once."""
-        for state, count in self._counts.items():
-            assert count == self._states.count(state), f"{state}: counted {count}"
-        assert sum(self._counts.values()) == len(self._states)
-        assert sorted(self._free) == [i for i, state in enumerate(self._states) if state is BlockState.FREE]
+        """Counts agree with holders, and the index with the blocks."""
+        total = len(self._num_sequences)
+        holders = list(zip(self._num_sequences, self._num_transfers, strict=True))
+        assert all(sequences >= 0 and transfers >= 0 for sequences, transfers in holders)
+        assert self._num_in_use == sum(sequences > 0 for sequences, _ in holders)
+        assert self._num_leased == sum(sequences == 0 < transfers for sequences, transfers in holders)
+        assert sorted([*self._free, *self._cached]) == [i for i in range(total) if holders[i] == (0, 0)]
+        counts = self.counts()
+        assert counts.free + counts.cached + counts.in_use + counts.leased == total, counts
+        assert self._cached.keys() <= self._stored.keys()
+        assert not self._stored.keys() & set(self._free)
+        assert self._by_hash == {one.hash: block_id for block_id, one in self._stored.items()}
+        children = {(one.parent, block_id) for block_id, one in self._stored.items()}
+        assert children == {(parent, i) for parent, those in self._children.items() for i in those}
+        assert self._pending.keys() <= self._stored.keys()
 
     def check_owners(self, *, in_use: Sequence[int], leased: Sequence[int]) -> None:
-        """The blocks that sequences and transfers name are exactly those that are not free, each once."""
-        for state, named in ((BlockState.IN_USE, in_use), (BlockState.LEASED, leased)):
-            assert sorted(named) == [i for i, held in enumerate(self._states) if held is state], state
+        """Sequences and transfers name each block exactly as often as it counts them."""
+        for name, named, counted in (
+            ("in use", in_use, self._num_sequences),
+            ("leased", leased, self._num_transfers),
+        ):
+            found = [0] * len(counted)
+            for block_id in named:
+                found[block_id] += 1
+            assert found == counted, name
 
-    def _take(self, num_blocks: int, state: BlockState) -> list[int]:
-        assert 0 <= num_blocks <= len(self._free), f"asked for {num_blocks} of {len(self._free)} free blocks"
-        taken = [self._free.pop() for _ in range(num_blocks)]
-        for block_id in taken:
-            self._states[block_id] = state
-        self._counts[BlockState.FREE] -= num_blocks
-        self._counts[state] += num_blocks
-        return taken
+    def _take(self, num_blocks: int) -> list[int]:
+        assert 0 <= num_blocks <= self.num_available, f"asked for {num_blocks} of {self.num_available} blocks"
+        removed: list[bytes] = []
+        while len(self._free) < num_blocks:
+            block_id = next(iter(self._cached))
+            del self._cached[block_id]
+            removed.append(self._stored[block_id].hash)
+            self._forget(block_id, is_told=False)
+            self._free.append(block_id)
+        if removed and self._is_watched:
+            self._events.append(KvBlocksRemoved(tuple(removed)))
+        return [self._free.pop() for _ in range(num_blocks)]
 
-    def _move(self, block_ids: Sequence[int], source: BlockState, target: BlockState) -> None:
-        for block_id in block_ids:
-            assert self._states[block_id] is source, (
-                f"block {block_id} is {self._states[block_id]}, not {source}"
-            )
-            self._states[block_id] = target
-        if target is BlockState.FREE:
-            self._free.extend(block_ids)
-        self._counts[source] -= len(block_ids)
-        self._counts[target] += len(block_ids)
+    def _put_back(self, block_id: int) -> None:
+        """Nobody holds it any more."""
+        if block_id in self._stored:
+            self._cached[block_id] = None
+        else:
+            self._free.append(block_id)
+
+    def _forget(self, block_id: int, *, is_told: bool = True) -> None:
+        """Take it out of the index."""
+        one = self._stored.pop(block_id)
+        del self._by_hash[one.hash]
+        siblings = self._children[one.parent]
+        del siblings[block_id]
+        if not siblings:
+            del self._children[one.parent]
+        is_pending = self._pending.pop(block_id, self) is None
+        if is_told and self._is_watched and not is_pending:
+            self._events.append(KvBlocksRemoved((one.hash,)))
+
+
+def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    for i, (one, other) in enumerate(zip(stored, wanted, strict=False)):
+        if one != other:
+            return i
+    return min(len(stored), len(wanted))

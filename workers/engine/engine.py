@@ -1,13 +1,11 @@
 """The engine's state and every change to it: messages in, outputs out. Pure.
 
-Owns the sequences and the block pool. Blocks that a transfer knows come back only by the transfer's
-word (CommitTransfer or ReleaseTransfer): a late chunk can then never meet a block's next owner.
+Blocks that a transfer knows come back only by the transfer's word (CommitTransfer or ReleaseTransfer): a
+late chunk can then never meet a block's next owner.
 """
 
 import math
-from collections import deque
-from collections.abc import Sequence as SequenceOf
-from itertools import takewhile
+from collections.abc import Callable
 from typing import assert_never
 
 from kvtransfer.layout import blocks_needed
@@ -23,16 +21,20 @@ from workers.api import (
     RequestFailed,
     RequestKey,
     Submit,
-    TokensGenerated,
+    SubscribeKvEvents,
+    SuperposedDecoding,
 )
 from workers.engine.admission import reason_to_refuse
+from workers.engine.batch import Batch
+from workers.engine.block_hash import root_hash
 from workers.engine.block_pool import BlockPool
+from workers.engine.completion import Completion
+from workers.engine.drafting import Drafting
 from workers.engine.incoming import ArrivedKv, IncomingKv, misfit
 from workers.engine.messages import (
     CancelReservation,
     CommitTransfer,
     EndTransfer,
-    FinishTransfer,
     KvReady,
     Message,
     Output,
@@ -42,14 +44,22 @@ from workers.engine.messages import (
     TransferSent,
 )
 from workers.engine.outgoing import OutgoingKv, kv_ready
-from workers.engine.scheduler import StepPlan, schedule
-from workers.engine.sequence import NO_TOKEN, Sequence, SequenceState
+from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+from workers.engine.step_result import StepResult
+
+
+def plain_root(submit: Submit) -> bytes:
+    """For a model whose KV depends on the tokens alone, when there is no other."""
+    return root_hash("", "", submit.cache_salt)
 
 
 class Engine:
     """All decisions of one worker, for any set of phases.
 
-    max_context_tokens: the model's limit. claim_s: see IncomingKv, in seconds.
+    max_context_tokens: the model's limit. claim_s: see IncomingKv, in seconds. attention_tokens: see
+    Scheduler. root_of: the hash that a request's first block is chained to; see block_hash. punctuation: tokens
+    that end a branch of cautious decoding.
     """
 
     def __init__(
@@ -60,18 +70,24 @@ class Engine:
         num_blocks: int,
         max_context_tokens: int,
         claim_s: float,
+        attention_tokens: float = math.inf,
+        root_of: Callable[[Submit], bytes] = plain_root,
+        punctuation: frozenset[int] = frozenset(),
     ) -> None:
         # Less would never let a prompt's first block in.
         assert config.token_budget >= config.block_size, config
         self.pool = BlockPool(num_blocks, config.block_size)
+        #: Sequences that were preempted so far.
+        self.num_preemptions = 0
         self._config = config
         self._phases = phases
         self._max_context_tokens = max_context_tokens
+        self._root_of = root_of
+        max_blocks = min(num_blocks, blocks_needed(max_context_tokens, config.block_size))
+        self._batch = Batch(config, self.pool, max_blocks)
+        self._scheduler = Scheduler(config, self._batch, attention_tokens=attention_tokens)
         self._sequences: dict[RequestKey, Sequence] = {}
-        #: Those whose state is WAITING, in order of arrival.
-        self._waiting: deque[Sequence] = deque()
-        #: Those whose state is PREFILL or DECODE, in order of admission.
-        self._running: dict[RequestKey, Sequence] = {}
+        self._num_arrived = 0
         #: Those whose state is AWAITING_KV.
         self._num_awaiting_kv = 0
         self._by_transfer: dict[str, Sequence] = {}
@@ -83,18 +99,21 @@ class Engine:
         self._next_expiry_s = math.inf
         self._claim_s = claim_s
         self._outputs: list[Output] = []
+        self._drafting = Drafting()
+        self._completion = Completion(self._batch, self._outputs, punctuation)
+        self._step_began_s = 0.0
 
     # What others ask.
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not begun here: they wait for prefill, or for their KV."""
-        return len(self._waiting) + self._num_awaiting_kv
+        """Requests that have not begun here, or begin again: they wait for prefill, or for their KV."""
+        return len(self._batch.waiting) + self._num_awaiting_kv
 
     @property
     def num_running(self) -> int:
-        """Sequences that take part in steps."""
-        return len(self._running)
+        """Sequences that take part in steps; branches are counted with the one that they belong to."""
+        return sum(one.parent is None for one in self._batch.running())
 
     @property
     def num_leases(self) -> int:
@@ -111,7 +130,8 @@ class Engine:
 
     def take_outputs(self) -> list[Output]:
         """What has come out since the last call, in order."""
-        outputs, self._outputs = self._outputs, []
+        outputs = [*self._outputs, *self.pool.take_events()]
+        self._outputs.clear()
         return outputs
 
     # Messages.
@@ -123,6 +143,8 @@ class Engine:
                 self._submit(message, now_s)
             case Abort():
                 self._drop(message.key, now_s, reason="aborted")
+            case SubscribeKvEvents():
+                self.pool.watch()
             case ReserveBlocks():
                 self._reserve(message, now_s)
             case CancelReservation():
@@ -151,59 +173,70 @@ class Engine:
     # Steps.
 
     def schedule(self, now_s: float) -> StepPlan | None:
-        """Plan a step and take the blocks of what it admits; None when there is nothing to compute."""
-        # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
-        waiting = takewhile(lambda it: it.arrived_s <= self._incoming.waits_since_s, self._waiting)
-        num_places = self._config.max_running_sequences - self._incoming.num_held
-        plan = schedule(self._running.values(), waiting, self.pool, self._config, num_places=num_places)
+        """Plan a step, with blocks and places for it; None when there is nothing to compute.
+
+        A plan is followed by `complete` or `fail_step` before anything else.
+        """
+        plan = self._scheduler.plan(
+            num_places=self._config.max_running_sequences - self._incoming.num_held,
+            # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
+            arrived_until_s=self._incoming.waits_since_s,
+        )
+        for sequence in plan.preempted:
+            self.num_preemptions += 1
+            self._completion.forget(sequence)
         for sequence in plan.admitted:
-            self._waiting.popleft()
-            self._admit(sequence, now_s)
-        return plan if plan.slices else None
+            self._begin_prefill(sequence, now_s)
+        plan.drafts = self._drafting.propose(
+            plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
+        )
+        self._step_began_s = now_s
+        return plan if plan.decodes or plan.chunks else None
 
     def kv_ready(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
         """What can be sent once these layers of the step are computed."""
         return kv_ready(plan, layer_lo, layer_hi, self._config.block_size)
 
-    def complete(self, plan: StepPlan, token_ids: SequenceOf[int], now_s: float) -> None:
-        """The step has run. token_ids: one sampled token for each slice that yields one, in order.
-
-        A sequence whose token is NO_TOKEN fails.
-        """
-        sampled = iter(token_ids)
-        for part in plan.slices:
-            token_id = next(sampled) if part.yields_token else None
-            part.sequence.num_computed_tokens = part.end
-            if token_id is not None:
-                self._advance(part.sequence, token_id, now_s)
-        assert next(sampled, None) is None
+    def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
+        """The step has run. A sequence whose token is NO_TOKEN fails."""
+        step_s = now_s - self._step_began_s
+        self._scheduler.observe(plan, step_s)
+        if not plan.chunks:
+            num_drafts = sum(tree.num_drafts for tree in plan.drafts.values())
+            self._drafting.observe(len(plan.decodes) + num_drafts, step_s)
+        for ended in self._completion.apply(plan, result, now_s):
+            if ended.code is None:
+                self._drop(ended.sequence.key, now_s, reason=ended.reason)
+            else:
+                self._fail(ended.sequence.key, ended.code, ended.reason, now_s)
         self._grant_reservations()
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
         """The step broke: each of its sequences fails, the others go on."""
+        # Copies that were to be made before it are lost with those who needed them.
         for part in plan.slices:
             self._fail(part.sequence.key, FailureCode.INTERNAL, reason, now_s)
+        self.pool.forget_pending()
         self._grant_reservations()
 
     def check_invariants(self) -> None:
-        """Every block has one owner, every sequence one place."""
+        """Every block has its holders, every sequence one place."""
         self.pool.check_invariants()
         self._incoming.check_invariants()
-        in_use = [block_id for sequence in self._running.values() for block_id in sequence.block_table]
-        # While a sequence is prefilled its blocks are its own; its transfer only knows them.
-        leased = [block_id for block_id in self._outgoing.block_ids() if block_id not in in_use]
-        leased += self._incoming.leased_block_ids()
-        self.pool.check_owners(in_use=in_use, leased=leased)
-        assert len(self._running) + self._incoming.num_held <= self._config.max_running_sequences
+        self._batch.check_invariants()
+        in_use = [block_id for sequence in self._batch.running() for block_id in sequence.block_table]
+        self.pool.check_owners(
+            in_use=in_use, leased=self._outgoing.block_ids() + self._incoming.leased_block_ids()
+        )
+        listed = {one for one in (*self._batch.running(), *self._batch.waiting) if one.parent is None}
+        assert all(self._sequences[sequence.key] is sequence for sequence in listed)
         for sequence in self._sequences.values():
-            is_running = sequence.state in (SequenceState.PREFILL, SequenceState.DECODE)
-            assert (sequence.key in self._running) == is_running, sequence
-            assert (sequence in self._waiting) == (sequence.state is SequenceState.WAITING), sequence
+            is_elsewhere = sequence.state in (SequenceState.HANDOFF, SequenceState.AWAITING_KV)
+            assert (sequence in listed) != is_elsewhere, sequence
         states = [sequence.state for sequence in self._sequences.values()]
         assert self.num_waiting == sum(
             s in (SequenceState.WAITING, SequenceState.AWAITING_KV) for s in states
         )
-        assert self._running.keys() <= self._sequences.keys()
         deadlines_s = [sequence.deadline_s for sequence in self._sequences.values()]
         assert self._next_expiry_s <= min([*deadlines_s, self._incoming.next_expiry_s()])
 
@@ -214,13 +247,15 @@ class Engine:
         if refusal is not None:
             self._outputs.append(RequestFailed(submit.key, *refusal))
             return
-        sequence = Sequence.from_submit(submit, now_s)
+        self._num_arrived += 1
+        sequence = Sequence.from_submit(submit, now_s, root=self._root_of(submit), number=self._num_arrived)
         self._sequences[submit.key] = sequence
+        self._drafting.begin(sequence, submit.cache_salt)
         self._expire_by(sequence.deadline_s)
         if submit.handoff is not None:
             self._by_transfer[submit.handoff.transfer_id] = sequence
         if sequence.state is SequenceState.WAITING:
-            self._waiting.append(sequence)
+            self._batch.wait(sequence)
             return
         self._num_awaiting_kv += 1
         assert submit.handoff is not None
@@ -256,39 +291,15 @@ class Engine:
             return FailureCode.TRANSFER, "its KV is not kept any more: the request came too late for it"
         return None
 
-    def _admit(self, sequence: Sequence, now_s: float) -> None:
-        sequence.block_table = self.pool.allocate(
-            blocks_needed(sequence.max_tokens_here, self._config.block_size)
-        )
+    def _begin_prefill(self, sequence: Sequence, now_s: float) -> None:
+        """It was admitted, for the first time or again."""
+        if sequence.prefill_started_s is not None:
+            return
         sequence.prefill_started_s = now_s
-        sequence.move_to(SequenceState.PREFILL)
-        self._running[sequence.key] = sequence
         self._outputs.append(PrefillStarted(sequence.key, now_s - sequence.arrived_s))
         if sequence.is_handed_off:
+            self.pool.hold(sequence.block_table)
             self._outputs.append(self._outgoing.start(sequence, now_s))
-
-    def _advance(self, sequence: Sequence, token_id: int, now_s: float) -> None:
-        """A token was sampled: report it, and move the sequence on."""
-        if sequence.state is SequenceState.FINISHED:
-            return
-        if token_id == NO_TOKEN:
-            reason = "the model computed no usable logits for its next token"
-            self._fail(sequence.key, FailureCode.INTERNAL, reason, now_s)
-            return
-        was_prefill = sequence.state is SequenceState.PREFILL
-        position = len(sequence.token_ids)
-        finish_reason = sequence.append(token_id)
-        prefill_s = now_s - sequence.prefill_started_s if was_prefill else None
-        self._outputs.append(TokensGenerated(sequence.key, (token_id,), position, finish_reason, prefill_s))
-        if finish_reason is not None:
-            self._drop(sequence.key, now_s, reason="finished with its first token")
-        elif was_prefill and sequence.handoff is not None:
-            del self._running[sequence.key]
-            self._leave_blocks_to_transfer(sequence)
-            sequence.move_to(SequenceState.HANDOFF)
-            self._outputs.append(FinishTransfer(sequence.handoff.transfer_id, (token_id,)))
-        elif was_prefill:
-            sequence.move_to(SequenceState.DECODE)
 
     def _fail(self, key: RequestKey, code: FailureCode, reason: str, now_s: float) -> None:
         if self._drop(key, now_s, reason=reason):
@@ -300,15 +311,13 @@ class Engine:
         if sequence is None:
             return False
         state = sequence.state
-        sequence.move_to(SequenceState.FINISHED)
-        self._running.pop(key, None)
+        self._completion.forget(sequence)
+        self._drafting.forget(sequence)
         if state is SequenceState.WAITING:
-            self._waiting.remove(sequence)
-        elif sequence.block_table:
-            if sequence.is_handed_off:
-                self._leave_blocks_to_transfer(sequence)
-            else:
-                self.pool.free(sequence.block_table)
+            self._batch.waiting.remove(sequence)
+        elif sequence.row != NO_ROW:
+            self._batch.leave(sequence)
+        sequence.move_to(SequenceState.FINISHED)
         if sequence.handoff is not None:
             transfer_id = sequence.handoff.transfer_id
             del self._by_transfer[transfer_id]
@@ -319,11 +328,6 @@ class Engine:
                 self._outputs.extend(self._incoming.give_up(transfer_id, now_s))
                 self._expire_by(now_s + self._claim_s)
         return True
-
-    def _leave_blocks_to_transfer(self, sequence: Sequence) -> None:
-        """The transfer may still read them; ReleaseTransfer returns them."""
-        self.pool.hand_over(sequence.block_table)
-        sequence.block_table = []
 
     def _expire_by(self, time_s: float) -> None:
         self._next_expiry_s = min(self._next_expiry_s, time_s)
@@ -342,7 +346,7 @@ class Engine:
 
     def _grant_reservations(self) -> None:
         """Answer the oldest reservations while blocks and places in the batch last."""
-        num_held = len(self._running) + self._incoming.num_held
+        num_held = self._batch.num_places + self._incoming.num_held
         self._outputs.extend(self._incoming.grant(self._config.max_running_sequences - num_held))
 
     def _commit(self, commit: CommitTransfer, now_s: float) -> None:
@@ -365,12 +369,20 @@ class Engine:
             self._fail(sequence.key, FailureCode.INTERNAL, problem, now_s)
             return
         self.pool.adopt(arrived.block_ids)
-        sequence.block_table = list(arrived.block_ids)
+        self._num_awaiting_kv -= 1
         sequence.num_computed_tokens = sequence.num_prompt_tokens
+        if isinstance(sequence.sampling.decoding, SuperposedDecoding):
+            # It needs the likeliest first tokens, not the one that prefill drew: the last row is computed again.
+            sequence.move_to(SequenceState.PREFILL)
+            self._batch.enter(sequence, arrived.block_ids)
+            self._batch.truncate(
+                sequence, sequence.num_prompt_tokens, num_computed=sequence.num_prompt_tokens - 1
+            )
+            return
         sequence.token_ids.extend(arrived.token_ids)
         sequence.move_to(SequenceState.DECODE)
-        self._num_awaiting_kv -= 1
-        self._running[sequence.key] = sequence
+        self._batch.enter(sequence, arrived.block_ids)
+        self._batch.store_blocks(sequence, sequence.num_computed_tokens, is_pending=False)
 
     def _release(self, release: ReleaseTransfer, now_s: float) -> None:
         """A transfer that is not known, or was released before, changes nothing."""

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from kvtransfer.layout import blocks_needed
-from workers.api import Phase, PhaseSet
+from workers.api import Phase, PhaseSet, SuperposedDecoding
 from workers.engine.admission import phase_names
 from workers.engine.block_pool import BlockPool
 from workers.engine.messages import (
@@ -143,7 +143,7 @@ class IncomingKv:
         while self._waiting and len(granted) < num_places:
             request = self._waiting[0].request
             num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
-            if num_blocks > self._pool.num_free:
+            if num_blocks > self._pool.num_available:
                 break
             self._waiting.popleft()
             block_ids = tuple(self._pool.lease(num_blocks))
@@ -221,6 +221,8 @@ def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | Non
         return f"{len(arrived.block_ids)} blocks were reserved; {sequence.max_tokens} tokens need more"
     if len(arrived.token_ids) != 1:
         return f"prefill handed over {len(arrived.token_ids)} tokens, not 1"
-    if sequence.sampling.max_new_tokens == 1:
+    if sequence.sampling.max_new_tokens == 1 and not isinstance(
+        sequence.sampling.decoding, SuperposedDecoding
+    ):
         return "prefill handed over the only token that was asked for"
     return None

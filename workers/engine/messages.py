@@ -5,7 +5,7 @@ Commands and events of requests are in `workers.api`; these stay inside the proc
 
 from dataclasses import dataclass
 
-from workers.api import Command, Event, RequestKey
+from workers.api import Command, Event, KvEvent, RequestKey, TokensGenerated
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +134,28 @@ class EndTransfer:
     reason: str
 
 
-Output = Event | BlocksReserved | ReservationRefused | StartTransfer | KvReady | FinishTransfer | EndTransfer
+@dataclass(frozen=True, slots=True)
+class TokensDecoded:
+    """One more token for each of these requests, none of which ends with it: TokensGenerated for many at once."""
+
+    keys: tuple[RequestKey, ...]
+    token_ids: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    def events(self) -> list[TokensGenerated]:
+        """One event for each request."""
+        each = zip(self.keys, self.token_ids, self.positions, strict=True)
+        return [TokensGenerated(key, (token_id,), position) for key, token_id, position in each]
+
+
+Output = (
+    Event
+    | KvEvent
+    | TokensDecoded
+    | BlocksReserved
+    | ReservationRefused
+    | StartTransfer
+    | KvReady
+    | FinishTransfer
+    | EndTransfer
+)

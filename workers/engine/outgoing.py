@@ -50,16 +50,16 @@ class OutgoingKv:
 def kv_ready(plan: StepPlan, layer_lo: int, layer_hi: int, block_size: int) -> list[KvReady]:
     """What can be sent once these layers of the step are computed.
 
-    A block that is not full is sent with the last chunk of the prompt only.
+    A block that is not full is sent with the last chunk of the prompt only; blocks that were cached go with
+    the first one.
     """
-    return [
-        KvReady(
-            part.sequence.handoff.transfer_id,
-            layer_lo,
-            layer_hi,
-            part.start // block_size,
-            blocks_needed(part.end, block_size),
-        )
-        for part in plan.slices
-        if part.sequence.handoff is not None and part.sequence.is_handed_off
-    ]
+    ready = []
+    for part in plan.chunks:
+        sequence = part.sequence
+        if sequence.is_handed_off:
+            assert sequence.handoff is not None
+            is_first = part.start == sequence.num_cached_tokens
+            block_lo = 0 if is_first else part.start // block_size
+            block_hi = blocks_needed(part.end, block_size)
+            ready.append(KvReady(sequence.handoff.transfer_id, layer_lo, layer_hi, block_lo, block_hi))
+    return ready

@@ -1,88 +1,240 @@
 """Computes steps with torch: StepPlan -> tensors -> forward pass -> sampled tokens."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from kvtransfer.layout import blocks_needed
-from workers.engine.sampler import SampleRow, sample
+from workers.api import CautiousDecoding, SuperposedDecoding, TokenLogprobs
+from workers.engine.decoding.acceptance import Accepted, walk
+from workers.engine.decoding.superposed import mix_settings
+from workers.engine.grammar_masks import GrammarMasks
+from workers.engine.grammar_states import GrammarStates
+from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
 from workers.engine.scheduler import StepPlan
+from workers.engine.sequence import Sequence
+from workers.engine.step_batch import StepBatch
+from workers.engine.step_result import RowDetail, StepResult
 from workers.model.llama import ForwardBatch, Llama
+
+_PLAIN = RowDetail()
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarTools:
+    """What a runner needs for requests with a grammar."""
+
+    states: GrammarStates
+    masks: GrammarMasks
 
 
 class ModelRunner:
     """A model and the KV cache that its steps read and write. Implements `step_loop.Runner`.
 
     kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. layer_group_size: layers between two calls
-    of `on_layers`, >= 1.
+    of `on_layers`, >= 1. grammars: None refuses nothing, but no request may have one.
     """
 
-    def __init__(self, model: Llama, kv_cache: torch.Tensor, block_size: int, layer_group_size: int) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        kv_cache: torch.Tensor,
+        block_size: int,
+        layer_group_size: int,
+        grammars: GrammarTools | None = None,
+    ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._layer_group_size = layer_group_size
+        self._grammars = grammars
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> list[int]:
+    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         """See Runner."""
-        logits = self._model.forward(
-            self._batch(plan),
-            self._kv_cache,
-            layer_group_size=self._layer_group_size,
-            on_layers=on_layers,
-        )
-        # The new token's index is the number of tokens that are known.
-        rows = [
-            SampleRow(part.sequence.sampling, len(part.sequence.token_ids))
-            for part in plan.slices
-            if part.yields_token
-        ]
-        return sample(logits, rows) if rows else []
+        for target, source in plan.copies.items():
+            self._kv_cache[:, :, target] = self._kv_cache[:, :, source]
+        step = StepBatch(plan, self._block_size)
+        self._begin_masks(step)
+        try:
+            logits = self._model.forward(
+                step.forward,
+                self._kv_cache,
+                layer_group_size=self._layer_group_size,
+                on_layers=on_layers,
+            )
+        except BaseException:
+            if self._grammars is not None:
+                self._grammars.masks.drop()
+            raise
+        prompt_logprobs = _score_prompts(step, logits)
+        return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
 
     def warm_up(self) -> None:
         """Compute one token in block 0, which no sequence owns yet: pages and kernels are then in place."""
+        one = np.array([1])
         batch = ForwardBatch(
             token_ids=torch.tensor([0]),
             positions=torch.tensor([0]),
             slots=torch.tensor([0]),
-            block_tables=[[0]],
-            query_lens=[1],
-            context_lens=[1],
+            block_tables=np.zeros((1, 1), np.int32),
+            query_lens=one,
+            context_lens=one,
             logit_rows=torch.tensor([0]),
         )
         self._model.forward(batch, self._kv_cache)
 
-    def _batch(self, plan: StepPlan) -> ForwardBatch:
-        """The loop is over sequences; what is per token is done by numpy."""
-        size = self._block_size
-        token_ids: list[int] = []
-        # Blocks that the new tokens lie in, sequence after sequence.
-        new_blocks: list[int] = []
-        first_new_blocks: list[int] = []
-        logit_rows: list[int] = []
-        for part in plan.slices:
-            sequence = part.sequence
-            token_ids += sequence.token_ids[part.start : part.end]
-            first_block = part.start // size
-            # Index of a sequence's logical block b in new_blocks: b + first_new_block.
-            first_new_blocks.append(len(new_blocks) - first_block)
-            new_blocks += sequence.block_table[first_block : blocks_needed(part.end, size)]
-            if part.yields_token:
-                logit_rows.append(len(token_ids) - 1)
-        starts = np.array([part.start for part in plan.slices])
-        query_lens = np.array([part.end - part.start for part in plan.slices])
-        # Row of the first token of each slice.
-        first_rows = np.cumsum(query_lens) - query_lens
-        positions = np.arange(len(token_ids)) + np.repeat(starts - first_rows, query_lens)
-        blocks = np.array(new_blocks)[positions // size + np.repeat(first_new_blocks, query_lens)]
-        return ForwardBatch(
-            token_ids=torch.tensor(token_ids),
-            positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(blocks * size + positions % size),
-            block_tables=[part.sequence.block_table for part in plan.slices],
-            query_lens=[part.end - part.start for part in plan.slices],
-            context_lens=[part.end for part in plan.slices],
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+    def close(self) -> None:
+        """End its threads."""
+        if self._grammars is not None:
+            self._grammars.masks.close()
+
+    def _begin_masks(self, step: StepBatch) -> None:
+        if self._grammars is None:
+            return
+        self._grammars.states.keep(step.sampled)
+        if any(sequence.sampling.grammar is not None for sequence in step.sampled):
+            # A sequence with a grammar has no drafts, so its row has its own index.
+            states = [self._grammars.states.of(row) for row in step.sequence_of_rows]
+            self._grammars.masks.begin(states)
+
+    def _sample(
+        self, step: StepBatch, logits: torch.Tensor, prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+    ) -> StepResult:
+        if not step.sampled:
+            return StepResult((), {}, prompt_logprobs)
+        tops = _tops(step, logits)
+        rows = _sample_rows(step)
+        forced = self._rows_with_logprobs_and_grammar(step, logits)
+        masks = self._grammars.masks if self._grammars is not None else None
+        result = sample(logits, rows, masks.rule_out if masks is not None else None)
+        token_ids = [result.token_ids[row] for row in step.first_rows]
+        details = self._details(step, result, tops, token_ids, forced)
+        return StepResult(token_ids, details, prompt_logprobs)
+
+    def _details(
+        self,
+        step: StepBatch,
+        result: SampleResult,
+        tops: dict[int, tuple[tuple[int, float], ...]],
+        token_ids: list[int],
+        forced: dict[int, torch.Tensor],
+    ) -> dict[int, RowDetail]:
+        """Of the sequences that ask for more than a token. A grammar may replace the token."""
+        details: dict[int, RowDetail] = {}
+        for i in step.special:
+            sequence, row = step.sampled[i], step.first_rows[i]
+            logprobs = result.logprobs.get(row)
+            accepted, is_complete, problem = None, False, None
+            if i in step.plan.drafts:
+                accepted = self._verify(step, i, result.token_ids)
+            elif self._grammars is not None and sequence.sampling.grammar is not None:
+                token_ids[i], is_complete = self._grammars.states.take(sequence, token_ids[i])
+                problem = self._grammars.states.problem_of(sequence)
+                if i in forced and logprobs is not None and logprobs.token_id != token_ids[i] >= 0:
+                    num_top = sequence.sampling.num_logprobs or 0
+                    logprobs = score_prompt(forced[i][None], [token_ids[i]], num_top)[0]
+            details[i] = RowDetail(
+                logprobs=logprobs,
+                warped_logprob=result.warped_logprobs.get(row, 0.0),
+                branches=result.branches.get(row, ()),
+                accepted=accepted,
+                num_rows=step.num_rows_of(i),
+                top=tops.get(i, ()),
+                is_complete=is_complete,
+                problem=problem,
+            )
+        return details
+
+    def _verify(self, step: StepBatch, index: int, sampled: list[int]) -> Accepted:
+        """Follow the drafts as far as they are what was sampled, and put their KV where it belongs."""
+        sequence, tree = step.sampled[index], step.plan.drafts[index]
+        first = step.first_rows[index]
+        accepted = walk(
+            tree,
+            sampled[first : first + tree.num_drafts + 1],
+            stop_token_ids=sequence.stop_token_ids,
+            max_tokens=sequence.max_tokens - len(sequence.token_ids),
         )
+        slots = step.forward.slots[first : first + tree.num_drafts + 1]
+        moved = [(to, row) for to, row in enumerate(accepted.rows) if to != row]
+        if moved:
+            targets = slots[[to for to, _ in moved]]
+            sources = slots[[row for _, row in moved]]
+            flat = self._kv_cache.flatten(2, 3)
+            # The right side is a copy, so that no row is overwritten before it is read.
+            flat[:, :, targets] = flat[:, :, sources]
+        return accepted
+
+    def _rows_with_logprobs_and_grammar(
+        self, step: StepBatch, logits: torch.Tensor
+    ) -> dict[int, torch.Tensor]:
+        """What the model itself says, where a grammar may replace the token whose logprob is asked for."""
+        return {
+            i: logits[step.first_rows[i]].clone()
+            for i in step.special
+            if step.sampled[i].sampling.grammar is not None
+            and step.sampled[i].sampling.num_logprobs is not None
+        }
+
+
+def _sample_rows(step: StepBatch) -> list[SampleRow]:
+    """One for each row of logits that a token is sampled from."""
+    rows: list[SampleRow] = []
+    for i, sequence in enumerate(step.sampled):
+        is_cautious = isinstance(sequence.sampling.decoding, CautiousDecoding)
+        row = SampleRow(
+            sequence.sampling,
+            len(sequence.token_ids),
+            sequence.token_ids,
+            sequence.num_prompt_tokens - sequence.num_delivered,
+            sequence.stream,
+            is_branching=is_cautious and _may_branch(sequence),
+            wants_warped_logprob=sequence.parent is not None,
+        )
+        rows.append(row)
+        tree = step.plan.drafts.get(i)
+        for j in range(tree.num_drafts if tree is not None else 0):
+            assert tree is not None
+            path = tree.path(j + 1)
+            rows.append(
+                replace(row, position=row.position + len(path), token_ids=[*sequence.token_ids, *path])
+            )
+    return rows
+
+
+def _may_branch(sequence: Sequence) -> bool:
+    """The first token of all is drawn as ever, on whichever worker; also what is drawn where no decode follows."""
+    num_prompt_tokens = sequence.num_prompt_tokens - sequence.num_delivered
+    is_first = len(sequence.token_ids) == num_prompt_tokens
+    return sequence.parent is None and not is_first and not sequence.is_handed_off
+
+
+def _tops(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[tuple[int, float], ...]]:
+    """The likeliest next tokens of superposed sequences, with their logprobs."""
+    tops = {}
+    for i in step.special:
+        decoding = step.sampled[i].sampling.decoding
+        if isinstance(decoding, SuperposedDecoding):
+            num = min(mix_settings(decoding.num_drafts).num_candidates, logits.shape[-1])
+            logprobs = torch.log_softmax(logits[step.first_rows[i]].double(), dim=-1)
+            values, token_ids = torch.topk(logprobs, num)
+            tops[i] = tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
+    return tops
+
+
+def _score_prompts(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
+    """Logprobs of prompt tokens, by chunk; their rows come after those that are sampled."""
+    scored: dict[int, tuple[TokenLogprobs, ...]] = {}
+    row = step.num_sampled_rows
+    for i, part in enumerate(step.plan.chunks):
+        positions = part.scored_positions
+        if not positions:
+            continue
+        sequence: Sequence = part.sequence
+        token_ids = sequence.token_ids[positions.start : positions.stop]
+        num_top = sequence.sampling.num_prompt_logprobs or 0
+        scored[i] = tuple(score_prompt(logits[row : row + len(positions)], token_ids, num_top))
+        row += len(positions)
+    return scored

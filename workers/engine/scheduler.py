@@ -1,17 +1,31 @@
 """What the next step computes. Pure.
 
-Decodes first (one token each), then prefills that have begun, then new ones in order of arrival, all
-within one token budget: a long prompt is cut into chunks and never stalls a decode.
-Source: Sarathi-Serve (OSDI'24), stall-free batching, section 4.2.
+Decodes first (one token each), then prefills that have begun, then new ones, all within one token budget:
+a long prompt is cut into chunks and never stalls a decode.
+Sources: Sarathi-Serve (OSDI'24), stall-free batching, section 4.2; SARATHI (arXiv 2308.16369), section 4,
+for decode-maximal batches and tile alignment.
+
+Blocks are taken chunk by chunk. When they run out, the sequence of the highest rank takes those of the
+lowest, which starts again later (preemption by recompute). The first in rank is never preempted, and every
+request fits the pool alone, so that there is always progress.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
-from workers.api import EngineConfig
-from workers.engine.block_pool import BlockPool
+from workers.api import Batching, EngineConfig, PrefillOrder
+from workers.engine.batch import Batch, places
+from workers.engine.decoding.draft_tree import DraftTree
 from workers.engine.sequence import Sequence, SequenceState
+
+#: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
+FIRST_PREFILL_RATE = 500.0
+PREFILL_RATE_GAIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,73 +41,277 @@ class Slice:
         """The last known token is among them, so the next one can be sampled."""
         return self.end == len(self.sequence.token_ids)
 
+    @property
+    def scored_positions(self) -> range:
+        """Tokens of the prompt whose logprobs are asked for and come out of this slice: each by the one before it."""
+        sequence = self.sequence
+        if sequence.sampling.num_prompt_logprobs is None:
+            return range(0)
+        return range(
+            max(self.start + 1, sequence.num_scored_tokens), min(self.end + 1, sequence.num_prompt_tokens)
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass
 class StepPlan:
-    """One forward pass. `admitted` are the sequences that leave the waiting queue with it."""
+    """One forward pass."""
 
-    slices: tuple[Slice, ...]
-    admitted: tuple[Sequence, ...]
+    #: Each computes its last known token, and yields the next.
+    decodes: list[Sequence]
+    #: Chunks of prompts, or of sequences that were preempted.
+    chunks: tuple[Slice, ...]
+    #: Blocks of each sequence, in the row that it has; see Batch.
+    block_tables: NDArray[np.int32]
+    #: Sequences that leave the waiting queue with this step, and those that came back to it.
+    admitted: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    #: Block -> the block whose contents it gets before anything is computed.
+    copies: Mapping[int, int] = field(default_factory=dict)
+    #: Index in `decodes` -> guessed tokens that are verified with it.
+    drafts: Mapping[int, DraftTree] = field(default_factory=dict)
+
+    @cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """All of it, decodes first, as of the first time of asking. Drafts are not counted."""
+        decodes = [Slice(one, one.num_computed_tokens, len(one.token_ids)) for one in self.decodes]
+        return (*decodes, *self.chunks)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed by the step."""
-        return sum(part.end - part.start for part in self.slices)
+        """Tokens computed by the step, without drafts."""
+        return len(self.decodes) + sum(part.end - part.start for part in self.chunks)
 
 
-def schedule(
-    running: Iterable[Sequence],
-    waiting: Iterable[Sequence],
-    pool: BlockPool,
-    config: EngineConfig,
-    *,
-    num_places: int,
-) -> StepPlan:
-    """Plan one step; changes nothing.
+class Scheduler:
+    """Plans the steps of one batch.
 
-    running: sequences in PREFILL or DECODE, in order of admission; waiting: in order of arrival.
-    num_places: sequences that may run; the rest of the batch is kept for KV on its way. A waiting sequence is admitted when blocks for all that it may grow to are free, so a running one
-    never runs out of them. The queue's head is never overtaken.
+    attention_tokens: the context at which a token's attention is as much work as everything else. A chunk
+    that late in its prompt costs its tokens twice in the budget; without it (infinity) tokens alone count.
     """
-    budget = config.token_budget
-    free_blocks = pool.num_free
-    slices: list[Slice] = []
-    prefills: list[Sequence] = []
-    num_running = 0
-    for sequence in running:
-        num_running += 1
-        if sequence.state is SequenceState.PREFILL:
-            prefills.append(sequence)
-        elif budget > 0:
-            slices.append(Slice(sequence, sequence.num_computed_tokens, len(sequence.token_ids)))
-            budget -= 1
-    for sequence in prefills:
-        budget -= _add_chunk(slices, sequence, budget, config.block_size)
-    admitted: list[Sequence] = []
-    for sequence in waiting:
-        num_blocks = blocks_needed(sequence.max_tokens_here, config.block_size)
-        if num_running >= num_places or num_blocks > free_blocks:
-            break
-        taken = _add_chunk(slices, sequence, budget, config.block_size)
-        if taken == 0:
-            break
-        budget -= taken
-        free_blocks -= num_blocks
-        num_running += 1
-        admitted.append(sequence)
-    return StepPlan(tuple(slices), tuple(admitted))
+
+    def __init__(self, config: EngineConfig, batch: Batch, *, attention_tokens: float) -> None:
+        self._config = config
+        self._batch = batch
+        self._attention_tokens = attention_tokens
+        self._prefill_rate = FIRST_PREFILL_RATE
+
+    def observe(self, plan: StepPlan, step_s: float) -> None:
+        """A step took this long. Steps that mostly prefill tell how long a prompt takes."""
+        num_tokens = plan.num_tokens
+        if step_s > 0 and num_tokens > 2 * len(plan.decodes):
+            self._prefill_rate += PREFILL_RATE_GAIN * (num_tokens / step_s - self._prefill_rate)
+
+    def plan(self, *, num_places: int, arrived_until_s: float) -> StepPlan:
+        """Plan one step, taking blocks and moving sequences between waiting and running.
+
+        num_places: for sequences; the rest is kept for KV on its way. Who arrived later than
+        arrived_until_s is not admitted yet.
+        """
+        plan = _Plan(self._config, self._batch, self._attention_tokens)
+        plan.make_room_for_decodes()
+        self._add_prefills(plan, num_places, arrived_until_s)
+        # A chunk may have taken the blocks of a decode.
+        batch = self._batch
+        decodes = batch.decodes.copy()
+        copies, batch.copies = batch.copies, {}
+        return StepPlan(
+            decodes,
+            tuple(plan.chunks),
+            batch.block_tables,
+            tuple(plan.admitted),
+            tuple(plan.preempted),
+            copies,
+        )
+
+    def _add_prefills(self, plan: "_Plan", num_places: int, arrived_until_s: float) -> None:
+        """Chunks of running prefills, and of waiting sequences while they can be admitted."""
+        batch = self._batch
+        is_admitting = bool(batch.waiting) and batch.num_places < num_places
+        waiting = [one for one in batch.waiting if one.arrived_s <= arrived_until_s] if is_admitting else []
+        for sequence in self._in_order(batch.prefills, waiting):
+            if plan.is_full:
+                return
+            if sequence.state is SequenceState.WAITING:
+                # The first that has to wait lets nobody past, or it might wait for ever.
+                is_admitting = is_admitting and plan.admit(sequence, num_places)
+            if sequence.state is SequenceState.PREFILL:
+                plan.add_chunk(sequence)
+
+    def _in_order(self, prefills: list[Sequence], waiting: list[Sequence]) -> list[Sequence]:
+        """Highest priority first, whatever the order within one."""
+        is_fcfs = self._config.prefill_order is PrefillOrder.FCFS
+        return sorted([*prefills, *waiting], key=_begun_first if is_fcfs else self._urgency)
+
+    def _urgency(self, sequence: Sequence) -> tuple[int, float, int]:
+        """By priority, then by work left and time to the deadline, both in seconds.
+
+        Whoever has waited a second longer with the same timeout may have a second more of prefill left: no
+        sequence is overtaken for ever. `now` would be the same summand for all, and is left out.
+        """
+        priority, _, number = sequence.rank
+        left_s = sequence.num_uncomputed_tokens / self._prefill_rate
+        return priority, left_s + sequence.deadline_s, number
 
 
-def _add_chunk(slices: list[Slice], sequence: Sequence, budget: int, block_size: int) -> int:
-    """Append the next chunk of a prompt; returns its tokens, 0 if the budget does not reach.
+class _Plan:
+    """A step that is being planned."""
 
-    A chunk that does not finish the prompt ends at a block border: then every block is sent to the
-    decode worker once, when it is full.
-    """
-    num_tokens = sequence.num_uncomputed_tokens
-    if num_tokens > budget:
-        num_tokens = budget - budget % block_size
-    if num_tokens > 0:
+    def __init__(self, config: EngineConfig, batch: Batch, attention_tokens: float) -> None:
+        self.chunks: list[Slice] = []
+        self.admitted: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+        self._config = config
+        self._batch = batch
+        self._pool = batch.pool
+        self._attention_tokens = attention_tokens
+        #: What is left of the budget, in tokens of a prompt's beginning.
+        self._budget = float(config.token_budget)
+        self._num_tokens = 0
+        #: They have their blocks for this step already.
+        self._planned: set[Sequence] = set()
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing more fits."""
+        if self._config.batching is Batching.DECODE_MAXIMAL and self.chunks:
+            return True
+        return self._budget < 1
+
+    def make_room_for_decodes(self) -> None:
+        """Every decode gets a slot for its token, or is preempted for others'. None is left out for the budget."""
+        decodes = self._batch.decodes
+        needy = [one for one in decodes if len(one.token_ids) > one.capacity or one.is_tail_shared]
+        for sequence in sorted(needy, key=lambda one: one.rank):
+            if sequence.state is SequenceState.DECODE and not self._grow(sequence, len(sequence.token_ids)):
+                self._preempt(sequence.parent or sequence)
+        self._num_tokens = len(decodes)
+        self._budget -= self._num_tokens
+
+    def admit(self, sequence: Sequence, num_places: int) -> bool:
+        """Let a waiting sequence begin, if it may; False when it has to wait."""
+        batch = self._batch
+        if batch.num_places + places(sequence) > num_places and batch.num_places > 0:
+            return False
+        if self._chunk_tokens(sequence, sequence.num_uncomputed_tokens)[0] == 0:
+            return False
+        match = batch.match(sequence)
+        # What it needs now, and its share of what it may need later, beside that of those who run.
+        need = blocks_needed(len(sequence.token_ids), self._pool.block_size)
+        need += self._future_blocks(sequence) - len(match.block_ids) + self._pool.num_cached_of(match)
+        need += sum(self._reserved_blocks(one) for one in batch.running())
+        if need > self._pool.num_available and self._is_anyone_else():
+            victims = self._outranked_by_priority(sequence)
+            gain = sum(len(one.block_table) + self._reserved_blocks(one) for one in victims)
+            if need > self._pool.num_available + gain:
+                return False
+            while need > self._pool.num_available and victims:
+                victim = victims.pop()
+                need -= self._reserved_blocks(victim)
+                self._preempt(victim)
+            # Blocks that were shared did not come free.
+            match = batch.match(sequence)
+        if blocks_needed(len(sequence.token_ids), self._pool.block_size) - len(match.block_ids) > (
+            self._pool.num_available - self._pool.num_cached_of(match)
+        ):
+            return False
+        batch.admit(sequence, match)
+        self.admitted.append(sequence)
+        return True
+
+    def add_chunk(self, sequence: Sequence) -> None:
+        """The next chunk of a running prefill, as far as budget and blocks reach."""
+        num_tokens, cost = self._chunk_tokens(sequence, sequence.num_uncomputed_tokens)
         start = sequence.num_computed_tokens
-        slices.append(Slice(sequence, start, start + num_tokens))
-    return num_tokens
+        if num_tokens == 0:
+            return
+        if not self._grow(sequence, start + num_tokens):
+            # What fits into the blocks that there are.
+            room = sequence.capacity + self._pool.num_available * self._pool.block_size - start
+            num_tokens, cost = self._chunk_tokens(sequence, min(num_tokens, room))
+            if num_tokens <= 0 or sequence.is_tail_shared:
+                return
+            self._batch.grow(sequence, start + num_tokens)
+        self._batch.store_blocks(sequence, start + num_tokens, is_pending=True)
+        self.chunks.append(Slice(sequence, start, start + num_tokens))
+        self._planned.add(sequence)
+        self._num_tokens += num_tokens
+        self._budget -= cost
+
+    def _chunk_tokens(self, sequence: Sequence, num_tokens: int) -> tuple[int, float]:
+        """Tokens of the next chunk and their cost in the budget; at most num_tokens.
+
+        A chunk that does not finish its prompt ends at a tile's border of the step, or else at a block's border:
+        always so with a hand-off, where every block is sent once, when it is full.
+        """
+        rate = 1 + sequence.num_computed_tokens / self._attention_tokens
+        size, tile = self._pool.block_size, self._config.tile_tokens
+        cut = min(num_tokens, max(0, int(self._budget / rate)))
+        if cut < sequence.num_uncomputed_tokens and cut > 0:
+            over_tile = (self._num_tokens + cut) % tile
+            over_block = (sequence.num_computed_tokens + cut) % size
+            over = over_tile if tile > 1 and not sequence.is_handed_off else over_block
+            if over < cut:
+                cut -= over
+            elif sequence.is_handed_off:
+                cut = 0
+        return cut, cut * rate
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give it blocks for so many tokens, from those behind it in rank if need be."""
+        need = self._batch.num_blocks_to_grow(sequence, num_tokens)
+        while need > self._pool.num_available:
+            victim = self._last_behind(sequence)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        self._batch.grow(sequence, num_tokens)
+        return True
+
+    def _last_behind(self, sequence: Sequence) -> Sequence | None:
+        """The last in rank of those that may be preempted for this one."""
+        behind = [
+            one
+            for one in self._batch.running()
+            if one.parent is None
+            and one.is_preemptible
+            and one.rank > sequence.rank
+            and one not in self._planned
+        ]
+        return max(behind, key=lambda one: one.rank, default=None)
+
+    def _outranked_by_priority(self, sequence: Sequence) -> list[Sequence]:
+        """Those of a lower priority, in order of rank."""
+        running = self._batch.running()
+        lower = [one for one in running if one.rank[0] > sequence.rank[0] and one not in self._planned]
+        return sorted(
+            (one for one in lower if one.parent is None and one.is_preemptible), key=lambda one: one.rank
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        for branch in [one for one in self._batch.running() if one.parent is sequence]:
+            self._batch.leave(branch)
+            branch.move_to(SequenceState.FINISHED)
+        self._batch.preempt(sequence)
+        self.preempted.append(sequence)
+
+    def _is_anyone_else(self) -> bool:
+        """Somebody runs, and will give blocks back."""
+        return next(self._batch.running(), None) is not None
+
+    def _future_blocks(self, sequence: Sequence) -> int:
+        """Blocks kept for what it may still generate."""
+        size = self._pool.block_size
+        num_known = blocks_needed(len(sequence.token_ids), size)
+        growth = blocks_needed(sequence.max_tokens_here, size) - num_known
+        return int(self._config.growth_reserve * growth + 0.999999)
+
+    def _reserved_blocks(self, sequence: Sequence) -> int:
+        """Blocks that a running sequence will still take, as far as they are kept for it."""
+        if not sequence.is_preemptible or sequence.parent is not None:
+            return 0
+        num_known = blocks_needed(len(sequence.token_ids), self._pool.block_size)
+        return max(0, num_known + self._future_blocks(sequence) - len(sequence.block_table))
+
+
+def _begun_first(sequence: Sequence) -> tuple[int, bool, tuple[int, float, int]]:
+    return sequence.rank[0], sequence.state is SequenceState.WAITING, sequence.rank

@@ -4,7 +4,6 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ from workers.api import BlockCounts
 from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_result import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ MAX_BROKEN_STEPS = 3
 class Runner(Protocol):
     """Computes steps. `ModelRunner` does it with torch; tests have one without."""
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> SequenceOf[int]:
-        """One sampled token for each slice that yields one, in order.
+    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
+        """Make the plan's copies, compute its slices and drafts, and sample.
 
         Calls on_layers(layer_lo, layer_hi) as soon as the KV of these layers is written.
         """
@@ -121,16 +121,22 @@ class StepLoop:
         self.engine.expire(now_s)
         # At the same time: what is admitted still has some of its time left.
         plan = self.engine.schedule(now_s)
+        for sequence in plan.preempted if plan is not None else ():
+            logger.info(
+                "sequence_preempted request_id=%s num_tokens=%d reason=blocks_ran_out",
+                sequence.key.request_id,
+                len(sequence.token_ids),
+            )
         # What the plan starts (a transfer, say) must be known before its KV is.
         self._publish_outputs()
         if plan is None:
             return False
         try:
-            token_ids = self._runner.run(plan, lambda lo, hi: self._publish_kv(plan, lo, hi))
+            result = self._runner.run(plan, lambda lo, hi: self._publish_kv(plan, lo, hi))
         except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
             self._step_broke(plan, error)
         else:
-            self.engine.complete(plan, token_ids, self._clock())
+            self.engine.complete(plan, result, self._clock())
             self._num_broken_steps = 0
         self.num_steps += 1
         self._publish_outputs()

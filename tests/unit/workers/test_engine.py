@@ -47,6 +47,7 @@ from workers.engine.messages import (
     TransferSent,
 )
 from workers.engine.sequence import NO_TOKEN
+from workers.engine.step_result import StepResult
 
 
 def failure(engine: Engine) -> tuple[FailureCode, str]:
@@ -133,10 +134,10 @@ def test_a_row_without_usable_logits_fails_alone() -> None:
     run_step(engine, 0.0, lambda index: NO_TOKEN if index == 0 else 50)
     outputs = outputs_of(engine, RequestFailed, TokensGenerated)
     assert outputs == [
+        TokensGenerated(key("r2"), (50,), 5, None, 0.0),
         RequestFailed(
             key("r1"), FailureCode.INTERNAL, "the model computed no usable logits for its next token"
         ),
-        TokensGenerated(key("r2"), (50,), 5, None, 0.0),
     ]
 
 
@@ -372,12 +373,12 @@ def test_prefill_tells_its_transfer_what_to_send_and_when() -> None:
     assert (start.num_tokens, start.max_tokens, start.timeout_s) == (18, 24, 58.0)
     assert len(start.block_ids) == blocks_needed(18, CONFIG.block_size)
     assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 0, 4)]
-    engine.complete(plan, [], 3.0)
+    engine.complete(plan, StepResult([]), 3.0)
     plan = engine.schedule(3.0)
     assert plan is not None
     # The block that is not full goes with the last chunk.
     assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 4, 5)]
-    engine.complete(plan, [50], 4.0)
+    engine.complete(plan, StepResult([50]), 4.0)
     assert outputs_of(engine) == [
         TokensGenerated(key("r1"), (50,), 18, None, 2.0),
         FinishTransfer("t-r1", (50,)),
@@ -438,7 +439,7 @@ def test_a_first_token_that_is_the_last_ends_the_transfer(max_new: int, token: i
     assert isinstance(start, StartTransfer)
     assert isinstance(tokens, TokensGenerated)
     assert tokens.finish_reason is not None
-    assert end == EndTransfer("t-r1", "finished with its first token")
+    assert end == EndTransfer("t-r1", f"finished: {tokens.finish_reason}")
     engine.handle(ReleaseTransfer("t-r1", start.block_ids, "aborted"), 1.0)
     engine.handle(TransferFailed("t-r1", "aborted"), 1.0)
     assert outputs_of(engine) == []

@@ -13,6 +13,7 @@ from tests.support.engine_fakes import (
     PREFILL,
     STOP_TOKEN,
     assert_empty,
+    expanded,
     key,
     make_engine,
     submit,
@@ -43,6 +44,7 @@ from workers.engine.messages import (
     TransferSent,
 )
 from workers.engine.sequence import NO_TOKEN
+from workers.engine.step_result import StepResult
 
 CONFIG = EngineConfig(block_size=2, token_budget=7, max_running_sequences=3, max_waiting_requests=4)
 NUM_BLOCKS = 12
@@ -208,7 +210,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.engine.fail_step(plan, "broke", self.now_s)
                 return
             tokens = [data.draw(TOKENS) for part in plan.slices if part.yields_token]
-            self.engine.complete(plan, tokens, self.now_s)
+            self.engine.complete(plan, StepResult(tokens), self.now_s)
 
     def _kv_is_ready(self, ready: KvReady) -> None:
         one = self.sending[ready.transfer_id]
@@ -227,7 +229,7 @@ class AnyOrder(RuleBasedStateMachine):
     # What comes out.
 
     def _read_outputs(self) -> None:
-        for output in self.engine.take_outputs():
+        for output in expanded(self.engine.take_outputs()):
             self._take(output)
 
     def _take(self, output: Output) -> None:

@@ -1,0 +1,142 @@
+"""An engine with a real model in one thread: requests in, tokens out, every invariant checked after each step."""
+
+from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+
+import torch
+
+from tests.support.engine_fakes import BOTH, expanded, key
+from workers.api import (
+    Abort,
+    DecodingReport,
+    DraftsGenerated,
+    EngineConfig,
+    FinishReason,
+    PhaseSet,
+    PromptScored,
+    RequestFailed,
+    SamplingParams,
+    Submit,
+    TokenLogprobs,
+    TokensGenerated,
+)
+from workers.engine.engine import Engine
+from workers.engine.messages import Output
+from workers.engine.runner import GrammarTools, ModelRunner
+from workers.engine.scheduler import StepPlan
+from workers.model.llama import Llama
+
+#: Nothing about it is special but that blocks are small.
+PLAIN = EngineConfig(block_size=4, token_budget=32, max_running_sequences=8, max_waiting_requests=64)
+
+
+class EngineWithModel:
+    """Slots that were never written are NaN: whatever reads one yields no token."""
+
+    def __init__(
+        self,
+        model: Llama,
+        config: EngineConfig = PLAIN,
+        *,
+        num_blocks: int = 64,
+        punctuation: frozenset[int] = frozenset(),
+        grammars: GrammarTools | None = None,
+    ) -> None:
+        self.engine = Engine(
+            config,
+            BOTH,
+            num_blocks=num_blocks,
+            max_context_tokens=model.config.max_context_tokens,
+            claim_s=5.0,
+            punctuation=punctuation,
+        )
+        kv_cache = torch.full(model.kv_cache_shape(num_blocks, config.block_size), float("nan"))
+        self.runner = ModelRunner(model, kv_cache, config.block_size, 1, grammars)
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.finished: dict[str, FinishReason] = {}
+        self.failed: dict[str, RequestFailed] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)
+        self.prompt_logprobs: dict[str, list[TokenLogprobs]] = defaultdict(list)
+        self.drafts: dict[str, DraftsGenerated] = {}
+        self.reports: dict[str, DecodingReport] = {}
+        self.num_cached: dict[str, int] = {}
+        self.outputs: list[Output] = []
+        self.num_steps = 0
+        self._begin: dict[str, int] = {}
+
+    def submit(
+        self,
+        name: str,
+        token_ids: SequenceOf[int],
+        max_new: int = 8,
+        *,
+        phases: PhaseSet = BOTH,
+        priority: int = 0,
+        cache_salt: str = "",
+        num_delivered: int = 0,
+        sampling: SamplingParams | None = None,
+    ) -> None:
+        """sampling: its max_new_tokens is replaced."""
+        params = replace(sampling or SamplingParams(1), max_new_tokens=max_new)
+        self._begin[name] = len(token_ids)
+        submit = Submit(
+            key(name),
+            phases,
+            tuple(token_ids),
+            params,
+            1e6,
+            priority=priority,
+            cache_salt=cache_salt,
+            num_delivered=num_delivered,
+        )
+        self.engine.handle(submit, float(self.num_steps))
+
+    def abort(self, name: str) -> None:
+        self.engine.handle(Abort(key(name)), float(self.num_steps))
+        self._read()
+
+    def step(self) -> StepPlan | None:
+        """One step, whatever there is to do."""
+        self.num_steps += 1
+        plan = self.engine.schedule(float(self.num_steps))
+        if plan is not None:
+            result = self.runner.run(plan, lambda _lo, _hi: None)
+            self.engine.complete(plan, result, self.num_steps + 0.1)
+        self._read()
+        self.engine.check_invariants()
+        return plan
+
+    def run(self, max_steps: int = 2000) -> None:
+        """Until nothing runs or waits."""
+        for _ in range(max_steps):
+            if self.engine.num_running + self.engine.num_waiting == 0:
+                counts = self.engine.block_counts()
+                assert counts.free + counts.cached == counts.total
+                return
+            assert self.step() is not None, "nothing to compute, but requests are open"
+        raise AssertionError(f"no end after {max_steps} steps")
+
+    def _read(self) -> None:
+        for output in expanded(self.engine.take_outputs()):
+            self.outputs.append(output)
+            match output:
+                case TokensGenerated():
+                    name = output.key.request_id
+                    assert output.first_position == self._begin[name] + len(self.tokens[name])
+                    self.tokens[name].extend(output.token_ids)
+                    self.logprobs[name].extend(output.logprobs)
+                    if output.prefill_s is not None:
+                        self.num_cached[name] = output.num_cached_tokens
+                    if output.finish_reason is not None:
+                        self.finished[name] = output.finish_reason
+                case PromptScored():
+                    scored = self.prompt_logprobs[output.key.request_id]
+                    assert output.first_position == 1 + len(scored)
+                    scored.extend(output.logprobs)
+                case DraftsGenerated():
+                    self.drafts[output.key.request_id] = output
+                case DecodingReport():
+                    self.reports[output.key.request_id] = output
+                case RequestFailed():
+                    self.failed[output.key.request_id] = output

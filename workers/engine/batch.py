@@ -1,0 +1,289 @@
+"""The sequences of one engine that wait or run, and the blocks and rows that they hold. Pure."""
+
+from bisect import insort
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtransfer.layout import blocks_needed
+from workers.api import CautiousDecoding, EngineConfig
+from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
+from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+
+
+class Batch:
+    """Whoever runs has a row in `block_tables`; whoever waits has neither row nor blocks.
+
+    max_blocks: of one sequence.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, max_blocks: int) -> None:
+        self.pool = pool
+        #: State WAITING, by rank.
+        self.waiting: list[Sequence] = []
+        #: State PREFILL, in order of admission.
+        self.prefills: list[Sequence] = []
+        #: State DECODE, branches included. Those of one step keep their order until one leaves.
+        self.decodes: list[Sequence] = []
+        #: State BRANCHED.
+        self.branched: list[Sequence] = []
+        #: Block -> the block that it must get a copy of before the next step computes.
+        self.copies: dict[int, int] = {}
+        #: Places of the running sequences; see `places`.
+        self.num_places = 0
+        #: Blocks of each row in order; what is beyond a sequence's blocks means nothing. [rows, max_blocks] int32.
+        self.block_tables: NDArray[np.int32] = np.zeros((config.max_running_sequences, max_blocks), np.int32)
+        self._free_rows = list(range(config.max_running_sequences - 1, -1, -1))
+        self._is_cache_on = config.is_prefix_cache_on
+
+    def running(self) -> Iterator[Sequence]:
+        """All that hold blocks for the steps, branches included."""
+        yield from self.decodes
+        yield from self.prefills
+        yield from self.branched
+
+    # Waiting and running.
+
+    def wait(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        insort(self.waiting, sequence, key=_rank)
+
+    def match(self, sequence: Sequence) -> PrefixMatch:
+        """What is known of a waiting sequence's tokens."""
+        is_scored = sequence.sampling.num_prompt_logprobs is None or (
+            sequence.num_scored_tokens >= sequence.num_prompt_tokens
+        )
+        if not self._is_cache_on or not is_scored:
+            # Logprobs of the prompt need all of it computed.
+            return NO_MATCH
+        size = self.pool.block_size
+        num_kept = sequence.num_kept_tokens
+        sequence.hash_blocks(num_kept // size, size)
+        return self.pool.match(sequence.block_hashes, sequence.token_ids[:num_kept])
+
+    def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
+        """A waiting sequence begins to run with what is known of its tokens. Blocks for the rest come chunk by chunk."""
+        self.waiting.remove(sequence)
+        sequence.move_to(SequenceState.PREFILL)
+        self.enter(sequence, ())
+        self.pool.share(match.block_ids)
+        self._extend(sequence, match.block_ids)
+        size = self.pool.block_size
+        num_cached = len(match.block_ids) * size
+        sequence.num_stored_blocks = len(match.block_ids)
+        if match.partial is not None:
+            # Held while the copy's block is taken, or that might be the same one.
+            self.pool.share((match.partial,))
+            if self.pool.num_available > 0:
+                (copy,) = self.pool.allocate(1)
+                self.copies[copy] = match.partial
+                self._extend(sequence, (copy,))
+                num_cached += match.num_partial
+            self.pool.free((match.partial,))
+        sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached
+        if sequence.is_handed_off:
+            # Its transfer is told all blocks at once.
+            self.grow(sequence, sequence.num_prompt_tokens)
+
+    def enter(self, sequence: Sequence, block_ids: tuple[int, ...]) -> None:
+        """Give a row to a sequence that begins to run, with these blocks, which it holds already."""
+        if not self._free_rows:
+            # Branches and KV that arrived may need more rows than there are places.
+            num_rows = len(self.block_tables)
+            self.block_tables = np.concatenate([self.block_tables, np.zeros_like(self.block_tables)])
+            self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
+        sequence.row = self._free_rows.pop()
+        sequence.block_table = []
+        sequence.capacity = 0
+        self._extend(sequence, block_ids)
+        self._list_of(sequence).append(sequence)
+        self.num_places += places(sequence)
+
+    def move(self, sequence: Sequence, state: SequenceState) -> None:
+        """To another of the states in which it runs."""
+        self._list_of(sequence).remove(sequence)
+        sequence.move_to(state)
+        self._list_of(sequence).append(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It runs no more, and gives up row and blocks. The caller changes its state."""
+        self._list_of(sequence).remove(sequence)
+        self.num_places -= places(sequence)
+        if self.copies:
+            # A transfer may fill these blocks before the next step.
+            for block_id in sequence.block_table:
+                self.copies.pop(block_id, None)
+        self.pool.free(sequence.block_table)
+        self._free_rows.append(sequence.row)
+        sequence.block_table = []
+        sequence.capacity = 0
+        sequence.row = NO_ROW
+
+    def preempt(self, sequence: Sequence) -> None:
+        """It waits again, and will compute all its tokens anew but those whose blocks are still known then."""
+        assert sequence.is_preemptible, sequence
+        self.leave(sequence)
+        sequence.move_to(SequenceState.WAITING)
+        sequence.num_computed_tokens = 0
+        sequence.num_stored_blocks = 0
+        del sequence.token_ids[sequence.num_kept_tokens :]
+        self.wait(sequence)
+
+    # Blocks of a running sequence.
+
+    def num_blocks_to_grow(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that `grow` will take."""
+        missing = blocks_needed(num_tokens, self.pool.block_size) - len(sequence.block_table)
+        return max(0, missing) + sum(self.pool.is_shared(block_id) for block_id in self._tail(sequence))
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give it blocks for this many tokens, all of which it may write from its next token on.
+
+        The caller has checked `num_blocks_to_grow` against `num_available`.
+        """
+        self._own_tail(sequence)
+        missing = blocks_needed(num_tokens, self.pool.block_size) - len(sequence.block_table)
+        if missing > 0:
+            self._extend(sequence, self.pool.allocate(missing))
+
+    def fork(self, sequence: Sequence, *, stream: int) -> Sequence:
+        """A branch with the same tokens, that shares all blocks; each side copies the last one before it writes."""
+        branch = Sequence(
+            key=sequence.key,
+            phases=sequence.phases,
+            sampling=sequence.sampling,
+            handoff=sequence.handoff,
+            deadline_s=sequence.deadline_s,
+            arrived_s=sequence.arrived_s,
+            rank=sequence.rank,
+            token_ids=list(sequence.token_ids),
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_delivered=sequence.num_delivered,
+            max_tokens=sequence.max_tokens,
+            stop_token_ids=sequence.stop_token_ids,
+            state=SequenceState.DECODE,
+            block_hashes=list(sequence.block_hashes),
+            num_computed_tokens=sequence.num_computed_tokens,
+            num_stored_blocks=sequence.num_stored_blocks,
+            stream=stream,
+            parent=sequence,
+        )
+        used = sequence.block_table[: blocks_needed(sequence.num_computed_tokens, self.pool.block_size)]
+        self.pool.share(used)
+        self.enter(branch, tuple(used))
+        branch.is_tail_shared = branch.num_computed_tokens % self.pool.block_size > 0
+        sequence.is_tail_shared |= branch.is_tail_shared
+        return branch
+
+    def become(self, sequence: Sequence, branch: Sequence) -> None:
+        """The branch's tokens and blocks become those of the sequence it was forked from; the branch is gone.
+
+        Blocks that the sequence had beyond those of the branch stay with it.
+        """
+        num_blocks = len(branch.block_table)
+        table = branch.block_table + sequence.block_table[num_blocks:]
+        branch.block_table = sequence.block_table[:num_blocks]
+        sequence.block_table = []
+        sequence.capacity = 0
+        self._extend(sequence, table)
+        sequence.token_ids = branch.token_ids
+        sequence.num_computed_tokens = branch.num_computed_tokens
+        sequence.block_hashes = branch.block_hashes
+        sequence.num_stored_blocks = branch.num_stored_blocks
+        sequence.is_tail_shared = branch.is_tail_shared
+        self.leave(branch)
+        branch.move_to(SequenceState.FINISHED)
+
+    def truncate(self, sequence: Sequence, num_tokens: int, *, num_computed: int) -> None:
+        """Forget its tokens from `num_tokens` on and the KV from `num_computed` on; blocks stay with it."""
+        size = self.pool.block_size
+        del sequence.token_ids[num_tokens:]
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_computed)
+        num_whole = sequence.num_computed_tokens // size
+        del sequence.block_hashes[num_tokens // size + 1 :]
+        sequence.num_stored_blocks = min(sequence.num_stored_blocks, num_whole)
+        # What is written next may be in a block that others read, or that the index knows.
+        sequence.is_tail_shared = num_whole < len(sequence.block_table)
+
+    def store_blocks(self, sequence: Sequence, num_computed: int, *, is_pending: bool) -> None:
+        """Tell the prefix index of its blocks that are whole with so many tokens computed."""
+        size = self.pool.block_size
+        num_whole = min(num_computed, sequence.num_kept_tokens) // size
+        if not self._is_cache_on or num_whole <= sequence.num_stored_blocks:
+            return
+        sequence.hash_blocks(num_whole, size)
+        for i in range(sequence.num_stored_blocks, num_whole):
+            parent, name = sequence.block_hashes[i : i + 2]
+            tokens = sequence.token_ids[i * size : (i + 1) * size]
+            self.pool.store(sequence.block_table[i], name, parent, tokens, is_pending=is_pending)
+        sequence.num_stored_blocks = num_whole
+
+    def check_invariants(self) -> None:
+        """Each sequence is in one list, by its state, and rows are used once."""
+        for sequence in self.running():
+            sequence.check_invariants(self.pool.block_size)
+            row = self.block_tables[sequence.row, : len(sequence.block_table)]
+            assert row.tolist() == sequence.block_table, sequence
+        for state, members in (
+            (SequenceState.WAITING, self.waiting),
+            (SequenceState.PREFILL, self.prefills),
+            (SequenceState.DECODE, self.decodes),
+            (SequenceState.BRANCHED, self.branched),
+        ):
+            assert all(sequence.state is state for sequence in members), state
+            assert len(set(map(id, members))) == len(members), state
+        assert self.waiting == sorted(self.waiting, key=_rank)
+        assert all(not one.block_table and one.row == NO_ROW for one in self.waiting)
+        rows = [sequence.row for sequence in self.running()]
+        assert sorted(rows + self._free_rows) == list(range(len(self.block_tables)))
+        assert self.num_places == sum(places(sequence) for sequence in self.running())
+        held = {block_id for sequence in self.running() for block_id in sequence.block_table}
+        assert self.copies.keys() <= held
+
+    def _list_of(self, sequence: Sequence) -> list[Sequence]:
+        match sequence.state:
+            case SequenceState.PREFILL:
+                return self.prefills
+            case SequenceState.DECODE:
+                return self.decodes
+            case _:
+                assert sequence.state is SequenceState.BRANCHED, sequence
+                return self.branched
+
+    def _extend(self, sequence: Sequence, block_ids: list[int] | tuple[int, ...]) -> None:
+        begin = len(sequence.block_table)
+        sequence.block_table.extend(block_ids)
+        self.block_tables[sequence.row, begin : len(sequence.block_table)] = block_ids
+        sequence.capacity = len(sequence.block_table) * self.pool.block_size
+
+    def _tail(self, sequence: Sequence) -> list[int]:
+        """Blocks that it has from its next token on and that it may have to copy; mostly none."""
+        if not sequence.is_tail_shared:
+            return []
+        return sequence.block_table[sequence.num_computed_tokens // self.pool.block_size :]
+
+    def _own_tail(self, sequence: Sequence) -> None:
+        """Make the blocks from its next token on such that it may write to them."""
+        tail = self._tail(sequence)
+        sequence.is_tail_shared = False
+        for index, old in enumerate(tail, start=len(sequence.block_table) - len(tail)):
+            if self.pool.prepare_to_write(old):
+                continue
+            (new,) = self.pool.allocate(1)
+            self.copies[new] = old
+            self.pool.free((old,))
+            sequence.block_table[index] = new
+            self.block_tables[sequence.row, index] = new
+
+
+def places(sequence: Sequence) -> int:
+    """Sequences of a step that a request counts as: one that may split counts all its branches from the start."""
+    if sequence.parent is not None:
+        return 0
+    decoding = sequence.sampling.decoding
+    return decoding.max_branches if isinstance(decoding, CautiousDecoding) else 1
+
+
+def _rank(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.rank

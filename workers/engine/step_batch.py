@@ -1,0 +1,126 @@
+"""A StepPlan as the tensors of one forward pass, and which of its rows are whose."""
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.engine.scheduler import StepPlan
+from workers.engine.sequence import Sequence
+from workers.model.llama import ForwardBatch, Mixes
+
+
+class StepBatch:
+    """Rows of tokens: each decode with its drafts, then the chunks. Rows of logits: each decode with its drafts, then
+    the last of each chunk that yields a token, then the rows that score prompts.
+
+    Loops are over sequences and do one thing each; what is per token is done by numpy.
+    """
+
+    def __init__(self, plan: StepPlan, block_size: int) -> None:
+        self.plan = plan
+        #: Sequences that get a token, in the order of StepResult.token_ids.
+        self.sampled: list[Sequence] = [
+            *plan.decodes,
+            *(part.sequence for part in plan.chunks if part.yields_token),
+        ]
+        #: Those that ask for more than a token: indices in `sampled`.
+        self.special = [
+            i
+            for i, one in enumerate(self.sampled)
+            if one.sampling.num_logprobs is not None
+            or one.sampling.decoding is not None
+            or one.sampling.grammar is not None
+        ]
+        num_rows = [1] * len(self.sampled)
+        for i, tree in plan.drafts.items():
+            num_rows[i] += tree.num_drafts
+        self._num_rows = num_rows
+        #: Row of logits of each of `sampled`; its drafts follow.
+        self.first_rows = [end - num for end, num in zip(accumulate(num_rows), num_rows, strict=True)]
+        self.num_sampled_rows = sum(num_rows)
+        self.forward = self._forward(block_size)
+
+    @property
+    def sequence_of_rows(self) -> list[Sequence]:
+        """Whose row of logits is which, of those that are sampled."""
+        return [one for one, num in zip(self.sampled, self._num_rows, strict=True) for _ in range(num)]
+
+    def num_rows_of(self, index: int) -> int:
+        """Rows of one of `sampled`: its own, and its drafts'."""
+        return self._num_rows[index]
+
+    def _forward(self, block_size: int) -> ForwardBatch:
+        plan = self.plan
+        sequences = [*plan.decodes, *(part.sequence for part in plan.chunks)]
+        num_decodes = len(plan.decodes)
+        query_lens = np.array(
+            [*self._num_rows[:num_decodes], *(part.end - part.start for part in plan.chunks)], np.int64
+        )
+        starts = np.array(
+            [len(one.token_ids) - 1 for one in plan.decodes] + [part.start for part in plan.chunks], np.int64
+        )
+        # Row of the first token of each sequence.
+        first_rows = np.cumsum(query_lens) - query_lens
+        # Where a token's KV is in its sequence; also its position, but for drafts.
+        places = np.arange(query_lens.sum()) + np.repeat(starts - first_rows, query_lens)
+        rows = np.array([one.row for one in sequences])
+        blocks = plan.block_tables[np.repeat(rows, query_lens), places // block_size]
+        context_lens = starts + query_lens
+        num_blocks = -(-int(context_lens.max()) // block_size)
+        positions, tree_masks = places, {}
+        if plan.drafts:
+            positions = places.copy()
+            for i, tree in plan.drafts.items():
+                first = first_rows[i]
+                offsets = np.array(tree.position_offsets)
+                positions[first : first + len(offsets)] = starts[i] + offsets
+                tree_masks[i] = tree.mask()
+        prompt_lens = np.repeat([one.num_prompt_tokens for one in sequences], query_lens)
+        return ForwardBatch(
+            token_ids=torch.tensor(self._token_ids()),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(blocks.astype(np.int64) * block_size + places % block_size),
+            block_tables=plan.block_tables[rows, :num_blocks],
+            query_lens=query_lens,
+            context_lens=context_lens,
+            logit_rows=torch.tensor(self._logit_rows(first_rows), dtype=torch.int64),
+            rope_lens=torch.from_numpy(np.maximum(prompt_lens, positions + 1)),
+            tree_masks=tree_masks,
+            mixes=self._mixes(first_rows),
+        )
+
+    def _token_ids(self) -> list[int]:
+        plan = self.plan
+        token_ids = [one.token_ids[-1] for one in plan.decodes]
+        for i in sorted(plan.drafts, reverse=True):
+            token_ids[i + 1 : i + 1] = plan.drafts[i].token_ids
+        for part in plan.chunks:
+            token_ids += part.sequence.token_ids[part.start : part.end]
+        return token_ids
+
+    def _logit_rows(self, first_rows: NDArray[np.int64]) -> list[int]:
+        plan = self.plan
+        num_decodes = len(plan.decodes)
+        rows = list(range(sum(self._num_rows[:num_decodes])))
+        scored: list[int] = []
+        for part, first_row in zip(plan.chunks, first_rows[num_decodes:].tolist(), strict=True):
+            if part.yields_token:
+                rows.append(first_row + part.end - part.start - 1)
+            # A token is scored by the row of the one before it.
+            scored += [first_row + position - 1 - part.start for position in part.scored_positions]
+        return rows + scored
+
+    def _mixes(self, first_rows: NDArray[np.int64]) -> Mixes | None:
+        mixed = [(i, one.mix) for i, one in enumerate(self.plan.decodes) if one.mix is not None]
+        if not mixed:
+            return None
+        width = max(len(mix[0]) for _, mix in mixed)
+        token_ids = torch.zeros(len(mixed), width, dtype=torch.int64)
+        weights = torch.zeros(len(mixed), width)
+        for j, (_, mix) in enumerate(mixed):
+            token_ids[j, : len(mix[0])] = torch.tensor(mix[0])
+            weights[j, : len(mix[1])] = torch.tensor(mix[1])
+        rows = torch.from_numpy(first_rows[[i for i, _ in mixed]])
+        return Mixes(rows, token_ids, weights)
