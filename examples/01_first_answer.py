@@ -14,6 +14,7 @@ import grpc
 
 from orchestrator import interruptible
 from orchestrator.cli import request, timeline
+from orchestrator.cli.answer_printer import AnswerPrinter
 from orchestrator.cli.progress import shown_progress
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.manifest.load import load
@@ -51,7 +52,7 @@ def _demo() -> int:
             chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=QUESTION)]),
             sampling=pb.SamplingParams(max_tokens=64),
         )
-        with request.TextPrinter() as printer:
+        with AnswerPrinter() as printer:
             last = interruptible.run(
                 request.stream(running.address, asked, timeout_s=60, on_message=printer.take)
             )

@@ -113,6 +113,7 @@ class GetViewResponse(_message.Message):
     age_s: _builtins.float
     """Seconds since it arrived."""
     num_running_requests: _builtins.int
+    """A request for n samples counts n times in these two."""
     num_waiting_requests: _builtins.int
     num_finished_requests: _builtins.int
     num_failed_requests: _builtins.int

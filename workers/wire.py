@@ -7,25 +7,33 @@ from workers.api import (
     Abort,
     BlockCounts,
     Command,
+    DecodingReport,
+    DraftsGenerated,
     Event,
     FailureCode,
     FinishReason,
     Handoff,
+    KvBlocksRemoved,
+    KvBlocksStored,
+    KvEvent,
     KvTransferred,
     ModelInfo,
     Phase,
     PhaseSet,
     PrefillStarted,
+    PromptScored,
     RequestFailed,
     RequestId,
     RequestKey,
-    SamplingParams,
     Submit,
+    SubscribeKvEvents,
+    TokenLogprobs,
     TokensGenerated,
     WorkerId,
     WorkerState,
     WorkerStatus,
 )
+from workers.sampling_wire import sampling_from_pb, sampling_to_pb
 
 _PHASES = {
     Phase.ENCODE: pb.PHASE_ENCODE,
@@ -67,23 +75,22 @@ def phases_from_pb(phases: "Iterable[pb.Phase.ValueType]") -> PhaseSet:
 
 def command_to_pb(command: Command, incarnation: int) -> pb.Command:
     """incarnation: the worker's, as the sender knows it; another one refuses a Submit."""
-    if isinstance(command, Abort):
-        return pb.Command(abort=pb.Abort(request_id=command.key.request_id, attempt=command.key.attempt))
-    sampling = command.sampling
+    match command:
+        case Abort(key):
+            return pb.Command(abort=pb.Abort(request_id=key.request_id, attempt=key.attempt))
+        case SubscribeKvEvents():
+            return pb.Command(subscribe_kv_events=pb.SubscribeKvEvents())
     submit = pb.Submit(
         request_id=command.key.request_id,
         attempt=command.key.attempt,
         incarnation=incarnation,
         phases=phases_to_pb(command.phases),
         token_ids=command.token_ids,
-        sampling=pb.Sampling(
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop_token_ids=sorted(sampling.stop_token_ids),
-        ),
+        sampling=sampling_to_pb(command.sampling),
         timeout_s=command.timeout_s,
+        num_delivered=command.num_delivered,
+        priority=command.priority,
+        cache_salt=command.cache_salt,
     )
     if command.handoff is not None:
         submit.handoff.transfer_id = command.handoff.transfer_id
@@ -93,12 +100,14 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
 
 
 def command_from_pb(command: pb.Command) -> Command | None:
-    """None for a kind that this version does not know."""
+    """None for a kind that this version does not know. Raises ValueError for a Submit that cannot be read."""
     match command.WhichOneof("command"):
         case "submit":
             return _submit_from_pb(command.submit)
         case "abort":
             return Abort(RequestKey(RequestId(command.abort.request_id), command.abort.attempt))
+        case "subscribe_kv_events":
+            return SubscribeKvEvents()
         case _:
             return None
 
@@ -113,15 +122,12 @@ def _submit_from_pb(submit: pb.Submit) -> Submit:
         key=RequestKey(RequestId(submit.request_id), submit.attempt),
         phases=phases_from_pb(submit.phases),
         token_ids=tuple(submit.token_ids),
-        sampling=SamplingParams(
-            max_new_tokens=submit.sampling.max_tokens,
-            temperature=submit.sampling.temperature,
-            top_p=submit.sampling.top_p,
-            seed=submit.sampling.seed,
-            stop_token_ids=frozenset(submit.sampling.stop_token_ids),
-        ),
+        sampling=sampling_from_pb(submit.sampling),
         timeout_s=submit.timeout_s,
         handoff=handoff,
+        num_delivered=submit.num_delivered,
+        priority=submit.priority,
+        cache_salt=submit.cache_salt,
     )
 
 
@@ -137,6 +143,10 @@ def event_to_pb(event: Event) -> pb.Event:
             message.tokens_generated.finish_reason = _FINISH_REASONS[event.finish_reason]
             if event.prefill_s is not None:
                 message.tokens_generated.prefill_s = event.prefill_s
+            if event.num_cached_tokens:
+                message.tokens_generated.num_cached_tokens = event.num_cached_tokens
+            if event.logprobs:
+                message.tokens_generated.logprobs.extend(map(_logprobs_to_pb, event.logprobs))
         case KvTransferred():
             message.kv_transferred.num_bytes = event.num_bytes
             message.kv_transferred.num_chunks = event.num_chunks
@@ -145,6 +155,19 @@ def event_to_pb(event: Event) -> pb.Event:
         case RequestFailed():
             message.request_failed.code = _FAILURE_CODES[event.code]
             message.request_failed.reason = event.reason
+        case PromptScored():
+            message.prompt_scored.first_position = event.first_position
+            message.prompt_scored.logprobs.extend(map(_logprobs_to_pb, event.logprobs))
+        case DraftsGenerated():
+            # A message with nothing in it is otherwise not sent at all.
+            message.drafts_generated.SetInParent()
+            for token_ids, logprob in zip(event.drafts, event.logprobs, strict=True):
+                message.drafts_generated.drafts.add(token_ids=token_ids, logprob=logprob)
+        case DecodingReport():
+            message.decoding_report.SetInParent()
+            message.decoding_report.num_steps = event.num_steps
+            message.decoding_report.num_rows = event.num_rows
+            message.decoding_report.num_tokens = event.num_tokens
     return message
 
 
@@ -162,6 +185,8 @@ def event_from_pb(message: pb.Event) -> Event | None:
                 tokens.first_position,
                 _FINISH_REASON_OF.get(tokens.finish_reason),
                 tokens.prefill_s if tokens.HasField("prefill_s") else None,
+                tuple(map(_logprobs_from_pb, tokens.logprobs)),
+                tokens.num_cached_tokens,
             )
         case "kv_transferred":
             sent = message.kv_transferred
@@ -169,8 +194,57 @@ def event_from_pb(message: pb.Event) -> Event | None:
         case "request_failed":
             code = _FAILURE_CODE_OF.get(message.request_failed.code, FailureCode.INTERNAL)
             return RequestFailed(key, code, message.request_failed.reason)
+        case "prompt_scored":
+            scored = message.prompt_scored
+            return PromptScored(key, scored.first_position, tuple(map(_logprobs_from_pb, scored.logprobs)))
+        case "drafts_generated":
+            drafts = message.drafts_generated.drafts
+            return DraftsGenerated(
+                key,
+                tuple(tuple(draft.token_ids) for draft in drafts),
+                tuple(draft.logprob for draft in drafts),
+            )
+        case "decoding_report":
+            report = message.decoding_report
+            return DecodingReport(key, report.num_steps, report.num_rows, report.num_tokens)
         case _:
             return None
+
+
+def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
+    """One event of the prefix cache."""
+    match event:
+        case KvBlocksStored(parent, hashes):
+            return pb.KvEvent(stored=pb.KvBlocksStored(parent=parent, hashes=hashes))
+        case KvBlocksRemoved(hashes):
+            return pb.KvEvent(removed=pb.KvBlocksRemoved(hashes=hashes))
+
+
+def kv_event_from_pb(message: pb.KvEvent) -> KvEvent | None:
+    """None for a kind that this version does not know."""
+    match message.WhichOneof("event"):
+        case "stored":
+            return KvBlocksStored(message.stored.parent, tuple(message.stored.hashes))
+        case "removed":
+            return KvBlocksRemoved(tuple(message.removed.hashes))
+        case _:
+            return None
+
+
+def _logprobs_to_pb(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=logprobs.token_id,
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_token_ids=[token_id for token_id, _ in logprobs.top],
+        top_logprobs=[logprob for _, logprob in logprobs.top],
+    )
+
+
+def _logprobs_from_pb(message: pb.TokenLogprobs) -> TokenLogprobs:
+    # Lengths that differ would be the sender's bug; what has no counterpart is left out.
+    top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=False))
+    return TokenLogprobs(message.token_id, message.logprob, message.rank, top)
 
 
 def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:

@@ -138,6 +138,8 @@ class OpenLoop:
                 raise
             status, message = INTERRUPTED, "the benchmark was interrupted"
         finally:
+            # Cancelled from outside before the request has left, the call would go on by itself.
+            call.cancel()
             self._calls.discard(call)
             self._num_in_flight -= 1
         record = RequestRecord(

@@ -6,6 +6,7 @@ argparse puts the name of a type into "invalid ... value", so each has one that 
 import argparse
 import math
 import sys
+from pathlib import Path
 
 
 def number(text: str) -> float:
@@ -17,9 +18,25 @@ def number(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """1 or more. Raises ValueError."""
+    """1 or more, of 31 bits. Raises ValueError."""
     value = int(text)
-    if value < 1:
+    if not 1 <= value < 2**31:
+        raise ValueError
+    return value
+
+
+def count_or_zero(text: str) -> int:
+    """0 or more, of 31 bits. Raises ValueError."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise ValueError
+    return value
+
+
+def integer(text: str) -> int:
+    """A number of 32 bits. Raises ValueError."""
+    value = int(text)
+    if not -(2**31) <= value < 2**31:
         raise ValueError
     return value
 
@@ -34,15 +51,32 @@ def seed(text: str) -> int:
 
 def token_id(text: str) -> int:
     """A number of 32 bits; whether the model has such a token is for the gateway to say. Raises ValueError."""
-    value = int(text)
-    if not -(2**31) <= value < 2**31:
-        raise ValueError
-    return value
+    return integer(text)
 
 
 def token_ids(text: str) -> list[int]:
     """Token ids with commas between them. Raises ValueError."""
     return [token_id(part) for part in text.split(",")]
+
+
+def token_bias(text: str) -> tuple[int, float]:
+    """A token id and what is added to its logit. Raises ValueError."""
+    token, _, bias = text.partition("=")
+    return token_id(token), float(bias)
+
+
+def text_file(text: str) -> str:
+    """What is in the file of this name. Raises argparse.ArgumentTypeError."""
+    try:
+        return Path(text).read_bytes().decode()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be read: {why}") from error
+
+
+def json_or_file(text: str) -> str:
+    """`text` where it is a JSON object, else what is in the file of this name. Raises ArgumentTypeError."""
+    return utf8(text) if text.lstrip().startswith("{") else text_file(text)
 
 
 def address(text: str) -> str:
@@ -72,8 +106,12 @@ def text_or_stdin(text: str) -> str:
 
 number.__name__ = "positive number"
 count.__name__ = "whole number, 1 or more"
+count_or_zero.__name__ = "whole number, 0 or more"
+integer.__name__ = "whole number of 32 bits"
 seed.__name__ = "whole number from 0 to 2**64 - 1"
 token_id.__name__ = "token id"
+json_or_file.__name__ = "JSON schema"
+token_bias.__name__ = "ID=BIAS"
 token_ids.__name__ = "list of token ids"
 address.__name__ = "host:port"
 utf8.__name__ = "UTF-8 text"

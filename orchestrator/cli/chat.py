@@ -20,12 +20,14 @@ examples:
   phasewise chat "What is the capital of France?"
   phasewise chat "What is the capital of France?" --timeline
   phasewise chat --system "Answer in one sentence." --temperature 0.7
+  phasewise chat "Name a colour." --json-schema '{"type": "string"}'
   cat question.txt | phasewise chat - --address 127.0.0.1:8480
 
 Without MESSAGE it is a conversation, in which the model sees what was said before:
   /reset          forget the conversation
   /exit, Ctrl-D   leave; so does Ctrl-C at the prompt
   Ctrl-C          while an answer comes, stop it; what has come so far counts as the answer
+With --n the first sample counts as the answer, with --superposed the likeliest draft.
 
 exit codes: 0 answered, or the conversation was left; 1 refused or failed, 2 wrong command line,
 4 no such deployment, no gateway or no worker ready, 130 interrupted
@@ -93,14 +95,14 @@ class Conversation:
         """
         question = pb.ChatMessage(role="user", content=text)
         chat = pb.ChatMessages(messages=[*self._messages, question])
-        asked = pb.GenerateRequest(chat=chat, sampling=request.sampling_params(self._args))
-        printer = request.TextPrinter()
+        asked = request.fill(pb.GenerateRequest(chat=chat), self._args)
+        printer = request.printer(self._args)
         try:
             with printer:
                 stream = request.stream(
                     self._address, asked, timeout_s=self._args.timeout_s, on_message=printer.take
                 )
-                last = interruptible.run(stream)
+                interruptible.run(stream)
         except grpc.RpcError as error:
             return target.failed(self._address, error)
         except BrokenAnswer as error:
@@ -110,10 +112,11 @@ class Conversation:
             if printer.text:
                 answer = pb.ChatMessage(role="assistant", content=printer.text)
                 self._messages += [question, answer]
-        if last.finish_reason == pb.FINISH_REASON_LENGTH:
+        # A draft is as long as was asked for.
+        if any(end.finish_reason == pb.FINISH_REASON_LENGTH and not end.drafts for end in printer.ends):
             print("(cut at the length limit)", file=sys.stderr)
         if self._args.timeline:
-            print("\n" + "\n".join(timeline.lines(last)))
+            print("\n" + "\n".join(timeline.lines_of_all(printer.ends)))
         return exit_codes.OK
 
 

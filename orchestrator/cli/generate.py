@@ -20,6 +20,8 @@ EXAMPLES = """\
 examples:
   phasewise generate "The capital of France is" --max-tokens 16
   phasewise generate "Once upon a time" --temperature 0.8 --seed 7 --timeline
+  phasewise generate "Dear" --n 3 --temperature 1 --stop "."
+  phasewise generate "The sky is" --choice blue --choice grey --logprobs 2
   cat prompt.txt | phasewise generate - --name laptop
   phasewise generate --token-ids 504,3575,282 --json --address 127.0.0.1:8480
 
@@ -65,17 +67,17 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return exit_codes.USAGE
     try:
-        with request.TextPrinter() as printer:
+        with request.printer(args) as printer:
             show = _print_json if args.json else printer.take
             answer = request.stream(address, asked, timeout_s=args.timeout_s, on_message=show)
-            last = interruptible.run(answer)
+            interruptible.run(answer)
     except grpc.RpcError as error:
         return target.failed(address, error)
     except BrokenAnswer as error:
         print(error, file=sys.stderr)
         return exit_codes.FAILURE
     if args.timeline:
-        print("\n" + "\n".join(timeline.lines(last)))
+        print("\n" + "\n".join(timeline.lines_of_all(printer.ends)))
     return exit_codes.OK
 
 
@@ -83,15 +85,29 @@ def as_json(response: pb.GenerateResponse) -> dict[str, Any]:
     """A message with the names of inference.proto; what is not set is left out. Durations are in seconds."""
     found: dict[str, Any] = {
         "request_id": response.request_id,
+        "sample_index": response.sample_index,
         "first_token_index": response.first_token_index,
         "token_ids": list(response.token_ids),
         "text_delta": response.text_delta,
     }
+    if response.logprobs:
+        found["logprobs"] = [_logprobs(token) for token in response.logprobs]
+    if response.prompt_logprobs:
+        found["prompt_logprobs"] = [_logprobs(token) for token in response.prompt_logprobs]
+    if response.drafts:
+        found["drafts"] = [
+            {"token_ids": list(draft.token_ids), "text": draft.text, "logprob": draft.logprob}
+            for draft in response.drafts
+        ]
     if response.finish_reason != pb.FINISH_REASON_UNSPECIFIED:
         name = pb.FinishReason.Name(response.finish_reason)
         found["finish_reason"] = name.removeprefix("FINISH_REASON_").lower()
+    if response.stop_text:
+        found["stop_text"] = response.stop_text
     if response.HasField("usage"):
         found["usage"] = _fields(response.usage)
+        if response.usage.HasField("decoding"):
+            found["usage"]["decoding"] = _fields(response.usage.decoding)
     if response.HasField("timings"):
         found["timings"] = _fields(response.timings)
         if response.timings.HasField("kv_transfer"):
@@ -100,14 +116,22 @@ def as_json(response: pb.GenerateResponse) -> dict[str, Any]:
 
 
 def _generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
-    sampling = request.sampling_params(args)
     if args.token_ids is not None:
-        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=args.token_ids), sampling=sampling)
-    return pb.GenerateRequest(text=arguments.text_or_stdin(args.prompt), sampling=sampling)
+        asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=args.token_ids))
+    else:
+        asked = pb.GenerateRequest(text=arguments.text_or_stdin(args.prompt))
+    return request.fill(asked, args)
 
 
 def _print_json(response: pb.GenerateResponse) -> None:
     print(json.dumps(as_json(response)), flush=True)
+
+
+def _logprobs(token: pb.TokenLogprobs) -> dict[str, Any]:
+    found = _fields(token)
+    if token.top:
+        found["top"] = [_fields(other) for other in token.top]
+    return found
 
 
 def _fields(message: Message) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Callable
-from typing import Self
 
-from orchestrator.cli import arguments, target
+from orchestrator.cli import arguments, sampling, target
+from orchestrator.cli.answer_printer import AnswerPrinter
 from orchestrator.cli.progress import shown_wait
 from orchestrator.errors import BrokenAnswer
 from protos import inference_pb2 as pb
@@ -22,66 +22,39 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_max_tokens: int | 
         help=f"new tokens at most (default: {limit})",
     )
     parser.add_argument(
-        "--temperature", type=float, metavar="T", help="0 always takes the likeliest token (default: 0)"
-    )
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens of this share (default: 1)"
-    )
-    parser.add_argument(
-        "--seed", type=arguments.seed, metavar="N", help="same seed, same text (default: a random one)"
-    )
-    parser.add_argument(
-        "--stop-token-id",
-        type=arguments.token_id,
-        action="append",
-        default=[],
-        metavar="ID",
-        help="also end at this token; may be given several times",
-    )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
-    parser.add_argument(
         "--timeout-s",
         type=arguments.number,
         metavar="S",
         help="deadline of the request (default: the deployment's)",
     )
-
-
-def sampling_params(args: argparse.Namespace) -> pb.SamplingParams:
-    """What `add_arguments` was given."""
-    return pb.SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop_token_ids=args.stop_token_id,
-        ignore_eos=args.ignore_eos,
+    parser.add_argument(
+        "--priority",
+        type=arguments.integer,
+        default=0,
+        metavar="N",
+        help="higher ones start first and are preempted last (default: 0)",
     )
+    parser.add_argument(
+        "--cache-salt",
+        type=arguments.utf8,
+        default="",
+        metavar="TEXT",
+        help="share cached prompts only with requests of the same salt",
+    )
+    sampling.add_arguments(parser)
 
 
-class TextPrinter:
-    """Prints the text of an answer as it comes, and ends its line when left, for whatever reason."""
+def fill(request: pb.GenerateRequest, args: argparse.Namespace) -> pb.GenerateRequest:
+    """The request, which has a prompt, with what `add_arguments` was given."""
+    request.sampling.CopyFrom(sampling.sampling_params(args))
+    request.priority = args.priority
+    request.cache_salt = args.cache_salt
+    return request
 
-    def __init__(self) -> None:
-        self._parts: list[str] = []
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self._parts and not self._parts[-1].endswith("\n"):
-            print(flush=True)
-
-    @property
-    def text(self) -> str:
-        """All that came so far."""
-        return "".join(self._parts)
-
-    def take(self, response: pb.GenerateResponse) -> None:
-        """Print the text of one message, at once."""
-        if response.text_delta:
-            self._parts.append(response.text_delta)
-            print(response.text_delta, end="", flush=True)
+def printer(args: argparse.Namespace) -> AnswerPrinter:
+    """For the answer of one request with these arguments."""
+    return AnswerPrinter(args.n or 1)
 
 
 async def stream(
@@ -106,7 +79,7 @@ async def stream(
                     last = response
         finally:
             call.cancel()
-    if last.finish_reason == pb.FINISH_REASON_UNSPECIFIED:
+    if not last.HasField("usage"):
         raise BrokenAnswer(address)
     return last
 

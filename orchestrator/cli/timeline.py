@@ -1,12 +1,16 @@
 """What the time of one request went to, drawn on one axis for a terminal of 80 columns. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos import inference_pb2 as pb
 
 MIB = 2**20
 BAR_COLUMNS = 46
-_FINISH_REASONS = {pb.FINISH_REASON_STOP: "an end token", pb.FINISH_REASON_LENGTH: "the length limit"}
+_FINISH_REASONS = {
+    pb.FINISH_REASON_STOP: "an end token",
+    pb.FINISH_REASON_LENGTH: "the length limit",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,18 @@ class Span:
     exposed_mark: str = "#"
 
 
+def lines_of_all(ends: Sequence[pb.GenerateResponse]) -> list[str]:
+    """The timelines of the samples that ended with these messages."""
+    if len(ends) == 1:
+        return lines(ends[0])
+    found = []
+    for end in ends:
+        found += [f"[sample {end.sample_index}]", *lines(end), ""]
+    return found[:-1]
+
+
 def lines(last: pb.GenerateResponse) -> list[str]:
-    """The timeline of the request whose last message this is."""
+    """The timeline of the sample whose last message this is."""
     found = spans(last.timings)
     total_s = max(last.timings.total_s, *(span.start_s + span.duration_s for span in found))
     axis = f"{'0':<{BAR_COLUMNS // 2}}{seconds(total_s):>{BAR_COLUMNS - BAR_COLUMNS // 2}}"
@@ -73,17 +87,36 @@ def seconds(duration_s: float) -> str:
 
 
 def _numbers(last: pb.GenerateResponse) -> list[str]:
-    timings, usage = last.timings, last.usage
+    timings = last.timings
     tpot = seconds(timings.tpot_s) if timings.HasField("tpot_s") else "none below 2 tokens"
     reason = _FINISH_REASONS.get(last.finish_reason, "the gateway")
+    if last.stop_text:
+        reason = f"the stop text {last.stop_text!r}"
     found = [
         f"latency      TTFT {seconds(timings.ttft_s)}, TPOT {tpot}, total {seconds(timings.total_s)}",
-        f"tokens       {usage.prompt_tokens} in the prompt, {usage.completion_tokens} generated; ended by {reason}",
+        *_tokens(last, reason),
         *_transfer(timings),
         _workers(timings),
     ]
     if timings.attempts > 1:
         found.append(f"attempts     {timings.attempts}: a worker was lost and the request went on elsewhere")
+    return found
+
+
+def _tokens(last: pb.GenerateResponse, reason: str) -> list[str]:
+    """Tokens are known at the end of the whole request; they are those of all samples."""
+    if not last.HasField("usage"):
+        return [f"end          by {reason}"]
+    usage = last.usage
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
+    tokens = f"{usage.prompt_tokens} in the prompt{cached}, {usage.completion_tokens} generated"
+    found = [f"tokens       {tokens}; ended by {reason}"]
+    if usage.decoding.num_tokens:
+        decoding = usage.decoding
+        rows = decoding.num_rows / decoding.num_tokens
+        found.append(
+            f"decoding     {decoding.num_tokens} tokens in {decoding.num_steps} steps, {rows:.2f} rows a token"
+        )
     return found
 
 

@@ -1,29 +1,45 @@
-"""The life of one request at the gateway: events in, actions out. Pure.
+"""The life of one sample of a request at the gateway: events in, actions out. Pure.
 
 The machine knows which tokens the client has, so a lost worker costs time and not the request: it asks
 for a new route, and the next attempt prefills prompt and delivered tokens. Token positions decide what is
 delivered: each exactly once and in order, whatever the two workers' streams do.
+
+A request for n samples has n machines, which know nothing of each other.
 """
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from orchestrator.control.request_actions import (
+    Action,
+    Deliver,
+    DeliverDrafts,
+    DeliverPrompt,
+    Fail,
+    FailureKind,
+    Send,
+    WantRoute,
+)
 from orchestrator.control.router import Route
 from orchestrator.control.view import WorkerView
 from workers.api import (
     Abort,
-    Command,
+    DecodingReport,
+    DraftsGenerated,
+    Event,
     FailureCode,
     FinishReason,
     Handoff,
     KvTransferred,
     Phase,
     PrefillStarted,
+    PromptScored,
     RequestFailed,
     RequestId,
     RequestKey,
     SamplingParams,
     Submit,
+    TokenLogprobs,
     TokensGenerated,
     WorkerId,
 )
@@ -44,7 +60,8 @@ class RequestState(StrEnum):
 
 
 TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
-    RequestState.QUEUED: frozenset({RequestState.PREFILL, RequestState.FAILED}),
+    # A stop string may be found in what was delivered before a worker was lost.
+    RequestState.QUEUED: frozenset({RequestState.PREFILL, RequestState.FINISHED, RequestState.FAILED}),
     RequestState.PREFILL: frozenset(
         {RequestState.DECODE, RequestState.QUEUED, RequestState.FINISHED, RequestState.FAILED}
     ),
@@ -54,16 +71,6 @@ TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 }
 
 
-class FailureKind(StrEnum):
-    """What the client is told; the gateway maps these to gRPC statuses."""
-
-    INVALID = "invalid"
-    OVERLOADED = "overloaded"
-    UNAVAILABLE = "unavailable"
-    DEADLINE = "deadline"
-    CANCELLED = "cancelled"
-
-
 _KIND_OF_CODE = {
     FailureCode.INVALID: FailureKind.INVALID,
     FailureCode.OVERLOADED: FailureKind.OVERLOADED,
@@ -71,41 +78,6 @@ _KIND_OF_CODE = {
     FailureCode.TRANSFER: FailureKind.UNAVAILABLE,
     FailureCode.INTERNAL: FailureKind.UNAVAILABLE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Give this command to that incarnation of a worker."""
-
-    worker: WorkerView
-    command: Command
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """New tokens for the client; `first_index` counts generated tokens from 0."""
-
-    token_ids: tuple[int, ...]
-    first_index: int
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class WantRoute:
-    """Give the machine a route when there is one (`routed`)."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """Tell the client that the request ended without all its tokens."""
-
-    kind: FailureKind
-    reason: str
-
-
-Action = Send | Deliver | WantRoute | Fail
 
 
 @dataclass(slots=True)
@@ -126,13 +98,15 @@ class RequestTimes:
 
 @dataclass(slots=True)
 class RequestMachine:
-    """One request. Methods are the events; each returns what is to be done now."""
+    """One sample of a request. Methods are the events; each returns what is to be done now."""
 
     request_id: RequestId
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline_s: float
     times: RequestTimes
+    priority: int = 0
+    cache_salt: str = ""
     state: RequestState = RequestState.QUEUED
     #: Number of the present attempt, or of the last one; 0 before the first.
     attempt: int = 0
@@ -142,8 +116,16 @@ class RequestMachine:
     delivered: list[int] = field(default_factory=list)
     #: Workers that an attempt failed at: better not used again while others can do the same.
     avoided: set[WorkerId] = field(default_factory=set)
-    #: Tokens of this attempt that came before an earlier one, by index.
-    _early: dict[int, int] = field(default_factory=dict)
+    #: Of a superposed decoding: what the client has.
+    drafts: tuple[tuple[int, ...], ...] = ()
+    #: Tokens of the prompt whose KV was cached, in the attempt that gave the first token.
+    num_cached_tokens: int = 0
+    #: Of the last attempt, once its worker has reported.
+    decoding_report: DecodingReport | None = None
+    #: The first position of the prompt whose logprobs the client does not have; the first token has none.
+    _next_scored: int = 1
+    #: Tokens of this attempt that came before an earlier one, by index, with their logprobs if those came.
+    _early: dict[int, tuple[int, TokenLogprobs | None]] = field(default_factory=dict)
     #: Where this attempt's output ends and why, once a worker has said so.
     _end: tuple[int, FinishReason] | None = None
     #: Workers that still hold something of this attempt, or will send something of it.
@@ -180,15 +162,27 @@ class RequestMachine:
         self._early.clear()
         self._end = None
         self.times.kv_transfer = None
+        self.decoding_report = None
         if not self.delivered:
             self.times.submitted_at_s = now_s
-        sampling = replace(self.sampling, max_new_tokens=self.sampling.max_new_tokens - len(self.delivered))
+        sampling = self._sampling_left()
         token_ids = self.prompt_ids + tuple(self.delivered)
         timeout_s = self.deadline_s - now_s
 
         def submit(worker: WorkerView, phases: frozenset[Phase], handoff: Handoff | None) -> Action:
             self._holders.add(worker.worker_id)
-            return Send(worker, Submit(self.key, phases, token_ids, sampling, timeout_s, handoff))
+            submit = Submit(
+                self.key,
+                phases,
+                token_ids,
+                sampling,
+                timeout_s,
+                handoff,
+                num_delivered=len(self.delivered),
+                priority=self.priority,
+                cache_salt=self.cache_salt,
+            )
+            return Send(worker, submit)
 
         if route.is_colocated:
             return [submit(route.prefill, frozenset({Phase.PREFILL, Phase.DECODE}), None)]
@@ -206,12 +200,7 @@ class RequestMachine:
         """No worker can run it and none is coming."""
         return self._fail(FailureKind.UNAVAILABLE, reason)
 
-    def worker_event(
-        self,
-        worker_id: WorkerId,
-        event: PrefillStarted | TokensGenerated | KvTransferred | RequestFailed,
-        now_s: float,
-    ) -> list[Action]:
+    def worker_event(self, worker_id: WorkerId, event: Event, now_s: float) -> list[Action]:
         """A worker of the route reported. Events of earlier attempts, and of workers that are done, are ignored."""
         if self.is_over or event.key != self.key or worker_id not in self._holders:
             return []
@@ -229,6 +218,13 @@ class RequestMachine:
                 return self._missing_if_alone(worker_id)
             case TokensGenerated():
                 return self._tokens(worker_id, event, now_s)
+            case PromptScored():
+                return self._prompt_scored(event)
+            case DraftsGenerated():
+                return self._drafts(worker_id, event, now_s)
+            case DecodingReport():
+                self.decoding_report = event
+                return []
             case RequestFailed():
                 self._holders.discard(worker_id)
                 self.avoided.add(self._at_fault(worker_id, event.code))
@@ -240,6 +236,14 @@ class RequestMachine:
             return []
         self._holders.discard(worker.worker_id)
         return self._attempt_failed(FailureCode.INTERNAL, f"{worker.worker_id}: {reason}")
+
+    def text_stopped(self, num_tokens: int) -> list[Action]:
+        """A stop string ended the text within its first `num_tokens` tokens: it is finished, and they are all."""
+        del self.delivered[num_tokens:]
+        if self.is_over:
+            return []
+        self._move_to(RequestState.FINISHED)
+        return self._abort_holders()
 
     def cancelled(self, reason: str) -> list[Action]:
         """The client left, or asked to abort."""
@@ -264,15 +268,47 @@ class RequestMachine:
             assert self._holders <= {self.route.prefill.worker_id, self.route.decode.worker_id}
         assert self.num_attempts <= MAX_ATTEMPTS
         assert len(self.delivered) <= self.sampling.max_new_tokens
-        assert self.times.first_token_at_s is None or self.delivered
+        assert self.times.first_token_at_s is None or self.delivered or self.drafts
+        assert 1 <= self._next_scored <= max(1, len(self.prompt_ids))
+
+    def _sampling_left(self) -> SamplingParams:
+        """What the next attempt is to do beyond what the client has."""
+        sampling, num_delivered = self.sampling, len(self.delivered)
+        is_scored = self._next_scored >= len(self.prompt_ids)
+        return replace(
+            sampling,
+            max_new_tokens=sampling.max_new_tokens - num_delivered,
+            min_new_tokens=max(0, sampling.min_new_tokens - num_delivered),
+            num_prompt_logprobs=None if is_scored else sampling.num_prompt_logprobs,
+        )
+
+    def _prompt_scored(self, event: PromptScored) -> list[Action]:
+        """A next attempt scores the prompt from its beginning: what the client has is left out."""
+        num_known = self._next_scored - event.first_position
+        new = (
+            event.logprobs[num_known : len(self.prompt_ids) - event.first_position] if num_known >= 0 else ()
+        )
+        if not new:
+            return []
+        self._next_scored += len(new)
+        return [DeliverPrompt(new)]
+
+    def _drafts(self, worker_id: WorkerId, event: DraftsGenerated, now_s: float) -> list[Action]:
+        self._holders.discard(worker_id)
+        self.drafts = event.drafts
+        self.times.first_token_at_s = self.times.last_token_at_s = now_s
+        self._move_to(RequestState.FINISHED)
+        return [DeliverDrafts(event.drafts, event.logprobs), *self._abort_holders()]
 
     def _tokens(self, worker_id: WorkerId, event: TokensGenerated, now_s: float) -> list[Action]:
         if event.prefill_s is not None and not self.delivered:
             self.times.prefill_s = event.prefill_s
+            self.num_cached_tokens = event.num_cached_tokens
         index = event.first_position - len(self.prompt_ids)
         for i, token_id in enumerate(event.token_ids, start=index):
             if len(self.delivered) <= i < self.sampling.max_new_tokens:
-                self._early.setdefault(i, token_id)
+                logprobs = event.logprobs[i - index] if event.logprobs else None
+                self._early.setdefault(i, (token_id, logprobs))
         if event.finish_reason is not None:
             end = min(index + len(event.token_ids), self.sampling.max_new_tokens)
             self._end = (end, event.finish_reason)
@@ -284,11 +320,15 @@ class RequestMachine:
         """Hand over what is next in order, and end the request if that was all."""
         first_index = len(self.delivered)
         max_tokens, finish_reason = self._end or (self.sampling.max_new_tokens, FinishReason.LENGTH)
+        found: list[TokenLogprobs] = []
         while len(self.delivered) < max_tokens:
-            token_id = self._early.pop(len(self.delivered), None)
-            if token_id is None:
+            token = self._early.pop(len(self.delivered), None)
+            if token is None:
                 break
+            token_id, logprobs = token
             self.delivered.append(token_id)
+            if logprobs is not None:
+                found.append(logprobs)
         new = tuple(self.delivered[first_index:])
         is_finished = len(self.delivered) >= max_tokens
         if new:
@@ -297,7 +337,7 @@ class RequestMachine:
             self.times.last_token_at_s = now_s
         elif not is_finished:
             return []
-        deliver = Deliver(new, first_index, finish_reason if is_finished else None)
+        deliver = Deliver(new, first_index, finish_reason if is_finished else None, tuple(found))
         if is_finished:
             self._move_to(RequestState.FINISHED)
             return [deliver, *self._abort_holders()]

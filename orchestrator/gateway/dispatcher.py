@@ -10,41 +10,27 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
-from typing import NamedTuple
 
-from orchestrator.control.request_machine import (
+from orchestrator.control.request_actions import (
     Action,
     Deliver,
+    DeliverDrafts,
+    DeliverPrompt,
     Fail,
-    RequestMachine,
-    RequestState,
-    RequestTimes,
     Send,
     WantRoute,
 )
+from orchestrator.control.request_machine import RequestState
 from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route
-from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
-from orchestrator.gateway.live_request import LiveRequest
+from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.gateway.worker_link import WorkerLink
+from orchestrator.gateway.worker_links import WorkerLinks
 from workers.api import Event, ModelInfo, RequestId, WorkerId
 
 logger = logging.getLogger(__name__)
-
-
-class LinkKey(NamedTuple):
-    """What one link leads to."""
-
-    worker_id: WorkerId
-    incarnation: int
-    address: str
-
-    @classmethod
-    def of(cls, worker: WorkerView) -> "LinkKey":
-        """The link that leads to this worker."""
-        return cls(worker.worker_id, worker.incarnation, worker.address)
 
 
 class Dispatcher:
@@ -74,14 +60,16 @@ class Dispatcher:
         self._loop = asyncio.get_running_loop()
         self._view: ClusterView | None = None
         self._view_at_s = 0.0
-        self._links: dict[LinkKey, WorkerLink] = {}
-        self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
+        self._links = WorkerLinks(self)
         self._ledger = LoadLedger()
         #: All that are not over.
         self._requests: dict[RequestId, LiveRequest] = {}
-        #: Those that want a route, the next one first. New ones are refused above max_waiting_requests;
-        #: ones that lost their workers come back to the front, max_running_requests at most.
-        self._waiting: deque[LiveRequest] = deque()
+        #: Samples that workers have, by their attempt, which is no other one's.
+        self._running: dict[int, LiveSample] = {}
+        #: Samples that want a route, in the order of `enqueue`. New requests are refused above max_waiting_requests;
+        #: samples that lost their workers come back, max_running_requests at most, and those after the first of
+        #: their request join, at most MAX_SAMPLES - 1 for each that runs.
+        self._waiting: deque[LiveSample] = deque()
         self._is_stopping = False
         self._is_closed = False
         self._is_idle = asyncio.Event()
@@ -101,13 +89,13 @@ class Dispatcher:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for a route."""
+        """Samples of requests that wait for a route."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Requests that workers have."""
-        return len(self._requests) - len(self._waiting)
+        """Samples of requests that workers have."""
+        return len(self._running)
 
     @property
     def can_serve(self) -> bool:
@@ -129,20 +117,27 @@ class Dispatcher:
             raise GatewayFull(len(self._waiting) + num_more)
 
     def check_invariants(self) -> None:
-        """The ledger is what the requests say, every request is in its place."""
+        """The ledger is what the samples say, every request and sample is in its place."""
         ledger = LoadLedger()
         for request_id, request in self._requests.items():
-            machine = request.machine
-            machine.check_invariants()
-            assert machine.request_id == request_id
-            assert not machine.is_over
-            assert (request in self._waiting) == (machine.state is RequestState.QUEUED)
-            if machine.route is not None and machine.state is not RequestState.QUEUED:
-                ledger.add(machine.route.decode.worker_id, decode_sequences=1)
-                if machine.state is RequestState.PREFILL:
-                    ledger.add(machine.route.prefill.worker_id, prefill_tokens=machine.num_prefill_tokens)
+            assert request.request_id == request_id
+            assert not request.is_over
+            assert not request.is_failed
+            for sample in request.samples:
+                machine = sample.machine
+                machine.check_invariants()
+                is_started = sample.index < request.num_started
+                is_queued = machine.state is RequestState.QUEUED
+                assert (sample in self._waiting) == (is_queued and is_started)
+                assert (self._running.get(machine.attempt) is sample) == (
+                    not is_queued and not machine.is_over
+                )
+                if machine.route is not None and not is_queued and not machine.is_over:
+                    ledger.add(machine.route.decode.worker_id, decode_sequences=1)
+                    if machine.state is RequestState.PREFILL:
+                        ledger.add(machine.route.prefill.worker_id, prefill_tokens=machine.num_prefill_tokens)
+        assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
-        assert set(self._tasks) >= set(self._links.values())
 
     # Clients.
 
@@ -154,20 +149,17 @@ class Dispatcher:
         self.check_room()
         if checked.request_id in self._requests:
             raise DuplicateRequest(checked.request_id)
-        machine = RequestMachine(
-            checked.request_id, checked.prompt_ids, checked.sampling, deadline_s, RequestTimes(arrived_at_s)
-        )
-        request = LiveRequest(machine)
+        request = LiveRequest.of(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
         self._requests[checked.request_id] = request
         self._is_idle.clear()
-        self._waiting.append(request)
+        enqueue(request.samples[0], self._waiting)
         request.deadline = self._loop.call_at(deadline_s, self._deadline_passed, request)
         self._route_waiting()
         return request
 
     def release(self, request: LiveRequest) -> None:
         """The client's call has ended: if the request has not, it is cancelled."""
-        self._do(request, request.machine.cancelled("the client left"))
+        self._cancel(request, "the client left")
         self._route_waiting()
 
     def abort(self, request_id: RequestId) -> bool:
@@ -175,9 +167,17 @@ class Dispatcher:
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self._do(request, request.machine.cancelled("aborted by the client"))
+        self._cancel(request, "aborted by the client")
         self._route_waiting()
         return True
+
+    def text_stopped(self, sample: LiveSample, num_tokens: int) -> None:
+        """A stop string ended the text of a sample within its first `num_tokens` tokens."""
+        was_over = sample.machine.is_over
+        actions = sample.machine.text_stopped(num_tokens)
+        if not was_over:
+            self._do(sample, actions)
+            self._route_waiting()
 
     # The cluster.
 
@@ -193,19 +193,8 @@ class Dispatcher:
             return False
         self._view = view
         self._view_at_s = self._loop.time()
-        wanted = {
-            LinkKey.of(worker): worker
-            for worker in view.workers
-            if worker.state is LifecycleState.READY and worker.address
-        }
-        for key in [key for key in self._links if key not in wanted]:
-            self._close_link(key, _why_gone(key, view))
-        for key, worker in wanted.items():
-            if key not in self._links:
-                link = WorkerLink(worker, self)
-                self._links[key] = link
-                self._tasks[link] = task = asyncio.create_task(link.run())
-                task.add_done_callback(partial(self._link_ended, link))
+        for worker, reason in self._links.use(view):
+            self._worker_lost(worker, reason)
         self._changed()
         return True
 
@@ -222,11 +211,10 @@ class Dispatcher:
         """Fail what is left, and close the links."""
         self._is_stopping = self._is_closed = True
         for request in list(self._requests.values()):
-            self._do(request, request.machine.stopped("the gateway stopped"))
-        # Commands that are queued, Aborts, need no way out: a worker drops what came by an ended stream.
-        for key in list(self._links):
-            self._close_link(key, "the gateway stopped")
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            for sample in request.samples:
+                if not sample.machine.is_over:
+                    self._do(sample, sample.machine.stopped("the gateway stopped"))
+        await self._links.close()
         self._on_change()
 
     # Links: see LinkListener.
@@ -252,7 +240,7 @@ class Dispatcher:
         logger.info(
             "link_broke worker_id=%s incarnation=%d reason=%s", worker.worker_id, worker.incarnation, reason
         )
-        if self._links.get(LinkKey.of(worker)) is link:
+        if self._links.has(link):
             self._worker_lost(worker, reason)
             self._changed()
 
@@ -260,9 +248,9 @@ class Dispatcher:
         """A worker reported."""
         worker_id, now_s = link.worker.worker_id, self._loop.time()
         for event in events:
-            request = self._requests.get(event.key.request_id)
-            if request is not None and (actions := request.machine.worker_event(worker_id, event, now_s)):
-                self._do(request, actions)
+            sample = self._running.get(event.key.attempt)
+            if sample is not None and (actions := sample.machine.worker_event(worker_id, event, now_s)):
+                self._do(sample, actions)
         self._route_waiting()
 
     # Inside.
@@ -271,116 +259,134 @@ class Dispatcher:
         self._route_waiting()
         self._on_change()
 
-    def _close_link(self, key: LinkKey, reason: str) -> None:
-        link = self._links.pop(key)
-        self._tasks[link].cancel()
-        logger.info(
-            "link_closed worker_id=%s incarnation=%d reason=%s", key.worker_id, key.incarnation, reason
-        )
-        self._worker_lost(link.worker, reason)
-
-    def _link_ended(self, link: WorkerLink, _task: asyncio.Task[None]) -> None:
-        del self._tasks[link]
-
     def _worker_lost(self, worker: WorkerView, reason: str) -> None:
-        # The latest first, since each goes to the front of the queue: the earliest is then the next.
-        for request in reversed(list(self._requests.values())):
-            self._do(request, request.machine.worker_lost(worker, reason))
+        # The latest first, since each goes before others of its priority: the earliest is then the next.
+        for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
+            if actions := sample.machine.worker_lost(worker, reason):
+                self._do(sample, actions)
 
     def _deadline_passed(self, request: LiveRequest) -> None:
-        is_waiting = request.machine.state is RequestState.QUEUED
-        self._do(request, request.machine.deadline_passed(self._why_waiting() if is_waiting else ""))
+        for sample in request.samples:
+            if not sample.machine.is_over:
+                is_waiting = sample.machine.state is RequestState.QUEUED
+                detail = self._why_waiting() if is_waiting else ""
+                self._do(sample, sample.machine.deadline_passed(detail))
         self._route_waiting()
+
+    def _cancel(self, request: LiveRequest, reason: str) -> None:
+        for sample in request.samples:
+            if not sample.machine.is_over:
+                self._do(sample, sample.machine.cancelled(reason))
 
     def _why_waiting(self) -> str:
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
 
-    def _do(self, request: LiveRequest, actions: Sequence[Action]) -> None:
-        """Carry out what a machine says. Who calls this gives free places to others (`_route_waiting`)."""
-        if not actions:
-            return
+    def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
+        """Carry out what a machine says, which was not over. Who calls this gives free places to others."""
+        request = sample.request
         for action in actions:
             match action:
-                case Deliver():
-                    request.deliver(action)
+                case Deliver() | DeliverPrompt() | DeliverDrafts():
+                    sample.deliver(action)
                 case Send():
-                    link = self._links.get(LinkKey.of(action.worker))
-                    if link is not None:
-                        link.send(action.command)
+                    self._links.send(action.worker, action.command)
                 case WantRoute():
                     logger.info(
-                        "request_wants_route request_id=%s attempt=%d num_delivered=%d reason=%s",
-                        request.machine.request_id,
-                        request.machine.num_attempts,
-                        len(request.machine.delivered),
+                        "request_wants_route request_id=%s sample=%d attempt=%d num_delivered=%d reason=%s",
+                        request.request_id,
+                        sample.index,
+                        sample.machine.num_attempts,
+                        len(sample.machine.delivered),
                         action.reason,
                     )
-                    self._waiting.appendleft(request)
+                    enqueue(sample, self._waiting, is_first=True)
                 case Fail():
-                    logger.info(
-                        "request_failed request_id=%s kind=%s reason=%s",
-                        request.machine.request_id,
-                        action.kind,
-                        action.reason,
-                    )
+                    if not request.is_failed:
+                        logger.info(
+                            "request_failed request_id=%s sample=%d kind=%s reason=%s",
+                            request.request_id,
+                            sample.index,
+                            action.kind,
+                            action.reason,
+                        )
                     request.fail(action)
-        request.settle(self._ledger)
-        if request.machine.is_over:
-            self._forget(request)
+        self._put_away(sample)
+        if request.is_failed:
+            # One sample that cannot be had fails the request.
+            self._cancel(request, "another sample of the request failed")
+        elif request.num_started < len(request.samples) and (
+            sample.machine.delivered or sample.machine.is_over
+        ):
+            self._start_others(request)
 
-    def _forget(self, request: LiveRequest) -> None:
-        del self._requests[request.machine.request_id]
-        if request in self._waiting:
-            self._waiting.remove(request)
+    def _put_away(self, sample: LiveSample) -> None:
+        """Take a sample from where its machine's state says that it no longer is."""
+        machine, request = sample.machine, sample.request
+        sample.settle(self._ledger)
+        if machine.state not in (RequestState.PREFILL, RequestState.DECODE):
+            self._running.pop(machine.attempt, None)
+        if not machine.is_over:
+            return
+        if sample in self._waiting:
+            self._waiting.remove(sample)
+        if not request.is_over:
+            return
+        # Its last sample is over, and so is the request.
+        del self._requests[request.request_id]
         if request.deadline is not None:
             request.deadline.cancel()
-        if request.machine.state is RequestState.FINISHED:
-            self.num_finished += 1
-        else:
+        if request.is_failed:
             self.num_failed += 1
+        else:
+            self.num_finished += 1
         if not self._requests:
             self._is_idle.set()
 
+    def _start_others(self, request: LiveRequest) -> None:
+        """The first sample has its first token: what it prefilled is cached for the others."""
+        others = request.samples[request.num_started :]
+        request.num_started = len(request.samples)
+        for sample in reversed(others):
+            enqueue(sample, self._waiting, is_first=True)
+
     def _route_waiting(self) -> None:
-        """Give routes to waiting requests, first come first served, while there are any.
+        """Give routes to waiting samples, the first first, while there are any.
 
         All want the same phases, so what the first cannot have the second cannot either.
         """
         while self._waiting and self.num_running < self._max_running:
-            request = self._waiting[0]
-            choice = self._choose(frozenset(request.machine.avoided))
+            sample = self._waiting[0]
+            choice = self._choose_for(sample)
             if isinstance(choice, Wait):
                 return
             self._waiting.popleft()
             if isinstance(choice, Refuse):
-                self._do(request, request.machine.no_route(choice.reason))
+                self._do(sample, sample.machine.no_route(choice.reason))
                 continue
-            actions = request.machine.routed(choice, next(self._attempts), self._loop.time())
-            if not request.machine.is_over:
-                request.charge(self._ledger)
-            self._do(request, actions)
+            actions = sample.machine.routed(choice, next(self._attempts), self._loop.time())
+            if not sample.machine.is_over:
+                self._running[sample.machine.attempt] = sample
+                sample.charge(self._ledger)
+            self._do(sample, actions)
+
+    def _choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
+        """The workers of the request's first sample, where the prompt is cached, if they can be had."""
+        first = sample.request.samples[0].machine.route
+        if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
+            wanted = {first.prefill.worker_id, first.decode.worker_id}
+            choice = choose_route(
+                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id in wanted
+            )
+            if isinstance(choice, Route):
+                return choice
+        return self._choose(frozenset(sample.machine.avoided))
 
     def _choose(self, avoided: frozenset[WorkerId]) -> Route | Wait | Refuse:
         """The best route without the avoided workers, or else with them."""
         if avoided:
             choice = choose_route(
-                self._view, self._ledger, lambda w: self._is_linked(w) and w.worker_id not in avoided
+                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id not in avoided
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._is_linked)
-
-    def _is_linked(self, worker: WorkerView) -> bool:
-        link = self._links.get(LinkKey.of(worker))
-        return link is not None and link.is_open
-
-
-def _why_gone(key: LinkKey, view: ClusterView) -> str:
-    worker = view.worker(key.worker_id)
-    if worker is None:
-        return "it is no longer declared"
-    if worker.incarnation != key.incarnation:
-        return f"incarnation {worker.incarnation} took its place"
-    if worker.state is not LifecycleState.READY:
-        return f"it is {worker.state}" + (f": {worker.reason}" if worker.reason else "")
-    return f"its address is {worker.address} now"
+        return choose_route(self._view, self._ledger, self._links.is_open)

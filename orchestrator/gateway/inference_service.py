@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from orchestrator.control.request_machine import Fail, FailureKind
+from orchestrator.control.request_actions import Fail, FailureKind
 from orchestrator.errors import (
     DuplicateRequest,
     GatewayFull,
@@ -19,12 +19,12 @@ from orchestrator.errors import (
     RequestTooLarge,
     UnknownModel,
 )
-from orchestrator.gateway.answer import response
+from orchestrator.gateway.answer import Answer
 from orchestrator.gateway.config import GatewayConfig
+from orchestrator.gateway.detokeniser import TextStream
 from orchestrator.gateway.dispatcher import Dispatcher
-from orchestrator.gateway.live_request import LiveRequest
-from orchestrator.gateway.model_texts import Detokenizer
 from orchestrator.gateway.served_model import LoadedModel, ServedModel
+from orchestrator.gateway.stop_strings import StopStrings
 from orchestrator.gateway.validation import CheckedRequest, check_request
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServiceServicer
@@ -138,10 +138,28 @@ class InferenceService(InferenceServiceServicer):
         loaded = self._served.get(self._dispatcher.why_not())
         checked = await self._read(request, loaded)
         live = self._dispatcher.submit(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+        stops = StopStrings(checked.stop_strings) if checked.stop_strings else None
+
+        def new_text() -> TextStream:
+            return loaded.texts.text_stream(
+                stops,
+                min_tokens=checked.sampling.min_new_tokens,
+                is_continuation=not checked.is_chat,
+            )
+
+        answer = Answer(
+            live, new_text=new_text, token_text=loaded.texts.token_text, stop=self._dispatcher.text_stopped
+        )
         try:
-            return await self._stream(live, loaded.texts.detokenizer(), context)
+            # Until it ends; the failure, if that was one.
+            while not answer.is_over:
+                news = await live.next()
+                if isinstance(news, Fail):
+                    return news
+                await context.write(answer.message(news, self._clock()))
         finally:
             self._dispatcher.release(live)
+        return None
 
     async def _read(self, request: pb.GenerateRequest, loaded: LoadedModel) -> CheckedRequest:
         def check() -> CheckedRequest:
@@ -161,18 +179,6 @@ class InferenceService(InferenceServiceServicer):
                 return await asyncio.to_thread(check)
         finally:
             self._num_reading -= 1
-
-    async def _stream(
-        self, live: LiveRequest, detokenizer: Detokenizer, context: "grpc.aio.ServicerContext[Any, Any]"
-    ) -> Fail | None:
-        """Write until it ends; the failure, if that was one."""
-        while True:
-            news = await live.next()
-            if isinstance(news, Fail):
-                return news
-            await context.write(response(live.machine, news, detokenizer, self._clock()))
-            if news.finish_reason is not None:
-                return None
 
 
 def _status_message(text: str) -> str:

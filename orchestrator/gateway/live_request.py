@@ -1,60 +1,78 @@
-"""A request that is being answered: its machine, and what its client has yet to get."""
+"""A request that is being answered: the machines of its samples, and what its client has yet to get."""
 
 import asyncio
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.control.request_machine import Deliver, Fail, RequestMachine, RequestState
+from orchestrator.control.request_actions import Deliver, DeliverDrafts, DeliverPrompt, Fail
+from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.router import LoadLedger, Route
-from workers.api import FinishReason
+from orchestrator.gateway.validation import CheckedRequest
+from workers.api import FinishReason, RequestId, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Tokens for the client, and why they were the last, if they were."""
+    """What is new of one sample, and why it was the last, if it was. `logprobs`: one for each token, or none."""
 
+    sample_index: int
     token_ids: tuple[int, ...]
     first_index: int
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    drafts: DeliverDrafts | None = None
 
 
-class LiveRequest:
-    """Filled by the dispatcher, emptied by the task that answers the client. Both live in one loop."""
+class LiveSample:
+    """One sample: its machine, what of it waits for the client, and what it is charged for."""
 
-    def __init__(self, machine: RequestMachine) -> None:
+    def __init__(self, machine: RequestMachine, index: int, request: "LiveRequest") -> None:
         self.machine = machine
-        self.deadline: asyncio.TimerHandle | None = None
+        self.index = index
+        self.request = request
         #: A client that does not read leaves them here: at most the request's max_new_tokens.
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        #: At most one for each token of the prompt.
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._drafts: DeliverDrafts | None = None
         self._num_taken = 0
         self._finish_reason: FinishReason | None = None
-        self._failure: Fail | None = None
-        self._has_news = asyncio.Event()
         self._route: Route | None = None
         self._prefill_tokens = 0
 
-    def deliver(self, deliver: Deliver) -> None:
-        """Tokens came."""
-        self._token_ids += deliver.token_ids
-        self._finish_reason = deliver.finish_reason
-        self._has_news.set()
+    def deliver(self, news: Deliver | DeliverPrompt | DeliverDrafts) -> None:
+        """Something for the client came."""
+        match news:
+            case Deliver():
+                self._token_ids += news.token_ids
+                self._logprobs += news.logprobs
+                self._finish_reason = news.finish_reason
+            case DeliverPrompt():
+                self._prompt_logprobs += news.logprobs
+            case DeliverDrafts():
+                self._drafts = news
+                self._finish_reason = FinishReason.LENGTH
+        self.request.has_news_of(self)
 
-    def fail(self, failure: Fail) -> None:
-        """It ended without all its tokens."""
-        self._failure = failure
-        self._has_news.set()
-
-    async def next(self) -> Progress | Fail:
-        """Wait for what is new: all of it at once. A failure comes after the tokens before it."""
-        while True:
-            if self._token_ids or self._finish_reason is not None:
-                progress = Progress(tuple(self._token_ids), self._num_taken, self._finish_reason)
-                self._num_taken += len(self._token_ids)
-                self._token_ids.clear()
-                return progress
-            if self._failure is not None:
-                return self._failure
-            self._has_news.clear()
-            await self._has_news.wait()
+    def take(self) -> Progress:
+        """All that is new."""
+        progress = Progress(
+            self.index,
+            tuple(self._token_ids),
+            self._num_taken,
+            self._finish_reason,
+            tuple(self._logprobs),
+            tuple(self._prompt_logprobs),
+            self._drafts,
+        )
+        self._num_taken += len(self._token_ids)
+        self._token_ids.clear()
+        self._logprobs.clear()
+        self._prompt_logprobs.clear()
+        return progress
 
     def charge(self, ledger: LoadLedger) -> None:
         """Count what has just been submitted."""
@@ -75,3 +93,83 @@ class LiveRequest:
         if self.machine.state is not RequestState.DECODE:
             ledger.add(self._route.decode.worker_id, decode_sequences=-1)
             self._route = None
+
+
+class LiveRequest:
+    """Filled by the dispatcher, emptied by the task that answers the client. Both live in one loop."""
+
+    def __init__(self, machines: Sequence[RequestMachine]) -> None:
+        self.samples = tuple(LiveSample(machine, index, self) for index, machine in enumerate(machines))
+        self.deadline: asyncio.TimerHandle | None = None
+        #: Samples after the first start when the first has its first token: they find its prompt cached.
+        self.num_started = 1
+        self._failure: Fail | None = None
+        #: Samples with something for the client, each once.
+        self._ready: deque[LiveSample] = deque()
+        self._has_news = asyncio.Event()
+
+    @classmethod
+    def of(cls, checked: CheckedRequest, *, arrived_at_s: float, deadline_s: float) -> "LiveRequest":
+        """With a machine for each sample."""
+        return cls(
+            [
+                RequestMachine(
+                    checked.request_id,
+                    checked.prompt_ids,
+                    sampling,
+                    deadline_s,
+                    RequestTimes(arrived_at_s),
+                    priority=checked.priority,
+                    cache_salt=checked.cache_salt,
+                )
+                for sampling in checked.samplings()
+            ]
+        )
+
+    @property
+    def request_id(self) -> RequestId:
+        """Whose samples these are."""
+        return self.samples[0].machine.request_id
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more will come of any sample."""
+        return all(sample.machine.is_over for sample in self.samples)
+
+    @property
+    def is_failed(self) -> bool:
+        """One of the samples has failed, and with it the request."""
+        return self._failure is not None
+
+    def has_news_of(self, sample: LiveSample) -> None:
+        """There is something for the client."""
+        if sample not in self._ready:
+            self._ready.append(sample)
+        self._has_news.set()
+
+    def fail(self, failure: Fail) -> None:
+        """It ended without all its tokens. The first failure counts."""
+        if self._failure is None:
+            self._failure = failure
+        self._has_news.set()
+
+    async def next(self) -> Progress | Fail:
+        """Wait for what is new: all of it of one sample. A failure comes after the tokens before it."""
+        while True:
+            if self._ready:
+                return self._ready.popleft().take()
+            if self._failure is not None:
+                return self._failure
+            self._has_news.clear()
+            await self._has_news.wait()
+
+
+def enqueue(sample: LiveSample, waiting: deque[LiveSample], *, is_first: bool = False) -> None:
+    """Put it behind the last of its priority, or, since it has waited already, before the first of them."""
+    priority, place = sample.machine.priority, len(waiting)
+    while place:
+        other = waiting[place - 1].machine.priority
+        if other > priority or (other == priority and not is_first):
+            break
+        place -= 1
+    waiting.insert(place, sample)

@@ -1,15 +1,22 @@
 """What a client sent, checked and turned into what is run. Pure, apart from the tokenizer that it is given."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from orchestrator.errors import InvalidRequest, RequestTooLarge, UnknownModel
+from orchestrator.gateway.sampling import sampling_params
 from protos import inference_pb2 as pb
-from workers.api import MAX_STOP_TOKEN_IDS, MAX_TEMPERATURE, ModelInfo, RequestId, SamplingParams
+from workers.api import MAX_SALT_CHARS, MAX_STOP_TOKEN_IDS, ModelInfo, RequestId, SamplingParams
+from workers.sampling_check import sampling_problem
 
 ROLES = ("system", "user", "assistant")
 MAX_REQUEST_ID_LENGTH = 128
+MAX_SAMPLES = 16
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+#: Between the seeds of two samples. Odd, so that no two of them have the same; 2**64 over the golden ratio.
+SEED_STEP = 0x9E3779B97F4A7C15
 
 
 class Texts(Protocol):
@@ -28,7 +35,25 @@ class CheckedRequest:
 
     request_id: RequestId
     prompt_ids: tuple[int, ...]
+    #: Of sample 0.
     sampling: SamplingParams
+    num_samples: int = 1
+    stop_strings: tuple[str, ...] = ()
+    #: The output answers messages; otherwise it goes on from the prompt.
+    is_chat: bool = False
+    priority: int = 0
+    cache_salt: str = ""
+
+    def samplings(self) -> list[SamplingParams]:
+        """Those of each sample: each has a seed of its own, and the prompt is scored once."""
+        others = replace(self.sampling, num_prompt_logprobs=None)
+        return [
+            self.sampling,
+            *(
+                replace(others, seed=(self.sampling.seed + index * SEED_STEP) % 2**64)
+                for index in range(1, self.num_samples)
+            ),
+        ]
 
 
 def check_request(
@@ -46,29 +71,59 @@ def check_request(
     request_id = _request_id(request.request_id, draw_seed)
     if request.model not in ("", served_name):
         raise UnknownModel(request.model[:MAX_REQUEST_ID_LENGTH], served_name)
-    sampling = request.sampling
-    temperature = sampling.temperature if sampling.HasField("temperature") else 0.0
-    # Written so that NaN is refused.
-    if not 0.0 <= temperature <= MAX_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"{temperature:g}", f"0 to {MAX_TEMPERATURE:g}")
-    top_p = sampling.top_p if sampling.HasField("top_p") else 1.0
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidRequest("sampling.top_p", f"{top_p:g}", "above 0, up to 1")
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise InvalidRequest("sampling.max_tokens", str(sampling.max_tokens), "1 or more")
-    stop_token_ids = _stop_token_ids(sampling, model)
+    if len(request.cache_salt) > MAX_SALT_CHARS:
+        value = f"{len(request.cache_salt)} characters long"
+        raise InvalidRequest("cache_salt", value, f"at most {MAX_SALT_CHARS} characters")
+    asked = request.sampling
+    sampling = sampling_params(
+        asked,
+        # Until the prompt's length is known.
+        max_new_tokens=asked.max_tokens if asked.HasField("max_tokens") else model.max_context_tokens,
+        seed=asked.seed if asked.HasField("seed") else draw_seed(),
+        stop_token_ids=_stop_token_ids(asked, model),
+    )
+    problem = sampling_problem(sampling, model.vocab_size)
+    if problem is not None:
+        raise InvalidRequest(f"sampling.{problem.field}", problem.value, problem.allowed)
+    num_samples = _num_samples(asked)
+    stop_strings = _stop_strings(asked)
     prompt_ids = _prompt_ids(request, model, texts)
+    sampling = replace(sampling, max_new_tokens=_max_new_tokens(asked, len(prompt_ids), model))
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        allowed = f"at most {sampling.max_new_tokens}, what a prompt of {len(prompt_ids)} tokens leaves"
+        raise InvalidRequest("sampling.min_tokens", str(sampling.min_new_tokens), allowed)
     return CheckedRequest(
         request_id=request_id,
         prompt_ids=prompt_ids,
-        sampling=SamplingParams(
-            max_new_tokens=_max_new_tokens(sampling, len(prompt_ids), model),
-            temperature=temperature,
-            top_p=top_p,
-            seed=sampling.seed if sampling.HasField("seed") else draw_seed(),
-            stop_token_ids=stop_token_ids,
-        ),
+        sampling=sampling,
+        num_samples=num_samples,
+        stop_strings=stop_strings,
+        is_chat=request.WhichOneof("prompt") == "chat",
+        priority=request.priority,
+        cache_salt=request.cache_salt,
     )
+
+
+def _num_samples(sampling: pb.SamplingParams) -> int:
+    number = int(sampling.n) if sampling.HasField("n") else 1
+    if not 1 <= number <= MAX_SAMPLES:
+        raise InvalidRequest("sampling.n", str(number), f"1 to {MAX_SAMPLES}")
+    if number > 1 and sampling.HasField("superposed"):
+        raise InvalidRequest("sampling.n", f"{number} together with superposed", "1")
+    return number
+
+
+def _stop_strings(sampling: pb.SamplingParams) -> tuple[str, ...]:
+    strings = tuple(sampling.stop)
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidRequest("sampling.stop", f"{len(strings)} texts", f"at most {MAX_STOP_STRINGS}")
+    for i, string in enumerate(strings):
+        if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
+            value = f"{len(string)} characters long"
+            raise InvalidRequest(f"sampling.stop[{i}]", value, f"1 to {MAX_STOP_STRING_CHARS} characters")
+    if strings and sampling.HasField("superposed"):
+        raise InvalidRequest("sampling.stop", "set together with superposed", "one of the two")
+    return strings
 
 
 def _request_id(request_id: str, draw_seed: Callable[[], int]) -> RequestId:

@@ -1,6 +1,7 @@
 """A real gateway in this process, its clients, and a look inside."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -68,9 +69,7 @@ class Gateway:
     def linked(self) -> set[tuple[str, int]]:
         """Workers that can be used now."""
         return {
-            (link.worker.worker_id, link.worker.incarnation)
-            for link in self.dispatcher._links.values()
-            if link.is_open
+            (link.worker.worker_id, link.worker.incarnation) for link in self.dispatcher._links.open_links()
         }
 
     async def is_serving(self, service: str = "") -> bool:
@@ -137,26 +136,37 @@ def generate_request(*prompt: int, max_tokens: int = 4, **sampling: Any) -> pb.G
 
 
 async def collect(call: Any) -> list[pb.GenerateResponse]:
-    """All messages; their tokens must be in order and each there once."""
+    """All messages; the tokens of each sample must be in order and each there once, with one end."""
     messages: list[pb.GenerateResponse] = []
-    num_tokens = 0
+    num_tokens: Counter[int] = Counter()
+    ended: set[int] = set()
     async for message in call:
-        assert message.first_token_index == num_tokens
-        num_tokens += len(message.token_ids)
-        assert not messages or messages[-1].finish_reason == pb.FINISH_REASON_UNSPECIFIED
+        sample = message.sample_index
+        assert sample not in ended
+        assert not messages or not messages[-1].HasField("usage")
+        assert message.first_token_index == num_tokens[sample]
+        num_tokens[sample] += len(message.token_ids)
+        is_end = message.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+        assert message.HasField("timings") == is_end
+        if is_end:
+            ended.add(sample)
         messages.append(message)
     assert messages[-1].finish_reason != pb.FINISH_REASON_UNSPECIFIED
+    assert messages[-1].HasField("usage")
+    assert ended == set(num_tokens)
     return messages
 
 
-def tokens_of(messages: list[pb.GenerateResponse]) -> list[int]:
-    """The tokens of an answer."""
-    return [token_id for message in messages for token_id in message.token_ids]
+def tokens_of(messages: list[pb.GenerateResponse], sample: int = 0) -> list[int]:
+    """The tokens of one sample of an answer."""
+    return [
+        token_id for message in messages if message.sample_index == sample for token_id in message.token_ids
+    ]
 
 
-def text_of(messages: list[pb.GenerateResponse]) -> str:
-    """The text of an answer."""
-    return "".join(message.text_delta for message in messages)
+def text_of(messages: list[pb.GenerateResponse], sample: int = 0) -> str:
+    """The text of one sample of an answer."""
+    return "".join(message.text_delta for message in messages if message.sample_index == sample)
 
 
 async def error_of(call: Any) -> tuple[str, str]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+import torch
 
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
+from tests.support.tiny_model import EOS_TOKEN_ID
 from workers.api import (
     Abort,
     Command,
@@ -20,6 +22,7 @@ from workers.api import (
     Event,
     FailureCode,
     Handoff,
+    KvEvent,
     KvTransferConfig,
     Phase,
     PhaseSet,
@@ -36,13 +39,18 @@ from workers.api import (
 )
 from workers.engine.runner import ModelRunner
 from workers.engine.scheduler import StepPlan
-from workers.wire import command_to_pb, event_from_pb, status_from_pb
+from workers.engine.step_result import StepResult
+from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb, status_from_pb
 from workers.worker import Worker
 
 #: Nothing that a test waits for takes this long on a working machine.
 PATIENCE_S = 30.0
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = PREFILL | DECODE
+#: Of a worker whose prompts are to take several chunks.
+SMALL_BUDGET = 32
+#: KV of the tests' tiny model: three layers, K and V, 16 tokens, 2 KV heads of 16 dimensions, fp32.
+BLOCK_BYTES = 3 * 2 * 16 * 2 * 16 * 4
 
 
 def worker_spec(
@@ -53,7 +61,7 @@ def worker_spec(
     kv_cache_bytes: int = 2 * 2**20,
     lease_s: float = 20.0,
     layer_group_size: int = 1,
-    **engine: int,
+    **engine: float,
 ) -> WorkerSpec:
     """A small worker; 2 MiB hold 170 blocks of 16 tokens of a tiny model with three layers."""
     return WorkerSpec(
@@ -61,7 +69,7 @@ def worker_spec(
         incarnation=incarnation,
         phases=phases,
         model_source=str(model),
-        engine=EngineConfig(kv_cache_bytes=kv_cache_bytes, **engine),
+        engine=EngineConfig(kv_cache_bytes=kv_cache_bytes, **engine),  # type: ignore[arg-type]
         kv_transfer=KvTransferConfig(lease_s=lease_s, layer_group_size=layer_group_size),
     )
 
@@ -88,6 +96,23 @@ def submit(
     )
 
 
+def prompt(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random tokens of the tiny model's, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids: list[int] = torch.randint(3, 384, (num_tokens,), generator=generator).tolist()
+    return token_ids
+
+
+def greedy_submit(length: int, max_new_tokens: int = 12) -> Submit:
+    """For a prompt of this length; the request is named after it."""
+    return submit(
+        prompt(length),
+        request_id=f"r{length}",
+        max_new_tokens=max_new_tokens,
+        stop_token_ids={EOS_TOKEN_ID},
+    )
+
+
 async def eventually(condition: Callable[[], Awaitable[object]], what: str) -> None:
     """Return once it is true; fail with what was waited for."""
     try:
@@ -108,6 +133,8 @@ class WorkerClient:
         self.stub = pb_grpc.WorkerServiceStub(self.channel)
         self.session = self.stub.Session()
         self.events: list[Event] = []
+        #: Only after SubscribeKvEvents.
+        self.kv_events: list[KvEvent] = []
         self.batch_sizes: list[int] = []
         self._changed = asyncio.Condition()
         self._writing = asyncio.Lock()
@@ -214,6 +241,7 @@ class WorkerClient:
             events = [event for event in map(event_from_pb, batch.events) if event is not None]
             async with self._changed:
                 self.events += events
+                self.kv_events += [e for e in map(kv_event_from_pb, batch.kv_events) if e is not None]
                 self.batch_sizes.append(len(events))
                 self._changed.notify_all()
 
@@ -226,10 +254,10 @@ class RunningWorker(WorkerClient):
         self.worker = worker
 
     async def assert_nothing_leaks(self) -> None:
-        """All blocks come back, no lease stays, and the invariants hold."""
+        """All blocks come back, cached or not, no lease stays, and the invariants hold."""
         await self.wait_for_status(
             lambda status: (
-                status.blocks.free == status.blocks.total > 0
+                status.blocks.free + status.blocks.cached == status.blocks.total > 0
                 and status.num_leases == status.num_waiting == status.num_running == 0
             ),
             f"all blocks of {self.worker.spec.worker_id} to be free",
@@ -289,9 +317,7 @@ class StepGate:
         self._opened = threading.Event()
         run = ModelRunner.run
 
-        def gated(
-            runner: ModelRunner, plan: StepPlan, on_layers: Callable[[int, int], None]
-        ) -> Sequence[int]:
+        def gated(runner: ModelRunner, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
             if not self._opened.is_set() and is_it(plan):
                 self._reached.set()
                 assert self._opened.wait(PATIENCE_S)
@@ -305,3 +331,8 @@ class StepGate:
 
     def open(self) -> None:
         self._opened.set()
+
+
+def at_start(start: int) -> Callable[[StepPlan], bool]:
+    """For StepGate: the step whose first slice begins there."""
+    return lambda plan: plan.slices[0].start == start

@@ -34,7 +34,7 @@ def test_a_worker_that_is_lost_costs_no_token_and_none_comes_twice(how: str) -> 
             call = it.client.Generate(generate_request(*PROMPT, max_tokens=6))
             await until(lambda: bool(workers[0].submits), "the first worker to be asked")
             (request,) = it.dispatcher._requests.values()
-            await until(lambda: len(request.machine.delivered) == 3, "three tokens")
+            await until(lambda: len(request.samples[0].machine.delivered) == 3, "three tokens")
             if how == "die":
                 await workers[0].die()
             else:
@@ -256,7 +256,7 @@ def test_cancelling_at_any_stage_frees_the_workers(how: str, stage: str) -> None
             else:
                 num_tokens = {"prefill": 0, "handoff": 1, "decode": 2}[stage]
                 await until(lambda: bool(prefill.submits and decode.submits), "both to be asked")
-                machine = it.dispatcher._requests[prefill.submits[0].key.request_id].machine
+                machine = it.dispatcher._requests[prefill.submits[0].key.request_id].samples[0].machine
                 await until(lambda: len(machine.delivered) == num_tokens, f"{num_tokens} tokens")
                 if stage == "prefill":
                     await until(lambda: machine.times.worker_queue_s > 0, "prefill to start")

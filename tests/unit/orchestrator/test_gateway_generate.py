@@ -85,8 +85,8 @@ def test_tokens_of_decode_wait_for_the_first_one_of_prefill() -> None:
             call = it.client.Generate(generate_request(*PROMPT, max_tokens=6))
             await until(lambda: bool(prefill.submits and decode.submits), "both to be asked")
             (request,) = it.dispatcher._requests.values()
-            await until(lambda: len(request.machine._early) == 5, "the tokens of decode")
-            assert request.machine.delivered == []
+            await until(lambda: len(request.samples[0].machine._early) == 5, "the tokens of decode")
+            assert request.samples[0].machine.delivered == []
             prefill.say(*prefill.script(prefill.submits[0])[1:])
             messages = await collect(call)
             assert tokens_of(messages) == EXPECTED
@@ -103,7 +103,7 @@ def test_the_transfer_is_in_the_timings() -> None:
             call = it.client.Generate(generate_request(*PROMPT, max_tokens=6))
             await until(lambda: len(it.dispatcher._requests) == 1, "the request")
             (request,) = it.dispatcher._requests.values()
-            await until(lambda: request.machine.times.kv_transfer is not None, "the transfer")
+            await until(lambda: request.samples[0].machine.times.kv_transfer is not None, "the transfer")
             decode.say(*decode.script(decode.submits[0])[1:])
             last = (await collect(call))[-1]
             assert last.timings.kv_transfer == pb.KvTransferTimings(

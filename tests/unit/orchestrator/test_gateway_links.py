@@ -216,7 +216,7 @@ def test_a_worker_that_leaves_its_commands_unread_is_given_up(monkeypatch: pytes
         both = FakeWorker("both-0", BOTH)
         async with gateway(both) as it:
             # Sent within one turn of the loop, so that the writer has no turn in between.
-            (link,) = it.dispatcher._links.values()
+            (link,) = it.dispatcher._links.open_links()
             for _ in range(4):
                 link.send(Abort(RequestKey(RequestId("nobody"), 1)))
             await until(lambda: both.num_sessions == 2, "the stream to be opened anew")

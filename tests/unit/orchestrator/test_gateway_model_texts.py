@@ -1,4 +1,4 @@
-"""Tokenising, chat templates, and text that comes back token by token."""
+"""Tokenising, chat templates, and text that comes back."""
 
 import json
 
@@ -9,56 +9,31 @@ from tokenizers import AddedToken
 
 from orchestrator.errors import InvalidRequest, UnusableModel
 from orchestrator.gateway.model_texts import ModelTexts
+from orchestrator.gateway.stop_strings import StopStrings
 from tests.support.fake_worker import byte_ids, byte_model, byte_tokenizer, without_byte_level
 
 TEXTS = ModelTexts(byte_model())
 TOKENIZER = byte_tokenizer()
 
 
-def streamed(token_ids: list[int]) -> str:
-    detokenizer = TEXTS.detokenizer()
-    pieces = [detokenizer.push([token_id]) for token_id in token_ids]
-    return "".join(pieces) + detokenizer.flush()
-
-
 @given(st.text())
-def test_any_text_comes_back_in_valid_pieces(text: str) -> None:
-    detokenizer = TEXTS.detokenizer()
-    pieces = [detokenizer.push([token_id]) for token_id in TEXTS.encode(text)]
-    assert "".join(pieces) == TOKENIZER.decode(TEXTS.encode(text))
-    assert detokenizer.flush() == ""
+def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+    stream = TEXTS.text_stream()
+    pieces = [stream.push([token_id]).text for token_id in TEXTS.encode(text)]
+    assert "".join(pieces) + stream.finish().text == TOKENIZER.decode(TEXTS.encode(text))
 
 
-@given(st.lists(st.integers(0, 300)))
-def test_any_tokens_make_the_text_that_decoding_them_at_once_makes(token_ids: list[int]) -> None:
-    known = [token_id for token_id in token_ids if token_id < TOKENIZER.get_vocab_size()]
-    assert streamed(token_ids) == TOKENIZER.decode(known, skip_special_tokens=True)
-
-
-@given(st.lists(st.integers(0, 258)), st.integers(1, 5))
-def test_how_tokens_are_batched_makes_no_difference(token_ids: list[int], size: int) -> None:
-    detokenizer = TEXTS.detokenizer()
-    batches = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
-    assert "".join(map(detokenizer.push, batches)) + detokenizer.flush() == streamed(token_ids)
-
-
-def test_a_character_comes_when_it_is_whole() -> None:
-    detokenizer = TEXTS.detokenizer()
-    assert [detokenizer.push([token_id]) for token_id in byte_ids("a世b")] == ["a", "", "", "世", "b"]
-
-
-def test_what_is_left_of_a_character_is_replaced_at_the_end() -> None:
-    detokenizer = TEXTS.detokenizer()
-    assert detokenizer.push(byte_ids("👋")[:3]) == ""
-    assert detokenizer.flush() == "\ufffd"
+def test_stop_strings_and_min_tokens_reach_the_stream() -> None:
+    stream = TEXTS.text_stream(StopStrings(["b"]), min_tokens=4)
+    delta = stream.push(byte_ids("abab"))
+    assert (delta.text, delta.stop, delta.num_tokens) == ("aba", "b", 4)
 
 
 def test_added_tokens_that_are_not_special_are_text() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken("<tool 世>", normalized=False)])
     texts = ModelTexts(byte_model(tokenizer_json=tokenizer.to_str().encode()))
-    detokenizer = texts.detokenizer()
-    assert detokenizer.push(texts.encode("a<tool 世>b")) == "a<tool 世>b"
+    assert texts.text_stream().push(texts.encode("a<tool 世>b")).text == "a<tool 世>b"
 
 
 def test_templates_are_rendered_as_transformers_does() -> None:

@@ -7,23 +7,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.control.request_actions import (
+    Action,
+    Deliver,
+    DeliverDrafts,
+    DeliverPrompt,
+    Fail,
+    FailureKind,
+    Send,
+    WantRoute,
+)
 from orchestrator.control.request_machine import (
     MAX_ATTEMPTS,
     TRANSITIONS,
-    Action,
-    Deliver,
-    Fail,
-    FailureKind,
     RequestMachine,
     RequestState,
     RequestTimes,
-    Send,
-    WantRoute,
 )
 from orchestrator.control.router import Route
 from orchestrator.control.view import LifecycleState, WorkerView
 from workers.api import (
     Abort,
+    DecodingReport,
+    DraftsGenerated,
     Event,
     FailureCode,
     FinishReason,
@@ -31,11 +37,13 @@ from workers.api import (
     KvTransferred,
     Phase,
     PrefillStarted,
+    PromptScored,
     RequestFailed,
     RequestId,
     RequestKey,
     SamplingParams,
     Submit,
+    TokenLogprobs,
     TokensGenerated,
     WorkerId,
 )
@@ -189,6 +197,7 @@ def test_after_a_loss_the_next_attempt_prefills_what_was_delivered_and_goes_on()
     (submit,) = submits(request.routed(TOGETHER, 2, 3.0)).values()
     assert submit.token_ids == (*PROMPT, 11, 12)
     assert submit.sampling == replace(request.sampling, max_new_tokens=2)
+    assert submit.num_delivered == 2
     assert request.worker_event(D.worker_id, stale, 3.0) == []
     assert request.worker_event(B.worker_id, tokens(request, 2, 13), 4.0) == [Deliver((13,), 2, None)]
     assert request.times.submitted_at_s == 0.0
@@ -312,6 +321,105 @@ def test_cancelling_frees_both_workers_in_every_state() -> None:
     assert aborted(request.cancelled("left")) == {"d-0"}
 
 
+def scored(*token_ids: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token_id, -1.0, 1) for token_id in token_ids)
+
+
+def test_what_the_client_has_is_not_asked_again() -> None:
+    request = machine(6)
+    request.sampling = replace(request.sampling, min_new_tokens=3, num_prompt_logprobs=1, num_logprobs=2)
+    request.priority, request.cache_salt = 7, "salt"
+    (first,) = submits(request.routed(TOGETHER, 1, 0.0)).values()
+    assert (first.sampling, first.num_delivered) == (request.sampling, 0)
+    assert (first.priority, first.cache_salt) == (7, "salt")
+    request.worker_event(B.worker_id, PromptScored(request.key, 1, scored(6)), 1.0)
+    request.worker_lost(B, "gone")
+    (again,) = submits(request.routed(TOGETHER, 2, 0.0)).values()
+    assert again.sampling.num_prompt_logprobs == 1
+    assert request.worker_event(B.worker_id, PromptScored(request.key, 1, scored(6, 7)), 1.0) == [
+        DeliverPrompt(scored(7))
+    ]
+    request.worker_event(B.worker_id, tokens(request, 0, 11, 12, 13, 14), 1.0)
+    request.worker_lost(B, "gone")
+    (last,) = submits(request.routed(TOGETHER, 3, 0.0)).values()
+    assert last.sampling == replace(
+        request.sampling, max_new_tokens=2, min_new_tokens=0, num_prompt_logprobs=None
+    )
+    assert (last.num_delivered, last.priority, last.cache_salt) == (4, 7, "salt")
+    request.check_invariants()
+
+
+def test_prompt_logprobs_of_what_is_no_prompt_or_leaves_a_gap_are_left_out() -> None:
+    request = machine()
+    request.routed(TOGETHER, 1, 0.0)
+    assert request.worker_event(B.worker_id, PromptScored(request.key, 2, scored(7)), 1.0) == []
+    assert request.worker_event(B.worker_id, PromptScored(request.key, 1, scored(6, 7, 8)), 1.0) == [
+        DeliverPrompt(scored(6, 7))
+    ]
+    assert request.worker_event(B.worker_id, PromptScored(request.key, 3, scored(8)), 1.0) == []
+    request.check_invariants()
+
+
+def test_logprobs_that_overtake_stay_with_their_tokens() -> None:
+    request = machine()
+    request.routed(SPLIT, 1, 0.0)
+    late = replace(tokens(request, 1, 12, 13), logprobs=scored(12, 13))
+    assert request.worker_event(D.worker_id, late, 1.0) == []
+    first = replace(tokens(request, 0, 11, prefill_s=0.5), logprobs=scored(11), num_cached_tokens=2)
+    assert request.worker_event(P.worker_id, first, 1.0) == [
+        Deliver((11, 12, 13), 0, None, scored(11, 12, 13))
+    ]
+    assert request.num_cached_tokens == 2
+
+
+def test_drafts_are_all_there_is_and_end_it() -> None:
+    request = machine()
+    request.routed(SPLIT, 1, 0.0)
+    report = DecodingReport(request.key, 3, 3, 9)
+    assert request.worker_event(D.worker_id, report, 1.0) == []
+    actions = request.worker_event(
+        D.worker_id, DraftsGenerated(request.key, ((1, 2), (3,)), (-1.0, -2.0)), 1.0
+    )
+    assert actions[0] == DeliverDrafts(((1, 2), (3,)), (-1.0, -2.0))
+    assert aborted(actions) == {"p-0"}
+    assert (request.state, request.decoding_report) == (RequestState.FINISHED, report)
+    request.check_invariants()
+
+
+def test_the_report_of_an_attempt_that_was_given_up_is_forgotten() -> None:
+    request = machine()
+    request.routed(TOGETHER, 1, 0.0)
+    request.worker_event(B.worker_id, DecodingReport(request.key, 3, 3, 9), 1.0)
+    request.worker_lost(B, "gone")
+    request.routed(TOGETHER, 2, 0.0)
+    assert request.decoding_report is None
+
+
+def test_text_that_stops_ends_it_with_the_tokens_that_count() -> None:
+    request = machine(6)
+    request.routed(SPLIT, 1, 0.0)
+    request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
+    request.worker_event(D.worker_id, tokens(request, 1, 12, 13), 1.0)
+    assert aborted(request.text_stopped(2)) == {"p-0", "d-0"}
+    assert (request.state, request.delivered) == (RequestState.FINISHED, [11, 12])
+    assert request.cancelled("late") == []
+    request.check_invariants()
+
+
+def test_text_may_stop_while_it_waits_for_a_route_and_after_its_end() -> None:
+    request = machine(6)
+    request.routed(TOGETHER, 1, 0.0)
+    request.worker_event(B.worker_id, tokens(request, 0, 11, 12), 1.0)
+    request.worker_lost(B, "gone")
+    assert request.text_stopped(1) == []
+    assert (request.state, request.delivered) == (RequestState.FINISHED, [11])
+    request = machine(2)
+    request.routed(TOGETHER, 1, 0.0)
+    request.worker_event(B.worker_id, tokens(request, 0, 11, 12, end=FinishReason.LENGTH), 1.0)
+    assert request.text_stopped(1) == []
+    assert request.delivered == [11]
+
+
 class World:
     """Workers that hold requests, and a client; any schedule of events must leave them consistent."""
 
@@ -392,6 +500,14 @@ class World:
         self.held = {key: events for key, events in self.held.items() if key[0] != lost.worker_id}
         self.apply(self.request.worker_lost(lost, "test"))
 
+    def stop_text(self) -> None:
+        """As when a stop string ends with the last token that the client has."""
+        if self.received and not self.request.is_over:
+            self.length, self.reason = len(self.received), FinishReason.STOP
+            self.apply(self.request.text_stopped(len(self.received)))
+            self.ends.append(FinishReason.STOP)
+            self.wants_route = False
+
     def route(self, route: Route) -> None:
         if self.wants_route and not self.request.is_over:
             self.wants_route = False
@@ -406,6 +522,7 @@ steps = st.one_of(
     st.tuples(st.just("lose"), st.sampled_from([P, D, B])),
     st.tuples(st.just("fail"), st.integers(0, 3), st.sampled_from(FailureCode)),
     st.tuples(st.just("cancel")),
+    st.tuples(st.just("stop")),
     st.tuples(st.just("deadline")),
 )
 
@@ -427,6 +544,8 @@ def test_on_any_schedule_tokens_come_once_in_order_and_nobody_is_left_holding(
                 world.fail(choice, code)
             case ("cancel",):
                 world.apply(world.request.cancelled("test"))
+            case ("stop",):
+                world.stop_text()
             case ("deadline",):
                 world.apply(world.request.deadline_passed())
     # Faults have stopped: it ends, and well unless it had failed before.

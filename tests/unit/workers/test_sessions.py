@@ -10,15 +10,19 @@ from workers import sessions
 from workers.api import (
     Abort,
     Command,
+    DraftsGenerated,
     Event,
     FailureCode,
     FinishReason,
+    KvBlocksRemoved,
+    KvBlocksStored,
     PrefillStarted,
     RequestFailed,
     RequestKey,
+    SubscribeKvEvents,
     TokensGenerated,
 )
-from workers.sessions import GatewaySession, SessionTable
+from workers.sessions import GatewaySession, News, SessionTable
 
 
 class Engine:
@@ -44,12 +48,17 @@ def token(name: str, *, is_last: bool = False) -> TokensGenerated:
     return TokensGenerated(key(name), (1,), 1, FinishReason.LENGTH if is_last else None)
 
 
-def taken(session: GatewaySession) -> list[Event]:
-    async def take() -> list[Event]:
+def news(session: GatewaySession) -> News | None:
+    async def take() -> News | None:
         async with asyncio.timeout(1):
             return await session.take()
 
     return asyncio.run(take())
+
+
+def taken(session: GatewaySession) -> list[Event]:
+    found = news(session)
+    return [] if found is None else found.events
 
 
 def test_events_go_to_the_session_that_submitted(table: SessionTable) -> None:
@@ -141,3 +150,64 @@ def test_session_past_its_limit_is_over(table: SessionTable, monkeypatch: pytest
     assert session.overflowed.is_set()
     table.deliver([token("a")])
     assert taken(session) == []
+
+
+STORED = KvBlocksStored(b"", (b"a", b"b"))
+REMOVED = KvBlocksRemoved((b"b",))
+
+
+def test_kv_events_go_in_order_to_every_session_that_asked_and_to_no_other(table: SessionTable) -> None:
+    engine = Engine(table)
+    first, second, silent = table.open(), table.open(), table.open()
+    table.handle(first, SubscribeKvEvents())
+    table.handle(second, SubscribeKvEvents())
+    assert engine.commands == [SubscribeKvEvents(), SubscribeKvEvents()]
+    table.handle(silent, submit([1], request_id="a"))
+    table.deliver_kv([STORED])
+    table.deliver_kv([REMOVED, STORED])
+    table.deliver([token("a")])
+    assert news(first) == news(second) == News([], [STORED, REMOVED, STORED])
+    assert news(silent) == News([token("a")], [])
+
+
+def test_a_session_that_asked_before_the_engine_was_there_is_answered(table: SessionTable) -> None:
+    session = table.open()
+    table.handle(session, SubscribeKvEvents())
+    engine = Engine(table)
+    assert engine.commands == [SubscribeKvEvents()]
+    table.deliver_kv([STORED])
+    assert news(session) == News([], [STORED])
+
+
+def test_kv_events_for_a_session_that_ended_are_dropped(table: SessionTable) -> None:
+    Engine(table)
+    session = table.open()
+    table.handle(session, SubscribeKvEvents())
+    table.close(session)
+    table.deliver_kv([STORED])
+    assert news(session) is None
+
+
+def test_kv_events_that_are_not_read_end_the_session_too(
+    table: SessionTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_PENDING_EVENTS", 3)
+    Engine(table)
+    session = table.open()
+    table.handle(session, submit([1], request_id="a"))
+    table.handle(session, SubscribeKvEvents())
+    table.deliver([token("a")])
+    table.deliver_kv([STORED, REMOVED])
+    assert not session.overflowed.is_set()
+    table.deliver_kv([STORED])
+    assert session.overflowed.is_set()
+    assert news(session) is None
+
+
+def test_drafts_end_their_request(table: SessionTable) -> None:
+    engine = Engine(table)
+    session = table.open()
+    table.handle(session, submit([1], request_id="a"))
+    table.deliver([DraftsGenerated(key("a"), ((1,),), (-0.5,))])
+    table.close(session)
+    assert len(engine.commands) == 1

@@ -10,20 +10,33 @@ from protos import worker_pb2 as pb
 from workers.api import (
     Abort,
     BlockCounts,
+    CautiousDecoding,
     Command,
+    DecodingReport,
+    DraftsGenerated,
     Event,
     FailureCode,
     FinishReason,
+    Grammar,
+    GrammarKind,
     Handoff,
+    KvBlocksRemoved,
+    KvBlocksStored,
+    KvEvent,
     KvTransferred,
     ModelInfo,
+    NgramDrafts,
     Phase,
     PrefillStarted,
+    PromptScored,
     RequestFailed,
     RequestId,
     RequestKey,
     SamplingParams,
     Submit,
+    SubscribeKvEvents,
+    SuperposedDecoding,
+    TokenLogprobs,
     TokensGenerated,
     WorkerId,
     WorkerState,
@@ -34,6 +47,8 @@ from workers.wire import (
     command_to_pb,
     event_from_pb,
     event_to_pb,
+    kv_event_from_pb,
+    kv_event_to_pb,
     model_from_pb,
     model_to_pb,
     phases_from_pb,
@@ -50,17 +65,47 @@ SECONDS = st.floats(allow_nan=False)
 TOKEN_IDS = st.lists(INT32, max_size=5).map(tuple)
 KEYS = st.builds(RequestKey, TEXT.map(RequestId), INT32)
 PHASES = st.frozensets(st.sampled_from(Phase))
+TOP = st.lists(st.tuples(INT32, SECONDS), max_size=3).map(tuple)
+LOGPROBS = st.lists(st.builds(TokenLogprobs, INT32, SECONDS, INT32, TOP), max_size=3).map(tuple)
+DECODINGS = st.one_of(
+    st.builds(NgramDrafts, INT32),
+    st.builds(CautiousDecoding, INT32, SECONDS, SECONDS, INT32),
+    st.builds(SuperposedDecoding, INT32),
+)
 SAMPLING = st.builds(
     SamplingParams,
     max_new_tokens=INT32,
     temperature=SECONDS,
+    top_k=INT32,
     top_p=SECONDS,
+    min_p=SECONDS,
+    repetition_penalty=SECONDS,
+    presence_penalty=SECONDS,
+    frequency_penalty=SECONDS,
+    logit_bias=TOP,
     seed=UINT64,
+    min_new_tokens=INT32,
     stop_token_ids=st.frozensets(INT32, max_size=4),
+    num_logprobs=st.none() | INT32,
+    num_prompt_logprobs=st.none() | INT32,
+    grammar=st.none() | st.builds(Grammar, st.sampled_from(GrammarKind), TEXT),
+    decoding=st.none() | DECODINGS,
 )
 HANDOFFS = st.builds(Handoff, TEXT, TEXT, INT32)
-SUBMITS = st.builds(Submit, KEYS, PHASES, TOKEN_IDS, SAMPLING, SECONDS, st.none() | HANDOFFS)
-COMMANDS = SUBMITS | st.builds(Abort, KEYS)
+SUBMITS = st.builds(
+    Submit,
+    KEYS,
+    PHASES,
+    TOKEN_IDS,
+    SAMPLING,
+    SECONDS,
+    st.none() | HANDOFFS,
+    num_delivered=INT32,
+    priority=st.integers(-(2**31), 2**31 - 1),
+    cache_salt=TEXT,
+)
+COMMANDS = SUBMITS | st.builds(Abort, KEYS) | st.just(SubscribeKvEvents())
+DRAFTS = st.lists(st.tuples(TOKEN_IDS, SECONDS), max_size=3)
 EVENTS = st.one_of(
     st.builds(PrefillStarted, KEYS, SECONDS),
     st.builds(
@@ -70,10 +115,21 @@ EVENTS = st.one_of(
         INT32,
         st.none() | st.sampled_from(FinishReason),
         st.none() | SECONDS,
+        LOGPROBS,
+        INT32,
     ),
+    st.builds(PromptScored, KEYS, INT32, LOGPROBS),
+    st.builds(
+        lambda key, drafts: DraftsGenerated(key, tuple(d[0] for d in drafts), tuple(d[1] for d in drafts)),
+        KEYS,
+        DRAFTS,
+    ),
+    st.builds(DecodingReport, KEYS, INT32, INT32, INT32),
     st.builds(KvTransferred, KEYS, INT32, INT32, SECONDS, SECONDS),
     st.builds(RequestFailed, KEYS, st.sampled_from(FailureCode), TEXT),
 )
+HASHES = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
+KV_EVENTS = st.builds(KvBlocksStored, st.binary(max_size=32), HASHES) | st.builds(KvBlocksRemoved, HASHES)
 STATUSES = st.builds(
     WorkerStatus,
     worker_id=TEXT.map(WorkerId),
@@ -121,6 +177,11 @@ def test_events_come_back_as_they_were(event: Event) -> None:
     assert event_from_pb(over_the_wire(event_to_pb(event))) == event
 
 
+@given(KV_EVENTS)
+def test_kv_events_come_back_as_they_were(event: KvEvent) -> None:
+    assert kv_event_from_pb(over_the_wire(kv_event_to_pb(event))) == event
+
+
 @given(STATUSES)
 def test_statuses_come_back_as_they_were(status: WorkerStatus) -> None:
     assert status_from_pb(over_the_wire(status_to_pb(status))) == status
@@ -147,6 +208,24 @@ def test_a_kind_of_another_version_is_none() -> None:
     assert event_from_pb(pb.Event.FromString(newer)) is None
     assert command_from_pb(pb.Command()) is None
     assert event_from_pb(pb.Event(request_id="r1")) is None
+    assert kv_event_from_pb(pb.KvEvent.FromString(newer)) is None
+
+
+def test_what_an_older_sender_leaves_out_has_its_default() -> None:
+    message = pb.Command()
+    message.submit.sampling.max_tokens = 3
+    message.submit.sampling.top_p = 1.0
+    submit = command_from_pb(message)
+    assert isinstance(submit, Submit)
+    assert submit.sampling == SamplingParams(3)
+    assert (submit.num_delivered, submit.priority, submit.cache_salt) == (0, 0, "")
+
+
+def test_a_grammar_of_a_newer_kind_is_not_left_out_but_refused() -> None:
+    message = pb.Command()
+    message.submit.sampling.grammar.kind = 99  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"sampling\.grammar\.kind: is 99"):
+        command_from_pb(message)
 
 
 def test_values_of_another_version_are_taken_for_the_careful_one() -> None:
