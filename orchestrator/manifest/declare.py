@@ -1,9 +1,20 @@
 """The workers and the gateway that a deployment declares. Pure."""
 
+import math
+
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.gateway.config import GatewayConfig
-from orchestrator.manifest.models import KIB, MIB, Deployment, KvTransfer, WorkerGroup
-from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId
+from orchestrator.manifest.engine import MIB
+from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
+from workers.api import (
+    Batching,
+    EngineConfig,
+    KvTransferConfig,
+    Phase,
+    PrefillOrder,
+    WeightDtype,
+    WorkerId,
+)
 
 GIB = 2**30
 
@@ -40,6 +51,27 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
     )
 
 
+def thread_warnings(deployment: Deployment, num_machine_cpus: int | None = None) -> list[str]:
+    """What makes threads wait for each other, as sentences that begin with the key.
+
+    num_machine_cpus: CPUs of the machine that all workers run on; None when that is not known.
+    """
+    groups = deployment.spec.workers
+    warnings = [
+        f"spec.workers[{i}].engine.threads: is {_num_threads(group)} and resources.cpus is {group.resources.cpus:g}, "
+        "which is all that Ray keeps for the worker: workers of one machine may get in each other's way"
+        for i, group in enumerate(groups)
+        if _num_threads(group) > math.ceil(group.resources.cpus)
+    ]
+    num_threads = sum(group.replicas * _num_threads(group) for group in groups)
+    if num_machine_cpus is not None and num_threads > num_machine_cpus:
+        warnings.append(
+            f"spec.workers: they compute with {num_threads} threads in all and this machine has {num_machine_cpus} "
+            "CPUs: workers get in each other's way and answer late"
+        )
+    return warnings
+
+
 def _resources(group: WorkerGroup) -> WorkerResources:
     memory_gib = group.resources.memory_gib
     return WorkerResources(
@@ -57,8 +89,18 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         token_budget=engine.token_budget,
         max_running_sequences=engine.max_running_sequences,
         max_waiting_requests=engine.max_waiting_requests,
-        num_threads=max(1, int(group.resources.cpus)),
+        num_threads=_num_threads(group),
+        batching=Batching(engine.batching),
+        prefill_order=PrefillOrder(engine.prefill_order),
+        tile_tokens=engine.tile_tokens,
+        growth_reserve=engine.growth_reserve,
+        is_prefix_cache_on=engine.prefix_cache,
+        weight_dtype=WeightDtype(engine.weight_dtype),
     )
+
+
+def _num_threads(group: WorkerGroup) -> int:
+    return group.engine.threads or max(1, int(group.resources.cpus))
 
 
 def _kv_transfer_config(kv_transfer: KvTransfer) -> KvTransferConfig:

