@@ -1,0 +1,68 @@
+"""The command line of a plain worker process."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from workers import main as worker_main
+from workers.api import Batching, EngineConfig, PrefillOrder, WeightDtype, WorkerSpec
+
+NEEDED = ("--worker-id", "a-0", "--phases", "prefill,decode", "--model", "m.gguf")
+
+
+def spec_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerSpec:
+    """What a worker with these arguments would be started with."""
+    seen: list[WorkerSpec] = []
+
+    async def serve(spec: WorkerSpec) -> None:
+        seen.append(spec)
+
+    monkeypatch.setattr(worker_main, "_serve", serve)
+    assert worker_main.main([*NEEDED, *arguments]) == 0
+    return seen[0]
+
+
+def error_of(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        worker_main.main([*NEEDED, *arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_options_the_engine_has_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spec_of(monkeypatch).engine == EngineConfig()
+
+
+def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--threads 3 --batching decode_maximal --prefill-order shortest_remaining --tile-tokens 64"
+    options += " --growth-reserve 0 --no-prefix-cache --weight-dtype bfloat16"
+    assert spec_of(monkeypatch, *options.split()).engine == EngineConfig(
+        num_threads=3,
+        batching=Batching.DECODE_MAXIMAL,
+        prefill_order=PrefillOrder.SHORTEST_REMAINING,
+        tile_tokens=64,
+        growth_reserve=0.0,
+        is_prefix_cache_on=False,
+        weight_dtype=WeightDtype.BFLOAT16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batching", "mixed"], "argument --batching: invalid choice: 'mixed'"),
+        (["--prefill-order", "fifo"], "argument --prefill-order: invalid choice: 'fifo'"),
+        (["--weight-dtype", "fp8"], "argument --weight-dtype: invalid choice: 'fp8'"),
+        (["--growth-reserve", "1.1"], "argument --growth-reserve: '1.1' is not a number from 0 to 1"),
+        (["--growth-reserve", "nan"], "argument --growth-reserve: 'nan' is not a number from 0 to 1"),
+        (["--tile-tokens", "0"], "argument --tile-tokens: '0' is not a whole number above 0"),
+        (
+            ["--tile-tokens", "300"],
+            "argument --tile-tokens: is 300; it must not be more than --token-budget 256",
+        ),
+        (["--token-budget", "8"], "argument --token-budget: is 8; it must hold a block"),
+        (["--prefix-cash"], "unrecognized arguments: --prefix-cash"),
+    ],
+)
+def test_a_wrong_option_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert said in error_of(capsys, arguments)
