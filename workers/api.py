@@ -221,7 +221,7 @@ class SamplingParams:
     #: (token id, what is added to its logit).
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
-    #: Stop tokens are ruled out before.
+    #: Stop tokens are ruled out before; counts like max_new_tokens.
     min_new_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     #: Likeliest tokens to report beside each generated one; 0 reports the generated one alone, None nothing.

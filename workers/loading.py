@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kvtransfer.layout import KvLayout
+from phasewise_kernels import jit
 from workers.api import EngineConfig, ModelInfo, Submit, WorkerSpec
 from workers.engine.block_hash import root_hash
 from workers.engine.decoding.cautious import punctuation_token_ids
@@ -67,6 +68,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
     runner = ModelRunner(model, kv_cache, spec.engine.block_size, spec.kv_transfer.layer_group_size, grammars)
+    jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     progress("computing a first token", 0.0)
     runner.warm_up()
     num_blocks = kv_cache.shape[2]

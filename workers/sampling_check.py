@@ -54,6 +54,9 @@ def _problems(sampling: SamplingParams, vocab_size: int) -> Iterator[Problem]:
     yield from _logprob_problems(sampling)
     if sampling.grammar is not None:
         yield from _grammar_problems(sampling.grammar)
+        if sampling.min_new_tokens > 0:
+            # Where the grammar ends there would be nothing left to draw.
+            yield Problem("min_tokens", "set together with a grammar", "one of the two")
     if sampling.decoding is not None:
         yield from _decoding_problems(sampling.decoding)
         yield from _conflicts(sampling, sampling.decoding)

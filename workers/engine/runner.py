@@ -18,7 +18,8 @@ from workers.engine.step_batch import StepBatch
 from workers.engine.step_result import RowDetail, StepResult
 from workers.model.llama import ForwardBatch, Llama
 
-_PLAIN = RowDetail()
+#: Enough for the way that projections of many rows take.
+WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +73,20 @@ class ModelRunner:
         return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
 
     def warm_up(self) -> None:
-        """Compute one token in block 0, which no sequence owns yet: pages and kernels are then in place."""
-        one = np.array([1])
-        batch = ForwardBatch(
-            token_ids=torch.tensor([0]),
-            positions=torch.tensor([0]),
-            slots=torch.tensor([0]),
-            block_tables=np.zeros((1, 1), np.int32),
-            query_lens=one,
-            context_lens=one,
-            logit_rows=torch.tensor([0]),
-        )
-        self._model.forward(batch, self._kv_cache)
+        """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""
+        num_slots = self._kv_cache.shape[2] * self._block_size
+        for num_tokens in (min(WARM_UP_TOKENS, num_slots), 1):
+            lens = np.array([num_tokens])
+            batch = ForwardBatch(
+                token_ids=torch.zeros(num_tokens, dtype=torch.int64),
+                positions=torch.arange(num_tokens),
+                slots=torch.arange(num_tokens),
+                block_tables=np.arange(-(-num_tokens // self._block_size), dtype=np.int32)[None],
+                query_lens=lens,
+                context_lens=lens,
+                logit_rows=torch.tensor([num_tokens - 1]),
+            )
+            self._model.forward(batch, self._kv_cache)
 
     def close(self) -> None:
         """End its threads."""
@@ -189,6 +192,7 @@ def _sample_rows(step: StepBatch) -> list[SampleRow]:
             len(sequence.token_ids),
             sequence.token_ids,
             sequence.num_prompt_tokens - sequence.num_delivered,
+            sequence.num_delivered,
             sequence.stream,
             is_branching=is_cautious and _may_branch(sequence),
             wants_warped_logprob=sequence.parent is not None,

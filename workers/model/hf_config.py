@@ -61,6 +61,8 @@ HARMLESS_VALUES: dict[str, tuple[object, ...]] = {
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
 }
+#: More is a damaged file: a list that long would take minutes to make.
+MAX_LAYERS = 10_000
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -74,6 +76,8 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     family = _family(values, folder)
     _refuse_variants(values, folder)
     num_layers = values.positive("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise CorruptModel(values.path, None, f"it names {num_layers} layers")
     hidden_size = values.positive("hidden_size")
     num_heads = values.positive("num_attention_heads")
     if "num_key_value_heads" not in values.values and family.name != "llama":

@@ -21,14 +21,19 @@ from tests.support.engine_fakes import (
 )
 from workers.api import (
     Abort,
+    DraftsGenerated,
     FailureCode,
     FinishReason,
+    KvBlocksRemoved,
+    KvBlocksStored,
     KvTransferred,
     Phase,
     PhaseSet,
     PrefillStarted,
     RequestFailed,
     Submit,
+    SubscribeKvEvents,
+    SuperposedDecoding,
     TokensGenerated,
 )
 from workers.engine.engine import Engine
@@ -47,7 +52,7 @@ from workers.engine.messages import (
     TransferSent,
 )
 from workers.engine.sequence import NO_TOKEN
-from workers.engine.step_result import StepResult
+from workers.engine.step_result import RowDetail, StepResult
 
 
 def failure(engine: Engine) -> tuple[FailureCode, str]:
@@ -635,4 +640,100 @@ def test_a_released_reservation_leaves_the_request_waiting_for_its_deadline() ->
     assert outputs_of(engine) == []
     engine.expire(9.0)
     assert failure(engine)[0] is FailureCode.DEADLINE
+    assert_empty(engine)
+
+
+# The prefix cache and its events.
+
+
+def cached_engine(phases: PhaseSet = BOTH, **options: int) -> Engine:
+    return make_engine(phases, config=replace(CONFIG, is_prefix_cache_on=True), **options)
+
+
+def test_cached_blocks_of_a_hand_off_are_sent_with_its_first_chunk() -> None:
+    engine = cached_engine(PREFILL, num_blocks=32)
+    for name in ("r1", "r2"):
+        engine.handle(submit(name, phases=PREFILL, num_prompt=10), 0.0)
+        plan = engine.schedule(0.0)
+        assert plan is not None
+        ready = engine.kv_ready(plan, 0, 2)
+        assert [(one.block_lo, one.block_hi) for one in ready] == [(0, 3)]
+        engine.complete(plan, StepResult([50]), 0.0)
+        engine.check_invariants()
+    # Two whole blocks and, in a copy, a part of the third are known to the second one.
+    assert [(part.start, part.end) for part in plan.chunks] == [(8, 10)]
+    first, second = outputs_of(engine, StartTransfer)
+    assert isinstance(first, StartTransfer)
+    assert isinstance(second, StartTransfer)
+    assert first.block_ids[:2] == second.block_ids[:2]
+    for start in (first, second):
+        engine.handle(ReleaseTransfer(start.transfer_id, start.block_ids, "sent"), 1.0)
+        engine.handle(TransferSent(start.transfer_id, 1, 1, 0.1, 0.0), 1.0)
+    assert_empty(engine)
+    assert engine.block_counts().cached == 2
+
+
+def test_kv_that_arrived_is_found_by_prompts_that_begin_alike() -> None:
+    engine = cached_engine(BOTH)
+    block_ids = reserve(engine, num_tokens=9, max_tokens=12)
+    engine.handle(submit(phases=DECODE, num_prompt=9), 1.0)
+    engine.handle(CommitTransfer("t-r1", block_ids, (50,)), 1.0)
+    engine.handle(submit("r2", num_prompt=10), 1.0)
+    plan = run_step(engine, 1.0)
+    assert plan is not None
+    assert [(part.start, part.end) for part in plan.chunks] == [(8, 10)]
+
+
+def test_whoever_subscribes_is_told_what_is_cached_and_what_changes() -> None:
+    engine = cached_engine(num_blocks=3)
+    engine.handle(submit("r1", num_prompt=8, max_new=1), 0.0)
+    run_step(engine, 0.0)
+    assert outputs_of(engine, KvBlocksStored) == []
+    engine.handle(SubscribeKvEvents(), 0.0)
+    stored = outputs_of(engine, KvBlocksStored)
+    assert [len(one.hashes) for one in stored if isinstance(one, KvBlocksStored)] == [1, 1]
+    engine.handle(replace(submit("r2", num_prompt=8, max_new=1), cache_salt="other"), 0.0)
+    run_step(engine, 0.0)
+    outputs = outputs_of(engine, KvBlocksStored, KvBlocksRemoved)
+    assert [type(one) for one in outputs].count(KvBlocksStored) == 2
+    removed = [name for one in outputs if isinstance(one, KvBlocksRemoved) for name in one.hashes]
+    assert set(removed) <= {name for one in stored if isinstance(one, KvBlocksStored) for name in one.hashes}
+    assert removed
+
+
+def test_a_step_that_fails_leaves_nothing_in_the_cache() -> None:
+    engine = cached_engine()
+    engine.handle(SubscribeKvEvents(), 0.0)
+    engine.handle(submit("r1", num_prompt=8), 0.0)
+    engine.handle(submit("r2", num_prompt=8), 0.0)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    assert len(plan.chunks) == 2
+    engine.fail_step(plan, "broke", 0.0)
+    assert outputs_of(engine, KvBlocksStored, KvBlocksRemoved) == []
+    assert engine.block_counts().cached == 0
+    assert_empty(engine)
+
+
+def test_superposed_drafts_need_the_row_of_the_prompts_end_on_the_decode_worker() -> None:
+    superposed = replace(submit().sampling, decoding=SuperposedDecoding(2), max_new_tokens=1)
+    engine = make_engine(PREFILL)
+    engine.handle(replace(submit(phases=PREFILL), sampling=superposed), 0.0)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    engine.complete(plan, StepResult([50], {0: RowDetail(top=((50, -0.1), (51, -2.0)))}), 0.0)
+    # No token: the drafts come from the other worker.
+    assert [type(one) for one in outputs_of(engine)] == [PrefillStarted, StartTransfer, FinishTransfer]
+
+    engine = make_engine(DECODE)
+    block_ids = reserve(engine, max_tokens=6)
+    engine.handle(replace(submit(phases=DECODE), sampling=superposed), 1.0)
+    engine.handle(CommitTransfer("t-r1", block_ids, (50,)), 1.0)
+    plan = engine.schedule(1.0)
+    assert plan is not None
+    assert [(part.start, part.end, part.yields_token) for part in plan.chunks] == [(4, 5, True)]
+    engine.complete(plan, StepResult([50], {0: RowDetail(top=((50, -0.1), (51, -2.0)))}), 1.0)
+    [drafts] = outputs_of(engine, DraftsGenerated)
+    assert isinstance(drafts, DraftsGenerated)
+    assert drafts.drafts == ((50,), (51,))
     assert_empty(engine)

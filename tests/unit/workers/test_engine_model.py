@@ -298,14 +298,24 @@ def test_a_prompt_with_logprobs_is_computed_whole_and_once(model: Llama) -> None
 
 def test_a_failed_over_request_goes_on_as_if_nothing_had_happened(model: Llama) -> None:
     sampling = SamplingParams(
-        1, temperature=1.0, seed=9, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2
+        1,
+        temperature=1.0,
+        seed=9,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.2,
+        # Half of all tokens: without min_new_tokens one of them would come early.
+        stop_token_ids=frozenset(range(0, 384, 2)),
+        min_new_tokens=10,
     )
     prompt = list(range(10, 31))
     engine = EngineWithModel(model)
     engine.submit("whole", prompt, 12, sampling=sampling)
     engine.run()
     delivered = engine.tokens["whole"][:5]
-    engine.submit("rest", [*prompt, *delivered], 7, sampling=sampling, num_delivered=5)
+    assert len(engine.tokens["whole"]) > 10
+    left = replace(sampling, min_new_tokens=5)
+    engine.submit("rest", [*prompt, *delivered], 7, sampling=left, num_delivered=5)
     engine.run()
     assert engine.tokens["rest"] == engine.tokens["whole"][5:]
 

@@ -14,6 +14,7 @@ from tests.support.grammar_world import EOS, OTHER_STOP, random_text, shared_com
 from workers.api import Grammar, GrammarKind
 from workers.engine import grammar as grammar_module
 from workers.engine.grammar import CLOSING_TOKENS, GrammarState
+from workers.engine.grammar_source import MAX_GRAMMAR_BYTES
 from workers.errors import InvalidGrammar
 
 KINDS = ("level", "fallback")
@@ -308,7 +309,7 @@ INVALID = [
     (GrammarKind.CHOICE, '["a", ""]', "not empty"),
     (GrammarKind.CHOICE, '{"a": 1}', "JSON array"),
     (GrammarKind.CHOICE, "yes", "is not JSON: line 1"),
-    (GrammarKind.REGEX, "a" * (grammar_module.MAX_GRAMMAR_BYTES + 1), "at most 262144"),
+    (GrammarKind.REGEX, "a" * (MAX_GRAMMAR_BYTES + 1), "at most 262144"),
 ]
 
 

@@ -187,6 +187,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no architecture": ({"architectures": None}, "lacks 'architectures'"),
     "no size": ({"hidden_size": None}, "lacks 'hidden_size'"),
     "text for a number": ({"num_hidden_layers": "two"}, "'num_hidden_layers' is 'two'"),
+    "endless layers": ({"num_hidden_layers": 10**9}, "names 1000000000 layers"),
     "zero layers": ({"num_hidden_layers": 0}, "not a positive integer"),
     "text for a flag": ({"attention_bias": "no"}, "not true or false"),
     "heads": ({"num_key_value_heads": 3}, "4 heads of 16 over 3 KV heads"),

@@ -33,6 +33,10 @@ def with_sampling(**changes: Any) -> Submit:
             {"max_new_tokens": 3, "min_new_tokens": 4},
             "min_tokens: is 4; allowed: 0 to 3, which is max_tokens",
         ),
+        (
+            {"max_new_tokens": 3, "min_new_tokens": 1, "grammar": Grammar(GrammarKind.REGEX, "a+")},
+            "min_tokens: is set together with a grammar; allowed: one of the two",
+        ),
         ({"temperature": math.nan}, "temperature: is nan; allowed: 0 to 100"),
         ({"top_k": -1}, "top_k: is -1"),
         ({"top_p": 0.0}, "top_p: is 0; allowed: above 0, up to 1"),

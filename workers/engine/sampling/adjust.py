@@ -32,7 +32,7 @@ def _rule_out_stops(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     keys = [
         i * vocab_size + token
         for i, row in enumerate(rows)
-        if row.sampling.min_new_tokens and _num_generated(row) < row.sampling.min_new_tokens
+        if row.sampling.min_new_tokens > _num_generated(row) - row.num_delivered
         for token in row.sampling.stop_token_ids
         if 0 <= token < vocab_size
     ]

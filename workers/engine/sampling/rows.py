@@ -13,6 +13,7 @@ class SampleRow:
     position: the index that the new token gets in its sequence.
     token_ids: all tokens before it, prompt and generated; read only when an option needs them.
     num_prompt_tokens: how many of them are the prompt; the rest counts as generated.
+    num_delivered: how many of the generated ones an earlier attempt generated: min_new_tokens counts after those.
     stream: draws of different streams are independent of each other.
     is_branching: draw as many tokens as `sampling.decoding`, a CautiousDecoding, wants here. Its streams are
     0, 1, 2 and so on, whatever `stream` says.
@@ -23,6 +24,7 @@ class SampleRow:
     position: int
     token_ids: SequenceOf[int] = ()
     num_prompt_tokens: int = 0
+    num_delivered: int = 0
     stream: int = 0
     is_branching: bool = False
     wants_warped_logprob: bool = False
