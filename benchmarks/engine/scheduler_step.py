@@ -1,4 +1,4 @@
-"""CPU time that the engine itself takes in a step, without a model: expire, schedule, complete, outputs.
+"""CPU time that the engine itself takes in a step, without a model: a table of what pytest-benchmark measures.
 
     python benchmarks/engine/scheduler_step.py [--quick] [--json FILE]
 
@@ -7,139 +7,92 @@ of each token of a batch. Time is the process's own CPU time; steps are timed on
 """
 
 import argparse
-import gc
 import json
 import sys
-import time
-from collections.abc import Callable
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import pytest
 
-from orchestrator.bench.machine import describe_machine
-from workers.api import EngineConfig, Phase, RequestId, RequestKey, SamplingParams, Submit
-from workers.engine.engine import Engine
-from workers.engine.scheduler import StepPlan
-from workers.engine.step_loop import StepLoop
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
-NUM_SEQUENCES = (1, 16, 64, 256)
-BLOCK_SIZE = 16
-NUM_PROMPT_TOKENS = 64
-NUM_WARM_UP_STEPS = 50
+from orchestrator.bench.machine import describe_machine  # noqa: E402
+from orchestrator.control.slo import percentile  # noqa: E402
+
+TESTS = Path(__file__).resolve().parent / "test_scheduler_overhead.py"
+NUM_STEPS, NUM_QUICK_STEPS = 3000, 200
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One line of the result; times in microseconds of CPU per step."""
 
+    what: str
     num_sequences: int
     num_steps: int
-    step_p50_us: float
-    step_p95_us: float
-    schedule_p50_us: float
-    complete_p50_us: float
+    p50_us: float
+    p95_us: float
+    mean_us: float
 
 
-class NoModel:
-    """Every sequence gets the same token at once."""
+class Steps:
+    """Tells the tests how many steps to time."""
 
-    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> list[int]:
-        del on_layers
-        return [1] * len(plan.slices)
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
 
-
-def engine_with(num_sequences: int, num_steps: int) -> Engine:
-    """All of these sequences decode, and will for `num_steps` steps."""
-    max_tokens = NUM_PROMPT_TOKENS + num_steps
-    config = EngineConfig(
-        block_size=BLOCK_SIZE,
-        token_budget=num_sequences * NUM_PROMPT_TOKENS + BLOCK_SIZE,
-        max_running_sequences=num_sequences,
-        max_waiting_requests=num_sequences,
-    )
-    num_blocks = num_sequences * -(-max_tokens // BLOCK_SIZE)
-    engine = Engine(
-        config,
-        frozenset({Phase.PREFILL, Phase.DECODE}),
-        num_blocks=num_blocks,
-        max_context_tokens=max_tokens,
-        claim_s=30.0,
-    )
-    for i in range(num_sequences):
-        submit = Submit(
-            key=RequestKey(RequestId(f"request-{i}"), 1),
-            phases=frozenset({Phase.PREFILL, Phase.DECODE}),
-            token_ids=tuple(range(NUM_PROMPT_TOKENS)),
-            sampling=SamplingParams(num_steps, stop_token_ids=frozenset({0, 2})),
-            timeout_s=600.0 + i,
-        )
-        engine.handle(submit, 0.0)
-    return engine
+    @pytest.fixture
+    def num_steps(self) -> int:
+        return self._num_steps
 
 
-def measure(num_sequences: int, num_steps: int) -> Row:
-    """Steps of the loop, and again their parts."""
-    # One step prefills all; the last token of each is never reached.
-    num_needed = NUM_WARM_UP_STEPS + 2 * num_steps + 2
-    engine = engine_with(num_sequences, num_needed)
-    published: list[object] = []
-    loop = StepLoop(engine, NoModel(), published.append, print, clock=lambda: 1.0)
-    for _ in range(NUM_WARM_UP_STEPS):
-        loop.step()
-    assert engine.num_running == num_sequences
-    gc.collect()
-    whole_ns = np.empty(num_steps)
-    for i in range(num_steps):
-        begin_ns = time.process_time_ns()
-        loop.step()
-        whole_ns[i] = time.process_time_ns() - begin_ns
-        published.clear()
-    schedule_ns, complete_ns = np.empty(num_steps), np.empty(num_steps)
-    for i in range(num_steps):
-        begin_ns = time.process_time_ns()
-        engine.expire(1.0)
-        plan = engine.schedule(1.0)
-        scheduled_ns = time.process_time_ns()
-        assert plan is not None
-        engine.complete(plan, [1] * num_sequences, 1.0)
-        engine.take_outputs()
-        complete_ns[i] = time.process_time_ns() - scheduled_ns
-        schedule_ns[i] = scheduled_ns - begin_ns
-    engine.check_invariants()
-    p50, p95 = np.percentile(whole_ns, [50, 95]) / 1000
+def measure(num_steps: int) -> list[Row]:
+    """Raises RuntimeError when a test fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.json"
+        arguments = [str(TESTS), "-q", "--no-header", "--timeout=0", "-p", "no:cacheprovider"]
+        arguments += [f"--rootdir={ROOT}", "--benchmark-quiet", "--benchmark-disable-gc"]
+        arguments += ["--benchmark-timer=time.process_time", f"--benchmark-json={path}"]
+        if pytest.main(arguments, plugins=[Steps(num_steps)]) != pytest.ExitCode.OK:
+            raise RuntimeError("the benchmark failed; see above")
+        found: dict[str, Any] = json.loads(path.read_text())
+    return [row_of(entry) for entry in found["benchmarks"]]
+
+
+def row_of(entry: dict[str, Any]) -> Row:
+    """From one of the benchmarks in pytest-benchmark's file."""
+    times_us = sorted(seconds * 1e6 for seconds in entry["stats"]["data"])
     return Row(
-        num_sequences,
-        num_steps,
-        round(float(p50), 1),
-        round(float(p95), 1),
-        round(float(np.median(schedule_ns)) / 1000, 1),
-        round(float(np.median(complete_ns)) / 1000, 1),
+        what=entry["name"].partition("[")[0].removeprefix("test_").replace("_", " "),
+        num_sequences=entry["params"]["num_sequences"],
+        num_steps=len(times_us),
+        p50_us=round(percentile(times_us, 50), 1),
+        p95_us=round(percentile(times_us, 95), 1),
+        mean_us=round(sum(times_us) / len(times_us), 1),
     )
 
 
 def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps, for a look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     arguments = parser.parse_args()
-    num_steps = 200 if arguments.quick else 3000
+    rows = measure(NUM_QUICK_STEPS if arguments.quick else NUM_STEPS)
     machine = describe_machine()
-    print(f"{machine['cpu']}, {machine['num_cpus']} CPUs, Python {machine['python']}; {num_steps} steps each")
-    print(
-        f"{'sequences':>9}  {'step p50':>9}  {'step p95':>9}  {'schedule p50':>12}  {'complete p50':>12}  (us)"
-    )
-    rows = []
-    for num_sequences in NUM_SEQUENCES:
-        row = measure(num_sequences, num_steps)
-        rows.append(row)
+    print(f"{machine['cpu']}, {machine['num_cpus']} CPUs, Python {machine['python']}")
+    print(f"{'':<22}{'sequences':>10}{'steps':>8}{'p50':>9}{'p95':>9}{'mean':>9}  (us)")
+    for row in rows:
         print(
-            f"{row.num_sequences:>9}  {row.step_p50_us:>9.1f}  {row.step_p95_us:>9.1f}"
-            f"  {row.schedule_p50_us:>12.1f}  {row.complete_p50_us:>12.1f}"
+            f"{row.what:<22}{row.num_sequences:>10}{row.num_steps:>8}{row.p50_us:>9.1f}{row.p95_us:>9.1f}"
+            f"{row.mean_us:>9.1f}"
         )
     if arguments.json is not None:
         result = {
-            "format": "phasewise-engine-step/v1",
+            "format": "phasewise-engine-step/v2",
             "machine": machine,
             "rows": [asdict(row) for row in rows],
         }
