@@ -39,7 +39,7 @@ PhaseSet = frozenset[Phase]
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended: a stop token, or its length limit."""
+    """Why a sequence ended: a stop token or the end of its grammar, or its length limit."""
 
     STOP = "stop"
     LENGTH = "length"

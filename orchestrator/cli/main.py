@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from typing import NoReturn
 
 from orchestrator.cli import exit_codes
 
@@ -75,10 +76,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         top.exit(exit_codes.USAGE, "\nphasewise: a verb is needed\n")
     if chosen.verb not in VERBS:
         top.error(unknown_verb(chosen.verb))
-    parser = argparse.ArgumentParser(prog="phasewise")
+    parser = _VerbParser(prog="phasewise")
     module = importlib.import_module(VERBS[chosen.verb].module)
-    module.add_parser(parser.add_subparsers(dest="verb"))
-    args = parser.parse_args([chosen.verb, *chosen.rest])
+    subparsers = parser.add_subparsers(dest="verb")
+    module.add_parser(subparsers)
+    args, unknown = parser.parse_known_args([chosen.verb, *chosen.rest])
+    if unknown:
+        verb = subparsers.choices[chosen.verb]
+        verb.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest_option(unknown[0], verb)}")
     args.log_level = chosen.log_level
     return args
 
@@ -88,6 +93,20 @@ def unknown_verb(verb: str) -> str:
     nearest = difflib.get_close_matches(verb, VERBS, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else "`phasewise --help` lists them"
     return f"there is no verb {verb!r}; {hint}"
+
+
+class _VerbParser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of some verbs would push it out of sight."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(exit_codes.USAGE, f"{self.prog}: {message} (`{self.prog} --help` lists all options)\n")
+
+
+def _nearest_option(unknown: str, verb: argparse.ArgumentParser) -> str:
+    """The option that was meant, for the end of a message; empty when there is none."""
+    options = [option for action in verb._actions for option in action.option_strings]
+    nearest = difflib.get_close_matches(unknown.partition("=")[0].replace("_", "-"), options, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """A whole deployment on Ray with the embedded model, driven as its users drive it."""
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from orchestrator.control.view import ClusterView, LifecycleState
 from orchestrator.control.view_wire import view_from_pb
 from orchestrator.runtime.registry import Registry
 from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tests.support.command import User
+from tests.support.command import BOUND_S, User
 from tests.support.waiting import until_in_thread
 
 pytestmark = pytest.mark.integration
@@ -75,7 +76,9 @@ class Running:
         view = self.view()
         statuses = [worker.status for worker in view.workers] if view is not None else [None]
         return all(
-            status is not None and status.blocks.free == status.blocks.total and status.num_leases == 0
+            status is not None
+            and status.blocks.free + status.blocks.cached == status.blocks.total
+            and status.num_leases == 0
             for status in statuses
         )
 
@@ -113,6 +116,18 @@ def test_a_question_is_answered_by_two_workers(running: Running) -> None:
     assert "Paris" in asked.stdout
     assert "prefill on prefill-0, decode on decode-0" in asked.stdout
     until_in_thread(running.all_blocks_free, "the blocks of the question are free")
+
+
+def test_the_example_of_structured_output_gets_values_of_its_forms(running: Running) -> None:
+    # It reads the values, so it fails on an answer of another form.
+    with running.user.start("examples/02_structured_output.py", running.address) as example:
+        out, err = example.communicate(timeout=BOUND_S)
+    assert example.returncode == 0, err
+    assert re.findall(r"^(JSON schema|choice|regex) ", out, re.MULTILINE) == [
+        "JSON schema",
+        "choice",
+        "regex",
+    ]
 
 
 def test_the_status_names_every_worker(running: Running) -> None:

@@ -6,43 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.view import LifecycleState, WorkerView
 from protos import inference_pb2 as pb
+from tests.support.both_shapes import use, view
 from tests.support.gateway import Gateway, collect, gateway, text_of, tokens_of
-from tests.support.tiny_model import write_tiny_gguf
 from tests.support.waiting import until
 from tests.support.worker_client import (
     BOTH,
     DECODE,
     PREFILL,
-    RunningWorker,
     running_pair,
     running_worker,
     worker_spec,
 )
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", num_layers=3)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
+pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
 PROMPTS = [[random.Random(size).randrange(3, 384) for _ in range(size)] for size in (1, 16, 40, 100)]
-
-
-def view(worker: RunningWorker) -> WorkerView:
-    spec = worker.worker.spec
-    return WorkerView(spec.worker_id, spec.incarnation, spec.phases, LifecycleState.READY, worker.address)
-
-
-async def use(it: Gateway, *workers: RunningWorker) -> None:
-    await it.publish(*(view(worker) for worker in workers))
-    await until(lambda: len(it.linked()) == len(workers), "the links")
 
 
 def request(prompt: list[int], max_tokens: int = 24, temperature: float = 0.0) -> pb.GenerateRequest:
@@ -52,7 +31,7 @@ def request(prompt: list[int], max_tokens: int = 24, temperature: float = 0.0) -
     )
 
 
-def test_apart_and_together_the_tokens_are_the_same(model: Path) -> None:
+def test_apart_and_together_the_tokens_are_the_same(model_path: Path) -> None:
     async def answers(it: Gateway) -> list[list[int]]:
         calls = [
             collect(it.client.Generate(request(prompt, temperature=temperature)))
@@ -62,12 +41,12 @@ def test_apart_and_together_the_tokens_are_the_same(model: Path) -> None:
         return [tokens_of(messages) for messages in await asyncio.gather(*calls)]
 
     async def scenario() -> None:
-        async with running_worker(worker_spec(model, BOTH, token_budget=32)) as both, gateway() as it:
-            await use(it, both)
+        async with running_worker(worker_spec(model_path, BOTH, token_budget=32)) as both, gateway() as it:
+            await use(it, view(both))
             together = await answers(it)
-        pair = (worker_spec(model, PREFILL, token_budget=32), worker_spec(model, DECODE))
+        pair = (worker_spec(model_path, PREFILL, token_budget=32), worker_spec(model_path, DECODE))
         async with running_pair(*pair) as (prefill, decode), gateway() as it:
-            await use(it, prefill, decode)
+            await use(it, view(prefill), view(decode))
             assert await answers(it) == together
             last = (await collect(it.client.Generate(request(PROMPTS[2]))))[-1]
             assert last.timings.kv_transfer.num_bytes > 0
@@ -77,22 +56,22 @@ def test_apart_and_together_the_tokens_are_the_same(model: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_same(model: Path) -> None:
+def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_same(model_path: Path) -> None:
     async def scenario() -> None:
-        pair = (worker_spec(model, PREFILL), worker_spec(model, DECODE))
+        pair = (worker_spec(model_path, PREFILL), worker_spec(model_path, DECODE))
         async with (
-            running_worker(worker_spec(model, BOTH)) as both,
+            running_worker(worker_spec(model_path, BOTH)) as both,
             running_pair(*pair) as (prefill, decode),
             gateway() as it,
         ):
-            await use(it, both)
+            await use(it, view(both))
             long = request(PROMPTS[2], max_tokens=300, temperature=1.0)
             expected = tokens_of(await collect(it.client.Generate(long)))
-            await use(it, prefill, decode)
+            await use(it, view(prefill), view(decode))
             call = it.client.Generate(long)
             await until(lambda: bool(it.dispatcher._requests), "the request")
             (live,) = it.dispatcher._requests.values()
-            await until(lambda: len(live.machine.delivered) > 3, "some tokens")
+            await until(lambda: len(live.samples[0].machine.delivered) > 3, "some tokens")
             await it.publish(view(both))
             messages = await collect(call)
             assert tokens_of(messages) == expected
@@ -101,11 +80,11 @@ def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_s
     asyncio.run(scenario())
 
 
-def test_a_cancelled_call_frees_everything(model: Path) -> None:
+def test_a_cancelled_call_frees_everything(model_path: Path) -> None:
     async def scenario() -> None:
-        pair = (worker_spec(model, PREFILL), worker_spec(model, DECODE))
+        pair = (worker_spec(model_path, PREFILL), worker_spec(model_path, DECODE))
         async with running_pair(*pair) as workers, gateway() as it:
-            await use(it, *workers)
+            await use(it, *map(view, workers))
             call = it.client.Generate(request(PROMPTS[3], max_tokens=400))
             await call.read()
             call.cancel()
@@ -115,10 +94,10 @@ def test_a_cancelled_call_frees_everything(model: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_text_and_chat_go_through_the_model_s_tokenizer(model: Path) -> None:
+def test_text_and_chat_go_through_the_model_s_tokenizer(model_path: Path) -> None:
     async def scenario() -> None:
-        async with running_worker(worker_spec(model, BOTH)) as both, gateway() as it:
-            await use(it, both)
+        async with running_worker(worker_spec(model_path, BOTH)) as both, gateway() as it:
+            await use(it, view(both))
             info = await it.client.GetModelInfo(pb.GetModelInfoRequest())
             assert info.has_chat_template
             chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="Wie heißt 東京?")])

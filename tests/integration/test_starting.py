@@ -35,6 +35,18 @@ def _processes_of(user: User) -> list[psutil.Process]:
     return found
 
 
+def _left_by(user: User) -> list[str]:
+    """What still runs, by number, parent, state and command line, for whoever reads a failure."""
+    left = []
+    for process in _processes_of(user):
+        try:
+            about = f"pid {process.pid} of {process.ppid()}, {process.status()}"
+            left.append(f"{about}: {' '.join(process.cmdline())}")
+        except psutil.NoSuchProcess:
+            left.append(f"pid {process.pid}, which ended meanwhile")
+    return left
+
+
 @pytest.mark.parametrize(
     ("model", "engine", "said"),
     [
@@ -58,7 +70,7 @@ def test_a_worker_that_cannot_load_is_one_clear_error(
     last = up.stderr.strip().splitlines()[-1]
     assert last.startswith("worker-0: "), up.stderr
     assert said in last
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
 
 
 def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path) -> None:
@@ -77,7 +89,7 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path)
         assert (view["incarnation"], view["num_restarts"], view["state"]) == (2, 1, "ready")
     finally:
         assert user.run("down").returncode == 0
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
 
 
 @pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0: "])
@@ -89,7 +101,7 @@ def test_ctrl_c_in_the_demo_leaves_nothing_running(tmp_path: Path, moment: str) 
         out, err = demo.communicate(timeout=BOUND_S)
     assert demo.returncode == 130, err
     assert "Traceback" not in out + err
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
 
 
 @pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "worker-0: "])
@@ -103,7 +115,7 @@ def test_a_start_that_is_terminated_leaves_nothing_running(tmp_path: Path, momen
         out, err = up.communicate(timeout=BOUND_S)
     assert up.returncode != 0
     assert "Traceback" not in out + err
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
     assert "no deployment runs" in user.run("down").stdout
 
 
@@ -121,7 +133,7 @@ def test_two_starts_of_one_name_at_once_are_one_deployment(tmp_path: Path) -> No
         assert "'broken' is being started by another process" in second.stderr
     finally:
         assert user.run("down").returncode == 0
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
 
 
 def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) -> None:
@@ -134,7 +146,7 @@ def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) ->
         _, err = up.communicate(timeout=BOUND_S)
     assert up.returncode == 1, err
     assert "it was stopped while it started" in err
-    assert _processes_of(user) == []
+    assert _left_by(user) == []
 
 
 def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
@@ -144,4 +156,4 @@ def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
     assert demo.returncode == 0, err
     assert "Paris" in out
     assert re.search(r"^KV transfer +[0-9.]+ MiB in [0-9]+ chunks", out, re.MULTILINE), out
-    assert _processes_of(user) == []
+    assert _left_by(user) == []

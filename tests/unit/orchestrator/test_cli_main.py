@@ -71,6 +71,9 @@ def test_no_complaint_when_the_reader_of_the_output_has_gone() -> None:
         ([], "a verb is needed\n"),
         ([], "phasewise up deploy/manifests/laptop.yaml\n"),
         (["--log-level", "loud", "down"], "invalid choice: 'loud'"),
+        (["generate", "Hi", "--top_k", "3"], "unrecognized arguments: --top_k 3; did you mean --top-k?"),
+        (["generate", "Hi", "--temprature=1"], "did you mean --temperature?"),
+        (["status", "--frobnicate"], "unrecognized arguments: --frobnicate (`phasewise status --help`"),
     ],
 )
 def test_a_wrong_command_line_is_a_usage_error(
@@ -80,6 +83,14 @@ def test_a_wrong_command_line_is_a_usage_error(
         main.main(arguments)
     assert caught.value.code == exit_codes.USAGE
     assert said in capsys.readouterr().err
+
+
+def test_a_wrong_option_of_a_verb_is_said_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main(["generate", "Hi", "--n", "0"])
+    assert caught.value.code == exit_codes.USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("phasewise generate: argument --n: invalid whole number, 1 or more value: '0' (")
 
 
 def test_help_lists_every_verb_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

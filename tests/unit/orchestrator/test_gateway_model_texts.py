@@ -14,6 +14,13 @@ from tests.support.fake_worker import byte_ids, byte_model, byte_tokenizer, with
 
 TEXTS = ModelTexts(byte_model())
 TOKENIZER = byte_tokenizer()
+#: Loops, conditions, filters and white space.
+LOOPS = (
+    "{{ bos_token }}\n{% for message in messages %}\n    {% if loop.first and message['role'] != 'system' %}\n"
+    "{{ 'default' }}{{ eos_token }}\n    {% endif %}\n  {{- message['role'] + ': ' + message['content'] | trim }}\n"
+    "{% if message['content'] | length > 3 %}{% continue %}{% endif %}{{ message | tojson }}\n{% endfor %}\n"
+    "{%- if add_generation_prompt %}go{% endif %}"
+)
 
 
 @given(st.text())
@@ -36,17 +43,29 @@ def test_added_tokens_that_are_not_special_are_text() -> None:
     assert texts.text_stream().push(texts.encode("a<tool 世>b")).text == "a<tool 世>b"
 
 
-def test_templates_are_rendered_as_transformers_does() -> None:
+def test_a_tokenizer_that_cuts_or_fills_up_texts_does_not_do_so_to_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=30)
+    texts = ModelTexts(byte_model(tokenizer_json=tokenizer.to_str().encode()))
+    assert texts.encode("a prompt of words") == TEXTS.encode("a prompt of words")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOPS,
+        "{% for message in messages %}{%- generation %}\n {{ message.content }}\n{% endgeneration -%}\n.{% endfor %}",
+        "{% if tools is defined and tools is none and documents is none %}none{% endif %}{{ tools }}",
+        "{{ messages | tojson(ensure_ascii=True, separators=(',', ':'), sort_keys=True) }}{{ 'ä' | tojson(False, 2) }}",
+        "{{ strftime_now('%Y-%B') | length > 6 }}",
+    ],
+)
+def test_templates_are_rendered_as_transformers_does(template: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     reference = PreTrainedTokenizerFast(
         tokenizer_object=TOKENIZER, bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
-    template = (
-        "{{ bos_token }}\n{% for message in messages %}\n    {% if loop.first and message['role'] != 'system' %}\n"
-        "{{ 'default' }}{{ eos_token }}\n    {% endif %}\n  {{- message['role'] + ': ' + message['content'] | trim }}\n"
-        "{% if message['content'] | length > 3 %}{% continue %}{% endif %}{{ message | tojson }}\n{% endfor %}\n"
-        "{%- if add_generation_prompt %}go{% endif %}"
     )
     messages = [{"role": "user", "content": " häß <b> "}, {"role": "assistant", "content": "x"}]
     expected = reference.apply_chat_template(
