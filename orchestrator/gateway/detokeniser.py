@@ -22,6 +22,8 @@ from orchestrator.gateway.stop_strings import StopSearch, StopStrings
 _BYTE_LEVEL = re.compile(r"ByteLevel ")
 _SENTENCE_PIECE = re.compile(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?")
 _SUPPORTED = "'ByteLevel', and 'Replace', 'ByteFallback', 'Fuse', 'Strip' in this order"
+#: A table has a place for each id; more is damage, and would take gigabytes.
+MAX_TOKEN_ID = 2**24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -203,7 +205,12 @@ def _token_texts(tokenizer: Tokenizer) -> list[str | None]:
     """Each token as the vocabulary writes it, by id; None for special tokens and ids that are no token."""
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    texts: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+    highest = max(vocabulary.values(), default=-1)
+    if highest > MAX_TOKEN_ID:
+        raise UnusableModel(
+            f"its tokenizer has a token with id {highest}; at most {MAX_TOKEN_ID} is possible"
+        )
+    texts: list[str | None] = [None] * (highest + 1)
     for token, token_id in vocabulary.items():
         if token_id not in special:
             texts[token_id] = token

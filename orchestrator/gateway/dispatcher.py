@@ -175,6 +175,7 @@ class Dispatcher:
         """A stop string ended the text of a sample within its first `num_tokens` tokens."""
         was_over = sample.machine.is_over
         actions = sample.machine.text_stopped(num_tokens)
+        sample.drop_rest()
         if not was_over:
             self._do(sample, actions)
             self._route_waiting()

@@ -11,6 +11,10 @@ from orchestrator.control.router import LoadLedger, Route
 from orchestrator.gateway.validation import CheckedRequest
 from workers.api import FinishReason, RequestId, TokenLogprobs
 
+#: Tokens with logprobs in one message; with 20 likeliest tokens each that is 0.5 to 2.5 MB, and clients of gRPC
+#: take 4 MiB unless told otherwise.
+MAX_SCORED_TOKENS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -57,22 +61,39 @@ class LiveSample:
                 self._finish_reason = FinishReason.LENGTH
         self.request.has_news_of(self)
 
+    @property
+    def has_more(self) -> bool:
+        """`take` has left something."""
+        return bool(self._prompt_logprobs or self._token_ids)
+
     def take(self) -> Progress:
-        """All that is new."""
+        """What is new, as far as it fits into one message."""
+        prompt_logprobs = tuple(self._prompt_logprobs[:MAX_SCORED_TOKENS])
+        del self._prompt_logprobs[:MAX_SCORED_TOKENS]
+        num_tokens = MAX_SCORED_TOKENS if self._logprobs else len(self._token_ids)
+        if self._prompt_logprobs:
+            # All of the prompt comes before any generated token.
+            num_tokens = 0
+        token_ids, logprobs = tuple(self._token_ids[:num_tokens]), tuple(self._logprobs[:num_tokens])
+        del self._token_ids[:num_tokens]
+        del self._logprobs[:num_tokens]
         progress = Progress(
             self.index,
-            tuple(self._token_ids),
+            token_ids,
             self._num_taken,
-            self._finish_reason,
-            tuple(self._logprobs),
-            tuple(self._prompt_logprobs),
+            None if self.has_more else self._finish_reason,
+            logprobs,
+            prompt_logprobs,
             self._drafts,
         )
-        self._num_taken += len(self._token_ids)
+        self._num_taken += len(token_ids)
+        return progress
+
+    def drop_rest(self) -> None:
+        """Its text has ended: the client wants nothing more of it."""
         self._token_ids.clear()
         self._logprobs.clear()
-        self._prompt_logprobs.clear()
-        return progress
+        self.request.has_no_news_of(self)
 
     def charge(self, ledger: LoadLedger) -> None:
         """Count what has just been submitted."""
@@ -147,6 +168,11 @@ class LiveRequest:
             self._ready.append(sample)
         self._has_news.set()
 
+    def has_no_news_of(self, sample: LiveSample) -> None:
+        """There is nothing for the client any more."""
+        if sample in self._ready:
+            self._ready.remove(sample)
+
     def fail(self, failure: Fail) -> None:
         """It ended without all its tokens. The first failure counts."""
         if self._failure is None:
@@ -154,10 +180,14 @@ class LiveRequest:
         self._has_news.set()
 
     async def next(self) -> Progress | Fail:
-        """Wait for what is new: all of it of one sample. A failure comes after the tokens before it."""
+        """Wait for what is new of one sample. A failure comes after the tokens before it."""
         while True:
             if self._ready:
-                return self._ready.popleft().take()
+                sample = self._ready.popleft()
+                progress = sample.take()
+                if sample.has_more:
+                    self._ready.appendleft(sample)
+                return progress
             if self._failure is not None:
                 return self._failure
             self._has_news.clear()

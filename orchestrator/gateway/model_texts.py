@@ -2,9 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -49,8 +53,13 @@ class ModelTexts:
         if self._template is None:
             raise InvalidRequest("chat", "given", f"text or token_ids: {self._template_problem}")
         try:
+            # A template may tell what is None from what is not there, and expects these to be there.
             return self._template.render(
-                messages=messages, add_generation_prompt=True, **self._special_tokens
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
             )
         except Exception as error:  # templates come with the model and raise what they like
             problem = f"messages that the model's chat template takes: {error}"
@@ -71,9 +80,24 @@ class ModelTexts:
 
 def _tokenizer(tokenizer_json: bytes) -> Tokenizer:
     try:
-        return Tokenizer.from_str(tokenizer_json.decode())
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
     except Exception as error:  # the library raises plain Exception
         raise UnusableModel(f"its tokenizer cannot be read: {error}") from error
+    # What the model was trained with may be there still, and would cut or fill up prompts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which templates mark answers for training: what is in it stays as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        """The nodes between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -82,12 +106,24 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().astimezone().strftime(form)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     return environment

@@ -27,10 +27,10 @@ MAX_REASON_CHARS = 400
 CLOSING_TOKENS = 64
 #: While no way is known there, one is searched for every so many tokens.
 SEARCH_AGAIN_TOKENS = 8
-#: What a grammar may cost. The fuels bound time: a compilation stays under about a second, a mask under some
-#: 20 ms. A state takes 1 to 2 kB, and all sequences of one grammar share theirs.
+#: What a grammar may cost. The fuels bound time and memory: a compilation stays under half a second and 20 MB,
+#: a mask under some 20 ms. A state takes 1 to 2 kB, and all sequences of one grammar share theirs.
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,
+    initial_lexer_fuel=100_000,
     step_lexer_fuel=200_000,
     step_max_items=50_000,
     max_lexer_states=50_000,
@@ -305,7 +305,11 @@ class GrammarCompiler:
         self._executor.shutdown(cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
-        source = library_grammar(grammar)
+        try:
+            source = library_grammar(grammar)
+        except ValueError as error:
+            # Half of a character, a number that is none, or nesting beyond what the library reads.
+            raise InvalidGrammar(grammar.kind.value, _one_line(str(error))) from error
         tokenizer, search = self._read_tokenizer(grammar)
         matcher = LLMatcher(tokenizer, source, log_level=SILENT, limits=LIMITS)
         if not matcher.is_error():

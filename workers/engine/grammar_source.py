@@ -9,7 +9,6 @@ from workers.api import Grammar, GrammarKind
 from workers.errors import InvalidGrammar
 from workers.grammar_template import escape_regex
 
-MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_CHOICES = 10_000
 #: Where JSON may have whitespace: one space, or a new line and its indentation. Without a bound, a small model
 #: fills its budget with it.
@@ -17,11 +16,10 @@ JSON_WHITESPACE = r" |\n {0,20}"
 
 
 def library_grammar(grammar: Grammar) -> str:
-    """The grammar as the library takes it. Raises InvalidGrammar for what shows without the library."""
-    if (num_bytes := len(grammar.text.encode(errors="surrogatepass"))) > MAX_GRAMMAR_BYTES:
-        raise InvalidGrammar(
-            grammar.kind.value, f"has {num_bytes} bytes; at most {MAX_GRAMMAR_BYTES} are allowed"
-        )
+    """The grammar as the library takes it.
+
+    Raises InvalidGrammar for what shows without the library, and ValueError for what it cannot even read.
+    """
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             return _schema_grammar(_read_json(grammar))
@@ -35,6 +33,9 @@ def library_grammar(grammar: Grammar) -> str:
 
 def _regex_grammar(regex: str) -> str:
     """Digits, letters and spaces are those of ASCII: who writes \\d does not mean Bengali digits."""
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        # The library would drop it.
+        raise InvalidGrammar("regex", "ends with a backslash that escapes nothing")
     return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(regex, 'dws')}/")
 
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from kvtransfer.layout import KvLayout
 
+#: Positions and lengths are 32-bit numbers on the wire and in kernels.
+MAX_CONTEXT_TOKENS = 2**31 - 1
+
 
 class RopeScaling(StrEnum):
     """How rotary embeddings are stretched beyond the context that a model was trained on."""
@@ -113,6 +116,8 @@ class ModelConfig:
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, not above 0")
+        if self.max_context_tokens > MAX_CONTEXT_TOKENS:
+            raise ValueError(f"a context of {self.max_context_tokens} tokens")
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ValueError(f"{self.num_heads} heads of {self.head_dim} over {self.num_kv_heads} KV heads")
         if self.sliding_windows and len(self.sliding_windows) != self.num_layers:

@@ -20,6 +20,9 @@ INDEX = "model.safetensors.index.json"
 #: Ends of names of files that Python's pickle reads, which can run any program.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HOW_TO_CONVERT = "safetensors; transformers' save_pretrained writes it"
+#: Larger ones are damage, and products of two could be too large for any number.
+MAX_INTEGER = 2**48
+MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class JsonValues:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self._wrong(key, value, "a non-negative integer")
+        if value > MAX_INTEGER:
+            raise self._wrong(key, value, f"at most {MAX_INTEGER}")
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
@@ -53,8 +58,8 @@ class JsonValues:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self._wrong(key, value, "a positive number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MAX_NUMBER:
+            raise self._wrong(key, value, f"a positive number up to {MAX_NUMBER:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -94,8 +99,12 @@ def read_json(path: Path) -> JsonValues:
     """The object in this file; empty when there is no file. Raises CorruptModel when it holds something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        # A text with half of a character could not be written again.
+        json.dumps(values, ensure_ascii=False).encode()
     except FileNotFoundError:
         values = {}
+    except RecursionError as error:
+        raise CorruptModel(str(path), None, "it is nested too deeply") from error
     except ValueError as error:
         raise CorruptModel(str(path), None, f"it is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -171,7 +180,10 @@ def read_tokenizer(folder: Path) -> tuple[bytes, Tokenizer]:
 def chat_template(folder: Path) -> str:
     """Jinja source of the chat template; empty when the model has none. Of several the one named "default"."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptModel(str(folder / TEMPLATE), error.start, "it is not UTF-8") from error
     values = read_json(folder / TOKENIZER_CONFIG)
     template = values.get("chat_template")
     if isinstance(template, list):

@@ -93,7 +93,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _are_equal(checkpoint: Checkpoint, name: str, other_name: str) -> bool:
     tensor, other = checkpoint.tensors.get(name), checkpoint.tensors[other_name]
-    if tensor is None or tensor.shape != other.shape:
+    if tensor is None or tensor.shape != other.shape or not tensor.shape:
         return False
     num_rows = tensor.shape[0]
     return all(

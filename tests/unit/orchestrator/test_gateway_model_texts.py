@@ -51,6 +51,13 @@ def test_a_tokenizer_that_cuts_or_fills_up_texts_does_not_do_so_to_prompts() -> 
     assert texts.encode("a prompt of words") == TEXTS.encode("a prompt of words")
 
 
+def test_a_token_id_beyond_any_vocabulary_is_refused() -> None:
+    described = json.loads(TOKENIZER.to_str())
+    described["model"]["vocab"]["far"] = 2**32 - 1
+    with pytest.raises(UnusableModel, match="a token with id 4294967295"):
+        ModelTexts(byte_model(tokenizer_json=json.dumps(described).encode()))
+
+
 @pytest.mark.parametrize(
     "template",
     [

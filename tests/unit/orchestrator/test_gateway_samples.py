@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.gateway import live_request
 from orchestrator.gateway.validation import SEED_STEP
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import BOTH, DECODE, PREFILL, FakeWorker, byte_ids, says_first, token_at
@@ -351,6 +352,44 @@ def test_logprobs_come_with_their_tokens_and_those_of_the_prompt_once() -> None:
             assert (again.num_delivered, again.token_ids) == (1, (*PROMPT, a))
             assert (again.sampling.max_new_tokens, again.sampling.min_new_tokens) == (2, 1)
             assert (again.sampling.num_prompt_logprobs, again.sampling.num_logprobs) == (None, 2)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("stop", ["", "z"])
+def test_logprobs_that_pile_up_are_cut_into_messages_that_a_client_takes(
+    stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_request, "MAX_SCORED_TOKENS", 2)
+    generated = byte_ids("abzde")
+
+    def all_at_once(submit: Submit) -> Sequence[Event]:
+        scores = scored(*generated)
+        return [
+            PromptScored(submit.key, 1, scored(*prompt[1:])),
+            TokensGenerated(submit.key, tuple(generated), len(prompt), FinishReason.LENGTH, 0.25, scores),
+        ]
+
+    prompt = (10, 11, 12, 13, 14, 15)
+
+    async def scenario() -> None:
+        both = FakeWorker("both-0", BOTH)
+        both.answer = all_at_once
+        async with gateway(both) as it:
+            given = {"logprobs": 2, "prompt_logprobs": 2, "stop": [stop] if stop else []}
+            messages = await collect(it.client.Generate(generate_request(*prompt, max_tokens=5, **given)))
+            assert [[one.token_id for one in m.prompt_logprobs] for m in messages if m.prompt_logprobs] == [
+                [11, 12],
+                [13, 14],
+                [15],
+            ]
+            assert not any(m.token_ids for m in messages[:2])
+            kept = generated[:3] if stop else generated
+            assert [one.token_id for m in messages for one in m.logprobs] == tokens_of(messages) == kept
+            assert all(len(m.logprobs) <= 2 for m in messages)
+            assert [bool(m.finish_reason) for m in messages] == [False] * (len(messages) - 1) + [True]
+            assert text_of(messages) == ("ab" if stop else "abzde")
+            assert messages[-1].usage.completion_tokens == len(kept)
 
     run(scenario)
 

@@ -139,6 +139,7 @@ def test_as_many_stop_tokens_as_a_worker_takes_are_taken() -> None:
         (of_ids(1, min_p=1.5), "sampling.min_p", "1.5; allowed: 0 to 1"),
         (of_ids(1, min_p=math.nan), "sampling.min_p", "nan"),
         (of_ids(1, repetition_penalty=0), "sampling.repetition_penalty", "0; allowed: above 0, up to 10"),
+        (of_ids(1, min_tokens=1, regex="a+"), "sampling.min_tokens", "set together with a grammar"),
         (of_ids(1, presence_penalty=2.5), "sampling.presence_penalty", "2.5; allowed: -2 to 2"),
         (of_ids(1, frequency_penalty=math.nan), "sampling.frequency_penalty", "nan; allowed: -2 to 2"),
         (of_ids(1, logit_bias={3: 100.5}), "sampling.logit_bias[3]", "100.5; allowed: -100 to 100"),
@@ -265,7 +266,7 @@ def test_decoding_methods_go_with_what_they_can_honour() -> None:
     check(of_ids(1, superposed=pb.SuperposedDecoding(), temperature=0))
 
 
-def test_every_option_is_taken_over() -> None:
+def test_every_option_but_grammar_and_method_is_taken_over() -> None:
     request = of_ids(
         10,
         max_tokens=7,
@@ -283,7 +284,6 @@ def test_every_option_is_taken_over() -> None:
         stop=["END", "\n\n"],
         logprobs=0,
         prompt_logprobs=20,
-        choice=pb.Choices(texts=["ja", "nein: „ß“"]),
     )
     request.priority = -5
     request.cache_salt = "tenant"
@@ -303,7 +303,6 @@ def test_every_option_is_taken_over() -> None:
         stop_token_ids=frozenset({EOS}),
         num_logprobs=0,
         num_prompt_logprobs=20,
-        grammar=Grammar(GrammarKind.CHOICE, '["ja", "nein: „ß“"]'),
     )
     assert (checked.num_samples, checked.stop_strings) == (3, ("END", "\n\n"))
     assert (checked.priority, checked.cache_salt, checked.is_chat) == (-5, "tenant", False)

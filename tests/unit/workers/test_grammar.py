@@ -14,7 +14,6 @@ from tests.support.grammar_world import EOS, OTHER_STOP, random_text, shared_com
 from workers.api import Grammar, GrammarKind
 from workers.engine import grammar as grammar_module
 from workers.engine.grammar import CLOSING_TOKENS, GrammarState
-from workers.engine.grammar_source import MAX_GRAMMAR_BYTES
 from workers.errors import InvalidGrammar
 
 KINDS = ("level", "fallback")
@@ -309,7 +308,12 @@ INVALID = [
     (GrammarKind.CHOICE, '["a", ""]', "not empty"),
     (GrammarKind.CHOICE, '{"a": 1}', "JSON array"),
     (GrammarKind.CHOICE, "yes", "is not JSON: line 1"),
-    (GrammarKind.REGEX, "a" * (MAX_GRAMMAR_BYTES + 1), "at most 262144"),
+    (GrammarKind.CHOICE, '["\\ud800"]', "surrogates not allowed"),
+    (GrammarKind.REGEX, "a\\", "ends with a backslash"),
+    (GrammarKind.JSON_SCHEMA, '{"const":"\\ud800"}', "end of hex escape"),
+    (GrammarKind.JSON_SCHEMA, '{"minimum":NaN}', "expected value"),
+    (GrammarKind.JSON_SCHEMA, '{"minimum":1e400}', "expected value"),
+    (GrammarKind.JSON_SCHEMA, '{"items":' * 400 + "{}" + "}" * 400, "recursion limit"),
 ]
 
 

@@ -55,6 +55,7 @@ def test_json_round_trip_is_exact(config: ModelConfig) -> None:
         ({"num_layers": 0}, "num_layers is 0"),
         ({"num_kv_heads": 3}, "4 heads of 16 over 3 KV heads"),
         ({"head_dim": 15}, "4 heads of 15"),
+        ({"max_context_tokens": 2**31}, "context of 2147483648 tokens"),
         ({"sliding_windows": (4,)}, "1 sliding windows for 2 layers"),
         ({"sliding_windows": (4, -1)}, "sliding window of -1"),
         ({"nope_layers": frozenset({2})}, r"layers \[2\] without rotation of 2"),

@@ -189,6 +189,14 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "text for a number": ({"num_hidden_layers": "two"}, "'num_hidden_layers' is 'two'"),
     "endless layers": ({"num_hidden_layers": 10**9}, "names 1000000000 layers"),
     "zero layers": ({"num_hidden_layers": 0}, "not a positive integer"),
+    "a context beyond numbers": ({"max_position_embeddings": 10**400}, "not at most"),
+    "a context beyond tokens": ({"max_position_embeddings": 2**40}, "a context of 1099511627776 tokens"),
+    "rotation beyond numbers": ({"rope_theta": 10**400, "rope_parameters": None}, "'rope_theta' is '1000"),
+    "factor beyond numbers": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 1e308}},
+        "not a positive number up to",
+    ),
+    "factor beyond contexts": ({"rope_parameters": {"rope_type": "dynamic", "factor": 1e30}}, "a context of"),
     "text for a flag": ({"attention_bias": "no"}, "not true or false"),
     "heads": ({"num_key_value_heads": 3}, "4 heads of 16 over 3 KV heads"),
     "end token": ({"eos_token_id": "end"}, "not an id or a list of ids"),
@@ -277,8 +285,28 @@ def test_damaged_files_are_named(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(Tokenizer.from_str(MINIMAL_TOKENIZER).to_str())
     with pytest.raises(CorruptModel, match=r"config.json is damaged: it is not an object"):
         opened(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CorruptModel, match=r"config.json is damaged: it is not JSON"):
+    for text, problem in (
+        ("{", "not JSON"),
+        ('{"hidden_act": "\\ud800"}', "not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(CorruptModel, match=rf"config.json is damaged: it is {problem}"):
+            opened(folder)
+
+
+def test_a_template_that_is_no_utf_8_is_named(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"ab\xff")
+    with pytest.raises(CorruptModel, match=r"chat_template.jinja is damaged at byte 2: it is not UTF-8"):
+        opened(folder)
+
+
+def test_weights_without_a_shape_are_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights |= {"lm_head.weight": torch.tensor(1.0), "model.embed_tokens.weight": torch.tensor(1.0)}
+    save_file(weights, folder / "model.safetensors")
+    change(folder, tie_word_embeddings=True)
+    with pytest.raises(CorruptModel, match=r"'model.embed_tokens.weight' has shape \(\)"):
         opened(folder)
 
 

@@ -281,6 +281,7 @@ def test_repetition_penalty_divides_what_is_above_0_and_multiplies_what_is_below
     assert one([2.0, 1.5, 0.0], [0], 1, repetition_penalty=1.5) == 1
     assert one([-1.0, -1.5, -9.0], [0, 0, 0], 1, repetition_penalty=2.0) == 1
     assert one([2.0, 1.5, 0.0], [1], 0, repetition_penalty=0.5) == 1
+    assert one([2.0, 1.5, 0.0], [1], 0, repetition_penalty=1e-300) == 1
 
 
 def test_presence_and_frequency_penalties_count_the_output_alone() -> None:
@@ -302,7 +303,6 @@ def test_biases_move_ban_and_force_tokens(temperature: float) -> None:
     logits = [3.0, 0.0, -2.0]
     assert one(logits, temperature=temperature, logit_bias=((2, 100.0),)) == 2
     assert one(logits, temperature=temperature, logit_bias=((0, -100.0), (1, -INF))) == 2
-    assert one(logits, temperature=temperature, logit_bias=((2, 50.0), (2, 50.0))) == 2
     assert one(logits, temperature=temperature, logit_bias=tuple((i, -INF) for i in range(3))) == NO_TOKEN
 
 

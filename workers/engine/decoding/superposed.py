@@ -8,6 +8,7 @@ Source: Superposed Decoding (arXiv 2405.18400) and its code; the constants are t
 import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import starmap
 
 from workers.engine.decoding.ngram_table import NgramTable
 
@@ -100,15 +101,18 @@ class SuperposedDrafts:
         usable = usable[: self.num_candidates]
         assert usable
         tempered = _tempered([logprob for _, logprob in usable], self._settings.temperature)
+        # (score, draft, token, its logprob). Most are not kept, so their tokens are not put together yet.
         grown = [
-            _Draft((*draft.token_ids, token_id), draft.score + score, draft.logprob + logprob)
+            (draft.score + score, draft, token_id, logprob)
             for draft in self._open
             for (token_id, logprob), score in zip(usable, self._scores(draft, usable, tempered), strict=True)
         ]
         # Stable: of equals, the better draft and the likelier token first.
-        grown.sort(key=lambda draft: -draft.score)
-        self._open = [draft for draft in grown if not self._is_stopped(draft)][: self._num_drafts]
-        self._ended += [draft for draft in grown[: 2 * self._num_drafts] if self._is_stopped(draft)]
+        grown.sort(key=lambda one: -one[0])
+        going_on = [one for one in grown if one[2] not in self._stop_token_ids][: self._num_drafts]
+        ending = [one for one in grown[: 2 * self._num_drafts] if one[2] in self._stop_token_ids]
+        self._open = list(starmap(_grown, going_on))
+        self._ended += starmap(_grown, ending)
         self._ended.sort(key=lambda draft: -draft.score)
         del self._ended[self._num_drafts :]
 
@@ -128,9 +132,6 @@ class SuperposedDrafts:
         best.sort(key=lambda draft: -draft.logprob)
         return tuple(draft.token_ids for draft in best), tuple(draft.logprob for draft in best)
 
-    def _is_stopped(self, draft: _Draft) -> bool:
-        return draft.token_ids[-1] in self._stop_token_ids
-
     def _scores(
         self, draft: _Draft, candidates: SequenceOf[tuple[int, float]], tempered: SequenceOf[float]
     ) -> list[float]:
@@ -146,7 +147,7 @@ class SuperposedDrafts:
         ]
 
     def _ngram_chances(self, draft: _Draft, token_ids: SequenceOf[int]) -> list[float]:
-        context = (*self._prompt_end, *draft.token_ids)[-MAX_CONTEXT:]
+        context = (*self._prompt_end, *draft.token_ids[-MAX_CONTEXT:])[-MAX_CONTEXT:]
         chances = [0.0] * len(token_ids)
         for length, weight in enumerate(NGRAM_WEIGHTS[: len(context)], start=1):
             counts = self._ngrams.successors(context[len(context) - length :])
@@ -156,6 +157,10 @@ class SuperposedDrafts:
             for i, token_id in enumerate(token_ids):
                 chances[i] += share * counts.get(token_id, 0)
         return chances
+
+
+def _grown(score: float, draft: _Draft, token_id: int, logprob: float) -> _Draft:
+    return _Draft((*draft.token_ids, token_id), score, draft.logprob + logprob)
 
 
 def _tempered(logprobs: SequenceOf[float], temperature: float) -> list[float]:

@@ -13,6 +13,8 @@ import torch
 
 from workers.engine.sampling.rows import SampleRow
 
+LARGEST = torch.finfo(torch.float32).max
+
 
 def adjust(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     """min_new_tokens, logit_bias, repetition penalty, presence and frequency penalty, in this order.
@@ -41,7 +43,7 @@ def _rule_out_stops(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
 
 
 def _add_biases(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
-    """Biases of one token that is named twice add up."""
+    """A token has one bias at most."""
     vocab_size = logits.shape[-1]
     biases = [
         (i * vocab_size + token, bias)
@@ -51,11 +53,10 @@ def _add_biases(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
     ]
     if not biases:
         return
-    keys, where = torch.unique(torch.tensor([key for key, _ in biases]), return_inverse=True)
+    keys = torch.tensor([key for key, _ in biases])
     added = torch.tensor([bias for _, bias in biases], dtype=torch.float64)
-    total = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, where, added)
     flat = logits.view(-1)
-    flat[keys] = (flat[keys].double() + total).float()
+    flat[keys] = (flat[keys].double() + added).float()
 
 
 def _penalise_repetition(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
@@ -72,7 +73,9 @@ def _penalise_repetition(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> N
     flat = logits.view(-1)
     before = flat[keys].double()
     # A token that is there twice writes the same value twice.
-    flat[keys] = torch.where(before < 0, before * penalty, before / penalty).float()
+    # A tiny penalty must not make an infinity of a logit, or the row would be unusable.
+    divided = (before / penalty).clamp(max=LARGEST)
+    flat[keys] = torch.where(before < 0, before * penalty, divided).float()
 
 
 def _penalise_output(logits: torch.Tensor, rows: SequenceOf[SampleRow]) -> None:
