@@ -16,6 +16,7 @@ from workers.api import (
     FailureCode,
     KvEvent,
     KvTransferred,
+    PromptScored,
     RequestFailed,
     RequestKey,
     Submit,
@@ -25,8 +26,8 @@ from workers.api import (
 from workers.submit_check import submit_problem
 
 #: Events, of requests and of the cache together, that may wait for a gateway that reads too slowly; one more
-#: ends its session.
-MAX_PENDING_EVENTS = 16384
+#: ends its session. An event with logprobs counts one for each of its tokens.
+MAX_PENDING_EVENTS = 65536
 #: Requests of one session at a time, in whatever state; one more is refused as overloaded.
 MAX_REQUESTS_PER_SESSION = 4096
 
@@ -49,6 +50,7 @@ class GatewaySession:
         self.overflowed = asyncio.Event()
         self._events: list[Event] = []
         self._kv_events: list[KvEvent] = []
+        self._num_pending = 0
         self._is_last_batch = False
         self._wake = asyncio.Event()
 
@@ -56,9 +58,14 @@ class GatewaySession:
         """More to tell. Past the limit all that waits is dropped, and the session is over."""
         if self._is_last_batch:
             return
-        self._events.extend(events)
+        for event in events:
+            self._events.append(event)
+            scored = event.logprobs if isinstance(event, PromptScored | TokensGenerated) else ()
+            self._num_pending += max(1, len(scored))
+        num_before = len(self._kv_events)
         self._kv_events.extend(kv_events)
-        if len(self._events) + len(self._kv_events) > MAX_PENDING_EVENTS:
+        self._num_pending += len(self._kv_events) - num_before
+        if self._num_pending > MAX_PENDING_EVENTS:
             self._events.clear()
             self._kv_events.clear()
             self.overflowed.set()
@@ -78,7 +85,7 @@ class GatewaySession:
             self._wake.clear()
             await self._wake.wait()
         news = News(self._events, self._kv_events)
-        self._events, self._kv_events = [], []
+        self._events, self._kv_events, self._num_pending = [], [], 0
         return news
 
 

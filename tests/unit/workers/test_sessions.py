@@ -17,9 +17,11 @@ from workers.api import (
     KvBlocksRemoved,
     KvBlocksStored,
     PrefillStarted,
+    PromptScored,
     RequestFailed,
     RequestKey,
     SubscribeKvEvents,
+    TokenLogprobs,
     TokensGenerated,
 )
 from workers.sessions import GatewaySession, News, SessionTable
@@ -186,6 +188,22 @@ def test_kv_events_for_a_session_that_ended_are_dropped(table: SessionTable) -> 
     table.close(session)
     table.deliver_kv([STORED])
     assert news(session) is None
+
+
+def test_logprobs_that_are_not_read_count_by_their_tokens(
+    table: SessionTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_PENDING_EVENTS", 3)
+    Engine(table)
+    session = table.open()
+    table.handle(session, submit([1], request_id="a"))
+    scored = PromptScored(key("a"), 1, (TokenLogprobs(5, -0.1, 1),) * 3)
+    table.deliver([scored])
+    assert not session.overflowed.is_set()
+    assert len(taken(session)) == 1
+    table.deliver([scored])
+    table.deliver([token("a")])
+    assert session.overflowed.is_set()
 
 
 def test_kv_events_that_are_not_read_end_the_session_too(
