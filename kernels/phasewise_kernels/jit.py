@@ -23,7 +23,14 @@ FASTMATH = {"reassoc", "contract", "nsz", "arcp"}
 EXACT = {"contract"}
 
 #: Modules of kernels in the order in which they are compiled.
-KERNEL_MODULES = ("phasewise_kernels.linear.kernel", "phasewise_kernels.paged_attention.kernel")
+KERNEL_MODULES = (
+    "phasewise_kernels.linear.kernel",
+    "phasewise_kernels.paged_attention.kernel",
+    "phasewise_kernels.handover.kernel",
+    "phasewise_kernels.rms_norm.kernel",
+    "phasewise_kernels.rope_write.kernel",
+    "phasewise_kernels.swiglu.kernel",
+)
 
 _lock = RLock()
 _loaded: dict[str, Any] = {}
@@ -39,7 +46,9 @@ def kernel(fastmath: set[str], *, is_inlined: bool = False) -> Callable[[Callabl
     from numba import njit
 
     compiled: Any = njit
-    options = {"nogil": True, "fastmath": fastmath, "forceinline": is_inlined}
+    # A division by zero gives what floats give: a check for it would keep a loop from being vectorised. numba does
+    # not see a change of these options: delete compiled code (`*.nbi`) after one.
+    options = {"nogil": True, "fastmath": fastmath, "forceinline": is_inlined, "error_model": "numpy"}
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:

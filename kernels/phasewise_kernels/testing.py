@@ -56,6 +56,17 @@ LINEAR_TOLERANCES = {
 }
 
 
+#: Norm, gate and rotation against the fp64 reference.
+SMALL_OP_TOLERANCE = Tolerance(
+    absolute=1e-6,
+    relative=1e-6,
+    reason=(
+        "A handful of roundings by 2**-24 each, and an exponential that is off by 2e-7 relatively: up to 5e-7. A rotation "
+        "takes the difference of two products of up to 4, whose roundings stay when the difference is small: 5e-7."
+    ),
+)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """Fail, with the largest difference, unless shapes and dtypes are equal and all values within tolerance.
 

@@ -18,7 +18,7 @@ from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import ProcessReport
 from workers.actor import WorkerActor
 from workers.api import WorkerId
-from workers.launch_environment import MALLOC_ENVIRONMENT
+from workers.launch_environment import LAUNCH_ENVIRONMENT
 
 #: Ray namespace of all actors of Phasewise.
 NAMESPACE = "phasewise"
@@ -112,7 +112,7 @@ class RayCluster:
                 num_gpus=worker.resources.num_gpus,
                 memory=worker.resources.memory_bytes,
                 runtime_env={
-                    "env_vars": {**MALLOC_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.engine.num_threads)}
+                    "env_vars": {**LAUNCH_ENVIRONMENT, "OMP_NUM_THREADS": str(spec.engine.num_threads)}
                 },
             )
             .remote(spec, binds_to_node=self._binds_to_node)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from orchestrator.errors import LaunchFailed
-from workers.launch_environment import MALLOC_ENVIRONMENT
+from workers.launch_environment import LAUNCH_ENVIRONMENT
 
 START_TIMEOUT_S = 120.0
 #: Ray needs one to two seconds to end all its processes.
@@ -59,7 +59,7 @@ def start_head(*, num_cpus: int, is_bound_to_us: bool, log: Path) -> Head:
             stdout=subprocess.PIPE,
             stderr=stderr,
             start_new_session=True,
-            env={**os.environ, **MALLOC_ENVIRONMENT},
+            env={**os.environ, **LAUNCH_ENVIRONMENT},
         )
     try:
         report = json.loads(_first_line(process))

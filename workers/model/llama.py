@@ -1,8 +1,8 @@
 """The forward pass of a Llama-like model over a paged KV cache. Inference only, on the CPU.
 
 Families differ in what ModelConfig says: biases, norms of Q and K, sliding windows, layers without rotation.
-Attention over the cache is `phasewise_kernels.paged_attention`, projections are `phasewise_kernels.linear`,
-rotation is `rope`; the rest is here, in the order it runs.
+What takes time is in `phasewise_kernels`: projections, norms, rotation with the write into the cache, attention and
+the gate of the MLP. Angles are in `rope`; here is the order in which all that runs.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 
 from phasewise_kernels.linear.op import Linear
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
+from phasewise_kernels.rms_norm.op import rms_norm
+from phasewise_kernels.rope_write.op import rope_write
+from phasewise_kernels.swiglu.op import swiglu
 from workers.api import WeightDtype
 from workers.model.config import ModelConfig
-from workers.model.rope import Rope, rotate
+from workers.model.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +129,19 @@ class Llama:
         Returns [len(logit_rows), vocab_size] fp32.
         """
         config = self.config
+        if int(batch.slots.max()) >= kv_cache.shape[2] * kv_cache.shape[3] or int(batch.slots.min()) < 0:
+            # The kernels do not look: it would be written somewhere else.
+            raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
         attention = _attention(batch, kv_cache.shape[3])
         rotation = self._rope.cos_sin(batch.positions, batch.rope_lens)
         hidden = self._embed(batch)
+        # What a layer's MLP adds to `hidden`: the next norm does that on its way.
+        added: torch.Tensor | None = None
         group_start = 0
         for i, layer in enumerate(self._layers):
             num_computed = i + 1
-            query = self._project(layer, hidden, rotation, kv_cache[i], batch.slots)
+            normed = rms_norm(hidden, layer.attention_norm, config.rms_norm_eps, added=added)
+            query = self._project(layer, normed, rotation, kv_cache[i], batch.slots)
             if num_computed < config.num_layers:
                 attended = paged_attention(
                     query, kv_cache[i, 0], kv_cache[i, 1], attention.all_rows, window=layer.window
@@ -140,14 +149,14 @@ class Llama:
             else:
                 attended = self._attend_last(layer, query, kv_cache[i], attention, batch.logit_rows)
                 hidden = hidden[batch.logit_rows]
-            hidden = self._mix(layer, hidden, attended)
+            added = self._mix(layer, hidden, attended)
             if num_computed - group_start == layer_group_size or num_computed == config.num_layers:
                 if on_layers is not None:
                     on_layers(group_start, num_computed)
                 group_start = num_computed
         if not len(hidden):
             return hidden.new_empty(0, config.vocab_size)
-        return self._lm_head(_rms_norm(hidden, self._norm, config.rms_norm_eps))
+        return self._lm_head(rms_norm(hidden, self._norm, config.rms_norm_eps, added=added))
 
     def _embed(self, batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size]."""
@@ -160,25 +169,19 @@ class Llama:
     def _project(
         self,
         layer: _Layer,
-        hidden: torch.Tensor,
+        normed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         kv_cache: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
         """Write K and V of all tokens; returns the query, [num_tokens, num_heads, head_dim]."""
         config = self.config
-        normed = _rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-        fused = layer.qkv(normed).view(hidden.shape[0], -1, config.head_dim)
-        # Query and key heads are neighbours, so one norm and one rotation serve both.
-        num_query_key = config.num_heads + config.num_kv_heads
-        query_key = fused[:, :num_query_key]
+        heads = layer.qkv(normed).view(normed.shape[0], -1, config.head_dim)
         if layer.qk_norm is not None:
-            query_key = _rms_norm(query_key, layer.qk_norm, config.rms_norm_eps)
-        if layer.is_rotated:
-            query_key = rotate(query_key, *rotation)
-        kv_cache[0].flatten(0, 1).index_copy_(0, slots, query_key[:, config.num_heads :])
-        kv_cache[1].flatten(0, 1).index_copy_(0, slots, fused[:, num_query_key:])
-        return query_key[:, : config.num_heads]
+            # Query and key heads are neighbours, so one norm serves both.
+            query_key = heads[:, : config.num_heads + config.num_kv_heads]
+            query_key.copy_(_norm_heads(query_key, layer.qk_norm, config.rms_norm_eps))
+        return rope_write(heads, rotation, slots, kv_cache[0], kv_cache[1], is_rotated=layer.is_rotated)
 
     def _attend_last(
         self,
@@ -200,14 +203,16 @@ class Llama:
             query[rows], kv_cache[0], kv_cache[1], attention.logit_rows, window=layer.window
         )
 
-    def _mix(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What follows attention in a layer. hidden: [num_rows, hidden_size]; attended: [num_rows, heads, head_dim]."""
+    def _mix(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor | None:
+        """What follows attention in a layer: adds its output to `hidden`, and returns what the MLP adds.
+
+        hidden: [num_rows, hidden_size]; attended: [num_rows, num_heads, head_dim]. None without rows.
+        """
         if not len(hidden):
-            return hidden
-        hidden = hidden + layer.attention_out(attended.flatten(1))
-        normed = _rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps)
-        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-        return hidden + layer.down(F.silu(gate) * up)
+            return None
+        projected = layer.attention_out(attended.flatten(1))
+        normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps, added=projected)
+        return layer.down(swiglu(layer.gate_up(normed)))
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: WeightDtype, i: int) -> _Layer:
@@ -259,6 +264,6 @@ def _attention(batch: ForwardBatch, block_size: int) -> _Attention:
     return _Attention(all_rows, logit_rows)
 
 
-def _rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Scale each row to a root mean square of 1, then by weight. Source: Zhang and Sennrich 2019."""
-    return weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps))
+def _norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of each head on its own. heads: [num_tokens, any, head_dim]; weight: [any, head_dim]."""
+    return weight * (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps))

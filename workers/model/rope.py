@@ -1,4 +1,4 @@
-"""Rotary position embeddings: angles of each token, and the rotation of its heads.
+"""Rotary position embeddings: the angles of each token. `phasewise_kernels.rope_write` turns heads by them.
 
 In fp32 and by the same steps as in transformers, so that both round alike.
 Sources: RoFormer (Su et al. 2021), section 3.2.2; YaRN (Peng et al. 2023), sections 3.1 to 3.4; Llama 3.1
@@ -52,12 +52,6 @@ class Rope:
         theta = rope.theta * stretch.clamp(min=1.0) ** (dim / (dim - 2))
         stretched = 1.0 / (theta[:, None] ** _exponents(dim))
         return torch.where(is_stretched[:, None], stretched, self._inverse_frequencies)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE. heads: [num_tokens, any number of heads, head_dim]; cos, sin: [num_tokens, 1, head_dim]."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _exponents(head_dim: int) -> torch.Tensor:

@@ -10,7 +10,6 @@ bfloat16 and int8. Many rows are bound by arithmetic:
 Same rows, same number of them and same number of threads give the same bits.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from phasewise_kernels import jit
-from phasewise_kernels.threads import run_parts
+from phasewise_kernels.threads import run_ranges
 
 DTYPES = ("float32", "bfloat16", "int8")
 
-#: Up to this many rows our kernel is used. By benchmarks/kernels/linear_cpu.py.
+#: Up to this many rows our kernel is used. By benchmarks/kernels/linear_cpu.py; with several threads oneDNN's have to
+#: be woken, and are then in the way of ours, so that a whole step is what counts: benchmarks/engine/decode_step.py.
 MAX_FEW_ROWS = {"float32": 8, "bfloat16": 8, "int8": 16}
-#: Weights of less than this are not worth waking other threads for.
-MIN_SHARED_WEIGHT_BYTES = 1 << 19
 #: Without our kernels: 2 to this many rows are faster with the weight on the left, if it is not wider than high.
 MAX_LEFT_ROWS = 5
 
@@ -90,12 +88,7 @@ class Linear:
             self._bias_view,
             out.numpy(),
         )
-        num_parts = torch.get_num_threads() if self._weight_view.nbytes >= MIN_SHARED_WEIGHT_BYTES else 1
-        if num_parts == 1:
-            kernel(*fixed, 0, self.out_size)
-        else:
-            ends = [self.out_size * i // num_parts for i in range(num_parts + 1)]
-            run_parts(kernel, [(*fixed, first, last) for first, last in pairwise(ends)])
+        run_ranges(kernel, fixed, self.out_size, self._weight_view.nbytes)
         return out
 
     def _many_rows(self, rows: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,9 @@ def _typed_prefetch(_typing: Any, array: Any, index: Any) -> Any:  # noqa: ARG00
             [byte_pointer],
             ir.FunctionType(ir.VoidType(), [byte_pointer, number, number, number]),
         )
-        # For reading, to be kept in all caches, data.
-        builder.call(function, [address, *(ir.Constant(number, value) for value in (0, 3, 1))])
+        # For reading, into the second cache, data. The first has few places for lines on their way, and a read
+        # would wait for one.
+        builder.call(function, [address, *(ir.Constant(number, value) for value in (0, 2, 1))])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phasewise_kernels import jit
-from phasewise_kernels.linear import op
+from phasewise_kernels import threads as kernel_threads
 from phasewise_kernels.linear.op import DTYPES, Linear, quantise
 from phasewise_kernels.linear.reference import linear_reference
 from phasewise_kernels.testing import LINEAR_TOLERANCES, assert_close
@@ -83,7 +83,7 @@ def test_odd_shapes(num_rows: int, in_size: int, out_size: int, dtype: str) -> N
 def test_any_number_of_threads_gives_the_same_bits(
     num_rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "MIN_SHARED_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(kernel_threads, "MIN_SHARED_BYTES", 0)
     rows, weight, bias = inputs(num_rows, 96, 203)
     linear = Linear(weight, bias, dtype)
     outputs = []

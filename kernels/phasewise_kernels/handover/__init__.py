@@ -1,0 +1,1 @@
+"""What two threads that take turns tell each other."""

@@ -1,0 +1,32 @@
+"""The specification of rotation and write."""
+
+import torch
+
+
+def rope_write_reference(
+    heads: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Arguments as in the op; cos and sin are None for no rotation. Writes the caches and returns the query.
+
+    Source: RoFormer (Su et al. 2021), section 3.4.2, with the two dimensions of a pair half a head apart.
+    """
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_rotated = heads.shape[1] - num_kv_heads
+    rotated = heads[:, :num_rotated].clone()
+    half = head_dim // 2
+    if cos is not None and sin is not None:
+        for i in range(half):
+            first, second = heads[:, :num_rotated, i].double(), heads[:, :num_rotated, half + i].double()
+            c, s = cos[:, :, i].double(), sin[:, :, i].double()
+            rotated[:, :, i] = (first * c - second * s).float()
+            rotated[:, :, half + i] = (second * c + first * s).float()
+    for token, slot in enumerate(slots.tolist()):
+        block, offset = divmod(slot, k_cache.shape[1])
+        k_cache[block, offset] = rotated[token, num_rotated - num_kv_heads :]
+        v_cache[block, offset] = heads[token, num_rotated:]
+    return rotated[:, : num_rotated - num_kv_heads]
