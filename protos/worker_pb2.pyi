@@ -584,7 +584,7 @@ class KvBlocksStored(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     HASHES_FIELD_NUMBER: _builtins.int
     parent: _builtins.bytes
-    """Hash of the block before the first; empty where a prompt begins."""
+    """Hash of the block before the first; where a prompt begins, that of model, tokenizer and cache salt."""
     @_builtins.property
     def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
     def __init__(

@@ -114,7 +114,7 @@ class EngineConfig:
     #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.
     tile_tokens: int = 1
     #: Part of what running sequences may still grow to that is kept free when one more is admitted, 0 to 1.
-    #: With 1 no sequence is ever preempted.
+    #: With 1 no sequence is ever preempted, but for one of a higher priority.
     growth_reserve: float = 0.25
     #: KV of prompts is kept for later ones that begin alike.
     is_prefix_cache_on: bool = True
@@ -396,7 +396,8 @@ Event = (
 class KvBlocksStored:
     """These blocks can be found by their hashes from now on, each the child of the one before it.
 
-    parent: hash of the block before the first; empty where a prompt begins. Blocks may be told of again.
+    parent: hash of the block before the first; where a prompt begins, that of model, tokenizer and cache salt.
+    Blocks may be told of again.
     """
 
     parent: bytes

@@ -37,18 +37,20 @@ class LoadedModel:
     num_blocks: int
     info: ModelInfo
     compiler: GrammarCompiler
+    #: SHA-256 of tokenizer.json, hexadecimal.
+    tokenizer_digest: str
     #: Tokens that are nothing but punctuation.
     punctuation: frozenset[int]
 
     def root_of(self, submit: Submit) -> bytes:
         """What the first block of a request's KV is chained to in the prefix cache."""
         salt = submit.cache_salt
-        rope, num_tokens = self.config.rope, len(submit.token_ids)
+        # What an earlier attempt generated was no part of the prompt then either.
+        rope, num_tokens = self.config.rope, len(submit.token_ids) - submit.num_delivered
         if rope.scaling is RopeScaling.DYNAMIC and num_tokens > rope.original_context_tokens:
             # All of its K depend on how long the prompt is.
             salt = f"{num_tokens} tokens:{salt}"
-        tokenizer_digest = hashlib.sha256(self.info.tokenizer_json).hexdigest()
-        return root_hash(self.info.model_digest, tokenizer_digest, salt)
+        return root_hash(self.info.model_digest, self.tokenizer_digest, salt)
 
 
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:
@@ -80,6 +82,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
         num_blocks=num_blocks,
         info=_model_info(prepared, max_sequence_tokens=num_blocks * spec.engine.block_size),
         compiler=compiler,
+        tokenizer_digest=hashlib.sha256(prepared.tokenizer_json).hexdigest(),
         punctuation=_punctuation(prepared.tokenizer_json),
     )
 

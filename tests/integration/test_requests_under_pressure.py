@@ -113,7 +113,6 @@ def test_a_request_with_a_grammar_penalties_and_a_seed_outlives_its_worker(
         repetition_penalty=1.2,
         presence_penalty=0.5,
         frequency_penalty=0.25,
-        min_tokens=30,
         logprobs=1,
         prompt_logprobs=0,
     )

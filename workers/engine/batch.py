@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
-from workers.api import CautiousDecoding, EngineConfig
+from workers.api import CautiousDecoding, EngineConfig, SuperposedDecoding
 from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
 
@@ -32,10 +32,13 @@ class Batch:
         self.copies: dict[int, int] = {}
         #: Places of the running sequences; see `places`.
         self.num_places = 0
+        #: Running sequences, branches not counted.
+        self.num_running = 0
         #: Blocks of each row in order; what is beyond a sequence's blocks means nothing. [rows, max_blocks] int32.
         self.block_tables: NDArray[np.int32] = np.zeros((config.max_running_sequences, max_blocks), np.int32)
         self._free_rows = list(range(config.max_running_sequences - 1, -1, -1))
         self._is_cache_on = config.is_prefix_cache_on
+        self._growth_reserve = config.growth_reserve
 
     def running(self) -> Iterator[Sequence]:
         """All that hold blocks for the steps, branches included."""
@@ -58,9 +61,9 @@ class Batch:
             # Logprobs of the prompt need all of it computed.
             return NO_MATCH
         size = self.pool.block_size
-        num_kept = sequence.num_kept_tokens
-        sequence.hash_blocks(num_kept // size, size)
-        return self.pool.match(sequence.block_hashes, sequence.token_ids[:num_kept])
+        # Whoever waits has no tokens but those whose KV means the same to others.
+        sequence.hash_blocks(len(sequence.token_ids) // size, size)
+        return self.pool.match(sequence.block_hashes, sequence.token_ids)
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """A waiting sequence begins to run with what is known of its tokens. Blocks for the rest come chunk by chunk."""
@@ -99,6 +102,7 @@ class Batch:
         self._extend(sequence, block_ids)
         self._list_of(sequence).append(sequence)
         self.num_places += places(sequence)
+        self.num_running += sequence.parent is None
 
     def move(self, sequence: Sequence, state: SequenceState) -> None:
         """To another of the states in which it runs."""
@@ -110,6 +114,7 @@ class Batch:
         """It runs no more, and gives up row and blocks. The caller changes its state."""
         self._list_of(sequence).remove(sequence)
         self.num_places -= places(sequence)
+        self.num_running -= sequence.parent is None
         if self.copies:
             # A transfer may fill these blocks before the next step.
             for block_id in sequence.block_table:
@@ -129,6 +134,27 @@ class Batch:
         sequence.num_stored_blocks = 0
         del sequence.token_ids[sequence.num_kept_tokens :]
         self.wait(sequence)
+
+    # Blocks that are kept for later.
+
+    def future_blocks(self, sequence: Sequence) -> int:
+        """Blocks kept for what it may still generate."""
+        size = self.pool.block_size
+        growth = blocks_needed(sequence.max_tokens_here, size) - blocks_needed(len(sequence.token_ids), size)
+        # A superposed decoding begins anew when it is preempted, so it gets all that it needs, or might never end.
+        is_superposed = isinstance(sequence.sampling.decoding, SuperposedDecoding)
+        return growth if is_superposed else int(self._growth_reserve * growth + 0.999999)
+
+    def reserved_blocks(self, sequence: Sequence) -> int:
+        """Blocks that a running sequence will still take, as far as they are kept for it."""
+        if not sequence.is_preemptible or sequence.parent is not None:
+            return 0
+        num_known = blocks_needed(len(sequence.token_ids), self.pool.block_size)
+        return max(0, num_known + self.future_blocks(sequence) - len(sequence.block_table))
+
+    def num_reserved_blocks(self) -> int:
+        """The same of all that run."""
+        return sum(self.reserved_blocks(one) for one in self.running())
 
     # Blocks of a running sequence.
 
@@ -237,6 +263,7 @@ class Batch:
         assert all(not one.block_table and one.row == NO_ROW for one in self.waiting)
         rows = [sequence.row for sequence in self.running()]
         assert sorted(rows + self._free_rows) == list(range(len(self.block_tables)))
+        assert self.num_running == sum(one.parent is None for one in self.running())
         assert self.num_places == sum(places(sequence) for sequence in self.running())
         held = {block_id for sequence in self.running() for block_id in sequence.block_table}
         assert self.copies.keys() <= held

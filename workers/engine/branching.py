@@ -37,16 +37,10 @@ class Branching:
         num_known = len(sequence.token_ids) + min(params.max_branch_tokens, max_tokens)
         size = self._batch.pool.block_size
         num_own = blocks_needed(num_known, size) - len(sequence.token_ids) // size
-        if len(starts) * num_own > self._batch.pool.num_available:
+        kept_for_others = self._batch.num_reserved_blocks() - self._batch.reserved_blocks(sequence)
+        if len(starts) * num_own > self._batch.pool.num_available - kept_for_others:
             return False
         self._batch.move(sequence, SequenceState.BRANCHED)
-        branches = []
-        for stream, (token_id, _) in enumerate(starts):
-            branch = self._batch.fork(sequence, stream=stream)
-            branch.token_ids.append(token_id)
-            # All at once: a branch never waits for a block.
-            self._batch.grow(branch, num_known)
-            branches.append(branch)
         choice = BranchSet(
             params,
             starts,
@@ -54,6 +48,15 @@ class Branching:
             stop_token_ids=sequence.stop_token_ids,
             max_tokens=max_tokens,
         )
+        branches = []
+        for stream, (token_id, _) in enumerate(starts):
+            branch = self._batch.fork(sequence, stream=stream)
+            branch.token_ids.append(token_id)
+            if stream in choice.open_branches:
+                # All at once: a branch never waits for a block. One that has ended needs no copy of the last block,
+                # whose original might be gone before the next step.
+                self._batch.grow(branch, num_known)
+            branches.append(branch)
         self._forks[sequence] = _Fork(tuple(branches), choice)
         self._settle(sequence)
         return True

@@ -94,6 +94,9 @@ class Completion:
         if sequence.state is SequenceState.FINISHED:
             # A branch, of a choice that was made earlier in this very step.
             return
+        if sequence.parent is not None and any(one.sequence is sequence.parent for one in self._ended):
+            # Of a sequence that another of its branches has ended in this very step.
+            return
         if token_id == NO_TOKEN:
             code = FailureCode.INTERNAL if detail.problem is None else FailureCode.INVALID
             self._end(sequence.parent or sequence, detail.problem or NO_LOGITS, code)

@@ -25,6 +25,7 @@ NO_DRAFTS = DraftTree()
 class _Drafted:
     """num_learned: tokens that the table has seen. tree: the last guess, made when there were num_known tokens."""
 
+    cache_salt: str
     num_learned: int = 0
     record: DraftRecord = field(default_factory=DraftRecord)
     tree: DraftTree = NO_DRAFTS
@@ -39,18 +40,15 @@ class Drafting:
         self._step_s: dict[int, float | None] = {}
         self._tables = NgramTables()
         self._drafted: dict[Sequence, _Drafted] = {}
-        self._salts: dict[Sequence, str] = {}
 
     def begin(self, sequence: Sequence, cache_salt: str) -> None:
         """A request has come; nothing to do unless it asks for drafts."""
         if isinstance(sequence.sampling.decoding, NgramDrafts):
-            self._drafted[sequence] = _Drafted()
-            self._salts[sequence] = cache_salt
+            self._drafted[sequence] = _Drafted(cache_salt)
 
     def forget(self, sequence: Sequence) -> None:
         """It is dropped."""
         self._drafted.pop(sequence, None)
-        self._salts.pop(sequence, None)
 
     def observe(self, num_rows: int, step_s: float) -> None:
         """A step of decodes alone took this long."""
@@ -99,7 +97,7 @@ class Drafting:
         if drafted.tree.num_drafts > 0 and len(tokens) > drafted.num_known:
             drafted.record.add(drafted.tree, tokens[drafted.num_known :])
         drafted.tree = NO_DRAFTS
-        table = self._tables.of(self._salts[sequence])
+        table = self._tables.of(self._drafted[sequence].cache_salt)
         # A long prompt is learned over several steps, about 10 us a token.
         end = min(len(tokens), drafted.num_learned + MAX_LEARNED)
         table.learn(tokens[:end], drafted.num_learned)
@@ -112,7 +110,7 @@ class Drafting:
         max_drafts = min(decoding.max_draft_tokens, sequence.max_tokens - len(sequence.token_ids) - 1)
         if max_drafts < 1:
             return NO_DRAFTS
-        table = self._tables.of(self._salts[sequence])
+        table = self._tables.of(self._drafted[sequence].cache_salt)
         tree = likeliest_tree(table, sequence.token_ids[-table.max_context :], max_drafts)
         drafted = self._drafted[sequence]
         drafted.tree, drafted.num_known = tree, len(sequence.token_ids)

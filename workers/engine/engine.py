@@ -93,7 +93,11 @@ class Engine:
         self._by_transfer: dict[str, Sequence] = {}
         self._outgoing = OutgoingKv()
         self._incoming = IncomingKv(
-            self.pool, phases, max_waiting=config.max_waiting_requests, claim_s=claim_s
+            self.pool,
+            phases,
+            max_blocks=max_blocks,
+            max_waiting=config.max_waiting_requests,
+            claim_s=claim_s,
         )
         #: `expire` has nothing to do before this. Too early after what it stood for has ended.
         self._next_expiry_s = math.inf
@@ -113,7 +117,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Sequences that take part in steps; branches are counted with the one that they belong to."""
-        return sum(one.parent is None for one in self._batch.running())
+        return self._batch.num_running
 
     @property
     def num_leases(self) -> int:
@@ -212,10 +216,14 @@ class Engine:
         self._grant_reservations()
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
-        """The step broke: each of its sequences fails, the others go on."""
-        # Copies that were to be made before it are lost with those who needed them.
-        for part in plan.slices:
-            self._fail(part.sequence.key, FailureCode.INTERNAL, reason, now_s)
+        """The step broke: each of its sequences fails, the others go on.
+
+        Those that began with it fail too, with or without a chunk: copies that were to be made for them, and blocks
+        of others that it was to compute, hold nothing.
+        """
+        begun = [one for one in plan.admitted if one.state is not SequenceState.WAITING]
+        for sequence in (*(part.sequence for part in plan.slices), *begun):
+            self._fail(sequence.key, FailureCode.INTERNAL, reason, now_s)
         self.pool.forget_pending()
         self._grant_reservations()
 
@@ -346,8 +354,10 @@ class Engine:
 
     def _grant_reservations(self) -> None:
         """Answer the oldest reservations while blocks and places in the batch last."""
-        num_held = self._batch.num_places + self._incoming.num_held
-        self._outputs.extend(self._incoming.grant(self._config.max_running_sequences - num_held))
+        if not self._incoming.is_waited_for:
+            return
+        num_places = self._config.max_running_sequences - self._batch.num_places - self._incoming.num_held
+        self._outputs.extend(self._incoming.grant(num_places, num_kept=self._batch.num_reserved_blocks()))
 
     def _commit(self, commit: CommitTransfer, now_s: float) -> None:
         arrived = self._incoming.commit(commit)

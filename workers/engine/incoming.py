@@ -55,12 +55,15 @@ class _Unclaimed:
 class IncomingKv:
     """The receiving transfers of one worker that serves `phases`.
 
-    max_waiting: transfers that may wait for blocks; one more is refused. claim_s: how long committed KV
-    waits for its request, and a transfer is remembered after its request is over, in seconds.
+    max_blocks: of one sequence. max_waiting: transfers that may wait for blocks; one more is refused. claim_s: how
+    long committed KV waits for its request, and a transfer is remembered after its request is over, in seconds.
     """
 
-    def __init__(self, pool: BlockPool, phases: PhaseSet, *, max_waiting: int, claim_s: float) -> None:
+    def __init__(
+        self, pool: BlockPool, phases: PhaseSet, *, max_blocks: int, max_waiting: int, claim_s: float
+    ) -> None:
         self._pool = pool
+        self._max_blocks = max_blocks
         self._phases = phases
         self._max_waiting = max_waiting
         self._claim_s = claim_s
@@ -116,6 +119,8 @@ class IncomingKv:
             refusal = "the request was aborted here", False
         elif num_blocks > self._pool.num_blocks:
             refusal = f"needs {num_blocks} KV blocks; the pool has {self._pool.num_blocks}", False
+        elif num_blocks > self._max_blocks:
+            refusal = f"needs {num_blocks} KV blocks; a sequence has at most {self._max_blocks}", False
         elif is_in_use or self.knows(request.transfer_id):
             refusal = "this transfer id is in use here already", False
         elif len(self._waiting) >= self._max_waiting:
@@ -134,8 +139,13 @@ class IncomingKv:
             self._waiting.remove(one)
         return bool(waiting)
 
-    def grant(self, num_places: int) -> list[BlocksReserved]:
-        """Give blocks to those that wait, in order, to `num_places` at most, while the blocks last.
+    @property
+    def is_waited_for(self) -> bool:
+        """Somebody waits for blocks."""
+        return bool(self._waiting)
+
+    def grant(self, num_places: int, *, num_kept: int) -> list[BlocksReserved]:
+        """Give blocks to those that wait, in order, to `num_places` at most, while there are more than `num_kept`.
 
         The first is never overtaken, or one that needs many blocks would wait for ever.
         """
@@ -143,7 +153,7 @@ class IncomingKv:
         while self._waiting and len(granted) < num_places:
             request = self._waiting[0].request
             num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
-            if num_blocks > self._pool.num_available:
+            if num_blocks > self._pool.num_available - num_kept:
                 break
             self._waiting.popleft()
             block_ids = tuple(self._pool.lease(num_blocks))

@@ -65,12 +65,12 @@ class ModelRunner:
                 layer_group_size=self._layer_group_size,
                 on_layers=on_layers,
             )
-        except BaseException:
+            prompt_logprobs = _score_prompts(step, logits)
+            return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
+        finally:
+            # Nothing is left of them unless the step broke.
             if self._grammars is not None:
                 self._grammars.masks.drop()
-            raise
-        prompt_logprobs = _score_prompts(step, logits)
-        return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""

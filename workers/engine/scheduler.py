@@ -10,9 +10,10 @@ lowest, which starts again later (preemption by recompute). The first in rank is
 request fits the pool alone, so that there is always progress.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from heapq import merge
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,7 +114,9 @@ class Scheduler:
         # A chunk may have taken the blocks of a decode.
         batch = self._batch
         decodes = batch.decodes.copy()
-        copies, batch.copies = batch.copies, {}
+        copies: dict[int, int] = {}
+        if decodes or plan.chunks:
+            copies, batch.copies = batch.copies, {}
         return StepPlan(
             decodes,
             tuple(plan.chunks),
@@ -127,8 +130,10 @@ class Scheduler:
         """Chunks of running prefills, and of waiting sequences while they can be admitted."""
         batch = self._batch
         is_admitting = bool(batch.waiting) and batch.num_places < num_places
-        waiting = [one for one in batch.waiting if one.arrived_s <= arrived_until_s] if is_admitting else []
-        for sequence in self._in_order(batch.prefills, waiting):
+        waiting = batch.waiting.copy() if is_admitting else []
+        # Looked at one by one, and no more once somebody has to wait.
+        candidates = (one for one in waiting if is_admitting and one.arrived_s <= arrived_until_s)
+        for sequence in self._in_order(batch.prefills, candidates):
             if plan.is_full:
                 return
             if sequence.state is SequenceState.WAITING:
@@ -137,10 +142,11 @@ class Scheduler:
             if sequence.state is SequenceState.PREFILL:
                 plan.add_chunk(sequence)
 
-    def _in_order(self, prefills: list[Sequence], waiting: list[Sequence]) -> list[Sequence]:
-        """Highest priority first, whatever the order within one."""
-        is_fcfs = self._config.prefill_order is PrefillOrder.FCFS
-        return sorted([*prefills, *waiting], key=_begun_first if is_fcfs else self._urgency)
+    def _in_order(self, prefills: list[Sequence], waiting: Iterable[Sequence]) -> Iterable[Sequence]:
+        """Highest priority first, whatever the order within one. waiting: by rank."""
+        if self._config.prefill_order is PrefillOrder.FCFS:
+            return merge(sorted(prefills, key=_begun_first), waiting, key=_begun_first)
+        return sorted([*prefills, *waiting], key=self._urgency)
 
     def _urgency(self, sequence: Sequence) -> tuple[int, float, int]:
         """By priority, then by work left and time to the deadline, both in seconds.
@@ -197,16 +203,16 @@ class _Plan:
         match = batch.match(sequence)
         # What it needs now, and its share of what it may need later, beside that of those who run.
         need = blocks_needed(len(sequence.token_ids), self._pool.block_size)
-        need += self._future_blocks(sequence) - len(match.block_ids) + self._pool.num_cached_of(match)
-        need += sum(self._reserved_blocks(one) for one in batch.running())
-        if need > self._pool.num_available and self._is_anyone_else():
+        need += batch.future_blocks(sequence) - len(match.block_ids) + self._pool.num_cached_of(match)
+        need += batch.num_reserved_blocks()
+        if need > self._pool.num_available:
             victims = self._outranked_by_priority(sequence)
-            gain = sum(len(one.block_table) + self._reserved_blocks(one) for one in victims)
+            gain = sum(len(one.block_table) + batch.reserved_blocks(one) for one in victims)
             if need > self._pool.num_available + gain:
                 return False
             while need > self._pool.num_available and victims:
                 victim = victims.pop()
-                need -= self._reserved_blocks(victim)
+                need -= batch.reserved_blocks(victim)
                 self._preempt(victim)
             # Blocks that were shared did not come free.
             match = batch.match(sequence)
@@ -245,7 +251,9 @@ class _Plan:
         """
         rate = 1 + sequence.num_computed_tokens / self._attention_tokens
         size, tile = self._pool.block_size, self._config.tile_tokens
-        cut = min(num_tokens, max(0, int(self._budget / rate)))
+        # However late it is in its prompt: in a step of its own it gets a block, or it might never get anything.
+        least = size if self._num_tokens == 0 else 0
+        cut = min(num_tokens, max(least, int(self._budget / rate)))
         if cut < sequence.num_uncomputed_tokens and cut > 0:
             over_tile = (self._num_tokens + cut) % tile
             over_block = (sequence.num_computed_tokens + cut) % size
@@ -293,24 +301,6 @@ class _Plan:
             branch.move_to(SequenceState.FINISHED)
         self._batch.preempt(sequence)
         self.preempted.append(sequence)
-
-    def _is_anyone_else(self) -> bool:
-        """Somebody runs, and will give blocks back."""
-        return next(self._batch.running(), None) is not None
-
-    def _future_blocks(self, sequence: Sequence) -> int:
-        """Blocks kept for what it may still generate."""
-        size = self._pool.block_size
-        num_known = blocks_needed(len(sequence.token_ids), size)
-        growth = blocks_needed(sequence.max_tokens_here, size) - num_known
-        return int(self._config.growth_reserve * growth + 0.999999)
-
-    def _reserved_blocks(self, sequence: Sequence) -> int:
-        """Blocks that a running sequence will still take, as far as they are kept for it."""
-        if not sequence.is_preemptible or sequence.parent is not None:
-            return 0
-        num_known = blocks_needed(len(sequence.token_ids), self._pool.block_size)
-        return max(0, num_known + self._future_blocks(sequence) - len(sequence.block_table))
 
 
 def _begun_first(sequence: Sequence) -> tuple[int, bool, tuple[int, float, int]]:

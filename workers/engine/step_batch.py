@@ -77,7 +77,8 @@ class StepBatch:
                 offsets = np.array(tree.position_offsets)
                 positions[first : first + len(offsets)] = starts[i] + offsets
                 tree_masks[i] = tree.mask()
-        prompt_lens = np.repeat([one.num_prompt_tokens for one in sequences], query_lens)
+        # What an earlier attempt generated counts as generated, so that a failover changes no angle.
+        prompt_lens = np.repeat([one.num_prompt_tokens - one.num_delivered for one in sequences], query_lens)
         return ForwardBatch(
             token_ids=torch.tensor(self._token_ids()),
             positions=torch.from_numpy(positions),

@@ -8,8 +8,8 @@ from workers.engine.decoding.ngram_table import NgramTable
 from workers.engine.decoding.superposed import MAX_CONTEXT, SuperposedDrafts
 from workers.engine.sequence import Sequence
 
-#: Contexts of one prompt's n-grams.
-MAX_CONTEXTS = 65536
+#: Tokens of a prompt, from its end, whose n-grams are learned: about 12 us each, in one step.
+MAX_LEARNED = 1024
 
 
 class Superposing:
@@ -44,8 +44,8 @@ def _begin(sequence: Sequence) -> SuperposedDrafts:
     decoding = sequence.sampling.decoding
     assert isinstance(decoding, SuperposedDecoding)
     prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-    ngrams = NgramTable(MAX_CONTEXT, MAX_CONTEXTS)
-    ngrams.learn(prompt)
+    ngrams = NgramTable(MAX_CONTEXT, MAX_CONTEXT * MAX_LEARNED)
+    ngrams.learn(prompt[-MAX_LEARNED:])
     return SuperposedDrafts(
         decoding.num_drafts,
         prompt,

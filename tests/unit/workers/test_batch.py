@@ -196,6 +196,7 @@ class AnyOrder(RuleBasedStateMachine):
         branch = self.world.batch.fork(sequence, stream=1)
         branch.parent = None
         self.world.batch.num_places += 1
+        self.world.batch.num_running += 1
         self.live.append(branch)
 
     @precondition(lambda self: self.live)

@@ -21,6 +21,7 @@ from tests.support.engine_fakes import (
 )
 from workers.api import (
     Abort,
+    CautiousDecoding,
     DraftsGenerated,
     FailureCode,
     FinishReason,
@@ -555,6 +556,9 @@ def test_a_reservation_that_can_never_be_granted_is_refused_at_once() -> None:
     assert refusal(engine) == ("needs 5 KV blocks; the pool has 4", False)
     engine.handle(ReserveBlocks("t1", 5, 8, 1.0), 1.0)
     assert refusal(engine) == ("its deadline has passed", False)
+    short = make_engine(DECODE, num_blocks=16, max_context_tokens=16)
+    short.handle(ReserveBlocks("t1", 5, 17, 50.0), 0.0)
+    assert refusal(short) == ("needs 5 KV blocks; a sequence has at most 4", False)
     prefill_only = make_engine(PREFILL)
     prefill_only.handle(ReserveBlocks("t1", 5, 8, 50.0), 0.0)
     assert refusal(prefill_only) == ("this worker serves {prefill}, not decode", False)
@@ -712,6 +716,121 @@ def test_a_step_that_fails_leaves_nothing_in_the_cache() -> None:
     engine.fail_step(plan, "broke", 0.0)
     assert outputs_of(engine, KvBlocksStored, KvBlocksRemoved) == []
     assert engine.block_counts().cached == 0
+    assert_empty(engine)
+
+
+def test_a_step_that_fails_takes_those_along_who_began_without_a_chunk() -> None:
+    """They rely on blocks that the step was to compute."""
+    engine = Engine(
+        replace(CONFIG, token_budget=10, is_prefix_cache_on=True),
+        BOTH,
+        num_blocks=16,
+        max_context_tokens=64,
+        claim_s=CLAIM_S,
+        attention_tokens=4.0,
+    )
+    engine.handle(submit("r1", num_prompt=8), 0.0)
+    engine.handle(submit("r2", num_prompt=9), 0.0)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    # Behind the eight tokens that it shares a token costs three, and two are left.
+    assert [part.sequence.key for part in plan.chunks] == [key("r1")]
+    assert [one.key for one in plan.admitted] == [key("r1"), key("r2")]
+    engine.fail_step(plan, "broke", 0.0)
+    failed = [one.key for one in outputs_of(engine, RequestFailed) if isinstance(one, RequestFailed)]
+    assert failed == [key("r1"), key("r2")]
+    assert_empty(engine)
+
+
+# Room to grow.
+
+
+def test_kv_that_arrives_leaves_room_for_what_running_requests_may_generate() -> None:
+    engine = make_engine(BOTH, num_blocks=4)
+    engine.handle(submit("r1", num_prompt=4, max_new=8), 0.0)
+    run_step(engine, 0.0)
+    # Two blocks are free or, in time, those of r1.
+    assert reserve(engine, "t", num_tokens=4, max_tokens=8) == ()
+    while engine.num_running:
+        run_step(engine, 0.0)
+    assert [type(one) for one in outputs_of(engine, BlocksReserved)] == [BlocksReserved]
+    assert engine.num_preemptions == 0
+
+
+CAUTIOUS = CautiousDecoding(max_branches=2, max_branch_tokens=2)
+
+
+def branching_engine(
+    decoding: CautiousDecoding, branches: tuple[tuple[int, float], ...], **options: int
+) -> Engine:
+    """A request whose second token is uncertain."""
+    engine = make_engine(BOTH, **options)
+    request = submit("r1", num_prompt=5, max_new=8)
+    engine.handle(replace(request, sampling=replace(request.sampling, decoding=decoding)), 0.0)
+    run_step(engine, 0.0)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    engine.complete(plan, StepResult([branches[0][0]], {0: RowDetail(branches=branches)}), 0.0)
+    engine.check_invariants()
+    return engine
+
+
+def test_a_superposed_decoding_begins_when_there_are_blocks_for_all_of_it() -> None:
+    """Preempted it loses all, so with too few blocks it would begin again and again."""
+    engine = make_engine(BOTH, config=replace(CONFIG, growth_reserve=0.0), num_blocks=4)
+    block_ids = reserve(engine, "t", num_tokens=4, max_tokens=8)
+    request = submit("r1", num_prompt=4, max_new=8)
+    superposed = replace(request.sampling, decoding=SuperposedDecoding(1))
+    engine.handle(replace(request, sampling=superposed), 0.0)
+    assert engine.schedule(0.0) is None
+    engine.handle(ReleaseTransfer("t", block_ids, "gone"), 0.0)
+    for _ in range(8):
+        plan = engine.schedule(0.0)
+        assert plan is not None
+        engine.complete(plan, StepResult([50], {0: RowDetail(top=((50, -0.1), (51, -2.0), (52, -3.0)))}), 0.0)
+    assert engine.num_preemptions == 0
+    assert_empty(engine)
+
+
+def test_branches_leave_room_for_what_other_requests_may_generate() -> None:
+    decoding = replace(CAUTIOUS, max_branch_tokens=6)
+    engine = make_engine(BOTH, num_blocks=8)
+    engine.handle(submit("r2", num_prompt=4, max_new=12), 0.0)
+    request = submit("r1", num_prompt=5, max_new=8)
+    engine.handle(replace(request, sampling=replace(request.sampling, decoding=decoding)), 0.0)
+    run_step(engine, 0.0)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    assert len(plan.decodes) == 2
+    index = [one.key for one in plan.decodes].index(key("r1"))
+    details = {index: RowDetail(branches=((50, -0.1), (51, -0.1)))}
+    engine.complete(plan, StepResult([50, 50], details), 0.0)
+    assert not any(one.parent for one in engine._batch.running())
+    while engine.num_running:
+        run_step(engine, 0.0)
+    assert engine.num_preemptions == 0
+
+
+def test_branches_that_end_with_their_first_token_need_no_copies() -> None:
+    """The originals are free then, and may be written to by whoever gets them before the next step."""
+    engine = branching_engine(replace(CAUTIOUS, max_branch_tokens=1), ((50, -0.5), (51, -0.1)))
+    [*_, generated] = outputs_of(engine, TokensGenerated)
+    assert isinstance(generated, TokensGenerated)
+    assert generated.token_ids == (51,)
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    assert (plan.copies, len(plan.decodes)) == ({}, 1)
+
+
+def test_a_sequence_that_ends_by_one_branch_gets_no_tokens_of_another() -> None:
+    engine = branching_engine(CAUTIOUS, ((50, -9.0), (51, -0.01)))
+    plan = engine.schedule(0.0)
+    assert plan is not None
+    assert len(plan.decodes) == 2
+    engine.take_outputs()
+    # The second one's end makes the first one hopeless.
+    engine.complete(plan, StepResult([NO_TOKEN, STOP_TOKEN], {0: RowDetail(), 1: RowDetail()}), 0.0)
+    assert [type(one) for one in outputs_of(engine)] == [RequestFailed]
     assert_empty(engine)
 
 

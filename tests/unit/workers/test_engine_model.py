@@ -1,6 +1,6 @@
 """The engine with a real model: however a request is scheduled, its tokens are those it gets alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -17,6 +17,8 @@ from workers.api import (
     DecodingMethod,
     EngineConfig,
     FinishReason,
+    Grammar,
+    GrammarKind,
     NgramDrafts,
     PrefillOrder,
     SamplingParams,
@@ -24,8 +26,13 @@ from workers.api import (
     TokensGenerated,
 )
 from workers.engine.decoding.superposed import mix_settings
+from workers.engine.grammar import GrammarCompiler
+from workers.engine.grammar_masks import GrammarMasks
+from workers.engine.grammar_states import GrammarStates
+from workers.engine.runner import GrammarTools
+from workers.engine.step_batch import StepBatch
 from workers.model.llama import Llama
-from workers.model.prepare import load_weights, prepare
+from workers.model.prepare import PreparedModel, load_weights, prepare
 
 STOPS = frozenset({EOS_TOKEN_ID})
 #: A few tokens that often come in the tiny model's output.
@@ -34,12 +41,25 @@ SCARCE = replace(PLAIN, growth_reserve=0.0)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
     folder = tmp_path_factory.mktemp("engine")
-    prepared = prepare(
-        str(write_tiny_gguf(folder / "tiny.gguf", num_layers=3)), lambda *_progress: None, folder / "cache"
-    )
+    path = write_tiny_gguf(folder / "tiny.gguf", num_layers=3)
+    return prepare(str(path), lambda *_progress: None, folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def model(prepared: PreparedModel) -> Llama:
     return Llama(prepared.config, load_weights(prepared))
+
+
+@pytest.fixture
+def grammars(prepared: PreparedModel) -> Iterator[GrammarTools]:
+    config = prepared.config
+    compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
+    tools = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
+    yield tools
+    tools.masks.close()
+    compiler.close()
 
 
 @pytest.fixture(scope="module")
@@ -318,6 +338,59 @@ def test_a_failed_over_request_goes_on_as_if_nothing_had_happened(model: Llama) 
     engine.submit("rest", [*prompt, *delivered], 7, sampling=left, num_delivered=5)
     engine.run()
     assert engine.tokens["rest"] == engine.tokens["whole"][5:]
+
+
+def test_a_failover_changes_nobodys_angles(model: Llama) -> None:
+    """With dynamic scaling they depend on the prompt's length, and what was delivered is no prompt."""
+    engine = EngineWithModel(model)
+    engine.submit("rest", range(10, 31), 7, num_delivered=5)
+    plan = engine.engine.schedule(0.0)
+    assert plan is not None
+    rope_lens = StepBatch(plan, PLAIN.block_size).forward.rope_lens
+    assert rope_lens is not None
+    assert rope_lens.tolist() == [16] * 16 + [17, 18, 19, 20, 21]
+
+
+LETTERS = Grammar(GrammarKind.REGEX, "[a-z]{2,9}-[0-9]{4,12}")
+
+
+def test_grammars_are_followed_through_preemption_and_failover(model: Llama, grammars: GrammarTools) -> None:
+    samplings = [SamplingParams(1, temperature=1.0, seed=i, grammar=LETTERS) for i in range(4)]
+    whole = EngineWithModel(model, grammars=grammars)
+    scarce = EngineWithModel(model, SCARCE, num_blocks=8, grammars=grammars)
+    for engine in (whole, scarce):
+        for i, sampling in enumerate(samplings):
+            engine.submit(str(i), range(10 + i, 15 + i), 20, sampling=sampling)
+        engine.run()
+        assert not engine.failed
+    assert scarce.engine.num_preemptions > 0
+    assert scarce.tokens == whole.tokens
+    for i, sampling in enumerate(samplings):
+        delivered = whole.tokens[str(i)][:3]
+        prompt = [*range(10 + i, 15 + i), *delivered]
+        whole.submit(f"rest {i}", prompt, 17, num_delivered=3, sampling=sampling)
+    whole.run()
+    for i in range(4):
+        assert whole.tokens[f"rest {i}"] == whole.tokens[str(i)][3:]
+
+
+def test_a_step_that_breaks_after_the_model_has_run_leaves_no_mask_behind(
+    model: Llama, grammars: GrammarTools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = EngineWithModel(model, grammars=grammars)
+    engine.submit("r", [3, 4, 5], 20, sampling=SamplingParams(1, grammar=LETTERS))
+
+    def broken(*_arguments: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("workers.engine.runner.sample", broken)
+        with pytest.raises(MemoryError):
+            engine.step()
+    engine.abort("r")
+    engine.submit("next", [3, 4, 5], 20, sampling=SamplingParams(1, grammar=LETTERS))
+    engine.run()
+    assert len(engine.tokens["next"]) > 6
 
 
 def test_samples_of_one_prompt_share_its_blocks(model: Llama) -> None:

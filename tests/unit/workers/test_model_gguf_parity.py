@@ -70,7 +70,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "llama, yarn": (LlamaConfig, {"rope_parameters": YARN}),
     "llama, yarn of its own": (
         LlamaConfig,
-        {"rope_parameters": {**YARN, "attention_factor": 1.4, "beta_fast": 16.0}},
+        {"rope_parameters": {**YARN, "attention_factor": 1.2, "beta_fast": 16.0}},
     ),
     "llama, llama3": (LlamaConfig, {"rope_parameters": LLAMA3}),
     "mistral, window": (MistralConfig, {"sliding_window": 24, "tie_word_embeddings": False}),

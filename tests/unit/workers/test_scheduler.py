@@ -156,6 +156,13 @@ def test_a_hand_off_begins_no_chunk_that_fills_no_block_but_ends_a_prompt() -> N
         assert parts(steps.plan()) == expected
 
 
+def test_a_hand_off_gets_a_block_in_a_step_of_its_own_however_late_it_is() -> None:
+    # After 16 tokens one costs five: the budget is not enough for a block.
+    steps = Steps(replace(CONFIG, token_budget=8), attention_tokens=4)
+    steps.prefilling(40, 16, phases=PREFILL)
+    assert parts(steps.plan()) == [(16, 20, False)]
+
+
 def test_a_budget_smaller_than_a_block_still_makes_progress() -> None:
     steps = Steps(replace(CONFIG, token_budget=4))
     steps.decoding()
@@ -334,10 +341,12 @@ def test_a_part_of_what_may_be_generated_is_kept_free() -> None:
         assert len(steps.plan().admitted) == num_admitted
 
 
-def test_whoever_is_alone_is_admitted_if_its_prompt_fits() -> None:
+def test_room_to_grow_is_kept_beside_what_transfers_hold_too() -> None:
     steps = Steps(num_blocks=3)
     lone = steps.wait(5, 7)
-    steps.batch.pool.lease(1)
+    leased = steps.batch.pool.lease(1)
+    assert steps.plan().admitted == ()
+    steps.batch.pool.release(leased)
     assert steps.plan().admitted == (lone,)
 
 
@@ -540,6 +549,7 @@ def test_a_plan_keeps_every_limit(
     order=st.sampled_from(PrefillOrder),
     batching=st.sampled_from(Batching),
     priorities=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    attention_tokens=st.sampled_from([1.0, 8.0, math.inf]),
 )
 def test_everybody_ends_however_scarce_the_blocks_are(
     prompts: list[tuple[int, int]],
@@ -548,9 +558,10 @@ def test_everybody_ends_however_scarce_the_blocks_are(
     order: PrefillOrder,
     batching: Batching,
     priorities: list[int],
+    attention_tokens: float,
 ) -> None:
     config = replace(OPTIMISTIC, token_budget=token_budget, prefill_order=order, batching=batching)
-    steps = Steps(config, num_blocks=num_blocks)
+    steps = Steps(config, num_blocks=num_blocks, attention_tokens=attention_tokens)
     left = {
         steps.wait(num_prompt, max_new, priority=priority)
         for (num_prompt, max_new), priority in zip(prompts, priorities, strict=False)
