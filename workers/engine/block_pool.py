@@ -9,6 +9,7 @@ free + cached + in use + leased = total, always.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 
@@ -16,9 +17,8 @@ from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 MAX_SIBLINGS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """What the prefix index knows of a block."""
+class _Stored(NamedTuple):
+    """What the prefix index knows of a block. A tuple: one is made for every block that is filled."""
 
     hash: bytes
     parent: bytes
@@ -213,7 +213,11 @@ class BlockPool:
         assert block_id not in self._stored, f"block {block_id} holds something else"
         self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
         self._by_hash[name] = block_id
-        self._children.setdefault(parent, {})[block_id] = None
+        siblings = self._children.get(parent)
+        if siblings is None:
+            self._children[parent] = {block_id: None}
+        else:
+            siblings[block_id] = None
         if is_pending:
             self._pending[block_id] = None
         elif self._is_watched:

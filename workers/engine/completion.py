@@ -70,7 +70,8 @@ class Completion:
         keys, token_ids, positions = [], [], []
         details, size = result.details, self._batch.pool.block_size
         for i, (sequence, token_id) in enumerate(zip(plan.decodes, result.token_ids, strict=False)):
-            position = len(sequence.token_ids)
+            known = sequence.token_ids
+            position = len(known)
             sequence.num_computed_tokens = position
             if position % size == 0 and sequence.row != NO_ROW:
                 self._batch.store_blocks(sequence, position, is_pending=False)
@@ -82,7 +83,7 @@ class Completion:
             ):
                 self._advance(sequence, token_id, details.get(i, _PLAIN), now_s)
                 continue
-            sequence.token_ids.append(token_id)
+            known.append(token_id)
             keys.append(sequence.key)
             token_ids.append(token_id)
             positions.append(position)
