@@ -239,10 +239,10 @@ class Batch:
         if not self._is_cache_on or num_whole <= sequence.num_stored_blocks:
             return
         sequence.hash_blocks(num_whole, size)
+        hashes, table = sequence.block_hashes, sequence.block_table
         for i in range(sequence.num_stored_blocks, num_whole):
-            parent, name = sequence.block_hashes[i : i + 2]
             tokens = sequence.token_ids[i * size : (i + 1) * size]
-            self.pool.store(sequence.block_table[i], name, parent, tokens, is_pending=is_pending)
+            self.pool.store(table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending)
         sequence.num_stored_blocks = num_whole
 
     def check_invariants(self) -> None:

@@ -26,9 +26,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int], contents: Sequence[bytes
     parent: the hash of the block before it, or `root_hash`. contents: digests of the images whose
     placeholder tokens lie in this block, in order.
     """
-    checksum = hashlib.blake2b(parent, digest_size=HASH_BYTES)
-    checksum.update(array("I", token_ids).tobytes())
+    data = parent + array("I", token_ids).tobytes()
     for content in contents:
-        checksum.update(len(content).to_bytes(4, "little"))
-        checksum.update(content)
-    return checksum.digest()
+        data += len(content).to_bytes(4, "little") + content
+    return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()

@@ -93,7 +93,7 @@ class Linear:
 
     def _many_rows(self, rows: torch.Tensor) -> torch.Tensor:
         if self._has_bfloat16:
-            out = F.linear(rows.to(torch.bfloat16), self._weight).float()
+            out = F.linear(_padded(rows).to(torch.bfloat16), self._weight)[: rows.shape[0]].float()
             return out if self._bias is None else out.add_(self._bias)
         if self._dtype != "float32":
             weight = self._weight.float()
@@ -104,13 +104,27 @@ class Linear:
             if self._packed is None:
                 self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
             packed: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                rows, self._packed, self._bias, "none", [], ""
+                _padded(rows), self._packed, self._bias, "none", [], ""
             )
-            return packed
+            return packed[:num_rows]
         if 2 <= num_rows <= MAX_LEFT_ROWS and self.out_size >= self.in_size:
             out = torch.mm(self._weight, rows.t()).t().contiguous()
             return out if self._bias is None else out.add_(self._bias)
         return F.linear(rows, self._weight, self._bias)
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows that a product by oneDNN is made of: at most 16 numbers of them between one power of two and the next.
+
+    oneDNN keeps code and buffers for each shape that it has seen, about 0.6 MB each and 1024 of them; steps have
+    any number of rows.
+    """
+    step = max(16, 1 << max(0, num_rows.bit_length() - 5))
+    return -(-num_rows // step) * step
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    return F.pad(rows, (0, 0, 0, padded_rows(rows.shape[0]) - rows.shape[0]))
 
 
 def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

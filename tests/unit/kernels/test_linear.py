@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from phasewise_kernels import jit
 from phasewise_kernels import threads as kernel_threads
-from phasewise_kernels.linear.op import DTYPES, Linear, quantise
+from phasewise_kernels.linear.op import DTYPES, Linear, padded_rows, quantise
 from phasewise_kernels.linear.reference import linear_reference
 from phasewise_kernels.testing import LINEAR_TOLERANCES, assert_close
 
@@ -146,3 +146,24 @@ def test_without_packing_no_copy_is_made() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype 'int4' is none of float32, bfloat16, int8"):
         Linear(torch.zeros(2, 2), dtype="int4")
+
+
+def test_products_have_few_different_numbers_of_rows() -> None:
+    sizes = [padded_rows(num_rows) for num_rows in range(1, 4097)]
+    assert all(
+        num_rows <= size <= max(num_rows + 15, num_rows * 1.07)
+        for num_rows, size in enumerate(sizes, start=1)
+    )
+    assert len(set(sizes)) <= 5 * 16 + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_rows", [9, 16, 17, 63])
+def test_rows_that_fill_up_a_product_leave_no_trace(dtype: str, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    weight, rows = torch.randn(40, 24, generator=generator), torch.randn(64, 24, generator=generator)
+    linear = Linear(weight, torch.ones(40), dtype)
+    result = linear(rows[:num_rows])
+    assert result.shape == (num_rows, 40)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, linear(rows)[:num_rows], atol=1e-5, rtol=1e-5)
