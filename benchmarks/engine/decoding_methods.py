@@ -20,8 +20,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from orchestrator.bench.machine import describe_machine
-from workers.api import (
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.engine.prompt_lookup import lookup_chain  # noqa: E402
+from benchmarks.engine.tree_search import searched_tree  # noqa: E402
+from orchestrator.bench.machine import describe_machine  # noqa: E402
+from workers.api import (  # noqa: E402
     CautiousDecoding,
     DecodingMethod,
     DecodingReport,
@@ -39,15 +44,13 @@ from workers.api import (
     WorkerId,
     WorkerSpec,
 )
-from workers.engine.decoding.acceptance import walk
-from workers.engine.decoding.draft_tree import DraftTree, likeliest_tree
-from workers.engine.decoding.ngram_table import NgramTable
-from workers.engine.decoding.prompt_lookup import lookup_chain
-from workers.engine.decoding.tree_search import searched_tree
-from workers.engine.engine import Engine
-from workers.engine.messages import Output, TokensDecoded
-from workers.engine.step_loop import StepLoop
-from workers.loading import LoadedModel, load
+from workers.engine.decoding.acceptance import walk  # noqa: E402
+from workers.engine.decoding.draft_tree import DraftTree, likeliest_tree  # noqa: E402
+from workers.engine.decoding.ngram_table import NgramTable  # noqa: E402
+from workers.engine.engine import Engine  # noqa: E402
+from workers.engine.messages import Output, TokensDecoded  # noqa: E402
+from workers.engine.step_loop import StepLoop  # noqa: E402
+from workers.loading import LoadedModel, load  # noqa: E402
 
 PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
 SPEC = WorkerSpec(

@@ -90,12 +90,23 @@ def warm_up(on_progress: Callable[[str, float], None]) -> bool:
 
 
 def _load(name: str, step: Callable[[], None]) -> Any:
+    is_stopped = False
+
+    def tell() -> None:
+        # What it raises ends the compilation, and says nothing of the compiler.
+        nonlocal is_stopped
+        is_stopped = True
+        step()
+        is_stopped = False
+
     with _lock:
         if name not in _loaded:
             try:
                 module = import_module(name)
-                module.compile_all(step)
-            except Exception as error:  # noqa: BLE001 - whatever a compiler fails with, torch's way remains
+                module.compile_all(tell)
+            except Exception as error:
+                if is_stopped:
+                    raise
                 _log.warning("kernels_off module=%s reason=%r; slower ways of torch are used", name, error)
                 _loaded[name] = None
             else:

@@ -288,21 +288,39 @@ class GrammarCompiler:
         What waits is bounded by the requests that wait. A grammar that was refused is refused from the cache.
         """
         with self._lock:
-            future = self._cache.pop(grammar, None)
+            future = self._cache.get(grammar)
             if future is None or _is_worn(future):
                 future = self._executor.submit(self._compile, grammar)
-            self._cache[grammar] = future
-            while len(self._cache) > MAX_CACHED_GRAMMARS:
-                self._cache.popitem(last=False)
+            self._keep(grammar, future)
             return future
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """The same, waiting. Raises InvalidGrammar with what is wrong and where."""
-        return self.compile_soon(grammar).result()
+        """The same at once: from the cache, or compiled in this thread, past those that wait for theirs.
+
+        Raises InvalidGrammar with what is wrong and where.
+        """
+        with self._lock:
+            future = self._cache.get(grammar)
+        if future is None or not future.done() or _is_worn(future):
+            future = Future()
+            try:
+                future.set_result(self._compile(grammar))
+            except InvalidGrammar as error:
+                future.set_exception(error)
+        with self._lock:
+            self._keep(grammar, future)
+        return future.result()
 
     def close(self) -> None:
         """Wait for the compilation that runs; those behind it are cancelled."""
         self._executor.shutdown(cancel_futures=True)
+
+    def _keep(self, grammar: Grammar, future: Future[CompiledGrammar]) -> None:
+        """It was used last. Under the lock."""
+        self._cache[grammar] = future
+        self._cache.move_to_end(grammar)
+        while len(self._cache) > MAX_CACHED_GRAMMARS:
+            self._cache.popitem(last=False)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         try:

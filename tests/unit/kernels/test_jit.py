@@ -45,6 +45,22 @@ def test_a_failed_compilation_warns_once_and_torch_goes_on(
     assert not jit.warm_up(lambda _what, _done: None)
 
 
+@pytest.mark.usefixtures("nothing_loaded")
+def test_what_a_report_of_progress_raises_ends_the_compilation_and_blames_no_compiler(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(_what: str, _done: float) -> None:
+        raise StoppedError
+
+    with caplog.at_level(logging.WARNING), pytest.raises(StoppedError):
+        jit.warm_up(stop)
+    assert not caplog.records
+    assert jit.warm_up(lambda _what, _done: None)
+
+
 SCRIPT = """
 import os, warnings
 warnings.simplefilter("ignore")

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine.decoding.acceptance import Accepted, accept_by_rejection, walk
+from tests.support.rejection_rule import accept_by_rejection
+from workers.engine.decoding.acceptance import Accepted, walk
 from workers.engine.decoding.draft_tree import DraftTree, likeliest_tree
 from workers.engine.decoding.ngram_table import NgramTable
 from workers.engine.sampling.philox import uniform

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.engine.prompt_lookup import lookup_chain
+from benchmarks.engine.tree_search import searched_tree
 from workers.engine.decoding.draft_tree import MIN_CHANCE, DraftTree, chances_after, likeliest_tree
 from workers.engine.decoding.ngram_table import NgramTable
-from workers.engine.decoding.prompt_lookup import lookup_chain
-from workers.engine.decoding.tree_search import searched_tree
 
 TOKENS = st.lists(st.integers(0, 4), max_size=60)
 TREE = DraftTree((5, 6, 5, 7), (0, 0, 1, 3), (1, 1, 2, 3), (0.6, 0.3, 0.2, 0.1))

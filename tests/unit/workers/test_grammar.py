@@ -2,6 +2,7 @@
 
 import json
 import re
+from threading import Event
 from typing import Any
 
 import jsonschema
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.grammar_world import EOS, OTHER_STOP, random_text, shared_compiler, text_of
+from tests.support.grammar_world import EOS, OTHER_STOP, compiler_of, random_text, shared_compiler, text_of
 from workers.api import Grammar, GrammarKind
 from workers.engine import grammar as grammar_module
 from workers.engine.grammar import CLOSING_TOKENS, GrammarState
@@ -393,6 +394,30 @@ def test_grammars_are_compiled_once_and_the_oldest_are_forgotten() -> None:
         compiler.compile(regex_of(f"other{number}"))
     assert compiler.compile(regex_of("first")) is not first
     assert len(compiler._cache) == grammar_module.MAX_CACHED_GRAMMARS
+
+
+def test_a_grammar_that_is_needed_now_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = compiler_of(shared_compiler("level")[0])
+    began, may_end = Event(), Event()
+    real = compiler._compile
+
+    def slow(grammar: Grammar) -> grammar_module.CompiledGrammar:
+        if grammar.text == "slow":
+            began.set()
+            assert may_end.wait(10)
+        return real(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", slow)
+    waiting = compiler.compile_soon(regex_of("slow"))
+    assert began.wait(10)
+    behind = compiler.compile_soon(regex_of("now"))
+    now = compiler.compile(regex_of("now"))
+    assert not waiting.done()
+    assert not behind.done()
+    assert compiler.compile(regex_of("now")) is now
+    may_end.set()
+    waiting.result(10)
+    compiler.close()
 
 
 def test_a_tokenizer_that_cannot_be_read_refuses_grammars() -> None:
