@@ -116,8 +116,7 @@ class Linear:
 def padded_rows(num_rows: int) -> int:
     """Rows that a product by oneDNN is made of: at most 16 numbers of them between one power of two and the next.
 
-    oneDNN keeps code and buffers for each shape that it has seen, about 0.6 MB each and 1024 of them; steps have
-    any number of rows.
+    oneDNN keeps code and buffers for each of up to 1024 shapes that it has seen; steps have any number of rows.
     """
     step = max(16, 1 << max(0, num_rows.bit_length() - 5))
     return -(-num_rows // step) * step

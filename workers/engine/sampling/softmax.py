@@ -12,8 +12,7 @@ def softmax_weights(
     """exp((logit - highest) / temperature), and the sum of each row: [rows, n] and [rows, 1].
 
     highest, temperature: [rows, 1]. numpy sums each row in one order whatever the other rows and threads
-    are; torch may split a row between threads. It is also quicker: for 16 rows of 49152 on one core 0.07 ms
-    a row against 0.15 ms of torch.logsumexp.
+    are; torch may split a row between threads.
     """
     weights = logits.astype(np.float64)
     # A tiny temperature makes -inf of a difference, whose weight is 0; of NaN comes NaN.
