@@ -219,7 +219,8 @@ def test_the_deadline_ends_it_and_frees_the_worker(sets: str) -> None:
             if sets == "deployment":
                 assert message.startswith("the deadline passed in state ")
             await until(lambda: bool(both.aborts), "the abort")
-            assert both.submits[0].timeout_s <= 0.5
+            # gRPC carries a client's deadline in steps of its own and rounds up: 0.5 s may arrive as 0.501.
+            assert both.submits[0].timeout_s <= (0.51 if sets == "client" else 0.5)
 
     run(scenario)
 
