@@ -30,6 +30,7 @@ KERNEL_MODULES = (
     "phasewise_kernels.rms_norm.kernel",
     "phasewise_kernels.rope_write.kernel",
     "phasewise_kernels.swiglu.kernel",
+    "phasewise_kernels.kv_copy.kernel",
 )
 
 _lock = RLock()

@@ -1,0 +1,171 @@
+"""KV of some tokens from one block pool to another on a GPU, with a checksum of what was read.
+
+One kernel reads each vector of 16 bytes once, stores it and adds it to the checksum. Where pools differ in dtype, the
+tokens are first gathered (with the checksum) into memory of their own, converted there, and scattered. On the CPU, and
+for rows that are not whole vectors, `reference.py` runs.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from phasewise_kernels.block_copy import reference
+from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows, contiguous_rows
+
+#: Memory for conversions: as many layers at a time as fit, at least one.
+STAGING_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernel is cut up. programs_per_sm: that many share a streaming multiprocessor."""
+
+    tile_vectors: int = 1024
+    num_warps: int = 4
+    programs_per_sm: int = 4
+
+
+DEFAULT_TUNING = Tuning()
+
+
+def block_copy(source: TokenRows, target: TokenRows) -> int:
+    """Copy, converted where the dtypes differ, and wait for it; returns the checksum of what was read, < 2**64.
+
+    Both have as many layers, tokens and heads, and lie on devices that reach each other. No two slots of the target
+    are the same; source and target do not overlap. Raises ValueError when the shapes differ.
+    """
+    return checksum_of(start_block_copy(source, target))
+
+
+def block_checksum(source: TokenRows) -> int:
+    """What `block_copy` returns, without a copy."""
+    return checksum_of(start_block_copy(source, None))
+
+
+def checksum_of(partials: torch.Tensor) -> int:
+    """Wait for what `start_block_copy` returned; the checksum, < 2**64. Of no bytes it is 0."""
+    return int(sum(partials.tolist())) % 2**64
+
+
+def start_block_copy(
+    source: TokenRows,
+    target: TokenRows | None,
+    *,
+    is_checked: bool = True,
+    tuning: Tuning = DEFAULT_TUNING,
+) -> torch.Tensor:
+    """Put the work on the current stream of the target's device; None as target reads only.
+
+    Returns [n] int64 on that device, for `checksum_of`; empty when not checked. Source and target must stay
+    as they are until then.
+    """
+    if target is not None and source.shape != target.shape:
+        raise ValueError(f"the source is {list(source.shape)} and the target {list(target.shape)}")
+    device = (source if target is None else target).kv_cache.device
+    if 0 in source.shape or (target is None and not is_checked):
+        return torch.empty(0, dtype=torch.int64, device=device)
+    is_by_kernel = device.type != "cpu" and _is_in_vectors(source)
+    if target is None:
+        return _by_kernel(source, None, True, tuning) if is_by_kernel else _by_reference(source, None, True)
+    if not (is_by_kernel and _is_in_vectors(target)):
+        return _by_reference(source, target, is_checked)
+    if target.kv_cache.dtype != source.kv_cache.dtype:
+        return _convert(source, target, is_checked, tuning)
+    return _by_kernel(source, target, is_checked, tuning)
+
+
+def _is_in_vectors(rows: TokenRows) -> bool:
+    cache = rows.kv_cache
+    head_bytes = cache.shape[-1] * cache.itemsize
+    sizes = (rows.row_bytes, rows.heads[0] * head_bytes, cache.shape[-2] * head_bytes, cache.data_ptr())
+    return all(size % VECTOR_BYTES == 0 for size in sizes)
+
+
+def _by_reference(source: TokenRows, target: TokenRows | None, is_checked: bool) -> torch.Tensor:
+    kv = reference.gather(source)
+    if target is not None:
+        converted = reference.convert(kv, target.kv_cache.dtype)
+        reference.scatter(converted.to(target.kv_cache.device), target)
+    return reference.partial_checksums(kv) if is_checked else kv.new_empty(0, dtype=torch.int64)
+
+
+def _convert(source: TokenRows, target: TokenRows, is_checked: bool, tuning: Tuning) -> torch.Tensor:
+    num_layers, _, num_tokens, *_ = source.shape
+    layer_vectors = 2 * num_tokens * source.row_bytes // VECTOR_BYTES
+    layer_step = max(1, STAGING_BYTES // (layer_vectors * VECTOR_BYTES))
+    partials = []
+    for lo in range(0, num_layers, layer_step):
+        hi = min(lo + layer_step, num_layers)
+        part = _layers(source, lo, hi)
+        kv = torch.empty(part.shape, dtype=source.kv_cache.dtype, device=target.kv_cache.device)
+        partials.append(
+            _by_kernel(part, contiguous_rows(kv), is_checked, tuning, first_position=lo * layer_vectors)
+        )
+        converted = contiguous_rows(reference.convert(kv, target.kv_cache.dtype))
+        _by_kernel(converted, _layers(target, lo, hi), False, tuning)
+    return torch.cat(partials)
+
+
+def _layers(rows: TokenRows, lo: int, hi: int) -> TokenRows:
+    """Those of them, counted from the first one of `rows`."""
+    first = rows.layers[0]
+    return TokenRows(rows.kv_cache, rows.slots, (first + lo, first + hi), rows.heads)
+
+
+def _by_kernel(
+    source: TokenRows, target: TokenRows | None, is_checked: bool, tuning: Tuning, *, first_position: int = 0
+) -> torch.Tensor:
+    # Triton is there where torch has CUDA; nobody else pays for its import.
+    from phasewise_kernels.block_copy import triton_kernel
+
+    device = (source if target is None else target).kv_cache.device
+    num_layers, _, num_tokens, *_ = source.shape
+    row_vectors = source.row_bytes // VECTOR_BYTES
+    num_tiles = 2 * num_layers * -(-num_tokens * row_vectors // tuning.tile_vectors)
+    num_programs = min(num_tiles, _num_sms(device) * tuning.programs_per_sm)
+    with torch.cuda.device(device):
+        # Page-locked, so that nothing waits for what runs on the stream.
+        table = torch.from_numpy(table_of(source, target, first_position)).pin_memory()
+        partials = torch.empty(num_programs if is_checked else 0, dtype=torch.int64, device=device)
+        triton_kernel.launch(
+            words(source),
+            None if target is None else words(target),
+            table.to(device, non_blocking=True),
+            partials if is_checked else None,
+            num_planes=2 * num_layers,
+            num_tokens=num_tokens,
+            row_vectors=row_vectors,
+            num_programs=num_programs,
+            tile_vectors=tuning.tile_vectors,
+            num_warps=tuning.num_warps,
+        )
+    return partials
+
+
+def table_of(source: TokenRows, target: TokenRows | None, first_position: int) -> np.ndarray:
+    """As the kernel wants it, see there."""
+    sides = (source, source if target is None else target)
+    planes, rows = zip(*map(_places, sides), strict=True)
+    return np.concatenate(([first_position], *planes, *rows)).astype(np.int64, copy=False)
+
+
+def _places(rows: TokenRows) -> tuple[np.ndarray, np.ndarray]:
+    """Where planes begin, and rows within a plane, in vectors."""
+    _, _, num_blocks, block_size, num_heads, head_dim = rows.kv_cache.shape
+    head_bytes = head_dim * rows.kv_cache.itemsize
+    slot_vectors = num_heads * head_bytes // VECTOR_BYTES
+    plane_vectors = num_blocks * block_size * slot_vectors
+    planes = np.arange(2 * rows.layers[0], 2 * rows.layers[1], dtype=np.int64)
+    return planes * plane_vectors + rows.heads[0] * head_bytes // VECTOR_BYTES, rows.slots * slot_vectors
+
+
+def words(rows: TokenRows) -> torch.Tensor:
+    """The whole pool, as the kernel wants it."""
+    return rows.kv_cache.view(-1).view(torch.int32)
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
