@@ -1,0 +1,1 @@
+"""How KV is made smaller on its way: lossy, page by page."""
