@@ -1,16 +1,29 @@
-"""Sends the KV of one sequence."""
+"""Sends the KV of one sequence, and fetches cached KV."""
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.driver import Session
-from kvtransfer.frames import Reserve
+from kvtransfer.driver import PoolOpener, Session
+from kvtransfer.frames import Attach, Fetch, Reserve
 from kvtransfer.host import KvHost
 from kvtransfer.kv_range import KvRange
+from kvtransfer.lease import LeaseTable
+from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
-from kvtransfer.session import GivenUp, KvReady, PrefillFinished, Started, StreamBroke, TransferReport
+from kvtransfer.session import (
+    GivenUp,
+    KvReady,
+    PrefillFinished,
+    Started,
+    StreamBroke,
+    TransferReport,
+)
 from kvtransfer.stream import MessageChannel
+from kvtransfer.transports.choice import offers_of
+from kvtransfer.wire import encode
 
 
 class KvSender:
@@ -21,8 +34,10 @@ class KvSender:
     exactly once: when the receiver has committed, or as soon as it is known that it will not.
 
     channel: to the receiver. block_ids: where the sequence's blocks lie in the pool here, in order, at
-    least those of `num_tokens`. max_tokens: what the sequence may grow to at the receiver.
-    peer_incarnation: the receiver's, as the caller knows it. timeout_s: for all of it, from now.
+    least those of `num_tokens`. max_tokens: what the sequence may grow to at the receiver. token_digest: of the tokens
+    whose KV it is, see digest.token_digest. peer_incarnation: the receiver's, as the caller knows it. timeout_s: for
+    all of it, from now. part, num_parts: of a transfer that several ranks send. data_channels: connections for chunks
+    that carry their payload; without any they go by `channel`.
     """
 
     def __init__(
@@ -34,26 +49,47 @@ class KvSender:
         block_ids: Sequence[int],
         num_tokens: int,
         max_tokens: int,
+        token_digest: bytes,
         peer_incarnation: int,
         timeout_s: float,
         config: KvTransferConfig,
+        codec: CodecId = CodecId.NONE,
+        part: int = 0,
+        num_parts: int = 1,
+        data_channels: Sequence[MessageChannel] = (),
     ) -> None:
-        request = Reserve(transfer_id, host.layout, num_tokens, max_tokens, peer_incarnation, timeout_s)
-        machine = SenderMachine(
+        request = Reserve(
+            transfer_id,
+            host.pool.layout,
+            num_tokens,
+            max_tokens,
+            peer_incarnation,
+            timeout_s,
+            token_digest=token_digest,
+            offers=offers_of(host.pool.offers, config),
+            codec=codec,
+            part=part,
+            num_parts=num_parts,
+        )
+        self._machine = SenderMachine(
             request,
             tuple(block_ids),
             max_chunk_bytes=config.max_chunk_bytes,
+            resume_s=config.resume_s,
             now_s=asyncio.get_running_loop().time(),
         )
+        self._request = request
         self._channel = channel
-        self._session = Session(machine, host)
+        self._data_channels = data_channels
+        self._is_granted = asyncio.Event()
+        self._session = Session(self._machine, host, block_ids=block_ids, on_event=self._note_grant)
 
-    def kv_ready(self, layer_lo: int, layer_hi: int, block_lo: int, block_hi: int) -> None:
-        """The KV of these layers of these blocks of the sequence is computed and stays as it is.
+    def kv_ready(self, layer_lo: int, layer_hi: int, token_lo: int, token_hi: int) -> None:
+        """The KV of these layers of these tokens of the sequence is computed and stays as it is.
 
-        Each (layer, block) is to be named once. Ignored when the transfer is over.
+        Each (layer, token) is to be named once. Ignored when the transfer is over.
         """
-        self._session.post(KvReady(KvRange(layer_lo, layer_hi, block_lo, block_hi)))
+        self._session.post(KvReady(KvRange(layer_lo, layer_hi, token_lo, token_hi)))
 
     def prefill_finished(self, token_ids: Sequence[int]) -> None:
         """All KV was named, and prefill sampled these tokens: commit when it has arrived."""
@@ -66,6 +102,10 @@ class KvSender:
         """
         self._session.post(GivenUp(reason))
 
+    async def wait_granted(self) -> None:
+        """Until the receiver has granted blocks, or the transfer is over. `run` must be running."""
+        await self._is_granted.wait()
+
     async def run(self) -> TransferReport:
         """Until the receiver has committed. Cancelling it aborts the transfer.
 
@@ -73,17 +113,117 @@ class KvSender:
             PhasewiseTransferError: it has not, or (StreamLost, LeaseExpired or DeadlineExceeded while
                 `verified`) it is not known whether it has.
         """
-        if self._session.outcome is None:
-            try:
-                stream = self._channel.open()
-            except ConnectionError as error:
-                self._session.post(StreamBroke(str(error)))
-            else:
-                self._session.post(Started())
-                await self._session.run(stream, awaits_end=True)
-        outcome = self._session.outcome
+        session = self._session
+        try:
+            while not session.is_ended:
+                await self._use_stream()
+                if not session.is_ended:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(session.reconnect_delay_s):
+                            await session.wait_ended()
+        finally:
+            session.post(GivenUp("cancelled"))
+        outcome = session.outcome
         assert outcome is not None
         if outcome.error is not None:
             raise outcome.error
         assert outcome.report is not None
         return outcome.report
+
+    async def _use_stream(self) -> None:
+        """Until the stream is lost or the transfer over."""
+        try:
+            stream = self._channel.open()
+        except ConnectionError as error:
+            self._session.post(StreamBroke(str(error)))
+            return
+        self._session.post(Started())
+        spreading = asyncio.create_task(self._spread()) if self._data_channels else None
+        try:
+            await self._session.attach(stream, awaits_end=True)
+        finally:
+            if spreading is not None:
+                spreading.cancel()
+                await asyncio.gather(spreading, return_exceptions=True)
+
+    async def _spread(self) -> None:
+        """Let chunks leave by streams of their own, once there is a lease."""
+        await self._is_granted.wait()
+        granted = self._machine.granted
+        if granted is None or granted.transport != "grpc":
+            return
+        attach = Attach(self._request.transfer_id, self._request.part, granted.lease_id, granted.incarnation)
+        async with asyncio.TaskGroup() as group:
+            for channel in self._data_channels:
+                group.create_task(self._send_by(channel, attach))
+
+    async def _send_by(self, channel: MessageChannel, attach: Attach) -> None:
+        try:
+            stream = channel.open()
+        except ConnectionError as error:
+            self._session.post(StreamBroke(f"a stream of chunks: {error}"))
+            return
+        try:
+            await stream.write(encode(attach))
+            await self._session.send_chunks(stream)
+        except ConnectionError as error:
+            self._session.post(StreamBroke(f"a stream of chunks: {error}"))
+        finally:
+            await stream.close()
+
+    def _note_grant(self) -> None:
+        if self._machine.granted is not None or self._machine.is_ended:
+            self._is_granted.set()
+
+
+async def fetch(
+    host: KvHost,
+    channel: MessageChannel,
+    pools: PoolOpener,
+    *,
+    transfer_id: str,
+    block_hashes: Sequence[bytes],
+    min_tokens: int,
+    timeout_s: float,
+    config: KvTransferConfig,
+) -> tuple[int, str, str]:
+    """Get the longest beginning of this chain of blocks that the worker at the other end has.
+
+    Returns how many tokens that is, and by which transport they came, and why not by a better one.
+
+    The blocks are asked of `host.reserve` and given to `host.commit`, as with any transfer, with the last block's hash
+    in place of a digest of tokens. Cancelling gives it up.
+
+    Raises:
+        PhasewiseTransferError: it has fewer than `min_tokens`, or did not send them.
+    """
+    loop = asyncio.get_running_loop()
+    machine = ReceiverMachine(
+        host.pool.layout,
+        host.incarnation,
+        LeaseTable(),
+        lease_s=min(config.lease_s, timeout_s),
+        resume_s=0.0,
+        max_in_flight=config.credits,
+        now_s=loop.time(),
+    )
+    session = Session(machine, host, pools=pools)
+    request = Fetch(
+        transfer_id, host.pool.layout, host.incarnation, tuple(block_hashes), min_tokens, timeout_s
+    )
+    try:
+        try:
+            stream = channel.open()
+            await stream.write(encode(request))
+        except ConnectionError as error:
+            session.post(StreamBroke(str(error)))
+        else:
+            await session.attach(stream, awaits_end=True)
+    finally:
+        session.post(GivenUp("cancelled"))
+    outcome = session.outcome
+    assert outcome is not None
+    if outcome.error is not None:
+        raise outcome.error
+    assert machine.request is not None
+    return machine.request.num_tokens, machine.transport, machine.transport_reason

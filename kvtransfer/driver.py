@@ -1,4 +1,4 @@
-"""Runs one machine over one stream: its clock, its tasks, its host.
+"""Runs one machine over its streams: its clock, its tasks, its host.
 
 Everything that touches the machine happens in the loop, one event at a time. What an action does to
 the host happens at once; what it sends waits in a queue for the writer.
@@ -8,20 +8,29 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from kvtransfer.errors import CorruptFrame, MalformedFrame, ReservationRefused
-from kvtransfer.frames import Chunk, Codec
+from kvtransfer.chunk_codec import pack_chunk, unpack_chunk
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.errors import CorruptFrame, MalformedFrame, PhasewiseTransferError, ReservationRefused
+from kvtransfer.frames import Chunk
 from kvtransfer.host import KvHost
+from kvtransfer.pool import KvSpan, MappedPool, PoolOffer, span_bytes, span_of
+from kvtransfer.raw_bytes import filled
 from kvtransfer.session import (
     Action,
     BlocksReserved,
     CancelReservation,
+    ChunkDamaged,
+    ChunkRead,
+    ChunkWritten,
     CommitBlocks,
     End,
     FrameDamaged,
-    GivenUp,
     HostBroke,
     Machine,
+    Reconnect,
     ReleaseBlocks,
     ReservationDenied,
     ReserveBlocks,
@@ -29,10 +38,11 @@ from kvtransfer.session import (
     SendFrame,
     StreamBroke,
     TimePassed,
+    TransferState,
     WriteChunk,
 )
 from kvtransfer.stream import MessageStream
-from kvtransfer.wire import decode, encode
+from kvtransfer.wire import CHUNK_HEADER_BYTES, chunk_header, decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -44,100 +54,207 @@ LINGER_S = 1.0
 MAX_QUEUED_FRAMES = 64
 
 
-class Session:
-    """One transfer on one side.
+class PoolOpener(Protocol):
+    """Opens the pools of senders, each once for all transfers."""
 
-    Must be made, and used, in the loop. The host's blocks are back when `run` returns or raises, and
-    also when `post` has ended a machine that was never run.
+    def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
+        """The best way to read a pool: its transport, the pool, and why no better one; ("grpc", None, why) without.
+
+        Raises ReservationRefused when the way that must be taken cannot be. Every pool that was opened is given to
+        `close`.
+        """
+        ...
+
+    def close(self, pool: MappedPool) -> None:
+        """A transfer has ended that used it."""
+        ...
+
+
+class Session:
+    """One transfer on one side, over one stream or, when that breaks, several after each other.
+
+    Must be made, and used, in the loop. block_ids: of a sender, its blocks in the order of the sequence. The host's
+    blocks are back when the machine has ended. pools: of a receiver. on_event: called after each event.
     """
 
-    def __init__(self, machine: Machine, host: KvHost) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        host: KvHost,
+        *,
+        block_ids: Sequence[int] = (),
+        pools: PoolOpener | None = None,
+        on_event: Callable[[], None] | None = None,
+    ) -> None:
         self.machine = machine
         self.outcome: End | None = None
+        #: Of a suspended sender: when to open the next stream.
+        self.reconnect_delay_s = 0.0
+        self.num_corrupt_chunks = 0
         self._host = host
+        self._block_ids = block_ids
+        self._pools = pools
+        self._on_event = on_event
+        self._mapped: MappedPool | None = None
         self._loop = asyncio.get_running_loop()
         self._outbox: asyncio.Queue[SendFrame | SendChunk] = asyncio.Queue()
+        #: Chunks go here while there are streams for them alone.
+        self._chunk_outbox: asyncio.Queue[SendFrame | SendChunk] = asyncio.Queue()
+        self._num_chunk_streams = 0
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._ended = asyncio.Event()
+        #: The streams that are attached now have to be left.
+        self._broke = asyncio.Event()
+        self._attached: asyncio.Task[None] | None = None
         self._reservation: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s = math.inf
         self._set_timer()
 
+    @property
+    def is_ended(self) -> bool:
+        """The machine has ended."""
+        return self._ended.is_set()
+
     def post(self, event: object) -> None:
         """Let the machine handle an event, and do what it says."""
         try:
             for action in self.machine.handle(event, self._loop.time()):
-                if not isinstance(action, WriteChunk):
-                    self._perform(action)
-                elif not self._write_chunk(action):
-                    # What would follow, an acknowledgement, is not true.
-                    break
+                self._perform(action)
         finally:
-            if self.machine.is_ended:
+            if self.machine.is_ended and not self._ended.is_set():
                 self._ended.set()
+                self._let_go()
+            if isinstance(event, StreamBroke):
+                self._broke.set()
             self._set_timer()
+            if self._on_event is not None:
+                self._on_event()
 
-    async def run(self, stream: MessageStream, *, awaits_end: bool) -> End:
-        """Until the machine has ended and its last frames are out.
+    async def attach(self, stream: MessageStream, *, awaits_end: bool) -> None:
+        """Until the machine has ended and its last frames are out, or the stream is lost and may be followed by another.
 
-        awaits_end: the sender's side, which closes the stream and lets the other side end it; else it ends
-        when this returns.
+        awaits_end: the side that opened the stream, which closes it and lets the other side end it; else it ends when
+        this returns.
         """
-        reader = asyncio.create_task(self._read(stream, waits_for_room=not awaits_end))
-        writer = asyncio.create_task(self._write(stream))
-        ended = asyncio.create_task(self._ended.wait())
-        tasks = [reader, writer, ended]
+        assert self._attached is None
+        self._attached = asyncio.current_task()
+        self._broke.clear()
         try:
-            await asyncio.wait((reader, writer, ended), return_when=asyncio.FIRST_COMPLETED)
-            if not self._ended.is_set():
-                # A task of ours is gone. If it raised, that is a bug, and nobody else would see it.
-                (reader if reader.done() else writer).result()
-            await ended
-            await self._linger(stream, reader if awaits_end else None)
+            await self._serve(stream, awaits_end=awaits_end)
         finally:
-            self.post(GivenUp("cancelled"))
-            if self._reservation is not None:
-                tasks.append(self._reservation)
-            for task in tasks:
+            self._attached = None
+            # What waits to be sent was meant for this stream. What matters of it is said again on the next.
+            for outbox in (self._outbox, self._chunk_outbox):
+                while not outbox.empty():
+                    outbox.get_nowait()
+                    outbox.task_done()
+            self._has_room.set()
+
+    async def detach(self) -> None:
+        """Leave the stream that is attached: its other end has lost it."""
+        # While one waits here another may attach.
+        while self._attached is not None:
+            self._attached.cancel()
+            await asyncio.wait((self._attached,))
+
+    async def feed(self, stream: MessageStream) -> None:
+        """Receiver: take chunks from one more stream until it ends. One that breaks is the sender's to resume."""
+        reading = asyncio.create_task(self._read(stream, waits_for_room=True, is_main=False))
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((reading, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reading, ended):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        assert self.outcome is not None
-        return self.outcome
+            await asyncio.gather(reading, ended, return_exceptions=True)
+
+    async def send_chunks(self, stream: MessageStream) -> None:
+        """Sender: let chunks leave by this stream too, until cancelled."""
+        self._num_chunk_streams += 1
+        try:
+            await self._write(stream, self._chunk_outbox, is_main=False)
+        finally:
+            self._num_chunk_streams -= 1
+
+    async def wait_ended(self) -> None:
+        """Until the machine has ended."""
+        await self._ended.wait()
 
     # Actions.
 
     def _perform(self, action: Action) -> None:
-        """Any action but WriteChunk, which may fail."""
         match action:
             case SendFrame() | SendChunk():
-                self._outbox.put_nowait(action)
+                is_chunk = isinstance(action, SendChunk) and self._num_chunk_streams > 0
+                (self._chunk_outbox if is_chunk else self._outbox).put_nowait(action)
                 if self._outbox.qsize() >= MAX_QUEUED_FRAMES:
                     self._has_room.clear()
+            case Reconnect():
+                self.reconnect_delay_s = action.delay_s
             case ReserveBlocks():
                 self._reservation = asyncio.create_task(self._reserve(action))
             case CancelReservation():
                 assert self._reservation is not None
                 self._reservation.cancel()
+            case WriteChunk():
+                self.post(self._write_chunk(action))
             case CommitBlocks():
-                self._host.commit(self.machine.transfer_id, action.block_ids, action.token_ids)
+                self._host.commit(
+                    self.machine.transfer_id, action.block_ids, action.token_ids, action.token_digest
+                )
             case ReleaseBlocks():
                 self._host.release(self.machine.transfer_id, action.block_ids, action.reason)
             case End():
                 self.outcome = action
 
-    def _write_chunk(self, chunk: WriteChunk) -> bool:
-        """False, and the transfer is over, when the host could not."""
+    def _write_chunk(self, action: WriteChunk) -> ChunkWritten | ChunkDamaged | HostBroke:
+        """Copy and check in one pass: what is wrong is in the transfer's blocks then, where nobody looks before all is right."""
+        chunk, where = action.chunk, action.chunk.kv_range
+        pool = self._host.pool
+        into = span_of(
+            action.block_ids,
+            pool.layout.block_size,
+            tokens=(where.token_lo, where.token_hi),
+            layers=(where.layer_lo, where.layer_hi),
+            heads=chunk.heads,
+        )
         try:
-            self._host.write(chunk.block_ids, chunk.layer_lo, chunk.layer_hi, chunk.payload)
+            if chunk.is_in_place:
+                assert self._mapped is not None
+                source = KvSpan(
+                    chunk.source_block_ids,
+                    chunk.source_first_token,
+                    where.num_tokens,
+                    where.layer_lo,
+                    where.layer_hi,
+                    *chunk.heads,
+                )
+                checksum = self._mapped.pull(source, pool, into)
+            else:
+                checksum = pool.write(into, chunk.payload, action.dtype)
         except Exception as error:
             logger.exception("kv_write_failed transfer_id=%s", self.machine.transfer_id)
-            self.post(HostBroke(f"writing a chunk: {error}"))
-            return False
-        return True
+            return HostBroke(f"writing a chunk: {error}")
+        # What was packed has been checked before it was unpacked.
+        if chunk.codec is CodecId.NONE and checksum != chunk.checksum:
+            return self._damaged(chunk, f"its checksum is {checksum:x}, not {chunk.checksum:x}")
+        return ChunkWritten(chunk.sequence_number)
 
-    async def _reserve(self, request: ReserveBlocks) -> None:
+    def _damaged(self, chunk: Chunk, problem: str) -> ChunkDamaged:
+        self.num_corrupt_chunks += 1
+        if self.num_corrupt_chunks == 1:
+            logger.warning(
+                "chunk_corrupt transfer_id=%s number=%d reason=%s",
+                self.machine.transfer_id,
+                chunk.sequence_number,
+                problem,
+            )
+        return ChunkDamaged(chunk.sequence_number, problem)
+
+    async def _reserve(self, action: ReserveBlocks) -> None:
+        request = action.request
         try:
             block_ids = await self._host.reserve(
                 request.transfer_id,
@@ -151,11 +268,54 @@ class Session:
             logger.exception("kv_reserve_failed transfer_id=%s", self.machine.transfer_id)
             self.post(HostBroke(f"reserving blocks: {error}"))
         else:
-            self.post(BlocksReserved(tuple(block_ids)))
+            self._take_blocks(tuple(block_ids), request.offers)
 
-    # Tasks of `run`.
+    def _take_blocks(self, block_ids: tuple[int, ...], offers: Sequence[PoolOffer]) -> None:
+        """They are the transfer's, whatever comes of the way to fill them."""
+        assert self._pools is not None
+        if self.machine.is_ended:
+            self.post(BlocksReserved(block_ids))
+            return
+        try:
+            transport, self._mapped, why = self._pools.open(offers)
+        except ReservationRefused as refusal:
+            self._host.release(self.machine.transfer_id, block_ids, refusal.reason)
+            self.post(ReservationDenied(refusal.reason, refusal.retryable))
+        else:
+            self.post(BlocksReserved(block_ids, transport, why))
 
-    async def _read(self, stream: MessageStream, *, waits_for_room: bool) -> None:
+    def _let_go(self) -> None:
+        """The machine has ended."""
+        if self._mapped is not None:
+            assert self._pools is not None
+            self._pools.close(self._mapped)
+            self._mapped = None
+
+    # Tasks of `attach`.
+
+    async def _serve(self, stream: MessageStream, *, awaits_end: bool) -> None:
+        reader = asyncio.create_task(self._read(stream, waits_for_room=not awaits_end, is_main=True))
+        writer = asyncio.create_task(self._write(stream, self._outbox, is_main=True))
+        ended = asyncio.create_task(self._ended.wait())
+        broke = asyncio.create_task(self._broke.wait())
+        tasks = [reader, writer, ended, broke]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not self._ended.is_set():
+                if self._broke.is_set():
+                    return
+                # A task of ours is gone. If it raised, that is a bug, and nobody else would see it.
+                (reader if reader.done() else writer).result()
+            await ended
+            await self._linger(stream, reader if awaits_end else None)
+        finally:
+            if self._ended.is_set() and self._reservation is not None:
+                tasks.append(self._reservation)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, stream: MessageStream, *, waits_for_room: bool, is_main: bool) -> None:
         """Messages to events, until the stream ends. After the machine's end they change nothing."""
         while True:
             if waits_for_room:
@@ -163,44 +323,94 @@ class Session:
             try:
                 message = await stream.read()
             except ConnectionError as error:
-                self.post(StreamBroke(str(error)))
-                return
+                message, problem = None, str(error)
+            else:
+                problem = "the other side closed the stream"
             if message is None:
-                self.post(StreamBroke("the other side closed the stream"))
+                if is_main:
+                    self.post(StreamBroke(problem))
                 return
-            self.post(_event(message))
+            if is_main and self._broke.is_set():
+                # A stream of chunks has broken. What this one brings is said again on the next.
+                return
+            event = _event(message)
+            if isinstance(event, Chunk) and event.codec is not CodecId.NONE:
+                event = await self._unpacked(event)
+            self.post(event)
 
-    async def _write(self, stream: MessageStream) -> None:
+    async def _unpacked(self, chunk: Chunk) -> object:
+        """The chunk with what its codec packed, checked; in a thread, since it may take long."""
+        layout = self._host.pool.layout
+        try:
+            return await asyncio.to_thread(unpack_chunk, chunk, layout.head_dim)
+        except ValueError as error:
+            self._damaged(chunk, str(error))
+            return FrameDamaged(MalformedFrame(str(error), len(chunk.payload)), chunk.sequence_number)
+
+    async def _write(
+        self, stream: MessageStream, outbox: "asyncio.Queue[SendFrame | SendChunk]", *, is_main: bool
+    ) -> None:
         is_broken = False
         while True:
-            item = await self._outbox.get()
+            item = await outbox.get()
             if self._outbox.qsize() < MAX_QUEUED_FRAMES:
                 self._has_room.set()
-            message = None if is_broken else self._encode(item)
+            message = None if is_broken else await self._encode(item)
             if message is not None:
                 try:
                     await stream.write(message)
-                except ConnectionError:
-                    # The reader says how the stream ended: what came before may be the reason.
+                except ConnectionError as error:
+                    # The reader says how the main stream ended: what came before may be the reason.
                     is_broken = True
-            self._outbox.task_done()
+                    if not is_main:
+                        self.post(StreamBroke(f"a stream of chunks: {error}"))
+            outbox.task_done()
 
-    def _encode(self, item: SendFrame | SendChunk) -> bytes | None:
+    async def _encode(self, item: SendFrame | SendChunk) -> bytes | None:
         """None for a chunk that must not be sent any more, or that the host could not read."""
         if isinstance(item, SendFrame):
             return encode(item.frame)
-        if self.machine.is_ended:
+        if self.machine.is_ended or self.machine.state is TransferState.SUSPENDED:
             return None
-        where = item.kv_range
         try:
-            payload = self._host.read(item.block_ids, where.layer_lo, where.layer_hi)
+            message, checksum = await self._read_chunk(item)
         except Exception as error:
             logger.exception("kv_read_failed transfer_id=%s", self.machine.transfer_id)
-            self.post(HostBroke(f"reading {where}: {error}"))
+            self.post(HostBroke(f"reading {item.kv_range}: {error}"))
             return None
-        return encode(
-            Chunk(item.lease_id, item.incarnation, item.sequence_number, where, Codec.NONE, payload)
+        self.post(ChunkRead(item.sequence_number, checksum, len(message)))
+        return None if self.machine.is_ended else message
+
+    async def _read_chunk(self, item: SendChunk) -> tuple[bytes, int]:
+        """The message of a chunk, and the checksum of what it carries."""
+        pool, where = self._host.pool, item.kv_range
+        layout = pool.layout
+        span = span_of(
+            self._block_ids,
+            layout.block_size,
+            tokens=(where.token_lo, where.token_hi),
+            layers=(where.layer_lo, where.layer_hi),
+            heads=item.heads,
         )
+        if item.transport != "grpc":
+            chunk = _chunk_of(item, pool.checksum(span, item.transport), span)
+            return chunk_header(chunk), chunk.checksum
+        num_bytes = span_bytes(span, layout)
+        if item.codec is not CodecId.NONE:
+            plain = bytearray(num_bytes)
+            pool.read(span, memoryview(plain))
+            packed, checksum = await asyncio.to_thread(
+                pack_chunk, memoryview(plain), span, layout, item.codec
+            )
+            return chunk_header(_chunk_of(item, checksum)) + packed, checksum
+        checksum = 0
+
+        def fill(message: memoryview) -> None:
+            nonlocal checksum
+            checksum = pool.read(span, message[CHUNK_HEADER_BYTES:])
+            message[:CHUNK_HEADER_BYTES] = chunk_header(_chunk_of(item, checksum))
+
+        return filled(CHUNK_HEADER_BYTES + num_bytes, fill), checksum
 
     async def _linger(self, stream: MessageStream, reader: asyncio.Task[None] | None) -> None:
         """Let the last frames out; with a reader, see the stream end."""
@@ -231,11 +441,25 @@ class Session:
         self.post(TimePassed())
 
 
+def _chunk_of(item: SendChunk, checksum: int, span: KvSpan | None = None) -> Chunk:
+    return Chunk(
+        item.lease_id,
+        item.incarnation,
+        item.sequence_number,
+        item.kv_range,
+        item.heads,
+        item.codec,
+        checksum,
+        source_block_ids=span.block_ids if span is not None else (),
+        source_first_token=span.first_token if span is not None else 0,
+    )
+
+
 def _event(message: bytes) -> object:
     """The frame that a message holds, or what is wrong with it."""
     try:
         return decode(message)
     except CorruptFrame as error:
         return FrameDamaged(error, error.sequence_number)
-    except MalformedFrame as error:
+    except PhasewiseTransferError as error:
         return FrameDamaged(error)

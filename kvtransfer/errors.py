@@ -7,13 +7,17 @@
     │   └── InvalidTransfer       the caller's numbers contradict each other
     ├── OwnError                  this side's resources
     │   ├── ReservationRefused    no blocks for it here
+    │   ├── SharedMemoryUnavailable  memory that others may read cannot be had
+    │   ├── TransportUnavailable  a way that must be taken cannot be offered
     │   └── HostFailed            the cache behind this side raised
     └── PeerError                 the other side, or the way to it
         ├── TransferRefused       it does not take the transfer, with its reason
         ├── TransferEnded         it gave the transfer up, with its reason
         ├── ChunkRejected         it took a chunk as damaged time after time
+        ├── DigestMismatch        its chunks are whole, and together not what they should be
         ├── LeaseExpired          nothing was heard of it for the length of a lease
         ├── StreamLost            the stream broke
+        ├── PoolUnreachable       its memory cannot be read from here
         ├── ProtocolViolation     it sent what its state does not allow
         └── MalformedFrame        it sent bytes that are not a frame
             └── CorruptFrame      the checksum says that they were one
@@ -94,6 +98,30 @@ class ReservationRefused(OwnError):
         return f"no blocks for transfer {self.transfer_id}: {self.reason}"
 
 
+class SharedMemoryUnavailable(OwnError):
+    """`num_bytes` of memory that other processes may read cannot be had."""
+
+    def __init__(self, num_bytes: int, reason: str) -> None:
+        super().__init__(num_bytes, reason)
+        self.num_bytes = num_bytes
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"no {self.num_bytes} bytes of shared memory: {self.reason}"
+
+
+class TransportUnavailable(OwnError):
+    """This process cannot offer its pool by this transport."""
+
+    def __init__(self, transport: str, reason: str) -> None:
+        super().__init__(transport, reason)
+        self.transport = transport
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the transport {self.transport} cannot be used here: {self.reason}"
+
+
 class HostFailed(OwnError):
     """The cache behind this side raised while it was read or written."""
 
@@ -149,6 +177,21 @@ class ChunkRejected(PeerError):
         )
 
 
+class DigestMismatch(PeerError):
+    """All chunks arrived whole `num_attempts` times, and are not the KV of the tokens that they were sent for."""
+
+    def __init__(self, transfer_id: str, num_attempts: int) -> None:
+        super().__init__(transfer_id, num_attempts)
+        self.transfer_id = transfer_id
+        self.num_attempts = num_attempts
+
+    def __str__(self) -> str:
+        return (
+            f"transfer {self.transfer_id}: what arrived does not fit the digest of what was sent, "
+            f"{self.num_attempts} times"
+        )
+
+
 class LeaseExpired(PeerError):
     """Nothing was heard of the other side for `lease_s` seconds."""
 
@@ -176,6 +219,18 @@ class StreamLost(PeerError):
 
     def __str__(self) -> str:
         return f"transfer {self.transfer_id}: the stream broke while {self.state}: {self.reason}"
+
+
+class PoolUnreachable(PeerError):
+    """Its pool cannot be read from here by this transport; another one may do."""
+
+    def __init__(self, transport: str, reason: str) -> None:
+        super().__init__(transport, reason)
+        self.transport = transport
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the other side's pool cannot be read by {self.transport}: {self.reason}"
 
 
 class ProtocolViolation(PeerError):

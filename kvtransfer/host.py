@@ -8,17 +8,28 @@ that has a new owner. An engine that wants blocks back aborts the transfer and w
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.layout import KvLayout
+from kvtransfer.pool import KvPool
+
+
+@dataclass(frozen=True, slots=True)
+class CachedKv:
+    """KV of a prefix that is kept here, in blocks that are the transfer's until it releases them."""
+
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    #: Of the last of these blocks, which names all tokens up to there.
+    block_hash: bytes
 
 
 class KvHost(Protocol):
-    """A worker, as its transfers see it. Everything but `reserve` returns at once."""
+    """A worker, as its transfers see it. Everything but `reserve` and `find_cached` returns at once."""
 
     @property
-    def layout(self) -> KvLayout:
-        """What the bytes of the cache mean."""
+    def pool(self) -> KvPool:
+        """The memory of its blocks."""
         ...
 
     @property
@@ -39,16 +50,25 @@ class KvHost(Protocol):
         """
         ...
 
-    def write(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int, payload: memoryview) -> None:
-        """Scatter `payload`, ordered [layer, K then V, block, token, kv head, head_dim], into the cache."""
+    async def find_cached(
+        self, transfer_id: str, block_hashes: Sequence[bytes], *, min_tokens: int
+    ) -> CachedKv:
+        """The longest known beginning of this chain of blocks, held for the transfer.
+
+        Cancelled it returns what it was given to the pool itself.
+
+        Raises:
+            ReservationRefused: fewer than `min_tokens` tokens of it are known here.
+        """
         ...
 
-    def read(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int) -> memoryview:
-        """The same range gathered from the cache, contiguous and free of the cache's later changes."""
-        ...
+    def commit(
+        self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int], token_digest: bytes
+    ) -> None:
+        """Receiver: every byte is there; the blocks are the sequence's.
 
-    def commit(self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Receiver: every byte is there; the blocks are the sequence's. token_ids: what prefill sampled."""
+        token_ids: what prefill sampled. token_digest: of the tokens whose KV it is, as the sender knows them.
+        """
         ...
 
     def release(self, transfer_id: str, block_ids: Sequence[int], reason: str) -> None:

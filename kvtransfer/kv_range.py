@@ -1,62 +1,65 @@
-"""Rectangles of a sequence's KV: some layers of some blocks. Pure."""
+"""Rectangles of a sequence's KV: some layers of some tokens. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvtransfer.layout import KvLayout
-
 
 @dataclass(frozen=True, slots=True)
 class KvRange:
-    """Layers [layer_lo, layer_hi) of blocks [block_lo, block_hi), blocks counted within the sequence."""
+    """Layers [layer_lo, layer_hi) of tokens [token_lo, token_hi), tokens counted within the sequence."""
 
     layer_lo: int
     layer_hi: int
-    block_lo: int
-    block_hi: int
+    token_lo: int
+    token_hi: int
 
     def __str__(self) -> str:
-        return f"layers [{self.layer_lo}, {self.layer_hi}) of blocks [{self.block_lo}, {self.block_hi})"
+        return f"layers [{self.layer_lo}, {self.layer_hi}) of tokens [{self.token_lo}, {self.token_hi})"
 
     @property
     def is_empty(self) -> bool:
         """True when it holds nothing, or its ends are the wrong way round."""
-        return self.layer_lo >= self.layer_hi or self.block_lo >= self.block_hi
+        return self.layer_lo >= self.layer_hi or self.token_lo >= self.token_hi
 
-    def num_bytes(self, layout: KvLayout) -> int:
-        """Bytes of K and V in it."""
-        return layout.chunk_bytes(
-            num_layers=self.layer_hi - self.layer_lo, num_blocks=self.block_hi - self.block_lo
-        )
+    @property
+    def num_layers(self) -> int:
+        """Layers in it."""
+        return self.layer_hi - self.layer_lo
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in it."""
+        return self.token_hi - self.token_lo
 
 
-def split(kv_range: KvRange, layout: KvLayout, max_bytes: int) -> Iterator[KvRange]:
-    """Parts of at most `max_bytes` each: whole layers if one fits, else some blocks of one layer.
+def split(kv_range: KvRange, *, token_bytes: int, token_step: int, max_bytes: int) -> Iterator[KvRange]:
+    """Parts of at most `max_bytes` each: whole layers if one fits, else some tokens of one layer.
 
-    One block of one layer is never divided, however small `max_bytes` is.
+    token_bytes: of one token in one layer. Tokens are divided at multiples of `token_step`, which is never divided,
+    however small `max_bytes` is.
     """
-    block_bytes = layout.chunk_bytes(num_layers=1, num_blocks=1)
-    num_blocks = kv_range.block_hi - kv_range.block_lo
-    layer_step = max(1, max_bytes // (block_bytes * num_blocks))
-    block_step = num_blocks if layer_step > 1 else min(num_blocks, max(1, max_bytes // block_bytes))
+    layer_step = max(1, max_bytes // (token_bytes * kv_range.num_tokens))
+    steps = 1 if layer_step > 1 else max(1, max_bytes // (token_bytes * token_step))
     for layer in range(kv_range.layer_lo, kv_range.layer_hi, layer_step):
-        for block in range(kv_range.block_lo, kv_range.block_hi, block_step):
-            yield KvRange(
-                layer,
-                min(layer + layer_step, kv_range.layer_hi),
-                block,
-                min(block + block_step, kv_range.block_hi),
-            )
+        layer_hi = min(layer + layer_step, kv_range.layer_hi)
+        if layer_step > 1:
+            yield KvRange(layer, layer_hi, kv_range.token_lo, kv_range.token_hi)
+            continue
+        token = kv_range.token_lo
+        while token < kv_range.token_hi:
+            end = min((token // token_step + steps) * token_step, kv_range.token_hi)
+            yield KvRange(layer, layer_hi, token, end)
+            token = end
 
 
 class Coverage:
-    """Which (layer, block) pairs of a sequence are accounted for: each is to be added exactly once."""
+    """Which (layer, token) pairs of a sequence are accounted for: each is to be added exactly once."""
 
-    def __init__(self, num_layers: int, num_blocks: int) -> None:
-        self._num_blocks = num_blocks
-        # One integer for each layer; bit b stands for block b.
+    def __init__(self, num_layers: int, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        # One integer for each layer; bit t stands for token t.
         self._bits = [0] * num_layers
-        self._num_missing = num_layers * num_blocks
+        self._num_missing = num_layers * num_tokens
 
     @property
     def num_missing(self) -> int:
@@ -74,11 +77,11 @@ class Coverage:
         is_inside = (
             kv_range.layer_lo >= 0
             and kv_range.layer_hi <= num_layers
-            and kv_range.block_lo >= 0
-            and kv_range.block_hi <= self._num_blocks
+            and kv_range.token_lo >= 0
+            and kv_range.token_hi <= self._num_tokens
         )
         if kv_range.is_empty or not is_inside:
-            return f"{kv_range} of {num_layers} layers and {self._num_blocks} blocks"
+            return f"{kv_range} of {num_layers} layers and {self._num_tokens} tokens"
         mask = _mask(kv_range)
         if any(bits & mask for bits in self._bits[kv_range.layer_lo : kv_range.layer_hi]):
             return f"{kv_range} overlap what came before"
@@ -89,8 +92,8 @@ class Coverage:
         mask = _mask(kv_range)
         for layer in range(kv_range.layer_lo, kv_range.layer_hi):
             self._bits[layer] |= mask
-        self._num_missing -= (kv_range.layer_hi - kv_range.layer_lo) * (kv_range.block_hi - kv_range.block_lo)
+        self._num_missing -= kv_range.num_layers * kv_range.num_tokens
 
 
 def _mask(kv_range: KvRange) -> int:
-    return ((1 << (kv_range.block_hi - kv_range.block_lo)) - 1) << kv_range.block_lo
+    return ((1 << kv_range.num_tokens) - 1) << kv_range.token_lo

@@ -1,16 +1,18 @@
 """The shape of a KV cache as both ends of a transfer must agree on it. Pure."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: Elements that a pool may hold. float8_e4m3fn is stored without a scale: values beyond 448 saturate.
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """What the bytes of a block mean.
+    """What the bytes of a block pool mean.
 
-    A block holds `block_size` tokens of K and V over all layers; in a chunk its bytes are ordered
-    [layer, K then V, block, token, kv head, head_dim].
+    A pool is [num_layers, 2 (K, V), num_blocks, block_size, heads, head_dim], where `heads` are those of one
+    tensor-parallel rank: [head_lo, head_hi) of the model's `num_kv_heads`.
+    On the wire KV is ordered [layer, K then V, token, head, head_dim], whatever the blocks of either side are.
     """
 
     #: SHA-256 of the model's weights and configuration, hexadecimal.
@@ -19,20 +21,35 @@ class KvLayout:
     dtype: str
     block_size: int
     num_layers: int
+    #: Of the model, over all ranks.
     num_kv_heads: int
     head_dim: int
     #: Rotary embedding and its scaling, for example "rope:theta=100000".
     position_encoding: str
+    #: Heads that this pool holds; (0, 0) stands for all.
+    head_lo: int = 0
+    head_hi: int = 0
 
-    def chunk_bytes(self, *, num_layers: int, num_blocks: int) -> int:
-        """Payload of a chunk that covers these many layers and blocks."""
-        per_token = 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
-        return num_layers * num_blocks * self.block_size * per_token
+    @property
+    def heads(self) -> tuple[int, int]:
+        """[lo, hi) of the model's KV heads that this pool holds."""
+        return (self.head_lo, self.head_hi) if self.head_hi > 0 else (0, self.num_kv_heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that this pool holds."""
+        lo, hi = self.heads
+        return hi - lo
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in one layer, of the heads here."""
+        return 2 * self.num_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
         """One block over all layers."""
-        return self.chunk_bytes(num_layers=self.num_layers, num_blocks=1)
+        return self.num_layers * self.block_size * self.token_bytes
 
 
 def blocks_needed(num_tokens: int, block_size: int) -> int:
@@ -45,10 +62,26 @@ def blocks_needed(num_tokens: int, block_size: int) -> int:
 
 
 def incompatibility(sender: KvLayout, receiver: KvLayout) -> str | None:
-    """Why KV of `sender` may not be written into a cache of `receiver`; None when it may."""
+    """Why KV of `sender` may not be written into a cache of `receiver`; None when it may.
+
+    Block size, dtype and head range may differ: what arrives is put into the receiver's blocks, converted, and
+    taken as far as the heads of both overlap. Another model, or another meaning of its K and V, can never be used.
+    """
+    must_agree = ("model_digest", "num_layers", "num_kv_heads", "head_dim", "position_encoding")
     differences = [
-        f"{field.name} is {ours!r} at the sender and {theirs!r} at the receiver"
-        for field in fields(KvLayout)
-        if (ours := getattr(sender, field.name)) != (theirs := getattr(receiver, field.name))
+        f"{name} is {ours!r} at the sender and {theirs!r} at the receiver"
+        for name in must_agree
+        if (ours := getattr(sender, name)) != (theirs := getattr(receiver, name))
     ]
+    if not differences and shared_heads(sender, receiver) is None:
+        differences = [
+            f"the sender has KV heads {list(sender.heads)} and the receiver {list(receiver.heads)}"
+        ]
     return "; ".join(differences) or None
+
+
+def shared_heads(sender: KvLayout, receiver: KvLayout) -> tuple[int, int] | None:
+    """[lo, hi) of the model's heads that both hold; None when there are none."""
+    lo = max(sender.heads[0], receiver.heads[0])
+    hi = min(sender.heads[1], receiver.heads[1])
+    return (lo, hi) if lo < hi else None

@@ -6,8 +6,11 @@ transfer's alone: no other sequence can own a block that a late chunk is written
 
 import math
 
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.digest import transfer_digest
 from kvtransfer.errors import (
     DeadlineExceeded,
+    DigestMismatch,
     HostFailed,
     LeaseExpired,
     PhasewiseTransferError,
@@ -30,17 +33,21 @@ from kvtransfer.frames import (
     Refused,
     Renew,
     Reserve,
+    Resume,
+    Resumed,
     SenderFrame,
     Verified,
 )
-from kvtransfer.kv_range import Coverage
-from kvtransfer.layout import KvLayout, blocks_needed, incompatibility
+from kvtransfer.kv_range import Coverage, KvRange
+from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, shared_heads
 from kvtransfer.lease import LeaseTable
 from kvtransfer.session import (
     LIVE,
     Action,
     BlocksReserved,
     CancelReservation,
+    ChunkDamaged,
+    ChunkWritten,
     CommitBlocks,
     End,
     FrameDamaged,
@@ -58,12 +65,21 @@ from kvtransfer.session import (
     WriteChunk,
 )
 
+#: Of what a codec unpacks.
+UNPACKED_DTYPE = "float32"
+#: A transfer whose digest does not fit is sent once more as a whole.
+MAX_DIGEST_MISMATCHES = 1
+#: A chunk that has not come after Finish is asked for when nothing came for this part of a lease: on several
+#: streams chunks may come after what was sent behind them.
+MISSING_FRACTION = 1 / 4
+
 
 class ReceiverMachine(Machine):
     """Receives the KV of one sequence.
 
     leases: of this worker, shared by its transfers. lease_s: how long a silent sender keeps its blocks,
-    and how long a stream may take to say what it wants. max_in_flight: chunks, the credits of the sender.
+    and how long a stream may take to say what it wants. resume_s: how long the lease outlives a broken stream; 0
+    ends it. max_in_flight: chunks, the credits of the sender.
     """
 
     def __init__(
@@ -73,10 +89,12 @@ class ReceiverMachine(Machine):
         leases: LeaseTable,
         *,
         lease_s: float,
+        resume_s: float,
         max_in_flight: int,
         now_s: float,
     ) -> None:
         super().__init__(TABLE)
+        self._resume_s = resume_s
         self._layout = layout
         self._incarnation = incarnation
         self._leases = leases
@@ -86,12 +104,27 @@ class ReceiverMachine(Machine):
         self._request: Reserve | None = None
         self._block_ids: tuple[int, ...] = ()
         self._lease_id: int | None = None
+        self._transport = "grpc"
+        self._transport_reason = ""
+        self._heads = (0, 0)
         self._coverage = Coverage(0, 0)
-        self._received: set[int] = set()
+        #: Being written, by their numbers.
+        self._writing: dict[int, Chunk] = {}
+        #: In the blocks: what the digest says of each.
+        self._received: dict[int, tuple[KvRange, CodecId, int]] = {}
         #: Rejected and not yet here.
         self._rejected: set[int] = set()
-        #: Of Finish.
-        self._num_chunks: int | None = None
+        self._finish: Finish | None = None
+        #: Of a Commit that came before all was verified.
+        self._commit_ahead: Commit | None = None
+        self.num_digest_mismatches = 0
+        #: KV that was written, in bytes of the pool here.
+        self.num_bytes_written = 0
+        #: When chunks that are missing after Finish are asked for.
+        self._ask_missing_at_s = math.inf
+        self._suspended_at_s = math.inf
+        self._state_before = TransferState.RESERVED
+        self._broken_by = ""
 
     @property
     def transfer_id(self) -> str:
@@ -100,12 +133,33 @@ class ReceiverMachine(Machine):
 
     @property
     def next_deadline_s(self) -> float:
-        """End of the lease; before there is one, of what may be waited."""
+        """End of the lease, or earlier of what is waited for; before there is one, of what may be waited."""
         if self.is_ended:
             return math.inf
         if self._lease_id is None:
             return self._hard_deadline_s
-        return self._leases.get(self._lease_id).expires_at_s
+        expires_at_s = self._leases.get(self._lease_id).expires_at_s
+        return min(expires_at_s, self._suspended_at_s + self._resume_s, self._ask_missing_at_s)
+
+    @property
+    def request(self) -> Reserve | None:
+        """What was asked for, once it was."""
+        return self._request
+
+    @property
+    def lease_id(self) -> int | None:
+        """Of the lease that it holds."""
+        return self._lease_id
+
+    @property
+    def transport(self) -> str:
+        """How the KV comes."""
+        return self._transport
+
+    @property
+    def transport_reason(self) -> str:
+        """Why not by a better way."""
+        return self._transport_reason
 
     def handle(self, event: object, now_s: float) -> list[Action]:
         """See Machine. Blocks that come after the end go straight back."""
@@ -114,15 +168,19 @@ class ReceiverMachine(Machine):
         return super().handle(event, now_s)
 
     def check_invariants(self) -> None:
-        """A lease, and blocks, are held in exactly the states that name them."""
+        """A lease, and blocks, are held in exactly the states that name them; what is written is covered."""
         has_lease = self.state in _LEASED
         assert (self._lease_id is not None) == has_lease, self.state
         assert bool(self._block_ids) == has_lease, self.state
         if self._lease_id is not None:
             assert self._leases.get(self._lease_id).block_ids == self._block_ids
+        assert not self._received.keys() & self._rejected
+        is_suspended = self.state is TransferState.SUSPENDED
+        assert is_suspended == (self._suspended_at_s < math.inf) or self.is_ended
         if self.state in (TransferState.VERIFIED, TransferState.COMMITTED):
             assert self._coverage.is_complete
-            assert self._received == set(range(self._num_chunks or 0))
+            assert self._finish is not None
+            assert self._received.keys() == set(range(self._finish.num_chunks))
 
     def _end_if_late(self, event: object, now_s: float) -> TransferState | None:
         if isinstance(event, BlocksReserved):
@@ -137,7 +195,10 @@ class ReceiverMachine(Machine):
         if self._leases.is_expired(self._lease_id, now_s):
             silence = LeaseExpired(self.transfer_id, self.state, self._lease_s)
             return self._end(TransferState.EXPIRED, silence, tell_peer=True)
-        if isinstance(event, SenderFrame):
+        if now_s >= self._suspended_at_s + self._resume_s:
+            lost = StreamLost(self.transfer_id, self._state_before, self._broken_by)
+            return self._end(TransferState.EXPIRED, lost, tell_peer=False)
+        if isinstance(event, SenderFrame) and self._is_fresh(event):
             self._leases.renew(self._lease_id, now_s)
         return None
 
@@ -153,16 +214,22 @@ class ReceiverMachine(Machine):
             reason = f"this is incarnation {self._incarnation}, not {event.incarnation}"
             return self._refuse(reason, retryable=False)
         mismatch = incompatibility(event.layout, self._layout)
+        if mismatch is None and event.num_parts == 1:
+            mismatch = _missing_heads(event.layout, self._layout)
         if mismatch is not None:
             return self._refuse(mismatch, retryable=False)
-        self._do(ReserveBlocks(event.transfer_id, event.num_tokens, event.max_tokens, event.timeout_s))
+        self._do(ReserveBlocks(event))
         return TransferState.REQUESTED
 
     def _grant(self, event: BlocksReserved, now_s: float) -> TransferState:
         assert self._request is not None
         num_blocks = blocks_needed(self._request.num_tokens, self._layout.block_size)
         assert len(event.block_ids) >= num_blocks, f"{len(event.block_ids)} blocks for {num_blocks}"
-        self._coverage = Coverage(self._layout.num_layers, num_blocks)
+        heads = shared_heads(self._request.layout, self._layout)
+        assert heads is not None
+        self._heads = heads
+        self._transport, self._transport_reason = event.transport, event.transport_reason
+        self._coverage = Coverage(self._layout.num_layers, self._request.num_tokens)
         lease = self._leases.grant(
             self.transfer_id,
             event.block_ids,
@@ -177,38 +244,46 @@ class ReceiverMachine(Machine):
     def _denied(self, event: ReservationDenied, _now_s: float) -> TransferState:
         return self._refuse(event.reason, retryable=event.retryable)
 
-    def _take_chunk(self, event: Chunk, _now_s: float) -> TransferState:
-        if event.sequence_number in self._received and self._is_ours(event):
-            self._do(SendFrame(Ack(event.sequence_number)))
+    def _take_chunk(self, event: Chunk, now_s: float) -> TransferState:
+        number = event.sequence_number
+        if number in self._received and self._is_fresh(event):
+            self._do(SendFrame(Ack(number)))
             return self.state
         problem = self._chunk_problem(event)
         if problem is not None:
             return self._violation(problem)
-        where = event.kv_range
-        block_ids = self._block_ids[where.block_lo : where.block_hi]
-        self._do(
-            WriteChunk(block_ids, where.layer_lo, where.layer_hi, event.payload),
-            SendFrame(Ack(event.sequence_number)),
-        )
-        self._coverage.add(where)
-        self._received.add(event.sequence_number)
-        self._rejected.discard(event.sequence_number)
-        return self._verify_if_complete()
+        assert self._request is not None
+        self._rejected.discard(number)
+        self._writing[number] = event
+        dtype = self._request.layout.dtype if event.codec is CodecId.NONE else UNPACKED_DTYPE
+        self._do(WriteChunk(event, self._block_ids, dtype))
+        self._ask_missing_later(now_s)
+        return TransferState.RECEIVING
 
-    def _finish(self, event: Finish, _now_s: float) -> TransferState:
-        if event.num_chunks <= max(self._received, default=-1) or self._num_chunks not in (
-            None,
-            event.num_chunks,
-        ):
+    def _written(self, event: ChunkWritten, now_s: float) -> TransferState:
+        number = event.sequence_number
+        chunk = self._writing.pop(number)
+        self._coverage.add(chunk.kv_range)
+        where, num_heads = chunk.kv_range, self._heads[1] - self._heads[0]
+        head_bytes = self._layout.token_bytes // self._layout.num_heads
+        self.num_bytes_written += where.num_layers * where.num_tokens * num_heads * head_bytes
+        self._received[number] = chunk.kv_range, chunk.codec, chunk.checksum
+        self._do(SendFrame(Ack(number)))
+        return self._verify_if_complete(now_s)
+
+    def _write_damaged(self, event: ChunkDamaged, _now_s: float) -> TransferState:
+        self._writing.pop(event.sequence_number)
+        self._reject(event.sequence_number, event.reason)
+        return self.state
+
+    def _note_finish(self, event: Finish, now_s: float) -> TransferState:
+        if event.num_chunks <= max(self._received, default=-1) or self._finish not in (None, event):
             return self._violation(f"Finish with {event.num_chunks} chunks, which is not what was sent")
         if event.num_chunks > self._max_chunks:
             return self._violation(f"Finish with {event.num_chunks} chunks for {self._max_chunks} parts")
-        self._num_chunks = event.num_chunks
-        for number in range(event.num_chunks):
-            # All are on their way or were: what is neither here nor asked for again has been lost.
-            if number not in self._received:
-                self._reject(number, "it has not arrived")
-        return self._verify_if_complete()
+        self._finish = event
+        self._ask_missing_later(now_s)
+        return self._verify_if_complete(now_s)
 
     def _damaged(self, event: FrameDamaged, _now_s: float) -> TransferState:
         number = event.sequence_number
@@ -219,14 +294,34 @@ class ReceiverMachine(Machine):
             self._reject(number, str(event.error))
         return self.state
 
+    def _ask_for_missing(self, _event: TimePassed, now_s: float) -> TransferState:
+        if self._finish is None or now_s < self._ask_missing_at_s:
+            return self.state
+        for number in range(self._finish.num_chunks):
+            if number not in self._received and number not in self._writing:
+                self._rejected.discard(number)
+                self._reject(number, "it has not arrived")
+        self._ask_missing_later(now_s)
+        return self.state
+
     def _renewed(self, _event: Renew, _now_s: float) -> TransferState:
         assert self._lease_id is not None
         self._do(SendFrame(self._granted(self._lease_id)))
         return self.state
 
-    def _commit(self, event: Commit, _now_s: float) -> TransferState:
+    def _commit_later(self, event: Commit, _now_s: float) -> TransferState:
+        """The sender wants nothing more than that all arrives."""
+        if self._commit_ahead not in (None, event):
+            return self._violation("two Commits differ")
+        self._commit_ahead = event
+        return self.state
+
+    def _commit(self, event: Commit, now_s: float) -> TransferState:
+        assert self._request is not None
+        assert self._lease_id is not None
+        self._leases.settle(self._lease_id, now_s)
         self._do(
-            CommitBlocks(self._block_ids, event.token_ids),
+            CommitBlocks(self._block_ids, event.token_ids, self._request.token_digest),
             SendFrame(Committed()),
             End(None),
         )
@@ -236,6 +331,30 @@ class ReceiverMachine(Machine):
     def _verified_again(self, _event: Finish, _now_s: float) -> TransferState:
         self._do(SendFrame(Verified()))
         return self.state
+
+    # A stream that broke.
+
+    def _suspend(self, event: StreamBroke, now_s: float) -> TransferState:
+        if self._resume_s <= 0:
+            return self._stream_broke(event, now_s)
+        self._state_before, self._broken_by = self.state, event.reason
+        self._suspended_at_s = now_s
+        self._ask_missing_at_s = math.inf
+        return TransferState.SUSPENDED
+
+    def _resume(self, event: Resume, now_s: float) -> TransferState:
+        """Also while the old stream seems to stand: the sender knows better."""
+        if not self._is_fresh(event):
+            return self._violation(f"it resumes lease {event.lease_id} of incarnation {event.incarnation}")
+        state = self._state_before if self.state is TransferState.SUSPENDED else self.state
+        self._suspended_at_s = math.inf
+        self._rejected.clear()
+        if state is not TransferState.VERIFIED:
+            self._ask_missing_later(now_s)
+        first_missing = next(i for i in range(len(self._received) + 1) if i not in self._received)
+        beyond = tuple(sorted(number for number in self._received if number > first_missing))
+        self._do(SendFrame(Resumed(first_missing, beyond)))
+        return state
 
     # Handlers that may come at any time.
 
@@ -262,28 +381,51 @@ class ReceiverMachine(Machine):
 
     @property
     def _max_chunks(self) -> int:
-        """A chunk holds at least one block of one layer."""
+        """A chunk holds at least one token of one layer."""
         assert self._request is not None
-        num_blocks = blocks_needed(self._request.num_tokens, self._layout.block_size)
-        return self._layout.num_layers * num_blocks
+        return self._layout.num_layers * self._request.num_tokens
 
-    def _is_ours(self, chunk: Chunk) -> bool:
-        return (chunk.lease_id, chunk.incarnation) == (self._lease_id, self._incarnation)
+    def _is_fresh(self, event: object) -> bool:
+        """False for a frame that speaks of another lease, or to an earlier process."""
+        if not isinstance(event, (Chunk, Resume)):
+            return True
+        return (event.lease_id, event.incarnation) == (self._lease_id, self._incarnation)
 
     def _chunk_problem(self, chunk: Chunk) -> str | None:
         """Why this chunk may not be written; None when it may."""
-        if not self._is_ours(chunk):
+        if not self._is_fresh(chunk):
             return (
                 f"a chunk for lease {chunk.lease_id} of incarnation {chunk.incarnation}; "
                 f"this is lease {self._lease_id} of incarnation {self._incarnation}"
             )
-        limit = self._max_chunks if self._num_chunks is None else self._num_chunks
-        if chunk.sequence_number >= limit:
-            return f"chunk {chunk.sequence_number} of {limit}"
+        number = chunk.sequence_number
+        limit = self._max_chunks if self._finish is None else self._finish.num_chunks
+        if number >= limit:
+            return f"chunk {number} of {limit}"
+        if number in self._writing:
+            return f"chunk {number} comes while it is being written"
         problem = self._coverage.problem(chunk.kv_range)
         if problem is not None:
-            return f"chunk {chunk.sequence_number} holds {problem}"
-        num_bytes = chunk.kv_range.num_bytes(self._layout)
+            return f"chunk {number} holds {problem}"
+        if chunk.heads != self._heads:
+            return f"chunk {number} holds KV heads {list(chunk.heads)}; {list(self._heads)} were asked for"
+        if chunk.is_in_place != (self._transport != "grpc"):
+            return f"chunk {number} does not come by {self._transport}"
+        return self._size_problem(chunk)
+
+    def _size_problem(self, chunk: Chunk) -> str | None:
+        assert self._request is not None
+        sender, where = self._request.layout, chunk.kv_range
+        if chunk.is_in_place:
+            num_blocks = blocks_needed(chunk.source_first_token + where.num_tokens, sender.block_size)
+            if chunk.source_first_token < sender.block_size and len(chunk.source_block_ids) == num_blocks:
+                return None
+            return (
+                f"chunk {chunk.sequence_number} names {len(chunk.source_block_ids)} blocks for {num_blocks}"
+            )
+        element_bytes = DTYPE_BYTES[sender.dtype if chunk.codec is CodecId.NONE else UNPACKED_DTYPE]
+        num_heads = chunk.heads[1] - chunk.heads[0]
+        num_bytes = 2 * where.num_layers * where.num_tokens * num_heads * sender.head_dim * element_bytes
         if len(chunk.payload) != num_bytes:
             return f"chunk {chunk.sequence_number} has {len(chunk.payload)} bytes for {num_bytes}"
         return None
@@ -293,18 +435,56 @@ class ReceiverMachine(Machine):
             self._rejected.add(number)
             self._do(SendFrame(Nack(number, reason)))
 
-    def _verify_if_complete(self) -> TransferState:
-        if self._num_chunks is None or len(self._received) < self._num_chunks:
+    def _ask_missing_later(self, now_s: float) -> None:
+        """Something has come: what is still missing has time again."""
+        if self._finish is not None and self.state is not TransferState.VERIFIED:
+            self._ask_missing_at_s = now_s + self._lease_s * MISSING_FRACTION
+
+    def _verify_if_complete(self, now_s: float) -> TransferState:
+        finish = self._finish
+        if finish is None or len(self._received) < finish.num_chunks:
             return TransferState.RECEIVING
         if not self._coverage.is_complete:
             return self._violation(
-                f"all {self._num_chunks} chunks are here, {self._coverage.num_missing} parts are not"
+                f"all {finish.num_chunks} chunks are here, {self._coverage.num_missing} parts are not"
             )
+        if self._digest() != finish.digest:
+            return self._start_over()
+        self._ask_missing_at_s = math.inf
         self._do(SendFrame(Verified()))
+        if self._commit_ahead is not None:
+            return self._commit(self._commit_ahead, now_s)
         return TransferState.VERIFIED
 
+    def _digest(self) -> bytes:
+        assert self._request is not None
+        chunks = (self._received[number] for number in sorted(self._received))
+        return transfer_digest(self._request.layout, self._request.token_digest, self._heads, chunks)
+
+    def _start_over(self) -> TransferState:
+        """Each chunk is whole, all together are not what was sent: everything comes once more, then no more."""
+        self.num_digest_mismatches += 1
+        if self.num_digest_mismatches > MAX_DIGEST_MISMATCHES:
+            error = DigestMismatch(self.transfer_id, self.num_digest_mismatches)
+            return self._end(TransferState.ABORTED, error, tell_peer=True)
+        assert self._request is not None
+        numbers = sorted(self._received)
+        self._received.clear()
+        self._coverage = Coverage(self._layout.num_layers, self._request.num_tokens)
+        for number in numbers:
+            self._reject(number, "the digest of the transfer does not fit")
+        return TransferState.RECEIVING
+
     def _granted(self, lease_id: int) -> Granted:
-        return Granted(lease_id, self._incarnation, self._max_in_flight, self._lease_s)
+        return Granted(
+            lease_id,
+            self._incarnation,
+            self._max_in_flight,
+            self._lease_s,
+            self._transport,
+            self._transport_reason,
+            self._heads,
+        )
 
     def _refuse(self, reason: str, *, retryable: bool) -> TransferState:
         error = ReservationRefused(self.transfer_id, reason, retryable)
@@ -333,35 +513,57 @@ class ReceiverMachine(Machine):
         self._block_ids = ()
 
 
+def _missing_heads(sender: KvLayout, receiver: KvLayout) -> str | None:
+    """Why this sender alone cannot fill the receiver's blocks; None when it can."""
+    if shared_heads(sender, receiver) == receiver.heads:
+        return None
+    return f"the sender has KV heads {list(sender.heads)} of {list(receiver.heads)}: the others must send theirs too"
+
+
 _S = TransferState
 _M = ReceiverMachine
+#: States in which the stream stands and the transfer holds a lease.
+_OPEN = (_S.RESERVED, _S.RECEIVING, _S.VERIFIED)
 #: States in which the transfer holds a lease.
-_LEASED = (_S.RESERVED, _S.RECEIVING, _S.VERIFIED)
+_LEASED = (*_OPEN, _S.SUSPENDED)
 
 TABLE: Table = {
     (_S.NEW, Reserve): _M._ask_host,  # -> REQUESTED, or ABORTED with Refused
     (_S.REQUESTED, BlocksReserved): _M._grant,  # -> RESERVED
     (_S.REQUESTED, ReservationDenied): _M._denied,  # -> ABORTED with Refused
     (_S.RESERVED, Chunk): _M._take_chunk,  # -> RECEIVING, or ABORTED when it may not be written
-    (_S.RESERVED, Finish): _M._finish,  # -> RECEIVING; it has overtaken the chunks
-    (_S.RECEIVING, Chunk): _M._take_chunk,  # stays, or -> VERIFIED with the last one, or ABORTED
-    (_S.RECEIVING, Finish): _M._finish,  # stays, or -> VERIFIED when all is here
+    (_S.RESERVED, Finish): _M._note_finish,  # -> RECEIVING; it has overtaken the chunks
+    (_S.RECEIVING, Chunk): _M._take_chunk,  # stays, or -> ABORTED
+    (_S.RECEIVING, ChunkWritten): _M._written,  # stays, or -> VERIFIED with the last one
+    (_S.RECEIVING, ChunkDamaged): _M._write_damaged,  # stays
+    (_S.RECEIVING, Finish): _M._note_finish,  # stays, or -> VERIFIED when all is here
+    (_S.RESERVED, Commit): _M._commit_later,  # stays, or -> ABORTED when it is another than before
+    (_S.RECEIVING, Commit): _M._commit_later,  # stays, and -> COMMITTED when all is verified
     (_S.VERIFIED, Commit): _M._commit,  # -> COMMITTED
     # Damage: asked for again, where it can be known what it was.
     (_S.NEW, FrameDamaged): _M._damaged_early,  # -> ABORTED
     (_S.REQUESTED, FrameDamaged): _M._damaged_early,  # -> ABORTED
-    **{(state, FrameDamaged): _M._damaged for state in _LEASED},  # stays, or -> ABORTED
+    **{(state, FrameDamaged): _M._damaged for state in _OPEN},  # stays, or -> ABORTED
+    # A broken stream: -> SUSPENDED, and back to where it was; before there is a lease it ends the transfer.
+    (_S.NEW, StreamBroke): _M._stream_broke,  # -> ABORTED
+    (_S.REQUESTED, StreamBroke): _M._stream_broke,  # -> ABORTED
+    **{(state, StreamBroke): _M._suspend for state in _OPEN},  # -> SUSPENDED
+    (_S.SUSPENDED, StreamBroke): _M._stay,
+    # By a stream for chunks alone, which stands longer: it will be sent again.
+    (_S.SUSPENDED, Chunk): _M._stay,
+    (_S.SUSPENDED, FrameDamaged): _M._stay,
+    **{(state, Resume): _M._resume for state in _LEASED},  # -> RESERVED, RECEIVING or VERIFIED
     # Doubled frames, and Renew, which every state of a lease answers.
     (_S.REQUESTED, Reserve): _M._stay,
-    **{(state, Reserve): _M._stay for state in _LEASED},
+    **{(state, Reserve): _M._stay for state in _OPEN},
     (_S.VERIFIED, Chunk): _M._take_chunk,  # stays: all chunks are known
     (_S.VERIFIED, Finish): _M._verified_again,  # stays
-    **{(state, Renew): _M._renewed for state in _LEASED},
+    **{(state, Renew): _M._renewed for state in _OPEN},
     # What may end it at any time: -> ABORTED.
     **{(state, Abort): _M._aborted_by_peer for state in LIVE},
     **{(state, GivenUp): _M._give_up for state in LIVE},
     **{(state, HostBroke): _M._host_broke for state in LIVE},
-    **{(state, StreamBroke): _M._stream_broke for state in LIVE},
-    # Deadlines end it before the table is asked.
+    # Deadlines end it before the table is asked; what is left is to ask for chunks that do not come.
     **{(state, TimePassed): _M._stay for state in LIVE},
+    (_S.RECEIVING, TimePassed): _M._ask_for_missing,  # stays
 }

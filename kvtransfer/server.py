@@ -1,34 +1,61 @@
-"""MAIN LOOP of receiving: serves the streams that senders open, one transfer each."""
+"""MAIN LOOP of receiving: serves the streams that other workers open, and sends what they fetch."""
 
 import asyncio
 import logging
 
 import grpc.aio
 
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.driver import Session
+from kvtransfer.counts import TransferCounts
+from kvtransfer.driver import PoolOpener, Session
+from kvtransfer.errors import (
+    CorruptFrame,
+    DigestMismatch,
+    LeaseExpired,
+    PhasewiseTransferError,
+    ReservationRefused,
+)
+from kvtransfer.frames import Abort, Attach, Committed, Ended, Fetch, Frame, Refused, Reserve, Resume
 from kvtransfer.grpc_stream import add_handler
-from kvtransfer.host import KvHost
-from kvtransfer.lease import LeaseTable
+from kvtransfer.host import CachedKv, KvHost
+from kvtransfer.kv_range import KvRange
+from kvtransfer.lease import Lease, LeaseTable
+from kvtransfer.parts import PartJoin
 from kvtransfer.receiver import ReceiverMachine
-from kvtransfer.session import GivenUp
+from kvtransfer.sender import SenderMachine
+from kvtransfer.session import GivenUp, KvReady, PrefillFinished, Started, StreamBroke
 from kvtransfer.stream import MessageStream
+from kvtransfer.transports.choice import TransportOpener, offers_of
+from kvtransfer.wire import decode, encode
 
 logger = logging.getLogger(__name__)
 
+#: Transfers that are served at a time; one more is refused. Each holds at most its credits' chunks in memory.
+MAX_SESSIONS = 1024
+
 
 class KvTransferServer:
-    """The receiving side of one worker: its leases and the transfers that live now. Made in the loop."""
+    """The receiving side of one worker: its leases and the transfers that live now. Made in the loop.
 
-    def __init__(self, host: KvHost, config: KvTransferConfig) -> None:
+    pools: opens senders' pools; by default as `config.transport` says.
+    """
+
+    def __init__(self, host: KvHost, config: KvTransferConfig, pools: PoolOpener | None = None) -> None:
         self._host = host
         self._config = config
+        self._pools = pools or TransportOpener(config.transport)
         self._leases = LeaseTable()
-        # In order of arrival.
-        self._sessions: dict[Session, None] = {}
+        self._join = PartJoin(host, self.abort)
+        #: Receiving, by transfer and part, in order of arrival.
+        self._sessions: dict[tuple[str, int], Session] = {}
+        #: Sending what was fetched.
+        self._fetched: dict[Session, str] = {}
+        self._num_streams = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._closed_reason: str | None = None
+        self.counts = TransferCounts()
 
     @property
     def num_leases(self) -> int:
@@ -37,50 +64,49 @@ class KvTransferServer:
 
     @property
     def num_transfers(self) -> int:
-        """Streams that are being served, with and without a lease."""
-        return len(self._sessions)
+        """Transfers that live, and streams that have not said what they are."""
+        return max(self._num_streams, len(self._sessions) + len(self._fetched))
+
+    def leases(self) -> list[Lease]:
+        """Those that are held now."""
+        return self._leases.all()
 
     async def serve(self, stream: MessageStream) -> None:
-        """One transfer, from Reserve to its end."""
-        machine = ReceiverMachine(
-            self._host.layout,
-            self._host.incarnation,
-            self._leases,
-            lease_s=self._config.lease_s,
-            max_in_flight=self._config.credits,
-            now_s=asyncio.get_running_loop().time(),
-        )
-        session = Session(machine, self._host)
-        self._sessions[session] = None
+        """One stream, to its end."""
+        self._num_streams += 1
         self._is_idle.clear()
         try:
-            if self._closed_reason is not None:
-                session.post(GivenUp(self._closed_reason))
-            outcome = await session.run(stream, awaits_end=False)
-            logger.info(
-                "transfer_received transfer_id=%s state=%s reason=%s",
-                machine.transfer_id,
-                machine.state,
-                outcome.error or "committed",
-            )
+            first = await self._first_frame(stream)
+            match first:
+                case Reserve():
+                    await self._begin(first, stream)
+                case Resume():
+                    await self._resume(first, stream)
+                case Attach():
+                    await self._attach(first, stream)
+                case Fetch():
+                    await self._serve_fetch(first, stream)
+                case None:
+                    return
+                case _:
+                    await _say(stream, first)
         finally:
-            del self._sessions[session]
-            if not self._sessions:
-                self._is_idle.set()
+            self._num_streams -= 1
+            self._set_idle()
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give this transfer up: its sender is told why, its blocks are released before this returns.
 
         Nothing happens when there is none, or when it has committed.
         """
-        for session in list(self._sessions):
+        for session in [*self._sessions.values(), *self._fetched]:
             if session.machine.transfer_id == transfer_id:
                 session.post(GivenUp(reason))
 
     async def close(self, reason: str) -> None:
         """Give up every transfer, and each that comes from now on; returns when none is left."""
         self._closed_reason = reason
-        for session in list(self._sessions):
+        for session in [*self._sessions.values(), *self._fetched]:
             session.post(GivenUp(reason))
         await self._is_idle.wait()
 
@@ -88,6 +114,174 @@ class KvTransferServer:
         """Every lease is of a transfer that lives."""
         self._leases.check_invariants()
         assert len(self._leases) <= len(self._sessions)
+        for session in self._sessions.values():
+            assert not session.machine.is_ended
+
+    # Streams.
+
+    async def _first_frame(self, stream: MessageStream) -> Frame | None:
+        """What the stream is for; what to answer when that is not known; None when it is gone."""
+        try:
+            async with asyncio.timeout(self._config.lease_s):
+                message = await stream.read()
+        except TimeoutError:
+            return Ended(f"nothing was said for {self._config.lease_s:g} s")
+        except ConnectionError:
+            return None
+        if message is None:
+            return None
+        try:
+            first = decode(message)
+        except PhasewiseTransferError as error:
+            return Ended(str(error))
+        if not isinstance(first, (Reserve, Resume, Attach, Fetch)):
+            return Ended(f"a stream does not begin with {type(first).__name__}")
+        if self._closed_reason is not None:
+            return Ended(self._closed_reason)
+        if len(self._sessions) + len(self._fetched) >= MAX_SESSIONS and isinstance(first, (Reserve, Fetch)):
+            return Refused(f"{MAX_SESSIONS} transfers are served already", retryable=True)
+        return first
+
+    async def _begin(self, request: Reserve, stream: MessageStream) -> None:
+        key = request.transfer_id, request.part
+        if key in self._sessions:
+            await _say(stream, Refused("this transfer is served here already", retryable=False))
+            return
+        machine = ReceiverMachine(
+            self._host.pool.layout,
+            self._host.incarnation,
+            self._leases,
+            lease_s=self._config.lease_s,
+            resume_s=self._config.resume_s,
+            max_in_flight=self._config.credits,
+            now_s=asyncio.get_running_loop().time(),
+        )
+        session = Session(
+            machine,
+            self._join.host_of(request),
+            pools=self._pools,
+            on_event=lambda: self._forget_if_ended(key, session),
+        )
+        self._sessions[key] = session
+        session.post(request)
+        await self._run(session, stream)
+
+    async def _resume(self, request: Resume, stream: MessageStream) -> None:
+        session = self._sessions.get((request.transfer_id, request.part))
+        if session is not None:
+            await session.detach()
+        if session is None or session.is_ended:
+            is_over = request.incarnation == self._host.incarnation
+            if is_over and self._leases.is_settled(request.lease_id):
+                await _say(stream, Committed())
+            else:
+                reason = f"lease {request.lease_id} of incarnation {request.incarnation} is not known here any more"
+                await _say(stream, Ended(reason))
+            return
+        self.counts.num_resumed += 1
+        session.post(request)
+        await self._run(session, stream)
+
+    async def _attach(self, request: Attach, stream: MessageStream) -> None:
+        session = self._sessions.get((request.transfer_id, request.part))
+        if session is None or not isinstance(session.machine, ReceiverMachine):
+            await _say(stream, Ended("no such transfer is served here"))
+        elif (request.lease_id, request.incarnation) != (session.machine.lease_id, self._host.incarnation):
+            await _say(stream, Ended(f"lease {request.lease_id} is not that of this transfer"))
+        else:
+            await session.feed(stream)
+
+    async def _run(self, session: Session, stream: MessageStream) -> None:
+        try:
+            await session.attach(stream, awaits_end=False)
+        except asyncio.CancelledError:
+            # Its call was cancelled, or another stream takes over.
+            session.post(StreamBroke("its call was cancelled"))
+            raise
+
+    def _forget_if_ended(self, key: tuple[str, int], session: Session) -> None:
+        if not session.is_ended or self._sessions.get(key) is not session:
+            return
+        del self._sessions[key]
+        machine, outcome = session.machine, session.outcome
+        assert isinstance(machine, ReceiverMachine)
+        assert outcome is not None
+        error = outcome.error
+        self.counts.num_corrupt_chunks += session.num_corrupt_chunks
+        self.counts.num_received += error is None
+        self.counts.num_expired += isinstance(error, LeaseExpired)
+        self.counts.num_refused += isinstance(error, ReservationRefused)
+        self.counts.num_digest_mismatches += machine.num_digest_mismatches
+        self.counts.num_bytes_received += machine.num_bytes_written
+        is_corrupt = isinstance(error, (DigestMismatch, CorruptFrame))
+        log = logger.warning if is_corrupt else logger.info
+        log(
+            "transfer_received transfer_id=%s state=%s transport=%s reason=%s",
+            machine.transfer_id,
+            machine.state,
+            machine.transport,
+            error or "committed",
+        )
+        self._set_idle()
+
+    def _set_idle(self) -> None:
+        if not self._sessions and not self._fetched and self._num_streams == 0:
+            self._is_idle.set()
+
+    # What is fetched from here.
+
+    async def _serve_fetch(self, fetch: Fetch, stream: MessageStream) -> None:
+        """Become the sender of cached KV, or say why not."""
+        layout = self._host.pool.layout
+        if fetch.layout.block_size != layout.block_size:
+            reason = f"blocks are of {layout.block_size} tokens here, not {fetch.layout.block_size}"
+            await _say(stream, Abort(reason))
+            return
+        try:
+            async with asyncio.timeout(fetch.timeout_s):
+                cached = await self._host.find_cached(
+                    fetch.transfer_id, fetch.block_hashes, min_tokens=fetch.min_tokens
+                )
+        except TimeoutError:
+            await _say(stream, Abort("the worker was too busy to look"))
+        except ReservationRefused as refusal:
+            await _say(stream, Abort(refusal.reason))
+        else:
+            await self._send_cached(fetch, cached, stream)
+
+    async def _send_cached(self, fetch: Fetch, cached: CachedKv, stream: MessageStream) -> None:
+        pool = self._host.pool
+        request = Reserve(
+            fetch.transfer_id,
+            pool.layout,
+            cached.num_tokens,
+            cached.num_tokens,
+            fetch.incarnation,
+            fetch.timeout_s,
+            token_digest=cached.block_hash,
+            offers=offers_of(pool.offers, self._config),
+            # Chosen by the manifest or not at all: nothing is known here of the way there.
+            codec=self._config.codec or CodecId.NONE,
+        )
+        machine = SenderMachine(
+            request,
+            cached.block_ids,
+            max_chunk_bytes=self._config.max_chunk_bytes,
+            resume_s=0.0,
+            now_s=asyncio.get_running_loop().time(),
+        )
+        session = Session(machine, self._host, block_ids=cached.block_ids)
+        self._fetched[session] = fetch.transfer_id
+        try:
+            session.post(Started())
+            session.post(KvReady(KvRange(0, pool.layout.num_layers, 0, cached.num_tokens)))
+            session.post(PrefillFinished(()))
+            await session.attach(stream, awaits_end=False)
+        finally:
+            session.post(GivenUp("cancelled"))
+            del self._fetched[session]
+            if session.outcome is not None and session.outcome.report is not None:
+                self.counts.num_bytes_sent += session.outcome.report.num_bytes
 
 
 def add_kvtransfer_service(
@@ -97,3 +291,11 @@ def add_kvtransfer_service(
     receiving = KvTransferServer(host, config)
     add_handler(server, receiving.serve)
     return receiving
+
+
+async def _say(stream: MessageStream, frame: Frame) -> None:
+    """The only thing that is said on this stream."""
+    try:
+        await stream.write(encode(frame))
+    except ConnectionError as error:
+        logger.info("transfer_refusal_lost reason=%s", error)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.errors import PhasewiseTransferError
-from kvtransfer.frames import Frame
+from kvtransfer.frames import Chunk, Frame, Reserve
 from kvtransfer.kv_range import KvRange
 
 
@@ -35,6 +36,8 @@ class TransferState(StrEnum):
     RECEIVING = "receiving"
     #: All of them are in the receiver's cache, whole.
     VERIFIED = "verified"
+    #: The stream broke; the lease lives on for a while, in which the sender may come back.
+    SUSPENDED = "suspended"
     #: Receiver, final: the blocks belong to the sequence.
     COMMITTED = "committed"
     #: Sender, final: the receiver committed, and the blocks here are back.
@@ -75,10 +78,39 @@ class PrefillFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkRead:
+    """Sender: the chunk was read from the pool and is about to leave. num_bytes: as they travel."""
+
+    sequence_number: int
+    checksum: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWritten:
+    """Receiver: the chunk is in its blocks, and is what was sent."""
+
+    sequence_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDamaged:
+    """Receiver: what came, or what was copied, is not what was sent."""
+
+    sequence_number: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class BlocksReserved:
-    """Receiver: answer to ReserveBlocks. The blocks are the transfer's until it releases or commits them."""
+    """Receiver: answer to ReserveBlocks. The blocks are the transfer's until it releases or commits them.
+
+    transport: how the sender's pool can be read from here, or "grpc"; transport_reason: why not by a better way.
+    """
 
     block_ids: tuple[int, ...]
+    transport: str = "grpc"
+    transport_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +167,30 @@ class SendFrame:
 
 @dataclass(frozen=True, slots=True)
 class SendChunk:
-    """Sender: gather this range from these blocks of the pool and send it as a chunk."""
+    """Sender: read this range, by these heads, and send it as a chunk. Answered by ChunkRead."""
 
     lease_id: int
     incarnation: int
     sequence_number: int
     kv_range: KvRange
-    block_ids: tuple[int, ...]
+    heads: tuple[int, int]
+    codec: CodecId
+    #: "grpc" carries the payload; with any other the receiver copies it from the pool here.
+    transport: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """Sender: open another stream after so long; answered by Started, or StreamBroke again."""
+
+    delay_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class ReserveBlocks:
     """Receiver: ask the host for blocks; answered by BlocksReserved or ReservationDenied."""
 
-    transfer_id: str
-    num_tokens: int
-    max_tokens: int
-    timeout_s: float
+    request: Reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +202,14 @@ class CancelReservation:
 
 @dataclass(frozen=True, slots=True)
 class WriteChunk:
-    """Receiver: scatter the payload into these layers of these blocks of the pool, before what follows."""
+    """Receiver: put the chunk into these blocks, which hold the sequence from its first token on.
 
+    Answered by ChunkWritten or ChunkDamaged. dtype: of the payload.
+    """
+
+    chunk: Chunk
     block_ids: tuple[int, ...]
-    layer_lo: int
-    layer_hi: int
-    payload: memoryview
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +218,8 @@ class CommitBlocks:
 
     block_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    #: See digest.token_digest: of the tokens whose KV this is.
+    token_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +234,23 @@ class ReleaseBlocks:
 class TransferReport:
     """What a transfer that committed has moved, and how long it took."""
 
-    #: Payload, each byte counted once.
+    #: KV, each byte counted once.
     num_bytes: int
+    #: The same as it travelled: packed, with headers, and with what was sent again; headers alone of what is read in place.
+    num_wire_bytes: int
     num_chunks: int
     #: First chunk handed to the transport to commit, in seconds.
     transfer_s: float
+    #: The part of it in which chunks were on their way.
+    busy_s: float
     #: The part of it after prefill had finished.
     exposed_s: float
+    #: How it was sent, and why not by a better way.
+    transport: str
+    transport_reason: str
+    codec: CodecId
+    num_resent_chunks: int
+    num_resumes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +265,7 @@ class End:
 Action = (
     SendFrame
     | SendChunk
+    | Reconnect
     | ReserveBlocks
     | CancelReservation
     | WriteChunk

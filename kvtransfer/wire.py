@@ -1,36 +1,42 @@
 """Frames as bytes. Pure.
 
-Every message starts with the CRC32C of all that follows it, then a kind byte:
+Every message starts with the CRC32C of what follows it, up to the payload of a chunk, then a kind byte:
 
     0        4      5
-    | crc32c | kind | serialised ControlFrame                                              kind 0
+    | crc32c | kind | serialised ControlFrame                                            kind 0
 
-    0        4      5       6          8          10   12                16
-    | crc32c | kind | codec | layer_lo | layer_hi | 0 0 | sequence_number | lease_id ...   kind 1
-             24            32         36         40
-      ...    | incarnation | block_lo | block_hi | payload ...
+    0        4      5       6          8          10        12        14      16
+    | crc32c | kind | codec | layer_lo | layer_hi | head_lo | head_hi | 0 0 | sequence_number ...   kinds 1 and 2
+             20         24         28         32            40            48         56
+      ...    | token_lo | token_hi | 0 0 0 0 | lease_id ... | incarnation | checksum | payload ...
 
-all little-endian. The payload starts at a multiple of 8, so its elements are aligned in memory.
+all little-endian. Kind 1 carries its payload, whose checksum stands in the header and is compared when the payload is
+written to where it belongs. Kind 2 names where the KV lies in the sender's pool: the place of the first token in its
+block, then the ids of the blocks, 4 bytes each, which the CRC32C covers too. The payload starts at a multiple of 8, so
+that its elements are aligned in memory.
 """
 
 import math
 import struct
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
-import numpy as np
 from google.protobuf.message import DecodeError
 
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.digest import DIGEST_BYTES
 from kvtransfer.errors import CorruptFrame, MalformedFrame
 from kvtransfer.frames import (
     Abort,
     Ack,
+    Attach,
     Chunk,
-    Codec,
     Commit,
     Committed,
     Ended,
+    Fetch,
     Finish,
     Frame,
     Granted,
@@ -38,24 +44,32 @@ from kvtransfer.frames import (
     Refused,
     Renew,
     Reserve,
+    Resume,
+    Resumed,
     Verified,
 )
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.pool import PoolOffer
 from protos import kvtransfer_pb2 as pb
 
 KIND_CONTROL = 0
 KIND_CHUNK = 1
+KIND_CHUNK_IN_PLACE = 2
 #: A control frame longer than this is not looked at.
 MAX_CONTROL_BYTES = 2**16
 #: A longer reason is cut.
 MAX_REASON_CHARS = 1000
 MAX_TRANSFER_ID_CHARS = 256
+MAX_OFFERS = 8
+MAX_OFFER_BYTES = 2**13
+#: Senders of one transfer at most.
+MAX_PARTS = 64
 
 _CRC = struct.Struct("<I")
-# What follows the checksum: kind, codec, layers, sequence number, lease, incarnation, blocks.
-_CHUNK_HEADER = struct.Struct("<BBHH2xIQQII")
-_SEQUENCE_NUMBER_OFFSET = 12
+# What follows the checksum: kind, codec, layers, heads, number, tokens, lease, incarnation, checksum of the content.
+_CHUNK_HEADER = struct.Struct("<BBHHHH2xIII4xQQQ")
+_SEQUENCE_NUMBER_OFFSET = 16
 #: Bytes of a chunk before its payload.
 CHUNK_HEADER_BYTES = _CRC.size + _CHUNK_HEADER.size
 
@@ -63,13 +77,34 @@ CHUNK_HEADER_BYTES = _CRC.size + _CHUNK_HEADER.size
 def encode(frame: Frame) -> bytes:
     """The bytes of a frame. Of a chunk's payload exactly one copy is made."""
     if isinstance(frame, Chunk):
-        return _encode_chunk(frame)
+        return b"".join((chunk_header(frame), frame.payload))
     body = bytes([KIND_CONTROL]) + _to_pb(frame).SerializeToString()
     return _CRC.pack(google_crc32c.value(body)) + body
 
 
+def chunk_header(chunk: Chunk) -> bytes:
+    """All of a chunk but its payload: CHUNK_HEADER_BYTES, or more when it is copied in place."""
+    where = chunk.kv_range
+    header = _CHUNK_HEADER.pack(
+        KIND_CHUNK_IN_PLACE if chunk.is_in_place else KIND_CHUNK,
+        chunk.codec,
+        where.layer_lo,
+        where.layer_hi,
+        *chunk.heads,
+        chunk.sequence_number,
+        where.token_lo,
+        where.token_hi,
+        chunk.lease_id,
+        chunk.incarnation,
+        chunk.checksum,
+    )
+    if chunk.is_in_place:
+        header += array("I", (chunk.source_first_token, *chunk.source_block_ids)).tobytes()
+    return _CRC.pack(google_crc32c.value(header)) + header
+
+
 def decode(message: bytes) -> Frame:
-    """The frame that these bytes are. A chunk's payload is a view of `message`, not a copy.
+    """The frame that these bytes are. A chunk's payload is a view of `message`, not a copy, and not looked at.
 
     Raises:
         CorruptFrame: the checksum does not fit.
@@ -77,53 +112,58 @@ def decode(message: bytes) -> Frame:
     """
     if len(message) <= _CRC.size:
         raise MalformedFrame("too short", len(message))
-    is_chunk = message[_CRC.size] == KIND_CHUNK and len(message) > CHUNK_HEADER_BYTES
-    if (
-        google_crc32c.value(np.frombuffer(message, np.uint8, offset=_CRC.size))
-        != _CRC.unpack_from(message)[0]
-    ):
+    kind = message[_CRC.size]
+    is_chunk = kind in (KIND_CHUNK, KIND_CHUNK_IN_PLACE) and len(message) >= CHUNK_HEADER_BYTES
+    end = CHUNK_HEADER_BYTES if is_chunk and kind == KIND_CHUNK else len(message)
+    if google_crc32c.value(message[_CRC.size : end]) != _CRC.unpack_from(message)[0]:
         claimed = int.from_bytes(message[_SEQUENCE_NUMBER_OFFSET:][:4], "little") if is_chunk else None
         raise CorruptFrame(len(message), claimed)
     if is_chunk:
         return _decode_chunk(message)
-    if message[_CRC.size] != KIND_CONTROL:
-        raise MalformedFrame(f"kind {message[_CRC.size]} with {len(message)} bytes", len(message))
+    if kind != KIND_CONTROL:
+        raise MalformedFrame(f"kind {kind} with {len(message)} bytes", len(message))
     return _decode_control(message)
 
 
-def _encode_chunk(chunk: Chunk) -> bytes:
-    header = _CHUNK_HEADER.pack(
-        KIND_CHUNK,
-        chunk.codec,
-        chunk.kv_range.layer_lo,
-        chunk.kv_range.layer_hi,
-        chunk.sequence_number,
-        chunk.lease_id,
-        chunk.incarnation,
-        chunk.kv_range.block_lo,
-        chunk.kv_range.block_hi,
-    )
-    # The library takes no memoryview; an array over the same memory it does take.
-    crc = google_crc32c.extend(google_crc32c.value(header), np.frombuffer(chunk.payload, np.uint8))
-    return b"".join((_CRC.pack(crc), header, chunk.payload))
-
-
 def _decode_chunk(message: bytes) -> Chunk:
-    (_, codec, layer_lo, layer_hi, sequence_number, lease_id, incarnation, block_lo, block_hi) = (
-        _CHUNK_HEADER.unpack_from(message, _CRC.size)
-    )
-    if codec not in tuple(Codec):
+    (
+        kind,
+        codec,
+        layer_lo,
+        layer_hi,
+        head_lo,
+        head_hi,
+        number,
+        token_lo,
+        token_hi,
+        lease_id,
+        incarnation,
+        checksum,
+    ) = _CHUNK_HEADER.unpack_from(message, _CRC.size)
+    if codec not in tuple(CodecId):
         raise MalformedFrame(f"codec {codec} is unknown", len(message))
-    kv_range = KvRange(layer_lo, layer_hi, block_lo, block_hi)
-    if kv_range.is_empty:
-        raise MalformedFrame(f"{kv_range} hold nothing", len(message))
+    kv_range = KvRange(layer_lo, layer_hi, token_lo, token_hi)
+    if kv_range.is_empty or head_lo >= head_hi:
+        raise MalformedFrame(f"{kv_range} and heads [{head_lo}, {head_hi}) hold nothing", len(message))
+    payload = memoryview(message)[CHUNK_HEADER_BYTES:]
+    block_ids: tuple[int, ...] = ()
+    first_token = 0
+    if kind == KIND_CHUNK_IN_PLACE:
+        if len(payload) < 8 or len(payload) % 4:
+            raise MalformedFrame(f"{len(payload)} bytes do not name blocks", len(message))
+        first_token, *ids = array("I", payload.tobytes())
+        block_ids, payload = tuple(ids), payload[:0]
     return Chunk(
         lease_id=lease_id,
         incarnation=incarnation,
-        sequence_number=sequence_number,
+        sequence_number=number,
         kv_range=kv_range,
-        codec=Codec(codec),
-        payload=memoryview(message)[CHUNK_HEADER_BYTES:],
+        heads=(head_lo, head_hi),
+        codec=CodecId(codec),
+        checksum=checksum,
+        payload=payload,
+        source_block_ids=block_ids,
+        source_first_token=first_token,
     )
 
 
@@ -137,7 +177,10 @@ def _decode_control(message: bytes) -> Frame:
     kind = envelope.WhichOneof("frame")
     if kind is None:
         raise MalformedFrame("a control frame without content, or of an unknown kind", len(message))
-    frame = _FROM_PB[kind](getattr(envelope, kind))
+    try:
+        frame = _FROM_PB[kind](getattr(envelope, kind))
+    except ValueError as error:
+        raise MalformedFrame(f"{kind}: {error}", len(message)) from error
     problem = _problem(frame)
     if problem is not None:
         raise MalformedFrame(problem, len(message))
@@ -149,26 +192,60 @@ def _problem(frame: Frame) -> str | None:
     match frame:
         case Reserve():
             return _reserve_problem(frame)
-        case Commit() if not frame.token_ids or min(frame.token_ids) < 0:
+        case Resume() | Attach():
+            return _id_problem(frame.transfer_id)
+        case Fetch():
+            return _fetch_problem(frame)
+        case Commit() if min(frame.token_ids, default=0) < 0:
             return "Commit needs token ids, none negative"
         case Granted() if frame.credits < 1 or not _is_duration(frame.lease_s):
             return f"Granted with {frame.credits} credits for {frame.lease_s} s"
+        case Granted() if not 0 <= frame.heads[0] < frame.heads[1]:
+            return f"Granted for KV heads {list(frame.heads)}"
+        case Resumed() if min(frame.received, default=frame.first_missing + 1) <= frame.first_missing:
+            return f"Resumed at {frame.first_missing} that has {min(frame.received)} beyond it"
         case _:
             return None
 
 
 def _reserve_problem(reserve: Reserve) -> str | None:
-    if not 0 < len(reserve.transfer_id) <= MAX_TRANSFER_ID_CHARS:
-        return f"a transfer id has 1 to {MAX_TRANSFER_ID_CHARS} characters"
     if not 1 <= reserve.num_tokens <= reserve.max_tokens:
         return f"Reserve for {reserve.num_tokens} tokens that may grow to {reserve.max_tokens}"
     if not _is_duration(reserve.timeout_s):
         return f"Reserve with a timeout of {reserve.timeout_s} s"
-    layout = reserve.layout
+    if len(reserve.token_digest) not in (0, DIGEST_BYTES):
+        return f"a digest of tokens has {DIGEST_BYTES} bytes"
+    if len(reserve.offers) > MAX_OFFERS or any(
+        len(one.descriptor) > MAX_OFFER_BYTES for one in reserve.offers
+    ):
+        return f"at most {MAX_OFFERS} ways to read a pool, each of {MAX_OFFER_BYTES} bytes"
+    if not 0 <= reserve.part < reserve.num_parts <= MAX_PARTS:
+        return f"part {reserve.part} of {reserve.num_parts}; there are at most {MAX_PARTS}"
+    return _id_problem(reserve.transfer_id) or _layout_problem(reserve.layout)
+
+
+def _fetch_problem(fetch: Fetch) -> str | None:
+    if not fetch.block_hashes or fetch.min_tokens < 1:
+        return f"Fetch of {len(fetch.block_hashes)} blocks and at least {fetch.min_tokens} tokens"
+    if not _is_duration(fetch.timeout_s):
+        return f"Fetch with a timeout of {fetch.timeout_s} s"
+    return _id_problem(fetch.transfer_id) or _layout_problem(fetch.layout)
+
+
+def _id_problem(transfer_id: str) -> str | None:
+    if 0 < len(transfer_id) <= MAX_TRANSFER_ID_CHARS:
+        return None
+    return f"a transfer id has 1 to {MAX_TRANSFER_ID_CHARS} characters"
+
+
+def _layout_problem(layout: KvLayout) -> str | None:
     if layout.dtype not in DTYPE_BYTES:
         return f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}"
     if min(layout.block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
         return "a layout with a zero dimension"
+    lo, hi = layout.heads
+    if not 0 <= lo < hi <= layout.num_kv_heads:
+        return f"KV heads {[lo, hi]} of {layout.num_kv_heads}"
     return None
 
 
@@ -189,6 +266,8 @@ def _layout_to_pb(layout: KvLayout) -> pb.KvLayout:
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         position_encoding=layout.position_encoding,
+        head_lo=layout.head_lo,
+        head_hi=layout.head_hi,
     )
 
 
@@ -201,6 +280,8 @@ def _layout_from_pb(layout: pb.KvLayout) -> KvLayout:
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
         position_encoding=layout.position_encoding,
+        head_lo=layout.head_lo,
+        head_hi=layout.head_hi,
     )
 
 
@@ -212,6 +293,11 @@ def _reserve_to_pb(frame: Reserve) -> pb.Reserve:
         max_tokens=frame.max_tokens,
         incarnation=frame.incarnation,
         timeout_s=frame.timeout_s,
+        token_digest=frame.token_digest,
+        offers=[pb.PoolOffer(transport=one.transport, descriptor=one.descriptor) for one in frame.offers],
+        codec=frame.codec,
+        part=frame.part,
+        num_parts=frame.num_parts,
     )
 
 
@@ -223,6 +309,51 @@ def _reserve_from_pb(frame: pb.Reserve) -> Reserve:
         max_tokens=frame.max_tokens,
         incarnation=frame.incarnation,
         timeout_s=frame.timeout_s,
+        token_digest=frame.token_digest,
+        offers=tuple(PoolOffer(one.transport, one.descriptor) for one in frame.offers),
+        codec=CodecId(frame.codec),
+        part=frame.part,
+        # Absent in what knows of one sender only.
+        num_parts=frame.num_parts or 1,
+    )
+
+
+def _resume_from_pb(frame: pb.Resume) -> Resume:
+    return Resume(frame.transfer_id, frame.part, frame.lease_id, frame.incarnation)
+
+
+def _attach_from_pb(frame: pb.Resume) -> Attach:
+    return Attach(frame.transfer_id, frame.part, frame.lease_id, frame.incarnation)
+
+
+def _resume_to_pb(frame: Resume | Attach) -> pb.Resume:
+    return pb.Resume(
+        transfer_id=frame.transfer_id,
+        part=frame.part,
+        lease_id=frame.lease_id,
+        incarnation=frame.incarnation,
+    )
+
+
+def _fetch_to_pb(frame: Fetch) -> pb.Fetch:
+    return pb.Fetch(
+        transfer_id=frame.transfer_id,
+        layout=_layout_to_pb(frame.layout),
+        incarnation=frame.incarnation,
+        block_hashes=frame.block_hashes,
+        min_tokens=frame.min_tokens,
+        timeout_s=frame.timeout_s,
+    )
+
+
+def _fetch_from_pb(frame: pb.Fetch) -> Fetch:
+    return Fetch(
+        frame.transfer_id,
+        _layout_from_pb(frame.layout),
+        frame.incarnation,
+        tuple(frame.block_hashes),
+        frame.min_tokens,
+        frame.timeout_s,
     )
 
 
@@ -232,6 +363,22 @@ def _granted_to_pb(frame: Granted) -> pb.Granted:
         incarnation=frame.incarnation,
         credits=frame.credits,
         lease_s=frame.lease_s,
+        transport=frame.transport,
+        transport_reason=_reason(frame.transport_reason),
+        head_lo=frame.heads[0],
+        head_hi=frame.heads[1],
+    )
+
+
+def _granted_from_pb(frame: pb.Granted) -> Granted:
+    return Granted(
+        frame.lease_id,
+        frame.incarnation,
+        frame.credits,
+        frame.lease_s,
+        frame.transport,
+        frame.transport_reason,
+        (frame.head_lo, frame.head_hi),
     )
 
 
@@ -242,7 +389,16 @@ def _to_pb(frame: Frame) -> pb.ControlFrame:
         case Renew():
             return pb.ControlFrame(renew=pb.Renew())
         case Finish():
-            return pb.ControlFrame(finish=pb.Finish(num_chunks=frame.num_chunks))
+            return pb.ControlFrame(finish=pb.Finish(num_chunks=frame.num_chunks, digest=frame.digest))
+        case Resume():
+            return pb.ControlFrame(resume=_resume_to_pb(frame))
+        case Attach():
+            return pb.ControlFrame(attach=_resume_to_pb(frame))
+        case Fetch():
+            return pb.ControlFrame(fetch=_fetch_to_pb(frame))
+        case Resumed():
+            resumed = pb.Resumed(first_missing=frame.first_missing, received=frame.received)
+            return pb.ControlFrame(resumed=resumed)
         case Commit():
             return pb.ControlFrame(commit=pb.Commit(token_ids=frame.token_ids))
         case Abort():
@@ -273,10 +429,14 @@ def _to_pb(frame: Frame) -> pb.ControlFrame:
 _FROM_PB: dict[str, Callable[[Any], Frame]] = {
     "reserve": _reserve_from_pb,
     "renew": lambda _: Renew(),
-    "finish": lambda m: Finish(m.num_chunks),
+    "resume": _resume_from_pb,
+    "attach": _attach_from_pb,
+    "fetch": _fetch_from_pb,
+    "resumed": lambda m: Resumed(m.first_missing, tuple(m.received)),
+    "finish": lambda m: Finish(m.num_chunks, m.digest),
     "commit": lambda m: Commit(tuple(m.token_ids)),
     "abort": lambda m: Abort(m.reason),
-    "granted": lambda m: Granted(m.lease_id, m.incarnation, m.credits, m.lease_s),
+    "granted": _granted_from_pb,
     "refused": lambda m: Refused(m.reason, m.retryable),
     "ack": lambda m: Ack(m.sequence_number),
     "nack": lambda m: Nack(m.sequence_number, m.reason),

@@ -7,6 +7,8 @@
     │   ├── UnknownModel        a request for a model that is not served
     │   ├── RequestTooLarge     a request that no worker's KV cache can ever hold
     │   ├── DuplicateRequest    a request whose id another one has that still runs
+    │   ├── UnknownRequest      the id of a request that is not remembered (any more)
+    │   ├── UnknownWorker       a worker that is not declared
     │   ├── AddressInUse        another process listens where the gateway should
     │   ├── AddressUnusable     the gateway cannot listen at its address
     │   ├── TraceError          a request trace: a line that is none, or too few rows
@@ -215,6 +217,33 @@ class DuplicateRequest(CallerError):
         return (
             f"request_id is {self.request_id!r}, which a running request has; use another, or leave it empty"
         )
+
+
+class UnknownRequest(CallerError):
+    """No request of this id is remembered: all that run are, and the last `max_records` that ended."""
+
+    def __init__(self, request_id: str, max_records: int) -> None:
+        super().__init__(request_id, max_records)
+        self.request_id = request_id
+        self.max_records = max_records
+
+    def __str__(self) -> str:
+        return (
+            f"no request {self.request_id!r} is remembered: the gateway keeps those that run and the last "
+            f"{self.max_records} that ended since it started; one that it refused has no record"
+        )
+
+
+class UnknownWorker(CallerError):
+    """No worker of this id is declared; `declared` are."""
+
+    def __init__(self, worker_id: str, declared: tuple[str, ...]) -> None:
+        super().__init__(worker_id, declared)
+        self.worker_id = worker_id
+        self.declared = declared
+
+    def __str__(self) -> str:
+        return f"no worker {self.worker_id!r} is declared; declared: {', '.join(self.declared) or 'none'}"
 
 
 class AddressInUse(CallerError):

@@ -25,15 +25,17 @@ _sym_db = _symbol_database.Default()
 from protos import worker_pb2 as protos_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x14phasewise.control.v1\x1a\x13protos/worker.proto\"E\n\x12PublishViewRequest\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\",\n\x13PublishViewResponse\x12\x15\n\ris_superseded\x18\x01 \x01(\x08\"\x10\n\x0eGetViewRequest\"\xc9\x01\n\x0fGetViewResponse\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1d\n\x15num_finished_requests\x18\x05 \x01(\x04\x12\x1b\n\x13num_failed_requests\x18\x06 \x01(\x04\"\xa6\x01\n\x0b\x43lusterView\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x18\n\x10\x63ontroller_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .phasewise.control.v1.WorkerView\x12\x16\n\x0e\x63ontroller_pid\x18\x06 \x01(\x04\"\xff\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\x06phases\x18\x03 \x03(\x0e\x32\x1a.phasewise.worker.v1.Phase\x12\x33\n\x05state\x18\x04 \x01(\x0e\x32$.phasewise.control.v1.LifecycleState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\x31\n\x06status\x18\x08 \x01(\x0b\x32!.phasewise.worker.v1.WorkerStatus*\xbd\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17LIFECYCLE_STATE_PENDING\x10\x01\x12\x1c\n\x18LIFECYCLE_STATE_STARTING\x10\x02\x12\x19\n\x15LIFECYCLE_STATE_READY\x10\x03\x12\x18\n\x14LIFECYCLE_STATE_LOST\x10\x04\x12\x1a\n\x16LIFECYCLE_STATE_FAILED\x10\x05\x32\xd3\x01\n\x15GatewayControlService\x12\x62\n\x0bPublishView\x12(.phasewise.control.v1.PublishViewRequest\x1a).phasewise.control.v1.PublishViewResponse\x12V\n\x07GetView\x12$.phasewise.control.v1.GetViewRequest\x1a%.phasewise.control.v1.GetViewResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protos/control.proto\x12\x14phasewise.control.v1\x1a\x13protos/worker.proto\"E\n\x12PublishViewRequest\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\",\n\x13PublishViewResponse\x12\x15\n\ris_superseded\x18\x01 \x01(\x08\"\x10\n\x0eGetViewRequest\"\xc9\x01\n\x0fGetViewResponse\x12/\n\x04view\x18\x01 \x01(\x0b\x32!.phasewise.control.v1.ClusterView\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x1c\n\x14num_running_requests\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1d\n\x15num_finished_requests\x18\x05 \x01(\x04\x12\x1b\n\x13num_failed_requests\x18\x06 \x01(\x04\"\xa6\x01\n\x0b\x43lusterView\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x18\n\x10\x63ontroller_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\r\n\x05model\x18\x04 \x01(\t\x12\x31\n\x07workers\x18\x05 \x03(\x0b\x32 .phasewise.control.v1.WorkerView\x12\x16\n\x0e\x63ontroller_pid\x18\x06 \x01(\x04\"\xff\x01\n\nWorkerView\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12*\n\x06phases\x18\x03 \x03(\x0e\x32\x1a.phasewise.worker.v1.Phase\x12\x33\n\x05state\x18\x04 \x01(\x0e\x32$.phasewise.control.v1.LifecycleState\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x14\n\x0cnum_restarts\x18\x07 \x01(\r\x12\x31\n\x06status\x18\x08 \x01(\x0b\x32!.phasewise.worker.v1.WorkerStatus\"\'\n\x12GetKvLedgerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"J\n\x13GetKvLedgerResponse\x12\x33\n\x07workers\x18\x01 \x03(\x0b\x32\".phasewise.control.v1.WorkerLedger\"v\n\x0cWorkerLedger\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12-\n\x06ledger\x18\x03 \x01(\x0b\x32\x1d.phasewise.worker.v1.KvLedger\x12\x0f\n\x07problem\x18\x04 \x01(\t\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"F\n\x0f\x45xplainResponse\x12\x33\n\x06record\x18\x01 \x01(\x0b\x32#.phasewise.control.v1.RequestRecord\"\x82\x01\n\rRequestRecord\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x61ge_s\x18\x02 \x01(\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x33\n\x07samples\x18\x04 \x03(\x0b\x32\".phasewise.control.v1.SampleRecord\"\xee\x02\n\x0cSampleRecord\x12\x31\n\x06states\x18\x01 \x03(\x0b\x32!.phasewise.control.v1.StateRecord\x12\x35\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32#.phasewise.control.v1.AttemptRecord\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x1d\n\x10\x66irst_token_at_s\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11second_token_at_s\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0flast_token_at_s\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x16\n\x0eworker_queue_s\x18\x08 \x01(\x01\x12\x11\n\tprefill_s\x18\t \x01(\x01\x42\x13\n\x11_first_token_at_sB\x14\n\x12_second_token_at_sB\x12\n\x10_last_token_at_s\"^\n\x0bStateRecord\x12\x31\n\x05state\x18\x01 \x01(\x0e\x32\".phasewise.control.v1.RequestState\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xf3\x01\n\rAttemptRecord\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x04\x12\x0c\n\x04\x61t_s\x18\x02 \x01(\x01\x12\x19\n\x11prefill_worker_id\x18\x03 \x01(\t\x12\x1b\n\x13prefill_incarnation\x18\x04 \x01(\x04\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12\x1a\n\x12\x64\x65\x63ode_incarnation\x18\x06 \x01(\x04\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x34\n\x08transfer\x18\x08 \x01(\x0b\x32\".phasewise.worker.v1.KvTransferred\x12\x0f\n\x07problem\x18\t \x01(\t*\xbd\x01\n\x0eLifecycleState\x12\x1f\n\x1bLIFECYCLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17LIFECYCLE_STATE_PENDING\x10\x01\x12\x1c\n\x18LIFECYCLE_STATE_STARTING\x10\x02\x12\x19\n\x15LIFECYCLE_STATE_READY\x10\x03\x12\x18\n\x14LIFECYCLE_STATE_LOST\x10\x04\x12\x1a\n\x16LIFECYCLE_STATE_FAILED\x10\x05*\xb2\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_PREFILL\x10\x02\x12\x18\n\x14REQUEST_STATE_DECODE\x10\x03\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x04\x12\x18\n\x14REQUEST_STATE_FAILED\x10\x05\x32\x8f\x03\n\x15GatewayControlService\x12\x62\n\x0bPublishView\x12(.phasewise.control.v1.PublishViewRequest\x1a).phasewise.control.v1.PublishViewResponse\x12V\n\x07GetView\x12$.phasewise.control.v1.GetViewRequest\x1a%.phasewise.control.v1.GetViewResponse\x12\x62\n\x0bGetKvLedger\x12(.phasewise.control.v1.GetKvLedgerRequest\x1a).phasewise.control.v1.GetKvLedgerResponse\x12V\n\x07\x45xplain\x12$.phasewise.control.v1.ExplainRequest\x1a%.phasewise.control.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIFECYCLESTATE']._serialized_start=834
-  _globals['_LIFECYCLESTATE']._serialized_end=1023
+  _globals['_LIFECYCLESTATE']._serialized_start=2025
+  _globals['_LIFECYCLESTATE']._serialized_end=2214
+  _globals['_REQUESTSTATE']._serialized_start=2217
+  _globals['_REQUESTSTATE']._serialized_end=2395
   _globals['_PUBLISHVIEWREQUEST']._serialized_start=67
   _globals['_PUBLISHVIEWREQUEST']._serialized_end=136
   _globals['_PUBLISHVIEWRESPONSE']._serialized_start=138
@@ -46,6 +48,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLUSTERVIEW']._serialized_end=573
   _globals['_WORKERVIEW']._serialized_start=576
   _globals['_WORKERVIEW']._serialized_end=831
-  _globals['_GATEWAYCONTROLSERVICE']._serialized_start=1026
-  _globals['_GATEWAYCONTROLSERVICE']._serialized_end=1237
+  _globals['_GETKVLEDGERREQUEST']._serialized_start=833
+  _globals['_GETKVLEDGERREQUEST']._serialized_end=872
+  _globals['_GETKVLEDGERRESPONSE']._serialized_start=874
+  _globals['_GETKVLEDGERRESPONSE']._serialized_end=948
+  _globals['_WORKERLEDGER']._serialized_start=950
+  _globals['_WORKERLEDGER']._serialized_end=1068
+  _globals['_EXPLAINREQUEST']._serialized_start=1070
+  _globals['_EXPLAINREQUEST']._serialized_end=1106
+  _globals['_EXPLAINRESPONSE']._serialized_start=1108
+  _globals['_EXPLAINRESPONSE']._serialized_end=1178
+  _globals['_REQUESTRECORD']._serialized_start=1181
+  _globals['_REQUESTRECORD']._serialized_end=1311
+  _globals['_SAMPLERECORD']._serialized_start=1314
+  _globals['_SAMPLERECORD']._serialized_end=1680
+  _globals['_STATERECORD']._serialized_start=1682
+  _globals['_STATERECORD']._serialized_end=1776
+  _globals['_ATTEMPTRECORD']._serialized_start=1779
+  _globals['_ATTEMPTRECORD']._serialized_end=2022
+  _globals['_GATEWAYCONTROLSERVICE']._serialized_start=2398
+  _globals['_GATEWAYCONTROLSERVICE']._serialized_end=2797
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,29 @@ LIFECYCLE_STATE_LOST: LifecycleState.ValueType  # 4
 LIFECYCLE_STATE_FAILED: LifecycleState.ValueType  # 5
 Global___LifecycleState: _TypeAlias = LifecycleState  # noqa: Y015
 
+class _RequestState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RequestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REQUEST_STATE_UNSPECIFIED: _RequestState.ValueType  # 0
+    REQUEST_STATE_QUEUED: _RequestState.ValueType  # 1
+    REQUEST_STATE_PREFILL: _RequestState.ValueType  # 2
+    REQUEST_STATE_DECODE: _RequestState.ValueType  # 3
+    REQUEST_STATE_FINISHED: _RequestState.ValueType  # 4
+    REQUEST_STATE_FAILED: _RequestState.ValueType  # 5
+
+class RequestState(_RequestState, metaclass=_RequestStateEnumTypeWrapper): ...
+
+REQUEST_STATE_UNSPECIFIED: RequestState.ValueType  # 0
+REQUEST_STATE_QUEUED: RequestState.ValueType  # 1
+REQUEST_STATE_PREFILL: RequestState.ValueType  # 2
+REQUEST_STATE_DECODE: RequestState.ValueType  # 3
+REQUEST_STATE_FINISHED: RequestState.ValueType  # 4
+REQUEST_STATE_FAILED: RequestState.ValueType  # 5
+Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
+
 @_typing.final
 class PublishViewRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -220,3 +243,282 @@ class WorkerView(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerView: _TypeAlias = WorkerView  # noqa: Y015
+
+@_typing.final
+class GetKvLedgerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Empty: all workers."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKvLedgerRequest: _TypeAlias = GetKvLedgerRequest  # noqa: Y015
+
+@_typing.final
+class GetKvLedgerResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerLedger]:
+        """In the order of the view."""
+
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___WorkerLedger] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKvLedgerResponse: _TypeAlias = GetKvLedgerResponse  # noqa: Y015
+
+@_typing.final
+class WorkerLedger(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.int
+    problem: _builtins.str
+    """Why it did not answer."""
+    @_builtins.property
+    def ledger(self) -> _worker_pb2.KvLedger:
+        """Absent when the worker did not answer."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        ledger: _worker_pb2.KvLedger | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "ledger", b"ledger", "problem", b"problem", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerLedger: _TypeAlias = WorkerLedger  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___RequestRecord: ...
+    def __init__(
+        self,
+        *,
+        record: Global___RequestRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class RequestRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    age_s: _builtins.float
+    """Seconds since it arrived. All other times are seconds from then."""
+    num_prompt_tokens: _builtins.int
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleRecord]: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        num_prompt_tokens: _builtins.int = ...,
+        samples: _abc.Iterable[Global___SampleRecord] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "num_prompt_tokens", b"num_prompt_tokens", "request_id", b"request_id", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestRecord: _TypeAlias = RequestRecord  # noqa: Y015
+
+@_typing.final
+class SampleRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATES_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_AT_S_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_AT_S_FIELD_NUMBER: _builtins.int
+    LAST_TOKEN_AT_S_FIELD_NUMBER: _builtins.int
+    WORKER_QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    num_cached_tokens: _builtins.int
+    """Of the attempt that gave the first token, as are queue_s and prefill_s."""
+    first_token_at_s: _builtins.float
+    """Absent until there is a first token, or a second one."""
+    second_token_at_s: _builtins.float
+    last_token_at_s: _builtins.float
+    worker_queue_s: _builtins.float
+    """At the worker, before its first prefill step."""
+    prefill_s: _builtins.float
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateRecord]:
+        """Each state that it was in, in order; the last is its present one."""
+
+    @_builtins.property
+    def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptRecord]: ...
+    def __init__(
+        self,
+        *,
+        states: _abc.Iterable[Global___StateRecord] | None = ...,
+        attempts: _abc.Iterable[Global___AttemptRecord] | None = ...,
+        num_tokens: _builtins.int = ...,
+        num_cached_tokens: _builtins.int = ...,
+        first_token_at_s: _builtins.float | None = ...,
+        second_token_at_s: _builtins.float | None = ...,
+        last_token_at_s: _builtins.float | None = ...,
+        worker_queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_at_s: _TypeAlias = _typing.Literal["first_token_at_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_at_s: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s"]  # noqa: Y015
+    _WhichOneofReturnType__last_token_at_s: _TypeAlias = _typing.Literal["last_token_at_s"]  # noqa: Y015
+    _WhichOneofArgType__last_token_at_s: _TypeAlias = _typing.Literal["_last_token_at_s", b"_last_token_at_s"]  # noqa: Y015
+    _WhichOneofReturnType__second_token_at_s: _TypeAlias = _typing.Literal["second_token_at_s"]  # noqa: Y015
+    _WhichOneofArgType__second_token_at_s: _TypeAlias = _typing.Literal["_second_token_at_s", b"_second_token_at_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_at_s) -> _WhichOneofReturnType__first_token_at_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_token_at_s) -> _WhichOneofReturnType__last_token_at_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__second_token_at_s) -> _WhichOneofReturnType__second_token_at_s | None: ...
+
+Global___SampleRecord: _TypeAlias = SampleRecord  # noqa: Y015
+
+@_typing.final
+class StateRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    state: Global___RequestState.ValueType
+    at_s: _builtins.float
+    reason: _builtins.str
+    """Why it came to this state; empty when that goes without saying."""
+    def __init__(
+        self,
+        *,
+        state: Global___RequestState.ValueType = ...,
+        at_s: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StateRecord: _TypeAlias = StateRecord  # noqa: Y015
+
+@_typing.final
+class AttemptRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    PREFILL_INCARNATION_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    DECODE_INCARNATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    at_s: _builtins.float
+    prefill_worker_id: _builtins.str
+    prefill_incarnation: _builtins.int
+    decode_worker_id: _builtins.str
+    """Those of prefill when one worker did both."""
+    decode_incarnation: _builtins.int
+    reason: _builtins.str
+    """Why these workers."""
+    problem: _builtins.str
+    """Why it failed; empty while it has not."""
+    @_builtins.property
+    def transfer(self) -> _worker_pb2.KvTransferred:
+        """Absent without a hand-off, and until its worker has reported."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        at_s: _builtins.float = ...,
+        prefill_worker_id: _builtins.str = ...,
+        prefill_incarnation: _builtins.int = ...,
+        decode_worker_id: _builtins.str = ...,
+        decode_incarnation: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        transfer: _worker_pb2.KvTransferred | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "problem", b"problem", "reason", b"reason", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttemptRecord: _TypeAlias = AttemptRecord  # noqa: Y015

@@ -44,6 +44,16 @@ class GatewayControlServiceStub:
                 request_serializer=protos_dot_control__pb2.GetViewRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.GetViewResponse.FromString,
                 _registered_method=True)
+        self.GetKvLedger = channel.unary_unary(
+                '/phasewise.control.v1.GatewayControlService/GetKvLedger',
+                request_serializer=protos_dot_control__pb2.GetKvLedgerRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.GetKvLedgerResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/phasewise.control.v1.GatewayControlService/Explain',
+                request_serializer=protos_dot_control__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class GatewayControlServiceServicer:
@@ -63,6 +73,20 @@ class GatewayControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetKvLedger(self, request, context):
+        """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GatewayControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +99,16 @@ def add_GatewayControlServiceServicer_to_server(servicer, server):
                     servicer.GetView,
                     request_deserializer=protos_dot_control__pb2.GetViewRequest.FromString,
                     response_serializer=protos_dot_control__pb2.GetViewResponse.SerializeToString,
+            ),
+            'GetKvLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKvLedger,
+                    request_deserializer=protos_dot_control__pb2.GetKvLedgerRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.GetKvLedgerResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_control__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +165,60 @@ class GatewayControlService:
             '/phasewise.control.v1.GatewayControlService/GetView',
             protos_dot_control__pb2.GetViewRequest.SerializeToString,
             protos_dot_control__pb2.GetViewResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKvLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.control.v1.GatewayControlService/GetKvLedger',
+            protos_dot_control__pb2.GetKvLedgerRequest.SerializeToString,
+            protos_dot_control__pb2.GetKvLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.control.v1.GatewayControlService/Explain',
+            protos_dot_control__pb2.ExplainRequest.SerializeToString,
+            protos_dot_control__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

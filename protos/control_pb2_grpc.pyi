@@ -38,6 +38,10 @@ class GatewayControlServiceStub:
     the answer says whether that is so because another controller has taken over.
     """
     GetView: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]
+    GetKvLedger: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetKvLedgerRequest, _control_pb2.GetKvLedgerResponse]
+    """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]
+    """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
 @_typing.type_check_only
 class GatewayControlServiceAsyncStub(GatewayControlServiceStub):
@@ -47,6 +51,10 @@ class GatewayControlServiceAsyncStub(GatewayControlServiceStub):
     the answer says whether that is so because another controller has taken over.
     """
     GetView: _aio.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]  # type: ignore[assignment]
+    GetKvLedger: _aio.UnaryUnaryMultiCallable[_control_pb2.GetKvLedgerRequest, _control_pb2.GetKvLedgerResponse]  # type: ignore[assignment]
+    """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+    Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
 class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -65,5 +73,21 @@ class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.GetViewRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetViewResponse, _abc.Awaitable[_control_pb2.GetViewResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetKvLedger(
+        self,
+        request: _control_pb2.GetKvLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.GetKvLedgerResponse, _abc.Awaitable[_control_pb2.GetKvLedgerResponse]]:
+        """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _control_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ExplainResponse, _abc.Awaitable[_control_pb2.ExplainResponse]]:
+        """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
 def add_GatewayControlServiceServicer_to_server(servicer: GatewayControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -708,6 +708,7 @@ class Timings(_message.Message):
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
     ttft_s: _builtins.float
     """Arrival at the gateway to first token leaving it."""
     tpot_s: _builtins.float
@@ -724,6 +725,8 @@ class Timings(_message.Message):
     decode_worker_id: _builtins.str
     attempts: _builtins.int
     """1 unless a worker was lost and the request went on elsewhere."""
+    second_token_s: _builtins.float
+    """First token to second: with a hand-off it holds the exposed part of the transfer. Absent below 2 tokens."""
     @_builtins.property
     def kv_transfer(self) -> Global___KvTransferTimings:
         """Absent when prefill and decode ran on one worker, or when the report came after the last token."""
@@ -741,17 +744,22 @@ class Timings(_message.Message):
         prefill_worker_id: _builtins.str = ...,
         decode_worker_id: _builtins.str = ...,
         attempts: _builtins.int = ...,
+        second_token_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_tpot_s", b"_tpot_s", "kv_transfer", b"kv_transfer", "tpot_s", b"tpot_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "kv_transfer", b"kv_transfer", "second_token_s", b"second_token_s", "tpot_s", b"tpot_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_tpot_s", b"_tpot_s", "attempts", b"attempts", "decode_s", b"decode_s", "decode_worker_id", b"decode_worker_id", "kv_transfer", b"kv_transfer", "prefill_s", b"prefill_s", "prefill_worker_id", b"prefill_worker_id", "queue_s", b"queue_s", "total_s", b"total_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "attempts", b"attempts", "decode_s", b"decode_s", "decode_worker_id", b"decode_worker_id", "kv_transfer", b"kv_transfer", "prefill_s", b"prefill_s", "prefill_worker_id", b"prefill_worker_id", "queue_s", b"queue_s", "second_token_s", b"second_token_s", "total_s", b"total_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_transfer: _TypeAlias = _typing.Literal["kv_transfer"]  # noqa: Y015
     _WhichOneofArgType__kv_transfer: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer"]  # noqa: Y015
+    _WhichOneofReturnType__second_token_s: _TypeAlias = _typing.Literal["second_token_s"]  # noqa: Y015
+    _WhichOneofArgType__second_token_s: _TypeAlias = _typing.Literal["_second_token_s", b"_second_token_s"]  # noqa: Y015
     _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
     _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_transfer) -> _WhichOneofReturnType__kv_transfer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__second_token_s) -> _WhichOneofReturnType__second_token_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
 
@@ -765,6 +773,13 @@ class KvTransferTimings(_message.Message):
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     TRANSFER_S_FIELD_NUMBER: _builtins.int
     EXPOSED_S_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    NUM_WIRE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_RESENT_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_RESUMES_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
     """Payload of the KV blocks, without headers."""
     num_chunks: _builtins.int
@@ -772,6 +787,18 @@ class KvTransferTimings(_message.Message):
     """First chunk handed to the transport to commit."""
     exposed_s: _builtins.float
     """The part of it after prefill had ended: what the second token waited for."""
+    transport: _builtins.str
+    """How it went and why; empty when the worker does not tell."""
+    transport_reason: _builtins.str
+    codec: _builtins.str
+    num_wire_bytes: _builtins.int
+    """What was moved for num_bytes, encoded; 0 when the worker does not tell."""
+    num_resent_chunks: _builtins.int
+    """Chunks that were sent again, since they came damaged or not at all."""
+    num_resumes: _builtins.int
+    """Times that the transfer went on over a new stream."""
+    busy_s: _builtins.float
+    """The part of transfer_s in which chunks were on their way: num_bytes / busy_s is the rate."""
     def __init__(
         self,
         *,
@@ -779,10 +806,17 @@ class KvTransferTimings(_message.Message):
         num_chunks: _builtins.int = ...,
         transfer_s: _builtins.float = ...,
         exposed_s: _builtins.float = ...,
+        transport: _builtins.str = ...,
+        transport_reason: _builtins.str = ...,
+        codec: _builtins.str = ...,
+        num_wire_bytes: _builtins.int = ...,
+        num_resent_chunks: _builtins.int = ...,
+        num_resumes: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_chunks", b"num_chunks", "transfer_s", b"transfer_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "codec", b"codec", "exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_chunks", b"num_chunks", "num_resent_chunks", b"num_resent_chunks", "num_resumes", b"num_resumes", "num_wire_bytes", b"num_wire_bytes", "transfer_s", b"transfer_s", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

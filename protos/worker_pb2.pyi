@@ -130,6 +130,50 @@ WORKER_STATE_FAILED: WorkerState.ValueType  # 3
 """It cannot serve, and starting it again would not help; see message."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
+class _KvDirection:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvDirectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvDirection.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_DIRECTION_UNSPECIFIED: _KvDirection.ValueType  # 0
+    KV_DIRECTION_SENDING: _KvDirection.ValueType  # 1
+    KV_DIRECTION_RECEIVING: _KvDirection.ValueType  # 2
+
+class KvDirection(_KvDirection, metaclass=_KvDirectionEnumTypeWrapper): ...
+
+KV_DIRECTION_UNSPECIFIED: KvDirection.ValueType  # 0
+KV_DIRECTION_SENDING: KvDirection.ValueType  # 1
+KV_DIRECTION_RECEIVING: KvDirection.ValueType  # 2
+Global___KvDirection: _TypeAlias = KvDirection  # noqa: Y015
+
+class _LedgerKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LedgerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LedgerKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEDGER_KIND_UNSPECIFIED: _LedgerKind.ValueType  # 0
+    LEDGER_KIND_SEQUENCE: _LedgerKind.ValueType  # 1
+    LEDGER_KIND_SENDING: _LedgerKind.ValueType  # 2
+    LEDGER_KIND_RECEIVING: _LedgerKind.ValueType  # 3
+    LEDGER_KIND_UNCLAIMED: _LedgerKind.ValueType  # 4
+    LEDGER_KIND_WAITING: _LedgerKind.ValueType  # 5
+    LEDGER_KIND_CACHED: _LedgerKind.ValueType  # 6
+    LEDGER_KIND_FREE: _LedgerKind.ValueType  # 7
+
+class LedgerKind(_LedgerKind, metaclass=_LedgerKindEnumTypeWrapper): ...
+
+LEDGER_KIND_UNSPECIFIED: LedgerKind.ValueType  # 0
+LEDGER_KIND_SEQUENCE: LedgerKind.ValueType  # 1
+LEDGER_KIND_SENDING: LedgerKind.ValueType  # 2
+LEDGER_KIND_RECEIVING: LedgerKind.ValueType  # 3
+LEDGER_KIND_UNCLAIMED: LedgerKind.ValueType  # 4
+LEDGER_KIND_WAITING: LedgerKind.ValueType  # 5
+LEDGER_KIND_CACHED: LedgerKind.ValueType  # 6
+LEDGER_KIND_FREE: LedgerKind.ValueType  # 7
+Global___LedgerKind: _TypeAlias = LedgerKind  # noqa: Y015
+
 @_typing.final
 class CommandBatch(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -200,6 +244,29 @@ class SubscribeKvEvents(_message.Message):
 Global___SubscribeKvEvents: _TypeAlias = SubscribeKvEvents  # noqa: Y015
 
 @_typing.final
+class PrefixPeer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port"""
+    incarnation: _builtins.int
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixPeer: _TypeAlias = PrefixPeer  # noqa: Y015
+
+@_typing.final
 class Submit(_message.Message):
     """A request is named by (request_id, attempt): an attempt that was given up cannot speak for the next."""
 
@@ -216,6 +283,7 @@ class Submit(_message.Message):
     NUM_DELIVERED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PREFIX_PEERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     incarnation: _builtins.int
@@ -242,6 +310,10 @@ class Submit(_message.Message):
     def handoff(self) -> Global___Handoff:
         """Set when prefill and decode are on different workers, with the same transfer_id on both."""
 
+    @_builtins.property
+    def prefix_peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixPeer]:
+        """Workers that may have the KV of the beginning of the prompt."""
+
     def __init__(
         self,
         *,
@@ -256,10 +328,11 @@ class Submit(_message.Message):
         num_delivered: _builtins.int = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        prefix_peers: _abc.Iterable[Global___PrefixPeer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -703,6 +776,7 @@ class TokensGenerated(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     first_position: _builtins.int
     """Index in the sequence (prompt included) of token_ids[0]."""
     finish_reason: Global___FinishReason.ValueType
@@ -710,6 +784,8 @@ class TokensGenerated(_message.Message):
     """Set with the first token of the prefill worker."""
     num_cached_tokens: _builtins.int
     """Tokens of the prompt whose KV was cached; with the first token of the prefill worker."""
+    num_reused_tokens: _builtins.int
+    """Further tokens whose KV was taken from another context, computed again or not; with the same token."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -725,10 +801,11 @@ class TokensGenerated(_message.Message):
         prefill_s: _builtins.float | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         num_cached_tokens: _builtins.int = ...,
+        num_reused_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "prefill_s", b"prefill_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "finish_reason", b"finish_reason", "first_position", b"first_position", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "prefill_s", b"prefill_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "finish_reason", b"finish_reason", "first_position", b"first_position", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_reused_tokens", b"num_reused_tokens", "prefill_s", b"prefill_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_s: _TypeAlias = _typing.Literal["prefill_s"]  # noqa: Y015
     _WhichOneofArgType__prefill_s: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s"]  # noqa: Y015
@@ -880,10 +957,29 @@ class KvTransferred(_message.Message):
     NUM_CHUNKS_FIELD_NUMBER: _builtins.int
     TRANSFER_S_FIELD_NUMBER: _builtins.int
     EXPOSED_S_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    TRANSPORT_REASON_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    NUM_WIRE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_RESENT_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_RESUMES_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     num_bytes: _builtins.int
+    """Of the KV as it lies in the pools."""
     num_chunks: _builtins.int
     transfer_s: _builtins.float
     exposed_s: _builtins.float
+    transport: _builtins.str
+    """How it went and why; empty when the worker does not tell."""
+    transport_reason: _builtins.str
+    codec: _builtins.str
+    num_wire_bytes: _builtins.int
+    """What was moved for num_bytes, encoded."""
+    num_resent_chunks: _builtins.int
+    num_resumes: _builtins.int
+    """Times that it went on over a new stream."""
+    busy_s: _builtins.float
+    """The part of transfer_s in which chunks were on their way: num_bytes / busy_s is the rate."""
     def __init__(
         self,
         *,
@@ -891,10 +987,17 @@ class KvTransferred(_message.Message):
         num_chunks: _builtins.int = ...,
         transfer_s: _builtins.float = ...,
         exposed_s: _builtins.float = ...,
+        transport: _builtins.str = ...,
+        transport_reason: _builtins.str = ...,
+        codec: _builtins.str = ...,
+        num_wire_bytes: _builtins.int = ...,
+        num_resent_chunks: _builtins.int = ...,
+        num_resumes: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_chunks", b"num_chunks", "transfer_s", b"transfer_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "codec", b"codec", "exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_chunks", b"num_chunks", "num_resent_chunks", b"num_resent_chunks", "num_resumes", b"num_resumes", "num_wire_bytes", b"num_wire_bytes", "transfer_s", b"transfer_s", "transport", b"transport", "transport_reason", b"transport_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -953,6 +1056,10 @@ class WorkerStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LEAKED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_INVARIANT_FAILURES_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___WorkerState.ValueType
@@ -966,10 +1073,18 @@ class WorkerStatus(_message.Message):
     pid: _builtins.int
     memory_bytes: _builtins.int
     """Resident memory."""
+    leaked_blocks: _builtins.int
+    """Blocks that no owner names, as of the last look at the ledger; always 0."""
+    num_invariant_failures: _builtins.int
+    """Idle checks that found the engine's state wrong; always 0."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]: ...
     @_builtins.property
     def blocks(self) -> Global___BlockCounts: ...
+    @_builtins.property
+    def transfers(self) -> Global___KvTransferCounts: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPeer]: ...
     def __init__(
         self,
         *,
@@ -985,14 +1100,116 @@ class WorkerStatus(_message.Message):
         num_steps: _builtins.int = ...,
         pid: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
+        leaked_blocks: _builtins.int = ...,
+        num_invariant_failures: _builtins.int = ...,
+        transfers: Global___KvTransferCounts | None = ...,
+        peers: _abc.Iterable[Global___KvPeer] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "transfers", b"transfers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "incarnation", b"incarnation", "memory_bytes", b"memory_bytes", "message", b"message", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "phases", b"phases", "pid", b"pid", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phases", b"phases", "pid", b"pid", "state", b"state", "transfers", b"transfers", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class KvTransferCounts(_message.Message):
+    """Of all hand-offs of one worker since it started. Bytes are of the KV as it lies in the pools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_SENT_FIELD_NUMBER: _builtins.int
+    NUM_RECEIVED_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_SENT_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    NUM_CORRUPT_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_RESENT_CHUNKS_FIELD_NUMBER: _builtins.int
+    NUM_DIGEST_MISMATCHES_FIELD_NUMBER: _builtins.int
+    NUM_RESUMED_FIELD_NUMBER: _builtins.int
+    NUM_EXPIRED_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    num_sent: _builtins.int
+    num_received: _builtins.int
+    num_bytes_sent: _builtins.int
+    num_bytes_received: _builtins.int
+    num_corrupt_chunks: _builtins.int
+    num_resent_chunks: _builtins.int
+    num_digest_mismatches: _builtins.int
+    num_resumed: _builtins.int
+    num_expired: _builtins.int
+    num_refused: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_sent: _builtins.int = ...,
+        num_received: _builtins.int = ...,
+        num_bytes_sent: _builtins.int = ...,
+        num_bytes_received: _builtins.int = ...,
+        num_corrupt_chunks: _builtins.int = ...,
+        num_resent_chunks: _builtins.int = ...,
+        num_digest_mismatches: _builtins.int = ...,
+        num_resumed: _builtins.int = ...,
+        num_expired: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes_received", b"num_bytes_received", "num_bytes_sent", b"num_bytes_sent", "num_corrupt_chunks", b"num_corrupt_chunks", "num_digest_mismatches", b"num_digest_mismatches", "num_expired", b"num_expired", "num_received", b"num_received", "num_refused", b"num_refused", "num_resent_chunks", b"num_resent_chunks", "num_resumed", b"num_resumed", "num_sent", b"num_sent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvTransferCounts: _TypeAlias = KvTransferCounts  # noqa: Y015
+
+@_typing.final
+class KvPeer(_message.Message):
+    """What one worker has exchanged with one other, in one direction."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
+    NUM_TRANSFERS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    LAST_PROBLEM_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the other worker."""
+    direction: Global___KvDirection.ValueType
+    transport: _builtins.str
+    """Of the last transfer, as are reason and codec."""
+    reason: _builtins.str
+    """Why this transport, and why not a better one."""
+    codec: _builtins.str
+    num_transfers: _builtins.int
+    num_bytes: _builtins.int
+    bytes_per_s: _builtins.float
+    """Of the last transfers; 0 before the first has ended."""
+    last_problem: _builtins.str
+    """Why the last transfer that failed did; empty while none has."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        direction: Global___KvDirection.ValueType = ...,
+        transport: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        codec: _builtins.str = ...,
+        num_transfers: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        bytes_per_s: _builtins.float = ...,
+        last_problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "bytes_per_s", b"bytes_per_s", "codec", b"codec", "direction", b"direction", "last_problem", b"last_problem", "num_bytes", b"num_bytes", "num_transfers", b"num_transfers", "reason", b"reason", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvPeer: _TypeAlias = KvPeer  # noqa: Y015
 
 @_typing.final
 class BlockCounts(_message.Message):
@@ -1026,6 +1243,116 @@ class BlockCounts(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlockCounts: _TypeAlias = BlockCounts  # noqa: Y015
+
+@_typing.final
+class GetKvLedgerRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKvLedgerRequest: _TypeAlias = GetKvLedgerRequest  # noqa: Y015
+
+@_typing.final
+class KvLedger(_message.Message):
+    """Who holds which blocks, at one moment. Blocks of the entries, each counted once, and the leaked ones together
+    are all blocks of the pool.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    LEAKED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]: ...
+    @_builtins.property
+    def counts(self) -> Global___BlockCounts:
+        """The pool's own counts."""
+
+    @_builtins.property
+    def leaked_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that the pool takes for held and that no owner names; always none."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        counts: Global___BlockCounts | None = ...,
+        leaked_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "entries", b"entries", "incarnation", b"incarnation", "leaked_block_ids", b"leaked_block_ids", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvLedger: _TypeAlias = KvLedger  # noqa: Y015
+
+@_typing.final
+class LedgerEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_SHARED_BLOCKS_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    """A request id, a transfer id, or what the blocks are when they are nobody's."""
+    kind: Global___LedgerKind.ValueType
+    num_blocks: _builtins.int
+    num_shared_blocks: _builtins.int
+    """Of these, blocks that an entry before this one holds too."""
+    lease_id: _builtins.int
+    """Absent when there is no lease."""
+    generation: _builtins.int
+    """The attempt of a request; of a transfer the incarnation of the worker on the other side, 0 when not known."""
+    age_s: _builtins.float
+    """Seconds since it took its first block, or began to wait for it; absent when nobody holds them."""
+    peer: _builtins.str
+    """host:port of the other side of a transfer; empty when it is not known."""
+    def __init__(
+        self,
+        *,
+        owner: _builtins.str = ...,
+        kind: Global___LedgerKind.ValueType = ...,
+        num_blocks: _builtins.int = ...,
+        num_shared_blocks: _builtins.int = ...,
+        lease_id: _builtins.int | None = ...,
+        generation: _builtins.int = ...,
+        age_s: _builtins.float | None = ...,
+        peer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_lease_id", b"_lease_id", "age_s", b"age_s", "lease_id", b"lease_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_age_s", b"_age_s", "_lease_id", b"_lease_id", "age_s", b"age_s", "generation", b"generation", "kind", b"kind", "lease_id", b"lease_id", "num_blocks", b"num_blocks", "num_shared_blocks", b"num_shared_blocks", "owner", b"owner", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__age_s: _TypeAlias = _typing.Literal["age_s"]  # noqa: Y015
+    _WhichOneofArgType__age_s: _TypeAlias = _typing.Literal["_age_s", b"_age_s"]  # noqa: Y015
+    _WhichOneofReturnType__lease_id: _TypeAlias = _typing.Literal["lease_id"]  # noqa: Y015
+    _WhichOneofArgType__lease_id: _TypeAlias = _typing.Literal["_lease_id", b"_lease_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__age_s) -> _WhichOneofReturnType__age_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lease_id) -> _WhichOneofReturnType__lease_id | None: ...
+
+Global___LedgerEntry: _TypeAlias = LedgerEntry  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):

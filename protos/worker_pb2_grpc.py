@@ -49,6 +49,11 @@ class WorkerServiceStub:
                 request_serializer=protos_dot_worker__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.Model.FromString,
                 _registered_method=True)
+        self.GetKvLedger = channel.unary_unary(
+                '/phasewise.worker.v1.WorkerService/GetKvLedger',
+                request_serializer=protos_dot_worker__pb2.GetKvLedgerRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.KvLedger.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/phasewise.worker.v1.WorkerService/Shutdown',
                 request_serializer=protos_dot_worker__pb2.ShutdownRequest.SerializeToString,
@@ -80,6 +85,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetKvLedger(self, request, context):
+        """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the process after answering.
         """
@@ -104,6 +116,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=protos_dot_worker__pb2.GetModelRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.Model.SerializeToString,
+            ),
+            'GetKvLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKvLedger,
+                    request_deserializer=protos_dot_worker__pb2.GetKvLedgerRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.KvLedger.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -192,6 +209,33 @@ class WorkerService:
             '/phasewise.worker.v1.WorkerService/GetModel',
             protos_dot_worker__pb2.GetModelRequest.SerializeToString,
             protos_dot_worker__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKvLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.worker.v1.WorkerService/GetKvLedger',
+            protos_dot_worker__pb2.GetKvLedgerRequest.SerializeToString,
+            protos_dot_worker__pb2.KvLedger.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,8 @@ class WorkerServiceStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]
     GetModel: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetModelRequest, _worker_pb2.Model]
     """What a gateway needs to turn text into tokens and back. FAILED_PRECONDITION until loaded."""
+    GetKvLedger: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetKvLedgerRequest, _worker_pb2.KvLedger]
+    """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]
     """Ends the process after answering."""
 
@@ -51,6 +53,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.WorkerStatus]  # type: ignore[assignment]
     GetModel: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetModelRequest, _worker_pb2.Model]  # type: ignore[assignment]
     """What a gateway needs to turn text into tokens and back. FAILED_PRECONDITION until loaded."""
+    GetKvLedger: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetKvLedgerRequest, _worker_pb2.KvLedger]  # type: ignore[assignment]
+    """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Ends the process after answering."""
 
@@ -79,6 +83,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.Model, _abc.Awaitable[_worker_pb2.Model]]:
         """What a gateway needs to turn text into tokens and back. FAILED_PRECONDITION until loaded."""
+
+    @_abc_1.abstractmethod
+    def GetKvLedger(
+        self,
+        request: _worker_pb2.GetKvLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.KvLedger, _abc.Awaitable[_worker_pb2.KvLedger]]:
+        """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
 
     @_abc_1.abstractmethod
     def Shutdown(

@@ -93,6 +93,26 @@ class WeightDtype(StrEnum):
     INT8 = "int8"
 
 
+class HostCacheCodec(StrEnum):
+    """How evicted blocks are packed in host memory. All but `none` lose precision."""
+
+    NONE = "none"
+    FP8 = "fp8"
+    INT4_HADAMARD = "int4_hadamard"
+    GEAR = "gear"
+    GEAR_L = "gear_l"
+
+
+@dataclass(frozen=True, slots=True)
+class SpanReuseConfig:
+    """Reuse of KV that was computed in another context: an approximation, see docs/span-reuse.md."""
+
+    #: Part of the reused tokens that is computed again in all layers, 0 to 1.
+    recompute_fraction: float = 0.3
+    #: A prompt with fewer reused tokens, beyond what the prefix cache has of it, is computed as ever.
+    min_tokens: int = 64
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Limits of one engine. All derived buffers and pools are sized from these."""
@@ -119,6 +139,11 @@ class EngineConfig:
     #: KV of prompts is kept for later ones that begin alike.
     is_prefix_cache_on: bool = True
     weight_dtype: WeightDtype = WeightDtype.FLOAT32
+    #: Host memory for prefix blocks that the pool evicts, in bytes; 0 keeps none.
+    host_cache_bytes: int = 0
+    host_cache_codec: HostCacheCodec = HostCacheCodec.NONE
+    #: None reuses KV of prefixes alone. Needs the prefix cache.
+    span_reuse: SpanReuseConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +270,14 @@ class Handoff:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixPeer:
+    """A worker that may have the KV of the beginning of a prompt. address: host:port."""
+
+    address: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class RequestKey:
     """One attempt at a request on this worker. A given-up attempt cannot speak for the next."""
 
@@ -261,6 +294,7 @@ class Submit:
     num_delivered: tokens at the end of token_ids that were generated; max_new_tokens counts from there.
     priority: higher ones start first and are preempted last.
     cache_salt: prompts share KV only with prompts of the same salt.
+    prefix_peers: workers that are asked for the beginning of the prompt, where fetching it is faster than computing it.
     """
 
     key: RequestKey
@@ -272,6 +306,7 @@ class Submit:
     num_delivered: int = 0
     priority: int = 0
     cache_salt: str = ""
+    prefix_peers: tuple[PrefixPeer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,17 +394,33 @@ class TokensGenerated:
     logprobs: tuple[TokenLogprobs, ...] = ()
     #: Tokens of the prompt whose KV was cached; with the first token of the prefill worker only.
     num_cached_tokens: int = 0
+    #: Further tokens whose KV was taken from another context, computed again or not; with the same token only.
+    num_reused_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class KvTransferred:
-    """The hand-off committed. `exposed_s` is the part of `transfer_s` after prefill had ended."""
+    """The hand-off committed. `exposed_s` is the part of `transfer_s` after prefill had ended.
+
+    num_bytes: of the KV as it lies in the pools. num_wire_bytes: what was moved for it, encoded.
+    num_resumes: times that the transfer went on over a new stream. transport, transport_reason, codec: how it
+    went and why; empty when the worker does not tell.
+    """
 
     key: RequestKey
     num_bytes: int
     num_chunks: int
     transfer_s: float
     exposed_s: float
+    transport: str = ""
+    transport_reason: str = ""
+    codec: str = ""
+    num_wire_bytes: int = 0
+    #: Chunks that were sent again, since they came damaged or not at all.
+    num_resent_chunks: int = 0
+    num_resumes: int = 0
+    #: The part of transfer_s in which chunks were on their way: it gives the rate.
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +476,116 @@ class BlockCounts:
     total: int
 
 
+class LedgerKind(StrEnum):
+    """Why an owner holds blocks, in the order in which a ledger lists them."""
+
+    #: A sequence that runs, with its branches.
+    SEQUENCE = "sequence"
+    #: A transfer that sends from them.
+    SENDING = "sending"
+    #: A transfer that fills them.
+    RECEIVING = "receiving"
+    #: KV that has come and whose request has not.
+    UNCLAIMED = "unclaimed"
+    #: A transfer that was promised blocks when there are some; it has none yet.
+    WAITING = "waiting"
+    #: Nobody's, but of use to later prompts.
+    CACHED = "cached"
+    FREE = "free"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """The blocks of one owner.
+
+    owner: a request id, a transfer id, or what the blocks are when they are nobody's.
+    generation: the attempt of a request; of a transfer the incarnation of the worker on the other side, 0 when it is
+    not known. age_s: since it took its first block, or began to wait for it; None when nobody holds them.
+    """
+
+    owner: str
+    kind: LedgerKind
+    num_blocks: int
+    #: Of these, blocks that an entry before this one holds too.
+    num_shared_blocks: int = 0
+    #: Of a transfer that fills blocks, once its lease was granted.
+    lease_id: int | None = None
+    generation: int = 0
+    age_s: float | None = None
+    #: host:port of the other side of a transfer; empty when it is not known.
+    peer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLedger:
+    """Who holds which blocks of one worker, at one moment.
+
+    Blocks of the entries, each counted once, and the leaked ones together are all blocks of the pool.
+    """
+
+    entries: tuple[LedgerEntry, ...]
+    #: The pool's own counts.
+    counts: BlockCounts
+    #: Blocks that the pool takes for held and that no owner names; always none.
+    leaked_block_ids: tuple[int, ...] = ()
+
+    @property
+    def leaked_blocks(self) -> int:
+        """How many blocks will never come back."""
+        return len(self.leaked_block_ids)
+
+    @property
+    def num_accounted_blocks(self) -> int:
+        """Blocks that have an owner, or are nobody's and can be taken."""
+        return sum(entry.num_blocks - entry.num_shared_blocks for entry in self.entries)
+
+
+class KvDirection(StrEnum):
+    """What a worker does for a peer."""
+
+    SENDING = "sending"
+    RECEIVING = "receiving"
+
+
+@dataclass(frozen=True, slots=True)
+class KvTransferCounts:
+    """Of all hand-offs of one worker since it started. Bytes are of the KV as it lies in the pools."""
+
+    num_sent: int = 0
+    num_received: int = 0
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
+    #: Chunks whose checksum was not that of their content.
+    num_corrupt_chunks: int = 0
+    num_resent_chunks: int = 0
+    #: Hand-offs whose chunks were whole and whose digest was another: they were not decoded from.
+    num_digest_mismatches: int = 0
+    num_resumed: int = 0
+    num_expired: int = 0
+    num_refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvPeer:
+    """What one worker has exchanged with one other, in one direction, and how.
+
+    transport, reason, codec: of the last transfer. bytes_per_s: of the last ones, 0 before the first has ended.
+    """
+
+    #: host:port of the other worker.
+    address: str
+    direction: KvDirection
+    transport: str
+    #: Why this transport, and why not a better one.
+    reason: str
+    codec: str
+    num_transfers: int = 0
+    num_bytes: int = 0
+    bytes_per_s: float = 0.0
+    #: Why the last transfer that failed did; empty while none has.
+    last_problem: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker reports to whoever asks."""
@@ -442,6 +603,12 @@ class WorkerStatus:
     num_steps: int = 0
     pid: int = 0
     memory_bytes: int = 0
+    #: Blocks that no owner names, as of the last look at the ledger; always 0.
+    leaked_blocks: int = 0
+    #: Idle checks that found the engine's state wrong; always 0.
+    num_invariant_failures: int = 0
+    transfers: KvTransferCounts = KvTransferCounts()
+    peers: tuple[KvPeer, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
     │   ├── UnsupportedModel    it is there, and is more than we can run
     │   ├── CorruptModel        it is there, and damaged
     │   ├── KvCacheTooSmall     the block pool would not hold a single block
+    │   ├── HostCacheTooSmall   nor would the host cache
     │   └── InvalidGrammar      a request's grammar says nothing that can be followed
     └── MachineError            the machine has too little of something
         ├── OutOfMemory
@@ -93,6 +94,22 @@ class KvCacheTooSmall(CallerError):
             f"the KV cache has {self.kv_cache_bytes / MIB:g} MiB and one block of this model needs "
             f"{self.block_bytes / MIB:.3g} MiB; set engine.kvCacheMiB to at least "
             f"{-(-self.block_bytes // MIB)}, better to room for whole prompts"
+        )
+
+
+class HostCacheTooSmall(CallerError):
+    """The host cache was asked for, with fewer bytes than one packed block."""
+
+    def __init__(self, host_cache_bytes: int, block_bytes: int) -> None:
+        super().__init__(host_cache_bytes, block_bytes)
+        self.host_cache_bytes = host_cache_bytes
+        self.block_bytes = block_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the host cache has {self.host_cache_bytes / MIB:g} MiB and one packed block of this model needs "
+            f"{self.block_bytes / MIB:.3g} MiB; set engine.hostCacheMiB to at least "
+            f"{-(-self.block_bytes // MIB)}, better to room for whole prompts, or to 0 for none"
         )
 
 

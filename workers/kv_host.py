@@ -6,20 +6,24 @@ whoever gets them from its thread into the loop hands those of transfers to `han
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.errors import ReservationRefused as Refusal
-from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.host import CachedKv
+from kvtransfer.layout import blocks_needed
+from kvtransfer.pool import KvPool
 from kvtransfer.server import KvTransferServer
-from kvtransfer.staging import CacheBytes
+from workers.api import KvDirection, KvPeer, KvTransferCounts
 from workers.engine.messages import (
     BlocksReserved,
+    CachedFound,
     CancelReservation,
     CommitTransfer,
     EndTransfer,
+    FetchPrefix,
+    FindCached,
     FinishTransfer,
     KvReady,
     Message,
@@ -28,36 +32,49 @@ from workers.engine.messages import (
     ReserveBlocks,
     StartTransfer,
 )
+from workers.kv_channels import MAX_IDLE_CHANNELS, PeerChannels
+from workers.kv_fetching import KvFetching
 from workers.kv_sending import KvSending
 
 #: What the engine says to transfers; its other outputs are events of requests.
-TransferOutput = BlocksReserved | ReservationRefused | StartTransfer | KvReady | FinishTransfer | EndTransfer
+TransferOutput = (
+    BlocksReserved
+    | ReservationRefused
+    | StartTransfer
+    | KvReady
+    | FinishTransfer
+    | EndTransfer
+    | CachedFound
+    | FetchPrefix
+)
 
 
 class EngineKvHost:
     """KvHost over one engine, with the transfers that it receives and sends. Made and used in the loop.
 
-    kv_cache: see CacheBytes. post: hands a message to the engine. clock: the engine's.
+    pool: the memory of the engine's blocks. post: hands a message to the engine. clock: the engine's.
     """
 
     def __init__(
         self,
-        layout: KvLayout,
+        pool: KvPool,
         incarnation: int,
-        kv_cache: torch.Tensor,
         post: Callable[[Message], None],
         config: KvTransferConfig,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.layout = layout
+        self.pool = pool
         self.incarnation = incarnation
-        self._cache = CacheBytes(kv_cache)
         self._post = post
         self._clock = clock
         #: Who waits for blocks. Bounded by the streams of senders, each of which asks once.
         self._waiting: dict[str, asyncio.Future[Sequence[int]]] = {}
+        #: Who waits to hear what is cached here. Bounded likewise.
+        self._looking: dict[str, asyncio.Future[CachedKv]] = {}
         self.receiving = KvTransferServer(self, config)
-        self._sending = KvSending(self, post, config)
+        self._channels = PeerChannels(MAX_IDLE_CHANNELS, num_data_channels=config.num_streams)
+        self._sending = KvSending(self, self._channels, post, config)
+        self._fetching = KvFetching(self, self._channels, self._sending.peers, post, config)
 
     # KvHost.
 
@@ -80,23 +97,35 @@ class EngineKvHost:
             raise
         finally:
             self._waiting.pop(transfer_id, None)
-        if len(block_ids) < blocks_needed(max_tokens, self.layout.block_size):
+        if len(block_ids) < blocks_needed(max_tokens, self.pool.layout.block_size):
             # They answer an earlier request of this id, one that was given up and asked for fewer.
             self.release(transfer_id, block_ids, "the transfer id was used again")
             raise Refusal(transfer_id, "its transfer id was used again too soon", retryable=True)
         return block_ids
 
-    def write(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int, payload: memoryview) -> None:
+    async def find_cached(
+        self, transfer_id: str, block_hashes: Sequence[bytes], *, min_tokens: int
+    ) -> CachedKv:
         """See KvHost."""
-        self._cache.write(block_ids, layer_lo, layer_hi, payload)
+        if transfer_id in self._looking:
+            raise Refusal(transfer_id, "this transfer has asked already", retryable=False)
+        answer: asyncio.Future[CachedKv] = asyncio.get_running_loop().create_future()
+        self._looking[transfer_id] = answer
+        self._post(FindCached(transfer_id, tuple(block_hashes), min_tokens))
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self.release(transfer_id, answer.result().block_ids, "cancelled while it was looked for")
+            raise
+        finally:
+            self._looking.pop(transfer_id, None)
 
-    def read(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int) -> memoryview:
+    def commit(
+        self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int], token_digest: bytes
+    ) -> None:
         """See KvHost."""
-        return self._cache.read(block_ids, layer_lo, layer_hi)
-
-    def commit(self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See KvHost."""
-        self._post(CommitTransfer(transfer_id, tuple(block_ids), tuple(token_ids)))
+        self._post(CommitTransfer(transfer_id, tuple(block_ids), tuple(token_ids), token_digest))
 
     def release(self, transfer_id: str, block_ids: Sequence[int], reason: str) -> None:
         """See KvHost."""
@@ -110,12 +139,13 @@ class EngineKvHost:
             case BlocksReserved():
                 self._blocks_reserved(output)
             case ReservationRefused():
-                answer = self._waiting.get(output.transfer_id)
+                answer = self._waiting.get(output.transfer_id) or self._looking.get(output.transfer_id)
                 if answer is not None and not answer.done():
                     answer.set_exception(Refusal(output.transfer_id, output.reason, output.is_retryable))
             case EndTransfer():
                 # A transfer is sent from here or received here, and unknown to the other side.
                 self._sending.abort(output.transfer_id, output.reason)
+                self._fetching.abort(output.transfer_id, output.reason)
                 self.receiving.abort(output.transfer_id, output.reason)
             case StartTransfer():
                 self._sending.start(output)
@@ -123,6 +153,10 @@ class EngineKvHost:
                 self._sending.kv_ready(output)
             case FinishTransfer():
                 self._sending.finish(output)
+            case CachedFound():
+                self._cached_found(output)
+            case FetchPrefix():
+                self._fetching.start(output)
 
     def _blocks_reserved(self, reserved: BlocksReserved) -> None:
         answer = self._waiting.get(reserved.transfer_id)
@@ -132,11 +166,48 @@ class EngineKvHost:
         else:
             answer.set_result(reserved.block_ids)
 
+    def _cached_found(self, found: CachedFound) -> None:
+        answer = self._looking.get(found.transfer_id)
+        if answer is None or answer.done():
+            self.release(found.transfer_id, found.block_ids, "nobody looks for these blocks any more")
+        else:
+            answer.set_result(CachedKv(found.block_ids, found.num_tokens, found.block_hash))
+
     async def close(self, reason: str) -> None:
         """Give up every transfer, and each that comes from now on; returns when none is left."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sending.close(reason))
+            group.create_task(self._fetching.close(reason))
             group.create_task(self.receiving.close(reason))
+        await self._channels.close()
+
+    # What is told of transfers.
+
+    def lease_ids(self) -> Mapping[str, int]:
+        """The lease of each transfer that receives, by transfer id."""
+        return {lease.owner: lease.lease_id for lease in self.receiving.leases()}
+
+    def counts(self) -> KvTransferCounts:
+        """Of all transfers so far."""
+        ours, theirs = asdict(self._sending.counts), asdict(self.receiving.counts)
+        return KvTransferCounts(**{name: ours[name] + theirs[name] for name in ours})
+
+    def peers(self) -> tuple[KvPeer, ...]:
+        """One for each worker and direction that there were transfers with."""
+        return tuple(
+            KvPeer(
+                address=one.address,
+                direction=KvDirection.SENDING if one.is_sending else KvDirection.RECEIVING,
+                transport=one.transport,
+                reason=one.reason,
+                codec=one.codec,
+                num_transfers=one.num_transfers,
+                num_bytes=one.num_bytes,
+                bytes_per_s=one.bytes_per_s,
+                last_problem=one.last_problem,
+            )
+            for one in self._sending.peers.all()
+        )
 
     def check_invariants(self) -> None:
         """Every lease is of a transfer that lives."""

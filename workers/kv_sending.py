@@ -3,15 +3,24 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import grpc.aio
+from kvtransfer.codecs.choice import choose_codec
+from kvtransfer.codecs.measure import MeasuredRates
 
 from kvtransfer.client import KvSender
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.errors import PhasewiseTransferError, StreamLost
-from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
+from kvtransfer.counts import PeerCounts, TransferCounts
+from kvtransfer.errors import (
+    DeadlineExceeded,
+    LeaseExpired,
+    PhasewiseTransferError,
+    StreamLost,
+    TransferRefused,
+)
+from kvtransfer.grpc_stream import GrpcChannel
 from kvtransfer.host import KvHost
+from kvtransfer.session import TransferReport
 from workers.engine.messages import (
     FinishTransfer,
     KvReady,
@@ -20,61 +29,12 @@ from workers.engine.messages import (
     TransferFailed,
     TransferSent,
 )
+from workers.kv_channels import Peer, PeerChannels
 
 logger = logging.getLogger(__name__)
 
-#: Channels kept while no transfer uses them; beyond that the one that is idle longest is closed.
-MAX_IDLE_CHANNELS = 32
-#: A connection of its own: one that failed must not make the next channel wait out its back-off.
-#: Addresses are the cluster's own: no proxy.
-CHANNEL_OPTIONS = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
-
-
-@dataclass(eq=False, slots=True)
-class _Peer:
-    """A receiver's address and the channel to it."""
-
-    address: str
-    channel: grpc.aio.Channel
-    num_users: int = 0
-
-
-class _PeerChannels:
-    """Channels by address. Those in use are bounded by the transfers, the idle ones by a number."""
-
-    def __init__(self, max_idle: int) -> None:
-        self._max_idle = max_idle
-        #: The one whose last use is longest ago comes first.
-        self._peers: dict[str, _Peer] = {}
-
-    def take(self, address: str) -> _Peer:
-        """The channel to this address, until `give_back`."""
-        peer = self._peers.pop(address, None)
-        if peer is None:
-            peer = _Peer(address, grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
-        self._peers[address] = peer
-        peer.num_users += 1
-        return peer
-
-    async def give_back(self, peer: _Peer, *, is_lost: bool) -> None:
-        """is_lost: the connection broke; the next transfer to this address gets another channel."""
-        peer.num_users -= 1
-        if is_lost and self._peers.get(peer.address) is peer:
-            del self._peers[peer.address]
-        idle = [known for known in self._peers.values() if known.num_users == 0]
-        to_close = idle[: max(0, len(idle) - self._max_idle)]
-        for surplus in to_close:
-            del self._peers[surplus.address]
-        if peer.num_users == 0 and self._peers.get(peer.address) is not peer and peer not in to_close:
-            to_close.append(peer)
-        for closing in to_close:
-            await closing.channel.close()
-
-    async def close(self) -> None:
-        """All of them; no transfer runs any more."""
-        peers, self._peers = list(self._peers.values()), {}
-        for peer in peers:
-            await peer.channel.close()
+#: What is chosen from when the manifest leaves the codec to us: those that hardly change what is generated.
+AUTO_CODECS = (CodecId.FP8, CodecId.INT4_HADAMARD)
 
 
 class KvSending:
@@ -83,11 +43,20 @@ class KvSending:
     post: hands a message to the engine. Every `start` ends in one TransferSent or TransferFailed.
     """
 
-    def __init__(self, host: KvHost, post: Callable[[Message], None], config: KvTransferConfig) -> None:
+    def __init__(
+        self,
+        host: KvHost,
+        channels: PeerChannels,
+        post: Callable[[Message], None],
+        config: KvTransferConfig,
+    ) -> None:
         self._host = host
+        self._channels = channels
         self._post = post
         self._config = config
-        self._peers = _PeerChannels(MAX_IDLE_CHANNELS)
+        self.counts = TransferCounts()
+        self.peers = PeerCounts()
+        self._rates = MeasuredRates(AUTO_CODECS)
         self._senders: dict[str, KvSender] = {}
         #: Bounded by the sequences that the engine prefills and hands off.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +64,7 @@ class KvSending:
 
     def start(self, start: StartTransfer) -> None:
         """Begin a transfer. It may be told of its KV at once."""
-        peer = self._peers.take(start.decode_address)
+        peer = self._channels.take(start.decode_address)
         sender = KvSender(
             self._host,
             GrpcChannel(peer.channel),
@@ -103,9 +72,12 @@ class KvSending:
             block_ids=start.block_ids,
             num_tokens=start.num_tokens,
             max_tokens=start.max_tokens,
+            token_digest=start.token_digest,
             peer_incarnation=start.decode_incarnation,
             timeout_s=start.timeout_s,
             config=self._config,
+            codec=self._codec(start),
+            data_channels=[GrpcChannel(channel) for channel in peer.data_channels],
         )
         self._senders[start.transfer_id] = sender
         if self._closed_reason is not None:
@@ -118,7 +90,7 @@ class KvSending:
         """More can be sent. Nothing happens when the transfer is over."""
         sender = self._senders.get(ready.transfer_id)
         if sender is not None:
-            sender.kv_ready(ready.layer_lo, ready.layer_hi, ready.block_lo, ready.block_hi)
+            sender.kv_ready(ready.layer_lo, ready.layer_hi, ready.token_lo, ready.token_hi)
 
     def finish(self, finish: FinishTransfer) -> None:
         """Prefill has ended. Nothing happens when the transfer is over."""
@@ -139,26 +111,60 @@ class KvSending:
             sender.abort(reason)
         while self._tasks:
             await asyncio.wait(self._tasks)
-        await self._peers.close()
 
-    async def _run(self, sender: KvSender, peer: _Peer, transfer_id: str) -> None:
+    def _codec(self, start: StartTransfer) -> CodecId:
+        """How this transfer's chunks are packed, if they have to travel."""
+        if self._config.codec is not None:
+            return self._config.codec
+        layout = self._host.pool.layout
+        num_bytes = start.num_tokens * layout.num_layers * layout.token_bytes
+        codec, _ = choose_codec(
+            AUTO_CODECS,
+            num_bytes=num_bytes,
+            link_bytes_per_s=self.peers.bytes_per_s(start.decode_address),
+            rates=self._rates.known(layout),
+        )
+        return codec
+
+    async def _run(self, sender: KvSender, peer: Peer, transfer_id: str) -> None:
         is_lost = False
         message: Message
+        report = None
+        problem = ""
         try:
             report = await sender.run()
         except PhasewiseTransferError as error:
             is_lost = isinstance(error, StreamLost)
+            problem = str(error)
             logger.info("transfer_failed transfer_id=%s peer=%s reason=%s", transfer_id, peer.address, error)
-            message = TransferFailed(transfer_id, str(error))
+            self.counts.num_expired += isinstance(error, (LeaseExpired, DeadlineExceeded))
+            self.counts.num_refused += isinstance(error, TransferRefused)
+            message = TransferFailed(transfer_id, problem)
         except Exception as error:
             logger.exception("transfer_broke transfer_id=%s peer=%s", transfer_id, peer.address)
-            sender.abort(f"it broke: {error}")
-            message = TransferFailed(transfer_id, f"the transfer broke: {error}")
+            problem = f"the transfer broke: {error}"
+            sender.abort(problem)
+            message = TransferFailed(transfer_id, problem)
         else:
-            message = TransferSent(
-                transfer_id, report.num_bytes, report.num_chunks, report.transfer_s, report.exposed_s
-            )
+            message = TransferSent(transfer_id, report)
+        self._note(peer.address, report, problem)
         if self._senders.get(transfer_id) is sender:
             del self._senders[transfer_id]
         self._post(message)
-        await self._peers.give_back(peer, is_lost=is_lost)
+        await self._channels.give_back(peer, is_lost=is_lost)
+
+    def _note(self, address: str, report: TransferReport | None, problem: str) -> None:
+        if report is not None:
+            self.counts.num_sent += 1
+            self.counts.num_bytes_sent += report.num_bytes
+            self.counts.num_resent_chunks += report.num_resent_chunks
+        self.peers.note(
+            address,
+            is_sending=True,
+            transport=report.transport if report is not None else "",
+            reason=report.transport_reason if report is not None else "",
+            codec=report.codec.name.lower() if report is not None else "",
+            num_bytes=report.num_bytes if report is not None else 0,
+            busy_s=report.busy_s if report is not None else 0.0,
+            problem=problem,
+        )

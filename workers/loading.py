@@ -1,26 +1,36 @@
 """Everything between a WorkerSpec and an engine that can run: model, KV cache, layout. Blocks for seconds."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 
+from kvtransfer.config import TransportChoice
+from kvtransfer.errors import SharedMemoryUnavailable
+from kvtransfer.host_pool import HostPool, pool_shape
 from kvtransfer.layout import KvLayout
+from kvtransfer.pool import KvPool
+from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
-from workers.api import EngineConfig, ModelInfo, Submit, WorkerSpec
+from workers.api import ModelInfo, Submit, WorkerSpec
 from workers.engine.block_hash import root_hash
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
+from workers.engine.kv_packer import KvPacker, codec_of
+from workers.engine.pacing import LayerPacing
 from workers.engine.runner import GrammarTools, ModelRunner
-from workers.errors import KvCacheTooSmall
+from workers.errors import HostCacheTooSmall, KvCacheTooSmall, UnsupportedModel
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
 from workers.model.prepare import PreparedModel, load_weights, prepare
 from workers.model.resources import check_memory
+
+logger = logging.getLogger(__name__)
 
 KV_DTYPE = "float32"
 
@@ -31,9 +41,9 @@ class LoadedModel:
 
     config: ModelConfig
     runner: ModelRunner
-    #: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim].
-    kv_cache: torch.Tensor
-    layout: KvLayout
+    #: The memory of its KV blocks.
+    pool: KvPool
+    pacing: LayerPacing
     num_blocks: int
     info: ModelInfo
     compiler: GrammarCompiler
@@ -41,6 +51,8 @@ class LoadedModel:
     tokenizer_digest: str
     #: Tokens that are nothing but punctuation.
     punctuation: frozenset[int]
+    #: None when no evicted block is kept.
+    packer: KvPacker | None
 
     def root_of(self, submit: Submit) -> bytes:
         """What the first block of a request's KV is chained to in the prefix cache."""
@@ -56,7 +68,8 @@ class LoadedModel:
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:
     """Load what the spec names. progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
-    Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, OutOfMemory and OutOfDisk.
+    Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, OutOfMemory and
+    OutOfDisk, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot be had.
     """
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
@@ -65,11 +78,15 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     layout = prepared.config.kv_layout(
         block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest
     )
-    kv_cache = _take_kv_cache(model, layout, spec.engine, progress)
+    if spec.engine.span_reuse is not None and not model.can_move_keys:
+        feature = "dynamic RoPE scaling, with which keys cannot be moved as engine.spanReuse has to"
+        raise UnsupportedModel(spec.model_source, feature, "a manifest without spanReuse")
+    pool, kv_cache = _take_pool(layout, spec, progress)
     config = prepared.config
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
-    runner = ModelRunner(model, kv_cache, spec.engine.block_size, spec.kv_transfer.layer_group_size, grammars)
+    packer = _packer(kv_cache, spec)
+    runner = ModelRunner(model, kv_cache, spec.engine.block_size, grammars, packer)
     jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     progress("computing a first token", 0.0)
     runner.warm_up()
@@ -77,13 +94,19 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     return LoadedModel(
         config=config,
         runner=runner,
-        kv_cache=kv_cache,
-        layout=layout,
+        pool=pool,
+        pacing=LayerPacing(
+            num_layers=layout.num_layers,
+            token_bytes=layout.token_bytes,
+            max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
+            fixed=spec.kv_transfer.layer_group_size,
+        ),
         num_blocks=num_blocks,
         info=_model_info(prepared, max_sequence_tokens=num_blocks * spec.engine.block_size),
         compiler=compiler,
         tokenizer_digest=hashlib.sha256(prepared.tokenizer_json).hexdigest(),
         punctuation=_punctuation(prepared.tokenizer_json),
+        packer=packer,
     )
 
 
@@ -93,19 +116,56 @@ def _punctuation(tokenizer_json: bytes) -> frozenset[int]:
     return punctuation_token_ids(tokenizer.decode_batch([[i] for i in ids]))
 
 
-def _take_kv_cache(
-    model: Llama, layout: KvLayout, config: EngineConfig, progress: Callable[[str, float], None]
-) -> torch.Tensor:
-    """The block pool's memory, every page of it touched: a first use in a step would be slow."""
-    num_blocks = config.kv_cache_bytes // layout.block_bytes
+def _take_pool(
+    layout: KvLayout, spec: WorkerSpec, progress: Callable[[str, float], None]
+) -> tuple[HostPool, torch.Tensor]:
+    """The block pool's memory, every page of it touched: a first use in a step would be slow.
+
+    In shared memory, where other workers of this host can read it, if there is any; through NIXL when that is asked for.
+    """
+    num_blocks = spec.engine.kv_cache_bytes // layout.block_bytes
     if num_blocks < 1:
-        raise KvCacheTooSmall(config.kv_cache_bytes, layout.block_bytes)
-    check_memory("the KV cache", num_blocks * layout.block_bytes, "lower engine.kvCacheMiB")
-    kv_cache = torch.empty(model.kv_cache_shape(num_blocks, config.block_size), dtype=torch.float32)
+        raise KvCacheTooSmall(spec.engine.kv_cache_bytes, layout.block_bytes)
+    num_bytes = num_blocks * layout.block_bytes
+    check_memory("the KV cache", num_bytes, "lower engine.kvCacheMiB")
+    shape = pool_shape(layout, num_blocks)
+    memory = _shared_memory(num_bytes, spec)
+    kv_cache = (
+        memory.tensor(shape, torch.float32) if memory is not None else torch.empty(shape, dtype=torch.float32)
+    )
     for i, layer in enumerate(kv_cache):
         progress(f"taking the KV cache ({kv_cache.nbytes / 2**20:.0f} MiB)", i / len(kv_cache))
         layer.zero_()
-    return kv_cache
+    is_in_nixl = spec.kv_transfer.transport is TransportChoice.NIXL
+    return HostPool(kv_cache, layout, memory, is_in_nixl=is_in_nixl), kv_cache
+
+
+def _shared_memory(num_bytes: int, spec: WorkerSpec) -> SharedMemory | None:
+    choice = spec.kv_transfer.transport
+    if choice not in (TransportChoice.AUTO, TransportChoice.SHM):
+        return None
+    try:
+        return SharedMemory.create(num_bytes, spec.worker_id)
+    except SharedMemoryUnavailable as error:
+        if choice is TransportChoice.SHM:
+            raise
+        logger.warning("shared_memory_unavailable worker_id=%s reason=%s", spec.worker_id, error)
+        return None
+
+
+def _packer(kv_cache: torch.Tensor, spec: WorkerSpec) -> KvPacker | None:
+    config = spec.engine
+    if config.host_cache_bytes == 0 or not config.is_prefix_cache_on:
+        return None
+    try:
+        packer = KvPacker(kv_cache, codec_of(config.host_cache_codec))
+    except ValueError as error:
+        feature = f"KV that engine.hostCacheCodec {config.host_cache_codec} cannot pack ({error})"
+        raise UnsupportedModel(spec.model_source, feature, "hostCacheCodec none") from error
+    if config.host_cache_bytes < packer.block_bytes:
+        raise HostCacheTooSmall(config.host_cache_bytes, packer.block_bytes)
+    check_memory("the host cache", config.host_cache_bytes, "lower engine.hostCacheMiB")
+    return packer
 
 
 def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int) -> ModelInfo:

@@ -13,13 +13,17 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.config import TransportChoice
 from workers.api import (
     Batching,
     EngineConfig,
+    HostCacheCodec,
     KvTransferConfig,
     Phase,
     PhaseSet,
     PrefillOrder,
+    SpanReuseConfig,
     WeightDtype,
     WorkerId,
     WorkerSpec,
@@ -47,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"argument --tile-tokens: is {arguments.tile_tokens}; it must not be more than "
             f"--token-budget {arguments.token_budget}"
         )
+    if arguments.host_cache_mib > 0 and not arguments.prefix_cache:
+        parser.error(
+            f"argument --host-cache-mib: is {arguments.host_cache_mib}; with --no-prefix-cache there is no block to keep"
+        )
+    if arguments.span_recompute is not None and not arguments.prefix_cache:
+        parser.error("argument --span-recompute: with --no-prefix-cache there is no block to reuse")
     logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
     try:
         asyncio.run(_serve(_spec(arguments)))
@@ -95,14 +105,28 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
             weight_dtype=WeightDtype(arguments.weight_dtype),
+            host_cache_bytes=arguments.host_cache_mib * MIB,
+            host_cache_codec=HostCacheCodec(arguments.host_cache_codec),
+            span_reuse=_span_reuse(arguments),
         ),
         kv_transfer=KvTransferConfig(
             lease_s=arguments.lease_s,
             max_chunk_bytes=arguments.max_chunk_kib * KIB,
             credits=arguments.credits,
             layer_group_size=arguments.layer_group_size,
+            resume_s=arguments.resume_s,
+            transport=TransportChoice(arguments.transport),
+            num_streams=arguments.streams,
+            codec=None if arguments.codec == "auto" else CodecId[arguments.codec.upper()],
+            is_prefix_fetched=arguments.prefix_fetch,
         ),
     )
+
+
+def _span_reuse(arguments: argparse.Namespace) -> SpanReuseConfig | None:
+    if arguments.span_recompute is None:
+        return None
+    return SpanReuseConfig(arguments.span_recompute, arguments.span_min_tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,6 +188,25 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="keep the KV of prompts for later ones that begin alike",
     )
     _add_word(parser, "--weight-dtype", engine.weight_dtype, "how matrices are kept in memory")
+    add(
+        "--host-cache-mib",
+        type=_not_negative,
+        default=engine.host_cache_bytes // MIB,
+        help="host memory for evicted prefix blocks, MiB; 0 keeps none",
+    )
+    _add_word(parser, "--host-cache-codec", engine.host_cache_codec, "how evicted blocks are packed")
+    add(
+        "--span-recompute",
+        type=_part,
+        metavar="PART",
+        help="reuse KV of spans that are not prefixes, of which this part is computed again, 0 to 1; off by default",
+    )
+    add(
+        "--span-min-tokens",
+        type=_positive,
+        default=SpanReuseConfig().min_tokens,
+        help="a prompt with fewer tokens in such spans reuses none",
+    )
 
 
 def _add_word(parser: argparse.ArgumentParser, option: str, default: StrEnum, what: str) -> None:
@@ -188,7 +231,23 @@ def _add_kv_transfer_options(parser: argparse.ArgumentParser) -> None:
         "--layer-group-size",
         type=_positive,
         default=kv_transfer.layer_group_size,
-        help="KV is sent after this many layers",
+        help="KV is sent after this many layers; by default as measured times have it",
+    )
+    add(
+        "--resume-s",
+        type=_seconds,
+        default=kv_transfer.resume_s,
+        help="how long a broken transfer may resume",
+    )
+    _add_word(parser, "--transport", kv_transfer.transport, "how KV travels")
+    add("--streams", type=_positive, default=kv_transfer.num_streams, help="connections for chunks over gRPC")
+    codecs = [codec.name.lower() for codec in CodecId]
+    add("--codec", choices=[*codecs, "auto"], default="none", help="how KV is packed on its way over gRPC")
+    add(
+        "--prefix-fetch",
+        action=argparse.BooleanOptionalAction,
+        default=kv_transfer.is_prefix_fetched,
+        help="get beginnings of prompts from other workers where that is faster",
     )
 
 
@@ -202,6 +261,12 @@ def _phases(text: str) -> PhaseSet:
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
     return int(text)
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -10,7 +10,16 @@ import grpc.aio
 
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from workers.api import FailureCode, ModelInfo, RequestFailed, RequestId, RequestKey, WorkerStatus
+from workers.api import (
+    FailureCode,
+    KvLedger,
+    ModelInfo,
+    RequestFailed,
+    RequestId,
+    RequestKey,
+    WorkerStatus,
+)
+from workers.kv_wire import ledger_to_pb
 from workers.sessions import GatewaySession, SessionTable
 from workers.wire import (
     command_from_pb,
@@ -29,7 +38,8 @@ Context = Any  # grpc.aio.ServicerContext, whose methods the stubs type for one 
 class WorkerService(pb_grpc.WorkerServiceServicer):
     """WorkerService over the sessions of one worker.
 
-    status: what to report now. model: what is loaded, None until then. shut_down: begins to end the process.
+    status: what to report now. model: what is loaded, None until then. ledger: who holds which KV blocks, None while there
+    is no engine; raises TimeoutError when it does not answer. shut_down: begins to end the process.
     """
 
     def __init__(
@@ -39,12 +49,14 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         *,
         status: Callable[[], WorkerStatus],
         model: Callable[[], ModelInfo | None],
+        ledger: Callable[[], Awaitable[KvLedger | None]],
         shut_down: Callable[[], None],
     ) -> None:
         self._sessions = sessions
         self._incarnation = incarnation
         self._status = status
         self._model = model
+        self._ledger = ledger
         self._shut_down = shut_down
 
     # The stubs know answers by iteration only; a coroutine that writes them is the faster other way.
@@ -91,6 +103,22 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
             )
         assert model is not None
         return model_to_pb(model)
+
+    async def GetKvLedger(self, _request: pb.GetKvLedgerRequest, context: Context) -> pb.KvLedger:  # noqa: N802
+        """See the proto."""
+        try:
+            ledger = await self._ledger()
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, "the engine is in a step that does not end"
+            )
+        status = self._status()
+        if ledger is None:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"the worker is {status.state}: {status.message}"
+            )
+        assert ledger is not None
+        return ledger_to_pb(ledger, status.worker_id, status.incarnation)
 
     async def Shutdown(self, _request: pb.ShutdownRequest, context: Context) -> pb.ShutdownResponse:  # noqa: N802
         """See the proto. The server's grace lets the answer out."""

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from protos import worker_pb2 as pb
 from workers.api import (
     Abort,
-    BlockCounts,
     Command,
     DecodingReport,
     DraftsGenerated,
@@ -21,6 +20,7 @@ from workers.api import (
     Phase,
     PhaseSet,
     PrefillStarted,
+    PrefixPeer,
     PromptScored,
     RequestFailed,
     RequestId,
@@ -32,6 +32,16 @@ from workers.api import (
     WorkerId,
     WorkerState,
     WorkerStatus,
+)
+from workers.kv_wire import (
+    block_counts_from_pb,
+    block_counts_to_pb,
+    kv_transferred_from_pb,
+    kv_transferred_to_pb,
+    peer_from_pb,
+    peer_to_pb,
+    transfer_counts_from_pb,
+    transfer_counts_to_pb,
 )
 from workers.sampling_wire import sampling_from_pb, sampling_to_pb
 
@@ -91,6 +101,9 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
         num_delivered=command.num_delivered,
         priority=command.priority,
         cache_salt=command.cache_salt,
+        prefix_peers=[
+            pb.PrefixPeer(address=peer.address, incarnation=peer.incarnation) for peer in command.prefix_peers
+        ],
     )
     if command.handoff is not None:
         submit.handoff.transfer_id = command.handoff.transfer_id
@@ -128,6 +141,7 @@ def _submit_from_pb(submit: pb.Submit) -> Submit:
         num_delivered=submit.num_delivered,
         priority=submit.priority,
         cache_salt=submit.cache_salt,
+        prefix_peers=tuple(PrefixPeer(peer.address, peer.incarnation) for peer in submit.prefix_peers),
     )
 
 
@@ -145,13 +159,12 @@ def event_to_pb(event: Event) -> pb.Event:
                 message.tokens_generated.prefill_s = event.prefill_s
             if event.num_cached_tokens:
                 message.tokens_generated.num_cached_tokens = event.num_cached_tokens
+            if event.num_reused_tokens:
+                message.tokens_generated.num_reused_tokens = event.num_reused_tokens
             if event.logprobs:
                 message.tokens_generated.logprobs.extend(map(_logprobs_to_pb, event.logprobs))
         case KvTransferred():
-            message.kv_transferred.num_bytes = event.num_bytes
-            message.kv_transferred.num_chunks = event.num_chunks
-            message.kv_transferred.transfer_s = event.transfer_s
-            message.kv_transferred.exposed_s = event.exposed_s
+            message.kv_transferred.CopyFrom(kv_transferred_to_pb(event))
         case RequestFailed():
             message.request_failed.code = _FAILURE_CODES[event.code]
             message.request_failed.reason = event.reason
@@ -187,10 +200,10 @@ def event_from_pb(message: pb.Event) -> Event | None:
                 tokens.prefill_s if tokens.HasField("prefill_s") else None,
                 tuple(map(_logprobs_from_pb, tokens.logprobs)),
                 tokens.num_cached_tokens,
+                tokens.num_reused_tokens,
             )
         case "kv_transferred":
-            sent = message.kv_transferred
-            return KvTransferred(key, sent.num_bytes, sent.num_chunks, sent.transfer_s, sent.exposed_s)
+            return kv_transferred_from_pb(key, message.kv_transferred)
         case "request_failed":
             code = _FAILURE_CODE_OF.get(message.request_failed.code, FailureCode.INTERNAL)
             return RequestFailed(key, code, message.request_failed.reason)
@@ -257,23 +270,21 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         message=status.message,
         num_waiting=status.num_waiting,
         num_running=status.num_running,
-        blocks=pb.BlockCounts(
-            free=status.blocks.free,
-            cached=status.blocks.cached,
-            in_use=status.blocks.in_use,
-            leased=status.blocks.leased,
-            total=status.blocks.total,
-        ),
+        blocks=block_counts_to_pb(status.blocks),
         num_leases=status.num_leases,
         num_steps=status.num_steps,
         pid=status.pid,
         memory_bytes=status.memory_bytes,
+        leaked_blocks=status.leaked_blocks,
+        num_invariant_failures=status.num_invariant_failures,
+        transfers=transfer_counts_to_pb(status.transfers),
+        peers=map(peer_to_pb, status.peers),
     )
 
 
 def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
     """What a worker reported. A state of a newer version counts as failed."""
-    blocks = message.blocks
+    peers = map(peer_from_pb, message.peers)
     return WorkerStatus(
         worker_id=WorkerId(message.worker_id),
         incarnation=message.incarnation,
@@ -282,11 +293,15 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         message=message.message,
         num_waiting=message.num_waiting,
         num_running=message.num_running,
-        blocks=BlockCounts(blocks.free, blocks.cached, blocks.in_use, blocks.leased, blocks.total),
+        blocks=block_counts_from_pb(message.blocks),
         num_leases=message.num_leases,
         num_steps=message.num_steps,
         pid=message.pid,
         memory_bytes=message.memory_bytes,
+        leaked_blocks=message.leaked_blocks,
+        num_invariant_failures=message.num_invariant_failures,
+        transfers=transfer_counts_from_pb(message.transfers),
+        peers=tuple(peer for peer in peers if peer is not None),
     )
 
 

@@ -16,13 +16,15 @@ from dataclasses import replace
 import grpc.aio
 import psutil
 
+from kvtransfer.errors import PhasewiseTransferError
 from kvtransfer.frames import Refused
 from kvtransfer.grpc_stream import GRPC_OPTIONS, add_handler
 from kvtransfer.stream import MessageStream
 from kvtransfer.wire import encode
 from protos import worker_pb2_grpc as pb_grpc
-from workers.api import Event, KvEvent, WorkerSpec, WorkerState, WorkerStatus
+from workers.api import Event, KvEvent, KvLedger, WorkerSpec, WorkerState, WorkerStatus
 from workers.engine.engine import Engine
+from workers.engine.ledger import with_leases
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.step_loop import StepLoop
 from workers.errors import AddressUnavailable, PhasewiseWorkerError
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 #: How long calls that are being answered may take to end when the worker stops, in seconds.
 STOP_GRACE_S = 1.0
+#: How long the step that runs may take before the engine tells who holds what, in seconds.
+LEDGER_TIMEOUT_S = 5.0
 
 
 async def serve(
@@ -86,6 +90,7 @@ class Worker:
             self.spec.incarnation,
             status=self.status,
             model=lambda: self._loaded.info if self._loaded is not None else None,
+            ledger=self.ledger,
             shut_down=stop.set,
         )
         pb_grpc.add_WorkerServiceServicer_to_server(service, server)
@@ -116,7 +121,7 @@ class Worker:
             pid=os.getpid(),
             memory_bytes=self._process.memory_info().rss,
         )
-        if self._step_loop is None:
+        if self._step_loop is None or self._kv_host is None:
             return status
         engine = self._step_loop.snapshot
         return replace(
@@ -126,7 +131,21 @@ class Worker:
             blocks=engine.blocks,
             num_leases=engine.num_leases,
             num_steps=engine.num_steps,
+            leaked_blocks=engine.leaked_blocks,
+            num_invariant_failures=engine.num_invariant_failures,
+            transfers=self._kv_host.counts(),
+            peers=self._kv_host.peers(),
         )
+
+    async def ledger(self) -> KvLedger | None:
+        """Who holds which KV blocks; None when there is no engine (any more). Raises TimeoutError."""
+        if self._step_loop is None or self._kv_host is None or self._thread is None:
+            return None
+        if not self._thread.is_alive():
+            return None
+        async with asyncio.timeout(LEDGER_TIMEOUT_S):
+            ledger = await asyncio.wrap_future(self._step_loop.ledger())
+        return with_leases(ledger, self._kv_host.lease_ids())
 
     async def check_invariants(self) -> None:
         """Those of sessions, transfers and, in its own thread, of the engine. The worker must be READY."""
@@ -150,7 +169,7 @@ class Worker:
             self._start_engine(await asyncio.to_thread(load, self.spec, progress))
         except _LoadingStopped:
             return
-        except PhasewiseWorkerError as error:
+        except (PhasewiseWorkerError, PhasewiseTransferError) as error:
             self._set_state(WorkerState.FAILED, str(error))
         except Exception as error:
             logger.exception("loading_broke worker_id=%s", self.spec.worker_id)
@@ -171,6 +190,8 @@ class Worker:
             attention_tokens=loaded.config.attention_tokens,
             root_of=loaded.root_of,
             punctuation=loaded.punctuation,
+            packer=loaded.packer,
+            pacing=loaded.pacing,
         )
         # One callback for each publication, at most a few in each step; both ends take them in order.
         self._step_loop = StepLoop(
@@ -179,9 +200,7 @@ class Worker:
             publish=self._publish,
             on_broken=self._on_broken,
         )
-        self._kv_host = EngineKvHost(
-            loaded.layout, spec.incarnation, loaded.kv_cache, self._step_loop.post, spec.kv_transfer
-        )
+        self._kv_host = EngineKvHost(loaded.pool, spec.incarnation, self._step_loop.post, spec.kv_transfer)
         gate = GrammarGate(loaded.compiler, self._step_loop.post, self._sessions.deliver)
         self._sessions.serve_with(gate.pass_on, loaded.config.vocab_size)
         self._loaded = loaded

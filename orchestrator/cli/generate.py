@@ -6,10 +6,10 @@ import sys
 from typing import Any
 
 import grpc
-from google.protobuf.message import Message
 
 from orchestrator import interruptible
 from orchestrator.cli import arguments, exit_codes, request, target, timeline
+from orchestrator.cli.proto_json import fields
 from orchestrator.errors import BrokenAnswer, DeploymentNotFound
 from orchestrator.runtime.registry import Registry
 from protos import inference_pb2 as pb
@@ -105,13 +105,13 @@ def as_json(response: pb.GenerateResponse) -> dict[str, Any]:
     if response.stop_text:
         found["stop_text"] = response.stop_text
     if response.HasField("usage"):
-        found["usage"] = _fields(response.usage)
+        found["usage"] = fields(response.usage)
         if response.usage.HasField("decoding"):
-            found["usage"]["decoding"] = _fields(response.usage.decoding)
+            found["usage"]["decoding"] = fields(response.usage.decoding)
     if response.HasField("timings"):
-        found["timings"] = _fields(response.timings)
+        found["timings"] = fields(response.timings)
         if response.timings.HasField("kv_transfer"):
-            found["timings"]["kv_transfer"] = _fields(response.timings.kv_transfer)
+            found["timings"]["kv_transfer"] = fields(response.timings.kv_transfer)
     return found
 
 
@@ -128,16 +128,7 @@ def _print_json(response: pb.GenerateResponse) -> None:
 
 
 def _logprobs(token: pb.TokenLogprobs) -> dict[str, Any]:
-    found = _fields(token)
+    found = fields(token)
     if token.top:
-        found["top"] = [_fields(other) for other in token.top]
+        found["top"] = [fields(other) for other in token.top]
     return found
-
-
-def _fields(message: Message) -> dict[str, Any]:
-    """Numbers and texts of a message by name; of those that may be absent only the ones that are set."""
-    return {
-        field.name: getattr(message, field.name)
-        for field in message.DESCRIPTOR.fields
-        if field.message_type is None and (not field.has_presence or message.HasField(field.name))
-    }

@@ -1,12 +1,13 @@
 """What `phasewise status` prints of one deployment, for a terminal of 80 columns and as JSON. Pure."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from orchestrator.cli import table
+from orchestrator.cli.transfer_text import counted
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.runtime.registry import RunningDeployment
-from workers.api import BlockCounts, Phase
+from workers.api import BlockCounts, KvDirection, KvPeer, Phase, WorkerId, WorkerStatus
 
 MIB = 2**20
 #: A controller that has not spoken for so long is called silent; it speaks at every tick.
@@ -53,10 +54,12 @@ def lines(status: DeploymentStatus) -> list[str]:
         *_requests(running, report),
         *_controller(view, report.age_s),
         "",
-        *_table(_LIFE_HEADER, [_life_row(worker) for worker in view.workers], num_left=3),
+        *table.lines(_LIFE_HEADER, [_life_row(worker) for worker in view.workers], left=_LEFT),
         *_reasons(view),
         "",
-        *_table(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], num_left=1),
+        *table.lines(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], left=_LEFT),
+        *_wrongs(view),
+        *_transfers(view),
     ]
 
 
@@ -111,6 +114,7 @@ _LOAD_HEADER = (
     "LEASES",
     "MEMORY",
 )
+_LEFT = ("WORKER", "PHASES", "STATE", "ADDRESS")
 _NO_BLOCKS = BlockCounts(0, 0, 0, 0, 0)
 
 
@@ -157,14 +161,56 @@ def _phases(worker: WorkerView) -> list[str]:
     return [phase.value for phase in Phase if phase in worker.phases]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int) -> list[str]:
-    """Columns as wide as needed; the first `num_left` and a last ADDRESS stand left, the others right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+def _wrongs(view: ClusterView) -> list[str]:
+    """A line for each worker whose own books are wrong. There should be none, ever."""
     found = []
-    for row in (header, *rows):
-        cells = [
-            cell.ljust(width) if i < num_left or header[i] == "ADDRESS" else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        found.append("  " + "  ".join(cells).rstrip())
+    for worker in view.workers:
+        status = worker.status
+        if status is not None and (status.leaked_blocks or status.num_invariant_failures):
+            found.append(
+                f"  {worker.worker_id}: {status.leaked_blocks} LEAKED BLOCKS, {status.num_invariant_failures} idle "
+                f"checks failed; `phasewise kv ledger {worker.worker_id}` shows who holds what"
+            )
     return found
+
+
+def _transfers(view: ClusterView) -> list[str]:
+    """A line for each pair of workers that KV went between, and one for each worker that had trouble with it.
+
+    A pair is told of by the worker that sends.
+    """
+    at = {worker.address: worker.worker_id for worker in view.workers if worker.address}
+    known = [(worker.worker_id, worker.status) for worker in view.workers if worker.status is not None]
+    pairs = [
+        _pair(worker_id, peer, at)
+        for worker_id, status in known
+        for peer in status.peers
+        if peer.direction is KvDirection.SENDING
+    ]
+    troubles = [f"  {worker_id}: {trouble}" for worker_id, status in known if (trouble := _trouble(status))]
+    return ["", *pairs, *troubles] if pairs or troubles else []
+
+
+def _pair(sender: WorkerId, peer: KvPeer, at: dict[str, WorkerId]) -> str:
+    why = f" ({peer.reason})" if peer.reason else ""
+    rate = f" at {peer.bytes_per_s / MIB:.3g} MiB/s" if peer.bytes_per_s else ""
+    problem = f"; last problem: {peer.last_problem}" if peer.last_problem else ""
+    transfers = counted(peer.num_transfers, "transfer")
+    return (
+        f"  {sender} -> {at.get(peer.address, peer.address)}: {transfers} by {peer.transport or 'none yet'}{why}, "
+        f"codec {peer.codec or 'none'}, {peer.num_bytes / MIB:.1f} MiB{rate}{problem}"
+    )
+
+
+def _trouble(status: WorkerStatus) -> str:
+    """What went wrong in hand-offs of this worker; empty when nothing did."""
+    counts = status.transfers
+    named = (
+        (counts.num_corrupt_chunks, "corrupt chunk"),
+        (counts.num_resent_chunks, "resent chunk"),
+        (counts.num_digest_mismatches, "wrong digest"),
+        (counts.num_resumed, "resumed transfer"),
+        (counts.num_expired, "expired transfer"),
+        (counts.num_refused, "refused transfer"),
+    )
+    return ", ".join(counted(number, noun) for number, noun in named if number)

@@ -31,6 +31,25 @@ def gateway_address(args: argparse.Namespace, registry: Registry) -> str:
     return str(args.address) if args.address else find(registry, args.name).address
 
 
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """--control-address and --name, for verbs that ask about a deployment instead of using it."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--control-address",
+        type=arguments.address,
+        metavar="HOST:PORT",
+        help="a gateway's control address, wherever it runs",
+    )
+    where.add_argument(
+        "--name", metavar="NAME", help="a deployment started on this machine (default: the only one)"
+    )
+
+
+def control_address(args: argparse.Namespace, registry: Registry) -> str:
+    """The control address of the gateway that is meant. Raises DeploymentNotFound."""
+    return str(args.control_address) if args.control_address else find(registry, args.name).control_address
+
+
 def find(registry: Registry, name: str | None) -> RunningDeployment:
     """The deployment `name`, or with None the only one. Raises DeploymentNotFound."""
     running = registry.list()

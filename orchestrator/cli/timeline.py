@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.cli import transfer_text
+from orchestrator.cli.transfer_text import seconds
 from protos import inference_pb2 as pb
 
-MIB = 2**20
 BAR_COLUMNS = 46
 _FINISH_REASONS = {
     pb.FINISH_REASON_STOP: "an end token",
@@ -79,13 +80,6 @@ def bar(span: Span, total_s: float) -> str:
     return " " * start + drawn + " " * (BAR_COLUMNS - end)
 
 
-def seconds(duration_s: float) -> str:
-    """With three digits, in ms below one second."""
-    if duration_s >= 0.9995:
-        return f"{duration_s:.2f} s" if duration_s < 99.995 else f"{duration_s:.0f} s"
-    return f"{duration_s * 1000:.1f} ms" if duration_s < 0.09995 else f"{duration_s * 1000:.0f} ms"
-
-
 def _numbers(last: pb.GenerateResponse) -> list[str]:
     timings = last.timings
     tpot = seconds(timings.tpot_s) if timings.HasField("tpot_s") else "none below 2 tokens"
@@ -123,13 +117,10 @@ def _tokens(last: pb.GenerateResponse, reason: str) -> list[str]:
 def _transfer(timings: pb.Timings) -> list[str]:
     if not timings.HasField("kv_transfer"):
         return []
-    transfer = timings.kv_transfer
-    hidden_s = max(0.0, transfer.transfer_s - transfer.exposed_s)
-    chunks = f"{transfer.num_chunks} chunk{'' if transfer.num_chunks == 1 else 's'}"
-    return [
-        f"KV transfer  {transfer.num_bytes / MIB:.2f} MiB in {chunks}",
-        f"             {seconds(hidden_s)} hidden by prefill (-), {seconds(transfer.exposed_s)} exposed (#)",
-    ]
+    found = transfer_text.lines(timings.kv_transfer)
+    if timings.HasField("second_token_s"):
+        found.append(f"second token {seconds(timings.second_token_s)} after the first")
+    return [f"{'' if i else 'KV transfer':<13}{text}" for i, text in enumerate(found)]
 
 
 def _workers(timings: pb.Timings) -> str:

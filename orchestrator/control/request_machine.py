@@ -88,6 +88,7 @@ class RequestTimes:
     #: Of the attempt that gave the first token, as are `worker_queue_s` and `prefill_s`.
     submitted_at_s: float | None = None
     first_token_at_s: float | None = None
+    second_token_at_s: float | None = None
     last_token_at_s: float | None = None
     #: At the worker, before its first prefill step.
     worker_queue_s: float = 0.0
@@ -181,6 +182,7 @@ class RequestMachine:
                 num_delivered=len(self.delivered),
                 priority=self.priority,
                 cache_salt=self.cache_salt,
+                prefix_peers=route.prefix_peers if Phase.PREFILL in phases else (),
             )
             return Send(worker, submit)
 
@@ -334,6 +336,8 @@ class RequestMachine:
         if new:
             if self.times.first_token_at_s is None:
                 self.times.first_token_at_s = now_s
+            if self.times.second_token_at_s is None and len(self.delivered) > 1:
+                self.times.second_token_at_s = now_s
             self.times.last_token_at_s = now_s
         elif not is_finished:
             return []

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
-from workers.api import Phase, WorkerId
+from workers.api import Phase, PrefixPeer, WorkerId
+
+#: Workers that are asked for the beginning of a prompt.
+MAX_PREFIX_PEERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,8 @@ class Route:
     prefill: WorkerView
     decode: WorkerView
     reason: str
+    #: Others that may have the KV of the beginning of its prompt, the decode worker first.
+    prefix_peers: tuple[PrefixPeer, ...] = ()
 
     @property
     def is_colocated(self) -> bool:
@@ -84,7 +89,8 @@ def choose_route(
     if prefill is None:
         return _missing(view, Phase.PREFILL)
     if Phase.DECODE in prefill.phases:
-        return Route(prefill, prefill, f"{prefill.worker_id} serves both phases")
+        reason = f"{prefill.worker_id} serves both phases"
+        return Route(prefill, prefill, reason, _prefix_peers(view, prefill, prefill, is_linked))
     decode = _least_loaded(
         view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
     )
@@ -94,7 +100,22 @@ def choose_route(
         f"least loaded: {prefill.worker_id} with {ledger.of(prefill.worker_id).prefill_tokens} prompt tokens, "
         f"{decode.worker_id} with {ledger.of(decode.worker_id).decode_sequences} sequences"
     )
-    return Route(prefill, decode, reason)
+    return Route(prefill, decode, reason, _prefix_peers(view, prefill, decode, is_linked))
+
+
+def _prefix_peers(
+    view: ClusterView, prefill: WorkerView, decode: WorkerView, is_linked: Callable[[WorkerView], bool]
+) -> tuple[PrefixPeer, ...]:
+    """Workers beside the one that prefills: after a turn of a conversation its KV is where it was decoded."""
+    others = [
+        worker
+        for worker in view.workers
+        if worker.worker_id != prefill.worker_id
+        and worker.state is LifecycleState.READY
+        and is_linked(worker)
+    ]
+    others.sort(key=lambda worker: (worker.worker_id != decode.worker_id, worker.worker_id))
+    return tuple(PrefixPeer(worker.address, worker.incarnation) for worker in others[:MAX_PREFIX_PEERS])
 
 
 def _prefill_cost(worker: WorkerView, ledger: LoadLedger) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from orchestrator.control.request_machine import RequestMachine
 from orchestrator.gateway.detokeniser import TextStream
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, Progress
 from protos import inference_pb2 as pb
-from workers.api import FinishReason, TokenLogprobs
+from workers.api import FinishReason, KvTransferred, TokenLogprobs
 
 _FINISH_REASONS = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -146,9 +146,24 @@ def timings(machine: RequestMachine, now_s: float) -> pb.Timings:
         message.decode_s = times.last_token_at_s - times.first_token_at_s
         if len(machine.delivered) > 1:
             message.tpot_s = message.decode_s / (len(machine.delivered) - 1)
+            if times.second_token_at_s is not None:
+                message.second_token_s = times.second_token_at_s - times.first_token_at_s
     if times.kv_transfer is not None:
-        message.kv_transfer.num_bytes = times.kv_transfer.num_bytes
-        message.kv_transfer.num_chunks = times.kv_transfer.num_chunks
-        message.kv_transfer.transfer_s = times.kv_transfer.transfer_s
-        message.kv_transfer.exposed_s = times.kv_transfer.exposed_s
+        message.kv_transfer.CopyFrom(_transfer(times.kv_transfer))
     return message
+
+
+def _transfer(event: KvTransferred) -> pb.KvTransferTimings:
+    return pb.KvTransferTimings(
+        num_bytes=event.num_bytes,
+        num_chunks=event.num_chunks,
+        transfer_s=event.transfer_s,
+        exposed_s=event.exposed_s,
+        transport=event.transport,
+        transport_reason=event.transport_reason,
+        codec=event.codec,
+        num_wire_bytes=event.num_wire_bytes,
+        num_resent_chunks=event.num_resent_chunks,
+        num_resumes=event.num_resumes,
+        busy_s=event.busy_s,
+    )

@@ -1,14 +1,19 @@
 """phasewise.control.v1.GatewayControlService: what the controller and the command line call."""
 
+import asyncio
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from orchestrator.control.record_wire import record_to_pb
 from orchestrator.control.view_wire import view_from_pb, view_to_pb
+from orchestrator.errors import PhasewiseOrchestratorError, UnknownRequest, UnknownWorker
 from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.worker_ledgers import ask_ledgers
 from protos import control_pb2 as pb
 from protos.control_pb2_grpc import GatewayControlServiceServicer
+from workers.api import RequestId
 
 
 class ControlService(GatewayControlServiceServicer):
@@ -51,3 +56,33 @@ class ControlService(GatewayControlServiceServicer):
             response.view.CopyFrom(view_to_pb(dispatcher.view))
             response.age_s = dispatcher.view_age_s
         return response
+
+    async def GetKvLedger(  # noqa: N802
+        self, request: pb.GetKvLedgerRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetKvLedgerResponse:
+        """See the .proto."""
+        view = self._dispatcher.view
+        workers = view.workers if view is not None else ()
+        if request.worker_id:
+            declared = tuple(worker.worker_id for worker in workers)
+            workers = tuple(worker for worker in workers if worker.worker_id == request.worker_id)
+            if not workers:
+                await _not_found(context, UnknownWorker(request.worker_id, declared))
+        return pb.GetKvLedgerResponse(workers=await ask_ledgers(workers))
+
+    async def Explain(  # noqa: N802
+        self, request: pb.ExplainRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.ExplainResponse:
+        """See the .proto."""
+        records = self._dispatcher.records
+        record = records.get(RequestId(request.request_id))
+        if record is None:
+            await _not_found(context, UnknownRequest(request.request_id, records.max_records))
+        assert record is not None
+        return pb.ExplainResponse(record=record_to_pb(record, asyncio.get_running_loop().time()))
+
+
+async def _not_found(
+    context: "grpc.aio.ServicerContext[Any, Any]", error: PhasewiseOrchestratorError
+) -> None:
+    await context.abort(grpc.StatusCode.NOT_FOUND, str(error))

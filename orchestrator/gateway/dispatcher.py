@@ -21,6 +21,7 @@ from orchestrator.control.request_actions import (
     WantRoute,
 )
 from orchestrator.control.request_machine import RequestState
+from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
@@ -28,7 +29,7 @@ from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.gateway.worker_link import WorkerLink
 from orchestrator.gateway.worker_links import WorkerLinks
-from workers.api import Event, ModelInfo, RequestId, WorkerId
+from workers.api import Event, KvTransferred, ModelInfo, RequestId, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Dispatcher:
     ) -> None:
         self.num_finished = 0
         self.num_failed = 0
+        self.records = RequestRecords()
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -151,6 +153,7 @@ class Dispatcher:
             raise DuplicateRequest(checked.request_id)
         request = LiveRequest.of(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
         self._requests[checked.request_id] = request
+        self.records.begin(request.record, [sample.machine for sample in request.samples])
         self._is_idle.clear()
         enqueue(request.samples[0], self._waiting)
         request.deadline = self._loop.call_at(deadline_s, self._deadline_passed, request)
@@ -249,6 +252,8 @@ class Dispatcher:
         """A worker reported."""
         worker_id, now_s = link.worker.worker_id, self._loop.time()
         for event in events:
+            if isinstance(event, KvTransferred):
+                self.records.transferred(event)
             sample = self._running.get(event.key.attempt)
             if sample is not None and (actions := sample.machine.worker_event(worker_id, event, now_s)):
                 self._do(sample, actions)
@@ -311,6 +316,7 @@ class Dispatcher:
                             action.reason,
                         )
                     request.fail(action)
+        sample.note_state(actions, self._loop.time())
         self._put_away(sample)
         if request.is_failed:
             # One sample that cannot be had fails the request.
@@ -334,6 +340,7 @@ class Dispatcher:
             return
         # Its last sample is over, and so is the request.
         del self._requests[request.request_id]
+        self.records.end(request.record)
         if request.deadline is not None:
             request.deadline.cancel()
         if request.is_failed:

@@ -5,8 +5,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.control.request_actions import Deliver, DeliverDrafts, DeliverPrompt, Fail
+from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts, DeliverPrompt, Fail
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
+from orchestrator.control.request_record import RequestRecord, SampleRecord
 from orchestrator.control.router import LoadLedger, Route
 from orchestrator.gateway.validation import CheckedRequest
 from workers.api import FinishReason, RequestId, TokenLogprobs
@@ -32,8 +33,11 @@ class Progress:
 class LiveSample:
     """One sample: its machine, what of it waits for the client, and what it is charged for."""
 
-    def __init__(self, machine: RequestMachine, index: int, request: "LiveRequest") -> None:
+    def __init__(
+        self, machine: RequestMachine, index: int, request: "LiveRequest", record: SampleRecord
+    ) -> None:
         self.machine = machine
+        self.record = record
         self.index = index
         self.request = request
         #: A client that does not read leaves them here: at most the request's max_new_tokens.
@@ -46,6 +50,11 @@ class LiveSample:
         self._finish_reason: FinishReason | None = None
         self._route: Route | None = None
         self._prefill_tokens = 0
+
+    def note_state(self, actions: Sequence[Action], now_s: float) -> None:
+        """Into the record, if these actions came with another state. Called for every token: does nothing then."""
+        if self.machine.state is not self.record.state:
+            self.record.moved(self.machine, actions, now_s)
 
     def deliver(self, news: Deliver | DeliverPrompt | DeliverDrafts) -> None:
         """Something for the client came."""
@@ -94,6 +103,8 @@ class LiveSample:
         self._token_ids.clear()
         self._logprobs.clear()
         self.request.has_no_news_of(self)
+        # Tokens after a stop string are no part of the answer.
+        self.record.refresh(self.machine)
 
     def charge(self, ledger: LoadLedger) -> None:
         """Count what has just been submitted."""
@@ -120,7 +131,11 @@ class LiveRequest:
     """Filled by the dispatcher, emptied by the task that answers the client. Both live in one loop."""
 
     def __init__(self, machines: Sequence[RequestMachine]) -> None:
-        self.samples = tuple(LiveSample(machine, index, self) for index, machine in enumerate(machines))
+        self.record = RequestRecord.of(machines)
+        self.samples = tuple(
+            LiveSample(machine, index, self, self.record.samples[index])
+            for index, machine in enumerate(machines)
+        )
         self.deadline: asyncio.TimerHandle | None = None
         #: Samples after the first start when the first has its first token: they find its prompt cached.
         self.num_started = 1

@@ -2,16 +2,20 @@
 
 import math
 
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.config import TransportChoice
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.gateway.config import GatewayConfig
-from orchestrator.manifest.engine import MIB
+from orchestrator.manifest.engine import MIB, SpanReuse
 from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
 from workers.api import (
     Batching,
     EngineConfig,
+    HostCacheCodec,
     KvTransferConfig,
     Phase,
     PrefillOrder,
+    SpanReuseConfig,
     WeightDtype,
     WorkerId,
 )
@@ -96,7 +100,16 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
         weight_dtype=WeightDtype(engine.weight_dtype),
+        host_cache_bytes=engine.host_cache_mib * MIB,
+        host_cache_codec=HostCacheCodec(engine.host_cache_codec),
+        span_reuse=_span_reuse(engine.span_reuse),
     )
+
+
+def _span_reuse(section: SpanReuse | None) -> SpanReuseConfig | None:
+    if section is None:
+        return None
+    return SpanReuseConfig(section.recompute_fraction, section.min_tokens)
 
 
 def _num_threads(group: WorkerGroup) -> int:
@@ -109,4 +122,9 @@ def _kv_transfer_config(kv_transfer: KvTransfer) -> KvTransferConfig:
         max_chunk_bytes=kv_transfer.max_chunk_kib * KIB,
         credits=kv_transfer.credits,
         layer_group_size=kv_transfer.layer_group_size,
+        resume_s=kv_transfer.resume_s,
+        transport=TransportChoice(kv_transfer.transport),
+        num_streams=kv_transfer.streams,
+        codec=None if kv_transfer.codec == "auto" else CodecId[kv_transfer.codec.upper()],
+        is_prefix_fetched=kv_transfer.prefix_fetch,
     )

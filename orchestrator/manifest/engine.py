@@ -5,11 +5,30 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.manifest.section import Section, inconsistent
-from workers.api import EngineConfig
+from workers.api import EngineConfig, SpanReuseConfig
 
 MIB = 2**20
 
 _ENGINE = EngineConfig()
+_SPAN_REUSE = SpanReuseConfig()
+
+
+class SpanReuse(Section):
+    """Reuse of KV that was computed in another context; what it costs in quality is in docs/span-reuse.md."""
+
+    recompute_fraction: float = Field(
+        default=_SPAN_REUSE.recompute_fraction,
+        ge=0,
+        le=1,
+        description="Part of the reused tokens that is computed again in all layers. 1 gives exact answers and "
+        "saves nothing.",
+    )
+    min_tokens: int = Field(
+        default=_SPAN_REUSE.min_tokens,
+        ge=1,
+        le=MIB,
+        description="A prompt with fewer reused tokens, beyond its cached prefix, is computed as ever.",
+    )
 
 
 class Engine(Section):
@@ -76,6 +95,25 @@ class Engine(Section):
         default=_ENGINE.weight_dtype.value,
         description="How the matrices of the model are kept in memory; all else is float32.",
     )
+    host_cache_mib: int = Field(
+        default=_ENGINE.host_cache_bytes // MIB,
+        alias="hostCacheMiB",
+        ge=0,
+        le=16 * MIB,
+        description="Host memory in MiB for prefix blocks that the pool evicts, taken as it is needed; they are "
+        "restored instead of computed again. 0 keeps none.",
+    )
+    host_cache_codec: Literal["none", "fp8", "int4_hadamard", "gear", "gear_l"] = Field(
+        default=_ENGINE.host_cache_codec.value,
+        description="How they are packed. All but none lose precision: answers may differ from those without "
+        "hostCacheMiB.",
+    )
+
+    span_reuse: SpanReuse | None = Field(
+        default=None,
+        description="The KV of spans that are no prefixes is reused too, within one tenant; answers are then "
+        "approximations. Absent: it is not.",
+    )
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -89,4 +127,12 @@ class Engine(Section):
         if self.tile_tokens > self.token_budget:
             sentence = f"is {self.tile_tokens}; allowed: at most tokenBudget = {self.token_budget}"
             inconsistent([(("tileTokens",), sentence)])
+        if self.host_cache_mib > 0 and not self.prefix_cache:
+            sentence = (
+                f"is {self.host_cache_mib}; allowed: 0 with prefixCache: false, which leaves no block to keep"
+            )
+            inconsistent([(("hostCacheMiB",), sentence)])
+        if self.span_reuse is not None and not self.prefix_cache:
+            sentence = "is set; allowed: absent with prefixCache: false, which leaves no block to reuse"
+            inconsistent([(("spanReuse",), sentence)])
         return self

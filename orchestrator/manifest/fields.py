@@ -36,8 +36,10 @@ def keys_of(section: type[Section]) -> Mapping[str, FieldInfo]:
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, one or a list of; None when it holds a plain value."""
+    """The section that a field holds, one, a list of or one that may be absent; None when it holds a plain value."""
     annotation: Any = field.annotation
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not NoneType)
     if get_origin(annotation) is tuple:
         annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None

@@ -223,11 +223,40 @@ class KvTransfer(Section):
         le=1024,
         description="Chunks in flight, unacknowledged, per transfer.",
     )
-    layer_group_size: int = Field(
+    layer_group_size: int | None = Field(
         default=_KV_TRANSFER.layer_group_size,
         ge=1,
         le=1024,
-        description="KV leaves after this many layers of a prompt chunk have been computed.",
+        description="KV leaves after this many layers of a prompt chunk have been computed. Default: chosen for each "
+        "step from the measured times of computing and of sending.",
+    )
+    resume_s: float = Field(
+        default=_KV_TRANSFER.resume_s,
+        ge=0,
+        le=600,
+        description="Seconds in which a transfer whose connection broke goes on at its first missing chunk; with 0 "
+        "it fails at once.",
+    )
+    transport: Literal["auto", "in_process", "shm", "grpc", "cuda_ipc", "nixl"] = Field(
+        default=_KV_TRANSFER.transport.value,
+        description="How KV travels. auto: the best way that the two workers can use. With another a transfer that "
+        "cannot go this way is refused.",
+    )
+    streams: int = Field(
+        default=_KV_TRANSFER.num_streams,
+        ge=1,
+        le=16,
+        description="Connections that the chunks of one transfer are spread over, when they travel by gRPC.",
+    )
+    codec: Literal["none", "fp8", "int4_hadamard", "gear", "gear_l", "auto"] = Field(
+        default="none",
+        description="How KV is packed when it travels by gRPC; all but none change what is generated. auto: fp8 or "
+        "int4_hadamard where the connection is so slow that it pays, else none.",
+    )
+    prefix_fetch: bool = Field(
+        default=_KV_TRANSFER.is_prefix_fetched,
+        description="The beginning of a prompt is got from another worker that has its KV, where that is faster than "
+        "computing it.",
     )
 
 

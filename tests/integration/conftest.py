@@ -31,7 +31,11 @@ def nothing_escapes(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """What a callback or a gRPC handler lets escape is only logged, and must fail the test all the same."""
     yield
     records = [record for record in caplog.get_records("call") if record.levelno >= logging.ERROR]
-    ours = [record for record in records if record.name.startswith(("asyncio", "grpc")) and not of_grpc_itself(record)]
+    ours = [
+        record
+        for record in records
+        if record.name.startswith(("asyncio", "grpc")) and not of_grpc_itself(record)
+    ]
     assert not [record.getMessage() for record in ours]
 
 

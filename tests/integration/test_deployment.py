@@ -1,5 +1,6 @@
 """A whole deployment on Ray with the embedded model, driven as its users drive it."""
 
+import json
 import os
 import re
 import signal
@@ -135,6 +136,28 @@ def test_the_status_names_every_worker(running: Running) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "prefill-0" in shown.stdout
     assert "decode-0" in shown.stdout
+
+
+def test_every_block_has_an_owner_and_every_request_a_story(running: Running) -> None:
+    asked = running.user.run("generate", "One, two,", "--max-tokens", "4", "--json")
+    assert asked.returncode == 0, asked.stderr
+    request_id = json.loads(asked.stdout.splitlines()[0])["request_id"]
+    told = running.user.run("explain", request_id)
+    assert told.returncode == 0, told.stderr
+    assert "prefill on prefill-0 (incarnation 1), decode on decode-0" in told.stdout
+    assert re.search(r"KV transfer  [0-9.]+ MiB in [0-9]+ chunk", told.stdout)
+    until_in_thread(running.all_blocks_free, "the blocks of the request are free")
+    ledger = running.user.run("kv", "ledger", "--json")
+    assert ledger.returncode == 0, ledger.stderr
+    found = json.loads(ledger.stdout)
+    assert found["leaked_blocks"] == 0
+    for worker in found["workers"]:
+        entries = worker["ledger"]["entries"]
+        assert {entry["kind"] for entry in entries} == {"cached", "free"}
+        assert sum(entry["num_blocks"] for entry in entries) == worker["ledger"]["counts"]["total"] > 0
+    assert re.search(r"prefill-0 -> decode-0: [0-9]+ transfers? by ", running.user.run("status", "it").stdout)
+    unknown = running.user.run("explain", "nobody")
+    assert (unknown.returncode, "no request 'nobody' is remembered" in unknown.stderr) == (1, True)
 
 
 def test_the_same_name_cannot_be_started_twice(running: Running, tmp_path: Path) -> None:

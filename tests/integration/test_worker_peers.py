@@ -10,6 +10,7 @@ from typing import Self
 import pytest
 
 from protos import worker_pb2 as pb
+from tests.support.tiny_model import write_tiny_gguf
 from tests.support.worker_client import (
     DECODE,
     PREFILL,
@@ -24,7 +25,7 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from workers import kv_sending
+from workers import kv_channels
 from workers import worker as worker_module
 from workers.api import (
     FailureCode,
@@ -104,7 +105,7 @@ def quick_keepalive(monkeypatch: pytest.MonkeyPatch) -> None:
     """One second of silence instead of ten, which is the least that gRPC does."""
     quick = {"grpc.keepalive_time_ms": 1000, "grpc.http2.ping_timeout_ms": 1000}
     quick["grpc.http2.min_ping_interval_without_data_ms"] = 100
-    for module, name in ((worker_module, "GRPC_OPTIONS"), (kv_sending, "CHANNEL_OPTIONS")):
+    for module, name in ((worker_module, "GRPC_OPTIONS"), (kv_channels, "CHANNEL_OPTIONS")):
         options = [(key, quick.get(key, value)) for key, value in getattr(module, name)]
         assert quick.keys() <= {key for key, _ in options}
         monkeypatch.setattr(module, name, tuple(options))
@@ -156,11 +157,17 @@ def test_peer_that_vanishes_without_a_word_fails_the_transfer(
     asyncio.run(scenario())
 
 
-def test_peer_of_another_layout_or_incarnation_refuses_with_the_reason(model_path: Path) -> None:
+def test_peer_with_another_model_or_incarnation_refuses_with_the_reason(
+    model_path: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_gguf(tmp_path / "other.gguf", num_layers=4)
+
     async def scenario() -> None:
-        async with running_worker(worker_spec(model_path, DECODE, block_size=32)) as decode:
+        async with running_worker(worker_spec(other, DECODE)) as decode:
             reason = await failed_hand_off(model_path, decode.address)
-            assert "block_size is 16 at the sender and 32 at the receiver" in reason
+            assert "model_digest is" in reason
+            assert "num_layers is 3 at the sender and 4 at the receiver" in reason
+        async with running_worker(worker_spec(model_path, DECODE)) as decode:
             reason = await failed_hand_off(model_path, decode.address, incarnation=7)
             assert "this is incarnation 1, not 7" in reason
         async with running_worker(worker_spec(model_path, PREFILL)) as prefill:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from kvtransfer.layout import blocks_needed
+from kvtransfer.receiver import ReceiverMachine
 from tests.support.hf_reference import hf_greedy
 from tests.support.worker_client import (
     BLOCK_BYTES,
@@ -79,7 +79,7 @@ def test_prefill_and_decode_workers_generate_what_transformers_does(
                 assert isinstance(sent, KvTransferred)
                 # Three layers, each sent when it was computed.
                 assert sent.num_chunks >= 3
-                assert sent.num_bytes == BLOCK_BYTES * blocks_needed(length, 16)
+                assert sent.num_bytes == BLOCK_BYTES // 16 * length
                 assert 0 <= sent.exposed_s <= sent.transfer_s
 
     asyncio.run(scenario())
@@ -128,21 +128,19 @@ def test_kv_leaves_before_prefill_has_ended(model_path: Path, monkeypatch: pytes
             worker_spec(model_path, PREFILL, token_budget=SMALL_BUDGET), worker_spec(model_path, DECODE)
         ) as (prefill, decode):
             to_prefill, to_decode = handed_off(greedy_submit(80), decode)
-            received: list[int] = []
-            write = decode.worker._kv_host.write  # type: ignore[union-attr]
-
-            def counted(block_ids: object, lo: int, hi: int, payload: memoryview) -> None:
-                received.append(len(payload))
-                write(block_ids, lo, hi, payload)  # type: ignore[arg-type]
-
-            decode.worker._kv_host.write = counted  # type: ignore[method-assign, union-attr]
             await prefill.send(to_prefill)
             await gate.reached()
 
-            async def has_two_chunks_of_each_layer() -> bool:
-                return len(received) >= 6
+            async def has_two_chunks() -> bool:
+                assert decode.worker is not None
+                host = decode.worker._kv_host
+                assert host is not None
+                machines = [session.machine for session in host.receiving._sessions.values()]
+                return [
+                    machine.num_bytes_written for machine in machines if isinstance(machine, ReceiverMachine)
+                ] == [64 * BLOCK_BYTES // 16]
 
-            await eventually(has_two_chunks_of_each_layer, "the KV of two prompt chunks")
+            await eventually(has_two_chunks, "the KV of two prompt chunks")
             assert not [event for event in prefill.events if isinstance(event, TokensGenerated)]
             gate.open()
             await decode.generate(to_decode)

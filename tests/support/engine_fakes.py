@@ -2,7 +2,19 @@
 
 from collections.abc import Callable
 
-from workers.api import EngineConfig, Handoff, Phase, PhaseSet, RequestId, RequestKey, SamplingParams, Submit
+from workers.api import (
+    BlockCounts,
+    EngineConfig,
+    Handoff,
+    KvLedger,
+    LedgerKind,
+    Phase,
+    PhaseSet,
+    RequestId,
+    RequestKey,
+    SamplingParams,
+    Submit,
+)
 from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.scheduler import StepPlan
@@ -94,9 +106,32 @@ def expanded(outputs: list[Output]) -> list[Output]:
     return [output for some in each for output in some]
 
 
+def assert_ledger(engine: Engine, now_s: float) -> KvLedger:
+    """The ledger accounts for every block, and agrees with the pool's own counts."""
+    ledger = engine.ledger(now_s)
+    assert ledger.leaked_block_ids == ()
+    num_blocks = dict.fromkeys(LedgerKind, 0)
+    for entry in ledger.entries:
+        assert entry.age_s is None or entry.age_s >= 0, entry
+        num_blocks[entry.kind] += entry.num_blocks - entry.num_shared_blocks
+    counts = engine.block_counts()
+    leased = (LedgerKind.SENDING, LedgerKind.RECEIVING, LedgerKind.UNCLAIMED)
+    found = BlockCounts(
+        free=num_blocks[LedgerKind.FREE],
+        cached=num_blocks[LedgerKind.CACHED],
+        in_use=num_blocks[LedgerKind.SEQUENCE],
+        leased=sum(num_blocks[kind] for kind in leased),
+        total=ledger.num_accounted_blocks,
+    )
+    assert found == counts == ledger.counts
+    return ledger
+
+
 def assert_empty(engine: Engine) -> None:
     """Nothing runs, waits or holds a block."""
     engine.check_invariants()
+    ledger = engine.ledger(0.0)
+    assert {entry.kind for entry in ledger.entries} == {LedgerKind.CACHED, LedgerKind.FREE}, ledger
     counts = engine.block_counts()
     assert counts.free + counts.cached == counts.total, counts
     assert (engine.num_leases, engine.num_running, engine.num_waiting) == (0, 0, 0)

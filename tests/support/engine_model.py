@@ -22,6 +22,7 @@ from workers.api import (
     TokensGenerated,
 )
 from workers.engine.engine import Engine
+from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.messages import Output
 from workers.engine.runner import GrammarTools, ModelRunner
 from workers.engine.scheduler import StepPlan
@@ -43,6 +44,9 @@ class EngineWithModel:
         punctuation: frozenset[int] = frozenset(),
         grammars: GrammarTools | None = None,
     ) -> None:
+        kv_cache = torch.full(model.kv_cache_shape(num_blocks, config.block_size), float("nan"))
+        codec = codec_of(config.host_cache_codec)
+        packer = KvPacker(kv_cache, codec) if config.host_cache_bytes else None
         self.engine = Engine(
             config,
             BOTH,
@@ -50,9 +54,9 @@ class EngineWithModel:
             max_context_tokens=model.config.max_context_tokens,
             claim_s=5.0,
             punctuation=punctuation,
+            packer=packer,
         )
-        kv_cache = torch.full(model.kv_cache_shape(num_blocks, config.block_size), float("nan"))
-        self.runner = ModelRunner(model, kv_cache, config.block_size, 1, grammars)
+        self.runner = ModelRunner(model, kv_cache, config.block_size, grammars, packer)
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.finished: dict[str, FinishReason] = {}
         self.failed: dict[str, RequestFailed] = {}

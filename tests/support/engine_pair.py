@@ -9,9 +9,11 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.kv_range import Coverage, KvRange
 from kvtransfer.layout import blocks_needed
-from tests.support.engine_fakes import DECODE, PREFILL, assert_empty, expanded, make_engine
+from kvtransfer.session import TransferReport
+from tests.support.engine_fakes import DECODE, PREFILL, assert_empty, assert_ledger, expanded, make_engine
 from tests.support.engine_fakes import submit as make_submit
 from workers.api import (
     Abort,
@@ -49,6 +51,21 @@ NUM_LAYERS = 2
 PATIENCE_S = 8.0
 
 
+REPORT = TransferReport(
+    num_bytes=1,
+    num_wire_bytes=1,
+    num_chunks=1,
+    transfer_s=0.1,
+    busy_s=0.1,
+    exposed_s=0.0,
+    transport="grpc",
+    transport_reason="",
+    codec=CodecId.NONE,
+    num_resent_chunks=0,
+    num_resumes=0,
+)
+
+
 def next_token(part: Slice) -> int:
     """A function of the prompt's length and the position, whoever computes it."""
     return expected_token(part.sequence.num_prompt_tokens, len(part.sequence.token_ids))
@@ -66,6 +83,7 @@ class Half:
     deadline_s: float = 0.0
     coverage: Coverage = field(default_factory=lambda: Coverage(0, 0))
     token_ids: tuple[int, ...] = ()
+    token_digest: bytes = b""
     is_granted: bool = False
     is_over: bool = False
 
@@ -182,6 +200,7 @@ class EnginePair:
         """What holds at every moment."""
         for engine in self.engines.values():
             engine.check_invariants()
+            assert_ledger(engine, self.now_s)
 
     def assert_over(self) -> None:
         """Nothing is left anywhere."""
@@ -245,7 +264,10 @@ class EnginePair:
         assert len(start.block_ids) == num_blocks
         deadline_s = self.now_s + min(start.timeout_s, PATIENCE_S)
         self.senders[start.transfer_id] = Half(
-            start.block_ids, deadline_s, coverage=Coverage(NUM_LAYERS, num_blocks)
+            start.block_ids,
+            deadline_s,
+            coverage=Coverage(NUM_LAYERS, start.num_tokens),
+            token_digest=start.token_digest,
         )
         reserve = ReserveBlocks(start.transfer_id, start.num_tokens, start.max_tokens, deadline_s)
 
@@ -270,7 +292,7 @@ class EnginePair:
 
     def _kv_ready(self, ready: KvReady) -> None:
         half = self.senders[ready.transfer_id]
-        kv_range = KvRange(ready.layer_lo, ready.layer_hi, ready.block_lo, ready.block_hi)
+        kv_range = KvRange(ready.layer_lo, ready.layer_hi, ready.token_lo, ready.token_hi)
         if not half.is_over:
             assert half.coverage.problem(kv_range) is None
             half.coverage.add(kv_range)
@@ -288,7 +310,10 @@ class EnginePair:
         if half.is_over:
             return
         half.is_over = True
-        self._post("decode", CommitTransfer(transfer_id, half.block_ids, token_ids))
+        self._post(
+            "decode",
+            CommitTransfer(transfer_id, half.block_ids, token_ids, self.senders[transfer_id].token_digest),
+        )
         self.mail[f"to sender {transfer_id}"].append(lambda: self._sent(transfer_id))
 
     def _sent(self, transfer_id: str) -> None:
@@ -297,7 +322,7 @@ class EnginePair:
             return
         half.is_over = True
         self._post("prefill", ReleaseTransfer(transfer_id, half.block_ids, "committed"))
-        self._post("prefill", TransferSent(transfer_id, 1, 1, 0.1, 0.0))
+        self._post("prefill", TransferSent(transfer_id, REPORT))
 
     def _sender_ends(self, transfer_id: str, reason: str, *, tells_peer: bool) -> None:
         half = self.senders.get(transfer_id)

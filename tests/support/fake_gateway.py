@@ -33,8 +33,17 @@ def messages(*texts: str, finish_reason: pb.FinishReason.ValueType = pb.FINISH_R
             prefill_worker_id="prefill-0",
             decode_worker_id="decode-0",
             attempts=1,
+            second_token_s=0.53,
             kv_transfer=pb.KvTransferTimings(
-                num_bytes=37 * 46080, num_chunks=6, transfer_s=0.215, exposed_s=0.014
+                num_bytes=37 * 46080,
+                num_chunks=6,
+                transfer_s=0.215,
+                busy_s=0.215,
+                exposed_s=0.014,
+                transport="shm",
+                transport_reason="both are on this host",
+                codec="none",
+                num_wire_bytes=37 * 46080,
             ),
         )
     )
@@ -55,6 +64,10 @@ class FakeGateway(
         #: Called in the server's thread when the answer has been sent and the request goes on.
         self.on_going_on: Callable[[], None] = lambda: None
         self.view = control_pb2.GetViewResponse()
+        self.ledgers = control_pb2.GetKvLedgerResponse()
+        self.asked_worker_ids: list[str] = []
+        #: None: no such request is remembered.
+        self.record: control_pb2.RequestRecord | None = None
         self.requests: list[pb.GenerateRequest] = []
         self.was_cancelled = threading.Event()
         #: host:port, once it listens.
@@ -86,6 +99,19 @@ class FakeGateway(
 
     def GetView(self, request: Any, context: Any) -> control_pb2.GetViewResponse:  # noqa: N802
         return self.view
+
+    def GetKvLedger(  # noqa: N802
+        self, request: control_pb2.GetKvLedgerRequest, context: grpc.ServicerContext
+    ) -> control_pb2.GetKvLedgerResponse:
+        self.asked_worker_ids.append(request.worker_id)
+        return self.ledgers
+
+    def Explain(  # noqa: N802
+        self, request: control_pb2.ExplainRequest, context: grpc.ServicerContext
+    ) -> control_pb2.ExplainResponse:
+        if self.record is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no request {request.request_id!r} is remembered")
+        return control_pb2.ExplainResponse(record=self.record)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from workers.api import (
     Abort,
     Event,
     FinishReason,
+    KvLedger,
     KvTransferred,
     ModelInfo,
     PhaseSet,
@@ -32,6 +33,7 @@ from workers.api import (
     WorkerId,
 )
 from workers.api import Phase as Phase
+from workers.kv_wire import ledger_to_pb
 from workers.wire import command_from_pb, event_to_pb, model_to_pb
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -98,6 +100,7 @@ class FakeWorker(WorkerServiceServicer):
         self.token_at: Callable[[int], int] = token_at
         self.answer: Callable[[Submit], Sequence[Event]] = self.script
         self.address = ""
+        self.ledger: KvLedger | None = None
         self.submits: list[Submit] = []
         self.aborts: list[RequestKey] = []
         #: What was submitted and has neither ended nor been aborted; its session's end drops it.
@@ -199,6 +202,12 @@ class FakeWorker(WorkerServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> pb.WorkerStatus:  # noqa: N802
         self.num_status_calls += 1
         return pb.WorkerStatus(worker_id=self.worker_id, incarnation=self.incarnation)
+
+    async def GetKvLedger(self, request: Any, context: Any) -> pb.KvLedger:  # noqa: N802
+        if self.ledger is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "loading")
+        assert self.ledger is not None
+        return ledger_to_pb(self.ledger, self.worker_id, self.incarnation)
 
     async def Shutdown(self, request: Any, context: Any) -> pb.ShutdownResponse:  # noqa: N802
         return pb.ShutdownResponse()

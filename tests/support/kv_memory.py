@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from workers.api import CautiousDecoding, NgramDrafts, SuperposedDecoding
 from workers.engine.decoding.acceptance import walk
 from workers.engine.decoding.superposed import mix_settings
+from workers.engine.host_tier import PackedBlock
 from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_TOKEN, Sequence
 from workers.engine.step_result import RowDetail, StepResult
@@ -21,12 +24,41 @@ def fact_of(sequence: Sequence, position: int) -> Fact:
     return (sequence.block_hashes[0], *sequence.token_ids[: position + 1])
 
 
+class FactPacker:
+    """Packs blocks of a KvMemory: into a number that stands for their facts, and is its own checksum."""
+
+    block_bytes = 8
+
+    def __init__(self, memory: "KvMemory") -> None:
+        self._memory = memory
+        self._packed: list[list[Fact]] = []
+        self.is_failing = False
+
+    def pack(self, block_id: int) -> PackedBlock | None:
+        if self.is_failing:
+            return None
+        self._packed.append(list(self._memory.slots[block_id]))
+        number = len(self._packed) - 1
+        return PackedBlock(np.array([number]).view(np.uint8), number)
+
+    def is_whole(self, packed: PackedBlock) -> bool:
+        return self._number(packed) == packed.checksum
+
+    def unpack(self, packed: PackedBlock) -> list[Fact]:
+        assert self.is_whole(packed)
+        return list(self._packed[packed.checksum])
+
+    def _number(self, packed: PackedBlock) -> int:
+        return int(packed.data.view(np.int64)[0])
+
+
 class KvMemory:
     """Blocks of facts, and a runner of plans on them that checks what each slice reads."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.slots = [[NOTHING] * block_size for _ in range(num_blocks)]
+        self.packer = FactPacker(self)
 
     def fill(self, block_ids: tuple[int, ...], facts: list[Fact]) -> None:
         """As a transfer does: these facts, and nothing after them."""
@@ -49,6 +81,8 @@ class KvMemory:
         """choose(n): any number below n. tokens: what may be sampled."""
         for target, source in plan.copies.items():
             self.slots[target] = list(self.slots[source])
+        for block_id, packed in plan.restores.items():
+            self.slots[block_id] = self.packer.unpack(packed)
         for part in plan.slices:
             for position in range(part.start, part.end):
                 self._write(part.sequence, position, fact_of(part.sequence, position))

@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvtransfer.errors import ReservationRefused
+from kvtransfer.host import CachedKv
+from kvtransfer.host_memory import HostMemory
+from kvtransfer.host_pool import HostPool, pool_shape
 from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.pool import KvPool, KvSpan, PoolOffer
+from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.stream import MessageStream
 
 LAYOUT = KvLayout(
@@ -25,26 +31,102 @@ FREE = "free"
 ADOPTED = "adopted"
 
 
+class WatchedPool:
+    """A pool that may be read and written only where blocks belong to a transfer, and that can be made to fail.
+
+    hides_from: transports that it does not offer.
+    """
+
+    def __init__(self, pool: HostPool, host: "FakeKvHost") -> None:
+        self._pool = pool
+        self._host = host
+        self.hides_from: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._pool.layout
+
+    @property
+    def offers(self) -> tuple[PoolOffer, ...]:
+        return tuple(one for one in self._pool.offers if one.transport not in self.hides_from)
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """Whoever asks is about to write to it."""
+        if self._host.failure is not None:
+            raise self._host.failure
+        self._host.num_writes += 1
+        return self._pool.host_memory
+
+    def checksum(self, span: KvSpan, transport: str) -> int:
+        self._check(span)
+        self._host.num_reads += 1
+        return self._pool.checksum(span, transport)
+
+    def read(self, span: KvSpan, out: memoryview) -> int:
+        self._check(span)
+        self._host.num_reads += 1
+        return self._pool.read(span, out)
+
+    def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
+        self._check(span)
+        self._host.num_writes += 1
+        return self._pool.write(span, payload, dtype)
+
+    def _check(self, span: KvSpan) -> None:
+        if self._host.failure is not None:
+            raise self._host.failure
+        assert all(self._host.owners[block_id] not in (FREE, ADOPTED) for block_id in span.block_ids)
+
+
 class FakeKvHost:
     """A worker with a cache and a block pool that says at once when a block is given back twice.
 
-    A block is FREE, ADOPTED by a sequence, or owned by the transfer whose id is its state.
+    A block is FREE, ADOPTED by a sequence, or owned by the transfer whose id is its state. is_shared: its cache lies
+    in shared memory. is_in_nixl: it is offered by this process's agent.
     """
 
-    def __init__(self, layout: KvLayout = LAYOUT, *, num_blocks: int = 16, incarnation: int = 1) -> None:
-        self.layout = layout
+    def __init__(
+        self,
+        layout: KvLayout = LAYOUT,
+        *,
+        num_blocks: int = 16,
+        incarnation: int = 1,
+        is_shared: bool = False,
+        is_in_nixl: bool = False,
+    ) -> None:
         self.incarnation = incarnation
         self.owners = [FREE] * num_blocks
-        part_bytes = layout.chunk_bytes(num_layers=1, num_blocks=1) // 2
-        self.cache = np.zeros((layout.num_layers, 2, num_blocks, part_bytes), np.uint8)
+        shape, dtype = pool_shape(layout, num_blocks), getattr(torch, layout.dtype)
+        self._memory = SharedMemory.create(num_blocks * layout.block_bytes) if is_shared else None
+        self.kv_cache = (
+            self._memory.tensor(shape, dtype) if self._memory is not None else torch.zeros(shape, dtype=dtype)
+        )
+        pool = HostPool(self.kv_cache, layout, self._memory, is_in_nixl=is_in_nixl)
+        self._watched = WatchedPool(pool, self)
         self.committed: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.digests: dict[str, bytes] = {}
         self.releases: list[tuple[str, tuple[int, ...], str]] = []
+        #: Hash of a block -> where it is kept.
+        self.cached: dict[bytes, int] = {}
         self.num_reads = 0
         self.num_writes = 0
         self.failure: Exception | None = None
         self._waiting: deque[tuple[str, int, asyncio.Future[tuple[int, ...]]]] = deque()
 
     # KvHost.
+
+    @property
+    def pool(self) -> KvPool:
+        return self._watched
+
+    @property
+    def watched(self) -> WatchedPool:
+        return self._watched
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._watched.layout
 
     async def reserve(
         self, transfer_id: str, *, num_tokens: int, max_tokens: int, timeout_s: float
@@ -69,25 +151,27 @@ class FakeKvHost:
             elif (task := asyncio.current_task()) is not None and task.cancelling():
                 self._free(future.result(), transfer_id)
 
-    def write(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int, payload: memoryview) -> None:
-        if self.failure is not None:
-            raise self.failure
-        assert all(self.owners[block_id] not in (FREE, ADOPTED) for block_id in block_ids)
-        shape = (layer_hi - layer_lo, 2, len(block_ids), -1)
-        self.cache[layer_lo:layer_hi, :, list(block_ids)] = np.frombuffer(payload, np.uint8).reshape(shape)
-        self.num_writes += 1
+    async def find_cached(
+        self, transfer_id: str, block_hashes: Sequence[bytes], *, min_tokens: int
+    ) -> CachedKv:
+        found: list[int] = []
+        for name in block_hashes:
+            if name not in self.cached:
+                break
+            found.append(self.cached[name])
+        num_tokens = len(found) * self.layout.block_size
+        if num_tokens < min_tokens:
+            raise ReservationRefused(transfer_id, f"{num_tokens} tokens are cached", retryable=False)
+        self._move(found, FREE, transfer_id)
+        return CachedKv(tuple(found), num_tokens, block_hashes[len(found) - 1])
 
-    def read(self, block_ids: Sequence[int], layer_lo: int, layer_hi: int) -> memoryview:
-        if self.failure is not None:
-            raise self.failure
-        assert all(self.owners[block_id] not in (FREE, ADOPTED) for block_id in block_ids)
-        self.num_reads += 1
-        return memoryview(self.cache[layer_lo:layer_hi, :, list(block_ids)].tobytes())
-
-    def commit(self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int]) -> None:
+    def commit(
+        self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int], token_digest: bytes
+    ) -> None:
         self._move(block_ids, transfer_id, ADOPTED)
         assert transfer_id not in self.committed
         self.committed[transfer_id] = (tuple(block_ids), tuple(token_ids))
+        self.digests[transfer_id] = token_digest
 
     def release(self, transfer_id: str, block_ids: Sequence[int], reason: str) -> None:
         assert reason
@@ -104,13 +188,20 @@ class FakeKvHost:
 
     def fill(self, block_ids: Sequence[int], seed: int) -> None:
         """Random KV in these blocks."""
-        shape = (self.layout.num_layers, 2, len(block_ids), self.cache.shape[-1])
-        noise = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-        self.cache[:, :, list(block_ids)] = noise
+        generator = torch.Generator().manual_seed(seed)
+        part = self.kv_cache[:, :, list(block_ids)]
+        noise = torch.randn(part.shape, generator=generator)
+        self.kv_cache[:, :, list(block_ids)] = noise.to(self.kv_cache.dtype)
 
-    def content(self, block_ids: Sequence[int]) -> NDArray[np.uint8]:
-        """[layer, K/V, block, byte] of these blocks."""
-        return self.cache[:, :, list(block_ids)]
+    def content(self, block_ids: Sequence[int], num_tokens: int | None = None) -> NDArray[np.uint8]:
+        """[layer, K/V, token, byte] of the tokens in these blocks; all of them, or the first `num_tokens`."""
+        part = self.kv_cache[:, :, list(block_ids)].flatten(2, 3)[:, :, :num_tokens]
+        return part.contiguous().flatten(3).view(torch.uint8).numpy()
+
+    def close(self) -> None:
+        """Give shared memory back."""
+        if self._memory is not None:
+            self._memory.close()
 
     def end_sequence(self, transfer_id: str) -> None:
         """The sequence that adopted the blocks of this transfer is over."""
@@ -252,8 +343,11 @@ class QueueChannel:
         self.to_sender: Hook = unchanged
         self.pairs: list[QueuePair] = []
         self.served: list[asyncio.Task[None]] = []
+        self.is_gone = False
 
     def open(self) -> MessageStream:
+        if self.is_gone:
+            raise ConnectionError("nobody answers")
         pair = QueuePair(lambda message: self.to_receiver(message), lambda message: self.to_sender(message))
         self.pairs.append(pair)
         self.served.append(asyncio.create_task(self._run(pair)))

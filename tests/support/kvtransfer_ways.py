@@ -1,8 +1,11 @@
-"""The ways on which a transfer is tested, each with a receiver at its end: in this process, and real gRPC."""
+"""The ways on which a transfer is tested, each with a receiver at its end.
+
+Control goes over queues of this process or over real gRPC, KV in chunks or by one of the transports.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -15,7 +18,21 @@ from kvtransfer.stream import MessageChannel, MessageStream
 from kvtransfer.wire import decode
 from tests.support.kvtransfer_fakes import FakeKvHost, Hook, QueueChannel, unchanged
 
-WAYS = ("in_process", "grpc")
+#: Way -> control, transport of the KV, streams of its chunks.
+_WAYS = {
+    "queues": ("queues", "grpc", 1),
+    "in_process": ("queues", "in_process", 1),
+    "shm": ("grpc", "shm", 1),
+    "nixl": ("queues", "nixl", 1),
+    "grpc": ("grpc", "grpc", 1),
+    "grpc_3_streams": ("grpc", "grpc", 3),
+}
+WAYS = tuple(_WAYS)
+
+
+def transport_of(kind: str) -> str:
+    """How KV goes on this way."""
+    return _WAYS[kind][1]
 
 
 class TappedStream:
@@ -78,27 +95,34 @@ class TappedChannel:
 
 @dataclass
 class Way:
-    """vanish: the receiver's process is gone, without a word to anybody."""
+    """vanish: the receiver's process is gone, without a word to anybody. data_channels: see KvSender."""
 
     channel: TappedChannel
     receiver: KvTransferServer
     vanish: Callable[[], Awaitable[None]]
+    data_channels: Sequence[MessageChannel] = ()
 
 
 @asynccontextmanager
-async def way_to(kind: str, host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
-    """A receiver that serves `host`, and the way to it."""
-    serve = {"in_process": _in_process, "grpc": _grpc}[kind]
-    async with serve(host, config) as way:
+async def way_to(
+    kind: str, source: FakeKvHost, host: FakeKvHost, config: KvTransferConfig
+) -> AsyncIterator[Way]:
+    """A receiver that serves `host`, and the way to it from `source`."""
+    control, transport, num_streams = _WAYS[kind]
+    others = {"in_process", "shm", "cuda_ipc", "nixl"} - {transport}
+    source.watched.hides_from = tuple(others)
+    serve = {"queues": _queues, "grpc": _grpc}[control]
+    async with serve(host, config, num_streams) as way:
         yield way
 
 
 @asynccontextmanager
-async def _in_process(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
+async def _queues(host: FakeKvHost, config: KvTransferConfig, _num_streams: int) -> AsyncIterator[Way]:
     receiver = KvTransferServer(host, config)
     channel = QueueChannel(receiver.serve)
 
     async def vanish() -> None:
+        channel.is_gone = True
         channel.cut()
         for task in channel.served:
             task.cancel()
@@ -112,7 +136,7 @@ async def _in_process(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterat
 
 
 @asynccontextmanager
-async def _grpc(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way]:
+async def _grpc(host: FakeKvHost, config: KvTransferConfig, num_streams: int) -> AsyncIterator[Way]:
     server = grpc.aio.server(options=GRPC_OPTIONS)
     receiver = add_kvtransfer_service(server, host, config)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -121,9 +145,29 @@ async def _grpc(host: FakeKvHost, config: KvTransferConfig) -> AsyncIterator[Way
     async def vanish() -> None:
         await server.stop(None)
 
+    options = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
-            yield Way(TappedChannel(GrpcChannel(channel)), receiver, vanish)
+        async with AsyncExitStack() as stack:
+            channels = [
+                await stack.enter_async_context(
+                    grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
+                )
+                for _ in range(num_streams if num_streams > 1 else 1)
+            ]
+            control = TappedChannel(GrpcChannel(channels[0]))
+            data = [_Tap(GrpcChannel(channel), control) for channel in channels] if num_streams > 1 else []
+            yield Way(control, receiver, vanish, data)
             await receiver.close("the test is over")
     finally:
         await server.stop(None)
+
+
+class _Tap:
+    """Another channel, whose streams pass the hooks of the one for control."""
+
+    def __init__(self, channel: MessageChannel, tap: TappedChannel) -> None:
+        self._channel = channel
+        self._tap = tap
+
+    def open(self) -> MessageStream:
+        return TappedStream(self._channel.open(), self._tap)

@@ -1,32 +1,30 @@
 """Both machines of a transfer, two block pools, and a way between them that loses, doubles, reorders and damages.
 
-No loop and no clock: a test decides what happens next. Every message is real bytes, so the checksums are
-part of what is tested.
+No loop and no clock: a test decides what happens next. Every message is real bytes, so the checksums are part of what
+is tested. What the loops of `driver`, `client` and `server` do around the machines is done here in the same order.
 """
 
+import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections import Counter
 
-from kvtransfer.errors import CorruptFrame, MalformedFrame
-from kvtransfer.frames import Chunk, Codec, Reserve
+from kvtransfer.digest import token_digest
+from kvtransfer.frames import Fetch, Nack
 from kvtransfer.kv_range import KvRange
-from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.layout import blocks_needed
 from kvtransfer.lease import LeaseTable
-from kvtransfer.receiver import ReceiverMachine
-from kvtransfer.sender import SenderMachine
 from kvtransfer.session import (
     Action,
     BlocksReserved,
     CancelReservation,
+    ChunkRead,
     CommitBlocks,
     End,
-    FrameDamaged,
     KvReady,
-    Machine,
     PrefillFinished,
+    Reconnect,
     ReleaseBlocks,
+    ReservationDenied,
     ReserveBlocks,
     SendChunk,
     SendFrame,
@@ -36,261 +34,338 @@ from kvtransfer.session import (
     TransferState,
     WriteChunk,
 )
-from kvtransfer.wire import decode, encode
-
-LAYOUT = KvLayout(
-    "d", "float16", block_size=2, num_layers=3, num_kv_heads=1, head_dim=1, position_encoding=""
+from kvtransfer.wire import encode
+from tests.support.kvtransfer_copies import event_of, read_chunk, write_chunk
+from tests.support.kvtransfer_moves import moves
+from tests.support.kvtransfer_serving import new_receiver, new_sender, request_of
+from tests.support.kvtransfer_shape import (
+    FIRST_INCARNATION,
+    LEASE_S,
+    NOT_ARRIVED,
+    NUM_POOL_BLOCKS,
+    RESUME_S,
+    TIMEOUT_S,
+    TOKEN_IDS,
+    Shape,
+    prefill_order,
 )
-PART_BYTES = LAYOUT.chunk_bytes(num_layers=1, num_blocks=1)
-NUM_TOKENS = 7
-NUM_BLOCKS = blocks_needed(NUM_TOKENS, LAYOUT.block_size)
-NUM_RESERVED = NUM_BLOCKS + 1
-LEASE_S = 9.0
-TIMEOUT_S = 40.0
-INCARNATION = 6
-TOKEN_IDS = (11, 12)
-
-
-@dataclass
-class Side:
-    """One machine and its worker's blocks. A block is owned by the transfer from the start to its return."""
-
-    machine: Machine
-    owned: set[int] = field(default_factory=set)
-    cache: dict[tuple[int, int], bytes] = field(default_factory=dict)
-    outbox: list[SendFrame | SendChunk] = field(default_factory=list)
-    incoming: list[bytes] = field(default_factory=list)
-    end: End | None = None
-    num_returns: int = 0
+from tests.support.kvtransfer_sides import Side, Stream, Transfer
+from tests.support.kvtransfer_tiny_pool import TinyPool, random_kv
 
 
 class World:
-    """One transfer. `seed` decides how prefill divides the KV and how large chunks are."""
+    """Two workers. `rng` decides how prefill divides the KV, and what the hosts do where they may choose."""
 
-    def __init__(self, seed: int) -> None:
-        rng = random.Random(seed)
+    def __init__(self, rng: random.Random, shape: Shape | None = None) -> None:
+        self.rng = rng
+        self.shape = shape or Shape.draw(rng)
         self.now_s = 0.0
+        self.incarnation = FIRST_INCARNATION
         self.leases = LeaseTable()
-        request = Reserve("t1", LAYOUT, NUM_TOKENS, NUM_TOKENS + 2, INCARNATION, TIMEOUT_S)
-        self.source_ids = tuple(rng.sample(range(100), NUM_BLOCKS))
-        self.target_ids = tuple(rng.sample(range(100), NUM_RESERVED))
-        max_chunk_bytes = PART_BYTES * rng.randint(1, 6)
-        sender = SenderMachine(request, self.source_ids, max_chunk_bytes=max_chunk_bytes, now_s=0.0)
-        receiver = ReceiverMachine(
-            LAYOUT, INCARNATION, self.leases, lease_s=LEASE_S, max_in_flight=rng.randint(1, 3), now_s=0.0
-        )
-        self.sender = Side(sender, owned=set(self.source_ids))
-        self.receiver = Side(receiver)
-        self.reservation: ReserveBlocks | None = None
-        self.num_granted = 0
-        self.committed: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-        self.is_cut = False
-        self.to_compute = _prefill_order(rng)
-        self.is_prefill_finished = False
-        self._noise = rng
-        self.post(self.sender, Started())
+        self.sender_pool = TinyPool(self.shape.sender_layout, NUM_POOL_BLOCKS, rng)
+        self.receiver_pool = TinyPool(self.shape.receiver_layout, NUM_POOL_BLOCKS, rng)
+        self.transfers: list[Transfer] = []
+        #: Every side there was, with those that a restart or a retry has replaced.
+        self.all_sides: list[Side] = []
+        self.sessions: dict[str, Side] = {}
+        #: How often each row of a table was used: (side, state, event).
+        self.rows: Counter[tuple[str, TransferState, str]] = Counter()
+        self.num_events = 0
+        #: Chunks that the receiver missed.
+        self.num_asked_for = 0
+        #: Nothing that is written arrives.
+        self.is_silent = False
+        #: Streams that will not open.
+        self.num_failing_opens = 0
+        #: Bits that flip when the next chunks are copied.
+        self.num_bad_copies = 0
+        #: A chunk is not read at once.
+        self.is_reading_slow = False
+        self.is_reserving_refused = False
 
-    # What can happen.
+    # How a transfer begins.
+
+    def begin(self, transfer_id: str = "t1", incarnation: int | None = None) -> Transfer:
+        """A prefill worker begins to hand over. incarnation: of the receiver, as it knows it."""
+        transfer = self._new_transfer(transfer_id)
+        request = request_of(self, transfer, self.incarnation if incarnation is None else incarnation)
+        transfer.sender = new_sender(self, transfer, request, RESUME_S)
+        return transfer
+
+    def begin_fetch(self, transfer_id: str = "t1") -> Transfer:
+        """A worker asks another for what that one has cached."""
+        transfer = self._new_transfer(transfer_id)
+        transfer.is_fetch = True
+        side = new_receiver(self, transfer, LeaseTable(), resume_s=0.0)
+        side.stream = Stream()
+        hashes = (b"hash",)
+        frame = Fetch(transfer_id, self.shape.receiver_layout, self.incarnation, hashes, 1, TIMEOUT_S)
+        self._send(side, encode(frame))
+        return transfer
+
+    def _new_transfer(self, transfer_id: str) -> Transfer:
+        layout, num_tokens = self.shape.sender_layout, self.shape.num_tokens
+        transfer = Transfer(
+            transfer_id,
+            num_tokens,
+            token_digest(self.rng.choices(range(1000), k=num_tokens)),
+            random_kv(layout, num_tokens, self.rng),
+            prefill_order(layout.num_layers, num_tokens, self.rng),
+        )
+        self.transfers.append(transfer)
+        return transfer
+
+    # One event.
 
     def post(self, side: Side, event: object) -> None:
         """One event to one machine; its actions are done as the driver does them."""
+        if side.is_dead:
+            return
+        self.num_events += 1
+        state, was_ended = side.machine.state, side.machine.is_ended
+        side.note_before(event, self.now_s)
         for action in side.machine.handle(event, self.now_s):
             self._perform(side, action)
-        self.check()
+        side.note_after(event, self.now_s)
+        if not was_ended:
+            if side.machine.state is not TransferState.EXPIRED:
+                self.rows[side.name, state, type(event).__name__] += 1
+            if side.machine.is_ended:
+                self._forget(side)
+        side.check(self.now_s)
+        if side.name == "receiver":
+            self.leases.check_invariants()
 
-    def compute(self) -> None:
+    def _forget(self, side: Side) -> None:
+        if self.sessions.get(side.transfer.transfer_id) is side:
+            del self.sessions[side.transfer.transfer_id]
+        if side.stream is None:
+            side.outbox.clear()
+        elif not side.outbox:
+            side.stream.left_by.add(side.name)
+
+    def _perform(self, side: Side, action: Action) -> None:
+        match action:
+            case SendFrame():
+                self.num_asked_for += isinstance(action.frame, Nack) and action.frame.reason == NOT_ARRIVED
+                side.outbox.append(action)
+            case SendChunk():
+                side.unanswered.add(action.sequence_number)
+                side.outbox.append(action)
+            case Reconnect():
+                side.reconnect_at_s = self.now_s + action.delay_s
+            case ReserveBlocks():
+                assert action.request.incarnation == side.incarnation, (
+                    "blocks for a request to an earlier process"
+                )
+                side.reservation = action
+            case CancelReservation():
+                # The host may have given blocks already, which are then still on their way.
+                side.is_reservation_cancelled = True
+                if self.rng.random() < 0.5:
+                    side.reservation = None
+            case WriteChunk():
+                self.post(side, write_chunk(side, action, self._flip))
+            case CommitBlocks():
+                self._commit(side, action)
+            case ReleaseBlocks():
+                assert action.reason
+                assert side.blocks == action.block_ids, "blocks given back that are not the transfer's"
+                side.blocks = ()
+                side.pool.give_back(side.transfer, action.block_ids)
+            case End():
+                assert side.end is None, "a machine that ends twice"
+                side.end = action
+                if side.machine.state is TransferState.RELEASED:
+                    assert side.transfer.committed is not None, "released without a commit"
+
+    def _flip(self, content: bytearray) -> None:
+        if self.num_bad_copies > 0:
+            self.num_bad_copies -= 1
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+
+    def _commit(self, side: Side, action: CommitBlocks) -> None:
+        transfer = side.transfer
+        assert side.blocks == action.block_ids, "a commit of blocks that are not the transfer's"
+        assert transfer.committed is None, "committed twice"
+        expected = () if transfer.is_fetch else TOKEN_IDS
+        assert (action.token_ids, action.token_digest) == (expected, transfer.token_digest), (
+            "a commit of other tokens"
+        )
+        transfer.committed = action
+        side.blocks = ()
+        side.pool.hand_over(transfer, action.block_ids, to=action)
+        self.check_committed(side)
+
+    def check_committed(self, side: Side) -> None:
+        """Byte for byte what was computed."""
+        transfer, layout = side.transfer, side.pool.layout
+        assert transfer.committed is not None
+        everything = KvRange(0, layout.num_layers, 0, transfer.num_tokens)
+        span = side.pool.span(transfer.committed.block_ids, everything, layout.heads)
+        assert all(side.pool.owners[i] is transfer.committed for i in transfer.committed.block_ids)
+        lo, hi = layout.heads
+        here, truth = side.pool.read(span), transfer.truth[:, :, :, lo:hi]
+        assert here.tobytes() == truth.tobytes(), "committed KV is not what was computed"
+
+    # What can happen without a fault.
+
+    def compute(self, transfer: Transfer) -> None:
         """Prefill gets on by one range, and ends with the last one."""
-        if self.to_compute:
-            kv_range = self.to_compute.pop()
-            for layer in range(kv_range.layer_lo, kv_range.layer_hi):
-                for block in range(kv_range.block_lo, kv_range.block_hi):
-                    block_id = self.source_ids[block]
-                    self.sender.cache[layer, block_id] = self._noise.randbytes(PART_BYTES)
-            self.post(self.sender, KvReady(kv_range))
-        elif not self.is_prefill_finished:
-            self.is_prefill_finished = True
-            self.post(self.sender, PrefillFinished(TOKEN_IDS))
+        side = transfer.sender
+        assert side is not None
+        if side.is_over:
+            transfer.to_compute, transfer.is_prefill_finished = [], True
+        elif transfer.to_compute:
+            self._compute(side, transfer.to_compute.pop())
+        else:
+            transfer.is_prefill_finished = True
+            self.post(side, PrefillFinished(() if transfer.is_fetch else TOKEN_IDS))
 
-    def grant(self) -> None:
-        """The host gives blocks, perhaps to a transfer that has just ended."""
-        assert self.reservation is not None
-        self.reservation = None
-        self.num_granted += 1
-        self.receiver.owned = set(self.target_ids)
-        self.post(self.receiver, BlocksReserved(self.target_ids))
+    def _compute(self, side: Side, where: KvRange) -> None:
+        span = side.pool.span(side.blocks, where, side.pool.layout.heads)
+        layers, tokens = slice(where.layer_lo, where.layer_hi), slice(where.token_lo, where.token_hi)
+        side.pool.write(span, side.transfer.truth[layers, :, tokens], side.transfer)
+        self.post(side, KvReady(where))
+
+    def grant(self, side: Side) -> None:
+        """The host gives blocks, perhaps to a transfer that has just ended; or refuses."""
+        reservation, side.reservation = side.reservation, None
+        assert reservation is not None
+        if self.is_reserving_refused:
+            if not side.is_reservation_cancelled:
+                self.post(side, ReservationDenied("the pool is full", retryable=True))
+            return
+        num_blocks = blocks_needed(reservation.request.max_tokens, side.pool.layout.block_size)
+        blocks = side.pool.take(side.transfer, num_blocks)
+        offers = reservation.request.offers
+        transport = offers[0].transport if offers else "grpc"
+        self.post(side, BlocksReserved(blocks, transport, "" if offers else "no offer"))
 
     def write(self, side: Side) -> None:
-        """The writer of this side sends the next item; a chunk is gathered only now."""
+        """The writer of this side sends the next item; a chunk is read only now."""
         item = side.outbox.pop(0)
         if isinstance(item, SendChunk):
-            if side.machine.is_ended:
-                return
-            message = encode(self._gather(item))
+            if not side.machine.is_ended and side.machine.state is not TransferState.SUSPENDED:
+                side.reading = item
+                if not self.is_reading_slow:
+                    self.finish_reading(side)
         else:
-            message = encode(item.frame)
-        if not self.is_cut:
-            self.other(side).incoming.append(message)
+            self._send(side, encode(item.frame))
+        if side.machine.is_ended and not side.outbox and side.stream is not None:
+            side.stream.left_by.add(side.name)
+
+    def finish_reading(self, side: Side) -> None:
+        item, side.reading = side.reading, None
+        assert item is not None
+        if side.machine.is_ended:
+            return
+        message, checksum = read_chunk(side, item)
+        self.post(side, ChunkRead(item.sequence_number, checksum, len(message)))
+        if not side.machine.is_ended:
+            self._send(side, message)
+
+    def _send(self, side: Side, message: bytes) -> None:
+        stream = side.stream
+        if stream is not None and not stream.left_by and not self.is_silent:
+            stream.to("receiver" if side.name == "sender" else "sender").append(message)
 
     def arrive(self, side: Side, index: int) -> None:
         """One of the messages on their way arrives; index 0 is the oldest."""
-        message = side.incoming.pop(index)
-        event: object
-        try:
-            event = decode(message)
-        except CorruptFrame as error:
-            event = FrameDamaged(error, error.sequence_number)
-        except MalformedFrame as error:
-            event = FrameDamaged(error)
-        self.post(side, event)
+        assert side.stream is not None
+        message = side.stream.to(side.name).pop(index)
+        side.stream.heard_by.add(side.name)
+        self.post(side, event_of(message))
 
-    def damage(self, side: Side, index: int, bit: int) -> None:
-        """A bit of a message on its way flips."""
-        message = bytearray(side.incoming[index])
-        bit %= len(message) * 8
-        message[bit // 8] ^= 1 << (bit % 8)
-        side.incoming[index] = bytes(message)
+    def notice_break(self, side: Side) -> None:
+        """The stream is seen to have ended."""
+        stream, side.stream = side.stream, None
+        assert stream is not None
+        stream.left_by.add(side.name)
+        self.post(side, StreamBroke("the other side closed the stream"))
+        if side.name == "receiver" and self.rng.random() < 0.1:
+            self.post(side, StreamBroke("its call was cancelled"))
+        side.outbox.clear()
 
-    def cut(self) -> None:
-        """The stream breaks, with all that is on its way."""
-        self.is_cut = True
-        for side in self.sides:
-            side.incoming.clear()
-            self.post(side, StreamBroke("cut"))
+    # The ends that streams are opened to.
+
+    def open(self, side: Side) -> None:
+        """A sender's stream, the first one or another after that broke."""
+        side.reading = None
+        if self.num_failing_opens > 0:
+            self.num_failing_opens -= 1
+            self.post(side, StreamBroke("connection refused"))
+            return
+        side.stream = Stream()
+        side.reconnect_at_s = math.inf
+        self.post(side, Started())
+
+    def stray_arrives(self, transfer: Transfer) -> None:
+        message = transfer.strays.pop(0)
+        assert transfer.receiver is not None
+        self.post(transfer.receiver, event_of(message))
+
+    # Time.
 
     def wait(self, duration_s: float) -> None:
-        """Time passes; the timers that are due fire, in order."""
+        """Time passes; the timers that are due fire, in order. Nothing arrives meanwhile."""
         end_s = self.now_s + duration_s
-        while min(side.machine.next_deadline_s for side in self.sides) <= end_s:
-            due = min(self.sides, key=lambda side: side.machine.next_deadline_s)
+        while True:
+            live = [side for side in self.all_sides if not side.is_over]
+            due = min(live, key=lambda side: side.machine.next_deadline_s, default=None)
+            if due is None or due.machine.next_deadline_s > end_s:
+                break
             self.now_s = max(self.now_s, due.machine.next_deadline_s)
             self.post(due, TimePassed())
+            assert due.machine.next_deadline_s > self.now_s, (
+                f"{due.name} is {due.machine.state} and wakes for ever"
+            )
         self.now_s = end_s
+        for side in live:
+            if not side.is_over:
+                side.check_in_time(self.now_s)
 
-    def step(self, pick: Callable[[int], int] = lambda _count: 0) -> bool:
-        """One thing that can happen without a fault happens; False when there is none.
+    def settle(self) -> None:
+        """Faults stop. All that can still happen happens, until every transfer has ended; nothing is left behind."""
+        self.is_silent = self.is_reading_slow = self.is_reserving_refused = False
+        self.num_failing_opens = self.num_bad_copies = 0
+        end_s = self.now_s + TIMEOUT_S + LEASE_S
+        self._until_next_move(end_s)
+        while possible := moves(self):
+            possible[0]()
+            self._until_next_move(end_s)
+        self.check_over()
 
-        pick(count): which of so many messages arrives; the oldest unless said.
-        """
-        for side in self.sides:
-            if side.outbox:
-                self.write(side)
-                return True
-        for side in self.sides:
-            if side.incoming:
-                self.arrive(side, pick(len(side.incoming)))
-                return True
-        if self.reservation is not None:
-            self.grant()
-            return True
-        if self.to_compute or not self.is_prefill_finished:
-            self.compute()
-            return True
-        return False
+    def _until_next_move(self, end_s: float) -> None:
+        if moves(self):
+            self.wait(0.001)
+        while not moves(self) and not self.is_over:
+            assert self.now_s < end_s, "nothing happens any more, and it is not over"
+            due_s = [min(one.machine.next_deadline_s, one.reconnect_at_s) for one in self.live_sides()]
+            self.wait(max(0.0, min(due_s) - self.now_s))
 
-    def run_without_faults(self) -> None:
-        """All that can still happen happens, oldest first, each part taking a moment."""
-        while self.step():
-            self.wait(0.01)
+    def check_over(self) -> None:
+        """Every block is back, or its sequence's; what was committed is still whole."""
+        assert self.is_over
+        assert len(self.leases) == 0, "a lease outlives its transfer"
+        committed = [
+            one
+            for one in self.all_sides
+            if one.machine.state is TransferState.COMMITTED and one.pool is self.receiver_pool
+        ]
+        for side in committed:
+            self.check_committed(side)
+        kept = sum(
+            len(one.transfer.committed.block_ids) for one in committed if one.transfer.committed is not None
+        )
+        assert self.receiver_pool.num_free + kept == NUM_POOL_BLOCKS, "the receiver's blocks leak"
+        assert self.sender_pool.num_free == NUM_POOL_BLOCKS, "the sender's blocks leak"
 
     # What a test asks.
 
     @property
-    def sides(self) -> tuple[Side, Side]:
-        return self.sender, self.receiver
-
-    def other(self, side: Side) -> Side:
-        return self.receiver if side is self.sender else self.sender
-
-    @property
     def is_over(self) -> bool:
-        return all(side.machine.is_ended for side in self.sides)
+        return all(side.is_over for side in self.all_sides)
 
-    @property
-    def has_committed(self) -> bool:
-        return self.committed is not None
-
-    def check(self) -> None:
-        """What holds at every moment."""
-        sender, receiver = self.sender, self.receiver
-        assert isinstance(sender.machine, SenderMachine)
-        assert isinstance(receiver.machine, ReceiverMachine)
-        sender.machine.check_invariants()
-        receiver.machine.check_invariants()
-        self.leases.check_invariants()
-        for side in self.sides:
-            assert (side.end is not None) == side.machine.is_ended
-        assert sender.num_returns == (1 if sender.machine.is_ended else 0)
-        is_held = len(self.leases) == 1
-        assert receiver.num_returns == self.num_granted - is_held
-        assert bool(receiver.owned) == is_held
-        assert self.has_committed == (receiver.machine.state is TransferState.COMMITTED)
-        if sender.machine.state is TransferState.RELEASED:
-            assert self.has_committed
-
-    # Inside.
-
-    def _perform(self, side: Side, action: Action) -> None:
-        match action:
-            case SendFrame() | SendChunk():
-                side.outbox.append(action)
-            case ReserveBlocks():
-                self.reservation = action
-            case CancelReservation():
-                # The host may have given blocks already, which are then still on their way.
-                if self._noise.random() < 0.5:
-                    self.reservation = None
-            case WriteChunk():
-                self._scatter(action)
-            case CommitBlocks():
-                self._commit(action)
-            case ReleaseBlocks():
-                assert action.reason
-                self._give_back(side, action.block_ids)
-            case End():
-                assert side.end is None
-                side.end = action
-
-    def _give_back(self, side: Side, block_ids: tuple[int, ...]) -> None:
-        assert side.owned == set(block_ids), "blocks given back that are not the transfer's"
-        side.owned = set()
-        side.num_returns += 1
-
-    def _commit(self, action: CommitBlocks) -> None:
-        self._give_back(self.receiver, action.block_ids)
-        self.committed = (action.block_ids, action.token_ids)
-        assert action.token_ids == TOKEN_IDS
-        for layer in range(LAYOUT.num_layers):
-            for source_id, target_id in zip(self.source_ids, action.block_ids, strict=False):
-                assert self.receiver.cache[layer, target_id] == self.sender.cache[layer, source_id]
-
-    def _gather(self, item: SendChunk) -> Chunk:
-        assert self.sender.owned.issuperset(item.block_ids)
-        layers = range(item.kv_range.layer_lo, item.kv_range.layer_hi)
-        payload = b"".join(self.sender.cache[layer, i] for layer in layers for i in item.block_ids)
-        return Chunk(
-            item.lease_id,
-            item.incarnation,
-            item.sequence_number,
-            item.kv_range,
-            Codec.NONE,
-            memoryview(payload),
-        )
-
-    def _scatter(self, action: WriteChunk) -> None:
-        assert self.receiver.owned.issuperset(action.block_ids), "a chunk written into blocks of others"
-        parts = [(layer, i) for layer in range(action.layer_lo, action.layer_hi) for i in action.block_ids]
-        for index, key in enumerate(parts):
-            self.receiver.cache[key] = bytes(action.payload[index * PART_BYTES : (index + 1) * PART_BYTES])
-
-
-def _prefill_order(rng: random.Random) -> list[KvRange]:
-    """All of the KV, in the ranges in which prefill happens to finish it."""
-    layer_cuts = sorted({0, LAYOUT.num_layers, rng.randint(0, LAYOUT.num_layers)})
-    block_cuts = sorted({0, NUM_BLOCKS, rng.randint(0, NUM_BLOCKS)})
-    ranges = [
-        KvRange(layer_lo, layer_hi, block_lo, block_hi)
-        for layer_lo, layer_hi in pairwise(layer_cuts)
-        for block_lo, block_hi in pairwise(block_cuts)
-    ]
-    rng.shuffle(ranges)
-    return ranges
+    def live_sides(self) -> list[Side]:
+        return [side for side in self.all_sides if not side.is_over]

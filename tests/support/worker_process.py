@@ -4,9 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from orchestrator.control.view import LifecycleState, WorkerView
@@ -47,14 +48,17 @@ def next_line(lines: Iterator[str], start: str) -> str:
 
 
 @contextmanager
-def worker_processes(*started: tuple[str, PhaseSet], model: Path) -> Iterator[list[WorkerProcess]]:
-    """All ready; killed at the end if they still run. started: worker ids and phases."""
+def worker_processes(
+    *started: tuple[str, PhaseSet], model: Path, arguments: Sequence[Sequence[str]] = ()
+) -> Iterator[list[WorkerProcess]]:
+    """All ready; killed at the end if they still run. started: worker ids and phases. arguments: more for each."""
     processes = [
         start_process(
             *("--worker-id", worker_id, "--phases", ",".join(sorted(phases)), "--model", str(model)),
             *("--kv-cache-mib", "2", "--token-budget", "32"),
+            *more,
         )
-        for worker_id, phases in started
+        for (worker_id, phases), more in zip_longest(started, arguments, fillvalue=())
     ]
     try:
         yield [

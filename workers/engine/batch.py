@@ -7,9 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
-from workers.api import CautiousDecoding, EngineConfig, SuperposedDecoding
+from workers.api import CautiousDecoding, EngineConfig, LedgerKind, SuperposedDecoding
 from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
+from workers.engine.host_tier import PackedBlock
+from workers.engine.ledger import Holder
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+from workers.engine.span_reuse.lookup import find_reuse
+from workers.engine.span_reuse.rule import SpanReuse
 
 
 class Batch:
@@ -30,6 +34,11 @@ class Batch:
         self.branched: list[Sequence] = []
         #: Block -> the block that it must get a copy of before the next step computes.
         self.copies: dict[int, int] = {}
+        #: Block -> what is put into it before the next step computes, and after its copies: a block that is still
+        #: to be copied may have been taken for this.
+        self.restores: dict[int, PackedBlock] = {}
+        #: Blocks of other contexts that the next step reads, and that are held until it has run.
+        self.sources: list[int] = []
         #: Places of the running sequences; see `places`.
         self.num_places = 0
         #: Running sequences, branches not counted.
@@ -39,12 +48,24 @@ class Batch:
         self._free_rows = list(range(config.max_running_sequences - 1, -1, -1))
         self._is_cache_on = config.is_prefix_cache_on
         self._growth_reserve = config.growth_reserve
+        self._span_reuse = config.span_reuse
 
     def running(self) -> Iterator[Sequence]:
         """All that hold blocks for the steps, branches included."""
         yield from self.decodes
         yield from self.prefills
         yield from self.branched
+
+    def holders(self) -> Iterator[Holder]:
+        """Each sequence that runs, with its blocks and those of its branches."""
+        found: dict[Sequence, list[int]] = {}
+        for running in self.running():
+            found.setdefault(running.parent or running, []).extend(running.block_table)
+        for sequence, block_ids in found.items():
+            key = sequence.key
+            yield Holder(
+                key.request_id, LedgerKind.SEQUENCE, block_ids, sequence.holds_since_s, generation=key.attempt
+            )
 
     # Waiting and running.
 
@@ -54,16 +75,19 @@ class Batch:
 
     def match(self, sequence: Sequence) -> PrefixMatch:
         """What is known of a waiting sequence's tokens."""
-        is_scored = sequence.sampling.num_prompt_logprobs is None or (
-            sequence.num_scored_tokens >= sequence.num_prompt_tokens
-        )
-        if not self._is_cache_on or not is_scored:
-            # Logprobs of the prompt need all of it computed.
+        if not self._may_reuse(sequence):
             return NO_MATCH
         size = self.pool.block_size
         # Whoever waits has no tokens but those whose KV means the same to others.
         sequence.hash_blocks(len(sequence.token_ids) // size, size)
         return self.pool.match(sequence.block_hashes, sequence.token_ids)
+
+    def num_known_blocks(self, sequence: Sequence) -> int | None:
+        """Whole blocks of a waiting sequence that need not be computed; None when all have to be."""
+        if not self._may_reuse(sequence):
+            return None
+        num_found = len(self.match(sequence).block_ids)
+        return num_found + len(self.pool.find_saved(sequence.block_hashes, sequence.token_ids, num_found))
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """A waiting sequence begins to run with what is known of its tokens. Blocks for the rest come chunk by chunk."""
@@ -74,8 +98,13 @@ class Batch:
         self._extend(sequence, match.block_ids)
         size = self.pool.block_size
         num_cached = len(match.block_ids) * size
+        # Restored blocks enter the index with its first chunk: before that it may leave, and they hold nothing yet.
         sequence.num_stored_blocks = len(match.block_ids)
-        if match.partial is not None:
+        num_restored = self._restore(sequence)
+        if num_restored > 0:
+            # One token is always computed.
+            num_cached = min(num_cached + num_restored * size, len(sequence.token_ids) - 1)
+        elif match.partial is not None:
             # Held while the copy's block is taken, or that might be the same one.
             self.pool.share((match.partial,))
             if self.pool.num_available > 0:
@@ -85,6 +114,7 @@ class Batch:
                 num_cached += match.num_partial
             self.pool.free((match.partial,))
         sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached
+        sequence.num_reused_tokens, sequence.num_exact_tokens = 0, None
         if sequence.is_handed_off:
             # Its transfer is told all blocks at once.
             self.grow(sequence, sequence.num_prompt_tokens)
@@ -115,10 +145,11 @@ class Batch:
         self._list_of(sequence).remove(sequence)
         self.num_places -= places(sequence)
         self.num_running -= sequence.parent is None
-        if self.copies:
+        if self.copies or self.restores:
             # A transfer may fill these blocks before the next step.
             for block_id in sequence.block_table:
                 self.copies.pop(block_id, None)
+                self.restores.pop(block_id, None)
         self.pool.free(sequence.block_table)
         self._free_rows.append(sequence.row)
         sequence.block_table = []
@@ -192,6 +223,7 @@ class Batch:
             block_hashes=list(sequence.block_hashes),
             num_computed_tokens=sequence.num_computed_tokens,
             num_stored_blocks=sequence.num_stored_blocks,
+            num_exact_tokens=sequence.num_exact_tokens,
             stream=stream,
             parent=sequence,
         )
@@ -235,15 +267,45 @@ class Batch:
     def store_blocks(self, sequence: Sequence, num_computed: int, *, is_pending: bool) -> None:
         """Tell the prefix index of its blocks that are whole with so many tokens computed."""
         size = self.pool.block_size
-        num_whole = min(num_computed, sequence.num_kept_tokens) // size
+        num_whole = min(num_computed, sequence.num_storable_tokens) // size
         if not self._is_cache_on or num_whole <= sequence.num_stored_blocks:
             return
         sequence.hash_blocks(num_whole, size)
         hashes, table = sequence.block_hashes, sequence.block_table
+        spans = self.pool.spans
         for i in range(sequence.num_stored_blocks, num_whole):
             tokens = sequence.token_ids[i * size : (i + 1) * size]
-            self.pool.store(table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending)
+            is_new = self.pool.store(table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending)
+            if is_new and spans is not None:
+                names = {"root": hashes[0], "name": hashes[i + 1], "parent": hashes[i]}
+                spans.add(table[i], **names, position=i * size, token_ids=tokens)
         sequence.num_stored_blocks = num_whole
+
+    # KV of other contexts.
+
+    def find_spans(self, sequence: Sequence) -> SpanReuse | None:
+        """What is known, from other contexts, of the tokens that it has not computed; None if that is too little."""
+        spans, config = self.pool.spans, self._span_reuse
+        if spans is None or config is None:
+            return None
+        return find_reuse(spans, sequence, config, self.pool.is_computed)
+
+    def begin_reuse(self, sequence: Sequence, reuse: SpanReuse) -> None:
+        """The next step computes all its tokens with these spans: it gets blocks for them, and holds what is read.
+
+        The caller has seen that there are enough.
+        """
+        sources = reuse.source_block_ids
+        self.pool.share(sources)
+        self.sources += sources
+        self.grow(sequence, len(sequence.token_ids))
+        sequence.num_exact_tokens = sequence.num_computed_tokens
+        sequence.num_reused_tokens = reuse.num_reused
+
+    def end_step(self) -> None:
+        """The step has run or failed: it reads nothing any more."""
+        self.pool.free(self.sources)
+        self.sources = []
 
     def check_invariants(self) -> None:
         """Each sequence is in one list, by its state, and rows are used once."""
@@ -267,6 +329,27 @@ class Batch:
         assert self.num_places == sum(places(sequence) for sequence in self.running())
         held = {block_id for sequence in self.running() for block_id in sequence.block_table}
         assert self.copies.keys() <= held
+        assert self.restores.keys() <= held - self.copies.keys()
+
+    def _may_reuse(self, sequence: Sequence) -> bool:
+        """It need not compute what is known. Logprobs of the prompt need all of it computed."""
+        is_scored = sequence.sampling.num_prompt_logprobs is None or (
+            sequence.num_scored_tokens >= sequence.num_prompt_tokens
+        )
+        return self._is_cache_on and is_scored
+
+    def _restore(self, sequence: Sequence) -> int:
+        """Give it blocks for what the host tier holds after those that it has; returns how many."""
+        if not self._may_reuse(sequence):
+            return 0
+        pool = self.pool
+        # All are found before a block is taken: what that evicts may drop them from the tier.
+        found = pool.find_saved(sequence.block_hashes, sequence.token_ids, len(sequence.block_table))
+        found = found[: pool.num_available]
+        block_ids = pool.allocate(len(found))
+        self.restores.update(zip(block_ids, found, strict=True))
+        self._extend(sequence, block_ids)
+        return len(found)
 
     def _list_of(self, sequence: Sequence) -> list[Sequence]:
         match sequence.state:

@@ -2,7 +2,8 @@
 
 A block is held by sequences (IN USE, shared by any number), by transfers (LEASED when by them alone), or
 by nobody: then it is CACHED while it holds KV that the prefix index knows, and FREE otherwise. A cached
-block is taken when no free one is left, the one that was used longest ago first.
+block is taken when no free one is left, the one that was used longest ago first; with a host tier, what it
+holds is saved there in that moment, before its next holder can write to it.
 
 free + cached + in use + leased = total, always.
 """
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
+from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock
+from workers.engine.span_reuse.span_index import SpanIndex
 
 #: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
 MAX_SIBLINGS = 32
@@ -44,8 +47,17 @@ class BlockPool:
     at once.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        tier: HostTier | None = None,
+        spans: SpanIndex | None = None,
+    ) -> None:
         self.block_size = block_size
+        #: Knows some of the blocks that the prefix index knows. `Batch` adds to it; what is forgotten here goes there.
+        self.spans = spans
+        self._tier = tier
         self._num_sequences = [0] * num_blocks
         self._num_transfers = [0] * num_blocks
         # A stack: the block freed last is the one most likely still in a cache.
@@ -81,6 +93,18 @@ class BlockPool:
             leased=self._num_leased,
             total=len(self._num_sequences),
         )
+
+    def free_block_ids(self) -> tuple[int, ...]:
+        """Blocks that nobody holds and that hold nothing."""
+        return tuple(self._free)
+
+    def cached_block_ids(self) -> tuple[int, ...]:
+        """Blocks that nobody holds and that the index knows."""
+        return tuple(self._cached)
+
+    def host_tier_counts(self) -> HostTierCounts:
+        """Of the blocks in host memory; all zero without a tier."""
+        return self._tier.counts() if self._tier is not None else HostTierCounts()
 
     # Taking and giving back.
 
@@ -197,19 +221,49 @@ class BlockPool:
                 best, num_best = block_id, num_same
         return PrefixMatch(tuple(found), best, num_best)
 
-    def num_cached_of(self, match: PrefixMatch) -> int:
-        """How many of its whole blocks are held by nobody: `num_available` falls by so many if they are shared."""
-        return sum(block_id in self._cached for block_id in match.block_ids)
+    def find_saved(
+        self, parents: Sequence[bytes], token_ids: Sequence[int], num_known: int
+    ) -> list[PackedBlock]:
+        """What the host tier holds of a prompt's full blocks after the first `num_known`.
+
+        parents: as for `match`. All of it is whole now, and stays so for whoever has it.
+        """
+        if self._tier is None:
+            return []
+        size = self.block_size
+        wanted = enumerate(parents[num_known + 1 :], start=num_known)
+        found = self._tier.find((name, tuple(token_ids[i * size : (i + 1) * size])) for i, name in wanted)
+        self._tell_removed([])
+        return found
+
+    def find(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
+        """The computed blocks of these names, up to the first that is not known."""
+        found: list[int] = []
+        for name in hashes:
+            block_id = self._by_hash.get(name)
+            if block_id is None or block_id in self._pending:
+                break
+            found.append(block_id)
+        return tuple(found)
+
+    def num_cached_of(self, block_ids: Sequence[int]) -> int:
+        """How many of these are held by nobody: `num_available` falls by so many if they are shared."""
+        return sum(block_id in self._cached for block_id in block_ids)
+
+    def is_computed(self, block_id: int) -> bool:
+        """No step is still to compute what the index knows of it."""
+        return block_id not in self._pending
 
     def store(
         self, block_id: int, name: bytes, parent: bytes, token_ids: Sequence[int], *, is_pending: bool = False
-    ) -> None:
-        """The block holds the KV of these tokens after `parent`. The first block of a name is kept.
+    ) -> bool:
+        """The block holds the KV of these tokens after `parent`. The first block of a name is kept: False when there
+        is another.
 
         is_pending: it will hold them when the step has run that is being planned.
         """
         if name in self._by_hash:
-            return
+            return False
         assert block_id not in self._stored, f"block {block_id} holds something else"
         self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
         self._by_hash[name] = block_id
@@ -222,6 +276,7 @@ class BlockPool:
             self._pending[block_id] = None
         elif self._is_watched:
             self._events.append(KvBlocksStored(parent, (name,)))
+        return True
 
     def settle(self) -> None:
         """The step has run: what was pending is computed."""
@@ -243,8 +298,9 @@ class BlockPool:
     def watch(self) -> None:
         """From now on changes of the index are told, beginning with all that it knows."""
         self._is_watched = True
-        known = [one for block_id, one in self._stored.items() if block_id not in self._pending]
-        self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in known)
+        known = self._tier.parents() if self._tier is not None else {}
+        known |= {one.hash: one.parent for i, one in self._stored.items() if i not in self._pending}
+        self._events.extend(KvBlocksStored(parent, (name,)) for name, parent in known.items())
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order."""
@@ -269,6 +325,11 @@ class BlockPool:
         children = {(one.parent, block_id) for block_id, one in self._stored.items()}
         assert children == {(parent, i) for parent, those in self._children.items() for i in those}
         assert self._pending.keys() <= self._stored.keys()
+        if self._tier is not None:
+            self._tier.check_invariants()
+        if self.spans is not None:
+            self.spans.check_invariants()
+            assert set(self.spans.block_ids()) <= self._stored.keys()
 
     def check_owners(self, *, in_use: Sequence[int], leased: Sequence[int]) -> None:
         """Sequences and transfers name each block exactly as often as it counts them."""
@@ -287,11 +348,15 @@ class BlockPool:
         while len(self._free) < num_blocks:
             block_id = next(iter(self._cached))
             del self._cached[block_id]
-            removed.append(self._stored[block_id].hash)
+            one = self._stored[block_id]
+            removed.append(one.hash)
+            if self._tier is not None:
+                # A block that a step is still to compute is held by its sequence, so this one is computed.
+                assert block_id not in self._pending, f"block {block_id} is not computed yet"
+                self._tier.save(block_id, one.hash, one.parent, one.token_ids)
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
-        if removed and self._is_watched:
-            self._events.append(KvBlocksRemoved(tuple(removed)))
+        self._tell_removed(removed)
         return [self._free.pop() for _ in range(num_blocks)]
 
     def _put_back(self, block_id: int) -> None:
@@ -304,14 +369,29 @@ class BlockPool:
     def _forget(self, block_id: int, *, is_told: bool = True) -> None:
         """Take it out of the index."""
         one = self._stored.pop(block_id)
+        if self.spans is not None:
+            self.spans.remove(block_id)
         del self._by_hash[one.hash]
         siblings = self._children[one.parent]
         del siblings[block_id]
         if not siblings:
             del self._children[one.parent]
         is_pending = self._pending.pop(block_id, self) is None
-        if is_told and self._is_watched and not is_pending:
-            self._events.append(KvBlocksRemoved((one.hash,)))
+        if is_told and not is_pending:
+            self._tell_removed([one.hash])
+
+    def _tell_removed(self, names: list[bytes]) -> None:
+        """These have left the pool, and some perhaps the tier: tell of those that are in neither now."""
+        if self._tier is not None:
+            tier, left = self._tier, [*names, *self._tier.take_dropped()]
+            names = [name for name in dict.fromkeys(left) if name not in tier and not self._is_told(name)]
+        if names and self._is_watched:
+            self._events.append(KvBlocksRemoved(tuple(names)))
+
+    def _is_told(self, name: bytes) -> bool:
+        """A block of the pool holds it, and it is computed."""
+        block_id = self._by_hash.get(name)
+        return block_id is not None and block_id not in self._pending
 
 
 def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:

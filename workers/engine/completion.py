@@ -46,6 +46,7 @@ class Completion:
         """The step has run. Those that end with it are returned; they hold what they held until they are dropped."""
         self._ended = []
         self._batch.pool.settle()
+        self._batch.end_step()
         self._complete_decodes(plan, result, now_s)
         index = len(plan.decodes)
         for i, part in enumerate(plan.chunks):
@@ -145,7 +146,12 @@ class Completion:
         if is_first:
             assert sequence.prefill_started_s is not None
             prefill_s = now_s - sequence.prefill_started_s
-            generated = replace(generated, prefill_s=prefill_s, num_cached_tokens=sequence.num_cached_tokens)
+            generated = replace(
+                generated,
+                prefill_s=prefill_s,
+                num_cached_tokens=sequence.num_cached_tokens,
+                num_reused_tokens=sequence.num_reused_tokens,
+            )
         self._publish(sequence, generated)
         if finish_reason is None and was_prefill:
             if sequence.is_handed_off:

@@ -14,7 +14,7 @@ from workers.api import (
     BlockCounts,
     EngineConfig,
     FailureCode,
-    KvTransferred,
+    KvLedger,
     Phase,
     PhaseSet,
     PrefillStarted,
@@ -30,23 +30,33 @@ from workers.engine.block_hash import root_hash
 from workers.engine.block_pool import BlockPool
 from workers.engine.completion import Completion
 from workers.engine.drafting import Drafting
-from workers.engine.incoming import ArrivedKv, IncomingKv, misfit
+from workers.engine.fetching import PrefixFetching
+from workers.engine.host_tier import HostTier, HostTierCounts, Packer
+from workers.engine.incoming import ArrivedKv, IncomingKv, is_approximate, misfit
+from workers.engine.ledger import build_ledger
 from workers.engine.messages import (
     CancelReservation,
     CommitTransfer,
     EndTransfer,
+    FindCached,
     KvReady,
     Message,
     Output,
+    PrefixFetched,
     ReleaseTransfer,
     ReserveBlocks,
     TransferFailed,
     TransferSent,
 )
 from workers.engine.outgoing import OutgoingKv, kv_ready
+from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import Scheduler, StepPlan
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+from workers.engine.span_reuse.span_index import SpanIndex
 from workers.engine.step_result import StepResult
+
+#: States in which a sequence neither waits for a step nor takes part in them.
+_ELSEWHERE = (SequenceState.HANDOFF, SequenceState.AWAITING_KV, SequenceState.FETCHING)
 
 
 def plain_root(submit: Submit) -> bytes:
@@ -59,7 +69,8 @@ class Engine:
 
     max_context_tokens: the model's limit. claim_s: see IncomingKv, in seconds. attention_tokens: see
     Scheduler. root_of: the hash that a request's first block is chained to; see block_hash. punctuation: tokens
-    that end a branch of cautious decoding.
+    that end a branch of cautious decoding. packer: reads the KV cache, for evicted blocks that are kept in host
+    memory; None keeps none. pacing: after how many layers KV that is handed off leaves; None: when all are computed.
     """
 
     def __init__(
@@ -73,10 +84,16 @@ class Engine:
         attention_tokens: float = math.inf,
         root_of: Callable[[Submit], bytes] = plain_root,
         punctuation: frozenset[int] = frozenset(),
+        packer: Packer | None = None,
+        pacing: LayerPacing | None = None,
     ) -> None:
         # Less would never let a prompt's first block in.
         assert config.token_budget >= config.block_size, config
-        self.pool = BlockPool(num_blocks, config.block_size)
+        tier = HostTier(packer, config.host_cache_bytes) if packer is not None else None
+        spans = None
+        if config.span_reuse is not None and config.is_prefix_cache_on:
+            spans = SpanIndex(config.block_size)
+        self.pool = BlockPool(num_blocks, config.block_size, tier, spans)
         #: Sequences that were preempted so far.
         self.num_preemptions = 0
         self._config = config
@@ -88,10 +105,13 @@ class Engine:
         self._scheduler = Scheduler(config, self._batch, attention_tokens=attention_tokens)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._num_arrived = 0
-        #: Those whose state is AWAITING_KV.
+        #: Those whose state is AWAITING_KV, and FETCHING.
         self._num_awaiting_kv = 0
+        self._num_fetching = 0
         self._by_transfer: dict[str, Sequence] = {}
         self._outgoing = OutgoingKv()
+        self._fetching = PrefixFetching(self.pool)
+        self._pacing = pacing
         self._incoming = IncomingKv(
             self.pool,
             phases,
@@ -112,7 +132,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests that have not begun here, or begin again: they wait for prefill, or for their KV."""
-        return len(self._batch.waiting) + self._num_awaiting_kv
+        return len(self._batch.waiting) + self._num_awaiting_kv + self._num_fetching
 
     @property
     def num_running(self) -> int:
@@ -122,11 +142,21 @@ class Engine:
     @property
     def num_leases(self) -> int:
         """Transfers that hold blocks, sending and receiving, and KV that nobody has claimed yet."""
-        return self._outgoing.num_held + self._incoming.num_held
+        return self._outgoing.num_held + self._incoming.num_held + self._fetching.num_held
 
     def block_counts(self) -> BlockCounts:
         """Free, cached, in use, leased."""
         return self.pool.counts()
+
+    def ledger(self, now_s: float) -> KvLedger:
+        """Who holds which blocks. Between two steps; takes time with the size of the pool."""
+        transfers = (*self._outgoing.holders(), *self._incoming.holders(), *self._fetching.holders())
+        holders = (*self._batch.holders(), *transfers)
+        return build_ledger(holders, self.pool, now_s)
+
+    def host_tier_counts(self) -> HostTierCounts:
+        """Evicted blocks that are kept in host memory."""
+        return self.pool.host_tier_counts()
 
     def next_deadline_s(self) -> float | None:
         """When `expire` is to be called again at the latest; None while nothing can expire."""
@@ -159,9 +189,13 @@ class Engine:
                 self._release(message, now_s)
             case TransferSent() | TransferFailed():
                 self._transfer_ended(message, now_s)
+            case FindCached():
+                self._outputs.append(self._fetching.find(message, now_s))
+            case PrefixFetched():
+                self._prefix_fetched(message)
             case _:
                 assert_never(message)
-        self._grant_reservations()
+        self._grant_reservations(now_s)
 
     def expire(self, now_s: float) -> None:
         """Fail what is past its deadline. Costs nothing before the first one."""
@@ -172,7 +206,7 @@ class Engine:
         self._outputs.extend(self._incoming.expire(now_s))
         deadlines_s = [sequence.deadline_s for sequence in self._sequences.values()]
         self._next_expiry_s = min([*deadlines_s, self._incoming.next_expiry_s()])
-        self._grant_reservations()
+        self._grant_reservations(now_s)
 
     # Steps.
 
@@ -195,16 +229,21 @@ class Engine:
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
         self._step_began_s = now_s
+        num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)
+        if self._pacing is not None and num_leaving > 0:
+            plan.layer_group_size = self._pacing.group_size(num_leaving)
         return plan if plan.decodes or plan.chunks else None
 
     def kv_ready(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
         """What can be sent once these layers of the step are computed."""
-        return kv_ready(plan, layer_lo, layer_hi, self._config.block_size)
+        return kv_ready(plan, layer_lo, layer_hi)
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """The step has run. A sequence whose token is NO_TOKEN fails."""
         step_s = now_s - self._step_began_s
         self._scheduler.observe(plan, step_s)
+        if self._pacing is not None and plan.num_tokens > 2 * len(plan.decodes):
+            self._pacing.observe_step(plan.num_tokens, step_s)
         if not plan.chunks:
             num_drafts = sum(tree.num_drafts for tree in plan.drafts.values())
             self._drafting.observe(len(plan.decodes) + num_drafts, step_s)
@@ -213,7 +252,7 @@ class Engine:
                 self._drop(ended.sequence.key, now_s, reason=ended.reason)
             else:
                 self._fail(ended.sequence.key, ended.code, ended.reason, now_s)
-        self._grant_reservations()
+        self._grant_reservations(now_s)
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
         """The step broke: each of its sequences fails, the others go on.
@@ -225,7 +264,8 @@ class Engine:
         for sequence in (*(part.sequence for part in plan.slices), *begun):
             self._fail(sequence.key, FailureCode.INTERNAL, reason, now_s)
         self.pool.forget_pending()
-        self._grant_reservations()
+        self._batch.end_step()
+        self._grant_reservations(now_s)
 
     def check_invariants(self) -> None:
         """Every block has its holders, every sequence one place."""
@@ -233,17 +273,17 @@ class Engine:
         self._incoming.check_invariants()
         self._batch.check_invariants()
         in_use = [block_id for sequence in self._batch.running() for block_id in sequence.block_table]
-        self.pool.check_owners(
-            in_use=in_use, leased=self._outgoing.block_ids() + self._incoming.leased_block_ids()
-        )
+        leased = self._outgoing.block_ids() + self._incoming.leased_block_ids()
+        in_use += self._batch.sources
+        self.pool.check_owners(in_use=in_use, leased=leased + self._fetching.leased_block_ids())
         listed = {one for one in (*self._batch.running(), *self._batch.waiting) if one.parent is None}
         assert all(self._sequences[sequence.key] is sequence for sequence in listed)
         for sequence in self._sequences.values():
-            is_elsewhere = sequence.state in (SequenceState.HANDOFF, SequenceState.AWAITING_KV)
+            is_elsewhere = sequence.state in _ELSEWHERE
             assert (sequence in listed) != is_elsewhere, sequence
         states = [sequence.state for sequence in self._sequences.values()]
         assert self.num_waiting == sum(
-            s in (SequenceState.WAITING, SequenceState.AWAITING_KV) for s in states
+            s in (SequenceState.WAITING, SequenceState.FETCHING, SequenceState.AWAITING_KV) for s in states
         )
         deadlines_s = [sequence.deadline_s for sequence in self._sequences.values()]
         assert self._next_expiry_s <= min([*deadlines_s, self._incoming.next_expiry_s()])
@@ -263,13 +303,41 @@ class Engine:
         if submit.handoff is not None:
             self._by_transfer[submit.handoff.transfer_id] = sequence
         if sequence.state is SequenceState.WAITING:
-            self._batch.wait(sequence)
+            if not self._fetch_prefix(sequence, now_s):
+                self._batch.wait(sequence)
             return
         self._num_awaiting_kv += 1
         assert submit.handoff is not None
         arrived = self._incoming.claim(submit.handoff.transfer_id)
         if arrived is not None:
             self._begin_decode(sequence, arrived, now_s)
+
+    def _fetch_prefix(self, sequence: Sequence, now_s: float) -> bool:
+        """Ask other workers for the beginning of its prompt, if that may be worth it; it waits for them then."""
+        num_known = self._batch.num_known_blocks(sequence) if sequence.prefix_peers else None
+        if num_known is None:
+            return False
+        wanted = self._fetching.begin(
+            sequence,
+            num_known=num_known,
+            prefill_tokens_per_s=self._scheduler.prefill_tokens_per_s,
+            now_s=now_s,
+        )
+        if wanted is None:
+            return False
+        sequence.state = SequenceState.FETCHING
+        self._num_fetching += 1
+        self._outputs.append(wanted)
+        return True
+
+    def _prefix_fetched(self, fetched: PrefixFetched) -> None:
+        """Its prompt waits for prefill like any other, whatever has come."""
+        key = self._fetching.end(fetched.transfer_id)
+        sequence = self._sequences.get(key) if key is not None else None
+        if sequence is not None and sequence.state is SequenceState.FETCHING:
+            self._num_fetching -= 1
+            sequence.move_to(SequenceState.WAITING)
+            self._batch.wait(sequence)
 
     def _refusal(self, submit: Submit) -> tuple[FailureCode, str] | None:
         if submit.key in self._sequences:
@@ -301,6 +369,7 @@ class Engine:
 
     def _begin_prefill(self, sequence: Sequence, now_s: float) -> None:
         """It was admitted, for the first time or again."""
+        sequence.holds_since_s = now_s
         if sequence.prefill_started_s is not None:
             return
         sequence.prefill_started_s = now_s
@@ -323,6 +392,11 @@ class Engine:
         self._drafting.forget(sequence)
         if state is SequenceState.WAITING:
             self._batch.waiting.remove(sequence)
+        elif state is SequenceState.FETCHING:
+            self._num_fetching -= 1
+            prefix_transfer = self._fetching.transfer_of(key)
+            assert prefix_transfer is not None
+            self._outputs.append(EndTransfer(prefix_transfer, reason))
         elif sequence.row != NO_ROW:
             self._batch.leave(sequence)
         sequence.move_to(SequenceState.FINISHED)
@@ -346,20 +420,27 @@ class Engine:
         sequence = self._by_transfer.get(request.transfer_id)
         is_in_use = sequence is not None and sequence.state is not SequenceState.AWAITING_KV
         is_in_use |= self._outgoing.holds(request.transfer_id)
+        prefix = self._fetching.reserve(request, num_kept=self._batch.num_reserved_blocks())
+        if prefix is not None:
+            self._outputs.append(prefix)
+            return
         refused = self._incoming.reserve(request, now_s, is_in_use=is_in_use)
         if refused is not None:
             self._outputs.append(refused)
         else:
             self._expire_by(request.deadline_s)
 
-    def _grant_reservations(self) -> None:
+    def _grant_reservations(self, now_s: float) -> None:
         """Answer the oldest reservations while blocks and places in the batch last."""
         if not self._incoming.is_waited_for:
             return
         num_places = self._config.max_running_sequences - self._batch.num_places - self._incoming.num_held
-        self._outputs.extend(self._incoming.grant(num_places, num_kept=self._batch.num_reserved_blocks()))
+        num_kept = self._batch.num_reserved_blocks()
+        self._outputs.extend(self._incoming.grant(num_places, num_kept=num_kept, now_s=now_s))
 
     def _commit(self, commit: CommitTransfer, now_s: float) -> None:
+        if self._fetching.commit(commit):
+            return
         arrived = self._incoming.commit(commit)
         if arrived is None:
             return
@@ -380,7 +461,11 @@ class Engine:
             return
         self.pool.adopt(arrived.block_ids)
         self._num_awaiting_kv -= 1
+        sequence.holds_since_s = arrived.since_s
         sequence.num_computed_tokens = sequence.num_prompt_tokens
+        if is_approximate(sequence, arrived):
+            # Nothing of it is stored for others.
+            sequence.num_exact_tokens = 0
         if isinstance(sequence.sampling.decoding, SuperposedDecoding):
             # It needs the likeliest first tokens, not the one that prefill drew: the last row is computed again.
             sequence.move_to(SequenceState.PREFILL)
@@ -396,7 +481,7 @@ class Engine:
 
     def _release(self, release: ReleaseTransfer, now_s: float) -> None:
         """A transfer that is not known, or was released before, changes nothing."""
-        if self._incoming.release(release.transfer_id):
+        if self._fetching.release(release.transfer_id) or self._incoming.release(release.transfer_id):
             return
         block_ids = self._outgoing.release(release.transfer_id)
         if block_ids is None:
@@ -415,6 +500,7 @@ class Engine:
         if isinstance(ended, TransferFailed):
             self._fail(sequence.key, FailureCode.TRANSFER, ended.reason, now_s)
             return
-        measured = ended.num_bytes, ended.num_chunks, ended.transfer_s, ended.exposed_s
-        self._outputs.append(KvTransferred(sequence.key, *measured))
+        if self._pacing is not None:
+            self._pacing.observe_transfer(ended.report)
+        self._outputs.append(ended.event(sequence.key))
         self._drop(sequence.key, now_s, reason="handed off")

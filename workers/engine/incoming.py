@@ -7,12 +7,15 @@ remembered for a while, so that one that asks late is refused.
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvtransfer.digest import token_digest
 from kvtransfer.layout import blocks_needed
-from workers.api import Phase, PhaseSet, SuperposedDecoding
+from workers.api import LedgerKind, Phase, PhaseSet, SuperposedDecoding
 from workers.engine.admission import phase_names
 from workers.engine.block_pool import BlockPool
+from workers.engine.ledger import Holder
 from workers.engine.messages import (
     BlocksReserved,
     CommitTransfer,
@@ -20,6 +23,7 @@ from workers.engine.messages import (
     ReserveBlocks,
 )
 from workers.engine.sequence import Sequence
+from workers.engine.span_reuse.digest import approximate_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,12 @@ class ArrivedKv:
     num_tokens: int
     #: What prefill sampled.
     token_ids: tuple[int, ...]
+    #: Of the tokens whose KV it is, as the sender knows them.
+    token_digest: bytes
+    #: When the transfer got the blocks.
+    since_s: float = 0.0
+    peer: str = ""
+    peer_incarnation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +53,8 @@ class _Waiting:
 @dataclass(frozen=True, slots=True)
 class _Receiving:
     block_ids: tuple[int, ...]
-    num_tokens: int
+    request: ReserveBlocks
+    since_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +155,7 @@ class IncomingKv:
         """Somebody waits for blocks."""
         return bool(self._waiting)
 
-    def grant(self, num_places: int, *, num_kept: int) -> list[BlocksReserved]:
+    def grant(self, num_places: int, *, num_kept: int, now_s: float) -> list[BlocksReserved]:
         """Give blocks to those that wait, in order, to `num_places` at most, while there are more than `num_kept`.
 
         The first is never overtaken, or one that needs many blocks would wait for ever.
@@ -157,7 +168,7 @@ class IncomingKv:
                 break
             self._waiting.popleft()
             block_ids = tuple(self._pool.lease(num_blocks))
-            self._receiving[request.transfer_id] = _Receiving(block_ids, request.num_tokens)
+            self._receiving[request.transfer_id] = _Receiving(block_ids, request, now_s)
             granted.append(BlocksReserved(request.transfer_id, block_ids))
         return granted
 
@@ -167,7 +178,17 @@ class IncomingKv:
         if receiving is None:
             return None
         assert receiving.block_ids == tuple(commit.block_ids), commit
-        return ArrivedKv(commit.transfer_id, receiving.block_ids, receiving.num_tokens, commit.token_ids)
+        request = receiving.request
+        return ArrivedKv(
+            commit.transfer_id,
+            receiving.block_ids,
+            request.num_tokens,
+            commit.token_ids,
+            commit.token_digest,
+            receiving.since_s,
+            request.peer,
+            request.peer_incarnation,
+        )
 
     def leave_unclaimed(self, kv: ArrivedKv, now_s: float) -> None:
         """Keep it until its request comes."""
@@ -215,6 +236,39 @@ class IncomingKv:
         held += [one.kv.block_ids for one in self._unclaimed.values()]
         return [block_id for block_ids in held for block_id in block_ids]
 
+    def holders(self) -> Iterator[Holder]:
+        """Each transfer with its blocks, and those that wait for some."""
+        for transfer_id, one in self._receiving.items():
+            request = one.request
+            yield Holder(
+                transfer_id,
+                LedgerKind.RECEIVING,
+                one.block_ids,
+                one.since_s,
+                request.peer_incarnation,
+                request.peer,
+            )
+        for transfer_id, unclaimed in self._unclaimed.items():
+            kv = unclaimed.kv
+            yield Holder(
+                transfer_id,
+                LedgerKind.UNCLAIMED,
+                kv.block_ids,
+                kv.since_s,
+                kv.peer_incarnation,
+                kv.peer,
+            )
+        for waiting in self._waiting:
+            request = waiting.request
+            yield Holder(
+                request.transfer_id,
+                LedgerKind.WAITING,
+                (),
+                waiting.since_s,
+                request.peer_incarnation,
+                request.peer,
+            )
+
     def check_invariants(self) -> None:
         """A transfer is in one place."""
         waiting = [one.request.transfer_id for one in self._waiting]
@@ -227,6 +281,9 @@ def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | Non
     """Why this KV is not what the request needs; None when it is."""
     if arrived.num_tokens != sequence.num_prompt_tokens:
         return f"KV of {arrived.num_tokens} tokens came for a prompt of {sequence.num_prompt_tokens}"
+    digest = token_digest(sequence.token_ids[: sequence.num_prompt_tokens])
+    if arrived.token_digest not in (digest, approximate_digest(digest)):
+        return "the KV that came is of other tokens than the request's"
     if len(arrived.block_ids) < blocks_needed(sequence.max_tokens, block_size):
         return f"{len(arrived.block_ids)} blocks were reserved; {sequence.max_tokens} tokens need more"
     if len(arrived.token_ids) != 1:
@@ -236,3 +293,8 @@ def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | Non
     ):
         return "prefill handed over the only token that was asked for"
     return None
+
+
+def is_approximate(sequence: Sequence, arrived: ArrivedKv) -> bool:
+    """Some of this KV, which fits the request, was taken from other contexts."""
+    return arrived.token_digest != token_digest(sequence.token_ids[: sequence.num_prompt_tokens])

@@ -5,17 +5,23 @@ Commands and events of requests are in `workers.api`; these stay inside the proc
 
 from dataclasses import dataclass
 
-from workers.api import Command, Event, KvEvent, RequestKey, TokensGenerated
+from kvtransfer.session import TransferReport
+from workers.api import Command, Event, KvEvent, KvTransferred, PrefixPeer, RequestKey, TokensGenerated
 
 
 @dataclass(frozen=True, slots=True)
 class ReserveBlocks:
-    """A transfer asks for blocks for `max_tokens` tokens; answered once, at the latest at `deadline_s`."""
+    """A transfer asks for blocks for `max_tokens` tokens; answered once, at the latest at `deadline_s`.
+
+    peer, peer_incarnation: the worker that sends, for the ledger; empty and 0 when they are not known.
+    """
 
     transfer_id: str
     num_tokens: int
     max_tokens: int
     deadline_s: float
+    peer: str = ""
+    peer_incarnation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +33,15 @@ class CancelReservation:
 
 @dataclass(frozen=True, slots=True)
 class CommitTransfer:
-    """All KV has arrived and is verified; `token_ids` are what prefill sampled."""
+    """All KV has arrived and is verified; `token_ids` are what prefill sampled.
+
+    token_digest: of the tokens whose KV it is (kvtransfer.digest); of a fetched prefix the hash of its last block.
+    """
 
     transfer_id: str
     block_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    token_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +58,25 @@ class TransferSent:
     """The sending side committed."""
 
     transfer_id: str
-    num_bytes: int
-    num_chunks: int
-    transfer_s: float
-    exposed_s: float
+    report: TransferReport
+
+    def event(self, key: RequestKey) -> KvTransferred:
+        """The same, as the gateway hears it."""
+        report = self.report
+        return KvTransferred(
+            key,
+            num_bytes=report.num_bytes,
+            num_chunks=report.num_chunks,
+            transfer_s=report.transfer_s,
+            exposed_s=report.exposed_s,
+            transport=report.transport,
+            transport_reason=report.transport_reason,
+            codec=report.codec.name.lower(),
+            num_wire_bytes=report.num_wire_bytes,
+            num_resent_chunks=report.num_resent_chunks,
+            num_resumes=report.num_resumes,
+            busy_s=report.busy_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +87,27 @@ class TransferFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class FindCached:
+    """Another worker asks for the beginning of this chain of blocks; answered by CachedFound or ReservationRefused."""
+
+    transfer_id: str
+    block_hashes: tuple[bytes, ...]
+    min_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFetched:
+    """FetchPrefix is over; `num_tokens` have come, 0 when none were worth it or to be had."""
+
+    transfer_id: str
+    num_tokens: int
+
+
 Message = (
     Command
+    | FindCached
+    | PrefixFetched
     | ReserveBlocks
     | CancelReservation
     | CommitTransfer
@@ -105,17 +149,19 @@ class StartTransfer:
     num_tokens: int
     max_tokens: int
     timeout_s: float
+    #: See kvtransfer.digest.
+    token_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class KvReady:
-    """KV of these layers and logical blocks is computed and stays as it is."""
+    """KV of these layers of these tokens of the sequence is computed and stays as it is."""
 
     transfer_id: str
     layer_lo: int
     layer_hi: int
-    block_lo: int
-    block_hi: int
+    token_lo: int
+    token_hi: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +178,30 @@ class EndTransfer:
 
     transfer_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFound:
+    """Answer to FindCached. The blocks come back by ReleaseTransfer alone. block_hash: of the last one."""
+
+    transfer_id: str
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    block_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPrefix:
+    """A prompt waits for blocks that one of these workers may have; answered by PrefixFetched.
+
+    block_hashes: of those that are not here, each the child of the one before it.
+    """
+
+    transfer_id: str
+    peers: tuple[PrefixPeer, ...]
+    block_hashes: tuple[bytes, ...]
+    prefill_tokens_per_s: float
+    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +228,6 @@ Output = (
     | KvReady
     | FinishTransfer
     | EndTransfer
+    | CachedFound
+    | FetchPrefix
 )

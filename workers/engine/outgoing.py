@@ -1,32 +1,51 @@
 """KV that leaves this worker: which blocks its transfers may still read, and what they are told. Pure."""
 
-from kvtransfer.layout import blocks_needed
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvtransfer.digest import token_digest
+from workers.api import LedgerKind
+from workers.engine.ledger import Holder
 from workers.engine.messages import KvReady, StartTransfer
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.span_reuse.digest import approximate_digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    block_ids: tuple[int, ...]
+    since_s: float
+    peer: str
+    peer_incarnation: int
 
 
 class OutgoingKv:
     """The sending transfers of one worker, each from its start to the release of its blocks."""
 
     def __init__(self) -> None:
-        self._block_ids: dict[str, tuple[int, ...]] = {}
+        self._sending: dict[str, _Sending] = {}
 
     @property
     def num_held(self) -> int:
         """Transfers that have not yet released their blocks."""
-        return len(self._block_ids)
+        return len(self._sending)
 
     def holds(self, transfer_id: str) -> bool:
         """True until it has released its blocks."""
-        return transfer_id in self._block_ids
+        return transfer_id in self._sending
 
     def start(self, sequence: Sequence, now_s: float) -> StartTransfer:
         """Prefill of a sequence that is decoded elsewhere begins; its blocks are known to the transfer now."""
         handoff = sequence.handoff
         assert handoff is not None
         block_ids = tuple(sequence.block_table)
-        self._block_ids[handoff.transfer_id] = block_ids
+        digest = token_digest(sequence.token_ids[: sequence.num_prompt_tokens])
+        if sequence.num_exact_tokens is not None:
+            digest = approximate_digest(digest)
+        self._sending[handoff.transfer_id] = _Sending(
+            block_ids, now_s, handoff.decode_address, handoff.decode_incarnation
+        )
         return StartTransfer(
             key=sequence.key,
             transfer_id=handoff.transfer_id,
@@ -36,30 +55,36 @@ class OutgoingKv:
             num_tokens=sequence.num_prompt_tokens,
             max_tokens=sequence.max_tokens,
             timeout_s=sequence.deadline_s - now_s,
+            token_digest=digest,
         )
 
     def release(self, transfer_id: str) -> tuple[int, ...] | None:
         """The transfer reads no more from these; None when it is not known, or has released them before."""
-        return self._block_ids.pop(transfer_id, None)
+        sending = self._sending.pop(transfer_id, None)
+        return sending.block_ids if sending is not None else None
 
     def block_ids(self) -> list[int]:
         """All blocks that have not been released."""
-        return [block_id for block_ids in self._block_ids.values() for block_id in block_ids]
+        return [block_id for one in self._sending.values() for block_id in one.block_ids]
+
+    def holders(self) -> Iterator[Holder]:
+        """Each transfer with its blocks."""
+        for transfer_id, one in self._sending.items():
+            yield Holder(
+                transfer_id, LedgerKind.SENDING, one.block_ids, one.since_s, one.peer_incarnation, one.peer
+            )
 
 
-def kv_ready(plan: StepPlan, layer_lo: int, layer_hi: int, block_size: int) -> list[KvReady]:
+def kv_ready(plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
     """What can be sent once these layers of the step are computed.
 
-    A block that is not full is sent with the last chunk of the prompt only; blocks that were cached go with
-    the first one.
+    Tokens that were cached go with the first chunk.
     """
     ready = []
     for part in plan.chunks:
         sequence = part.sequence
         if sequence.is_handed_off:
             assert sequence.handoff is not None
-            is_first = part.start == sequence.num_cached_tokens
-            block_lo = 0 if is_first else part.start // block_size
-            block_hi = blocks_needed(part.end, block_size)
-            ready.append(KvReady(sequence.handoff.transfer_id, layer_lo, layer_hi, block_lo, block_hi))
+            token_lo = 0 if part.start == sequence.num_cached_tokens else part.start
+            ready.append(KvReady(sequence.handoff.transfer_id, layer_lo, layer_hi, token_lo, part.end))
     return ready

@@ -11,9 +11,11 @@ from workers.engine.decoding.acceptance import Accepted, walk
 from workers.engine.decoding.superposed import mix_settings
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
+from workers.engine.kv_packer import KvPacker
 from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.span_reuse.selection import by_deviation
 from workers.engine.step_batch import StepBatch
 from workers.engine.step_result import RowDetail, StepResult
 from workers.model.llama import ForwardBatch, Llama
@@ -33,8 +35,8 @@ class GrammarTools:
 class ModelRunner:
     """A model and the KV cache that its steps read and write. Implements `step_loop.Runner`.
 
-    kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. layer_group_size: layers between two calls
-    of `on_layers`, >= 1. grammars: None refuses nothing, but no request may have one.
+    kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. grammars: None refuses nothing, but no request may
+    have one. packer: that of the engine; without it no plan may restore a block.
     """
 
     def __init__(
@@ -42,35 +44,54 @@ class ModelRunner:
         model: Llama,
         kv_cache: torch.Tensor,
         block_size: int,
-        layer_group_size: int,
         grammars: GrammarTools | None = None,
+        packer: KvPacker | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
-        self._layer_group_size = layer_group_size
         self._grammars = grammars
+        self._packer = packer
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         """See Runner."""
         for target, source in plan.copies.items():
             self._kv_cache[:, :, target] = self._kv_cache[:, :, source]
+        for block_id, packed in plan.restores.items():
+            assert self._packer is not None
+            self._packer.unpack(packed, block_id)
         step = StepBatch(plan, self._block_size)
         self._begin_masks(step)
         try:
-            logits = self._model.forward(
-                step.forward,
-                self._kv_cache,
-                layer_group_size=self._layer_group_size,
-                on_layers=on_layers,
-            )
+            logits = self._forward(step, on_layers)
             prompt_logprobs = _score_prompts(step, logits)
             return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
         finally:
             # Nothing is left of them unless the step broke.
             if self._grammars is not None:
                 self._grammars.masks.drop()
+
+    def _forward(self, step: StepBatch, on_layers: Callable[[int, int], None]) -> torch.Tensor:
+        """Logits of all rows, in the order of StepBatch."""
+        # First: when a layer of the others is said to be computed, it is so for these too.
+        selective = [
+            self._model.forward_selectively(batch, self._kv_cache, by_deviation(fraction))
+            for batch, fraction in step.selective
+        ]
+        if step.forward is None:
+            on_layers(0, len(self._kv_cache))
+            return torch.cat(selective)
+        logits = self._model.forward(
+            step.forward,
+            self._kv_cache,
+            layer_group_size=step.plan.layer_group_size,
+            on_layers=on_layers,
+        )
+        if not selective:
+            return logits
+        num_before = step.num_sampled_rows - len(selective)
+        return torch.cat((logits[:num_before], *selective, logits[num_before:]))
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""
@@ -152,6 +173,7 @@ class ModelRunner:
 
     def _verify(self, step: StepBatch, index: int, sampled: list[int]) -> Accepted:
         """Follow the drafts as far as they are what was sampled, and put their KV where it belongs."""
+        assert step.forward is not None
         sequence, tree = step.sampled[index], step.plan.drafts[index]
         first = step.first_rows[index]
         accepted = walk(

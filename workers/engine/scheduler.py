@@ -22,11 +22,15 @@ from kvtransfer.layout import blocks_needed
 from workers.api import Batching, EngineConfig, PrefillOrder
 from workers.engine.batch import Batch, places
 from workers.engine.decoding.draft_tree import DraftTree
+from workers.engine.host_tier import PackedBlock
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.span_reuse.rule import SpanReuse
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
 FIRST_PREFILL_RATE = 500.0
 PREFILL_RATE_GAIN = 0.1
+#: A prompt that reuses spans is computed in one step, which may be so many times the budget.
+MAX_REUSE_BUDGETS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,13 @@ class Slice:
     sequence: Sequence
     start: int
     end: int
+    #: KV of other contexts that some of them take; None computes all.
+    reuse: SpanReuse | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens that are computed in all layers."""
+        return self.end - self.start - (self.reuse.num_saved if self.reuse is not None else 0)
 
     @property
     def yields_token(self) -> bool:
@@ -59,7 +70,7 @@ class StepPlan:
 
     #: Each computes its last known token, and yields the next.
     decodes: list[Sequence]
-    #: Chunks of prompts, or of sequences that were preempted.
+    #: Chunks of prompts, or of sequences that were preempted. Those that reuse spans come last.
     chunks: tuple[Slice, ...]
     #: Blocks of each sequence, in the row that it has; see Batch.
     block_tables: NDArray[np.int32]
@@ -68,8 +79,12 @@ class StepPlan:
     preempted: tuple[Sequence, ...] = ()
     #: Block -> the block whose contents it gets before anything is computed.
     copies: Mapping[int, int] = field(default_factory=dict)
+    #: Block -> packed KV that it gets after the copies and before anything is computed.
+    restores: Mapping[int, PackedBlock] = field(default_factory=dict)
     #: Index in `decodes` -> guessed tokens that are verified with it.
     drafts: Mapping[int, DraftTree] = field(default_factory=dict)
+    #: KV that is handed off leaves whenever so many layers are computed; None: when all are.
+    layer_group_size: int | None = None
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -79,8 +94,8 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed by the step, without drafts."""
-        return len(self.decodes) + sum(part.end - part.start for part in self.chunks)
+        """Tokens computed by the step, without drafts and without what is reused."""
+        return len(self.decodes) + sum(part.num_rows for part in self.chunks)
 
 
 class Scheduler:
@@ -95,6 +110,11 @@ class Scheduler:
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """As the last steps that mostly prefilled had it."""
+        return self._prefill_rate
 
     def observe(self, plan: StepPlan, step_s: float) -> None:
         """A step took this long. Steps that mostly prefill tell how long a prompt takes."""
@@ -115,15 +135,18 @@ class Scheduler:
         batch = self._batch
         decodes = batch.decodes.copy()
         copies: dict[int, int] = {}
+        restores: dict[int, PackedBlock] = {}
         if decodes or plan.chunks:
             copies, batch.copies = batch.copies, {}
+            restores, batch.restores = batch.restores, {}
         return StepPlan(
             decodes,
-            tuple(plan.chunks),
+            tuple(sorted(plan.chunks, key=lambda part: part.reuse is not None)),
             batch.block_tables,
             tuple(plan.admitted),
             tuple(plan.preempted),
             copies,
+            restores,
         )
 
     def _add_prefills(self, plan: "_Plan", num_places: int, arrived_until_s: float) -> None:
@@ -203,7 +226,9 @@ class _Plan:
         match = batch.match(sequence)
         # What it needs now, and its share of what it may need later, beside that of those who run.
         need = blocks_needed(len(sequence.token_ids), self._pool.block_size)
-        need += batch.future_blocks(sequence) - len(match.block_ids) + self._pool.num_cached_of(match)
+        need += (
+            batch.future_blocks(sequence) - len(match.block_ids) + self._pool.num_cached_of(match.block_ids)
+        )
         need += batch.num_reserved_blocks()
         if need > self._pool.num_available:
             victims = self._outranked_by_priority(sequence)
@@ -217,7 +242,7 @@ class _Plan:
             # Blocks that were shared did not come free.
             match = batch.match(sequence)
         if blocks_needed(len(sequence.token_ids), self._pool.block_size) - len(match.block_ids) > (
-            self._pool.num_available - self._pool.num_cached_of(match)
+            self._pool.num_available - self._pool.num_cached_of(match.block_ids)
         ):
             return False
         batch.admit(sequence, match)
@@ -226,6 +251,9 @@ class _Plan:
 
     def add_chunk(self, sequence: Sequence) -> None:
         """The next chunk of a running prefill, as far as budget and blocks reach."""
+        reuse = self._batch.find_spans(sequence)
+        if reuse is not None and self._add_reusing(sequence, reuse):
+            return
         num_tokens, cost = self._chunk_tokens(sequence, sequence.num_uncomputed_tokens)
         start = sequence.num_computed_tokens
         if num_tokens == 0:
@@ -242,6 +270,27 @@ class _Plan:
         self._planned.add(sequence)
         self._num_tokens += num_tokens
         self._budget -= cost
+
+    def _add_reusing(self, sequence: Sequence, reuse: SpanReuse) -> bool:
+        """All the rest of a prompt with the KV of spans, now or in a step to come; False when that cannot be."""
+        part = Slice(sequence, sequence.num_computed_tokens, len(sequence.token_ids), reuse)
+        # A token in the middle of it costs what all do on average.
+        cost = part.num_rows * (1 + (part.start + part.end) / 2 / self._attention_tokens)
+        most = MAX_REUSE_BUDGETS * self._config.token_budget - len(self._batch.decodes)
+        num_left = self._pool.num_available - self._pool.num_cached_of(reuse.source_block_ids)
+        if cost > most or self._batch.num_blocks_to_grow(sequence, part.end) > num_left:
+            return False
+        # It is computed before the other chunks, so what it begins with has to be there before the step.
+        is_begun = all(map(self._pool.is_computed, sequence.block_table))
+        if not is_begun or (self.chunks and cost > self._budget):
+            # What is handed off begins now: later there would be no telling the other side.
+            return not sequence.is_handed_off
+        self._batch.begin_reuse(sequence, reuse)
+        self.chunks.append(part)
+        self._planned.add(sequence)
+        self._num_tokens += part.num_rows
+        self._budget -= cost
+        return True
 
     def _chunk_tokens(self, sequence: Sequence, num_tokens: int) -> tuple[int, float]:
         """Tokens of the next chunk and their cost in the budget; at most num_tokens.

@@ -9,6 +9,7 @@ from workers.api import (
     Handoff,
     Phase,
     PhaseSet,
+    PrefixPeer,
     RequestKey,
     SamplingParams,
     Submit,
@@ -25,6 +26,8 @@ NO_ROW = -1
 class SequenceState(StrEnum):
     """Where a sequence is in its life on this worker."""
 
+    #: It will wait as soon as the beginning of its prompt has come from another worker, or does not.
+    FETCHING = "fetching"
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
@@ -38,6 +41,7 @@ class SequenceState(StrEnum):
 
 
 TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
+    SequenceState.FETCHING: frozenset({SequenceState.WAITING, SequenceState.FINISHED}),
     SequenceState.WAITING: frozenset({SequenceState.PREFILL, SequenceState.FINISHED}),
     SequenceState.PREFILL: frozenset(
         {SequenceState.DECODE, SequenceState.HANDOFF, SequenceState.WAITING, SequenceState.FINISHED}
@@ -96,13 +100,21 @@ class Sequence:
     #: Blocks before this one are in the prefix index, or were there when this one was computed.
     num_stored_blocks: int = 0
     prefill_started_s: float | None = None
+    #: When it last got its first block here.
+    holds_since_s: float = 0.0
     #: Tokens whose KV was found when it started last.
     num_cached_tokens: int = 0
+    #: Tokens whose KV was taken from another context when it started last.
+    num_reused_tokens: int = 0
+    #: Tokens before the first whose KV is an approximation, or was computed from one; None: all is exact.
+    num_exact_tokens: int | None = None
     #: Prompt tokens whose logprobs have come out.
     num_scored_tokens: int = 1
     #: Which of its random streams it draws from: a branch has one of its own.
     stream: int = 0
     parent: "Sequence | None" = None
+    #: Workers that may have the KV of its beginning.
+    prefix_peers: tuple[PrefixPeer, ...] = ()
     #: Tokens and weights whose mixed embedding stands for its last token, of a superposed decoding.
     mix: tuple[tuple[int, ...], tuple[float, ...]] | None = None
     cost: DecodingCost = field(default_factory=DecodingCost)
@@ -129,6 +141,7 @@ class Sequence:
             stop_token_ids=submit.sampling.stop_token_ids,
             state=SequenceState.WAITING if is_prefilled_here else SequenceState.AWAITING_KV,
             block_hashes=[root],
+            prefix_peers=submit.prefix_peers,
         )
 
     @property
@@ -157,6 +170,12 @@ class Sequence:
         # The rows of a superposed decoding mix several tokens.
         is_mixed = isinstance(self.sampling.decoding, SuperposedDecoding)
         return self.num_prompt_tokens if is_mixed else len(self.token_ids)
+
+    @property
+    def num_storable_tokens(self) -> int:
+        """Tokens whose KV may be stored for others."""
+        kept, exact = self.num_kept_tokens, self.num_exact_tokens
+        return kept if exact is None else min(kept, exact)
 
     def hash_blocks(self, num_blocks: int, block_size: int) -> None:
         """Make `block_hashes` reach this many full blocks."""

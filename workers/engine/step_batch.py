@@ -6,14 +6,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.engine.scheduler import StepPlan
+from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.span_reuse.rule import SpanReuse
 from workers.model.llama import ForwardBatch, Mixes
+from workers.model.selective import Reused, SelectiveBatch
 
 
 class StepBatch:
     """Rows of tokens: each decode with its drafts, then the chunks. Rows of logits: each decode with its drafts, then
     the last of each chunk that yields a token, then the rows that score prompts.
+
+    Chunks that reuse spans are no part of `forward`: each is computed for itself, and its row of logits comes after
+    those of the other chunks.
 
     Loops are over sequences and do one thing each; what is per token is done by numpy.
     """
@@ -40,7 +45,15 @@ class StepBatch:
         #: Row of logits of each of `sampled`; its drafts follow.
         self.first_rows = [end - num for end, num in zip(accumulate(num_rows), num_rows, strict=True)]
         self.num_sampled_rows = sum(num_rows)
-        self.forward = self._forward(block_size)
+        self._chunks = [part for part in plan.chunks if part.reuse is None]
+        #: None when there is nothing but chunks that reuse spans.
+        self.forward = self._forward(block_size) if plan.decodes or self._chunks else None
+        #: Chunks that reuse spans, with the part of what is reused that is computed again.
+        self.selective = [
+            (_selective_batch(plan, part, part.reuse, block_size), part.reuse.recompute_fraction)
+            for part in plan.chunks
+            if part.reuse is not None
+        ]
 
     @property
     def sequence_of_rows(self) -> list[Sequence]:
@@ -53,13 +66,13 @@ class StepBatch:
 
     def _forward(self, block_size: int) -> ForwardBatch:
         plan = self.plan
-        sequences = [*plan.decodes, *(part.sequence for part in plan.chunks)]
+        sequences = [*plan.decodes, *(part.sequence for part in self._chunks)]
         num_decodes = len(plan.decodes)
         query_lens = np.array(
-            [*self._num_rows[:num_decodes], *(part.end - part.start for part in plan.chunks)], np.int64
+            [*self._num_rows[:num_decodes], *(part.end - part.start for part in self._chunks)], np.int64
         )
         starts = np.array(
-            [len(one.token_ids) - 1 for one in plan.decodes] + [part.start for part in plan.chunks], np.int64
+            [len(one.token_ids) - 1 for one in plan.decodes] + [part.start for part in self._chunks], np.int64
         )
         # Row of the first token of each sequence.
         first_rows = np.cumsum(query_lens) - query_lens
@@ -97,7 +110,7 @@ class StepBatch:
         token_ids = [one.token_ids[-1] for one in plan.decodes]
         for i in sorted(plan.drafts, reverse=True):
             token_ids[i + 1 : i + 1] = plan.drafts[i].token_ids
-        for part in plan.chunks:
+        for part in self._chunks:
             token_ids += part.sequence.token_ids[part.start : part.end]
         return token_ids
 
@@ -106,7 +119,7 @@ class StepBatch:
         num_decodes = len(plan.decodes)
         rows = list(range(sum(self._num_rows[:num_decodes])))
         scored: list[int] = []
-        for part, first_row in zip(plan.chunks, first_rows[num_decodes:].tolist(), strict=True):
+        for part, first_row in zip(self._chunks, first_rows[num_decodes:].tolist(), strict=True):
             if part.yields_token:
                 rows.append(first_row + part.end - part.start - 1)
             # A token is scored by the row of the one before it.
@@ -125,3 +138,23 @@ class StepBatch:
             weights[j, : len(mix[1])] = torch.tensor(mix[1])
         rows = torch.from_numpy(first_rows[[i for i, _ in mixed]])
         return Mixes(rows, token_ids, weights)
+
+
+def _selective_batch(plan: StepPlan, part: Slice, reuse: SpanReuse, block_size: int) -> SelectiveBatch:
+    """The tokens of one chunk, and where the KV of its spans is."""
+    sequence = part.sequence
+    positions, slots, old_positions = [], [], []
+    for span in reuse.spans:
+        steps = np.arange(span.num_tokens)
+        places = span.offset + steps
+        positions.append(span.start + steps)
+        slots.append(np.array(span.block_ids)[places // block_size] * block_size + places % block_size)
+        old_positions.append(span.old_start + steps)
+    reused = Reused(*(torch.from_numpy(np.concatenate(some)) for some in (positions, slots, old_positions)))
+    return SelectiveBatch(
+        token_ids=torch.tensor(sequence.token_ids[part.start : part.end]),
+        start=part.start,
+        block_table=plan.block_tables[sequence.row, : len(sequence.block_table)],
+        block_size=block_size,
+        reused=reused,
+    )

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from workers.api import BlockCounts
+from workers.api import BlockCounts, KvLedger
 from workers.engine.engine import Engine
+from workers.engine.idle_check import IdleCheck
 from workers.engine.messages import Message, Output
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_result import StepResult
@@ -21,12 +22,14 @@ MAX_IDLE_S = 0.5
 #: Steps that may break in a row before the worker says that it cannot serve.
 MAX_BROKEN_STEPS = 3
 
+Result = TypeVar("Result")
+
 
 class Runner(Protocol):
     """Computes steps. `ModelRunner` does it with torch; tests have one without."""
 
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
-        """Make the plan's copies, compute its slices and drafts, and sample.
+        """Make the plan's copies, then its restores, compute its slices and drafts, and sample.
 
         Calls on_layers(layer_lo, layer_hi) as soon as the KV of these layers is written.
         """
@@ -42,12 +45,14 @@ class EngineSnapshot:
     blocks: BlockCounts
     num_leases: int
     num_steps: int
+    leaked_blocks: int = 0
+    num_invariant_failures: int = 0
 
 
 class StepLoop:
     """Runs an engine in a thread of its own.
 
-    `post`, `call` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
+    `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
     `on_broken` once, when steps keep failing.
     """
 
@@ -71,6 +76,7 @@ class StepLoop:
         self._is_stopped = False
         self._num_broken_steps = 0
         self._is_broken = False
+        self._idle_check = IdleCheck(engine)
         self._snapshot = self._take_snapshot()
 
     @property
@@ -82,20 +88,29 @@ class StepLoop:
         """Hand a message to the engine."""
         self._mailbox.put(message)
 
-    def call(self, function: Callable[[], None]) -> "Future[None]":
-        """Run this between two steps, in the loop's thread, while `run` runs; what it raises is the result."""
-        result: Future[None] = Future()
+    def call(self, function: Callable[[], Result]) -> "Future[Result]":
+        """Run this between two steps, in the loop's thread, while `run` runs; what it returns or raises is the result.
+
+        It is not run when whoever asked has cancelled before.
+        """
+        result: Future[Result] = Future()
 
         def act() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
-                function()
+                found = function()
             except BaseException as error:  # noqa: BLE001 - handed to whoever asked
                 result.set_exception(error)
             else:
-                result.set_result(None)
+                result.set_result(found)
 
         self._mailbox.put(act)
         return result
+
+    def ledger(self) -> "Future[KvLedger]":
+        """Who holds which blocks, between two steps; the snapshot then knows of leaked ones too."""
+        return self.call(lambda: self._idle_check.ledger(self._clock()))
 
     def stop(self) -> None:
         """Make `run` return after the step it is in."""
@@ -130,7 +145,10 @@ class StepLoop:
         # What the plan starts (a transfer, say) must be known before its KV is.
         self._publish_outputs()
         if plan is None:
+            if self._idle_check.idle(now_s):
+                self._snapshot = self._take_snapshot()
             return False
+        self._idle_check.busy()
         try:
             result = self._runner.run(plan, lambda lo, hi: self._publish_kv(plan, lo, hi))
         except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
@@ -176,7 +194,13 @@ class StepLoop:
     def _take_snapshot(self) -> EngineSnapshot:
         engine = self.engine
         return EngineSnapshot(
-            engine.num_waiting, engine.num_running, engine.block_counts(), engine.num_leases, self.num_steps
+            engine.num_waiting,
+            engine.num_running,
+            engine.block_counts(),
+            engine.num_leases,
+            self.num_steps,
+            self._idle_check.leaked_blocks,
+            self._idle_check.num_failures,
         )
 
     def _publish_outputs(self) -> None:

@@ -21,6 +21,15 @@ from phasewise_kernels.swiglu.op import swiglu
 from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.model.rope import Rope
+from workers.model.selective import (
+    CHECK_LAYER,
+    CheckedLayer,
+    Choose,
+    Reused,
+    RowAttention,
+    SelectiveBatch,
+    rows_to_compute,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +167,74 @@ class Llama:
             return hidden.new_empty(0, config.vocab_size)
         return self._lm_head(rms_norm(hidden, self._norm, config.rms_norm_eps, added=added))
 
+    @property
+    def can_move_keys(self) -> bool:
+        """KV can be taken to other positions, which `forward_selectively` does."""
+        return self._rope.can_move
+
+    @torch.inference_mode()
+    def forward_selectively(
+        self, batch: SelectiveBatch, kv_cache: torch.Tensor, choose: Choose
+    ) -> torch.Tensor:
+        """Compute a prompt some of whose KV is elsewhere in the cache, and return the logits of its last token.
+
+        The first layers are computed for all tokens; then `choose` says which of the reused ones are computed
+        further, beside all others. The rest have, in the other layers, the KV that they have elsewhere, with keys
+        turned to where they are now.
+        kv_cache: as for `forward`; no block that is read may be one that is written. Returns [1, vocab_size] fp32.
+        Raises ValueError when keys cannot be moved.
+        """
+        eps, last = self.config.rms_norm_eps, self.config.num_layers - 1
+        check = min(CHECK_LAYER, last)
+        positions = batch.positions
+        slots, rotation = batch.slots(positions), self._rope.cos_sin(positions, None)
+        attention = RowAttention(batch, torch.arange(len(positions)))
+        hidden = F.embedding(batch.token_ids, self._embedding)
+        added: torch.Tensor | None = None
+        kept = batch.reused
+        for i, layer in enumerate(self._layers):
+            normed = rms_norm(hidden, layer.attention_norm, eps, added=added)
+            if i > check:
+                _put(kv_cache[i], batch.slots(kept.positions), *self._moved(kept, kv_cache[i], layer))
+            query = self._project(layer, normed, rotation, kv_cache[i], slots)
+            if i == check:
+                chosen = choose(self._checked(batch, query, kv_cache[i], layer))
+                kept = batch.reused.without(chosen)
+                rows = rows_to_compute(batch, kept)
+                query, hidden = query[rows], hidden[rows]
+                slots, rotation = slots[rows], (rotation[0][rows], rotation[1][rows])
+                attention = RowAttention(batch, rows)
+            if i == last:
+                query, hidden = query[-1:], hidden[-1:]
+                attention = RowAttention(batch, attention.rows[-1:])
+            added = self._mix(layer, hidden, attention.attend(query, kv_cache[i], layer.window))
+        return self._lm_head(rms_norm(hidden, self._norm, eps, added=added))
+
+    def _moved(
+        self, reused: Reused, kv_cache: torch.Tensor, layer: _Layer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K, turned to where the tokens are now, and V, each [num_reused, num_kv_heads, head_dim]."""
+        keys, values = _at(kv_cache, reused.source_slots)
+        if layer.is_rotated:
+            keys = self._rope.move(keys, reused.source_positions, reused.positions)
+        return keys, values
+
+    def _checked(
+        self, batch: SelectiveBatch, query: torch.Tensor, kv_cache: torch.Tensor, layer: _Layer
+    ) -> CheckedLayer:
+        keys, values = _at(kv_cache, batch.slots(torch.arange(batch.context_len)))
+        k_reused, v_reused = self._moved(batch.reused, kv_cache, layer)
+        return CheckedLayer(
+            batch,
+            query,
+            keys,
+            k_computed=keys[batch.reused.positions],
+            k_reused=k_reused,
+            v_computed=values[batch.reused.positions],
+            v_reused=v_reused,
+            window=layer.window,
+        )
+
     def _embed(self, batch: ForwardBatch) -> torch.Tensor:
         """[num_tokens, hidden_size]."""
         hidden = F.embedding(batch.token_ids, self._embedding)
@@ -262,6 +339,19 @@ def _attention(batch: ForwardBatch, block_size: int) -> _Attention:
         block_size=block_size,
     )
     return _Attention(all_rows, logit_rows)
+
+
+def _at(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V at these slots of one layer, each [num_slots, num_kv_heads, head_dim], copied."""
+    keys, values = kv_cache.flatten(1, 2)
+    return keys[slots], values[slots]
+
+
+def _put(kv_cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Write K and V to these slots of one layer."""
+    layer_keys, layer_values = kv_cache.flatten(1, 2)
+    layer_keys.index_copy_(0, slots, keys)
+    layer_values.index_copy_(0, slots, values)
 
 
 def _norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

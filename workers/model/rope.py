@@ -41,6 +41,31 @@ class Rope:
             cos, sin = cos * self._rope.attention_factor, sin * self._rope.attention_factor
         return cos, sin
 
+    @property
+    def can_move(self) -> bool:
+        """Keys can be turned to other positions: the angles of a token depend on its position alone."""
+        return self._rope.scaling is not RopeScaling.DYNAMIC
+
+    def move(
+        self, keys: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotated keys as they would be at other positions, to the rounding of float32.
+
+        keys: [num_tokens, num_kv_heads, head_dim] fp32, rotated for old_positions. Both positions: [num_tokens] int64.
+        Returns the same shape. Raises ValueError when the angles depend on the length of the sequence too.
+        """
+        if not self.can_move:
+            raise ValueError(
+                "keys cannot be moved: with dynamic scaling their angles depend on the prompt's length"
+            )
+        frequencies = self._inverse_frequencies[None, :]
+        # The difference of two angles that were rounded as `cos_sin` rounds them. No attention factor: keys have it.
+        new, old = (positions[:, None].float() * frequencies for positions in (new_positions, old_positions))
+        angles = new.double() - old.double()
+        cos, sin = angles.cos().float()[:, None], angles.sin().float()[:, None]
+        first, second = keys.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
     def _dynamic(self, rope_lens: torch.Tensor) -> torch.Tensor:
         """Inverse frequencies of each token, [num_tokens or 1, head_dim / 2]."""
         rope, dim = self._rope, self._head_dim

@@ -4,11 +4,13 @@ import pickle
 
 import pytest
 
+from kvtransfer import errors
 from kvtransfer.errors import (
     CallerError,
     ChunkRejected,
     CorruptFrame,
     DeadlineExceeded,
+    DigestMismatch,
     HostFailed,
     InvalidTransfer,
     LeaseExpired,
@@ -16,12 +18,15 @@ from kvtransfer.errors import (
     OwnError,
     PeerError,
     PhasewiseTransferError,
+    PoolUnreachable,
     ProtocolViolation,
     ReservationRefused,
+    SharedMemoryUnavailable,
     StreamLost,
     TransferAborted,
     TransferEnded,
     TransferRefused,
+    TransportUnavailable,
 )
 
 LEAVES = [
@@ -40,6 +45,10 @@ LEAVES = [
     MalformedFrame("too short", 3),
     CorruptFrame(4000, 7),
     CorruptFrame(12, None),
+    DigestMismatch("t1", 2),
+    PoolUnreachable("shm", "no such file"),
+    SharedMemoryUnavailable(4096, "the disk is full"),
+    TransportUnavailable("nixl", "it is not installed"),
 ]
 
 
@@ -67,7 +76,19 @@ def test_what_the_caller_did_and_what_can_never_fit_is_not_retried() -> None:
     ]
 
 
+def leaves(fork: type[PhasewiseTransferError]) -> set[type[PhasewiseTransferError]]:
+    return {fork}.union(*map(leaves, fork.__subclasses__()))
+
+
+def test_every_error_is_tested_here_and_drawn_in_the_tree() -> None:
+    forks = {PhasewiseTransferError, CallerError, OwnError, PeerError}
+    assert leaves(PhasewiseTransferError) - forks == {type(error) for error in LEAVES}
+    assert all(name.__name__ in (errors.__doc__ or "") for name in leaves(PhasewiseTransferError))
+
+
 def test_messages_name_the_transfer_and_the_numbers() -> None:
     assert str(LEAVES[1]) == "transfer t1 was still requested after 2.5 s"
     assert str(LEAVES[8]) == "transfer t1: chunk 7 was rejected 4 times: checksum mismatch"
     assert str(LEAVES[13]) == "malformed frame of 4000 bytes: checksum mismatch"
+    assert str(DigestMismatch("t1", 2)).endswith("does not fit the digest of what was sent, 2 times")
+    assert str(PoolUnreachable("shm", "gone")) == "the other side's pool cannot be read by shm: gone"

@@ -4,33 +4,49 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.kv_range import Coverage, KvRange, split
-from kvtransfer.layout import KvLayout
 
-LAYOUT = KvLayout(
-    "d", "float16", block_size=4, num_layers=40, num_kv_heads=2, head_dim=8, position_encoding=""
-)
-BLOCK_BYTES = LAYOUT.chunk_bytes(num_layers=1, num_blocks=1)
+TOKEN_BYTES = 8
 
 
 @st.composite
-def ranges(draw: st.DrawFn, num_layers: int = 40, num_blocks: int = 20) -> KvRange:
+def ranges(draw: st.DrawFn, num_layers: int = 40, num_tokens: int = 50) -> KvRange:
     layer_lo = draw(st.integers(0, num_layers - 1))
-    block_lo = draw(st.integers(0, num_blocks - 1))
+    token_lo = draw(st.integers(0, num_tokens - 1))
     layer_hi = draw(st.integers(layer_lo + 1, num_layers))
-    return KvRange(layer_lo, layer_hi, block_lo, draw(st.integers(block_lo + 1, num_blocks)))
+    return KvRange(layer_lo, layer_hi, token_lo, draw(st.integers(token_lo + 1, num_tokens)))
 
 
 def pairs(kv_range: KvRange) -> set[tuple[int, int]]:
     layers = range(kv_range.layer_lo, kv_range.layer_hi)
-    return {(layer, block) for layer in layers for block in range(kv_range.block_lo, kv_range.block_hi)}
+    return {(layer, token) for layer in layers for token in range(kv_range.token_lo, kv_range.token_hi)}
 
 
-@given(ranges(), st.integers(1, BLOCK_BYTES * 100))
-def test_parts_fit_and_cover_the_range_once(whole: KvRange, max_bytes: int) -> None:
-    parts = list(split(whole, LAYOUT, max_bytes))
-    assert all(part.num_bytes(LAYOUT) <= max(max_bytes, BLOCK_BYTES) for part in parts)
+@given(ranges(), st.integers(1, 7), st.integers(1, TOKEN_BYTES * 200))
+def test_parts_fit_and_cover_the_range_once(whole: KvRange, token_step: int, max_bytes: int) -> None:
+    parts = list(split(whole, token_bytes=TOKEN_BYTES, token_step=token_step, max_bytes=max_bytes))
+    sizes = [part.num_layers * part.num_tokens * TOKEN_BYTES for part in parts]
+    assert max(sizes) <= max(max_bytes, token_step * TOKEN_BYTES)
     assert sum(len(pairs(part)) for part in parts) == len(pairs(whole))
     assert set().union(*map(pairs, parts)) == pairs(whole)
+
+
+@given(ranges(), st.integers(1, 7), st.integers(1, TOKEN_BYTES * 200))
+def test_tokens_are_divided_where_blocks_end(whole: KvRange, token_step: int, max_bytes: int) -> None:
+    for part in split(whole, token_bytes=TOKEN_BYTES, token_step=token_step, max_bytes=max_bytes):
+        assert part.token_lo == whole.token_lo or part.token_lo % token_step == 0
+        assert part.token_hi == whole.token_hi or part.token_hi % token_step == 0
+
+
+def test_whole_layers_are_kept_together_while_one_fits() -> None:
+    whole = KvRange(0, 5, 0, 16)
+    parts = split(whole, token_bytes=TOKEN_BYTES, token_step=4, max_bytes=TOKEN_BYTES * 32)
+    assert [(part.num_layers, part.num_tokens) for part in parts] == [(2, 16), (2, 16), (1, 16)]
+
+
+def test_a_layer_that_does_not_fit_is_divided_into_as_many_blocks_as_do() -> None:
+    whole = KvRange(0, 1, 2, 19)
+    parts = split(whole, token_bytes=TOKEN_BYTES, token_step=4, max_bytes=TOKEN_BYTES * 8)
+    assert [(part.token_lo, part.token_hi) for part in parts] == [(2, 8), (8, 16), (16, 19)]
 
 
 @given(st.lists(ranges(6, 6), max_size=12))
@@ -59,12 +75,4 @@ def test_a_range_that_is_empty_or_outside_is_a_problem() -> None:
         (1, 0, 0, 1),
     ]
     assert all(coverage.problem(KvRange(*ends)) for ends in outside)
-    assert coverage.problem(KvRange(2, 3, 0, 1)) == "layers [2, 3) of blocks [0, 1) of 2 layers and 3 blocks"
-
-
-def test_whole_layers_are_kept_together_while_one_fits() -> None:
-    sizes = [
-        (part.layer_hi - part.layer_lo, part.block_hi - part.block_lo)
-        for part in split(KvRange(0, 5, 0, 4), LAYOUT, BLOCK_BYTES * 8)
-    ]
-    assert sizes == [(2, 4), (2, 4), (1, 4)]
+    assert coverage.problem(KvRange(2, 3, 0, 1)) == "layers [2, 3) of tokens [0, 1) of 2 layers and 3 tokens"

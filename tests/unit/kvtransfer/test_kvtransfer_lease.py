@@ -56,6 +56,38 @@ def test_one_block_under_two_leases_breaks_the_invariant() -> None:
         table.check_invariants()
 
 
+def test_the_parts_of_one_transfer_share_its_blocks() -> None:
+    table = LeaseTable()
+    for _ in range(2):
+        table.grant("t1", [1, 2], now_s=0.0, lease_s=5.0, hard_deadline_s=7.0)
+    table.check_invariants()
+    table.grant("t1", [1, 3], now_s=0.0, lease_s=5.0, hard_deadline_s=7.0)
+    with pytest.raises(AssertionError):
+        table.check_invariants()
+
+
+def test_a_lease_that_was_committed_is_remembered_for_its_length() -> None:
+    table = LeaseTable()
+    first = table.grant("t1", [1], now_s=0.0, lease_s=5.0, hard_deadline_s=70.0)
+    table.settle(first.lease_id, 1.0)
+    table.release(first.lease_id)
+    assert table.is_settled(first.lease_id)
+    assert len(table) == 0
+    second = table.grant("t2", [1], now_s=6.0, lease_s=5.0, hard_deadline_s=70.0)
+    assert not table.is_settled(second.lease_id)
+    # Those whose time is over are forgotten with the next one.
+    table.settle(second.lease_id, 6.0)
+    assert not table.is_settled(first.lease_id)
+    assert table.is_settled(second.lease_id)
+
+
+def test_all_leases_are_those_that_were_not_released() -> None:
+    table = LeaseTable()
+    leases = [table.grant(f"t{i}", [i], now_s=0.0, lease_s=5.0, hard_deadline_s=7.0) for i in range(3)]
+    table.release(leases[1].lease_id)
+    assert table.all() == [leases[0], leases[2]]
+
+
 class LeaseTableModel(RuleBasedStateMachine):
     """The table against a dictionary of expiry times."""
 
@@ -70,7 +102,7 @@ class LeaseTableModel(RuleBasedStateMachine):
     def grant(self, lease_s: int, total_s: int, num_blocks: int) -> None:
         first = len(self.granted) * 3
         lease = self.table.grant(
-            "t",
+            f"t{first}",
             range(first, first + num_blocks),
             now_s=self.now_s,
             lease_s=lease_s,

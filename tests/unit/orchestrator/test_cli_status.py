@@ -7,18 +7,28 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from orchestrator.cli import exit_codes, status
 from orchestrator.cli.main import main
-from orchestrator.cli.status_text import DeploymentStatus, GatewayReport, lines
+from orchestrator.cli.status_text import DeploymentStatus, GatewayReport, as_json, lines
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.view_wire import view_to_pb
 from orchestrator.runtime.registry import Registry, RunningDeployment
 from protos import control_pb2
 from tests.support.fake_gateway import FakeGateway, running
-from workers.api import BlockCounts, Phase, WorkerId, WorkerState, WorkerStatus
+from workers.api import (
+    BlockCounts,
+    KvDirection,
+    KvPeer,
+    KvTransferCounts,
+    Phase,
+    WorkerId,
+    WorkerState,
+    WorkerStatus,
+)
 
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 PREFILL_0 = WorkerView(
@@ -108,6 +118,69 @@ def test_everything_is_shown_in_80_columns_but_the_reasons() -> None:
     assert "\n".join(lines(DeploymentStatus(RUNNING, REPORT))) == TEXT
     tables = [line for line in TEXT.splitlines() if "converting" not in line]
     assert max(len(line) for line in tables) <= 80
+
+
+def with_status(worker: WorkerView, **changes: Any) -> WorkerView:
+    """The same worker, whose status has these fields."""
+    assert worker.status is not None
+    return replace(worker, status=replace(worker.status, **changes))
+
+
+def last_lines(*workers: WorkerView) -> list[str]:
+    """What stands below the tables."""
+    found = lines(DeploymentStatus(RUNNING, replace(REPORT, view=replace(VIEW, workers=workers))))
+    start = max(i for i, line in enumerate(found) if line.startswith(f"  {workers[-1].worker_id} "))
+    return found[start + 1 :]
+
+
+def test_pairs_that_kv_went_between_are_shown_with_how_and_why() -> None:
+    to_decode = KvPeer(
+        DECODE_0.address,
+        KvDirection.SENDING,
+        "shm",
+        "both are on this host",
+        "int4",
+        num_transfers=12,
+        num_bytes=20 * 2**20,
+        bytes_per_s=950.0 * 2**20,
+    )
+    to_gone = KvPeer(
+        "10.0.0.9:1", KvDirection.SENDING, "", "", "", num_transfers=1, last_problem="it was refused"
+    )
+    from_prefill = KvPeer(PREFILL_0.address, KvDirection.RECEIVING, "shm", "both are on this host", "int4")
+    prefill = with_status(PREFILL_0, peers=(to_decode, to_gone))
+    decode = with_status(
+        DECODE_0,
+        peers=(from_prefill,),
+        transfers=KvTransferCounts(num_received=12, num_corrupt_chunks=1, num_digest_mismatches=2),
+    )
+    assert last_lines(prefill, decode) == [
+        "",
+        "  prefill-0 -> decode-0: 12 transfers by shm (both are on this host), codec int4, 20.0 MiB at 950 MiB/s",
+        "  prefill-0 -> 10.0.0.9:1: 1 transfer by none yet, codec none, 0.0 MiB; last problem: it was refused",
+        "  decode-0: 1 corrupt chunk, 2 wrong digests",
+    ]
+
+
+def test_leaked_blocks_are_shown_where_there_are_any() -> None:
+    assert last_lines(PREFILL_0) == []
+    assert last_lines(with_status(PREFILL_0, leaked_blocks=3, num_invariant_failures=2)) == [
+        "  prefill-0: 3 LEAKED BLOCKS, 2 idle checks failed; `phasewise kv ledger prefill-0` shows who holds what"
+    ]
+
+
+def test_json_has_transfers_and_leaks() -> None:
+    peer = KvPeer("p:1", KvDirection.RECEIVING, "grpc", "the hosts differ", "none")
+    worker = with_status(
+        PREFILL_0, peers=(peer,), leaked_blocks=3, transfers=KvTransferCounts(num_received=4)
+    )
+    view = replace(VIEW, workers=(worker,))
+    found = as_json(DeploymentStatus(RUNNING, replace(REPORT, view=view)))
+    told = json.loads(json.dumps(found))["report"]["view"]["workers"][0]["status"]
+    assert told["leaked_blocks"] == 3
+    assert told["transfers"]["num_received"] == 4
+    assert told["peers"][0]["direction"] == "receiving"
+    assert told["peers"][0]["reason"] == "the hosts differ"
 
 
 def test_a_silent_controller_is_named() -> None:

@@ -15,8 +15,10 @@ decode      |               ###############################|   530 ms
 
 latency      TTFT 256 ms, TPOT 66.0 ms, total 789 ms
 tokens       37 in the prompt, 2 generated; ended by an end token
-KV transfer  1.63 MiB in 6 chunks
-             201 ms hidden by prefill (-), 14.0 ms exposed (#)
+KV transfer  1.63 MiB in 6 chunks, 7.56 MiB/s
+             201 ms (93%) hidden by prefill (-), 14.0 ms exposed (#)
+             by shm (both are on this host), codec none, 1.63 MiB moved
+             second token 530 ms after the first
 workers      prefill on prefill-0, decode on decode-0"""
 
 ON_ONE_WORKER = """\
@@ -58,7 +60,22 @@ def test_the_transfer_of_a_later_attempt_is_told_and_not_drawn() -> None:
     last.timings.attempts = 2
     drawn = lines(last)
     assert not any(line.startswith("KV transfer |") for line in drawn)
-    assert "KV transfer  1.63 MiB in 6 chunks" in drawn
+    assert "KV transfer  1.63 MiB in 6 chunks, 7.56 MiB/s" in drawn
+
+
+def test_trouble_on_the_way_is_told_and_what_a_worker_does_not_tell_is_left_out() -> None:
+    last = last_message()
+    transfer = last.timings.kv_transfer
+    transfer.num_resent_chunks, transfer.num_resumes = 2, 1
+    assert "             2 chunks sent again, resumed 1 time" in lines(last)
+    transfer.num_resent_chunks = transfer.num_resumes = transfer.num_wire_bytes = 0
+    transfer.transport = transfer.transport_reason = transfer.codec = ""
+    transfer.transfer_s = transfer.busy_s = 0.0
+    last.timings.ClearField("second_token_s")
+    drawn = lines(last)
+    start = drawn.index("KV transfer  1.63 MiB in 6 chunks")
+    assert drawn[start + 1] == "             0.0 ms hidden by prefill (-), 14.0 ms exposed (#)"
+    assert drawn[start + 2].startswith("workers ")
 
 
 def test_a_message_without_numbers_is_drawn_all_the_same() -> None:

@@ -42,6 +42,9 @@ class Worker(WorkerServiceServicer):
         self.may_answer.set()
         self.num_asked = 0
 
+    async def GetKvLedger(self, request: Any, context: Any) -> worker_pb2.KvLedger:  # noqa: N802
+        return worker_pb2.KvLedger()
+
     async def GetStatus(self, request: Any, context: Any) -> worker_pb2.WorkerStatus:  # noqa: N802 - gRPC's name
         self.num_asked += 1
         await self.may_answer.wait()
@@ -58,6 +61,12 @@ class Gateway(GatewayControlServiceServicer):
     async def PublishView(self, request: Any, context: Any) -> control_pb2.PublishViewResponse:  # noqa: N802
         self.views.append(request.view)
         return control_pb2.PublishViewResponse(is_superseded=self.has_another)
+
+    async def GetKvLedger(self, request: Any, context: Any) -> control_pb2.GetKvLedgerResponse:  # noqa: N802
+        return control_pb2.GetKvLedgerResponse()
+
+    async def Explain(self, request: Any, context: Any) -> control_pb2.ExplainResponse:  # noqa: N802
+        return control_pb2.ExplainResponse()
 
     async def GetView(self, request: Any, context: Any) -> control_pb2.GetViewResponse:  # noqa: N802
         return control_pb2.GetViewResponse(view=self.views[-1] if self.views else None)

@@ -15,7 +15,16 @@ from orchestrator.manifest.engine import Engine
 from orchestrator.manifest.fields import choices, keys_of
 from orchestrator.manifest.load import load, parse
 from orchestrator.manifest.models import Deployment
-from workers.api import Batching, EngineConfig, KvTransferConfig, Phase, PrefillOrder, WeightDtype
+from workers.api import (
+    Batching,
+    EngineConfig,
+    HostCacheCodec,
+    KvTransferConfig,
+    Phase,
+    PrefillOrder,
+    SpanReuseConfig,
+    WeightDtype,
+)
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "deploy" / "manifests" / "laptop.yaml"
@@ -90,7 +99,9 @@ def test_declared_workers_carry_what_the_manifest_says() -> None:
     assert workers[2].engine == EngineConfig(
         kv_cache_bytes=64 * 2**20, token_budget=100, max_waiting_requests=7
     )
-    assert workers[2].kv_transfer == KvTransferConfig(5.0, 128 * 1024, 2, 3)
+    assert workers[2].kv_transfer == KvTransferConfig(
+        lease_s=5.0, max_chunk_bytes=128 * 1024, credits=2, layer_group_size=3
+    )
 
 
 def test_a_declared_worker_becomes_the_spec_of_one_process() -> None:
@@ -294,6 +305,7 @@ def test_engine_options_reach_the_worker() -> None:
         "growthReserve": 1,
         "prefixCache": False,
         "weightDtype": "int8",
+        "hostCacheCodec": "fp8",
     }
     (worker,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", engine=options)])))
     assert worker.engine == EngineConfig(
@@ -304,11 +316,36 @@ def test_engine_options_reach_the_worker() -> None:
         growth_reserve=1.0,
         is_prefix_cache_on=False,
         weight_dtype=WeightDtype.INT8,
+        host_cache_codec=HostCacheCodec.FP8,
     )
 
 
+def test_the_host_cache_keeps_blocks_of_the_prefix_cache() -> None:
+    options = {"hostCacheMiB": 3}
+    (worker,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", engine=options)])))
+    assert worker.engine == EngineConfig(host_cache_bytes=3 * 2**20)
+    text = manifest(workers=[group("w", "prefill", "decode", engine={**options, "prefixCache": False})])
+    assert only_problem(text).startswith(
+        "spec.workers[0].engine.hostCacheMiB: is 3; allowed: 0 with prefixCache: false"
+    )
+
+
+def test_reuse_of_spans_is_part_of_the_prefix_cache() -> None:
+    options = {"spanReuse": {"recomputeFraction": 0.2}}
+    (worker,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", engine=options)])))
+    assert worker.engine == EngineConfig(span_reuse=SpanReuseConfig(recompute_fraction=0.2, min_tokens=64))
+    text = manifest(workers=[group("w", "prefill", "decode", engine={**options, "prefixCache": False})])
+    assert only_problem(text).startswith("spec.workers[0].engine.spanReuse: is set; allowed: absent with")
+
+
 @pytest.mark.parametrize(
-    ("key", "words"), [("batching", Batching), ("prefillOrder", PrefillOrder), ("weightDtype", WeightDtype)]
+    ("key", "words"),
+    [
+        ("batching", Batching),
+        ("prefillOrder", PrefillOrder),
+        ("weightDtype", WeightDtype),
+        ("hostCacheCodec", HostCacheCodec),
+    ],
 )
 def test_a_manifest_has_the_words_of_the_engine(key: str, words: type[StrEnum]) -> None:
     assert choices(keys_of(Engine)[key]) == list(words)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvtransfer.digest import token_digest
 from kvtransfer.layout import blocks_needed
 from tests.support.engine_fakes import (
     BOTH,
@@ -19,6 +20,7 @@ from tests.support.engine_fakes import (
     run_step,
     submit,
 )
+from tests.support.engine_pair import REPORT
 from workers.api import (
     Abort,
     CautiousDecoding,
@@ -27,7 +29,6 @@ from workers.api import (
     FinishReason,
     KvBlocksRemoved,
     KvBlocksStored,
-    KvTransferred,
     Phase,
     PhaseSet,
     PrefillStarted,
@@ -66,6 +67,10 @@ def refusal(engine: Engine) -> tuple[str, bool]:
     [refused] = outputs_of(engine, ReservationRefused)
     assert isinstance(refused, ReservationRefused)
     return refused.reason, refused.is_retryable
+
+
+#: Of the tokens of a request of 5 tokens.
+DIGEST = token_digest(range(100, 105))
 
 
 def reserve(
@@ -378,12 +383,11 @@ def test_prefill_tells_its_transfer_what_to_send_and_when() -> None:
     assert (start.transfer_id, start.decode_address, start.decode_incarnation) == ("t-r1", "d:1", 3)
     assert (start.num_tokens, start.max_tokens, start.timeout_s) == (18, 24, 58.0)
     assert len(start.block_ids) == blocks_needed(18, CONFIG.block_size)
-    assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 0, 4)]
+    assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 0, 16)]
     engine.complete(plan, StepResult([]), 3.0)
     plan = engine.schedule(3.0)
     assert plan is not None
-    # The block that is not full goes with the last chunk.
-    assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 4, 5)]
+    assert engine.kv_ready(plan, 0, 2) == [KvReady("t-r1", 0, 2, 16, 18)]
     engine.complete(plan, StepResult([50]), 4.0)
     assert outputs_of(engine) == [
         TokensGenerated(key("r1"), (50,), 18, None, 2.0),
@@ -412,8 +416,8 @@ def test_a_handed_off_request_ends_with_the_report_of_its_transfer() -> None:
     start = start_prefill(engine)
     engine.handle(ReleaseTransfer("t-r1", start.block_ids, "committed"), 2.0)
     assert outputs_of(engine) == []
-    engine.handle(TransferSent("t-r1", 100, 2, 0.5, 0.1), 2.0)
-    assert outputs_of(engine) == [KvTransferred(key("r1"), 100, 2, 0.5, 0.1)]
+    engine.handle(TransferSent("t-r1", REPORT), 2.0)
+    assert outputs_of(engine) == [TransferSent("t-r1", REPORT).event(key("r1"))]
     assert_empty(engine)
 
 
@@ -472,7 +476,7 @@ def test_kv_that_arrives_is_decoded_from_the_token_it_came_with() -> None:
     engine.handle(submit(phases=DECODE, num_prompt=5, max_new=3), 0.0)
     blocks = reserve(engine)
     assert len(blocks) == 2
-    engine.handle(CommitTransfer("t-r1", blocks, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), DIGEST), 1.0)
     plan = run_step(engine, 1.0, 51)
     assert plan is not None
     assert [(part.start, part.end) for part in plan.slices] == [(5, 6)]
@@ -487,7 +491,7 @@ def test_kv_that_arrives_is_decoded_from_the_token_it_came_with() -> None:
 def test_kv_may_arrive_before_its_request() -> None:
     engine = make_engine(DECODE)
     blocks = reserve(engine)
-    engine.handle(CommitTransfer("t-r1", blocks, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), DIGEST), 1.0)
     assert (engine.num_leases, engine.num_running) == (1, 0)
     engine.check_invariants()
     engine.handle(submit(phases=DECODE), 2.0)
@@ -498,7 +502,7 @@ def test_kv_may_arrive_before_its_request() -> None:
 def test_kv_that_nobody_claims_is_freed_and_its_request_is_told_when_it_comes() -> None:
     engine = make_engine(DECODE)
     blocks = reserve(engine)
-    engine.handle(CommitTransfer("t-r1", blocks, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), DIGEST), 1.0)
     engine.expire(1.0 + CLAIM_S)
     assert_empty(engine)
     engine.handle(submit(phases=DECODE), 7.0)
@@ -526,7 +530,17 @@ def test_kv_that_does_not_fit_its_request_is_never_used(
     engine = make_engine(DECODE)
     engine.handle(submit(phases=DECODE, num_prompt=5, max_new=max_new), 0.0)
     blocks = reserve(engine, num_tokens=num_tokens, max_tokens=max_tokens)
-    engine.handle(CommitTransfer("t-r1", blocks, token_ids), 1.0)
+    engine.handle(CommitTransfer("t-r1", blocks, token_ids, DIGEST), 1.0)
+    assert failure(engine) == (FailureCode.INTERNAL, reason)
+    assert_empty(engine)
+
+
+def test_kv_of_other_tokens_is_never_used() -> None:
+    engine = make_engine(DECODE)
+    engine.handle(submit(phases=DECODE, num_prompt=5), 0.0)
+    blocks = reserve(engine)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), token_digest(range(101, 106))), 1.0)
+    reason = "the KV that came is of other tokens than the request's"
     assert failure(engine) == (FailureCode.INTERNAL, reason)
     assert_empty(engine)
 
@@ -541,7 +555,7 @@ def test_a_transfer_asks_once() -> None:
     assert reserve(engine, "waits") == ()
     engine.handle(ReserveBlocks("waits", 5, 8, 50.0), 0.0)
     assert refusal(engine) == in_use
-    engine.handle(CommitTransfer("t-r1", blocks, (50,)), 0.0)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), DIGEST), 0.0)
     engine.handle(reserve_again, 0.0)
     assert refusal(engine) == in_use
     # A sequence that runs must never be handed a second set of blocks.
@@ -592,7 +606,7 @@ def test_an_abort_while_blocks_are_granted_waits_for_the_transfer() -> None:
     assert outputs_of(engine) == [EndTransfer("t-r1", "aborted")]
     assert engine.block_counts().leased == len(blocks)
     # The commit was on its way already.
-    engine.handle(CommitTransfer("t-r1", blocks, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", blocks, (50,), DIGEST), 1.0)
     assert_empty(engine)
 
 
@@ -629,7 +643,7 @@ def test_kv_on_its_way_keeps_its_place_in_the_batch() -> None:
     assert (engine.num_running, engine.num_waiting) == (2, 2)
     assert reserve(engine, "t2") == ()
     for i, blocks in enumerate(granted):
-        engine.handle(CommitTransfer(f"t{i}", blocks, (50,)), 0.0)
+        engine.handle(CommitTransfer(f"t{i}", blocks, (50,), DIGEST), 0.0)
         engine.handle(submit(f"d{i}", DECODE, transfer_id=f"t{i}"), 0.0)
     assert engine.num_running == CONFIG.max_running_sequences
     engine.check_invariants()
@@ -661,7 +675,7 @@ def test_cached_blocks_of_a_hand_off_are_sent_with_its_first_chunk() -> None:
         plan = engine.schedule(0.0)
         assert plan is not None
         ready = engine.kv_ready(plan, 0, 2)
-        assert [(one.block_lo, one.block_hi) for one in ready] == [(0, 3)]
+        assert [(one.token_lo, one.token_hi) for one in ready] == [(0, 10)]
         engine.complete(plan, StepResult([50]), 0.0)
         engine.check_invariants()
     # Two whole blocks and, in a copy, a part of the third are known to the second one.
@@ -672,7 +686,7 @@ def test_cached_blocks_of_a_hand_off_are_sent_with_its_first_chunk() -> None:
     assert first.block_ids[:2] == second.block_ids[:2]
     for start in (first, second):
         engine.handle(ReleaseTransfer(start.transfer_id, start.block_ids, "sent"), 1.0)
-        engine.handle(TransferSent(start.transfer_id, 1, 1, 0.1, 0.0), 1.0)
+        engine.handle(TransferSent(start.transfer_id, REPORT), 1.0)
     assert_empty(engine)
     assert engine.block_counts().cached == 2
 
@@ -681,7 +695,7 @@ def test_kv_that_arrived_is_found_by_prompts_that_begin_alike() -> None:
     engine = cached_engine(BOTH)
     block_ids = reserve(engine, num_tokens=9, max_tokens=12)
     engine.handle(submit(phases=DECODE, num_prompt=9), 1.0)
-    engine.handle(CommitTransfer("t-r1", block_ids, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", block_ids, (50,), token_digest(range(100, 109))), 1.0)
     engine.handle(submit("r2", num_prompt=10), 1.0)
     plan = run_step(engine, 1.0)
     assert plan is not None
@@ -847,7 +861,7 @@ def test_superposed_drafts_need_the_row_of_the_prompts_end_on_the_decode_worker(
     engine = make_engine(DECODE)
     block_ids = reserve(engine, max_tokens=6)
     engine.handle(replace(submit(phases=DECODE), sampling=superposed), 1.0)
-    engine.handle(CommitTransfer("t-r1", block_ids, (50,)), 1.0)
+    engine.handle(CommitTransfer("t-r1", block_ids, (50,), DIGEST), 1.0)
     plan = engine.schedule(1.0)
     assert plan is not None
     assert [(part.start, part.end, part.yields_token) for part in plan.chunks] == [(4, 5, True)]

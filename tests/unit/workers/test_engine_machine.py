@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kvtransfer.digest import token_digest
 from tests.support.engine_fakes import (
     BOTH,
     CLAIM_S,
@@ -20,11 +21,13 @@ from tests.support.engine_fakes import (
     PREFILL,
     STOP_TOKEN,
     assert_empty,
+    assert_ledger,
     expanded,
     key,
     submit,
 )
-from tests.support.kv_memory import Fact, KvMemory
+from tests.support.engine_pair import REPORT
+from tests.support.kv_memory import Fact, FactPacker, KvMemory
 from workers.api import (
     Abort,
     Batching,
@@ -72,6 +75,9 @@ CONFIGS = st.builds(
     tile_tokens=st.sampled_from([1, 1, 4]),
     growth_reserve=st.sampled_from([0.0, 0.25, 1.0]),
     is_prefix_cache_on=st.sampled_from([True, True, False]),
+    host_cache_bytes=st.sampled_from([0, 3, 8, 40]).map(
+        lambda num_blocks: num_blocks * FactPacker.block_bytes
+    ),
 )
 NUM_BLOCKS = 12
 NUM_LAYERS = 2
@@ -105,7 +111,7 @@ class Sending:
 
     block_ids: tuple[int, ...]
     num_tokens: int
-    #: Blocks named so far, in order.
+    #: Tokens named so far, in order.
     num_ready: int = 0
     is_finished: bool = False
     is_released: bool = False
@@ -124,6 +130,7 @@ class AnyOrder(RuleBasedStateMachine):
     def start(
         self, phases: PhaseSet, config: EngineConfig, attention_tokens: float, has_priorities: bool
     ) -> None:
+        self.memory = KvMemory(NUM_BLOCKS, config.block_size)
         self.engine = Engine(
             config,
             phases,
@@ -132,11 +139,11 @@ class AnyOrder(RuleBasedStateMachine):
             claim_s=CLAIM_S,
             attention_tokens=attention_tokens,
             punctuation=PUNCTUATION,
+            packer=self.memory.packer if config.host_cache_bytes else None,
         )
         self.phases = phases
         self.config = config
         self.has_priorities = has_priorities
-        self.memory = KvMemory(NUM_BLOCKS, config.block_size)
         self.now_s = 0.0
         self.num_requests = 0
         #: Requests that have neither ended nor been aborted -> the position of their next token.
@@ -144,6 +151,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.num_ends: Counter[RequestKey] = Counter()
         self.aborted: set[RequestKey] = set()
         self.asked: set[str] = set()
+        #: Tokens that each transfer asked blocks for.
+        self.num_reserved: dict[str, int] = {}
         #: Withdrawn, perhaps after the engine had granted it.
         self.receiving: dict[str, tuple[int, ...]] = {}
         self.sending: dict[str, Sending] = {}
@@ -256,6 +265,8 @@ class AnyOrder(RuleBasedStateMachine):
         if transfer_id in self.asked:
             return
         self.asked.add(transfer_id)
+        if transfer_id not in self.receiving:
+            self.num_reserved[transfer_id] = num_tokens
         self.engine.handle(
             ReserveBlocks(transfer_id, num_tokens, num_tokens + num_more, self.now_s + timeout_s), self.now_s
         )
@@ -275,10 +286,14 @@ class AnyOrder(RuleBasedStateMachine):
         if is_whole:
             # Of as many tokens as there is room for: what is beyond the prompt is written before it is read.
             self.memory.fill(block_ids, text_facts(len(block_ids) * self.config.block_size))
-            message = CommitTransfer(transfer_id, block_ids, (50,) * num_tokens)
+            digest = self._digest(transfer_id)
+            message = CommitTransfer(transfer_id, block_ids, (50,) * num_tokens, digest)
             self.engine.handle(message, self.now_s)
         else:
             self.engine.handle(ReleaseTransfer(transfer_id, block_ids, "gone"), self.now_s)
+
+    def _digest(self, transfer_id: str) -> bytes:
+        return token_digest(TEXTS[0][: self.num_reserved[transfer_id]])
 
     # Sending transfers.
 
@@ -303,7 +318,7 @@ class AnyOrder(RuleBasedStateMachine):
     def _report(self, transfer_id: str) -> None:
         one = self.sending.pop(transfer_id)
         if one.is_sent:
-            self.engine.handle(TransferSent(transfer_id, 1, 1, 0.1, 0.0), self.now_s)
+            self.engine.handle(TransferSent(transfer_id, REPORT), self.now_s)
         else:
             self.engine.handle(TransferFailed(transfer_id, "why"), self.now_s)
 
@@ -312,7 +327,7 @@ class AnyOrder(RuleBasedStateMachine):
         self._read_outputs()
         if transfer_id not in self.receiving and transfer_id not in self.sending:
             self.engine.handle(ReleaseTransfer(transfer_id, (), "twice"), self.now_s)
-            self.engine.handle(CommitTransfer(transfer_id, (), ()), self.now_s)
+            self.engine.handle(CommitTransfer(transfer_id, (), (), b""), self.now_s)
 
     @rule()
     def subscribe(self) -> None:
@@ -352,16 +367,15 @@ class AnyOrder(RuleBasedStateMachine):
 
     def _kv_is_ready(self, ready: KvReady) -> None:
         one = self.sending[ready.transfer_id]
-        # Each block once, in order.
-        assert ready.block_lo == one.num_ready
-        assert ready.block_lo < ready.block_hi <= len(one.block_ids)
-        one.num_ready = ready.block_hi
+        # Each token once, in order.
+        assert ready.token_lo == one.num_ready
+        assert ready.token_lo < ready.token_hi <= one.num_tokens
+        one.num_ready = ready.token_hi
         self._check_sending(one)
 
     def _check_sending(self, one: Sending) -> None:
         """What is ready to be sent holds the prompt, until the transfer has let go of it."""
-        num_tokens = min(one.num_tokens, one.num_ready * self.config.block_size)
-        assert self.memory.read(one.block_ids, num_tokens) == text_facts(num_tokens)
+        assert self.memory.read(one.block_ids, one.num_ready) == text_facts(one.num_ready)
 
     @rule(duration_s=st.sampled_from([0.5, 2.0, 6.0]))
     def wait(self, duration_s: float) -> None:
@@ -401,7 +415,7 @@ class AnyOrder(RuleBasedStateMachine):
                 assert output.timeout_s > 0
             case FinishTransfer():
                 one = self.sending[output.transfer_id]
-                assert one.num_ready == len(one.block_ids)
+                assert one.num_ready == one.num_tokens
                 assert len(output.token_ids) == 1
                 one.is_finished = True
             case EndTransfer():
@@ -419,6 +433,7 @@ class AnyOrder(RuleBasedStateMachine):
             return
         self._read_outputs()
         self.engine.check_invariants()
+        assert_ledger(self.engine, self.now_s)
         held = len(self.receiving) + sum(not one.is_released for one in self.sending.values())
         assert self.engine.num_leases >= held
         assert self.engine.num_running + self.engine.num_waiting <= len(self.open)
@@ -552,7 +567,8 @@ def test_many_requests_at_once_with_few_blocks(
             if name in state.receiving and ready.setdefault(name, step + transfer_steps) == step:
                 block_ids = state.receiving.pop(name)
                 state.memory.fill(block_ids, text_facts(one.num_prompt))
-                state.engine.handle(CommitTransfer(name, block_ids, (50,)), state.now_s)
+                commit = CommitTransfer(name, block_ids, (50,), state._digest(name))
+                state.engine.handle(commit, state.now_s)
             if one.abort == step and keys.get(i) in state.open:
                 state._abort(keys[i])
         state.the_engine_is_sound()

@@ -346,7 +346,9 @@ def test_a_failover_changes_nobodys_angles(model: Llama) -> None:
     engine.submit("rest", range(10, 31), 7, num_delivered=5)
     plan = engine.engine.schedule(0.0)
     assert plan is not None
-    rope_lens = StepBatch(plan, PLAIN.block_size).forward.rope_lens
+    forward = StepBatch(plan, PLAIN.block_size).forward
+    assert forward is not None
+    rope_lens = forward.rope_lens
     assert rope_lens is not None
     assert rope_lens.tolist() == [16] * 16 + [17, 18, 19, 20, 21]
 
@@ -418,10 +420,10 @@ def test_a_preempted_request_keeps_its_stream(model: Llama) -> None:
 
 def test_layers_are_reported_in_groups_as_they_are_written(model: Llama) -> None:
     engine = EngineWithModel(model)
-    engine.runner._layer_group_size = 2
     engine.submit("r", [3, 4, 5], 1)
     plan = engine.engine.schedule(0.0)
     assert plan is not None
+    plan.layer_group_size = 2
     groups: list[tuple[int, int]] = []
     engine.runner.run(plan, lambda lo, hi: groups.append((lo, hi)))
     assert groups == [(0, 2), (2, 3)]

@@ -8,6 +8,7 @@ import torch
 
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.errors import ReservationRefused as Refusal
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from workers.api import RequestId, RequestKey
 from workers.engine.messages import (
@@ -38,7 +39,7 @@ class Bridge:
         self.posted: list[Message] = []
         self.kv_cache = torch.zeros(2, 2, NUM_BLOCKS, 4, 1, 2)
         self.host = EngineKvHost(
-            LAYOUT, 3, self.kv_cache, self.posted.append, KvTransferConfig(), clock=lambda: NOW_S
+            HostPool(self.kv_cache, LAYOUT), 3, self.posted.append, KvTransferConfig(), clock=lambda: NOW_S
         )
 
     async def reserving(self, max_tokens: int = 8) -> "asyncio.Task[object]":
@@ -64,8 +65,8 @@ def test_blocks_of_the_engine_are_the_answer() -> None:
         task = await bridge.reserving()
         bridge.host.handle(BlocksReserved("t", (4, 1)))
         assert await task == (4, 1)
-        bridge.host.commit("t", [4, 1], [9])
-        assert bridge.posted == [CommitTransfer("t", (4, 1), (9,))]
+        bridge.host.commit("t", [4, 1], [9], b"digest")
+        assert bridge.posted == [CommitTransfer("t", (4, 1), (9,), b"digest")]
 
     run(scenario)
 
@@ -136,23 +137,12 @@ def test_too_few_blocks_of_an_earlier_request_are_returned() -> None:
     run(scenario)
 
 
-def test_what_is_written_can_be_read() -> None:
-    async def scenario(bridge: Bridge) -> None:
-        payload = torch.arange(2 * 4 * 2, dtype=torch.float32).numpy().tobytes()
-        bridge.host.write([5], 1, 2, memoryview(payload))
-        assert bytes(bridge.host.read([5], 1, 2)) == payload
-        assert bridge.kv_cache[1, 0, 5, 0, 0].tolist() == [0.0, 1.0]
-        assert not bridge.kv_cache[0].any()
-
-    run(scenario)
-
-
 def test_transfer_that_starts_after_the_end_fails_and_returns_its_blocks() -> None:
     async def scenario(bridge: Bridge) -> None:
         await bridge.host.close("stopping")
         key = RequestKey(RequestId("r"), 1)
-        bridge.host.handle(StartTransfer(key, "s", "127.0.0.1:1", 1, (2, 3), 8, 12, 5.0))
-        bridge.host.handle(KvReady("s", 0, 1, 0, 1))
+        bridge.host.handle(StartTransfer(key, "s", "127.0.0.1:1", 1, (2, 3), 8, 12, 5.0, b""))
+        bridge.host.handle(KvReady("s", 0, 1, 0, 4))
         await bridge.host.close("stopping")
         released, failed = bridge.posted
         assert isinstance(released, ReleaseTransfer)

@@ -8,6 +8,7 @@ from workers.errors import (
     AddressUnavailable,
     CallerError,
     CorruptModel,
+    HostCacheTooSmall,
     InvalidGrammar,
     KvCacheTooSmall,
     MachineError,
@@ -27,6 +28,7 @@ LEAVES = [
     KvCacheTooSmall(2**20, 2**21),
     AddressUnavailable("127.0.0.1:80"),
     InvalidGrammar("regex", "unclosed group"),
+    HostCacheTooSmall(2**20, 2**21),
 ]
 
 
@@ -39,7 +41,17 @@ def test_fields_and_message_survive_pickling(error: PhasewiseWorkerError) -> Non
 
 
 def test_only_the_machine_may_do_better_later() -> None:
-    assert [error.retryable for error in LEAVES] == [False, False, False, True, True, False, True, False]
+    assert [error.retryable for error in LEAVES] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert not CallerError.retryable
     assert MachineError.retryable
 

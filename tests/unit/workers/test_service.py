@@ -1,7 +1,7 @@
 """The gRPC service of a worker over a session table without an engine."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,14 +13,19 @@ from protos.worker_pb2_grpc import WorkerServiceStub, add_WorkerServiceServicer_
 from tests.support.waiting import until
 from tests.support.worker_client import submit
 from workers.api import (
+    BlockCounts,
     Command,
     KvBlocksRemoved,
     KvBlocksStored,
+    KvLedger,
+    LedgerEntry,
+    LedgerKind,
     SubscribeKvEvents,
     WorkerId,
     WorkerState,
     WorkerStatus,
 )
+from workers.kv_wire import ledger_from_pb
 from workers.service import WorkerService
 from workers.sessions import SessionTable
 from workers.wire import command_to_pb, kv_event_from_pb
@@ -28,26 +33,45 @@ from workers.wire import command_to_pb, kv_event_from_pb
 INCARNATION = 3
 
 
+async def no_ledger() -> KvLedger | None:
+    """There is no engine."""
+    return None
+
+
 @asynccontextmanager
-async def session() -> AsyncIterator[tuple[SessionTable, list[Command], Any]]:
-    """A table, the commands that it posts, and the stream of a gateway."""
-    table, commands = SessionTable(), list[Command]()
-    table.serve_with(commands.append, vocab_size=100)
-    status = WorkerStatus(WorkerId("w"), INCARNATION, frozenset(), WorkerState.READY)
+async def serving(
+    table: SessionTable, ledger: Callable[[], Awaitable[KvLedger | None]] = no_ledger
+) -> AsyncIterator[Any]:
+    """The service of a worker that is ready; a client's stub."""
+    status = WorkerStatus(WorkerId("w"), INCARNATION, frozenset(), WorkerState.READY, message="it is well")
     server = grpc.aio.server()
     service = WorkerService(
-        table, INCARNATION, status=lambda: status, model=lambda: None, shut_down=lambda: None
+        table,
+        INCARNATION,
+        status=lambda: status,
+        model=lambda: None,
+        ledger=ledger,
+        shut_down=lambda: None,
     )
     add_WorkerServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            call = WorkerServiceStub(channel).Session()
-            yield table, commands, call
-            call.cancel()
+            yield WorkerServiceStub(channel)
     finally:
         await server.stop(None)
+
+
+@asynccontextmanager
+async def session() -> AsyncIterator[tuple[SessionTable, list[Command], Any]]:
+    """A table, the commands that it posts, and the stream of a gateway."""
+    table, commands = SessionTable(), list[Command]()
+    table.serve_with(commands.append, vocab_size=100)
+    async with serving(table) as stub:
+        call = stub.Session()
+        yield table, commands, call
+        call.cancel()
 
 
 def test_kv_events_come_by_the_stream_that_asked_for_them() -> None:
@@ -79,3 +103,37 @@ def test_a_grammar_of_a_newer_kind_is_refused_and_the_stream_goes_on() -> None:
             await until(lambda: len(commands) == 1, "the other request")
 
     asyncio.run(scenario())
+
+
+async def _ask_ledger(ledger: Callable[[], Awaitable[KvLedger | None]]) -> pb.KvLedger | tuple[str, str]:
+    async with serving(SessionTable(), ledger) as stub:
+        try:
+            answer = await stub.GetKvLedger(pb.GetKvLedgerRequest())
+        except grpc.aio.AioRpcError as error:
+            return error.code().name, error.details() or ""
+        assert isinstance(answer, pb.KvLedger)
+        return answer
+
+
+def test_the_ledger_is_told_with_whose_it_is() -> None:
+    known = KvLedger((LedgerEntry("r1", LedgerKind.SEQUENCE, 2),), BlockCounts(6, 0, 2, 0, 8))
+
+    async def ledger() -> KvLedger:
+        return known
+
+    answer = asyncio.run(_ask_ledger(ledger))
+    assert isinstance(answer, pb.KvLedger)
+    assert ledger_from_pb(answer) == known
+    assert (answer.worker_id, answer.incarnation) == ("w", INCARNATION)
+
+
+def test_without_an_engine_there_is_no_ledger() -> None:
+    assert asyncio.run(_ask_ledger(no_ledger)) == ("FAILED_PRECONDITION", "the worker is ready: it is well")
+
+
+def test_an_engine_that_does_not_answer_is_said_to_be_in_a_step() -> None:
+    async def ledger() -> KvLedger:
+        raise TimeoutError
+
+    status, reason = asyncio.run(_ask_ledger(ledger))
+    assert (status, reason) == ("DEADLINE_EXCEEDED", "the engine is in a step that does not end")

@@ -5,7 +5,15 @@ from collections.abc import Sequence
 import pytest
 
 from workers import main as worker_main
-from workers.api import Batching, EngineConfig, PrefillOrder, WeightDtype, WorkerSpec
+from workers.api import (
+    Batching,
+    EngineConfig,
+    HostCacheCodec,
+    PrefillOrder,
+    SpanReuseConfig,
+    WeightDtype,
+    WorkerSpec,
+)
 
 NEEDED = ("--worker-id", "a-0", "--phases", "prefill,decode", "--model", "m.gguf")
 
@@ -35,7 +43,7 @@ def test_without_options_the_engine_has_its_defaults(monkeypatch: pytest.MonkeyP
 
 def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     options = "--threads 3 --batching decode_maximal --prefill-order shortest_remaining --tile-tokens 64"
-    options += " --growth-reserve 0 --no-prefix-cache --weight-dtype bfloat16"
+    options += " --growth-reserve 0 --no-prefix-cache --weight-dtype bfloat16 --host-cache-codec fp8"
     assert spec_of(monkeypatch, *options.split()).engine == EngineConfig(
         num_threads=3,
         batching=Batching.DECODE_MAXIMAL,
@@ -44,12 +52,30 @@ def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         growth_reserve=0.0,
         is_prefix_cache_on=False,
         weight_dtype=WeightDtype.BFLOAT16,
+        host_cache_codec=HostCacheCodec.FP8,
     )
+
+
+def test_the_host_cache_is_given_in_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spec_of(monkeypatch, "--host-cache-mib", "3").engine == EngineConfig(host_cache_bytes=3 * 2**20)
+
+
+def test_reuse_of_spans_is_off_until_it_is_said_how_much_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert spec_of(monkeypatch, "--span-min-tokens", "9").engine.span_reuse is None
+    spec = spec_of(monkeypatch, "--span-recompute", "0.2", "--span-min-tokens", "9")
+    assert spec.engine == EngineConfig(span_reuse=SpanReuseConfig(0.2, 9))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--span-recompute", "1.5"], "argument --span-recompute: '1.5' is not a number from 0 to 1"),
+        (
+            ["--span-recompute", "0", "--no-prefix-cache"],
+            "argument --span-recompute: with --no-prefix-cache there is no block to reuse",
+        ),
         (["--batching", "mixed"], "argument --batching: invalid choice: 'mixed'"),
         (["--prefill-order", "fifo"], "argument --prefill-order: invalid choice: 'fifo'"),
         (["--weight-dtype", "fp8"], "argument --weight-dtype: invalid choice: 'fp8'"),
@@ -61,6 +87,11 @@ def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
             "argument --tile-tokens: is 300; it must not be more than --token-budget 256",
         ),
         (["--token-budget", "8"], "argument --token-budget: is 8; it must hold a block"),
+        (["--host-cache-mib", "-1"], "argument --host-cache-mib: '-1' is not a whole number from 0 on"),
+        (
+            ["--host-cache-mib", "1", "--no-prefix-cache"],
+            "argument --host-cache-mib: is 1; with --no-prefix-cache",
+        ),
         (["--prefix-cash"], "unrecognized arguments: --prefix-cash"),
     ],
 )

@@ -1,5 +1,6 @@
 """What crosses the wire comes back as it was; what a newer version sends does no harm."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -22,8 +23,14 @@ from workers.api import (
     Handoff,
     KvBlocksRemoved,
     KvBlocksStored,
+    KvDirection,
     KvEvent,
+    KvLedger,
+    KvPeer,
+    KvTransferCounts,
     KvTransferred,
+    LedgerEntry,
+    LedgerKind,
     ModelInfo,
     NgramDrafts,
     Phase,
@@ -42,6 +49,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.kv_wire import ledger_from_pb, ledger_to_pb
 from workers.wire import (
     command_from_pb,
     command_to_pb,
@@ -125,11 +133,39 @@ EVENTS = st.one_of(
         DRAFTS,
     ),
     st.builds(DecodingReport, KEYS, INT32, INT32, INT32),
-    st.builds(KvTransferred, KEYS, INT32, INT32, SECONDS, SECONDS),
+    st.builds(
+        KvTransferred,
+        KEYS,
+        INT32,
+        INT32,
+        SECONDS,
+        SECONDS,
+        transport=TEXT,
+        transport_reason=TEXT,
+        codec=TEXT,
+        num_wire_bytes=INT32,
+        num_resent_chunks=INT32,
+        num_resumes=INT32,
+    ),
     st.builds(RequestFailed, KEYS, st.sampled_from(FailureCode), TEXT),
 )
 HASHES = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
 KV_EVENTS = st.builds(KvBlocksStored, st.binary(max_size=32), HASHES) | st.builds(KvBlocksRemoved, HASHES)
+COUNTS = st.builds(BlockCounts, INT32, INT32, INT32, INT32, INT32)
+TRANSFER_COUNTS = st.builds(KvTransferCounts, *[INT32] * len(fields(KvTransferCounts)))
+PEERS = st.builds(KvPeer, TEXT, st.sampled_from(KvDirection), TEXT, TEXT, TEXT, INT32, INT32, SECONDS, TEXT)
+ENTRIES = st.builds(
+    LedgerEntry,
+    owner=TEXT,
+    kind=st.sampled_from(LedgerKind),
+    num_blocks=INT32,
+    num_shared_blocks=INT32,
+    lease_id=st.none() | INT32,
+    generation=INT32,
+    age_s=st.none() | SECONDS,
+    peer=TEXT,
+)
+LEDGERS = st.builds(KvLedger, st.lists(ENTRIES, max_size=4).map(tuple), COUNTS, TOKEN_IDS)
 STATUSES = st.builds(
     WorkerStatus,
     worker_id=TEXT.map(WorkerId),
@@ -139,11 +175,15 @@ STATUSES = st.builds(
     message=TEXT,
     num_waiting=INT32,
     num_running=INT32,
-    blocks=st.builds(BlockCounts, INT32, INT32, INT32, INT32, INT32),
+    blocks=COUNTS,
     num_leases=INT32,
     num_steps=INT32,
     pid=INT32,
     memory_bytes=INT32,
+    leaked_blocks=INT32,
+    num_invariant_failures=INT32,
+    transfers=TRANSFER_COUNTS,
+    peers=st.lists(PEERS, max_size=3).map(tuple),
 )
 MODELS = st.builds(
     ModelInfo,
@@ -185,6 +225,13 @@ def test_kv_events_come_back_as_they_were(event: KvEvent) -> None:
 @given(STATUSES)
 def test_statuses_come_back_as_they_were(status: WorkerStatus) -> None:
     assert status_from_pb(over_the_wire(status_to_pb(status))) == status
+
+
+@given(LEDGERS, TEXT, INT32)
+def test_ledgers_come_back_as_they_were(ledger: KvLedger, worker_id: str, incarnation: int) -> None:
+    message = over_the_wire(ledger_to_pb(ledger, worker_id, incarnation))
+    assert ledger_from_pb(message) == ledger
+    assert (message.worker_id, message.incarnation) == (worker_id, incarnation)
 
 
 @given(MODELS)
@@ -242,6 +289,20 @@ def test_values_of_another_version_are_taken_for_the_careful_one() -> None:
     tokens = event_from_pb(event)
     assert isinstance(tokens, TokensGenerated)
     assert tokens.finish_reason is None
+
+
+def test_what_a_newer_version_tells_of_kv_is_left_out_or_taken_for_the_careful_one() -> None:
+    newer = pb.WorkerStatus(peers=[pb.KvPeer(address="a:1", direction=99)])  # type: ignore[arg-type]
+    assert status_from_pb(newer).peers == ()
+    ledger = ledger_from_pb(pb.KvLedger(entries=[pb.LedgerEntry(owner="x", kind=99, num_blocks=3)]))  # type: ignore[arg-type]
+    assert ledger.entries == (LedgerEntry("x", LedgerKind.SEQUENCE, 3),)
+
+
+def test_what_an_older_worker_leaves_out_of_a_transfer_is_empty() -> None:
+    message = pb.Event(request_id="r", attempt=1)
+    message.kv_transferred.num_bytes = 10
+    event = event_from_pb(message)
+    assert event == KvTransferred(RequestKey(RequestId("r"), 1), 10, 0, 0.0, 0.0)
 
 
 def test_every_value_that_we_have_has_its_number() -> None:

@@ -4,7 +4,7 @@ import asyncio
 
 import grpc
 
-from workers.kv_sending import _PeerChannels
+from workers.kv_channels import PeerChannels
 
 
 async def is_closed(channel: grpc.aio.Channel) -> bool:
@@ -13,7 +13,7 @@ async def is_closed(channel: grpc.aio.Channel) -> bool:
 
 def test_transfers_to_one_address_share_a_channel_which_stays_for_the_next() -> None:
     async def scenario() -> None:
-        peers = _PeerChannels(max_idle=1)
+        peers = PeerChannels(max_idle=1)
         first, second = peers.take("127.0.0.1:1"), peers.take("127.0.0.1:1")
         assert first is second
         await peers.give_back(first, is_lost=False)
@@ -28,7 +28,7 @@ def test_transfers_to_one_address_share_a_channel_which_stays_for_the_next() -> 
 
 def test_channel_that_broke_is_closed_when_its_last_transfer_has_ended() -> None:
     async def scenario() -> None:
-        peers = _PeerChannels(max_idle=1)
+        peers = PeerChannels(max_idle=1)
         broken, also_broken = peers.take("127.0.0.1:1"), peers.take("127.0.0.1:1")
         await peers.give_back(broken, is_lost=True)
         fresh = peers.take("127.0.0.1:1")
@@ -45,7 +45,7 @@ def test_channel_that_broke_is_closed_when_its_last_transfer_has_ended() -> None
 
 def test_longest_idle_channel_is_closed_when_there_are_too_many() -> None:
     async def scenario() -> None:
-        peers = _PeerChannels(max_idle=1)
+        peers = PeerChannels(max_idle=1)
         used = [peers.take(f"127.0.0.1:{port}") for port in (1, 2, 3)]
         await peers.give_back(used[0], is_lost=False)
         await peers.give_back(used[1], is_lost=False)

@@ -1,0 +1,405 @@
+"""A hand-off of KV between two processes of one GPU, by CUDA IPC, beside a plain copy within the device.
+
+    PYTHONPATH=.:kernels python benchmarks/kvtransfer/cuda_ipc.py [--quick] [--json FILE] [--sweep]
+
+One process owns a pool of Llama-3-8B's shape, filled with random values; the other maps it and pulls 2,048 tokens of
+it, 268 MB in shuffled blocks, into its own pool. Needs an NVIDIA GPU, torch with CUDA, Triton and numpy; the last
+part also gRPC, protobuf and google-crc32c.
+
+Rates are of the device: CUDA events, the variants in turn, each after a write of 1 GiB, so that nothing is left in the
+cache and the next kernel is queued before the one that is timed begins. Bytes read and bytes written are both counted.
+Hand-offs are on the owner's clock, from its checksum to the other's acknowledgement.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from itertools import product
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtransfer.layout import KvLayout
+from kvtransfer.pool import KvPool, KvSpan, span_bytes, span_of
+from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
+from phasewise_kernels.block_copy import op
+from phasewise_kernels.block_copy.reference import TokenRows
+
+LAYOUT = KvLayout("benchmark", "bfloat16", 16, 32, 8, 128, "rope:theta=500000")
+NUM_TOKENS = 2048
+NUM_BLOCKS = 512
+#: Sequences that the blocks of a pool are divided among; rounds take them in turn.
+NUM_SEQUENCES = NUM_BLOCKS * LAYOUT.block_size // NUM_TOKENS
+COLD_BYTES = 1 << 30
+NUM_WARM_UP = 3
+#: Whether blocks are reserved before the clock starts, as they are while prefill runs, or after.
+IS_AHEAD = (True, False)
+SWEEP_TILES = (256, 512, 1024, 2048)
+SWEEP_WARPS = (4, 8)
+SWEEP_PROGRAMS = (2, 4, 8, 16)
+
+
+def random_pool(seed: int) -> CudaPool:
+    """Filled on the GPU."""
+    shape = (
+        LAYOUT.num_layers,
+        2,
+        NUM_BLOCKS,
+        LAYOUT.block_size,
+        LAYOUT.num_heads,
+        LAYOUT.head_dim,
+    )
+    generator = torch.Generator("cuda").manual_seed(seed)
+    pool = CudaPool(torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator), LAYOUT)
+    assert pool.ipc_problem is None, pool.ipc_problem
+    pool.warm_up()
+    return pool
+
+
+@cache
+def sequences(seed: int) -> list[list[int]]:
+    """The blocks of each, shuffled over the whole pool."""
+    order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed)).tolist()
+    per_sequence = NUM_BLOCKS // NUM_SEQUENCES
+    return [order[first : first + per_sequence] for first in range(0, NUM_BLOCKS, per_sequence)]
+
+
+def blocks_of(round_number: int, seed: int) -> list[int]:
+    """Of the sequence whose turn it is."""
+    return sequences(seed)[round_number % NUM_SEQUENCES]
+
+
+def span_in(round_number: int, seed: int) -> KvSpan:
+    """All of that sequence."""
+    return span_of(
+        blocks_of(round_number, seed),
+        LAYOUT.block_size,
+        tokens=(0, NUM_TOKENS),
+        layers=(0, LAYOUT.num_layers),
+        heads=LAYOUT.heads,
+    )
+
+
+NUM_BYTES = span_bytes(span_in(0, 0), LAYOUT)
+
+
+# The owner's process.
+
+
+def own(pipe: Connection) -> None:
+    """Make a pool and do what the pipe says, until it is killed."""
+    pool = random_pool(seed=1)
+    pipe.send(pool.offers[0].descriptor)
+    while command := pipe.recv():
+        if command[0] == "bare":
+            pipe.send(offer_bare(pipe, pool, command[1]))
+        else:
+            pipe.send(asyncio.run(send_by_protocol(pool, *command[1:])))
+
+
+def offer_bare(pipe: Connection, pool: KvPool, num_rounds: int) -> dict[str, list[float]]:
+    """Seconds of each hand-off, and of its first part, the checksum."""
+    times: dict[str, list[float]] = {"handoff": [], "checksum": []}
+    for number in range(num_rounds):
+        span = span_in(number, seed=1)
+        began_s = time.perf_counter()
+        checksum = pool.checksum(span, "cuda_ipc")
+        computed_s = time.perf_counter()
+        pipe.send((span, checksum))
+        answer = pipe.recv()
+        times["handoff"].append(time.perf_counter() - began_s)
+        times["checksum"].append(computed_s - began_s)
+        assert answer == "verified", answer
+    return times
+
+
+async def send_by_protocol(pool: KvPool, port: int, num_rounds: int, is_ahead: bool) -> dict[str, Any]:
+    """Seconds of each transfer, from the making of the sender to the receiver's commit, and how it went."""
+    import grpc.aio
+
+    from kvtransfer.client import KvSender
+    from kvtransfer.config import KvTransferConfig
+    from kvtransfer.digest import token_digest
+    from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
+
+    config = KvTransferConfig()
+    host = BenchmarkHost(pool, seed=1)
+    num_tokens = NUM_TOKENS
+    digest = token_digest(range(num_tokens))
+    times: list[float] = []
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
+        way = GrpcChannel(channel)
+        for number in range(-NUM_WARM_UP, num_rounds):
+            began_s = time.perf_counter()
+            sender = KvSender(
+                host,
+                way,
+                transfer_id=f"{is_ahead}-{number}",
+                block_ids=blocks_of(number, seed=1),
+                num_tokens=num_tokens,
+                max_tokens=num_tokens,
+                token_digest=digest,
+                peer_incarnation=1,
+                timeout_s=60,
+                config=config,
+            )
+            running = asyncio.create_task(sender.run())
+            if is_ahead:
+                await sender.wait_granted()
+                began_s = time.perf_counter()
+            sender.kv_ready(0, pool.layout.num_layers, 0, num_tokens)
+            sender.prefill_finished([7])
+            report = await running
+            if number >= 0:
+                times.append(time.perf_counter() - began_s)
+    return {
+        "handoff": times,
+        "transport": report.transport,
+        "reason": report.transport_reason,
+        "num_chunks": report.num_chunks,
+    }
+
+
+class BenchmarkHost:
+    """A worker that has a pool and nothing else to do. Implements host.KvHost."""
+
+    def __init__(self, pool: KvPool, seed: int) -> None:
+        self.pool = pool
+        self.incarnation = 1
+        self._seed = seed
+        self._num_reserved = 0
+
+    async def reserve(self, *_: object, **_sizes: object) -> Sequence[int]:
+        self._num_reserved += 1
+        return blocks_of(self._num_reserved, self._seed)
+
+    async def find_cached(self, *_: object, **_sizes: object) -> Any:
+        raise NotImplementedError
+
+    def commit(self, *_: object) -> None:
+        pass
+
+    def release(self, *_: object) -> None:
+        pass
+
+
+# The reader's process.
+
+
+def take_bare(pipe: Connection, mapped: MappedCudaPool, pool: KvPool, num_rounds: int) -> dict[str, Any]:
+    """Median seconds of hand-offs over a pipe, and of their parts on either side."""
+    pipe.send(("bare", num_rounds))
+    pulls: list[float] = []
+    for number in range(num_rounds):
+        span, announced = pipe.recv()
+        began_s = time.perf_counter()
+        checksum = mapped.pull(span, pool, span_in(number, seed=2))
+        pulls.append(time.perf_counter() - began_s)
+        pipe.send("verified" if checksum == announced else "damaged")
+    times = pipe.recv()
+    return {name: statistics.median(values) for name, values in {**times, "pull": pulls}.items()} | {
+        "handoff_p90": statistics.quantiles(times["handoff"], n=10)[-1]
+    }
+
+
+def protocol_handoff(pipe: Connection, pool: KvPool, num_rounds: int) -> dict[str, Any]:
+    """The same by the whole protocol over gRPC on loopback, with blocks reserved before, and with that."""
+    return asyncio.run(_serve_protocol(pipe, pool, num_rounds))
+
+
+async def _serve_protocol(pipe: Connection, pool: KvPool, num_rounds: int) -> dict[str, Any]:
+    import grpc.aio
+
+    from kvtransfer.config import KvTransferConfig
+    from kvtransfer.grpc_stream import GRPC_OPTIONS
+    from kvtransfer.server import add_kvtransfer_service
+
+    server = grpc.aio.server(options=GRPC_OPTIONS)
+    receiver = add_kvtransfer_service(server, BenchmarkHost(pool, seed=2), KvTransferConfig())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    results = {}
+    try:
+        for is_ahead in IS_AHEAD:
+            pipe.send(("protocol", port, num_rounds, is_ahead))
+            result = await asyncio.to_thread(pipe.recv)
+            times = result.pop("handoff")
+            p90 = statistics.quantiles(times, n=10)[-1]
+            results["reserved before" if is_ahead else "whole"] = {
+                "handoff": statistics.median(times),
+                "handoff_p90": p90,
+                **result,
+            }
+    finally:
+        await receiver.close("the benchmark is over")
+        await server.stop(None)
+    return results
+
+
+def device_rates(mapped: MappedCudaPool, pool: CudaPool, num_rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds and GB/s by variant."""
+    local = random_pool(seed=3)
+    plain = torch.empty((2, NUM_SEQUENCES, NUM_BYTES), dtype=torch.uint8, device="cuda")
+    plain.random_()
+
+    def copy(number: int) -> None:
+        plain[1, number % NUM_SEQUENCES].copy_(plain[0, number % NUM_SEQUENCES])
+
+    def start(
+        source: Callable[[int], TokenRows], *, is_copied: bool, is_checked: bool
+    ) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            target = pool.rows(span_in(number, seed=2)) if is_copied else None
+            op.start_block_copy(source(number), target, is_checked=is_checked)
+
+        return run
+
+    def theirs(number: int) -> TokenRows:
+        return mapped.rows(span_in(number, seed=1))
+
+    def ours(number: int) -> TokenRows:
+        return local.rows(span_in(number, seed=1))
+
+    variants: dict[str, tuple[Callable[[int], None], int]] = {
+        "plain copy_ in the device": (copy, 2),
+        "pull, with checksum": (start(theirs, is_copied=True, is_checked=True), 2),
+        "pull, without": (start(theirs, is_copied=True, is_checked=False), 2),
+        "the same in one process, with": (start(ours, is_copied=True, is_checked=True), 2),
+        "the same in one process, without": (start(ours, is_copied=True, is_checked=False), 2),
+        "checksum alone": (start(ours, is_copied=False, is_checked=True), 1),
+    }
+    medians = time_in_turn({name: run for name, (run, _) in variants.items()}, num_rounds)
+    return {
+        name: {"seconds": medians[name], "gb_per_s": passes * NUM_BYTES / medians[name] / 1e9}
+        for name, (_, passes) in variants.items()
+    }
+
+
+def sweep(mapped: MappedCudaPool, pool: CudaPool, num_rounds: int) -> dict[str, float]:
+    """Median seconds of a pull by how the kernel is cut up, the fastest first."""
+    variants = {}
+    for tile, warps, programs, is_checked in product(SWEEP_TILES, SWEEP_WARPS, SWEEP_PROGRAMS, (True, False)):
+        tuning = op.Tuning(tile_vectors=tile, num_warps=warps, programs_per_sm=programs)
+
+        def run(number: int, tuning: op.Tuning = tuning, is_checked: bool = is_checked) -> None:
+            source, target = mapped.rows(span_in(number, seed=1)), pool.rows(span_in(number, seed=2))
+            op.start_block_copy(source, target, is_checked=is_checked, tuning=tuning)
+
+        variants[
+            f"tile {tile:4} warps {warps} per SM {programs:2} {'checked' if is_checked else 'plain'}"
+        ] = run
+    medians = time_in_turn(variants, num_rounds)
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
+
+
+def time_in_turn(variants: dict[str, Callable[[int], None]], num_rounds: int) -> dict[str, float]:
+    """Median seconds of the device."""
+    cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(-NUM_WARM_UP, num_rounds):
+        for name, run in variants.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cold.fill_(number & 0xFF)
+            begin.record()
+            run(number)
+            end.record()
+            end.synchronize()
+            if number >= 0:
+                times[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def describe() -> dict[str, Any]:
+    """The GPU and the versions."""
+    import triton
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "num_sms": properties.multi_processor_count,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """As tables."""
+    copied_s = results["rates"]["plain copy_ in the device"]["gb_per_s"]
+    print(f"\n{NUM_TOKENS} tokens, {NUM_BYTES / 1e6:.0f} MB; {results['machine']['gpu']}")
+    print(f"{'':>34}{'us':>9}{'GB/s':>9}{'of copy_':>9}")
+    for name, row in results["rates"].items():
+        print(
+            f"{name:>34}{row['seconds'] * 1e6:>9.0f}{row['gb_per_s']:>9.0f}{row['gb_per_s'] / copied_s:>9.2f}"
+        )
+    bare = results["bare"]
+    print("\nhand-off between two processes, ms" + f"{'median':>10}{'p90':>8}")
+    print(f"{'over a pipe':>34}{bare['handoff'] * 1e3:>10.2f}{bare['handoff_p90'] * 1e3:>8.2f}")
+    print(f"{'of it the checksum of the owner':>34}{bare['checksum'] * 1e3:>10.2f}")
+    print(f"{'of it the pull':>34}{bare['pull'] * 1e3:>10.2f}")
+    for what, row in results["protocol"].items():
+        if "not_run" in row:
+            print(f"by the protocol: not run, {row['not_run']}")
+            continue
+        name = f"protocol, {what}, {row['num_chunks']} chunk"
+        print(
+            f"{name:>34}{row['handoff'] * 1e3:>10.2f}{row['handoff_p90'] * 1e3:>8.2f}  by {row['transport']}"
+        )
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument("--sweep", action="store_true", help="time the kernel cut up in other ways, too")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no NVIDIA GPU here", file=sys.stderr)
+        return 1
+    num_rounds = 30 if args.quick else 100
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    owner = context.Process(target=own, args=(theirs,), daemon=True)
+    owner.start()
+    theirs.close()
+    pool = random_pool(seed=2)
+    mapped = open_pool(pipe.recv())
+    take_bare(pipe, mapped, pool, NUM_WARM_UP)
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe(),
+        "num_rounds": num_rounds,
+        "num_bytes": NUM_BYTES,
+        "rates": device_rates(mapped, pool, num_rounds),
+        "bare": take_bare(pipe, mapped, pool, num_rounds),
+    }
+    if args.sweep:
+        results["sweep"] = sweep(mapped, pool, 10)
+        for name, seconds in results["sweep"].items():
+            print(f"{name:>44}{seconds * 1e6:>8.0f} us{2 * NUM_BYTES / seconds / 1e9:>8.0f} GB/s")
+    try:
+        results["protocol"] = protocol_handoff(pipe, pool, num_rounds)
+    except Exception as error:  # noqa: BLE001 - what it needs may be missing, and the other numbers stand
+        results["protocol"] = {"": {"not_run": repr(error)}}
+    print_results(results)
+    mapped.close()
+    owner.kill()
+    owner.join()
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What the transfers of one worker have come to so far. Pure."""
+
+from dataclasses import dataclass
+
+#: Peers that are remembered; beyond that the one not heard of for longest is forgotten.
+MAX_PEERS = 256
+#: Weight of the last transfer in the average rate of a peer.
+RATE_WEIGHT = 0.3
+
+
+@dataclass(slots=True)
+class TransferCounts:
+    """Since the worker started. Bytes are of the KV as it lies in the pools."""
+
+    num_sent: int = 0
+    num_received: int = 0
+    num_bytes_sent: int = 0
+    num_bytes_received: int = 0
+    num_corrupt_chunks: int = 0
+    num_resent_chunks: int = 0
+    num_digest_mismatches: int = 0
+    num_resumed: int = 0
+    num_expired: int = 0
+    num_refused: int = 0
+
+
+@dataclass(slots=True)
+class PeerCount:
+    """What was sent to, or got from, one worker. transport, reason, codec: of the last transfer."""
+
+    address: str
+    is_sending: bool
+    transport: str = ""
+    reason: str = ""
+    codec: str = "none"
+    num_transfers: int = 0
+    num_bytes: int = 0
+    #: Average of the last transfers; 0 before the first.
+    bytes_per_s: float = 0.0
+    last_problem: str = ""
+
+
+class PeerCounts:
+    """By address and direction."""
+
+    def __init__(self) -> None:
+        self._peers: dict[tuple[str, bool], PeerCount] = {}
+
+    def all(self) -> list[PeerCount]:
+        """The one heard of last comes last."""
+        return list(self._peers.values())
+
+    def bytes_per_s(self, address: str) -> float | None:
+        """Rate of the way there, as last measured in either direction; None before the first transfer."""
+        known = [self._peers.get((address, is_sending)) for is_sending in (True, False)]
+        rates = [peer.bytes_per_s for peer in known if peer is not None and peer.bytes_per_s > 0]
+        return min(rates, default=None)
+
+    def note(
+        self,
+        address: str,
+        *,
+        is_sending: bool,
+        transport: str,
+        reason: str,
+        codec: str,
+        num_bytes: int,
+        busy_s: float,
+        problem: str = "",
+    ) -> None:
+        """A transfer has ended. busy_s: time in which bytes were on their way. problem: why it failed, unless it did not."""
+        peer = self._peers.pop((address, is_sending), None) or PeerCount(address, is_sending)
+        self._peers[address, is_sending] = peer
+        while len(self._peers) > MAX_PEERS:
+            del self._peers[next(iter(self._peers))]
+        peer.num_bytes += num_bytes
+        if problem:
+            peer.last_problem = problem
+            return
+        peer.transport, peer.reason, peer.codec = transport, reason, codec
+        peer.num_transfers += 1
+        if busy_s > 0:
+            rate = num_bytes / busy_s
+            known = peer.bytes_per_s or rate
+            peer.bytes_per_s = known + RATE_WEIGHT * (rate - known)

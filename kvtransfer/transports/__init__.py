@@ -1,0 +1,1 @@
+"""Ways for one worker to read the KV pool of another by itself."""

@@ -1,0 +1,76 @@
+"""What was exchanged with each peer."""
+
+from kvtransfer.counts import MAX_PEERS, RATE_WEIGHT, PeerCount, PeerCounts
+
+
+def note(
+    peers: PeerCounts,
+    address: str = "a:1",
+    *,
+    is_sending: bool = True,
+    num_bytes: int = 100,
+    busy_s: float = 1.0,
+    problem: str = "",
+) -> None:
+    peers.note(
+        address,
+        is_sending=is_sending,
+        transport="grpc",
+        reason="no offer",
+        codec="none",
+        num_bytes=num_bytes,
+        busy_s=busy_s,
+        problem=problem,
+    )
+
+
+def test_transfers_to_and_from_a_peer_are_counted_apart() -> None:
+    peers = PeerCounts()
+    note(peers)
+    note(peers, is_sending=False, busy_s=0.0)
+    sending, receiving = peers.all()
+    assert (sending.is_sending, sending.bytes_per_s) == (True, 100.0)
+    assert receiving == PeerCount("a:1", False, "grpc", "no offer", "none", num_transfers=1, num_bytes=100)
+
+
+def test_the_rate_is_an_average_that_follows_the_last_transfers() -> None:
+    peers = PeerCounts()
+    assert peers.bytes_per_s("a:1") is None
+    note(peers, num_bytes=100)
+    note(peers, num_bytes=200)
+    assert peers.bytes_per_s("a:1") == 100 + RATE_WEIGHT * 100
+    assert peers.bytes_per_s("b:1") is None
+
+
+def test_a_rate_in_either_direction_stands_for_the_way_and_the_lower_one_for_both() -> None:
+    peers = PeerCounts()
+    note(peers, is_sending=False, num_bytes=300)
+    assert peers.bytes_per_s("a:1") == 300.0
+    note(peers, num_bytes=100)
+    assert peers.bytes_per_s("a:1") == 100.0
+
+
+def test_a_transfer_that_took_no_time_has_no_rate() -> None:
+    peers = PeerCounts()
+    note(peers, busy_s=0.0)
+    assert peers.bytes_per_s("a:1") is None
+
+
+def test_a_transfer_that_failed_leaves_its_problem_and_no_rate() -> None:
+    peers = PeerCounts()
+    note(peers, num_bytes=30, problem="the stream broke")
+    [peer] = peers.all()
+    assert (peer.last_problem, peer.num_bytes, peer.num_transfers) == ("the stream broke", 30, 0)
+    assert (peer.transport, peer.bytes_per_s) == ("", 0.0)
+
+
+def test_the_peer_that_was_not_heard_of_for_longest_is_forgotten() -> None:
+    peers = PeerCounts()
+    for i in range(MAX_PEERS):
+        note(peers, f"a:{i}")
+    note(peers, "a:0")
+    note(peers, "b:0")
+    known = [peer.address for peer in peers.all()]
+    assert len(known) == MAX_PEERS
+    assert "a:1" not in known
+    assert known[-2:] == ["a:0", "b:0"]

@@ -1,0 +1,132 @@
+"""Which way to a pool is taken, and when pools are opened and closed."""
+
+import pickle
+import sys
+from types import ModuleType
+
+import pytest
+
+from kvtransfer.errors import PoolUnreachable, SharedMemoryUnavailable
+from kvtransfer.host_pool import HostPool
+from kvtransfer.pool import KvSpan, PoolOffer
+from kvtransfer.transports import shm
+from kvtransfer.transports.opening import PoolOpener
+from tests.support.pool_owner import pool_owner, shared_pool, shm_offer
+
+SPAN = KvSpan((1,), 0, 4, 0, 3, 0, 2)
+
+
+def test_a_pool_of_this_process_is_read_in_place_and_one_of_another_in_shared_memory() -> None:
+    pool, opener = shared_pool(), PoolOpener()
+    transport, mapped, why = opener.open(pool.offers[::-1])
+    assert (transport, why) == ("in_process", "")
+    assert mapped is not None
+    assert mapped.pull(SPAN, pool, SPAN) == pool.checksum(SPAN, transport)
+    with pool_owner() as owner:
+        offers = (owner.offer, PoolOffer("in_process", b'{"version": 1, "pid": 1, "start": "", "number": 1}'))
+        transport, mapped, why = opener.open(offers)
+        assert (transport, why) == ("shm", "in_process: it is of another process")
+        assert mapped is not None
+    opener.close()
+
+
+def test_without_a_way_the_reasons_are_given() -> None:
+    opener = PoolOpener()
+    offers = [PoolOffer("shm", b""), PoolOffer("teleport", b"")]
+    transport, mapped, why = opener.open(offers)
+    assert (transport, mapped) == ("grpc", None)
+    assert why.startswith("shm: its descriptor makes no sense")
+    assert why.endswith("teleport: it is not known here")
+    assert opener.open([]) == ("grpc", None, "")
+    assert opener.num_open == 0
+
+
+def test_a_transport_that_cannot_be_loaded_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, opener = shared_pool(), PoolOpener()
+    monkeypatch.setitem(sys.modules, "kvtransfer.transports.cuda_ipc", None)
+    offers = [PoolOffer("cuda_ipc", b""), shm_offer(pool)]
+    transport, _, why = opener.open(offers)
+    assert transport == "shm"
+    assert why.startswith("cuda_ipc: it cannot be loaded here")
+    opener.close()
+
+
+def test_a_transport_is_loaded_when_it_is_offered_and_goes_before_those_that_are_worse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("kvtransfer.transports.cuda_ipc")
+    pool, opener = shared_pool(), PoolOpener()
+    made = shm.open_pool(shm_offer(pool).descriptor)
+    module.open_pool = lambda _descriptor: made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvtransfer.transports.cuda_ipc", module)
+    assert opener.open([shm_offer(pool), PoolOffer("cuda_ipc", b"")]) == ("cuda_ipc", made, "")
+    opener.close()
+
+
+def test_a_pool_is_opened_once_for_all_transfers_and_again_after_it_was_closed() -> None:
+    pool, opener = shared_pool(), PoolOpener(max_idle=0)
+    offers = [shm_offer(pool)]
+    first, second = opener.open(offers)[1], opener.open(offers)[1]
+    assert first is second
+    assert first is not None
+    opener.release(first)
+    assert opener.num_open == 1
+    opener.release(first)
+    assert opener.num_open == 0
+    third = opener.open(offers)[1]
+    assert third is not first
+    opener.close()
+
+
+def test_of_the_idle_ones_those_not_used_for_longest_are_closed() -> None:
+    pools, opener = [shared_pool() for _ in range(4)], PoolOpener(max_idle=2)
+    mapped = [opener.open([shm_offer(pool)])[1] for pool in pools]
+    for one in mapped:
+        assert one is not None
+        opener.release(one)
+    assert opener.num_open == 2
+    assert [opener.open([shm_offer(pool)])[1] is one for pool, one in zip(pools, mapped, strict=True)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+    opener.close()
+
+
+def test_pools_whose_owners_are_gone_are_closed_when_nobody_uses_them() -> None:
+    opener = PoolOpener()
+    ours = shared_pool()
+    kept = opener.open([shm_offer(ours)])[1]
+    assert kept is not None
+    with pool_owner() as owner:
+        mapped = opener.open([owner.offer])[1]
+        assert mapped is not None
+        owner.kill()
+        opener.close_gone()
+        assert opener.num_open == 2
+        opener.release(mapped)
+        assert opener.num_open == 1
+        with pytest.raises(ConnectionError):
+            mapped.pull(SPAN, ours, SPAN)
+    opener.release(kept)
+    opener.close_gone()
+    assert opener.num_open == 1
+    _give_up(ours)
+    opener.close_gone()
+    assert opener.num_open == 0
+
+
+def _give_up(pool: HostPool) -> None:
+    assert pool._shared_memory is not None
+    pool._shared_memory.close()
+
+
+def test_errors_of_opening_name_the_transport_and_survive_pickling() -> None:
+    for error in (PoolUnreachable("shm", "it is gone"), SharedMemoryUnavailable(4096, "no memory")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), vars(copy), str(copy)) == (type(error), vars(error), str(error))
+    assert str(SharedMemoryUnavailable(4096, "no memory")) == "no 4096 bytes of shared memory: no memory"
+    assert str(PoolUnreachable("shm", "it is on another host")) == (
+        "the other side's pool cannot be read by shm: it is on another host"
+    )

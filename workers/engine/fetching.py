@@ -1,0 +1,178 @@
+"""Beginnings of prompts that come from other workers' caches, and those that others get from here. Pure.
+
+A fetched block is leased while it is filled. Once the transfer has committed it is nobody's, but known to the prefix
+index, where the prompt that waits for it finds it like any other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvtransfer.layout import blocks_needed
+from workers.api import LedgerKind, RequestKey
+from workers.engine.block_pool import BlockPool
+from workers.engine.ledger import Holder
+from workers.engine.messages import (
+    BlocksReserved,
+    CachedFound,
+    CommitTransfer,
+    FetchPrefix,
+    FindCached,
+    ReservationRefused,
+    ReserveBlocks,
+)
+from workers.engine.sequence import Sequence
+
+#: Blocks that are not worth asking others for.
+MIN_BLOCKS = 2
+
+
+@dataclass(slots=True)
+class _Fetch:
+    key: RequestKey
+    #: Hash of the block before the first one, then of each block that is wanted.
+    chain: tuple[bytes, ...]
+    #: Tokens from the first block that is wanted on.
+    token_ids: tuple[int, ...]
+    since_s: float
+    block_ids: tuple[int, ...] = ()
+
+
+class PrefixFetching:
+    """What one worker fetches, and what is fetched from it."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._fetches: dict[str, _Fetch] = {}
+        #: Transfer -> blocks that it reads here, and since when.
+        self._lent: dict[str, tuple[tuple[int, ...], float]] = {}
+        self._num_started = 0
+
+    @property
+    def num_held(self) -> int:
+        """Transfers that hold blocks."""
+        return len(self._lent) + sum(bool(fetch.block_ids) for fetch in self._fetches.values())
+
+    def knows(self, transfer_id: str) -> bool:
+        """It fetches, or reads, under this id."""
+        return transfer_id in self._fetches or transfer_id in self._lent
+
+    def holders(self) -> Iterator[Holder]:
+        """For the ledger."""
+        for transfer_id, (block_ids, since_s) in self._lent.items():
+            yield Holder(transfer_id, LedgerKind.SENDING, block_ids, since_s)
+        for transfer_id, fetch in self._fetches.items():
+            if fetch.block_ids:
+                yield Holder(transfer_id, LedgerKind.RECEIVING, fetch.block_ids, fetch.since_s)
+
+    def leased_block_ids(self) -> list[int]:
+        """All blocks that its transfers hold."""
+        lent = [block_id for block_ids, _ in self._lent.values() for block_id in block_ids]
+        return lent + [block_id for fetch in self._fetches.values() for block_id in fetch.block_ids]
+
+    # What this worker gets.
+
+    def begin(
+        self, sequence: Sequence, *, num_known: int, prefill_tokens_per_s: float, now_s: float
+    ) -> FetchPrefix | None:
+        """Ask for the whole blocks of a prompt beyond the first `num_known`, which are here; None when it is too few."""
+        size = self._pool.block_size
+        # The last token is always computed.
+        num_whole = (len(sequence.token_ids) - 1) // size
+        if num_whole - num_known < MIN_BLOCKS:
+            return None
+        sequence.hash_blocks(num_whole, size)
+        self._num_started += 1
+        transfer_id = f"prefix-{sequence.key.request_id}-{sequence.key.attempt}-{self._num_started}"
+        chain = tuple(sequence.block_hashes[num_known : num_whole + 1])
+        token_ids = tuple(sequence.token_ids[num_known * size : num_whole * size])
+        self._fetches[transfer_id] = _Fetch(sequence.key, chain, token_ids, now_s)
+        return FetchPrefix(
+            transfer_id,
+            sequence.prefix_peers,
+            chain[1:],
+            prefill_tokens_per_s,
+            timeout_s=sequence.deadline_s - now_s,
+        )
+
+    def reserve(self, request: ReserveBlocks, *, num_kept: int) -> BlocksReserved | ReservationRefused | None:
+        """Blocks for what comes, now or not at all; None when this id fetches nothing."""
+        fetch = self._fetches.get(request.transfer_id)
+        if fetch is None:
+            return None
+        size = self._pool.block_size
+        num_blocks = blocks_needed(request.max_tokens, size)
+        problem = None
+        if fetch.block_ids:
+            problem = "it has its blocks already"
+        elif request.num_tokens % size or not 0 < num_blocks < len(fetch.chain):
+            problem = f"{request.num_tokens} tokens are not what was asked for"
+        elif num_blocks > self._pool.num_available - num_kept:
+            problem = "there are no blocks for it"
+        if problem is not None:
+            return ReservationRefused(request.transfer_id, problem, is_retryable=False)
+        fetch.block_ids = tuple(self._pool.lease(num_blocks))
+        return BlocksReserved(request.transfer_id, fetch.block_ids)
+
+    def commit(self, commit: CommitTransfer) -> bool:
+        """What has come is known from now on; False when this id fetches nothing."""
+        fetch = self._fetches.get(commit.transfer_id)
+        if fetch is None:
+            return False
+        block_ids, fetch.block_ids = fetch.block_ids, ()
+        assert block_ids == commit.block_ids, commit
+        size = self._pool.block_size
+        if commit.token_digest == fetch.chain[len(block_ids)]:
+            for i, block_id in enumerate(block_ids):
+                tokens = fetch.token_ids[i * size : (i + 1) * size]
+                self._pool.store(block_id, fetch.chain[i + 1], fetch.chain[i], tokens)
+        self._pool.release(block_ids)
+        return True
+
+    def end(self, transfer_id: str) -> RequestKey | None:
+        """The fetch is over; whose it was. None when it is not known. Its blocks have come back before."""
+        fetch = self._fetches.pop(transfer_id, None)
+        if fetch is None:
+            return None
+        assert not fetch.block_ids, transfer_id
+        return fetch.key
+
+    def transfer_of(self, key: RequestKey) -> str | None:
+        """Under which id the beginning of this request's prompt comes."""
+        return next((name for name, fetch in self._fetches.items() if fetch.key == key), None)
+
+    # What others get.
+
+    def find(self, wanted: FindCached, now_s: float) -> CachedFound | ReservationRefused:
+        """The longest known beginning of a chain of blocks, held until `release`."""
+        size = self._pool.block_size
+        block_ids: tuple[int, ...] = ()
+        problem = None
+        if self.knows(wanted.transfer_id):
+            problem = "this transfer id is in use here already"
+        else:
+            block_ids = self._pool.find(wanted.block_hashes)
+            if len(block_ids) * size < wanted.min_tokens:
+                problem = (
+                    f"{len(block_ids) * size} tokens of it are cached here; {wanted.min_tokens} are wanted"
+                )
+        if problem is not None:
+            return ReservationRefused(wanted.transfer_id, problem, is_retryable=False)
+        # A transfer holds what a sequence holds: so it is shared for a moment.
+        self._pool.share(block_ids)
+        self._pool.hold(block_ids)
+        self._pool.free(block_ids)
+        self._lent[wanted.transfer_id] = block_ids, now_s
+        last = wanted.block_hashes[len(block_ids) - 1]
+        return CachedFound(wanted.transfer_id, block_ids, len(block_ids) * size, last)
+
+    def release(self, transfer_id: str) -> bool:
+        """A transfer reads no more, or fills no more; False when this id is not known."""
+        if transfer_id in self._lent:
+            self._pool.release(self._lent.pop(transfer_id)[0])
+            return True
+        fetch = self._fetches.get(transfer_id)
+        if fetch is None:
+            return False
+        self._pool.release(fetch.block_ids)
+        fetch.block_ids = ()
+        return True

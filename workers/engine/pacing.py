@@ -1,0 +1,104 @@
+"""After how many layers the KV of a prompt's chunk leaves. Pure.
+
+Few layers at a time: more of the transfer is hidden behind the layers that follow, and what is left after the last one
+is small. Many: fewer messages. The best size follows from how fast layers are computed and KV is moved, both as they
+were measured.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from kvtransfer.session import TransferReport
+
+#: What one group costs the engine beside its KV, in seconds: a message to another thread.
+GROUP_COST_S = 1e-4
+#: Before anything was measured: seconds per token and layer, seconds per message, bytes per second.
+FIRST_TOKEN_S, FIRST_MESSAGE_S, FIRST_RATE = 1e-5, 1e-3, 1e9
+#: Weight of the last measurement.
+GAIN = 0.2
+
+
+class LayerPacing:
+    """Group sizes for one engine.
+
+    num_layers: of the model. token_bytes: KV of one token in one layer. max_chunk_bytes: of one message. fixed: the
+    answer to all questions, when the manifest gives it.
+    """
+
+    def __init__(
+        self, *, num_layers: int, token_bytes: int, max_chunk_bytes: int, fixed: int | None = None
+    ) -> None:
+        self._num_layers = num_layers
+        self._token_bytes = token_bytes
+        self._max_chunk_bytes = max_chunk_bytes
+        self._fixed = fixed
+        self._token_s = FIRST_TOKEN_S
+        self._message_s = FIRST_MESSAGE_S
+        self._bytes_per_s = FIRST_RATE
+
+    def observe_step(self, num_tokens: int, step_s: float) -> None:
+        """A step that mostly prefilled took this long."""
+        if num_tokens > 0 and step_s > 0:
+            self._token_s += GAIN * (step_s / (num_tokens * self._num_layers) - self._token_s)
+
+    def observe_transfer(self, report: TransferReport) -> None:
+        """A hand-off has ended. Its time is divided between messages and bytes as was expected of them."""
+        num_bytes = max(report.num_bytes, 1)
+        expected_s = report.num_chunks * self._message_s + num_bytes / self._bytes_per_s
+        if report.busy_s <= 0 or expected_s <= 0:
+            return
+        ratio = report.busy_s / expected_s
+        self._message_s *= 1 + GAIN * (ratio - 1)
+        self._bytes_per_s /= 1 + GAIN * (ratio - 1)
+
+    def group_size(self, num_tokens: int) -> int:
+        """Layers between two departures, for `num_tokens` tokens of a step that are handed off; >= 1."""
+        if self._fixed is not None:
+            return min(self._fixed, self._num_layers)
+        return best_group_size(
+            self._num_layers,
+            layer_s=_rounded(self._token_s * num_tokens),
+            layer_bytes=self._token_bytes * num_tokens,
+            max_chunk_bytes=self._max_chunk_bytes,
+            message_s=_rounded(self._message_s),
+            bytes_per_s=_rounded(self._bytes_per_s),
+        )
+
+
+@lru_cache(maxsize=256)
+def best_group_size(
+    num_layers: int,
+    *,
+    layer_s: float,
+    layer_bytes: int,
+    max_chunk_bytes: int,
+    message_s: float,
+    bytes_per_s: float,
+) -> int:
+    """The group size with the least time after the last layer until all KV has left, and what the groups cost.
+
+    layer_s: to compute one layer. layer_bytes: its KV. message_s: of a message, whatever its size.
+    """
+
+    def cost_s(size: int) -> float:
+        left_at_s = 0.0
+        groups = list(_groups(num_layers, size))
+        for layer_lo, layer_hi in groups:
+            num_bytes = (layer_hi - layer_lo) * layer_bytes
+            num_messages = -(-num_bytes // max_chunk_bytes)
+            left_at_s = (
+                max(left_at_s, layer_hi * layer_s) + num_messages * message_s + num_bytes / bytes_per_s
+            )
+        return left_at_s - num_layers * layer_s + len(groups) * GROUP_COST_S
+
+    return min(range(1, num_layers + 1), key=lambda size: (cost_s(size), size))
+
+
+def _groups(num_layers: int, size: int) -> Iterator[tuple[int, int]]:
+    for layer in range(0, num_layers, size):
+        yield layer, min(layer + size, num_layers)
+
+
+def _rounded(value: float) -> float:
+    """To two digits: what was measured is no surer, and answers can be kept."""
+    return float(f"{value:.2g}")
