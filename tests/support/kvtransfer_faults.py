@@ -431,40 +431,6 @@ class Faults:
         return {one.__name__: one for one in (*survivable, *others)}
 
 
-#: Faults of calm schedules.
-CALM = (
-    "pause",
-    "double",
-    "disorder",
-    "cut",
-    "timely_cut",
-    "fail_to_open",
-    "damage",
-    "bad_copy",
-    "misname",
-    "slow_reading",
-    "early_timer",
-)
-#: Faults that show more together.
-THEMES: tuple[tuple[str, ...], ...] = (
-    (),
-    (),
-    ("cut", "stall"),
-    ("timely_cut", "stall"),
-    ("cut", "forge"),
-    ("cut", "give_up", "host_breaks"),
-    ("late_chunk", "late_chunk", "give_up"),
-    ("late_chunk", "late_chunk", "late_chunk", "restart_receiver"),
-    ("late_chunk", "late_chunk", "late_chunk", "restart_receiver"),
-    ("change_source", "change_source", "damage", "damage"),
-    ("lose", "damage", "double"),
-)
-#: Faults that are tried until they happen once.
-STICKY = ("misname", "timely_cut", "restart_receiver")
-#: Faults that end most transfers, and are held back for a while.
-FATAL = ("forge", "give_up", "host_breaks", "misuse", "kill_sender", "silence")
-
-
 def _number(message: bytes) -> int | None:
     """Of a chunk; None of any other message."""
     if len(message) < CHUNK_HEADER_BYTES or message[_KIND_BYTE] not in (KIND_CHUNK, KIND_CHUNK_IN_PLACE):

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from kvtransfer.session import TransferState
-from tests.support.kvtransfer_faults import CALM, FATAL, STICKY, THEMES, Faults
+from tests.support.kvtransfer_faults import Faults
 from tests.support.kvtransfer_forgery import ROWS, Row
 from tests.support.kvtransfer_moves import function_of, moves, pick
 from tests.support.kvtransfer_sides import Side
@@ -18,6 +18,38 @@ from tests.support.kvtransfer_world import World
 #: Moments between two moves, in seconds.
 TICK_S = 0.001
 MAX_ATTEMPTS = 3
+#: Faults of calm schedules.
+CALM = (
+    "pause",
+    "double",
+    "disorder",
+    "cut",
+    "timely_cut",
+    "fail_to_open",
+    "damage",
+    "bad_copy",
+    "misname",
+    "slow_reading",
+    "early_timer",
+)
+#: Faults that show more together.
+THEMES: tuple[tuple[str, ...], ...] = (
+    (),
+    (),
+    ("cut", "stall"),
+    ("timely_cut", "stall"),
+    ("cut", "forge"),
+    ("cut", "give_up", "host_breaks"),
+    ("late_chunk", "late_chunk", "give_up"),
+    ("late_chunk", "late_chunk", "late_chunk", "restart_receiver"),
+    ("late_chunk", "late_chunk", "late_chunk", "restart_receiver"),
+    ("change_source", "change_source", "damage", "damage"),
+    ("lose", "damage", "double"),
+)
+#: Faults that are tried until they happen once.
+STICKY = ("misname", "timely_cut", "restart_receiver")
+#: Faults that end most transfers, and are held back for a while.
+FATAL = ("forge", "give_up", "host_breaks", "misuse", "kill_sender", "silence")
 
 
 @dataclass(frozen=True, slots=True)
