@@ -202,6 +202,7 @@ def test_a_stream_that_breaks_is_opened_again() -> None:
     async def scenario() -> None:
         both = FakeWorker("both-0", BOTH)
         async with gateway(both) as it:
+            await until(lambda: both.num_sessions == 1, "the first session")
             both.break_session()
             await until(lambda: both.num_sessions == 2, "a second session")
             assert len(tokens_of(await collect(it.client.Generate(generate_request())))) == 4
