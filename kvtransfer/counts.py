@@ -35,8 +35,10 @@ class PeerCount:
     codec: str = "none"
     num_transfers: int = 0
     num_bytes: int = 0
-    #: Average of the last transfers; 0 before the first.
+    #: KV per second, average of the last transfers; 0 before the first.
     bytes_per_s: float = 0.0
+    #: What travelled per second, packed as it was: what the way itself carries.
+    wire_bytes_per_s: float = 0.0
     last_problem: str = ""
 
 
@@ -50,10 +52,13 @@ class PeerCounts:
         """The one heard of last comes last."""
         return list(self._peers.values())
 
-    def bytes_per_s(self, address: str) -> float | None:
-        """Rate of the way there, as last measured in either direction; None before the first transfer."""
+    def link_bytes_per_s(self, address: str) -> float | None:
+        """What the way there carries, as last measured in either direction; None before the first transfer.
+
+        Of what is copied in place all of it is counted, packed or not: a codec does not make a way faster.
+        """
         known = [self._peers.get((address, is_sending)) for is_sending in (True, False)]
-        rates = [peer.bytes_per_s for peer in known if peer is not None and peer.bytes_per_s > 0]
+        rates = [peer.wire_bytes_per_s for peer in known if peer is not None and peer.wire_bytes_per_s > 0]
         return min(rates, default=None)
 
     def note(
@@ -65,6 +70,7 @@ class PeerCounts:
         reason: str,
         codec: str,
         num_bytes: int,
+        num_wire_bytes: int,
         busy_s: float,
         problem: str = "",
     ) -> None:
@@ -80,6 +86,10 @@ class PeerCounts:
         peer.transport, peer.reason, peer.codec = transport, reason, codec
         peer.num_transfers += 1
         if busy_s > 0:
-            rate = num_bytes / busy_s
-            known = peer.bytes_per_s or rate
-            peer.bytes_per_s = known + RATE_WEIGHT * (rate - known)
+            peer.bytes_per_s = _averaged(peer.bytes_per_s, num_bytes / busy_s)
+            carried = num_wire_bytes if transport == "grpc" else num_bytes
+            peer.wire_bytes_per_s = _averaged(peer.wire_bytes_per_s, carried / busy_s)
+
+
+def _averaged(known: float, rate: float) -> float:
+    return known + RATE_WEIGHT * (rate - known) if known > 0 else rate

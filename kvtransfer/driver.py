@@ -239,19 +239,21 @@ class Session:
             return HostBroke(f"writing a chunk: {error}")
         # What was packed has been checked before it was unpacked.
         if chunk.codec is CodecId.NONE and checksum != chunk.checksum:
-            return self._damaged(chunk, f"its checksum is {checksum:x}, not {chunk.checksum:x}")
+            return self._damaged(
+                chunk.sequence_number, f"its checksum is {checksum:x}, not {chunk.checksum:x}"
+            )
         return ChunkWritten(chunk.sequence_number)
 
-    def _damaged(self, chunk: Chunk, problem: str) -> ChunkDamaged:
+    def _damaged(self, number: int, problem: str) -> ChunkDamaged:
         self.num_corrupt_chunks += 1
         if self.num_corrupt_chunks == 1:
             logger.warning(
                 "chunk_corrupt transfer_id=%s number=%d reason=%s",
                 self.machine.transfer_id,
-                chunk.sequence_number,
+                number,
                 problem,
             )
-        return ChunkDamaged(chunk.sequence_number, problem)
+        return ChunkDamaged(number, problem)
 
     async def _reserve(self, action: ReserveBlocks) -> None:
         request = action.request
@@ -334,7 +336,9 @@ class Session:
                 # A stream of chunks has broken. What this one brings is said again on the next.
                 return
             event = _event(message)
-            if isinstance(event, Chunk) and event.codec is not CodecId.NONE:
+            if isinstance(event, FrameDamaged) and event.sequence_number is not None:
+                self._damaged(event.sequence_number, str(event.error))
+            elif isinstance(event, Chunk) and event.codec is not CodecId.NONE:
                 event = await self._unpacked(event)
             self.post(event)
 
@@ -344,7 +348,7 @@ class Session:
         try:
             return await asyncio.to_thread(unpack_chunk, chunk, layout.head_dim)
         except ValueError as error:
-            self._damaged(chunk, str(error))
+            self._damaged(chunk.sequence_number, str(error))
             return FrameDamaged(MalformedFrame(str(error), len(chunk.payload)), chunk.sequence_number)
 
     async def _write(

@@ -41,10 +41,10 @@ class _Join:
 class PartJoin:
     """The transfers of one worker that come in parts.
 
-    abort(transfer_id, reason): ends every part of a transfer.
+    abort(transfer_id, part, reason): ends a part that did not fail by itself.
     """
 
-    def __init__(self, host: KvHost, abort: Callable[[str, str], None]) -> None:
+    def __init__(self, host: KvHost, abort: Callable[[str, int, str], None]) -> None:
         self._host = host
         self._abort = abort
         self._joins: dict[str, _Join] = {}
@@ -59,11 +59,12 @@ class PartJoin:
     async def reserve(self, request: Reserve) -> Sequence[int]:
         """Blocks for all parts, once all have asked. Raises ReservationRefused."""
         name = request.transfer_id
+        heads = shared_heads(request.layout, self._host.pool.layout)
+        assert heads is not None, "a layout without a head in common is refused before"
         join = self._joins.setdefault(name, _Join(request))
         problem = self._problem(join, request)
-        heads = shared_heads(request.layout, self._host.pool.layout)
-        if problem is not None or heads is None:
-            raise ReservationRefused(name, problem or "its heads are not needed here", retryable=False)
+        if problem is not None:
+            raise ReservationRefused(name, problem, retryable=False)
         join.heads[request.part] = heads
         join.places[request.part] = _Place.ASKING
         if len(join.places) == request.num_parts:
@@ -110,11 +111,17 @@ class PartJoin:
         join.places[part] = _Place.GONE
         if not join.failure:
             join.failure = f"part {part} of {join.request.num_parts} failed: {reason}"
-            # Wakes those that wait for parts which will be of no use.
             if join.reservation is None:
+                # Wakes those that wait for parts which will be of no use.
                 join.reservation = asyncio.create_task(self._refuse(join))
                 join.is_complete.set()
-            self._abort(join.request.transfer_id, join.failure)
+                is_refused = True
+            else:
+                is_refused = _is_refused(join.reservation)
+            for other, place in list(join.places.items()):
+                # Who still asks hears of a refusal by itself, and whether it is for good.
+                if place is _Place.HOLDING or (place is _Place.ASKING and not is_refused):
+                    self._abort(join.request.transfer_id, other, join.failure)
         self._give_back_if_over(join)
 
     def _give_back_if_over(self, join: _Join) -> None:
@@ -126,11 +133,16 @@ class PartJoin:
             return
         del self._joins[name]
         assert reservation is not None
-        if not reservation.done():
-            # The host takes back what it may be giving just now.
+        if reservation.done():
+            self._give_back(name, reservation, join.failure)
+        else:
+            # The host takes back what it may be giving just now, or has it back when it is given.
             reservation.cancel()
-        elif not reservation.cancelled() and reservation.exception() is None:
-            self._host.release(name, reservation.result(), join.failure)
+            reservation.add_done_callback(lambda done: self._give_back(name, done, join.failure))
+
+    def _give_back(self, name: str, reservation: "asyncio.Task[Sequence[int]]", reason: str) -> None:
+        if not reservation.cancelled() and reservation.exception() is None:
+            self._host.release(name, reservation.result(), reason)
 
     def _problem(self, join: _Join, request: Reserve) -> str | None:
         first = join.request
@@ -149,12 +161,8 @@ class PartJoin:
     async def _reserve(self, join: _Join) -> Sequence[int]:
         request, needed = join.request, self._host.pool.layout.heads
         found = sorted(join.heads.values())
-        reached = needed[0]
-        for begin, end in found:
-            if begin != reached:
-                break
-            reached = end
-        if reached != needed[1]:
+        # One begins where the one before it ends.
+        if [begin for begin, _ in found] + [needed[1]] != [needed[0]] + [end for _, end in found]:
             reason = f"the parts bring KV heads {[list(one) for one in found]} of {list(needed)}"
             raise ReservationRefused(request.transfer_id, reason, retryable=False)
         return await self._host.reserve(
@@ -163,6 +171,10 @@ class PartJoin:
             max_tokens=request.max_tokens,
             timeout_s=request.timeout_s,
         )
+
+
+def _is_refused(reservation: "asyncio.Task[Sequence[int]]") -> bool:
+    return reservation.done() and not reservation.cancelled() and reservation.exception() is not None
 
 
 class _PartHost:

@@ -46,7 +46,7 @@ class KvTransferServer:
         self._config = config
         self._pools = pools or TransportOpener(config.transport)
         self._leases = LeaseTable()
-        self._join = PartJoin(host, self.abort)
+        self._join = PartJoin(host, self._abort_part)
         #: Receiving, by transfer and part, in order of arrival.
         self._sessions: dict[tuple[str, int], Session] = {}
         #: Sending what was fetched.
@@ -116,6 +116,11 @@ class KvTransferServer:
         assert len(self._leases) <= len(self._sessions)
         for session in self._sessions.values():
             assert not session.machine.is_ended
+
+    def _abort_part(self, transfer_id: str, part: int, reason: str) -> None:
+        session = self._sessions.get((transfer_id, part))
+        if session is not None:
+            session.post(GivenUp(reason))
 
     # Streams.
 

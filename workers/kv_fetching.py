@@ -89,7 +89,7 @@ class KvFetching:
                     least = min_fetch_tokens(
                         prefill_tokens_per_s=wanted.prefill_tokens_per_s,
                         token_bytes=layout.num_layers * layout.token_bytes,
-                        link_bytes_per_s=self._rates.bytes_per_s(source.address) or ASSUMED_BYTES_PER_S,
+                        link_bytes_per_s=self._rates.link_bytes_per_s(source.address) or ASSUMED_BYTES_PER_S,
                         overhead_s=ASSUMED_OVERHEAD_S,
                     )
                     if least is None or least > num_tokens:
@@ -133,6 +133,7 @@ class KvFetching:
             reason=why,
             codec="none",
             num_bytes=num_tokens * layout.num_layers * layout.token_bytes,
+            num_wire_bytes=num_tokens * layout.num_layers * layout.token_bytes,
             busy_s=self._loop.time() - begin_s,
         )
         logger.info(

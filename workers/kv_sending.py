@@ -4,11 +4,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from kvtransfer.codecs.choice import choose_codec
-from kvtransfer.codecs.measure import MeasuredRates
-
 from kvtransfer.client import KvSender
+from kvtransfer.codecs.choice import choose_codec
 from kvtransfer.codecs.codec import CodecId
+from kvtransfer.codecs.measure import MeasuredRates
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.counts import PeerCounts, TransferCounts
 from kvtransfer.errors import (
@@ -118,11 +117,15 @@ class KvSending:
             return self._config.codec
         layout = self._host.pool.layout
         num_bytes = start.num_tokens * layout.num_layers * layout.token_bytes
-        codec, _ = choose_codec(
+        codec, reason = choose_codec(
             AUTO_CODECS,
             num_bytes=num_bytes,
-            link_bytes_per_s=self.peers.bytes_per_s(start.decode_address),
+            link_bytes_per_s=self.peers.link_bytes_per_s(start.decode_address),
             rates=self._rates.known(layout),
+            chunk_bytes=self._config.max_chunk_bytes,
+        )
+        logger.debug(
+            "codec_chosen transfer_id=%s codec=%s reason=%s", start.transfer_id, codec.name.lower(), reason
         )
         return codec
 
@@ -165,6 +168,7 @@ class KvSending:
             reason=report.transport_reason if report is not None else "",
             codec=report.codec.name.lower() if report is not None else "",
             num_bytes=report.num_bytes if report is not None else 0,
+            num_wire_bytes=report.num_wire_bytes if report is not None else 0,
             busy_s=report.busy_s if report is not None else 0.0,
             problem=problem,
         )

@@ -235,7 +235,7 @@ def _add_kv_transfer_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--resume-s",
-        type=_seconds,
+        type=_seconds_or_none,
         default=kv_transfer.resume_s,
         help="how long a broken transfer may resume",
     )
@@ -284,6 +284,10 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
+
+
+def _seconds_or_none(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _seconds(text)
 
 
 def _seconds(text: str) -> float:

@@ -4,4 +4,3 @@ from kvtransfer.codecs.codec import CodecId
 
 #: "none", "fp8", "int4_hadamard", "gear", "gear_l".
 CODEC_NAMES: dict[CodecId, str] = {codec_id: codec_id.name.lower() for codec_id in CodecId}
-CODEC_IDS: dict[str, CodecId] = {name: codec_id for codec_id, name in CODEC_NAMES.items()}

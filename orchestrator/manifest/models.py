@@ -168,12 +168,6 @@ def _check_groups(groups: tuple[WorkerGroup, ...]) -> tuple[WorkerGroup, ...]:
         same = first.setdefault(group.name, i)
         if same != i:
             problems.append(((i, "name"), f"{group.name!r} is already the name of workers[{same}]"))
-        if group.engine.block_size != groups[0].engine.block_size:
-            sentence = (
-                f"is {group.engine.block_size} and that of {groups[0].name!r} is "
-                f"{groups[0].engine.block_size}; allowed: one block size, or KV cannot move between workers"
-            )
-            problems.append(((i, "engine", "blockSize"), sentence))
     served = {phase for group in groups for phase in group.phases}
     problems += [
         ((), f"no worker serves {phase}; a request needs prefill and decode")
@@ -258,6 +252,23 @@ class KvTransfer(Section):
         description="The beginning of a prompt is got from another worker that has its KV, where that is faster than "
         "computing it.",
     )
+
+    @model_validator(mode="after")
+    def _check_ways(self) -> Self:
+        problems: list[tuple[tuple[str | int, ...], str]] = []
+        carries_payload = self.transport in ("auto", "grpc")
+        if self.codec != "none" and not carries_payload:
+            sentence = (
+                f"is {self.codec}, and with transport {self.transport} nothing is packed; use auto or grpc"
+            )
+            problems.append((("codec",), sentence))
+        if self.streams > 1 and not carries_payload:
+            sentence = (
+                f"is {self.streams}, and with transport {self.transport} no chunks travel; use auto or grpc"
+            )
+            problems.append((("streams",), sentence))
+        inconsistent(problems)
+        return self
 
 
 class Gateway(Section):

@@ -12,19 +12,17 @@ from kvtransfer.errors import LeaseExpired, StreamLost, TransferEnded
 from kvtransfer.frames import Chunk, Commit, Committed, Finish, Frame, Resume, Resumed
 from kvtransfer.session import StreamBroke
 from kvtransfer.wire import decode
-from tests.contract.test_kvtransfer_contract import (
+from tests.support.kvtransfer_ends import (
     CONFIG,
     DIGEST,
-    LAYOUT,
     NUM_BLOCKS,
     NUM_TOKENS,
     TOKEN_IDS,
     Ends,
     Run,
     ended_with,
-    run,  # noqa: F401 - the fixture
 )
-from tests.support.kvtransfer_fakes import QueueStream
+from tests.support.kvtransfer_fakes import LAYOUT, QueueStream
 from tests.support.waiting import until
 
 NUM_CHUNKS = NUM_BLOCKS * LAYOUT.num_layers
@@ -67,7 +65,7 @@ async def committed_whole(ends: Ends) -> None:
 
 
 @pytest.mark.parametrize("number", range(0, NUM_CHUNKS, 2))
-def test_after_any_chunk_it_goes_on_where_it_was(run: Run, number: int) -> None:  # noqa: F811
+def test_after_any_chunk_it_goes_on_where_it_was(run: Run, number: int) -> None:
     async def scenario(ends: Ends) -> None:
         break_after(ends, lambda frame: isinstance(frame, Chunk) and frame.sequence_number == number)
         await committed_whole(ends)
@@ -79,7 +77,7 @@ def test_after_any_chunk_it_goes_on_where_it_was(run: Run, number: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [Finish, Commit])
-def test_the_end_is_said_again(run: Run, kind: type) -> None:  # noqa: F811
+def test_the_end_is_said_again(run: Run, kind: type) -> None:
     async def scenario(ends: Ends) -> None:
         break_after(ends, lambda frame: isinstance(frame, kind))
         await committed_whole(ends)
@@ -87,7 +85,7 @@ def test_the_end_is_said_again(run: Run, kind: type) -> None:  # noqa: F811
     run(scenario)
 
 
-def test_a_commit_whose_answer_was_lost_is_known(run: Run) -> None:  # noqa: F811
+def test_a_commit_whose_answer_was_lost_is_known(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         lost: list[bytes] = []
 
@@ -106,7 +104,7 @@ def test_a_commit_whose_answer_was_lost_is_known(run: Run) -> None:  # noqa: F81
     run(scenario)
 
 
-def test_it_may_break_again_and_again(run: Run) -> None:  # noqa: F811
+def test_it_may_break_again_and_again(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         break_after(ends, lambda frame: isinstance(frame, Chunk), times=4)
         await committed_whole(ends)
@@ -114,7 +112,7 @@ def test_it_may_break_again_and_again(run: Run) -> None:  # noqa: F811
     run(scenario, config=replace(CONFIG, resume_s=5.0))
 
 
-def test_while_it_is_broken_prefill_goes_on(run: Run) -> None:  # noqa: F811
+def test_while_it_is_broken_prefill_goes_on(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.sender()
         running = asyncio.create_task(sender.run())
@@ -128,7 +126,7 @@ def test_while_it_is_broken_prefill_goes_on(run: Run) -> None:  # noqa: F811
     run(scenario)
 
 
-def test_what_stays_broken_ends_on_both_sides(run: Run) -> None:  # noqa: F811
+def test_what_stays_broken_ends_on_both_sides(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.sender()
         running = asyncio.create_task(sender.run())
@@ -150,7 +148,7 @@ def test_what_stays_broken_ends_on_both_sides(run: Run) -> None:  # noqa: F811
     run(scenario, config=replace(CONFIG, resume_s=0.3))
 
 
-def test_without_a_time_to_resume_it_ends_at_once(run: Run) -> None:  # noqa: F811
+def test_without_a_time_to_resume_it_ends_at_once(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         break_after(ends, lambda frame: isinstance(frame, Chunk))
         await ended_with(ends, ends.ready_sender(), StreamLost)
@@ -159,7 +157,7 @@ def test_without_a_time_to_resume_it_ends_at_once(run: Run) -> None:  # noqa: F8
     run(scenario, config=replace(CONFIG, resume_s=0.0))
 
 
-def test_before_there_is_a_lease_it_ends(run: Run) -> None:  # noqa: F811
+def test_before_there_is_a_lease_it_ends(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         held = ends.target.take("other", LAYOUT.block_size * 16)
         running = asyncio.create_task(ends.ready_sender().run())
@@ -173,7 +171,7 @@ def test_before_there_is_a_lease_it_ends(run: Run) -> None:  # noqa: F811
     run(scenario)
 
 
-def test_a_receiver_that_started_anew_knows_nothing_of_it(run: Run) -> None:  # noqa: F811
+def test_a_receiver_that_started_anew_knows_nothing_of_it(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         def of_another_life(message: bytes) -> list[bytes]:
             if isinstance(decode(message), Resume):
@@ -196,7 +194,7 @@ def test_a_receiver_that_started_anew_knows_nothing_of_it(run: Run) -> None:  # 
     run(scenario)
 
 
-def test_the_sender_knows_first_and_takes_over(run: Run) -> None:  # noqa: F811
+def test_the_sender_knows_first_and_takes_over(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.sender()
         running = asyncio.create_task(sender.run())

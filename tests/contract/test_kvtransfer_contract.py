@@ -2,174 +2,40 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from unittest.mock import patch
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kvtransfer import sender as sender_module
-from kvtransfer.client import KvSender
-from kvtransfer.config import KvTransferConfig
-from kvtransfer.digest import token_digest
 from kvtransfer.errors import (
     ChunkRejected,
     DeadlineExceeded,
     HostFailed,
     LeaseExpired,
-    PhasewiseTransferError,
     StreamLost,
     TransferAborted,
     TransferEnded,
     TransferRefused,
 )
 from kvtransfer.frames import Ack, Chunk, Commit, Finish, Granted, Nack, Renew, Reserve
-from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.layout import blocks_needed
 from kvtransfer.sender import MAX_RESENDS
 from kvtransfer.session import TransferReport
 from kvtransfer.wire import CHUNK_HEADER_BYTES, decode
-from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost, unchanged
-from tests.support.kvtransfer_ways import WAYS, Way, transport_of, way_to
-from tests.support.nixl_double import nixl_agents
-from tests.support.waiting import until
-
-#: One block of one layer in each chunk: many chunks of little KV.
-CONFIG = KvTransferConfig(
-    lease_s=20.0, resume_s=0.5, max_chunk_bytes=LAYOUT.token_bytes * LAYOUT.block_size, credits=3
+from tests.support.kvtransfer_ends import (
+    CONFIG,
+    DIGEST,
+    NUM_BLOCKS,
+    NUM_TOKENS,
+    TOKEN_IDS,
+    Ends,
+    Run,
+    ended_with,
+    owned,
+    tell_all,
 )
-NUM_TOKENS = 11
-NUM_BLOCKS = blocks_needed(NUM_TOKENS, LAYOUT.block_size)
-TOKEN_IDS = (42,)
-DIGEST = token_digest(range(NUM_TOKENS))
-
-
-@dataclass
-class Ends:
-    """Both hosts and the way between them."""
-
-    source: FakeKvHost
-    target: FakeKvHost
-    way: Way
-    transport: str
-    config: KvTransferConfig
-
-    def sender(
-        self,
-        transfer_id: str = "t1",
-        *,
-        num_tokens: int = NUM_TOKENS,
-        num_more: int = 5,
-        incarnation: int | None = None,
-        timeout_s: float = 30.0,
-    ) -> KvSender:
-        """Of a sequence with random KV, about which the transfer is told nothing yet."""
-        block_ids = self.source.take(transfer_id, num_tokens)
-        self.source.fill(block_ids, seed=num_tokens)
-        return KvSender(
-            self.source,
-            self.way.channel,
-            transfer_id=transfer_id,
-            block_ids=block_ids,
-            num_tokens=num_tokens,
-            max_tokens=num_tokens + num_more,
-            token_digest=DIGEST,
-            peer_incarnation=self.target.incarnation if incarnation is None else incarnation,
-            timeout_s=timeout_s,
-            config=self.config,
-            data_channels=self.way.data_channels,
-        )
-
-    def ready_sender(
-        self, transfer_id: str = "t1", *, num_tokens: int = NUM_TOKENS, **more: float
-    ) -> KvSender:
-        """Of a sequence that is prefilled already."""
-        sender = self.sender(transfer_id, num_tokens=num_tokens, **more)  # type: ignore[arg-type]
-        tell_all(sender, num_tokens)
-        return sender
-
-    async def both_idle(self) -> None:
-        """The receiver has no transfer left."""
-        await until(lambda: self.way.receiver.num_transfers == 0, "the receiver has ended its transfers")
-
-
-def tell_all(sender: KvSender, num_tokens: int = NUM_TOKENS) -> None:
-    sender.kv_ready(0, LAYOUT.num_layers, 0, num_tokens)
-    sender.prefill_finished(TOKEN_IDS)
-
-
-Scenario = Callable[[Ends], Awaitable[None]]
-Run = Callable[..., None]
-
-
-@asynccontextmanager
-async def ends_of(
-    kind: str, config: KvTransferConfig, layout: KvLayout, num_target_blocks: int
-) -> AsyncIterator[Ends]:
-    transport = transport_of(kind)
-    with nixl_agents() as become_reader:
-        source = FakeKvHost(num_blocks=200, is_shared=transport == "shm", is_in_nixl=transport == "nixl")
-        become_reader()
-        async with ends_between(kind, source, config, layout, num_target_blocks) as ends:
-            yield ends
-    source.close()
-
-
-@asynccontextmanager
-async def ends_between(
-    kind: str, source: FakeKvHost, config: KvTransferConfig, layout: KvLayout, num_target_blocks: int
-) -> AsyncIterator[Ends]:
-    """The same, to a new host."""
-    target = FakeKvHost(layout, num_blocks=num_target_blocks, incarnation=6)
-    # Chunks that are copied in place are as small as others here: many of little KV.
-    small = dict.fromkeys(sender_module.IN_PLACE_BYTES, config.max_chunk_bytes)
-    with patch.dict(sender_module.IN_PLACE_BYTES, small):
-        async with way_to(kind, source, target, config) as way:
-            ends = Ends(source, target, way, transport_of(kind), config)
-            yield ends
-            await ends.both_idle()
-            assert way.receiver.num_leases == 0
-            way.receiver.check_invariants()
-            for transfer_id in list(target.committed):
-                target.end_sequence(transfer_id)
-            for host in (source, target):
-                host.check_all_returned()
-                assert host.num_free == len(host.owners)
-
-
-@pytest.fixture(params=WAYS)
-def run(request: pytest.FixtureRequest) -> Run:
-    """Runs a scenario on one way; at its end both pools are whole and no task is left."""
-
-    def run_it(
-        scenario: Scenario,
-        *,
-        config: KvTransferConfig = CONFIG,
-        layout: KvLayout = LAYOUT,
-        num_target_blocks: int = 16,
-    ) -> None:
-        async def whole() -> None:
-            async with asyncio.timeout(60):
-                async with ends_of(request.param, config, layout, num_target_blocks) as ends:
-                    await scenario(ends)
-                await until(
-                    lambda: asyncio.all_tasks() == {asyncio.current_task()},
-                    "all tasks of the transfers and their way are over",
-                )
-
-        asyncio.run(whole())
-
-    return run_it
-
-
-async def ended_with(ends: Ends, sender: KvSender, error: type[PhasewiseTransferError]) -> str:
-    """Its message; the sender's blocks are back by then."""
-    with pytest.raises(error) as caught:
-        await sender.run()
-    assert ends.source.num_free == len(ends.source.owners)
-    return str(caught.value)
-
+from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost, unchanged
+from tests.support.waiting import until
 
 # It goes well.
 
@@ -336,7 +202,7 @@ def test_a_damaged_chunk_is_sent_again(run: Run) -> None:
 
         ends.way.channel.to_receiver = damage_each_once
         sender = ends.ready_sender()
-        sent = ends.source.content(_owned(ends.source, "t1"), NUM_TOKENS).copy()
+        sent = ends.source.content(owned(ends.source, "t1"), NUM_TOKENS).copy()
         report = await sender.run()
         # Counted once each, though all were sent twice.
         assert report.num_bytes == sent.nbytes
@@ -488,7 +354,7 @@ def test_a_receiver_that_vanishes_ends_the_sender(run: Run, after: type) -> None
             # All was said by then: it may have been done too.
             assert after is Finish
         if after is Reserve:
-            ends.target.release("other", _owned(ends.target, "other"), "the test is over")
+            ends.target.release("other", owned(ends.target, "other"), "the test is over")
 
     run(scenario)
 
@@ -562,8 +428,3 @@ def test_one_transfer_that_misbehaves_harms_no_other(run: Run) -> None:
 def _is_chunk(message: bytes, number: int) -> bool:
     frame = decode(message)
     return isinstance(frame, Chunk) and frame.sequence_number == number
-
-
-def _owned(host: FakeKvHost, owner: str) -> list[int]:
-    """In the order of the sequence, which FakeKvHost makes the reverse of the pool's."""
-    return [i for i, held_by in reversed(list(enumerate(host.owners))) if held_by == owner]

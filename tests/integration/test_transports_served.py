@@ -1,6 +1,9 @@
 """How KV goes between two worker processes: by itself, by what is forced, and what is told of it."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from tests.support.worker_client import (
     handed_off,
     prompt,
 )
-from tests.support.worker_process import worker_processes
+from tests.support.worker_process import ROOT, worker_processes
 from workers.api import FailureCode, KvTransferred, WorkerStatus
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
@@ -121,3 +124,13 @@ def test_a_way_that_the_other_worker_does_not_offer_is_refused_by_name(model_pat
         code, reason = asyncio.run(scenario(prefill.address, decode.address))
     assert code is FailureCode.TRANSFER
     assert "kvTransfer.transport is shm, which cannot be had" in reason
+
+
+@pytest.mark.parametrize("transport", ["auto", "grpc"])
+def test_the_example_of_the_package_alone_runs(transport: str) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "03_kv_transfer.py"), "--transport", transport]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("what arrived is what was sent\n")
+    assert f"by {'shm' if transport == 'auto' else 'grpc'}" in done.stdout

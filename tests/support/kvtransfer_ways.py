@@ -105,12 +105,13 @@ class Way:
 
 @asynccontextmanager
 async def way_to(
-    kind: str, source: FakeKvHost, host: FakeKvHost, config: KvTransferConfig
+    kind: str, sources: Sequence[FakeKvHost], host: FakeKvHost, config: KvTransferConfig
 ) -> AsyncIterator[Way]:
-    """A receiver that serves `host`, and the way to it from `source`."""
+    """A receiver that serves `host`, and the way to it from `sources`."""
     control, transport, num_streams = _WAYS[kind]
     others = {"in_process", "shm", "cuda_ipc", "nixl"} - {transport}
-    source.watched.hides_from = tuple(others)
+    for source in sources:
+        source.watched.hides_from = tuple(others)
     serve = {"queues": _queues, "grpc": _grpc}[control]
     async with serve(host, config, num_streams) as way:
         yield way

@@ -102,10 +102,6 @@ class IncomingKv:
             or any(one.request.transfer_id == transfer_id for one in self._waiting)
         )
 
-    def is_receiving(self, transfer_id: str) -> bool:
-        """True while it fills blocks."""
-        return transfer_id in self._receiving
-
     def is_given_up(self, transfer_id: str) -> bool:
         """Its request is over, or came too late."""
         return transfer_id in self._given_up

@@ -9,16 +9,19 @@ def note(
     *,
     is_sending: bool = True,
     num_bytes: int = 100,
+    num_wire_bytes: int | None = None,
+    transport: str = "grpc",
     busy_s: float = 1.0,
     problem: str = "",
 ) -> None:
     peers.note(
         address,
         is_sending=is_sending,
-        transport="grpc",
+        transport=transport,
         reason="no offer",
         codec="none",
         num_bytes=num_bytes,
+        num_wire_bytes=num_bytes if num_wire_bytes is None else num_wire_bytes,
         busy_s=busy_s,
         problem=problem,
     )
@@ -35,25 +38,38 @@ def test_transfers_to_and_from_a_peer_are_counted_apart() -> None:
 
 def test_the_rate_is_an_average_that_follows_the_last_transfers() -> None:
     peers = PeerCounts()
-    assert peers.bytes_per_s("a:1") is None
+    assert peers.link_bytes_per_s("a:1") is None
     note(peers, num_bytes=100)
     note(peers, num_bytes=200)
-    assert peers.bytes_per_s("a:1") == 100 + RATE_WEIGHT * 100
-    assert peers.bytes_per_s("b:1") is None
+    assert peers.link_bytes_per_s("a:1") == 100 + RATE_WEIGHT * 100
+    assert peers.link_bytes_per_s("b:1") is None
 
 
 def test_a_rate_in_either_direction_stands_for_the_way_and_the_lower_one_for_both() -> None:
     peers = PeerCounts()
     note(peers, is_sending=False, num_bytes=300)
-    assert peers.bytes_per_s("a:1") == 300.0
+    assert peers.link_bytes_per_s("a:1") == 300.0
     note(peers, num_bytes=100)
-    assert peers.bytes_per_s("a:1") == 100.0
+    assert peers.link_bytes_per_s("a:1") == 100.0
+
+
+def test_a_codec_does_not_make_a_way_faster() -> None:
+    peers = PeerCounts()
+    note(peers, num_bytes=400, num_wire_bytes=100)
+    [peer] = peers.all()
+    assert (peer.bytes_per_s, peers.link_bytes_per_s("a:1")) == (400.0, 100.0)
+
+
+def test_of_what_is_copied_in_place_all_is_carried() -> None:
+    peers = PeerCounts()
+    note(peers, num_bytes=400, num_wire_bytes=1, transport="shm")
+    assert peers.link_bytes_per_s("a:1") == 400.0
 
 
 def test_a_transfer_that_took_no_time_has_no_rate() -> None:
     peers = PeerCounts()
     note(peers, busy_s=0.0)
-    assert peers.bytes_per_s("a:1") is None
+    assert peers.link_bytes_per_s("a:1") is None
 
 
 def test_a_transfer_that_failed_leaves_its_problem_and_no_rate() -> None:

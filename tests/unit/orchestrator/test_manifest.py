@@ -369,11 +369,20 @@ def test_threads_beyond_the_cpus_of_the_machine_are_warned_of() -> None:
     assert warning.startswith("spec.workers: they compute with 4 threads in all and this machine has 3 CPUs")
 
 
-def test_block_sizes_are_equal_or_kv_could_not_move() -> None:
+def test_block_sizes_may_differ_between_groups() -> None:
     text = manifest(workers=[group("a", "prefill"), group("b", "decode", engine={"blockSize": 32})])
-    assert only_problem(text).startswith(
-        "spec.workers[1].engine.blockSize: is 32 and that of 'a' is 16; allowed:"
-    )
+    assert [one.engine.block_size for one in parse(text).spec.workers] == [16, 32]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"transport": "shm", "codec": "fp8"}, "codec: is fp8, and with transport shm nothing is packed"),
+        ({"transport": "in_process", "streams": 2}, "streams: is 2, and with transport in_process no chunks"),
+    ],
+)
+def test_what_would_have_no_effect_on_transfers_is_refused(keys: dict[str, object], message: str) -> None:
+    assert f"spec.kvTransfer.{message}" in only_problem(manifest(kvTransfer=keys))
 
 
 def test_token_budget_reaches_for_all_sequences_and_a_block() -> None:
