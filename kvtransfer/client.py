@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 
 from kvtransfer.codecs.codec import CodecId
@@ -21,9 +22,11 @@ from kvtransfer.session import (
     StreamBroke,
     TransferReport,
 )
-from kvtransfer.stream import MessageChannel
+from kvtransfer.stream import MessageChannel, MessageStream
 from kvtransfer.transports.choice import offers_of
 from kvtransfer.wire import encode
+
+logger = logging.getLogger(__name__)
 
 
 class KvSender:
@@ -158,18 +161,34 @@ class KvSender:
                 group.create_task(self._send_by(channel, attach))
 
     async def _send_by(self, channel: MessageChannel, attach: Attach) -> None:
+        """Let chunks leave by this channel. One that fails is not used again by this transfer."""
         try:
             stream = channel.open()
-        except ConnectionError as error:
-            self._session.post(StreamBroke(f"a stream of chunks: {error}"))
-            return
-        try:
             await stream.write(encode(attach))
-            await self._session.send_chunks(stream)
         except ConnectionError as error:
-            self._session.post(StreamBroke(f"a stream of chunks: {error}"))
+            # Nothing was sent by it: the others do.
+            logger.info("chunk_stream_unavailable transfer_id=%s reason=%s", attach.transfer_id, error)
+            return
+        watching = asyncio.create_task(self._watch(stream))
+        try:
+            await self._session.send_chunks(stream)
         finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             await stream.close()
+
+    async def _watch(self, stream: MessageStream) -> None:
+        """The receiver says nothing on a stream of chunks: a word, or an error, means that what was sent may be lost."""
+        try:
+            message = await stream.read()
+        except ConnectionError as error:
+            problem = str(error)
+        else:
+            if message is None:
+                return
+            problem = "the receiver does not take it"
+        self._data_channels = ()
+        self._session.post(StreamBroke(f"a stream of chunks: {problem}"))
 
     def _note_grant(self) -> None:
         if self._machine.granted is not None or self._machine.is_ended:
@@ -206,6 +225,7 @@ async def fetch(
         resume_s=0.0,
         max_in_flight=config.credits,
         now_s=loop.time(),
+        problem_of=lambda answer: _not_asked_for(answer, transfer_id, block_hashes, min_tokens),
     )
     session = Session(machine, host, pools=pools)
     request = Fetch(
@@ -227,3 +247,19 @@ async def fetch(
         raise outcome.error
     assert machine.request is not None
     return machine.request.num_tokens, machine.transport, machine.transport_reason
+
+
+def _not_asked_for(
+    answer: Reserve, transfer_id: str, block_hashes: Sequence[bytes], min_tokens: int
+) -> str | None:
+    """Why this is no answer to a fetch; None when it is: whole blocks from the beginning of what was asked for."""
+    size = answer.layout.block_size
+    num_blocks = answer.num_tokens // size
+    is_whole = answer.num_tokens == answer.max_tokens == num_blocks * size
+    if answer.transfer_id != transfer_id or answer.num_parts != 1:
+        return "another transfer was fetched"
+    if not is_whole or not 0 < num_blocks <= len(block_hashes) or answer.num_tokens < min_tokens:
+        return f"{answer.num_tokens} tokens are not what was fetched"
+    if answer.token_digest != block_hashes[num_blocks - 1]:
+        return "other tokens were fetched"
+    return None

@@ -53,13 +53,13 @@ class PeerCounts:
         return list(self._peers.values())
 
     def link_bytes_per_s(self, address: str) -> float | None:
-        """What the way there carries, as last measured in either direction; None before the first transfer.
+        """What the way there carries, as last measured by sending; None before the first transfer.
 
-        Of what is copied in place all of it is counted, packed or not: a codec does not make a way faster.
+        A codec does not make a way faster; of what is copied in place all is counted. What was got from there does not
+        count: that time holds the steps of the other's engine, which answers between them.
         """
-        known = [self._peers.get((address, is_sending)) for is_sending in (True, False)]
-        rates = [peer.wire_bytes_per_s for peer in known if peer is not None and peer.wire_bytes_per_s > 0]
-        return min(rates, default=None)
+        peer = self._peers.get((address, True))
+        return peer.wire_bytes_per_s if peer is not None and peer.wire_bytes_per_s > 0 else None
 
     def note(
         self,

@@ -91,6 +91,8 @@ class Session:
         #: Of a suspended sender: when to open the next stream.
         self.reconnect_delay_s = 0.0
         self.num_corrupt_chunks = 0
+        #: Streams of chunks that are being read.
+        self.num_feeds = 0
         self._host = host
         self._block_ids = block_ids
         self._pools = pools
@@ -120,7 +122,10 @@ class Session:
     def post(self, event: object) -> None:
         """Let the machine handle an event, and do what it says."""
         try:
-            for action in self.machine.handle(event, self._loop.time()):
+            actions = self.machine.handle(event, self._loop.time())
+            # First: what is performed may come back here, and ask how it ended.
+            self.outcome = next((one for one in actions if isinstance(one, End)), self.outcome)
+            for action in actions:
                 self._perform(action)
         finally:
             if self.machine.is_ended and not self._ended.is_set():
@@ -161,11 +166,13 @@ class Session:
 
     async def feed(self, stream: MessageStream) -> None:
         """Receiver: take chunks from one more stream until it ends. One that breaks is the sender's to resume."""
+        self.num_feeds += 1
         reading = asyncio.create_task(self._read(stream, waits_for_room=True, is_main=False))
         ended = asyncio.create_task(self._ended.wait())
         try:
             await asyncio.wait((reading, ended), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self.num_feeds -= 1
             for task in (reading, ended):
                 task.cancel()
             await asyncio.gather(reading, ended, return_exceptions=True)
@@ -207,7 +214,7 @@ class Session:
             case ReleaseBlocks():
                 self._host.release(self.machine.transfer_id, action.block_ids, action.reason)
             case End():
-                self.outcome = action
+                pass
 
     def _write_chunk(self, action: WriteChunk) -> ChunkWritten | ChunkDamaged | HostBroke:
         """Copy and check in one pass: what is wrong is in the transfer's blocks then, where nobody looks before all is right."""
@@ -283,6 +290,11 @@ class Session:
         except ReservationRefused as refusal:
             self._host.release(self.machine.transfer_id, block_ids, refusal.reason)
             self.post(ReservationDenied(refusal.reason, refusal.retryable))
+        except Exception as error:
+            # What another process says of its pool may be anything.
+            logger.exception("pool_open_failed transfer_id=%s", self.machine.transfer_id)
+            self._host.release(self.machine.transfer_id, block_ids, f"opening the sender's pool: {error}")
+            self.post(HostBroke(f"opening the sender's pool: {error}"))
         else:
             self.post(BlocksReserved(block_ids, transport, why))
 
@@ -357,18 +369,20 @@ class Session:
         is_broken = False
         while True:
             item = await outbox.get()
-            if self._outbox.qsize() < MAX_QUEUED_FRAMES:
-                self._has_room.set()
-            message = None if is_broken else await self._encode(item)
-            if message is not None:
-                try:
+            try:
+                if self._outbox.qsize() < MAX_QUEUED_FRAMES:
+                    self._has_room.set()
+                message = None if is_broken else await self._encode(item)
+                if message is not None:
                     await stream.write(message)
-                except ConnectionError as error:
-                    # The reader says how the main stream ended: what came before may be the reason.
-                    is_broken = True
-                    if not is_main:
-                        self.post(StreamBroke(f"a stream of chunks: {error}"))
-            outbox.task_done()
+            except ConnectionError as error:
+                # The reader says how the main stream ended: what came before may be the reason.
+                is_broken = True
+                if not is_main:
+                    self.post(StreamBroke(f"a stream of chunks: {error}"))
+            finally:
+                # Also when it is cancelled: whoever waits for the queue to be empty would wait for this.
+                outbox.task_done()
 
     async def _encode(self, item: SendFrame | SendChunk) -> bytes | None:
         """None for a chunk that must not be sent any more, or that the host could not read."""

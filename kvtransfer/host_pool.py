@@ -9,7 +9,7 @@ from kvtransfer.pieces import PoolGeometry, check_span
 from kvtransfer.pool import KvSpan, PoolOffer, span_bytes
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transports import in_process, nixl, shm
-from phasewise_kernels.kv_copy.op import copy_pieces
+from phasewise_kernels.kv_copy.op import copy_pieces, has_kernel
 
 #: Largest value of float8_e4m3fn.
 MAX_FP8 = 448.0
@@ -37,6 +37,8 @@ class HostPool:
         is_in_nixl: bool = False,
     ) -> None:
         _check_tensor(kv_cache, layout)
+        # Compiled now: at the first chunk it would keep the loop from everything else, longer than a lease perhaps.
+        has_kernel()
         self._layout = layout
         #: Held, so that it can be opened as long as there is a pool.
         self._shared_memory = memory

@@ -5,6 +5,7 @@ transfer's alone: no other sequence can own a block that a late chunk is written
 """
 
 import math
+from collections.abc import Callable
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.digest import transfer_digest
@@ -79,7 +80,7 @@ class ReceiverMachine(Machine):
 
     leases: of this worker, shared by its transfers. lease_s: how long a silent sender keeps its blocks,
     and how long a stream may take to say what it wants. resume_s: how long the lease outlives a broken stream; 0
-    ends it. max_in_flight: chunks, the credits of the sender.
+    ends it. max_in_flight: chunks, the credits of the sender. problem_of: why a request is not the one that is waited for.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class ReceiverMachine(Machine):
         resume_s: float,
         max_in_flight: int,
         now_s: float,
+        problem_of: Callable[[Reserve], str | None] = lambda _request: None,
     ) -> None:
         super().__init__(TABLE)
+        self._problem_of = problem_of
         self._resume_s = resume_s
         self._layout = layout
         self._incarnation = incarnation
@@ -216,6 +219,7 @@ class ReceiverMachine(Machine):
         mismatch = incompatibility(event.layout, self._layout)
         if mismatch is None and event.num_parts == 1:
             mismatch = _missing_heads(event.layout, self._layout)
+        mismatch = mismatch or self._problem_of(event)
         if mismatch is not None:
             return self._refuse(mismatch, retryable=False)
         self._do(ReserveBlocks(event))

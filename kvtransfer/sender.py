@@ -232,6 +232,8 @@ class SenderMachine(Machine):
         if event.sequence_number >= self._chunks.num_sent:
             return self._violation(f"it acknowledges chunk {event.sequence_number}, which was never sent")
         self._chunks.acknowledge(event.sequence_number, now_s)
+        # It gets on: the next break is one of its own.
+        self._num_reconnects = 0
         return self._advance(now_s)
 
     def _repeat(self, event: Nack, now_s: float) -> TransferState:
@@ -289,7 +291,6 @@ class SenderMachine(Machine):
             return self._stream_broke(event, now_s)
         self._state_before, self._broken_by = self.state, event.reason
         self._suspended_at_s = now_s
-        self._num_reconnects = 0
         return self._reconnect(event, now_s)
 
     def _reconnect(self, _event: StreamBroke, _now_s: float) -> TransferState:

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: Transfers that are served at a time; one more is refused. Each holds at most its credits' chunks in memory.
 MAX_SESSIONS = 1024
+#: Streams that bring the chunks of one transfer.
+MAX_FEEDS = 16
+#: How long a new stream may take to say what it is for, in seconds.
+FIRST_FRAME_S = 5.0
 
 
 class KvTransferServer:
@@ -127,10 +131,10 @@ class KvTransferServer:
     async def _first_frame(self, stream: MessageStream) -> Frame | None:
         """What the stream is for; what to answer when that is not known; None when it is gone."""
         try:
-            async with asyncio.timeout(self._config.lease_s):
+            async with asyncio.timeout(min(self._config.lease_s, FIRST_FRAME_S)):
                 message = await stream.read()
         except TimeoutError:
-            return Ended(f"nothing was said for {self._config.lease_s:g} s")
+            return Ended("nothing was said")
         except ConnectionError:
             return None
         if message is None:
@@ -142,9 +146,10 @@ class KvTransferServer:
         if not isinstance(first, (Reserve, Resume, Attach, Fetch)):
             return Ended(f"a stream does not begin with {type(first).__name__}")
         if self._closed_reason is not None:
-            return Ended(self._closed_reason)
+            return Abort(self._closed_reason) if isinstance(first, Fetch) else Ended(self._closed_reason)
         if len(self._sessions) + len(self._fetched) >= MAX_SESSIONS and isinstance(first, (Reserve, Fetch)):
-            return Refused(f"{MAX_SESSIONS} transfers are served already", retryable=True)
+            reason = f"{MAX_SESSIONS} transfers are served already"
+            return Abort(reason) if isinstance(first, Fetch) else Refused(reason, retryable=True)
         return first
 
     async def _begin(self, request: Reserve, stream: MessageStream) -> None:
@@ -193,6 +198,8 @@ class KvTransferServer:
             await _say(stream, Ended("no such transfer is served here"))
         elif (request.lease_id, request.incarnation) != (session.machine.lease_id, self._host.incarnation):
             await _say(stream, Ended(f"lease {request.lease_id} is not that of this transfer"))
+        elif session.num_feeds >= MAX_FEEDS:
+            await _say(stream, Ended(f"{MAX_FEEDS} streams bring its chunks already"))
         else:
             await session.feed(stream)
 
@@ -243,7 +250,7 @@ class KvTransferServer:
             await _say(stream, Abort(reason))
             return
         try:
-            async with asyncio.timeout(fetch.timeout_s):
+            async with asyncio.timeout(min(fetch.timeout_s, self._config.lease_s)):
                 cached = await self._host.find_cached(
                     fetch.transfer_id, fetch.block_hashes, min_tokens=fetch.min_tokens
                 )
@@ -252,6 +259,10 @@ class KvTransferServer:
         except ReservationRefused as refusal:
             await _say(stream, Abort(refusal.reason))
         else:
+            if self._closed_reason is not None:
+                self._host.release(fetch.transfer_id, cached.block_ids, self._closed_reason)
+                await _say(stream, Abort(self._closed_reason))
+                return
             await self._send_cached(fetch, cached, stream)
 
     async def _send_cached(self, fetch: Fetch, cached: CachedKv, stream: MessageStream) -> None:

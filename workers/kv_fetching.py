@@ -47,13 +47,16 @@ class KvFetching:
         self._config = config
         self._pools = TransportOpener(config.transport)
         #: By transfer id. Bounded by the requests that wait in the engine.
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[int]] = {}
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
 
     def start(self, wanted: FetchPrefix) -> None:
         """Ask its peers, one after the other, for what the engine wants."""
-        self._tasks[wanted.transfer_id] = asyncio.create_task(self._run(wanted))
+        task = asyncio.create_task(self._ask_all(wanted))
+        self._tasks[wanted.transfer_id] = task
+        # Also of one that is cancelled before it has begun.
+        task.add_done_callback(lambda done: self._ended(wanted.transfer_id, done))
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Its request is over. Nothing happens when nothing is fetched under this id."""
@@ -69,17 +72,21 @@ class KvFetching:
                 task.cancel(reason)
             await asyncio.wait(self._tasks.values())
 
-    async def _run(self, wanted: FetchPrefix) -> None:
+    def _ended(self, transfer_id: str, task: "asyncio.Task[int]") -> None:
+        del self._tasks[transfer_id]
         num_tokens = 0
-        try:
-            if self._config.is_prefix_fetched and not self._is_closed:
-                num_tokens = await self._ask_all(wanted)
-        finally:
-            del self._tasks[wanted.transfer_id]
-            self._post(PrefixFetched(wanted.transfer_id, num_tokens))
+        if not task.cancelled():
+            error = task.exception()
+            if error is None:
+                num_tokens = task.result()
+            else:
+                logger.error("prefix_fetch_broke transfer_id=%s", transfer_id, exc_info=error)
+        self._post(PrefixFetched(transfer_id, num_tokens))
 
     async def _ask_all(self, wanted: FetchPrefix) -> int:
         """Tokens that came from the first peer that had enough."""
+        if self._is_closed or not self._config.is_prefix_fetched:
+            return 0
         layout = self._host.pool.layout
         num_tokens = len(wanted.block_hashes) * layout.block_size
         timeout_s = min(wanted.timeout_s, TIMEOUT_FRACTION * num_tokens / wanted.prefill_tokens_per_s)

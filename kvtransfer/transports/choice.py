@@ -26,6 +26,8 @@ class TransportOpener:
         """See driver.PoolOpener."""
         if self._choice is TransportChoice.GRPC:
             return "grpc", None, "kvTransfer.transport is grpc"
+        # Those of workers that have ended take memory for nothing.
+        self._pools.close_gone()
         is_auto = self._choice is TransportChoice.AUTO
         allowed = [one for one in offers if is_auto or one.transport == self._choice]
         transport, pool, notes = self._pools.open(allowed)

@@ -44,6 +44,7 @@ from workers.engine.messages import (
     Output,
     PrefixFetched,
     ReleaseTransfer,
+    ReservationRefused,
     ReserveBlocks,
     TransferFailed,
     TransferSent,
@@ -190,7 +191,7 @@ class Engine:
             case TransferSent() | TransferFailed():
                 self._transfer_ended(message, now_s)
             case FindCached():
-                self._outputs.append(self._fetching.find(message, now_s))
+                self._find_cached(message, now_s)
             case PrefixFetched():
                 self._prefix_fetched(message)
             case _:
@@ -329,6 +330,14 @@ class Engine:
         self._num_fetching += 1
         self._outputs.append(wanted)
         return True
+
+    def _find_cached(self, wanted: FindCached, now_s: float) -> None:
+        name = wanted.transfer_id
+        if name in self._by_transfer or self._outgoing.holds(name) or self._incoming.knows(name):
+            # Another worker chose it: its blocks must not be taken for those of a hand-off.
+            self._outputs.append(ReservationRefused(name, "this transfer id is in use here already", False))
+        else:
+            self._outputs.append(self._fetching.find(wanted, now_s))
 
     def _prefix_fetched(self, fetched: PrefixFetched) -> None:
         """Its prompt waits for prefill like any other, whatever has come."""

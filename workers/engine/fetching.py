@@ -22,8 +22,8 @@ from workers.engine.messages import (
 )
 from workers.engine.sequence import Sequence
 
-#: Blocks that are not worth asking others for.
-MIN_BLOCKS = 2
+#: Fewer blocks are not worth asking others for; more do not fit into one question.
+MIN_BLOCKS, MAX_BLOCKS = 2, 2048
 
 
 @dataclass(slots=True)
@@ -35,6 +35,8 @@ class _Fetch:
     token_ids: tuple[int, ...]
     since_s: float
     block_ids: tuple[int, ...] = ()
+    #: Nobody waits for it any more; its blocks are still to come back.
+    is_over: bool = False
 
 
 class PrefixFetching:
@@ -80,6 +82,7 @@ class PrefixFetching:
         num_whole = (len(sequence.token_ids) - 1) // size
         if num_whole - num_known < MIN_BLOCKS:
             return None
+        num_whole = min(num_whole, num_known + MAX_BLOCKS)
         sequence.hash_blocks(num_whole, size)
         self._num_started += 1
         transfer_id = f"prefix-{sequence.key.request_id}-{sequence.key.attempt}-{self._num_started}"
@@ -102,9 +105,15 @@ class PrefixFetching:
         size = self._pool.block_size
         num_blocks = blocks_needed(request.max_tokens, size)
         problem = None
-        if fetch.block_ids:
+        if fetch.is_over:
+            problem = "nobody waits for it any more"
+        elif fetch.block_ids:
             problem = "it has its blocks already"
-        elif request.num_tokens % size or not 0 < num_blocks < len(fetch.chain):
+        elif (
+            request.num_tokens != request.max_tokens
+            or request.num_tokens % size
+            or not 0 < num_blocks < len(fetch.chain)
+        ):
             problem = f"{request.num_tokens} tokens are not what was asked for"
         elif num_blocks > self._pool.num_available - num_kept:
             problem = "there are no blocks for it"
@@ -126,19 +135,27 @@ class PrefixFetching:
                 tokens = fetch.token_ids[i * size : (i + 1) * size]
                 self._pool.store(block_id, fetch.chain[i + 1], fetch.chain[i], tokens)
         self._pool.release(block_ids)
+        self._forget_if_over(commit.transfer_id, fetch)
         return True
 
+    def _forget_if_over(self, transfer_id: str, fetch: _Fetch) -> None:
+        if fetch.is_over and not fetch.block_ids:
+            del self._fetches[transfer_id]
+
     def end(self, transfer_id: str) -> RequestKey | None:
-        """The fetch is over; whose it was. None when it is not known. Its blocks have come back before."""
-        fetch = self._fetches.pop(transfer_id, None)
-        if fetch is None:
+        """The fetch is over; whose it was. None when it is not known. Its blocks come back by the transfer's word."""
+        fetch = self._fetches.get(transfer_id)
+        if fetch is None or fetch.is_over:
             return None
-        assert not fetch.block_ids, transfer_id
+        fetch.is_over = True
+        self._forget_if_over(transfer_id, fetch)
         return fetch.key
 
     def transfer_of(self, key: RequestKey) -> str | None:
         """Under which id the beginning of this request's prompt comes."""
-        return next((name for name, fetch in self._fetches.items() if fetch.key == key), None)
+        return next(
+            (name for name, fetch in self._fetches.items() if fetch.key == key and not fetch.is_over), None
+        )
 
     # What others get.
 
@@ -175,4 +192,5 @@ class PrefixFetching:
             return False
         self._pool.release(fetch.block_ids)
         fetch.block_ids = ()
+        self._forget_if_over(transfer_id, fetch)
         return True

@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.engine_fakes import (
     BOTH,
+    PREFILL,
     assert_empty,
     assert_ledger,
     key,
@@ -110,6 +111,33 @@ def test_an_aborted_request_ends_its_fetch_and_the_blocks_come_back_by_the_trans
     engine.handle(ReleaseTransfer(wanted.transfer_id, blocks, "aborted"), 1.0)
     engine.handle(PrefixFetched(wanted.transfer_id, 0), 1.0)
     assert_empty(engine)
+
+
+def test_a_fetch_that_ends_before_its_blocks_are_back_keeps_them_until_they_are() -> None:
+    engine = engine_of()
+    wanted = wanted_by(engine, with_peers())
+    blocks = reserved(engine, wanted, 16)
+    # As when its time is over while the blocks are on their way to it.
+    engine.handle(PrefixFetched(wanted.transfer_id, 0), 1.0)
+    engine.handle(CancelReservation(wanted.transfer_id), 1.0)
+    engine.check_invariants()
+    assert_ledger(engine, 1.0)
+    assert engine.block_counts().leased == len(blocks)
+    engine.handle(ReleaseTransfer(wanted.transfer_id, blocks, "nobody waits for these blocks any more"), 1.0)
+    assert engine.block_counts().leased == 0
+    engine.check_invariants()
+    assert run_step(engine, 1.0) is not None
+
+
+def test_a_fetch_that_is_named_like_a_hand_off_is_refused() -> None:
+    engine = engine_of()
+    engine.handle(submit("r1", PREFILL, num_prompt=18), 0.0)
+    run_step(engine, 0.0)
+    outputs_of(engine)
+    engine.handle(FindCached("t-r1", (b"x",), 1), 0.0)
+    [refused] = outputs_of(engine)
+    assert isinstance(refused, ReservationRefused)
+    assert refused.reason == "this transfer id is in use here already"
 
 
 def test_a_deadline_ends_a_request_that_waits_for_its_beginning() -> None:
