@@ -1,10 +1,9 @@
-"""KV between pools of different block sizes, dtypes and heads, packed on its way, and fetched: on queues and in place."""
+"""KV that is packed on its way, and KV that is fetched: on queues and in place."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from kvtransfer.codecs.codec import CodecId, PageShape
 from kvtransfer.codecs.codecs import codec as codec_of
 from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.digest import token_digest
-from kvtransfer.errors import PhasewiseTransferError, TransferEnded, TransferRefused
-from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed
+from kvtransfer.errors import TransferEnded
+from kvtransfer.layout import KvLayout, blocks_needed
 from kvtransfer.server import KvTransferServer
 from kvtransfer.transports.choice import TransportOpener
 from tests.support.kvtransfer_fakes import FakeKvHost, QueueChannel
@@ -126,127 +125,6 @@ def between(request: pytest.FixtureRequest) -> Callable[..., None]:
         asyncio.run(whole())
 
     return run_it
-
-
-@pytest.mark.parametrize(("sender", "receiver"), [(4, 6), (6, 4), (1, 16), (16, 5)])
-def test_block_sizes_may_differ(between: Callable[..., None], sender: int, receiver: int) -> None:
-    async def scenario(it: Link) -> None:
-        source = it.source(replace(LAYOUT, block_size=sender))
-        sent = tokens_in(source, taken(source))
-        await it.sender(source).run()
-        assert torch.equal(it.arrived(), sent)
-
-    between(scenario, replace(LAYOUT, block_size=receiver))
-
-
-@pytest.mark.parametrize(("sender", "receiver"), list(product(DTYPE_BYTES, DTYPE_BYTES)))
-def test_dtypes_are_converted_on_arrival(between: Callable[..., None], sender: str, receiver: str) -> None:
-    async def scenario(it: Link) -> None:
-        source = it.source(replace(LAYOUT, dtype=sender, block_size=3))
-        sent = tokens_in(source, taken(source))
-        await it.sender(source).run()
-        assert torch.equal(it.arrived().float(), sent.to(getattr(torch, receiver)).float())
-
-    between(scenario, replace(LAYOUT, dtype=receiver))
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_that_have_some_of_the_heads_send_to_one_that_has_all(
-    between: Callable[..., None], num_ranks: int
-) -> None:
-    async def scenario(it: Link) -> None:
-        size = LAYOUT.num_kv_heads // num_ranks
-        sources = [
-            it.source(replace(LAYOUT, head_lo=rank * size, head_hi=rank * size + size))
-            for rank in range(num_ranks)
-        ]
-        sent = torch.cat([tokens_in(source, taken(source)) for source in sources], dim=3)
-        senders = [it.sender(source, part=i, num_parts=num_ranks) for i, source in enumerate(sources)]
-        await asyncio.gather(*(sender.run() for sender in senders))
-        assert torch.equal(it.arrived(), sent)
-
-    between(scenario)
-
-
-def test_a_rank_takes_its_heads_from_one_that_has_all(between: Callable[..., None]) -> None:
-    async def scenario(it: Link) -> None:
-        source = it.source(LAYOUT)
-        sent = tokens_in(source, taken(source))
-        report = await it.sender(source).run()
-        assert torch.equal(it.arrived(), sent[:, :, :, 2:4])
-        assert report.num_bytes == NUM_TOKENS * LAYOUT.num_layers * LAYOUT.token_bytes // 2
-
-    between(scenario, replace(LAYOUT, head_lo=2, head_hi=4))
-
-
-@pytest.mark.parametrize(
-    ("ranges", "problem"),
-    [
-        ([(0, 2), (2, 3)], "the parts bring KV heads"),
-        ([(0, 2), (1, 4)], "the parts bring KV heads"),
-    ],
-)
-def test_parts_that_are_not_the_whole_are_refused_together(
-    between: Callable[..., None], ranges: list[tuple[int, int]], problem: str
-) -> None:
-    async def scenario(it: Link) -> None:
-        sources = [it.source(replace(LAYOUT, head_lo=lo, head_hi=hi)) for lo, hi in ranges]
-        senders = [it.sender(source, part=i, num_parts=len(ranges)) for i, source in enumerate(sources)]
-        results = await asyncio.gather(*(sender.run() for sender in senders), return_exceptions=True)
-        assert all(isinstance(result, PhasewiseTransferError) for result in results), results
-        assert any(problem in str(result) for result in results)
-
-    between(scenario)
-
-
-def test_a_part_that_never_comes_ends_the_others_in_time(between: Callable[..., None]) -> None:
-    async def scenario(it: Link) -> None:
-        source = it.source(replace(LAYOUT, head_lo=0, head_hi=2))
-        sender = it.sender(source, part=0, num_parts=2)
-        with pytest.raises(PhasewiseTransferError):
-            await sender.run()
-
-    between(scenario)
-
-
-def test_one_part_that_fails_ends_the_transfer_once(between: Callable[..., None]) -> None:
-    async def scenario(it: Link) -> None:
-        sources = [it.source(replace(LAYOUT, head_lo=lo, head_hi=lo + 2)) for lo in (0, 2)]
-        # The other half of the heads is still being computed.
-        senders = [
-            it.sender(source, part=i, num_parts=2, is_ready=i == 0) for i, source in enumerate(sources)
-        ]
-        running = [asyncio.create_task(sender.run()) for sender in senders]
-        await until(lambda: it.receiver.counts.num_received == 1, "one part has committed")
-        senders[1].abort("not wanted any more")
-        await asyncio.wait(running)
-        assert running[0].exception() is None
-        assert running[1].exception() is not None
-        assert not it.target.committed
-        await until(lambda: it.target.num_free == len(it.target.owners), "all blocks are back")
-
-    between(scenario)
-
-
-def test_a_rank_alone_is_refused_by_one_that_needs_all_heads(between: Callable[..., None]) -> None:
-    async def scenario(it: Link) -> None:
-        source = it.source(replace(LAYOUT, head_lo=0, head_hi=2))
-        with pytest.raises(TransferRefused, match=r"the sender has KV heads \[0, 2\] of \[0, 4\]"):
-            await it.sender(source).run()
-
-    between(scenario)
-
-
-@pytest.mark.parametrize("name", ["model_digest", "num_layers", "head_dim", "position_encoding"])
-def test_what_means_something_else_is_refused_by_name(between: Callable[..., None], name: str) -> None:
-    async def scenario(it: Link) -> None:
-        other = {"model_digest": "n", "num_layers": 3, "head_dim": 16, "position_encoding": "none"}
-        source = it.source(replace(LAYOUT, **{name: other[name]}))  # type: ignore[arg-type]
-        with pytest.raises(TransferRefused, match=f"{name} is "):
-            await it.sender(source).run()
-        assert it.target.num_writes == 0
-
-    between(scenario)
 
 
 @pytest.mark.parametrize("codec", [CodecId.FP8, CodecId.INT4_HADAMARD, CodecId.GEAR, CodecId.GEAR_L])
