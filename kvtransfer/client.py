@@ -188,7 +188,7 @@ class KvSender:
                 return
             problem = "the receiver does not take it"
         self._data_channels = ()
-        self._session.post(StreamBroke(f"a stream of chunks: {problem}"))
+        self._session.stream_broke(f"a stream of chunks: {problem}")
 
     def _note_grant(self) -> None:
         if self._machine.granted is not None or self._machine.is_ended:

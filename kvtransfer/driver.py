@@ -137,6 +137,11 @@ class Session:
             if self._on_event is not None:
                 self._on_event()
 
+    def stream_broke(self, problem: str) -> None:
+        """The streams have to be opened anew. One failure breaks several: only the first one is an event."""
+        if not self._broke.is_set():
+            self.post(StreamBroke(problem))
+
     async def attach(self, stream: MessageStream, *, awaits_end: bool) -> None:
         """Until the machine has ended and its last frames are out, or the stream is lost and may be followed by another.
 
@@ -342,7 +347,7 @@ class Session:
                 problem = "the other side closed the stream"
             if message is None:
                 if is_main:
-                    self.post(StreamBroke(problem))
+                    self.stream_broke(problem)
                 return
             if is_main and self._broke.is_set():
                 # A stream of chunks has broken. What this one brings is said again on the next.
@@ -379,7 +384,7 @@ class Session:
                 # The reader says how the main stream ended: what came before may be the reason.
                 is_broken = True
                 if not is_main:
-                    self.post(StreamBroke(f"a stream of chunks: {error}"))
+                    self.stream_broke(f"a stream of chunks: {error}")
             finally:
                 # Also when it is cancelled: whoever waits for the queue to be empty would wait for this.
                 outbox.task_done()

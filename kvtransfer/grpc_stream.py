@@ -62,8 +62,13 @@ class _ClientStream:
         return None if message is grpc.aio.EOF else message
 
     async def write(self, message: bytes) -> None:
-        with _map_errors():
-            await self._call.write(message)
+        try:
+            with _map_errors():
+                await self._call.write(message)
+        except asyncio.CancelledError:
+            # gRPC does so too, but not before the call stands: its other end would wait for a first message.
+            self._call.cancel()
+            raise
 
     async def close(self) -> None:
         with contextlib.suppress(ConnectionError), _map_errors():

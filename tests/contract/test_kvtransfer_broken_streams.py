@@ -22,20 +22,10 @@ from tests.support.kvtransfer_ends import (
     Run,
     ended_with,
 )
-from tests.support.kvtransfer_fakes import LAYOUT, QueueStream
+from tests.support.kvtransfer_fakes import LAYOUT
 from tests.support.waiting import until
 
 NUM_CHUNKS = NUM_BLOCKS * LAYOUT.num_layers
-
-
-def break_streams(ends: Ends) -> None:
-    """Every stream of the sender is lost, as by a network that fails."""
-    for tapped in ends.way.channel.streams:
-        stream = tapped._stream
-        if isinstance(stream, QueueStream):
-            stream._pair.cut()
-        else:
-            stream._call.cancel()  # type: ignore[attr-defined]
 
 
 def break_after(ends: Ends, is_it: Callable[[Frame], bool], *, times: int = 1) -> None:
@@ -46,7 +36,7 @@ def break_after(ends: Ends, is_it: Callable[[Frame], bool], *, times: int = 1) -
         nonlocal left
         if left > 0 and is_it(decode(message)):
             left -= 1
-            asyncio.get_running_loop().call_soon(break_streams, ends)
+            asyncio.get_running_loop().call_soon(ends.way.channel.break_streams)
         return [message]
 
     ends.way.channel.to_receiver = ends.way.channel.to_sender = hook
@@ -92,7 +82,7 @@ def test_a_commit_whose_answer_was_lost_is_known(run: Run) -> None:
         def lose_first_answer(message: bytes) -> list[bytes]:
             if isinstance(decode(message), Committed) and not lost:
                 lost.append(message)
-                break_streams(ends)
+                ends.way.channel.break_streams()
                 return []
             return [message]
 
@@ -118,7 +108,7 @@ def test_while_it_is_broken_prefill_goes_on(run: Run) -> None:
         running = asyncio.create_task(sender.run())
         sender.kv_ready(0, 1, 0, 4)
         await until(lambda: ends.target.num_writes > 0, "a chunk has arrived")
-        break_streams(ends)
+        ends.way.channel.break_streams()
         tell_rest(sender)
         report = await running
         assert report.num_resumes == 1
@@ -137,7 +127,7 @@ def test_what_stays_broken_ends_on_both_sides(run: Run) -> None:
             return [] if isinstance(decode(message), (Resume, Resumed)) else [message]
 
         ends.way.channel.to_receiver = nothing_passes
-        break_streams(ends)
+        ends.way.channel.break_streams()
         with pytest.raises((StreamLost, LeaseExpired)):
             await running
         assert ends.source.num_free == len(ends.source.owners)
@@ -162,7 +152,7 @@ def test_before_there_is_a_lease_it_ends(run: Run) -> None:
         held = ends.target.take("other", LAYOUT.block_size * 16)
         running = asyncio.create_task(ends.ready_sender().run())
         await until(lambda: ends.target.num_waiting == 1, "it waits for blocks")
-        break_streams(ends)
+        ends.way.channel.break_streams()
         with pytest.raises(StreamLost):
             await running
         await until(lambda: ends.target.num_waiting == 0, "the reservation is withdrawn")

@@ -291,6 +291,10 @@ class QueueStream:
         if not self._pair.is_cut:
             await self._pair.finish(from_sender=self._is_sender)
 
+    def cut(self) -> None:
+        """See QueuePair."""
+        self._pair.cut()
+
     @contextmanager
     def _broken_by_cancelling(self) -> Iterator[None]:
         """As a call is that its client cancels; a server's end lives until its handler returns."""

@@ -16,7 +16,7 @@ from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
 from kvtransfer.server import KvTransferServer, add_kvtransfer_service
 from kvtransfer.stream import MessageChannel, MessageStream
 from kvtransfer.wire import decode
-from tests.support.kvtransfer_fakes import FakeKvHost, Hook, QueueChannel, unchanged
+from tests.support.kvtransfer_fakes import FakeKvHost, Hook, QueueChannel, QueueStream, unchanged
 
 #: Way -> control, transport of the KV, streams of its chunks.
 _WAYS = {
@@ -61,6 +61,13 @@ class TappedStream:
     async def close(self) -> None:
         await self._stream.close()
 
+    def break_(self) -> None:
+        """It is lost to both ends."""
+        if isinstance(self._stream, QueueStream):
+            self._stream.cut()
+        else:
+            self._stream._call.cancel()  # type: ignore[attr-defined]
+
 
 @dataclass
 class TappedChannel:
@@ -79,6 +86,11 @@ class TappedChannel:
         stream = TappedStream(self.channel.open(), self)
         self.streams.append(stream)
         return stream
+
+    def break_streams(self) -> None:
+        """Every stream is lost, as by a network that fails."""
+        for stream in self.streams:
+            stream.break_()
 
     def count(self, message: bytes) -> None:
         """A message passes, before the hook sees it."""
@@ -171,4 +183,6 @@ class _Tap:
         self._tap = tap
 
     def open(self) -> MessageStream:
-        return TappedStream(self._channel.open(), self._tap)
+        stream = TappedStream(self._channel.open(), self._tap)
+        self._tap.streams.append(stream)
+        return stream
