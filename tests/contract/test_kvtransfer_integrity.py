@@ -113,6 +113,44 @@ def test_a_copy_that_is_wrong_every_time_ends_it(run: Run) -> None:
     run(scenario)
 
 
+def test_kv_that_is_wrong_each_time_it_is_read_ends_it(run: Run) -> None:
+    async def scenario(ends: Ends) -> None:
+        sender = ends.ready_sender()
+        block_ids = owned(ends.source, "t1")
+        before = kv_of(ends.source, block_ids)
+        reasons: list[str] = []
+        wrong: list[Chunk] = []
+
+        def flip_while_read(chunk: Chunk, message: bytes) -> bytes:
+            if not chunk.is_in_place:
+                return message[:-1] + bytes([message[-1] ^ 1])
+            flip(ends.source, chunk, block_ids)
+            wrong.append(chunk)
+            return message
+
+        def flip_back(message: bytes) -> list[bytes]:
+            frame = decode(message)
+            if isinstance(frame, Nack):
+                reasons.append(frame.reason)
+                # At the source nothing is wrong, as far as it can see.
+                if wrong:
+                    flip(ends.source, wrong.pop(), block_ids)
+            return [message]
+
+        on_chunks(ends, 7, flip_while_read)
+        ends.way.channel.to_sender = flip_back
+        message = await ended_with(ends, sender, ChunkRejected)
+        assert f"chunk 7 was rejected {MAX_RESENDS + 1} times: its checksum is" in message
+        assert len(reasons) == MAX_RESENDS + 1
+        assert torch.equal(kv_of(ends.source, block_ids), before)
+        assert "t1" not in ends.target.committed
+        await ends.both_idle()
+        counts = ends.way.receiver.counts
+        assert (counts.num_corrupt_chunks, counts.num_received) == (MAX_RESENDS + 1, 0)
+
+    run(scenario)
+
+
 def test_kv_that_changes_before_it_is_sent_again_ends_it(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.ready_sender()

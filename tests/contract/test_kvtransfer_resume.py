@@ -86,7 +86,9 @@ def test_after_any_message_it_goes_on_and_sends_nothing_twice(run: Run, number: 
         assert torch.equal(received(ends), sent)
         assert report.num_bytes == sent.nbytes
 
-    run(scenario, config=PATIENT)
+    # A sender that is not told of its lease cannot end it: the receiver's blocks come back when resume_s is over.
+    is_grant_lost = number == 1 and is_lost
+    run(scenario, config=replace(PATIENT, resume_s=0.2) if is_grant_lost else PATIENT)
 
 
 @pytest.mark.parametrize("kind", [Resume, Resumed])
@@ -198,10 +200,9 @@ def test_what_stays_broken_has_the_same_end_on_both_sides(run: Run) -> None:
 @pytest.mark.parametrize("number", range(0, NUM_CHUNKS, 4))
 def test_the_parts_of_one_transfer_resume_each_by_itself(run: Run, number: int) -> None:
     async def scenario(ends: Ends) -> None:
-        parts = ends.parts()
-        block_ids = [owned(host, "t1") for host in (ends.source, *ends.more_sources)]
         hosts = (ends.source, *ends.more_sources)
-        sent = torch.cat([kv_of(*one) for one in zip(hosts, block_ids, strict=True)], dim=3)
+        parts = [ends.sender(source=host, part=part, num_parts=2) for part, host in enumerate(hosts)]
+        sent = torch.cat([kv_of(host, owned(host, "t1")) for host in hosts], dim=3)
         is_broken = False
 
         def break_once(frame: Frame) -> bool:
@@ -215,6 +216,8 @@ def test_the_parts_of_one_transfer_resume_each_by_itself(run: Run, number: int) 
         running = [asyncio.create_task(part.run()) for part in parts]
         await asyncio.gather(*(part.wait_granted() for part in parts))
         on_frames(ends, break_once)
+        for part in parts:
+            tell_all(part)
         reports = await asyncio.gather(*running)
         assert is_broken
         assert max(report.num_resumes for report in reports) >= 1
@@ -244,7 +247,9 @@ def test_packed_chunks_go_on_where_they_were(way: str, number: int) -> None:
 
         on_frames(ends, break_once)
         report = await sender.run()
-        assert report.num_resumes >= 1
+        assert (report.num_resumes >= 1, report.num_chunks) == (True, NUM_CHUNKS)
         torch.testing.assert_close(received(ends), sent, rtol=0.1, atol=0.05)
 
-    run_whole(way, scenario, config=PATIENT)
+    wide = replace(LAYOUT, head_dim=8)
+    config = replace(PATIENT, max_chunk_bytes=wide.token_bytes * wide.block_size)
+    run_whole(way, scenario, config=config, layout=wide, source_layouts=[wide])
