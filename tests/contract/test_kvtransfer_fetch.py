@@ -4,25 +4,29 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from kvtransfer import sender as sender_module
 from kvtransfer.client import fetch
 from kvtransfer.errors import (
     DeadlineExceeded,
+    LeaseExpired,
     PhasewiseTransferError,
     ProtocolViolation,
     ReservationRefused,
     StreamLost,
     TransferEnded,
 )
-from kvtransfer.frames import Chunk, Reserve
+from kvtransfer.frames import Ack, Chunk, Reserve
+from kvtransfer.host import CachedKv
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.choice import TransportOpener
 from kvtransfer.wire import decode, encode
 from tests.support.kvtransfer_ends import CONFIG, kv_of
-from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost
+from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost, unchanged
 from tests.support.kvtransfer_ways import WAYS, Way, transport_of, way_to
 from tests.support.nixl_double import nixl_agents
 from tests.support.waiting import until
@@ -42,16 +46,37 @@ class Fetching:
     target: FakeKvHost
     way: Way
 
-    async def fetch(self, *, min_tokens: int = SIZE, timeout_s: float = 20.0) -> tuple[int, str, str]:
+    async def fetch(
+        self,
+        *,
+        min_tokens: int = SIZE,
+        timeout_s: float = 20.0,
+        transfer_id: str = "f",
+        block_hashes: tuple[bytes, ...] = HASHES,
+    ) -> tuple[int, str, str]:
         return await fetch(
             self.target,
             self.way.channel,
             TransportOpener(CONFIG.transport),
-            transfer_id="f",
-            block_hashes=HASHES,
+            transfer_id=transfer_id,
+            block_hashes=block_hashes,
             min_tokens=min_tokens,
             timeout_s=timeout_s,
             config=CONFIG,
+        )
+
+    async def begun(self, *, timeout_s: float = 20.0) -> asyncio.Task[tuple[int, str, str]]:
+        """A fetch of which some chunks have come, and that gets no further: its acknowledgements are lost."""
+        self.way.channel.to_receiver = lambda message: [] if isinstance(decode(message), Ack) else [message]
+        running = asyncio.create_task(self.fetch(timeout_s=timeout_s))
+        await until(lambda: self.way.channel.num_of(Ack) == CONFIG.credits, "all credits are used")
+        assert not running.done()
+        return running
+
+    async def both_back(self) -> None:
+        """Every block of both is free."""
+        await until(
+            lambda: self.source.num_free == self.target.num_free == NUM_BLOCKS, "the blocks of both are back"
         )
 
     async def ended_with(self, *errors: type[PhasewiseTransferError], **more: float) -> str:
@@ -66,7 +91,9 @@ class Fetching:
 @asynccontextmanager
 async def hosts(kind: str, layout: KvLayout) -> AsyncIterator[Fetching]:
     transport = transport_of(kind)
-    with nixl_agents() as become_reader:
+    # Chunks that are copied in place are as small as others here: many of little KV.
+    small = dict.fromkeys(sender_module.IN_PLACE_BYTES, CONFIG.max_chunk_bytes)
+    with nixl_agents() as become_reader, patch.dict(sender_module.IN_PLACE_BYTES, small):
         source = FakeKvHost(
             num_blocks=NUM_BLOCKS, is_shared=transport == "shm", is_in_nixl=transport == "nixl"
         )
@@ -259,5 +286,138 @@ def test_a_worker_that_closes_sends_no_more(fetching: Run) -> None:
     async def scenario(it: Fetching) -> None:
         await it.way.receiver.close("shutting down")
         assert "shutting down" in await it.ended_with(TransferEnded, ProtocolViolation)
+
+    fetching(scenario)
+
+
+def test_all_that_is_known_may_be_just_enough(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        assert (await it.fetch(min_tokens=3 * SIZE))[0] == 3 * SIZE
+        assert it.way.channel.num_of(Chunk) == 3 * LAYOUT.num_layers
+        await until(lambda: it.way.receiver.num_transfers == 0, "the sender knows that it is over")
+        expected = 3 * SIZE * LAYOUT.num_layers * LAYOUT.token_bytes
+        assert it.way.receiver.counts.num_bytes_sent == expected
+
+    fetching(scenario)
+
+
+def test_heads_and_dtype_may_differ(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        await it.fetch()
+        block_ids, _ = it.target.committed["f"]
+        expected = kv_of(it.source, list(KEPT.values()), 12)[:, :, :, 1:].bfloat16()
+        assert torch.equal(kv_of(it.target, block_ids, 12), expected)
+
+    fetching(scenario, layout=replace(LAYOUT, dtype="bfloat16", head_lo=1, head_hi=2))
+
+
+def test_several_may_be_fetched_at_once(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        chains = {f"f{number}": (bytes([100 + number]) * 16,) for number in range(8)}
+        it.source.cached = {chain[0]: block_id for block_id, chain in enumerate(chains.values())}
+        await asyncio.gather(
+            *(it.fetch(transfer_id=name, block_hashes=chain) for name, chain in chains.items())
+        )
+        for block_id, name in enumerate(chains):
+            block_ids, _ = it.target.committed[name]
+            assert torch.equal(kv_of(it.target, block_ids, SIZE), kv_of(it.source, [block_id], SIZE))
+
+    fetching(scenario)
+
+
+# It fails when a part of it has come.
+
+
+def test_on_its_way_the_worker_that_has_them_may_abort(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        running = await it.begun()
+        it.way.receiver.abort("f", "its blocks are needed")
+        # Before anything else runs.
+        assert it.source.num_free == NUM_BLOCKS
+        with pytest.raises(TransferEnded, match="its blocks are needed"):
+            await running
+        await it.both_back()
+        assert not it.target.committed
+
+    fetching(scenario)
+
+
+def test_on_its_way_it_may_be_cancelled(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        running = await it.begun()
+        running.cancel()
+        await asyncio.wait([running])
+        assert running.cancelled()
+        assert it.target.num_free == NUM_BLOCKS
+        await it.both_back()
+
+    fetching(scenario)
+
+
+def test_when_its_stream_breaks_it_ends_and_may_be_tried_again(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        running = await it.begun()
+        it.way.channel.break_streams()
+        with pytest.raises(StreamLost):
+            await running
+        await it.both_back()
+        assert not it.target.committed
+        it.way.channel.to_receiver = unchanged
+        assert (await it.fetch())[0] == 3 * SIZE
+
+    fetching(scenario)
+
+
+def test_when_the_worker_that_has_them_vanishes_it_ends(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        running = await it.begun()
+        await it.way.vanish()
+        # Its last words may have come through.
+        with pytest.raises((StreamLost, TransferEnded)):
+            await running
+        await it.both_back()
+        with pytest.raises(StreamLost):
+            await it.fetch(timeout_s=5.0)
+
+    fetching(scenario)
+
+
+def test_its_time_is_bounded_when_it_gets_no_further(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        running = await it.begun(timeout_s=1.0)
+        # Which side's clock is first is open; both know the time.
+        with pytest.raises((DeadlineExceeded, LeaseExpired, TransferEnded)):
+            await running
+        await it.both_back()
+        assert not it.target.committed
+
+    fetching(scenario)
+
+
+def test_what_is_always_damaged_ends_it(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        def damage(message: bytes) -> list[bytes]:
+            frame = decode(message)
+            if isinstance(frame, Chunk):
+                return [encode(replace(frame, checksum=frame.checksum ^ 1))]
+            return [message]
+
+        it.way.channel.to_sender = damage
+        assert "was rejected" in await it.ended_with(TransferEnded)
+        await it.both_back()
+
+    fetching(scenario)
+
+
+def test_a_worker_that_is_too_busy_to_look_is_not_waited_for(fetching: Run) -> None:
+    async def scenario(it: Fetching) -> None:
+        async def never(*_: object, **__: object) -> CachedKv:
+            await asyncio.Event().wait()
+            raise AssertionError("unreachable")
+
+        with patch.object(it.source, "find_cached", never):
+            # Which side's clock is first is open.
+            await it.ended_with(DeadlineExceeded, TransferEnded, timeout_s=0.3)
+            await until(lambda: it.way.receiver.num_transfers == 0, "the worker looks no more")
 
     fetching(scenario)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc.aio
+import numpy as np
 import psutil
 import pytest
 
@@ -33,10 +34,11 @@ from tests.support.kvtransfer_process import (
     OTHER,
     EndOptions,
     EndProcess,
+    content_of_sender,
     receiver_process,
     sender_process,
 )
-from tests.support.waiting import until
+from tests.support.waiting import until, until_in_thread
 
 CONFIG = KvTransferConfig(
     lease_s=1.0, resume_s=0.3, max_chunk_bytes=LAYOUT.token_bytes * LAYOUT.block_size, credits=3
@@ -44,6 +46,8 @@ CONFIG = KvTransferConfig(
 NUM_BLOCKS = 16
 NUM_TOKENS = 11
 OPTIONS = EndOptions(LAYOUT, NUM_BLOCKS, CONFIG, num_tokens=NUM_TOKENS)
+#: All chunks may be on their way at once, so that a sender can say all to a receiver that does not answer.
+AHEAD = replace(OPTIONS, config=replace(CONFIG, credits=16))
 #: Payload in chunks, and read in place.
 TRANSPORTS = ("grpc", "shm")
 #: A sequence of 48 MiB, so that it is seen when all of it is held at once.
@@ -67,6 +71,11 @@ class Sending:
     @property
     def num_in_flight(self) -> int:
         return self.sender._machine._chunks.num_in_flight
+
+    @property
+    def is_all_said(self) -> bool:
+        """Finish and Commit have been sent."""
+        return self.sender._machine._was_finish_sent
 
     async def ended_with(self, *errors: type[PhasewiseTransferError]) -> str:
         """Its message; all blocks are back."""
@@ -178,6 +187,8 @@ def test_a_transfer_between_two_processes_commits(transport: str) -> None:
                 await until(lambda: "t1" in host.committed, "it has committed")
                 assert end.tell("wait") == f"committed by {transport}"
                 assert whole_again(end)
+                received = host.content(host.committed["t1"][0], NUM_TOKENS)
+                assert np.array_equal(received, content_of_sender(options))
                 # What it lies in has no name that somebody would have to remove, and does not need /dev/shm.
                 new = set(os.listdir("/dev/shm")) - names
                 assert not [name for name in new if FILE_NAME in name]
@@ -194,11 +205,12 @@ def test_a_transfer_between_two_processes_commits(transport: str) -> None:
 @pytest.mark.parametrize("when", ["requested", "reserved", "receiving", "all is said"])
 def test_a_receiver_that_is_killed_ends_the_sender(when: str, transport: str) -> None:
     async def scenario() -> None:
-        with receiver_process(OPTIONS) as end:
+        with receiver_process(AHEAD) as end:
             if when == "requested":
                 end.tell("hold")
-            async with sending_to(end.address, OPTIONS, transport) as sending:
+            async with sending_to(end.address, AHEAD, transport) as sending:
                 await _bring_to(when, sending, end)
+                assert sending.is_all_said == (when == "all is said")
                 state = sending.state
                 end.kill()
                 message = await sending.ended_with(StreamLost, LeaseExpired)
@@ -222,8 +234,27 @@ async def _bring_to(when: str, sending: Sending, end: EndProcess) -> None:
         # It takes the Commit into its buffers, and nobody knows whether it would have committed.
         end.signal(signal.SIGSTOP)
         rest_ready(sending)
-        await until(lambda: sending.num_in_flight > 0, "more is sent")
+        await until(lambda: sending.is_all_said, "Finish and Commit are sent")
     await until(lambda: sending.state is expected, f"the sender is {expected}")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_receiver_that_was_started_anew_says_so_to_a_suspended_sender(transport: str) -> None:
+    options = replace(AHEAD, config=replace(AHEAD.config, lease_s=20.0, resume_s=20.0))
+
+    async def scenario() -> None:
+        with receiver_process(options) as end:
+            async with sending_to(end.address, options, transport) as sending:
+                await _bring_to("receiving", sending, end)
+                end.kill()
+                await until(lambda: sending.state is TransferState.SUSPENDED, "the sender is suspended")
+                anew = replace(options, address=end.address, incarnation=INCARNATION + 1)
+                with receiver_process(anew) as after:
+                    message = await sending.ended_with(TransferEnded)
+                    assert f"incarnation {INCARNATION} is not known here any more" in message
+                    assert whole_again(after)
+
+    bounded(scenario)
 
 
 # The sender is killed.
@@ -256,6 +287,31 @@ def test_a_sender_that_is_killed_ends_the_receiver(when: str, transport: str) ->
     bounded(scenario)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_sender_that_is_killed_when_all_is_said_leaves_all_or_nothing(transport: str) -> None:
+    async def scenario() -> None:
+        options = replace(AHEAD, is_shared=transport == "shm")
+        async with receiving(AHEAD) as (host, receiver, address):
+            with sender_process(replace(options, address=address)) as end:
+                end.tell("ask")
+                await until(lambda: receiver.num_leases == 1, "it has a lease")
+                end.tell("all")
+                # The loop stands meanwhile, so the receiver has handled nothing of it.
+                until_in_thread(lambda: end.tell("state")["is_all_said"], "Finish and Commit are sent")
+                end.kill()
+                assert not host.committed
+                await until(lambda: receiver.num_transfers == 0, "the receiver has ended it")
+            # How much of it had left the dead process is open. What it shared stands as long as it is mapped.
+            if "t1" in host.committed:
+                received = host.content(host.committed["t1"][0], NUM_TOKENS)
+                assert np.array_equal(received, content_of_sender(options))
+                host.end_sequence("t1")
+            assert host.num_free == NUM_BLOCKS
+            assert receiver._pools._pools.num_open == 0  # type: ignore[attr-defined]
+
+    bounded(scenario)
+
+
 # One stalls.
 
 
@@ -267,16 +323,17 @@ def test_a_receiver_that_stalls_bounds_time_and_memory(transport: str) -> None:
         with receiver_process(options) as end:
             async with sending_to(end.address, options, transport) as sending:
                 await sending.sender.wait_granted()
-                process, most = psutil.Process(), 0
+                process, most, most_in_flight = psutil.Process(), 0, 0
                 before = process.memory_info().rss
                 with stopped(end):
                     sending.sender.kv_ready(0, LARGE.num_layers, 0, LARGE_TOKENS)
                     sending.sender.prefill_finished((42,))
                     while not sending.running.done():
-                        assert sending.num_in_flight <= CONFIG.credits
+                        most_in_flight = max(most_in_flight, sending.num_in_flight)
                         most = max(most, process.memory_info().rss - before)
                         await asyncio.sleep(0.02)
                     await sending.ended_with(LeaseExpired)
+                assert most_in_flight == CONFIG.credits
                 # Three chunks of 1 MiB, some copies of them in gRPC; of what is read in place, nothing.
                 assert most < 24 * 2**20
             await until(lambda: whole_again(end), "the receiver has its blocks back")

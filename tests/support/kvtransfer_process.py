@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grpc.aio
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtransfer.client import KvSender
 from kvtransfer.config import KvTransferConfig
@@ -27,6 +29,7 @@ from phasewise_kernels.kv_copy.op import has_kernel
 from tests.support.kvtransfer_fakes import FakeKvHost
 
 INCARNATION = 6
+SEED = 1
 OTHER = "other"
 # In the process that all others are forked from, so that none has to load it.
 has_kernel()
@@ -38,7 +41,11 @@ Answer = Callable[[str], Awaitable[object]]
 
 @dataclass(frozen=True, slots=True)
 class EndOptions:
-    """What one end is like. address, num_tokens: of a sender, its receiver's and what it sends."""
+    """What one end is like.
+
+    address: of a sender, its receiver's; of a receiver, where it is to listen, "" for a free port. num_tokens: of a
+    sender, what it sends. incarnation: of a receiver.
+    """
 
     layout: KvLayout
     num_blocks: int
@@ -47,6 +54,7 @@ class EndOptions:
     address: str = ""
     num_tokens: int = 0
     timeout_s: float = 30.0
+    incarnation: int = INCARNATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +97,18 @@ def sender_process(options: EndOptions) -> Iterator[EndProcess]:
     """Sends one transfer, "t1". Killed at the end if it still lives.
 
     Commands: "ask" begins it, "some" has one layer of the first block ready, "rest" all else, "all" everything,
-    "state" as above, "wait" answers how the transfer ended.
+    "state" as above and whether all was said, "wait" answers how the transfer ended.
     """
     with _process(_send, options) as end:
         yield end
+
+
+def content_of_sender(options: EndOptions) -> NDArray[np.uint8]:
+    """What a sender process sends, as `FakeKvHost.content` has it."""
+    host = FakeKvHost(options.layout, num_blocks=options.num_blocks)
+    block_ids = host.take("t1", options.num_tokens)
+    host.fill(block_ids, SEED)
+    return host.content(block_ids, options.num_tokens)
 
 
 @contextmanager
@@ -127,10 +143,10 @@ def _receive(pipe: Connection, options: EndOptions) -> None:
 
 
 async def _receive_in_loop(pipe: Connection, options: EndOptions) -> None:
-    host = FakeKvHost(options.layout, num_blocks=options.num_blocks, incarnation=INCARNATION)
+    host = FakeKvHost(options.layout, num_blocks=options.num_blocks, incarnation=options.incarnation)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     receiving = add_kvtransfer_service(server, host, options.config)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(options.address or "127.0.0.1:0")
     await server.start()
     pipe.send(f"127.0.0.1:{port}")
     held: tuple[int, ...] = ()
@@ -186,7 +202,7 @@ async def _send_in_loop(pipe: Connection, options: EndOptions) -> None:
                     sender.kv_ready(0, num_layers, first, num_tokens)
                     sender.prefill_finished((42,))
                 case "state":
-                    return _state(host)
+                    return _state(host, is_all_said=sender is not None and sender._machine._was_finish_sent)
                 case "wait":
                     assert running is not None
                     return await running
@@ -197,7 +213,7 @@ async def _send_in_loop(pipe: Connection, options: EndOptions) -> None:
 
 def _sender(host: FakeKvHost, channel: GrpcChannel, options: EndOptions) -> KvSender:
     block_ids = host.take("t1", options.num_tokens)
-    host.fill(block_ids, seed=1)
+    host.fill(block_ids, SEED)
     return KvSender(
         host,
         channel,
