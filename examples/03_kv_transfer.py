@@ -27,6 +27,8 @@ from kvtransfer.shared_memory import SharedMemory
 LAYOUT = KvLayout("a model's digest", "float16", 16, 30, 3, 64, "rope:theta=100000")
 NUM_BLOCKS = 256
 NUM_TOKENS = 1000
+#: One after the other.
+NUM_SEQUENCES = 3
 
 
 class Host:
@@ -38,8 +40,8 @@ class Host:
         self.kv_cache = self.memory.tensor(pool_shape(LAYOUT, NUM_BLOCKS), torch.float16)
         self.pool = HostPool(self.kv_cache, LAYOUT, self.memory)
         self.free = list(range(NUM_BLOCKS))
-        self.committed = asyncio.Event()
-        self.block_ids: Sequence[int] = ()
+        #: At most NUM_SEQUENCES.
+        self.committed: asyncio.Queue[Sequence[int]] = asyncio.Queue()
 
     def take(self, num_tokens: int) -> list[int]:
         """Blocks for a sequence."""
@@ -61,8 +63,7 @@ class Host:
         self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int], token_digest: bytes
     ) -> None:
         """Every byte is there, and is what was sent."""
-        self.block_ids = block_ids
-        self.committed.set()
+        self.committed.put_nowait(block_ids)
 
     def release(self, transfer_id: str, block_ids: Sequence[int], reason: str) -> None:
         """The blocks are the pool's again."""
@@ -70,55 +71,67 @@ class Host:
 
 
 async def receive(pipe: Connection, config: KvTransferConfig) -> None:
-    """The decode side: serves, and says what its blocks sum up to when a sequence has come."""
+    """The decode side: serves, and says what the blocks of each sequence that has come sum up to."""
     host = Host(incarnation=1)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     transfers = add_kvtransfer_service(server, host, config)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     pipe.send(port)
-    await host.committed.wait()
-    pipe.send(float(tokens_of(host.kv_cache, host.block_ids).double().sum()))
+    for _ in range(NUM_SEQUENCES):
+        block_ids = await host.committed.get()
+        pipe.send(sum_of(host.kv_cache, block_ids))
+        # Here a worker would generate from them.
+        host.free.extend(block_ids)
     await transfers.close("the example is over")
     await server.stop(1.0)
 
 
-async def send(port: int, config: KvTransferConfig) -> float:
-    """The prefill side: fills blocks as prefill would, layer by layer, and tells the transfer of each."""
+async def send(port: int, config: KvTransferConfig) -> list[float]:
+    """The prefill side: one sequence after the other. Returns what the KV of each sums up to."""
     host = Host(incarnation=7)
-    block_ids = host.take(NUM_TOKENS)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
-        sender = KvSender(
-            host,
-            GrpcChannel(channel),
-            transfer_id="request-1/1",
-            block_ids=block_ids,
-            num_tokens=NUM_TOKENS,
-            max_tokens=NUM_TOKENS + 100,
-            token_digest=token_digest(range(NUM_TOKENS)),
-            peer_incarnation=1,
-            timeout_s=30.0,
-            config=config,
-        )
-        running = asyncio.create_task(sender.run())
-        for layer in range(LAYOUT.num_layers):
-            host.kv_cache[layer, :, block_ids] = torch.randn(1).half()
-            sender.kv_ready(layer, layer + 1, 0, NUM_TOKENS)
-            await asyncio.sleep(0)
-        sender.prefill_finished([42])
-        report = await running
+        sums = [
+            await send_one(host, GrpcChannel(channel), f"request-{i}/1", config) for i in range(NUM_SEQUENCES)
+        ]
     assert len(host.free) == NUM_BLOCKS
+    return sums
+
+
+async def send_one(host: Host, channel: GrpcChannel, transfer_id: str, config: KvTransferConfig) -> float:
+    """Fills blocks as prefill would, layer by layer, and tells the transfer of each."""
+    block_ids = host.take(NUM_TOKENS)
+    sender = KvSender(
+        host,
+        channel,
+        transfer_id=transfer_id,
+        block_ids=block_ids,
+        num_tokens=NUM_TOKENS,
+        max_tokens=NUM_TOKENS + 100,
+        token_digest=token_digest(range(NUM_TOKENS)),
+        peer_incarnation=1,
+        timeout_s=30.0,
+        config=config,
+    )
+    running = asyncio.create_task(sender.run())
+    for layer in range(LAYOUT.num_layers):
+        host.kv_cache[layer, :, block_ids] = torch.randn(1).half()
+        sender.kv_ready(layer, layer + 1, 0, NUM_TOKENS)
+        await asyncio.sleep(0)
+    sender.prefill_finished([42])
+    report = await running
     why = f" ({report.transport_reason})" if report.transport_reason else ""
     print(
         f"{report.num_bytes / 1e6:.1f} MB in {report.num_chunks} chunks by {report.transport}{why}, "
-        f"{report.num_wire_bytes / 1e6:.2f} MB of it over the connection"
+        f"{report.num_wire_bytes / 1e6:.2f} MB over the connection, {report.num_bytes / 1e6 / report.busy_s:.0f} MB/s"
     )
-    return float(tokens_of(host.kv_cache, block_ids).double().sum())
+    return sum_of(host.kv_cache, block_ids)
 
 
-def tokens_of(kv_cache: torch.Tensor, block_ids: Sequence[int]) -> torch.Tensor:
-    """[layer, K/V, token, head, head_dim] of the sequence."""
-    return kv_cache[:, :, list(block_ids)].flatten(2, 3)[:, :, :NUM_TOKENS]
+def sum_of(kv_cache: torch.Tensor, block_ids: Sequence[int]) -> float:
+    """Of K and V of all tokens of the sequence, in all layers."""
+    tokens = kv_cache[:, :, list(block_ids)].flatten(2, 3)[:, :, :NUM_TOKENS]
+    return float(tokens.double().sum())
 
 
 def run_receiver(pipe: Connection, transport: str) -> None:
@@ -134,10 +147,17 @@ def main() -> None:
     parser.add_argument("--transport", choices=["auto", "shm", "grpc"], default="auto")
     transport = parser.parse_args().transport
     pipe, theirs = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(target=run_receiver, args=(theirs, transport))
+    other = multiprocessing.get_context("spawn").Process(
+        # It ends with this one, whatever goes wrong here.
+        target=run_receiver,
+        args=(theirs, transport),
+        daemon=True,
+    )
     other.start()
+    # Its end alone keeps the pipe open: if it fails, `recv` says so.
+    theirs.close()
     sent = asyncio.run(send(pipe.recv(), KvTransferConfig(transport=TransportChoice(transport))))
-    assert pipe.recv() == sent
+    assert [pipe.recv() for _ in sent] == sent
     other.join()
     print("what arrived is what was sent")
 

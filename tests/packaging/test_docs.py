@@ -12,9 +12,15 @@ from orchestrator.manifest.load import parse
 from tests.support.command import command_lines
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "kvtransfer" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 ONE_REQUEST = ROOT / "docs" / "one-request.md"
 MANIFESTS = ROOT / "docs" / "manifests.md"
+MUTANTS = ROOT / "tests" / "unit" / "kvtransfer" / "test_kvtransfer_mutants.py"
 #: `folder/file.py::Class.method`, `folder/file.py::function` or `folder/file.proto::Message`.
 NAMED = re.compile(r"`([\w./-]+\.(?:py|proto))::([\w.]+)`")
 #: A file or a folder of this repository, from its root.
@@ -102,6 +108,15 @@ def test_every_manifest_in_the_docs_is_valid() -> None:
     assert whole
     for block in whole:
         parse(block)
+
+
+def test_every_planted_bug_of_a_transfer_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "kvtransfer.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| planted bug |")
+    shown = re.findall(r"^\| (.+?) \| .+ \| \d+ \|$", table, re.MULTILINE)
+    planted = re.findall(r"\bMutant\(\s*\"([^\"]+)\"", MUTANTS.read_text(encoding="utf-8"))
+    assert planted
+    assert sorted(shown) == sorted(planted)
 
 
 def test_the_way_of_a_request_has_all_its_steps_and_passes_through_every_package() -> None:
