@@ -71,6 +71,11 @@ class EndProcess:
         assert self.pipe.poll(30), f"no answer to {command!r}"
         return self.pipe.recv()
 
+    async def outcome(self) -> str:
+        """How a sender's transfer ended. The loop goes on meanwhile: the answer may depend on what it still has to send."""
+        outcome: str = await asyncio.to_thread(self.tell, "wait")
+        return outcome
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         self.process.kill()
