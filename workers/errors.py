@@ -7,17 +7,21 @@
     │   ├── CorruptModel        it is there, and damaged
     │   ├── KvCacheTooSmall     the block pool would not hold a single block
     │   ├── HostCacheTooSmall   nor would the host cache
-    │   └── InvalidGrammar      a request's grammar says nothing that can be followed
+    │   ├── ImageCacheTooSmall  nor the memory for embeddings of pictures
+    │   ├── InvalidGrammar      a request's grammar says nothing that can be followed
+    │   └── ImageRejected       a picture of a request cannot be used; only that request fails
     └── MachineError            the machine has too little of something
         ├── OutOfMemory
         ├── OutOfDisk
-        └── AddressUnavailable  the address to listen on cannot be had
+        ├── AddressUnavailable  the address to listen on cannot be had
+        └── DecodePoolBusy      too many pictures wait to be decoded
 
 A leaf passes its fields to `Exception`, so that it survives pickling; its message is built from them.
 `retryable` says whether the same act may succeed later without a change to what was asked.
 """
 # ruff: noqa: N818 - leaves are named by what happened; the forks above them end in Error.
 
+from enum import StrEnum
 from typing import ClassVar
 
 MIB = 2**20
@@ -113,6 +117,21 @@ class HostCacheTooSmall(CallerError):
         )
 
 
+class ImageCacheTooSmall(CallerError):
+    """The memory for embeddings of pictures is smaller than one block of them."""
+
+    def __init__(self, image_cache_bytes: int, block_bytes: int) -> None:
+        super().__init__(image_cache_bytes, block_bytes)
+        self.image_cache_bytes = image_cache_bytes
+        self.block_bytes = block_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"engine.imageCacheMiB gives {self.image_cache_bytes / MIB:.1f} MiB for embeddings of pictures, and one block "
+            f"of them takes {self.block_bytes / MIB:.1f} MiB; raise it"
+        )
+
+
 class InvalidGrammar(CallerError):
     """A grammar of this kind cannot be followed; `problem` says what is wrong and where."""
 
@@ -123,6 +142,45 @@ class InvalidGrammar(CallerError):
 
     def __str__(self) -> str:
         return f"grammar ({self.kind}): {self.problem}"
+
+
+class ImageFault(StrEnum):
+    """Why a picture is not taken."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    #: It is a picture, of a format that is not taken.
+    FORMAT = "format"
+    #: It was sent under another media type than its content has.
+    MEDIA_TYPE = "media_type"
+    TOO_LARGE = "too_large"
+    TOO_MANY = "too_many"
+    DAMAGED = "damaged"
+    TOO_SLOW = "too_slow"
+    #: It fits neither the model nor what the gateway said of it.
+    MISMATCH = "mismatch"
+
+
+class ImageRejected(CallerError):
+    """A picture cannot be used; `problem` says why and what to do.
+
+    number: which picture of its request, from 1; None where that is not known. The request fails as INVALID.
+    """
+
+    def __init__(
+        self, problem: str, fault: ImageFault = ImageFault.MISMATCH, number: int | None = None
+    ) -> None:
+        super().__init__(problem, fault, number)
+        self.problem = problem
+        self.fault = fault
+        self.number = number
+
+    def of(self, number: int) -> "ImageRejected":
+        """The same, of this picture of its request."""
+        return ImageRejected(self.problem, self.fault, number)
+
+    def __str__(self) -> str:
+        return f"{'image' if self.number is None else f'image {self.number}'}: {self.problem}"
 
 
 class OutOfMemory(MachineError):
@@ -170,3 +228,14 @@ class AddressUnavailable(MachineError):
             f"cannot listen on {self.address}: the port is in use, or the host is not an address of this "
             "machine. End the program that listens there, or name another host or port (port 0 takes a free one)"
         )
+
+
+class DecodePoolBusy(MachineError):
+    """A picture cannot be decoded now; `problem` says why."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.problem}; send the request again later"

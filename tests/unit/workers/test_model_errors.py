@@ -8,7 +8,10 @@ from workers.errors import (
     AddressUnavailable,
     CallerError,
     CorruptModel,
+    DecodePoolBusy,
     HostCacheTooSmall,
+    ImageFault,
+    ImageRejected,
     InvalidGrammar,
     KvCacheTooSmall,
     MachineError,
@@ -29,6 +32,8 @@ LEAVES = [
     AddressUnavailable("127.0.0.1:80"),
     InvalidGrammar("regex", "unclosed group"),
     HostCacheTooSmall(2**20, 2**21),
+    ImageRejected("it is empty; send the bytes of the file", ImageFault.EMPTY, 2),
+    DecodePoolBusy("64 pictures wait to be decoded already"),
 ]
 
 
@@ -51,6 +56,8 @@ def test_only_the_machine_may_do_better_later() -> None:
         True,
         False,
         False,
+        False,
+        True,
     ]
     assert not CallerError.retryable
     assert MachineError.retryable
