@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from workers.model.llama import ForwardBatch, Llama
+from workers.model.llama import Embeds, ForwardBatch, Llama
 
 BLOCK_SIZE = 16
 
@@ -28,7 +28,13 @@ class Session:
         self.num_tokens = 0
         self._prompt_len = prompt_len
 
-    def feed(self, token_ids: Sequence[int]) -> torch.Tensor:
+    def feed(
+        self,
+        token_ids: Sequence[int],
+        *,
+        embeds: Embeds | None = None,
+        rope_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Compute these tokens in one step; logits of all of them, [len(token_ids), vocab_size]."""
         first, end = self.num_tokens, self.num_tokens + len(token_ids)
         slots = [
@@ -45,6 +51,8 @@ class Session:
             context_lens=np.array([end]),
             logit_rows=torch.arange(len(token_ids)),
             rope_lens=torch.arange(first + 1, end + 1).clamp(min=self._prompt_len),
+            embeds=embeds,
+            rope_positions=rope_positions,
         )
         return self._model.forward(batch, self.kv_cache)
 

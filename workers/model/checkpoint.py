@@ -42,10 +42,10 @@ class Weight(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of one or two dimensions that is read a few rows at a time."""
+    """A tensor that is read a few rows at a time."""
 
     name: str
-    #: Rows and, for a matrix, columns.
+    #: Rows and, for a matrix, columns; a kernel over patches of pictures has more.
     shape: tuple[int, ...]
     #: read(first, end): rows first..end-1, [end - first, *shape[1:]] fp32, in the order of the forward pass:
     #: each head of Q and K has its first rotary half, then its second.
@@ -67,6 +67,18 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class VisionCheckpoint:
+    """The weights of a vision encoder."""
+
+    #: Of the folder, for messages.
+    path: str
+    #: By the names in `names`; the stored ones may begin otherwise.
+    tensors: Mapping[str, StoredTensor]
+    #: By name in the converted file, the tensors whose rows it holds, one after another.
+    names: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
 class SourceModel:
     """All that is read from a source."""
 
@@ -76,3 +88,5 @@ class SourceModel:
     tokenizer_json: bytes
     #: Jinja; empty when the model has none.
     chat_template: str
+    #: None: the model takes no pictures.
+    vision: VisionCheckpoint | None = None

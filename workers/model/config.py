@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from kvtransfer.layout import KvLayout
+from workers.model.vision.config import VisionConfig, vision_from_values
 
 #: Positions and lengths are 32-bit numbers on the wire and in kernels.
 MAX_CONTEXT_TOKENS = 2**31 - 1
@@ -44,6 +45,9 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     #: Each frequency is divided by its factor, [head_dim / 2]; with NONE only. Empty: all are 1.
     frequency_factors: tuple[float, ...] = ()
+    #: M-RoPE: frequencies that turn by the position in time, in height and in width, in this order, together
+    #: head_dim / 2. Empty: a token has one position.
+    mrope_section: tuple[int, ...] = ()
 
     def validate(self) -> None:
         """Raise ValueError, saying what is wrong, when there is no such rotation."""
@@ -64,6 +68,10 @@ class RopeConfig:
             raise ValueError(f"rope with factors of its frequencies and scaling {self.scaling}")
         if not all(0 < factor < math.inf for factor in self.frequency_factors):
             raise ValueError(f"rope with frequency factors of {min(self.frequency_factors)} and more")
+        if self.mrope_section and (len(self.mrope_section) != 3 or min(self.mrope_section) < 0):
+            raise ValueError(f"mrope sections {self.mrope_section}, not of time, height and width")
+        if self.mrope_section and self.scaling is RopeScaling.DYNAMIC:
+            raise ValueError(f"rope with mrope sections and scaling {self.scaling}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,8 @@ class ModelConfig:
     sliding_windows: tuple[int, ...] = ()
     #: Layers whose Q and K are not rotated.
     nope_layers: frozenset[int] = frozenset()
+    #: The encoder of pictures; None: the model takes none.
+    vision: VisionConfig | None = None
 
     @property
     def qkv_size(self) -> int:
@@ -134,7 +144,20 @@ class ModelConfig:
             raise ValueError(
                 f"{len(self.rope.frequency_factors)} frequency factors for heads of {self.head_dim}"
             )
+        if sum(self.rope.mrope_section) not in (0, self.head_dim // 2):
+            raise ValueError(f"mrope sections {self.rope.mrope_section} for heads of {self.head_dim}")
         self.rope.validate()
+        if self.vision is not None:
+            self._validate_vision(self.vision)
+
+    def _validate_vision(self, vision: VisionConfig) -> None:
+        vision.validate()
+        if vision.text_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"embeddings of pictures of size {vision.text_hidden_size}, and of tokens of {self.hidden_size}"
+            )
+        if not 0 <= vision.image_token_id < self.vocab_size:
+            raise ValueError(f"image token {vision.image_token_id} in a vocabulary of {self.vocab_size}")
 
     @property
     def attention_tokens(self) -> int:
@@ -156,6 +179,8 @@ class ModelConfig:
         rope = _as_fields(RopeConfig, values["rope"])
         values["rope"] = RopeConfig(**{**rope, "scaling": RopeScaling(rope["scaling"])})
         values["nope_layers"] = frozenset(values["nope_layers"])
+        if values["vision"] is not None:
+            values["vision"] = vision_from_values(values["vision"])
         return cls(**values)
 
     def kv_layout(self, *, block_size: int, dtype: str, model_digest: str) -> KvLayout:

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from workers.errors import CorruptModel, UnsupportedModel
-from workers.model.checkpoint import Checkpoint, StoredTensor, Weight
+from workers.model.checkpoint import Checkpoint, StoredTensor, VisionCheckpoint, Weight
 from workers.model.config import ModelConfig
+from workers.model.vision.config import VisionConfig
+from workers.model.vision.shapes import vision_shapes
 
 #: Read at once, in bytes of fp32. Dequantising takes a few times that.
 PIECE_BYTES = 4 * 2**20
@@ -110,6 +112,19 @@ def plan_output(checkpoint: Checkpoint, config: ModelConfig) -> list[OutputTenso
     return outputs
 
 
+def plan_vision_output(checkpoint: VisionCheckpoint, config: VisionConfig) -> list[OutputTensor]:
+    """What the output of a vision encoder holds, in order. Raises as `plan_output`."""
+    unused = dict(checkpoint.tensors)
+    outputs = []
+    for name, shape in vision_shapes(config).items():
+        stored = checkpoint.names[name]
+        part_shape = (shape[0] // len(stored), *shape[1:])
+        parts = tuple(_take(unused, part, part_shape, checkpoint.path) for part in stored)
+        outputs.append(OutputTensor(name, shape, parts))
+    _check_all_used(unused, (), checkpoint.path)
+    return outputs
+
+
 def write_safetensors(outputs: list[OutputTensor], path: Path, progress: Callable[[float], None]) -> str:
     """Write the file and return the SHA-256 of its bytes, hexadecimal. Raises OSError as `write`."""
     total_bytes = sum(output.num_bytes for output in outputs)
@@ -166,19 +181,26 @@ class _Planner:
 
     def _part(self, weight: Weight, layer: int) -> StoredTensor:
         name = self._checkpoint.names[weight].format(layer=layer)
-        tensor = self._unused.pop(name, None)
-        if tensor is None:
-            raise CorruptModel(self._checkpoint.path, None, f"tensor {name!r} is missing")
-        if tensor.shape != self.shapes[weight]:
-            problem = (
-                f"tensor {name!r} has shape {tensor.shape}; the configuration asks for {self.shapes[weight]}"
-            )
-            raise CorruptModel(self._checkpoint.path, None, problem)
-        return tensor
+        return _take(self._unused, name, self.shapes[weight], self._checkpoint.path)
 
     def check_all_used(self) -> None:
-        """A tensor that nobody asked for would change the result, had we known what to do with it."""
-        left = sorted(name for name in self._unused if not name.endswith(self._checkpoint.ignored))
-        if left:
-            feature = f"{len(left)} tensors such as {', '.join(left[:3])}"
-            raise UnsupportedModel(self._checkpoint.path, feature, "the tensors that docs/models.md names")
+        """See _check_all_used."""
+        _check_all_used(self._unused, self._checkpoint.ignored, self._checkpoint.path)
+
+
+def _take(unused: dict[str, StoredTensor], name: str, shape: tuple[int, ...], path: str) -> StoredTensor:
+    tensor = unused.pop(name, None)
+    if tensor is None:
+        raise CorruptModel(path, None, f"tensor {name!r} is missing")
+    if tensor.shape != shape:
+        problem = f"tensor {tensor.name!r} has shape {tensor.shape}; the configuration asks for {shape}"
+        raise CorruptModel(path, None, problem)
+    return tensor
+
+
+def _check_all_used(unused: dict[str, StoredTensor], ignored: tuple[str, ...], path: str) -> None:
+    """A tensor that nobody asked for would change the result, had we known what to do with it."""
+    left = sorted(name for name in unused if not name.endswith(ignored))
+    if left:
+        feature = f"{len(left)} tensors such as {', '.join(left[:3])}"
+        raise UnsupportedModel(path, feature, "the tensors that docs/models.md names")

@@ -3,15 +3,17 @@
 Defaults are those of transformers 5 for keys that it leaves out, or that older versions did not write.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from workers.errors import CorruptModel, UnsupportedModel
-from workers.model.config import ModelConfig
+from workers.model.config import ModelConfig, RopeConfig
 from workers.model.hf_folder import CONFIG, GENERATION_CONFIG, JsonValues, read_json, special_token
 from workers.model.hf_rope import read_rope
+from workers.model.hf_vision import VISION_FAMILIES, VisionFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,42 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     that are missing or contradict each other.
     """
     values = read_json(folder / CONFIG)
-    family = _family(values, folder)
+    architecture = _architecture(values, folder)
     _refuse_variants(values, folder)
+    pictures = VISION_FAMILIES.get(architecture)
+    if pictures is None:
+        return _read_text(values, folder, tokenizer, FAMILIES[architecture], read_rope)
+    text = pictures.text_values(values)
+    _refuse_variants(text, folder)
+    config = _read_text(text, folder, tokenizer, FAMILIES[pictures.text_architecture], pictures.read_rope)
+    return with_vision(config, pictures, folder, tokenizer)
+
+
+def with_vision(config: ModelConfig, family: VisionFamily, folder: Path, tokenizer: Tokenizer) -> ModelConfig:
+    """A text model's configuration with the encoder that this folder describes.
+
+    Raises as `read_config`, and ModelUnavailable when the image processor's file is missing.
+    """
+    values = read_json(folder / CONFIG)
+    _refuse_variants(values, folder)
+    vision = family.read_vision(values, folder, tokenizer, config.hidden_size)
+    if vision.num_layers > MAX_LAYERS:
+        raise CorruptModel(values.path, None, f"it names {vision.num_layers} layers of its vision encoder")
+    return replace(config, architecture=family.name, vision=vision)
+
+
+def vision_family(folder: Path) -> VisionFamily | None:
+    """Of the model in this folder; None: it takes no pictures. Raises as `read_config`."""
+    return VISION_FAMILIES.get(_architecture(read_json(folder / CONFIG), folder))
+
+
+def _read_text(
+    values: JsonValues,
+    folder: Path,
+    tokenizer: Tokenizer,
+    family: _Family,
+    rope_of: Callable[[JsonValues, str, float], tuple[RopeConfig, int]],
+) -> ModelConfig:
     num_layers = values.positive("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise CorruptModel(values.path, None, f"it names {num_layers} layers")
@@ -84,7 +120,7 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
         raise CorruptModel(values.path, None, "it lacks 'num_key_value_heads'")
     has_attention_bias = family.reads_attention_bias and values.flag("attention_bias", False)
     eos_token_ids = _eos_token_ids(values, folder, tokenizer)
-    rope, max_context_tokens = read_rope(values, str(folder), family.theta)
+    rope, max_context_tokens = rope_of(values, str(folder), family.theta)
     return ModelConfig(
         architecture=family.name,
         num_layers=num_layers,
@@ -110,15 +146,15 @@ def read_config(folder: Path, tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def _family(values: JsonValues, folder: Path) -> _Family:
+def _architecture(values: JsonValues, folder: Path) -> str:
     architectures = values.items("architectures")
     if not architectures:
         raise CorruptModel(values.path, None, "it lacks 'architectures'")
-    family = FAMILIES.get(str(architectures[0]))
-    if family is None or len(architectures) > 1:
+    name, known = str(architectures[0]), (*FAMILIES, *VISION_FAMILIES)
+    if name not in known or len(architectures) > 1:
         feature = f"architecture {', '.join(map(repr, architectures))}"
-        raise UnsupportedModel(str(folder), feature, ", ".join(FAMILIES))
-    return family
+        raise UnsupportedModel(str(folder), feature, ", ".join(known))
+    return name
 
 
 def _refuse_variants(values: JsonValues, folder: Path) -> None:

@@ -15,6 +15,13 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+#: Where processors of transformers 4 keep it, as JSON.
+OLD_TEMPLATE = "chat_template.json"
+#: Of the image processor; the second is that of old folders.
+PROCESSOR = "processor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
+#: Key of config.json: the model that text weights, tokenizer and chat template are those of, as a manifest names it.
+TEXT_SOURCE = "phasewise_text_source"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 #: Ends of names of files that Python's pickle reads, which can run any program.
@@ -150,7 +157,10 @@ def refuse_pickle(source: str, name: str) -> None:
 
 def files_that_matter(folder: Path) -> list[Path]:
     """All files that decide what the model answers, in a fixed order. Raises as `weight_files`."""
-    names = (CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE, INDEX)
+    names = (
+        CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE, OLD_TEMPLATE, PROCESSOR,
+        PREPROCESSOR, INDEX,
+    )  # fmt: skip
     return [folder / name for name in names if (folder / name).is_file()] + weight_files(folder)
 
 
@@ -184,7 +194,9 @@ def chat_template(folder: Path) -> str:
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CorruptModel(str(folder / TEMPLATE), error.start, "it is not UTF-8") from error
-    values = read_json(folder / TOKENIZER_CONFIG)
+    values = read_json(folder / OLD_TEMPLATE)
+    if values.get("chat_template") is None:
+        values = read_json(folder / TOKENIZER_CONFIG)
     template = values.get("chat_template")
     if isinstance(template, list):
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}

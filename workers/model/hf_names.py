@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from workers.errors import CorruptModel, UnsupportedModel
-from workers.model.checkpoint import Checkpoint, SourceModel, StoredTensor, Weight
-from workers.model.hf_config import read_config
-from workers.model.hf_folder import chat_template, read_tokenizer, weight_files
+from workers.model.checkpoint import Checkpoint, SourceModel, StoredTensor, VisionCheckpoint, Weight
+from workers.model.config import ModelConfig
+from workers.model.hf_config import read_config, vision_family, with_vision
+from workers.model.hf_folder import TEXT_SOURCE, chat_template, read_tokenizer, weight_files
+from workers.model.hf_vision import VisionFamily
 
 NAMES = {
     Weight.EMBEDDING: "model.embed_tokens.weight",
@@ -49,14 +52,50 @@ def read_hf_folder(folder: Path) -> SourceModel:
     """All of a model. Raises UnsupportedModel, CorruptModel and ModelUnavailable."""
     tokenizer_json, tokenizer = read_tokenizer(folder)
     config = read_config(folder, tokenizer)
-    checkpoint = Checkpoint(str(folder), _tensors(folder), NAMES, IGNORED)
+    tensors, vision = _tensors(folder), None
+    if (family := vision_family(folder)) is not None:
+        tensors, vision = _split(tensors, family, config, folder)
+    checkpoint = Checkpoint(str(folder), tensors, NAMES, IGNORED)
     if config.tie_embeddings and NAMES[Weight.LM_HEAD] in checkpoint.tensors:
         # What is stored counts more than what the configuration says of it, as in transformers.
         if _are_equal(checkpoint, NAMES[Weight.EMBEDDING], NAMES[Weight.LM_HEAD]):
             checkpoint = replace(checkpoint, ignored=(*IGNORED, NAMES[Weight.LM_HEAD]))
         else:
             config = replace(config, tie_embeddings=False)
-    return SourceModel(config, checkpoint, tokenizer_json, chat_template(folder))
+    return SourceModel(config, checkpoint, tokenizer_json, chat_template(folder), vision)
+
+
+def add_vision(text: SourceModel, folder: Path) -> SourceModel:
+    """A text model with the encoder in this folder, whose own chat template counts more.
+
+    Raises UnsupportedModel, CorruptModel and ModelUnavailable.
+    """
+    family = vision_family(folder)
+    if family is None or family.has_mrope or text.vision is not None:
+        feature = f"{TEXT_SOURCE} in a model of another architecture, or one that names a model with pictures"
+        raise UnsupportedModel(str(folder), feature, "Idefics3 with a text model")
+    config = with_vision(text.config, family, folder, Tokenizer.from_str(text.tokenizer_json.decode()))
+    rest, vision = _split(_tensors(folder), family, config, folder)
+    if rest:
+        feature = f"{TEXT_SOURCE} beside text weights such as {min(rest)}"
+        raise UnsupportedModel(str(folder), feature, "one or the other")
+    template = chat_template(folder) or text.chat_template
+    return replace(text, config=config, chat_template=template, vision=vision)
+
+
+def _split(
+    tensors: dict[str, StoredTensor], family: VisionFamily, config: ModelConfig, folder: Path
+) -> tuple[dict[str, StoredTensor], VisionCheckpoint]:
+    """The text model's weights and the encoder's, by plain names."""
+    assert config.vision is not None, "read from the same folder"
+    plain: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        other = plain.setdefault(family.plain_name(name), tensor)
+        if other is not tensor:
+            raise CorruptModel(str(folder), None, f"tensors {other.name!r} and {name!r} are the same weight")
+    text = {name: tensor for name, tensor in plain.items() if not name.startswith(family.prefixes)}
+    vision = {name: tensor for name, tensor in plain.items() if name not in text}
+    return text, VisionCheckpoint(str(folder), vision, family.stored_names(config.vision.num_layers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """The rotary embedding that a config.json describes, in the old spelling (`rope_theta`, `rope_scaling`) and in
 the new one (`rope_parameters`)."""
 
+from dataclasses import replace
+
 from workers.errors import CorruptModel, UnsupportedModel
 from workers.model.config import RopeConfig, RopeScaling, yarn_attention_factor
 from workers.model.hf_folder import JsonValues
@@ -21,6 +23,9 @@ KNOWN_KEYS = frozenset(
         "high_freq_factor", "partial_rotary_factor", "finetuned",
     }
 )  # fmt: skip
+#: M-RoPE of files that name no sections.
+MROPE_SECTION = (16, 24, 24)
+MROPE_TYPE = "mrope"
 
 
 def read_rope(values: JsonValues, source: str, default_theta: float) -> tuple[RopeConfig, int]:
@@ -56,6 +61,24 @@ def read_rope(values: JsonValues, source: str, default_theta: float) -> tuple[Ro
                 high_freq_factor=told.number("high_freq_factor"),
             )
             return rope, context_tokens
+
+
+def read_mrope(values: JsonValues, source: str, default_theta: float) -> tuple[RopeConfig, int]:
+    """As `read_rope`, for a model whose tokens have a position in time, in height and in width."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    told = dict(values.inner(key).values)
+    section = told.pop("mrope_section", None)
+    if section is None:
+        section = list(MROPE_SECTION)
+    if not isinstance(section, list) or not all(type(size) is int and size >= 0 for size in section):
+        problem = f"'mrope_section' is {str(section)[:80]!r}, not a list of three sizes"
+        raise CorruptModel(values.path, None, problem)
+    # Old files name the kind so, when nothing is scaled.
+    plain = {name: "default" for name in ("rope_type", "type") if told.get(name) == MROPE_TYPE}
+    rope, context_tokens = read_rope(
+        JsonValues(values.path, {**values.values, key: told | plain}), source, default_theta
+    )
+    return replace(rope, mrope_section=tuple(section)), context_tokens
 
 
 def _scaling(told: JsonValues, source: str) -> RopeScaling:

@@ -45,6 +45,16 @@ class Mixes:
 
 
 @dataclass(frozen=True, slots=True)
+class Embeds:
+    """Rows whose embedding is given: those of pictures."""
+
+    #: Indices into token_ids, whose tokens there are not read, [num_embeds] int64.
+    rows: torch.Tensor
+    #: [num_embeds, hidden_size] fp32.
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """The tokens of one step: those of sequence 0, then of sequence 1, and so on. At least one token."""
 
@@ -69,6 +79,9 @@ class ForwardBatch:
     #: column. They see all earlier tokens. Their slots are the last ones of the context, in order.
     tree_masks: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
     mixes: Mixes | None = None
+    embeds: Embeds | None = None
+    #: M-RoPE: positions in time, height and width, [3, num_tokens] int64; None: `positions` in all three.
+    rope_positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +155,10 @@ class Llama:
             # The kernels do not look: it would be written somewhere else.
             raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
         attention = _attention(batch, kv_cache.shape[3])
-        rotation = self._rope.cos_sin(batch.positions, batch.rope_lens)
+        positions = batch.positions
+        if batch.rope_positions is not None and config.rope.mrope_section:
+            positions = batch.rope_positions
+        rotation = self._rope.cos_sin(positions, batch.rope_lens)
         hidden = self._embed(batch)
         # What a layer's MLP adds to `hidden`: the next norm does that on its way.
         added: torch.Tensor | None = None
@@ -180,7 +196,7 @@ class Llama:
 
         The first layers are computed for all tokens; then `choose` says which of the reused ones are computed
         further, beside all others. The rest have, in the other layers, the KV that they have elsewhere, with keys
-        turned to where they are now.
+        turned to where they are now. Not for prompts with pictures, whose keys follow from more than their tokens.
         kv_cache: as for `forward`; no block that is read may be one that is written. Returns [1, vocab_size] fp32.
         Raises ValueError when keys cannot be moved.
         """
@@ -241,6 +257,8 @@ class Llama:
         if batch.mixes is not None:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
             hidden[batch.mixes.rows] = mixed.sum(dim=1)
+        if batch.embeds is not None:
+            hidden[batch.embeds.rows] = batch.embeds.values
         return hidden
 
     def _project(

@@ -2,7 +2,8 @@
 
 A model lives in the cache as a folder named by the digest of its source and FORMAT_VERSION:
 
-    model.safetensors    fp32 weights, fused as the forward pass reads them
+    model.safetensors    fp32 weights of the text model, fused as the forward pass reads them
+    vision.safetensors   the same of the vision encoder, if the model has one
     config.json          ModelConfig
     tokenizer.json       of the `tokenizers` library
     chat_template.jinja  may be empty
@@ -20,30 +21,34 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from workers.errors import CorruptModel, ModelUnavailable, OutOfDisk
+from workers.model.checkpoint import SourceModel
 from workers.model.config import ModelConfig
-from workers.model.convert import PIECE_BYTES, plan_output, write_safetensors
+from workers.model.convert import PIECE_BYTES, plan_output, plan_vision_output, write_safetensors
 from workers.model.gguf_file import open_gguf
 from workers.model.gguf_names import read_gguf
-from workers.model.hf_names import read_hf_folder
+from workers.model.hf_names import add_vision, read_hf_folder
 from workers.model.resources import check_disk, check_memory
-from workers.model.source import file_sha256, locate, source_digest
+from workers.model.source import file_sha256, locate, locate_text, source_digest
 
 #: Grows when a conversion writes something else than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = (
     "model.safetensors",
     "config.json",
     "tokenizer.json",
     "chat_template.jinja",
 )
+VISION_WEIGHTS = "vision.safetensors"
 CONTENTS = "contents.json"
 #: Size that the weights will have, for those who wait; only while they are written.
 TOTAL_BYTES = "total_bytes"
@@ -55,6 +60,16 @@ LOCK_POLL_S = 0.1
 
 #: Told what is being done and how much of that is done, 0 to 1.
 Progress = Callable[[str, float], None]
+
+
+class Part(StrEnum):
+    """What a worker needs of a model depends on its phases."""
+
+    TEXT = "text"
+    VISION = "vision"
+
+
+ALL_PARTS: AbstractSet[Part] = frozenset(Part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +123,20 @@ def prepare(source: str, progress: Progress, cache_dir: Path | None = None) -> P
             return _open(folder, digest)
 
 
-def load_weights(prepared: PreparedModel) -> dict[str, torch.Tensor]:
-    """The weights, fp32 on the CPU, mapped from the file: processes share one copy in the page cache.
+def load_weights(prepared: PreparedModel, parts: AbstractSet[Part] = ALL_PARTS) -> dict[str, torch.Tensor]:
+    """The weights of these parts, fp32 on the CPU, mapped from the files: processes share one copy in the page cache.
 
-    They must not be written to. Raises OutOfMemory when the machine cannot keep them in memory.
+    They must not be written to. Files of other parts are not opened; a model without pictures has no such part.
+    Raises OutOfMemory when the machine cannot keep them in memory.
     """
-    path = prepared.folder / WEIGHTS
-    check_memory("the model's weights", path.stat().st_size, "use a smaller model or end other programs")
-    weights: dict[str, torch.Tensor] = load_file(path)
+    paths = [prepared.folder / WEIGHTS] if Part.TEXT in parts else []
+    if Part.VISION in parts and prepared.config.vision is not None:
+        paths.append(prepared.folder / VISION_WEIGHTS)
+    num_bytes = sum(path.stat().st_size for path in paths)
+    check_memory("the model's weights", num_bytes, "use a smaller model or end other programs")
+    weights: dict[str, torch.Tensor] = {}
+    for path in paths:
+        weights |= load_file(path)
     return weights
 
 
@@ -170,7 +191,8 @@ def _report_wait(folder: Path, progress: Progress) -> None:
     message = "waiting for another process that prepares the model"
     try:
         total_bytes = int((_partial(folder) / TOTAL_BYTES).read_text())
-        num_bytes = (_partial(folder) / WEIGHTS).stat().st_size
+        files = [_partial(folder) / name for name in (WEIGHTS, VISION_WEIGHTS)]
+        num_bytes = sum(file.stat().st_size for file in files if file.exists())
     except (FileNotFoundError, ValueError):
         # It has not begun to write, or has just ended.
         progress(message, 0.0)
@@ -182,29 +204,45 @@ def _convert(path: Path, folder: Path, progress: Progress) -> None:
     """Fill `folder`. The caller holds its lock, and it does not exist."""
     progress("reading the model's metadata", 0.0)
     check_memory("converting the model", CONVERSION_BYTES, "end other programs")
-    model = read_hf_folder(path) if path.is_dir() else read_gguf(open_gguf(path))
+    model = _read(path)
     try:
         model.config.validate()
     except ValueError as error:
         raise CorruptModel(str(path), None, f"its configuration makes no sense: {error}") from error
-    outputs = plan_output(model.checkpoint, model.config)
+    outputs = {WEIGHTS: plan_output(model.checkpoint, model.config)}
+    if model.vision is not None and model.config.vision is not None:
+        outputs[VISION_WEIGHTS] = plan_vision_output(model.vision, model.config.vision)
     texts = {
         CONFIG: model.config.to_json().encode(),
         TOKENIZER: model.tokenizer_json,
         TEMPLATE: model.chat_template.encode(),
     }
-    total_bytes = sum(output.num_bytes for output in outputs)
+    file_bytes = {name: sum(tensor.num_bytes for tensor in tensors) for name, tensors in outputs.items()}
+    total_bytes = sum(file_bytes.values())
     message = f"converting the weights ({total_bytes / 2**20:.0f} MiB, once per machine)"
     with _new_folder(folder, total_bytes + SPARE_DISK_BYTES) as partial:
         checksums = {name: hashlib.sha256(content).hexdigest() for name, content in texts.items()}
         for name, content in texts.items():
             (partial / name).write_bytes(content)
         (partial / TOTAL_BYTES).write_text(str(total_bytes))
-        checksums[WEIGHTS] = write_safetensors(
-            outputs, partial / WEIGHTS, lambda done: progress(message, done)
-        )
+        num_written = 0
+        for name, tensors in outputs.items():
+
+            def report(done: float, before: int = num_written, size: int = file_bytes[name]) -> None:
+                progress(message, min((before + done * size) / total_bytes, 1.0))
+
+            checksums[name] = write_safetensors(tensors, partial / name, report)
+            num_written += file_bytes[name]
         (partial / TOTAL_BYTES).unlink()
         _write_contents(partial, checksums)
+
+
+def _read(path: Path) -> SourceModel:
+    """What the source holds. Raises UnsupportedModel, CorruptModel and ModelUnavailable."""
+    if not path.is_dir():
+        return read_gguf(open_gguf(path))
+    text = locate_text(path)
+    return read_hf_folder(path) if text is None else add_vision(_read(text), path)
 
 
 def _write_contents(folder: Path, checksums: dict[str, str]) -> None:
@@ -225,7 +263,7 @@ def _damage(folder: Path) -> str | None:
     """
     try:
         contents = json.loads((folder / CONTENTS).read_text())
-        for name in (WEIGHTS, CONFIG, TOKENIZER, TEMPLATE):
+        for name in {WEIGHTS: None, CONFIG: None, TOKENIZER: None, TEMPLATE: None, **contents}:
             stat, expected = (folder / name).stat(), contents[name]
             if stat.st_size != expected["size_bytes"]:
                 return f"{name} has {stat.st_size} bytes instead of {expected['size_bytes']}"

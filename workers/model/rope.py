@@ -2,7 +2,8 @@
 
 In fp32 and by the same steps as in transformers, so that both round alike.
 Sources: RoFormer (Su et al. 2021), section 3.2.2; YaRN (Peng et al. 2023), sections 3.1 to 3.4; Llama 3.1
-(model card and reference code); NTK-aware scaling is described in YaRN's appendix A.
+(model card and reference code); NTK-aware scaling is described in YaRN's appendix A; Qwen2-VL (Wang et al. 2024),
+section 2.1, for M-RoPE.
 """
 
 import math
@@ -22,19 +23,24 @@ class Rope:
         self._rope = config.rope
         self._head_dim = config.head_dim
         self._inverse_frequencies = _inverse_frequencies(config.rope, config.head_dim)
+        #: M-RoPE: the axis of each frequency, [head_dim / 2].
+        self._axes = torch.arange(3).repeat_interleave(torch.tensor(config.rope.mrope_section or (0, 0, 0)))
 
     def cos_sin(
         self, positions: torch.Tensor, rope_lens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each [num_tokens, 1, head_dim] fp32: the same for all heads; both halves turn by the same angles.
 
-        positions: [num_tokens] int64. rope_lens: [num_tokens] int64, the length of sequence that a token's
-        frequencies are for, positions + 1 when None; it matters to dynamic scaling alone.
+        positions: [num_tokens] int64; with M-RoPE also [3, num_tokens], in time, height and width. rope_lens:
+        [num_tokens] int64, the length of sequence that a token's frequencies are for, positions + 1 when None; it
+        matters to dynamic scaling alone.
         """
         frequencies = self._inverse_frequencies[None, :]
         if self._rope.scaling is RopeScaling.DYNAMIC:
             frequencies = self._dynamic(positions + 1 if rope_lens is None else rope_lens)
-        angles = positions[:, None].float() * frequencies
+        # [num_tokens, 1], or one position for each frequency.
+        turned = positions[:, None] if positions.dim() == 1 else positions[self._axes].T
+        angles = turned.float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         cos, sin = angles.cos(), angles.sin()
         if self._rope.attention_factor != 1.0:
@@ -44,7 +50,7 @@ class Rope:
     @property
     def can_move(self) -> bool:
         """Keys can be turned to other positions: the angles of a token depend on its position alone."""
-        return self._rope.scaling is not RopeScaling.DYNAMIC
+        return self._rope.scaling is not RopeScaling.DYNAMIC and not self._rope.mrope_section
 
     def move(
         self, keys: torch.Tensor, old_positions: torch.Tensor, new_positions: torch.Tensor
@@ -52,11 +58,12 @@ class Rope:
         """Rotated keys as they would be at other positions, to the rounding of float32.
 
         keys: [num_tokens, num_kv_heads, head_dim] fp32, rotated for old_positions. Both positions: [num_tokens] int64.
-        Returns the same shape. Raises ValueError when the angles depend on the length of the sequence too.
+        Returns the same shape. Raises ValueError when the angles depend on more than that.
         """
         if not self.can_move:
             raise ValueError(
-                "keys cannot be moved: with dynamic scaling their angles depend on the prompt's length"
+                "keys cannot be moved: with dynamic scaling their angles depend on the prompt's length, with M-RoPE on "
+                "the pictures before them"
             )
         frequencies = self._inverse_frequencies[None, :]
         # The difference of two angles that were rounded as `cos_sin` rounds them. No attention factor: keys have it.

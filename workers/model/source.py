@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from workers.errors import ModelUnavailable
+from workers.errors import CorruptModel, ModelUnavailable, UnsupportedModel
 from workers.model import hf_folder
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,27 @@ def locate(source: str) -> Path:
     elif path.suffix == ".safetensors":
         problem = "a safetensors file alone does not say what model it is of"
         raise ModelUnavailable(source, problem, f"Name its folder, with {hf_folder.CONFIG} in it")
+    return path
+
+
+def locate_text(folder: Path) -> Path | None:
+    """What the folder of a model names as the source of its text model, a path counting from this folder; None: nothing.
+
+    Raises as `locate`, and CorruptModel for what names no source.
+    """
+    config = folder / hf_folder.CONFIG
+    source = hf_folder.read_json(config).get(hf_folder.TEXT_SOURCE)
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        problem = f"{hf_folder.TEXT_SOURCE!r} is {str(source)[:80]!r}, not a text"
+        raise CorruptModel(str(config), None, problem)
+    if not source.startswith(PACKAGE_PREFIX):
+        source = str(folder / Path(source).expanduser())
+    path = locate(source)
+    if path.is_dir() and hf_folder.read_json(path / hf_folder.CONFIG).get(hf_folder.TEXT_SOURCE) is not None:
+        feature = f"{hf_folder.TEXT_SOURCE} of a model that has one itself"
+        raise UnsupportedModel(str(folder), feature, "the source of a whole text model")
     return path
 
 
@@ -76,7 +97,8 @@ def file_sha256(path: Path, progress: Callable[[float], None] | None = None) -> 
 
 
 def source_digest(path: Path, index: Path, progress: Callable[[float], None]) -> str:
-    """SHA-256 of the model file, or for a folder of the names and digests of all files that matter.
+    """SHA-256 of the model file, or for a folder of the names and digests of all files that matter, with those of
+    the model that it names as its text model.
 
     A digest comes from folder `index` when path, size and time of change are those known there. A folder that
     cannot be read or written costs time only: the file is read again at the next start.
@@ -95,6 +117,9 @@ def source_digest(path: Path, index: Path, progress: Callable[[float], None]) ->
 
         checksum.update(f"{file.name} {_file_digest(file, index, report)}\n".encode())
         num_read += size
+    if (text := locate_text(path)) is not None:
+        digest = source_digest(text, index, lambda _done: None)
+        checksum.update(f"{hf_folder.TEXT_SOURCE} {digest}\n".encode())
     return checksum.hexdigest()
 
 

@@ -1,0 +1,1 @@
+"""Vision encoders, and how their pictures stand in a prompt."""

@@ -1,0 +1,27 @@
+"""What the encode phase needs of a vision model."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from workers.model.vision.plan import ImagePlan
+
+
+class VisionEncoder(Protocol):
+    """Turns pictures into embeddings. Holds no state between calls."""
+
+    def prepare(self, image: NDArray[np.uint8], plan: ImagePlan, tiles: range) -> list[torch.Tensor]:
+        """Pixels of these tiles of one picture, as `encode` takes them; called in any thread.
+
+        image: RGB, upright, [plan.height, plan.width, 3].
+        """
+
+    def encode(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Embeddings of each tile, [num_embeddings, hidden_size of the text model] fp32.
+
+        The tiles may belong to several pictures and requests; each result is the same whatever it is batched with,
+        as far as the matrix library's arithmetic is.
+        """
