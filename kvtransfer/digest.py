@@ -20,6 +20,17 @@ def token_digest(token_ids: Sequence[int], first_position: int = 0) -> bytes:
     return hashlib.blake2b(text + array("q", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
+def content_digest(tokens: bytes, keys: Sequence[bytes]) -> bytes:
+    """Of tokens some of which stand for content beside them, as pictures do.
+
+    tokens: `token_digest`. keys: what names each piece of content, in order.
+    """
+    digest = hashlib.blake2b(tokens, digest_size=DIGEST_BYTES)
+    for key in keys:
+        digest.update(len(key).to_bytes(4, "little") + key)
+    return digest.digest()
+
+
 def transfer_digest(
     layout: KvLayout, tokens: bytes, heads: tuple[int, int], chunks: Iterable[tuple[KvRange, int, int]]
 ) -> bytes:

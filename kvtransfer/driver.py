@@ -8,13 +8,15 @@ import asyncio
 import contextlib
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvtransfer.chunk_codec import pack_chunk, unpack_chunk
+from kvtransfer.chunk_writing import ChunkWriter
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.errors import CorruptFrame, MalformedFrame, PhasewiseTransferError, ReservationRefused
-from kvtransfer.frames import Chunk
+from kvtransfer.frames import Announce, Chunk
 from kvtransfer.host import KvHost
 from kvtransfer.pool import KvSpan, MappedPool, PoolOffer, span_bytes, span_of
 from kvtransfer.raw_bytes import filled
@@ -52,12 +54,22 @@ LINGER_S = 1.0
 #: acknowledgements is thereby stopped. What a sender queues is bounded by its credits, and it reads on: if
 #: both sides stopped, each would wait for the other.
 MAX_QUEUED_FRAMES = 64
+#: Messages that are ready together are written together up to about this size: each write takes a call of gRPC, which
+#: costs more than these bytes.
+MAX_TOGETHER_BYTES = 2**16
+#: Ways on which the receiver copies a chunk while the sender computes its checksum. On the others one does both, or the
+#: checksum is what says that the KV is in the GPU's memory.
+ANNOUNCED_WAYS = frozenset({"shm"})
+#: A smaller chunk has its checksum sooner than it would be heard of.
+MIN_ANNOUNCED_BYTES = 2**22
+
+Outbox = asyncio.Queue[SendFrame | SendChunk]
 
 
 class PoolOpener(Protocol):
     """Opens the pools of senders, each once for all transfers."""
 
-    def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
+    async def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
         """The best way to read a pool: its transport, the pool, and why no better one; ("grpc", None, why) without.
 
         Raises ReservationRefused when the way that must be taken cannot be. Every pool that was opened is given to
@@ -97,12 +109,14 @@ class Session:
         self._block_ids = block_ids
         self._pools = pools
         self._on_event = on_event
-        self._mapped: MappedPool | None = None
+        self._writer = ChunkWriter(host, machine.wants)
         self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[SendFrame | SendChunk] = asyncio.Queue()
+        self._outbox: Outbox = asyncio.Queue()
         #: Chunks go here while there are streams for them alone.
-        self._chunk_outbox: asyncio.Queue[SendFrame | SendChunk] = asyncio.Queue()
+        self._chunk_outbox: Outbox = asyncio.Queue()
         self._num_chunk_streams = 0
+        #: Sender: numbers of chunks that were announced on this stream.
+        self._announced: set[int] = set()
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._ended = asyncio.Event()
@@ -156,6 +170,8 @@ class Session:
         finally:
             self._attached = None
             # What waits to be sent was meant for this stream. What matters of it is said again on the next.
+            self._announced.clear()
+            self._writer.forget_announced()
             for outbox in (self._outbox, self._chunk_outbox):
                 while not outbox.empty():
                     outbox.get_nowait()
@@ -223,29 +239,9 @@ class Session:
 
     def _write_chunk(self, action: WriteChunk) -> ChunkWritten | ChunkDamaged | HostBroke:
         """Copy and check in one pass: what is wrong is in the transfer's blocks then, where nobody looks before all is right."""
-        chunk, where = action.chunk, action.chunk.kv_range
-        pool = self._host.pool
-        into = span_of(
-            action.block_ids,
-            pool.layout.block_size,
-            tokens=(where.token_lo, where.token_hi),
-            layers=(where.layer_lo, where.layer_hi),
-            heads=chunk.heads,
-        )
+        chunk = action.chunk
         try:
-            if chunk.is_in_place:
-                assert self._mapped is not None
-                source = KvSpan(
-                    chunk.source_block_ids,
-                    chunk.source_first_token,
-                    where.num_tokens,
-                    where.layer_lo,
-                    where.layer_hi,
-                    *chunk.heads,
-                )
-                checksum = self._mapped.pull(source, pool, into)
-            else:
-                checksum = pool.write(into, chunk.payload, action.dtype)
+            checksum = self._writer.write(action)
         except Exception as error:
             logger.exception("kv_write_failed transfer_id=%s", self.machine.transfer_id)
             return HostBroke(f"writing a chunk: {error}")
@@ -257,15 +253,18 @@ class Session:
         return ChunkWritten(chunk.sequence_number)
 
     def _damaged(self, number: int, problem: str) -> ChunkDamaged:
+        self._note_damage(problem, number)
+        return ChunkDamaged(number, problem)
+
+    def _note_damage(self, problem: str, number: int | None) -> None:
         self.num_corrupt_chunks += 1
         if self.num_corrupt_chunks == 1:
             logger.warning(
-                "chunk_corrupt transfer_id=%s number=%d reason=%s",
+                "chunk_corrupt transfer_id=%s number=%s reason=%s",
                 self.machine.transfer_id,
-                number,
+                "-" if number is None else number,
                 problem,
             )
-        return ChunkDamaged(number, problem)
 
     async def _reserve(self, action: ReserveBlocks) -> None:
         request = action.request
@@ -282,16 +281,20 @@ class Session:
             logger.exception("kv_reserve_failed transfer_id=%s", self.machine.transfer_id)
             self.post(HostBroke(f"reserving blocks: {error}"))
         else:
-            self._take_blocks(tuple(block_ids), request.offers)
+            await self._take_blocks(tuple(block_ids), request.offers)
 
-    def _take_blocks(self, block_ids: tuple[int, ...], offers: Sequence[PoolOffer]) -> None:
+    async def _take_blocks(self, block_ids: tuple[int, ...], offers: Sequence[PoolOffer]) -> None:
         """They are the transfer's, whatever comes of the way to fill them."""
         assert self._pools is not None
         if self.machine.is_ended:
             self.post(BlocksReserved(block_ids))
             return
         try:
-            transport, self._mapped, why = self._pools.open(offers)
+            transport, self._writer.mapped, why = await self._pools.open(offers)
+        except asyncio.CancelledError:
+            # The machine has ended: they go straight back.
+            self.post(BlocksReserved(block_ids))
+            raise
         except ReservationRefused as refusal:
             self._host.release(self.machine.transfer_id, block_ids, refusal.reason)
             self.post(ReservationDenied(refusal.reason, refusal.retryable))
@@ -301,14 +304,16 @@ class Session:
             self._host.release(self.machine.transfer_id, block_ids, f"opening the sender's pool: {error}")
             self.post(HostBroke(f"opening the sender's pool: {error}"))
         else:
+            self._writer.block_ids = block_ids
             self.post(BlocksReserved(block_ids, transport, why))
 
     def _let_go(self) -> None:
         """The machine has ended."""
-        if self._mapped is not None:
+        self._writer.forget_announced()
+        mapped, self._writer.mapped = self._writer.mapped, None
+        if mapped is not None:
             assert self._pools is not None
-            self._pools.close(self._mapped)
-            self._mapped = None
+            self._pools.close(mapped)
 
     # Tasks of `attach`.
 
@@ -353,9 +358,15 @@ class Session:
                 # A stream of chunks has broken. What this one brings is said again on the next.
                 return
             event = _event(message)
-            if isinstance(event, FrameDamaged) and event.sequence_number is not None:
-                self._damaged(event.sequence_number, str(event.error))
-            elif isinstance(event, Chunk) and event.codec is not CodecId.NONE:
+            if isinstance(event, FrameDamaged) and isinstance(event.error, CorruptFrame):
+                # What it was cannot be asked for again; on the next stream both say what they miss.
+                self._note_damage(str(event.error), None)
+                self.stream_broke(str(event.error))
+                return
+            if isinstance(event, Announce):
+                self._writer.announce(event.chunk)
+                continue
+            if isinstance(event, Chunk) and event.codec is not CodecId.NONE and self.machine.wants(event):
                 event = await self._unpacked(event)
             self.post(event)
 
@@ -368,26 +379,77 @@ class Session:
             self._damaged(chunk.sequence_number, str(error))
             return FrameDamaged(MalformedFrame(str(error), len(chunk.payload)), chunk.sequence_number)
 
-    async def _write(
-        self, stream: MessageStream, outbox: "asyncio.Queue[SendFrame | SendChunk]", *, is_main: bool
-    ) -> None:
+    async def _write(self, stream: MessageStream, outbox: Outbox, *, is_main: bool) -> None:
         is_broken = False
-        while True:
-            item = await outbox.get()
-            try:
+        #: Out of the queue and not yet written.
+        taken: deque[SendFrame | SendChunk] = deque()
+        try:
+            while True:
+                if not taken:
+                    taken.append(await outbox.get())
                 if self._outbox.qsize() < MAX_QUEUED_FRAMES:
                     self._has_room.set()
-                message = None if is_broken else await self._encode(item)
-                if message is not None:
-                    await stream.write(message)
-            except ConnectionError as error:
-                # The reader says how the main stream ended: what came before may be the reason.
-                is_broken = True
-                if not is_main:
-                    self.stream_broke(f"a stream of chunks: {error}")
-            finally:
-                # Also when it is cancelled: whoever waits for the queue to be empty would wait for this.
+                messages, num_items = ([], 1) if is_broken else await self._encode_run(taken, outbox)
+                try:
+                    if messages:
+                        await stream.write(*messages)
+                except ConnectionError as error:
+                    # The reader says how the main stream ended: what came before may be the reason.
+                    is_broken = True
+                    if not is_main:
+                        self.stream_broke(f"a stream of chunks: {error}")
+                for _ in range(num_items):
+                    taken.popleft()
+                    outbox.task_done()
+        finally:
+            # Also when it is cancelled: whoever waits for the queue to be empty would wait for these.
+            for _ in taken:
                 outbox.task_done()
+
+    async def _encode_run(
+        self, taken: deque[SendFrame | SendChunk], outbox: Outbox
+    ) -> tuple[list[bytes], int]:
+        """Messages to be written together, of so many items: the first one taken, and small frames right behind it.
+
+        A chunk behind them is taken too and left for the next time: what is before it must not wait until it is read.
+        """
+        messages = self._announce(taken, outbox)
+        if messages:
+            # Before the first checksum is computed.
+            return messages, 0
+        num_items = 0
+        while True:
+            message = await self._encode(taken[num_items])
+            num_items += 1
+            if message is not None:
+                messages.append(message)
+            # What waits for streams of chunks is left to the next one that is free.
+            if outbox is not self._outbox or sum(map(len, messages)) > MAX_TOGETHER_BYTES:
+                return messages, num_items
+            if len(taken) == num_items and not outbox.empty():
+                taken.append(outbox.get_nowait())
+            if len(taken) == num_items or isinstance(taken[num_items], SendChunk):
+                return messages, num_items
+
+    def _announce(self, taken: deque[SendFrame | SendChunk], outbox: Outbox) -> list[bytes]:
+        """What lets the receiver begin with chunks that wait here, when it has none to copy meanwhile."""
+        first = taken[0]
+        is_over = self.machine.is_ended or self.machine.state is TransferState.SUSPENDED
+        if is_over or not isinstance(first, SendChunk) or first.transport not in ANNOUNCED_WAYS:
+            return []
+        while not outbox.empty():
+            taken.append(outbox.get_nowait())
+        chunks = [item for item in taken if isinstance(item, SendChunk)]
+        if len(chunks) < self.machine.num_in_flight:
+            return []
+        messages = []
+        for item in chunks:
+            span = self._source_span(item)
+            is_worth_it = span_bytes(span, self._host.pool.layout) >= MIN_ANNOUNCED_BYTES
+            if is_worth_it and item.sequence_number not in self._announced:
+                self._announced.add(item.sequence_number)
+                messages.append(encode(Announce(_chunk_of(item, 0, span))))
+        return messages
 
     async def _encode(self, item: SendFrame | SendChunk) -> bytes | None:
         """None for a chunk that must not be sent any more, or that the host could not read."""
@@ -406,15 +468,8 @@ class Session:
 
     async def _read_chunk(self, item: SendChunk) -> tuple[bytes, int]:
         """The message of a chunk, and the checksum of what it carries."""
-        pool, where = self._host.pool, item.kv_range
+        pool, span = self._host.pool, self._source_span(item)
         layout = pool.layout
-        span = span_of(
-            self._block_ids,
-            layout.block_size,
-            tokens=(where.token_lo, where.token_hi),
-            layers=(where.layer_lo, where.layer_hi),
-            heads=item.heads,
-        )
         if item.transport != "grpc":
             chunk = _chunk_of(item, pool.checksum(span, item.transport), span)
             return chunk_header(chunk), chunk.checksum
@@ -435,14 +490,26 @@ class Session:
 
         return filled(CHUNK_HEADER_BYTES + num_bytes, fill), checksum
 
+    def _source_span(self, item: SendChunk) -> KvSpan:
+        where = item.kv_range
+        return span_of(
+            self._block_ids,
+            self._host.pool.layout.block_size,
+            tokens=(where.token_lo, where.token_hi),
+            layers=(where.layer_lo, where.layer_hi),
+            heads=item.heads,
+        )
+
     async def _linger(self, stream: MessageStream, reader: asyncio.Task[None] | None) -> None:
         """Let the last frames out; with a reader, see the stream end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 await self._outbox.join()
-                if reader is not None:
-                    await stream.close()
+                if reader is not None and self.outcome is not None and self.outcome.error is None:
+                    # Both have said their last word: the other side ends the stream without being told.
                     await reader
+                elif reader is not None:
+                    await asyncio.gather(stream.close(), reader)
 
     # The clock.
 
@@ -482,7 +549,5 @@ def _event(message: bytes) -> object:
     """The frame that a message holds, or what is wrong with it."""
     try:
         return decode(message)
-    except CorruptFrame as error:
-        return FrameDamaged(error, error.sequence_number)
     except PhasewiseTransferError as error:
         return FrameDamaged(error)

@@ -9,6 +9,7 @@
     │   ├── ReservationRefused    no blocks for it here
     │   ├── SharedMemoryUnavailable  memory that others may read cannot be had
     │   ├── TransportUnavailable  a way that must be taken cannot be offered
+    │   ├── TooManyStreams        streams that have not said what they are for
     │   └── HostFailed            the cache behind this side raised
     └── PeerError                 the other side, or the way to it
         ├── TransferRefused       it does not take the transfer, with its reason
@@ -120,6 +121,17 @@ class TransportUnavailable(OwnError):
 
     def __str__(self) -> str:
         return f"the transport {self.transport} cannot be used here: {self.reason}"
+
+
+class TooManyStreams(OwnError):
+    """`max_streams` streams wait to say what they are for: one more is not listened to."""
+
+    def __init__(self, max_streams: int) -> None:
+        super().__init__(max_streams)
+        self.max_streams = max_streams
+
+    def __str__(self) -> str:
+        return f"{self.max_streams} streams have not said what they are for; open another later"
 
 
 class HostFailed(OwnError):
@@ -262,12 +274,8 @@ class MalformedFrame(PeerError):
 
 
 class CorruptFrame(MalformedFrame):
-    """The checksum does not fit.
+    """The checksum does not fit: nothing in it can be believed, not even which chunk it was."""
 
-    sequence_number: of the chunk, as far as the damaged header can be believed; None if it was none.
-    """
-
-    def __init__(self, num_bytes: int, sequence_number: int | None) -> None:
+    def __init__(self, num_bytes: int) -> None:
         super().__init__("checksum mismatch", num_bytes)
-        self.args = (num_bytes, sequence_number)
-        self.sequence_number = sequence_number
+        self.args = (num_bytes,)

@@ -109,6 +109,17 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Announce:
+    """Sender: this chunk, which is copied in place, will follow as soon as its checksum is known.
+
+    What it names is ready: it may be copied now, and is looked at by nobody before the chunk itself has come and fits.
+    """
+
+    #: Its checksum is 0.
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Sender: chunks 0..num_chunks-1 are all there are, and all on their way. digest: see digest.transfer_digest."""
 
@@ -198,5 +209,5 @@ class Ended:
 
 SenderFrame = Reserve | Resume | Renew | Chunk | Finish | Commit | Abort
 ReceiverFrame = Granted | Refused | Resumed | Ack | Nack | Verified | Committed | Ended
-#: Attach and Fetch begin streams and are no events of a machine.
-Frame = SenderFrame | ReceiverFrame | Attach | Fetch
+#: Attach and Fetch begin streams, Announce only saves time: they are no events of a machine.
+Frame = SenderFrame | ReceiverFrame | Attach | Fetch | Announce

@@ -5,6 +5,7 @@ gRPC checks that messages are complete and in order; that they are right is `wir
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from kvtransfer.bundle import bundled, unbundled
 from kvtransfer.stream import MessageStream
 
 SERVICE = "phasewise.kvtransfer.v1.KvTransferService"
 METHOD = "Transfer"
+#: The same for embeddings, which have leases and a pool of their own.
+EMBEDDINGS = "TransferEmbeddings"
 #: A longer message is refused by either side.
 MAX_MESSAGE_BYTES = 64 * 2**20
 #: A peer whose machine is gone closes no connection. After so much silence it is asked whether it is there, and
@@ -38,12 +42,12 @@ GRPC_OPTIONS = (
 class GrpcChannel:
     """The way to one receiver, over a channel that may serve other services too.
 
-    channel: made with GRPC_OPTIONS; its owner closes it.
+    channel: made with GRPC_OPTIONS; its owner closes it. method: of KvTransferService.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, method: str = METHOD) -> None:
         self._transfer: grpc.aio.StreamStreamMultiCallable[Any, Any] = channel.stream_stream(
-            f"/{SERVICE}/{METHOD}"
+            f"/{SERVICE}/{method}"
         )
 
     def open(self) -> MessageStream:
@@ -55,16 +59,16 @@ class GrpcChannel:
 class _ClientStream:
     def __init__(self, call: Any) -> None:
         self._call = call
+        #: Of the last bundle, not yet asked for.
+        self._arrived: deque[bytes] = deque()
 
     async def read(self) -> bytes | None:
-        with _map_errors():
-            message = await self._call.read()
-        return None if message is grpc.aio.EOF else message
+        return await _next(self._call, self._arrived)
 
-    async def write(self, message: bytes) -> None:
+    async def write(self, *messages: bytes) -> None:
         try:
             with _map_errors():
-                await self._call.write(message)
+                await self._call.write(bundled(messages))
         except asyncio.CancelledError:
             # gRPC does so too, but not before the call stands: its other end would wait for a first message.
             self._call.cancel()
@@ -80,28 +84,40 @@ class _ServerStream:
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        self._arrived: deque[bytes] = deque()
 
     async def read(self) -> bytes | None:
-        with _map_errors():
-            message = await self._context.read()
-        return None if message is grpc.aio.EOF else message
+        return await _next(self._context, self._arrived)
 
-    async def write(self, message: bytes) -> None:
+    async def write(self, *messages: bytes) -> None:
         with _map_errors():
-            await self._context.write(message)
+            await self._context.write(bundled(messages))
 
     async def close(self) -> None:
         return
 
 
-def add_handler(server: grpc.aio.Server, serve: Callable[[MessageStream], Awaitable[None]]) -> None:
-    """Let `serve` answer each stream of KvTransferService on this server."""
+def add_handler(
+    server: grpc.aio.Server, serve: Callable[[MessageStream], Awaitable[None]], method: str = METHOD
+) -> None:
+    """Let `serve` answer each stream of this method of KvTransferService on this server."""
 
     async def transfer(_requests: object, context: Any) -> None:
         await serve(_ServerStream(context))
 
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(transfer)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {method: handler}),))
+
+
+async def _next(call: Any, arrived: deque[bytes]) -> bytes | None:
+    """One message of a call, or of the bundle that came last."""
+    if not arrived:
+        with _map_errors():
+            message = await call.read()
+        if message is grpc.aio.EOF:
+            return None
+        arrived.extend(unbundled(message))
+    return arrived.popleft()
 
 
 @contextmanager

@@ -21,6 +21,11 @@ class KvRange:
         """True when it holds nothing, or its ends are the wrong way round."""
         return self.layer_lo >= self.layer_hi or self.token_lo >= self.token_hi
 
+    def overlaps(self, other: "KvRange") -> bool:
+        """True when some layer of some token is in both."""
+        layers = max(self.layer_lo, other.layer_lo) < min(self.layer_hi, other.layer_hi)
+        return layers and max(self.token_lo, other.token_lo) < min(self.token_hi, other.token_hi)
+
     @property
     def num_layers(self) -> int:
         """Layers in it."""

@@ -1,7 +1,8 @@
 """One transfer that comes in parts, from several senders that hold different KV heads.
 
 Ranks of a tensor-parallel prefill worker each send what they have into the same blocks. Blocks are asked for when all
-have come, given back when the first one fails, and committed when the last one has.
+have come. All of them commit, once the last one is whole; or none, and the blocks are given back: the first one that
+fails ends all at once, with its reason.
 """
 
 import asyncio
@@ -9,11 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvtransfer.errors import ReservationRefused
+from kvtransfer.errors import PhasewiseTransferError, ReservationRefused
 from kvtransfer.frames import Reserve
 from kvtransfer.host import CachedKv, KvHost
 from kvtransfer.layout import shared_heads
 from kvtransfer.pool import KvPool
+
+#: A part that comes after another has failed is told so for so long, in seconds.
+FAILED_S = 60.0
 
 
 class _Place(StrEnum):
@@ -21,8 +25,25 @@ class _Place(StrEnum):
 
     ASKING = "asking"
     HOLDING = "holding"
+    #: All of it is here and verified.
+    WHOLE = "whole"
     COMMITTED = "committed"
     GONE = "gone"
+
+
+#: Places of parts that may write to the blocks, or will.
+_USING = frozenset({_Place.ASKING, _Place.HOLDING, _Place.WHOLE})
+
+
+@dataclass(eq=False, slots=True)
+class _Failure:
+    """Why none of the parts is committed."""
+
+    reason: str
+    retryable: bool
+    #: Parts that have not come yet, and until when they are waited for.
+    to_come: set[int]
+    until_s: float
 
 
 @dataclass(eq=False, slots=True)
@@ -35,19 +56,31 @@ class _Join:
     heads: dict[int, tuple[int, int]] = field(default_factory=dict)
     is_complete: asyncio.Event = field(default_factory=asyncio.Event)
     reservation: "asyncio.Task[Sequence[int]] | None" = None
-    failure: str = ""
+    failure: _Failure | None = None
+    #: What the first part that was whole is to commit.
+    token_ids: tuple[int, ...] | None = None
 
 
 class PartJoin:
-    """The transfers of one worker that come in parts.
+    """The transfers of one worker that come in parts. Made in the loop.
 
-    abort(transfer_id, part, reason): ends a part that did not fail by itself.
+    abort(transfer_id, part, reason): ends a part that did not fail by itself. commit(transfer_id, part): lets one that
+    is whole commit, which it does at once.
     """
 
-    def __init__(self, host: KvHost, abort: Callable[[str, int, str], None]) -> None:
+    def __init__(
+        self,
+        host: KvHost,
+        abort: Callable[[str, int, str], None],
+        commit: Callable[[str, int], None],
+    ) -> None:
         self._host = host
         self._abort = abort
+        self._commit = commit
         self._joins: dict[str, _Join] = {}
+        #: Transfers that have failed, of which parts may still come, oldest first. Bounded by FAILED_S.
+        self._failed: dict[str, _Failure] = {}
+        self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
         return len(self._joins)
@@ -59,11 +92,14 @@ class PartJoin:
     async def reserve(self, request: Reserve) -> Sequence[int]:
         """Blocks for all parts, once all have asked. Raises ReservationRefused."""
         name = request.transfer_id
+        self._refuse_if_failed(request)
         heads = shared_heads(request.layout, self._host.pool.layout)
         assert heads is not None, "a layout without a head in common is refused before"
         join = self._joins.setdefault(name, _Join(request))
-        problem = self._problem(join, request)
+        problem = _problem(join, request)
         if problem is not None:
+            # Nobody can tell which of them is right.
+            self._fail(join, request.part, problem, retryable=False)
             raise ReservationRefused(name, problem, retryable=False)
         join.heads[request.part] = heads
         join.places[request.part] = _Place.ASKING
@@ -77,86 +113,133 @@ class PartJoin:
             block_ids = await asyncio.shield(join.reservation)
         except TimeoutError:
             reason = f"{len(join.places)} of {request.num_parts} parts came in time"
-            self._leave(join, request.part, reason)
+            self._leave(join, request.part, reason, retryable=True)
             raise ReservationRefused(name, reason, retryable=True) from None
-        except BaseException as error:
-            self._leave(join, request.part, str(error) or "cancelled")
+        except ReservationRefused as refusal:
+            self._leave(join, request.part, refusal.reason, retryable=refusal.retryable)
             raise
-        if join.failure:
-            self._leave(join, request.part, join.failure)
-            raise ReservationRefused(name, join.failure, retryable=True)
+        except BaseException as error:
+            self._leave(join, request.part, str(error) or "cancelled", retryable=True)
+            raise
+        if join.failure is not None:
+            self._leave(join, request.part, join.failure.reason, retryable=True)
+            raise ReservationRefused(name, join.failure.reason, join.failure.retryable)
         join.places[request.part] = _Place.HOLDING
         return block_ids
 
+    def note_whole(self, request: Reserve, token_ids: tuple[int, ...]) -> None:
+        """A part is verified, and is to commit these tokens. With the last one all of them commit."""
+        name, part = request.transfer_id, request.part
+        join = self._joins[name]
+        if join.places[part] is not _Place.HOLDING:
+            return
+        join.places[part] = _Place.WHOLE
+        if join.token_ids is None:
+            join.token_ids = token_ids
+        if token_ids != join.token_ids:
+            self._abort(name, part, f"it ends in other tokens than part {min(join.places)}")
+            return
+        is_whole = len(join.places) == request.num_parts and set(join.places.values()) == {_Place.WHOLE}
+        if is_whole:
+            for other in sorted(join.places):
+                self._commit(name, other)
+
     def commit(self, request: Reserve, token_ids: Sequence[int]) -> None:
-        """A part is whole. With the last one the transfer is."""
+        """One of the parts, of which all are whole. With the last one the blocks are the sequence's."""
         join = self._joins[request.transfer_id]
-        assert join.places[request.part] is _Place.HOLDING
+        assert join.places[request.part] is _Place.WHOLE
         join.places[request.part] = _Place.COMMITTED
-        if all(place is _Place.COMMITTED for place in join.places.values()):
+        if set(join.places.values()) == {_Place.COMMITTED}:
             assert join.reservation is not None
             del self._joins[request.transfer_id]
             block_ids = join.reservation.result()
             self._host.commit(request.transfer_id, block_ids, token_ids, request.token_digest)
-        else:
-            self._give_back_if_over(join)
 
     def release(self, request: Reserve, reason: str) -> None:
         """A part has failed, and with it the transfer: the blocks go back when no part writes to them any more."""
         join = self._joins[request.transfer_id]
-        assert join.places[request.part] is _Place.HOLDING
-        self._leave(join, request.part, reason)
+        assert join.places[request.part] in (_Place.HOLDING, _Place.WHOLE)
+        self._leave(join, request.part, reason, retryable=True)
 
-    def _leave(self, join: _Join, part: int, reason: str) -> None:
+    def fail(self, request: Reserve, error: PhasewiseTransferError) -> None:
+        """A part was refused before it asked for blocks: the others end too, at once or when they come."""
+        name = request.transfer_id
+        join = self._joins.get(name)
+        if join is not None:
+            self._fail(join, request.part, str(error), retryable=error.retryable)
+        elif name in self._failed:
+            self._has_come(name, request.part)
+        else:
+            self._remember(_Join(request), request.part, str(error), retryable=error.retryable)
+
+    def _refuse_if_failed(self, request: Reserve) -> None:
+        failure = self._failed.get(request.transfer_id)
+        if failure is not None and self._loop.time() < failure.until_s:
+            self._has_come(request.transfer_id, request.part)
+            raise ReservationRefused(request.transfer_id, failure.reason, failure.retryable)
+
+    def _has_come(self, name: str, part: int) -> None:
+        failure = self._failed[name]
+        failure.to_come.discard(part)
+        if not failure.to_come:
+            del self._failed[name]
+
+    def _leave(self, join: _Join, part: int, reason: str, *, retryable: bool) -> None:
         join.places[part] = _Place.GONE
-        if not join.failure:
-            join.failure = f"part {part} of {join.request.num_parts} failed: {reason}"
-            if join.reservation is None:
-                # Wakes those that wait for parts which will be of no use.
-                join.reservation = asyncio.create_task(self._refuse(join))
-                join.is_complete.set()
-                is_refused = True
-            else:
-                is_refused = _is_refused(join.reservation)
-            for other, place in list(join.places.items()):
-                # Who still asks hears of a refusal by itself, and whether it is for good.
-                if place is _Place.HOLDING or (place is _Place.ASKING and not is_refused):
-                    self._abort(join.request.transfer_id, other, join.failure)
+        self._fail(join, part, reason, retryable=retryable)
         self._give_back_if_over(join)
+
+    def _fail(self, join: _Join, part: int, reason: str, *, retryable: bool) -> None:
+        """The first failure ends all parts."""
+        if join.failure is not None:
+            return
+        failure = join.failure = self._remember(join, part, reason, retryable=retryable)
+        if join.reservation is None:
+            # Wakes those that wait for parts which will be of no use.
+            join.reservation = asyncio.create_task(self._refuse(join))
+            join.is_complete.set()
+            is_refused = True
+        else:
+            is_refused = _is_refused(join.reservation)
+        for other, place in list(join.places.items()):
+            # Who still asks hears of a refusal by itself, and whether it is for good.
+            if place in (_Place.HOLDING, _Place.WHOLE) or (place is _Place.ASKING and not is_refused):
+                self._abort(join.request.transfer_id, other, failure.reason)
+
+    def _remember(self, join: _Join, part: int, reason: str, *, retryable: bool) -> _Failure:
+        """For those that are still to come."""
+        now_s, num_parts = self._loop.time(), join.request.num_parts
+        self._failed = {name: one for name, one in self._failed.items() if now_s < one.until_s}
+        to_come = set(range(num_parts)) - join.places.keys() - {part}
+        text = f"part {part} of {num_parts} failed: {reason}"
+        failure = _Failure(text, retryable, to_come, now_s + FAILED_S)
+        if to_come:
+            self._failed[join.request.transfer_id] = failure
+        return failure
 
     def _give_back_if_over(self, join: _Join) -> None:
         """Once nobody asks for the blocks or holds them, and they were not all committed."""
-        if not join.failure or {_Place.ASKING, _Place.HOLDING} & set(join.places.values()):
+        if join.failure is None or _USING & set(join.places.values()):
             return
-        name, reservation = join.request.transfer_id, join.reservation
+        name, reservation, reason = join.request.transfer_id, join.reservation, join.failure.reason
         if self._joins.get(name) is not join:
             return
         del self._joins[name]
         assert reservation is not None
         if reservation.done():
-            self._give_back(name, reservation, join.failure)
+            self._give_back(name, reservation, reason)
         else:
             # The host takes back what it may be giving just now, or has it back when it is given.
             reservation.cancel()
-            reservation.add_done_callback(lambda done: self._give_back(name, done, join.failure))
+            reservation.add_done_callback(lambda done: self._give_back(name, done, reason))
 
     def _give_back(self, name: str, reservation: "asyncio.Task[Sequence[int]]", reason: str) -> None:
         if not reservation.cancelled() and reservation.exception() is None:
             self._host.release(name, reservation.result(), reason)
 
-    def _problem(self, join: _Join, request: Reserve) -> str | None:
-        first = join.request
-        if join.is_complete.is_set():
-            return join.failure or "its parts are complete already"
-        same = (first.num_parts, first.num_tokens, first.max_tokens, first.token_digest)
-        if same != (request.num_parts, request.num_tokens, request.max_tokens, request.token_digest):
-            return "its parts do not agree on what they are parts of"
-        if request.part in join.places:
-            return f"part {request.part} has come already"
-        return None
-
     async def _refuse(self, join: _Join) -> Sequence[int]:
-        raise ReservationRefused(join.request.transfer_id, join.failure, retryable=True)
+        assert join.failure is not None
+        raise ReservationRefused(join.request.transfer_id, join.failure.reason, join.failure.retryable)
 
     async def _reserve(self, join: _Join) -> Sequence[int]:
         request, needed = join.request, self._host.pool.layout.heads
@@ -171,6 +254,19 @@ class PartJoin:
             max_tokens=request.max_tokens,
             timeout_s=request.timeout_s,
         )
+
+
+def _problem(join: _Join, request: Reserve) -> str | None:
+    """Why this is not one more of its parts; None when it is."""
+    first = join.request
+    if join.failure is not None:
+        return join.failure.reason
+    same = (first.num_parts, first.num_tokens, first.max_tokens, first.token_digest)
+    if same != (request.num_parts, request.num_tokens, request.max_tokens, request.token_digest):
+        return "its parts do not agree on what they are parts of"
+    if request.part in join.places:
+        return f"part {request.part} has come already"
+    return None
 
 
 def _is_refused(reservation: "asyncio.Task[Sequence[int]]") -> bool:

@@ -55,6 +55,7 @@ from kvtransfer.session import (
     GivenUp,
     HostBroke,
     Machine,
+    PartsWhole,
     ReleaseBlocks,
     ReservationDenied,
     ReserveBlocks,
@@ -73,6 +74,9 @@ MAX_DIGEST_MISMATCHES = 1
 #: A chunk that has not come after Finish is asked for when nothing came for this part of a lease: on several
 #: streams chunks may come after what was sent behind them.
 MISSING_FRACTION = 1 / 4
+#: Nor before so many times what the missing bytes would take at the rate of those that came: a link that is slow, or gets
+#: slower, has lost nothing.
+MISSING_PATIENCE = 4
 
 
 class ReceiverMachine(Machine):
@@ -123,8 +127,10 @@ class ReceiverMachine(Machine):
         self.num_digest_mismatches = 0
         #: KV that was written, in bytes of the pool here.
         self.num_bytes_written = 0
-        #: When chunks that are missing after Finish are asked for.
+        #: When chunks that are missing after Finish are asked for, and how often they were since anything came.
         self._ask_missing_at_s = math.inf
+        self._num_asks = 0
+        self._last_chunk_at_s = 0.0
         self._suspended_at_s = math.inf
         self._state_before = TransferState.RESERVED
         self._broken_by = ""
@@ -155,6 +161,11 @@ class ReceiverMachine(Machine):
         return self._lease_id
 
     @property
+    def is_lossy(self) -> bool:
+        """Some of what has come was packed by a codec, and is not exactly what was computed."""
+        return any(codec is not CodecId.NONE for _, codec, _ in self._received.values())
+
+    @property
     def transport(self) -> str:
         """How the KV comes."""
         return self._transport
@@ -163,6 +174,23 @@ class ReceiverMachine(Machine):
     def transport_reason(self) -> str:
         """Why not by a better way."""
         return self._transport_reason
+
+    @property
+    def is_unanswered(self) -> bool:
+        """Nothing but the request was heard: its sender may not know yet that it was granted, and ask again."""
+        state = self._state_before if self.state is TransferState.SUSPENDED else self.state
+        return state in (TransferState.REQUESTED, TransferState.RESERVED) and self._commit_ahead is None
+
+    @property
+    def awaited_commit(self) -> Commit | None:
+        """Of one part of a transfer: what it commits when all of them are whole, as this one is; None before."""
+        state = self._state_before if self.state is TransferState.SUSPENDED else self.state
+        return self._commit_ahead if state is TransferState.VERIFIED else None
+
+    def wants(self, chunk: Chunk) -> bool:
+        """See Machine."""
+        is_new = self.state in _OPEN and chunk.sequence_number not in self._received
+        return is_new and self._place_problem(chunk) is None
 
     def handle(self, event: object, now_s: float) -> list[Action]:
         """See Machine. Blocks that come after the end go straight back."""
@@ -177,11 +205,11 @@ class ReceiverMachine(Machine):
         assert bool(self._block_ids) == has_lease, self.state
         if self._lease_id is not None:
             assert self._leases.get(self._lease_id).block_ids == self._block_ids
-        assert not self._received.keys() & self._rejected
+        assert not self._received.keys() & self._rejected, "a chunk is here, and rejected"
         is_suspended = self.state is TransferState.SUSPENDED
         assert is_suspended == (self._suspended_at_s < math.inf) or self.is_ended
         if self.state in (TransferState.VERIFIED, TransferState.COMMITTED):
-            assert self._coverage.is_complete
+            assert self._coverage.is_complete, "verified while KV is missing"
             assert self._finish is not None
             assert self._received.keys() == set(range(self._finish.num_chunks))
 
@@ -189,6 +217,9 @@ class ReceiverMachine(Machine):
         if isinstance(event, BlocksReserved):
             # Ours from now on, also if it is too late to use them.
             self._block_ids = event.block_ids
+        if isinstance(event, PartsWhole):
+            # The others commit now: this one does too, however late it is.
+            return None
         if now_s >= self._hard_deadline_s:
             timeout_s = self._request.timeout_s if self._request else self._lease_s
             error = DeadlineExceeded(self.transfer_id, self.state, timeout_s)
@@ -261,7 +292,7 @@ class ReceiverMachine(Machine):
         self._writing[number] = event
         dtype = self._request.layout.dtype if event.codec is CodecId.NONE else UNPACKED_DTYPE
         self._do(WriteChunk(event, self._block_ids, dtype))
-        self._ask_missing_later(now_s)
+        self._last_chunk_at_s = now_s
         return TransferState.RECEIVING
 
     def _written(self, event: ChunkWritten, now_s: float) -> TransferState:
@@ -273,10 +304,12 @@ class ReceiverMachine(Machine):
         self.num_bytes_written += where.num_layers * where.num_tokens * num_heads * head_bytes
         self._received[number] = chunk.kv_range, chunk.codec, chunk.checksum
         self._do(SendFrame(Ack(number)))
+        self._ask_missing_later(now_s)
         return self._verify_if_complete(now_s)
 
-    def _write_damaged(self, event: ChunkDamaged, _now_s: float) -> TransferState:
+    def _write_damaged(self, event: ChunkDamaged, now_s: float) -> TransferState:
         self._writing.pop(event.sequence_number)
+        self._ask_missing_later(now_s)
         self._reject(event.sequence_number, event.reason)
         return self.state
 
@@ -305,7 +338,8 @@ class ReceiverMachine(Machine):
             if number not in self._received and number not in self._writing:
                 self._rejected.discard(number)
                 self._reject(number, "it has not arrived")
-        self._ask_missing_later(now_s)
+        self._num_asks += 1
+        self._ask_missing_at_s = now_s + self._missing_wait_s()
         return self.state
 
     def _renewed(self, _event: Renew, _now_s: float) -> TransferState:
@@ -322,6 +356,18 @@ class ReceiverMachine(Machine):
 
     def _commit(self, event: Commit, now_s: float) -> TransferState:
         assert self._request is not None
+        if self._request.num_parts > 1:
+            # Who joins the parts says when: all of them, or none.
+            return self._commit_later(event, now_s)
+        return self._hand_over(event, now_s)
+
+    def _commit_with_others(self, _event: PartsWhole, now_s: float) -> TransferState:
+        commit = self.awaited_commit
+        assert commit is not None
+        return self._hand_over(commit, now_s)
+
+    def _hand_over(self, event: Commit, now_s: float) -> TransferState:
+        assert self._request is not None
         assert self._lease_id is not None
         self._leases.settle(self._lease_id, now_s)
         self._do(
@@ -337,6 +383,16 @@ class ReceiverMachine(Machine):
         return self.state
 
     # A stream that broke.
+
+    def _granted_again(self, event: Reserve, _now_s: float) -> TransferState:
+        """The sender did not hear of it. The same request changes nothing."""
+        is_early = TransferState.RESERVED in (self.state, self._state_before)
+        if event != self._request or not is_early:
+            return self._violation("Reserve is another than before, or comes after chunks")
+        assert self._lease_id is not None
+        self._suspended_at_s = math.inf
+        self._do(SendFrame(self._granted(self._lease_id)))
+        return TransferState.RESERVED
 
     def _suspend(self, event: StreamBroke, now_s: float) -> TransferState:
         if self._resume_s <= 0:
@@ -362,7 +418,7 @@ class ReceiverMachine(Machine):
 
     # Handlers that may come at any time.
 
-    def _aborted_by_peer(self, event: Abort, _now_s: float) -> TransferState:
+    def _aborted_by_peer(self, event: Abort | Refused, _now_s: float) -> TransferState:
         error = TransferEnded(self.transfer_id, self.state, event.reason)
         return self._end(TransferState.ABORTED, error, tell_peer=False)
 
@@ -397,6 +453,11 @@ class ReceiverMachine(Machine):
 
     def _chunk_problem(self, chunk: Chunk) -> str | None:
         """Why this chunk may not be written; None when it may."""
+        problem = self._place_problem(chunk)
+        return self._size_problem(chunk) if problem is None else problem
+
+    def _place_problem(self, chunk: Chunk) -> str | None:
+        """The same, of all but its size: before its payload is looked at."""
         if not self._is_fresh(chunk):
             return (
                 f"a chunk for lease {chunk.lease_id} of incarnation {chunk.incarnation}; "
@@ -415,7 +476,7 @@ class ReceiverMachine(Machine):
             return f"chunk {number} holds KV heads {list(chunk.heads)}; {list(self._heads)} were asked for"
         if chunk.is_in_place != (self._transport != "grpc"):
             return f"chunk {number} does not come by {self._transport}"
-        return self._size_problem(chunk)
+        return None
 
     def _size_problem(self, chunk: Chunk) -> str | None:
         assert self._request is not None
@@ -441,8 +502,24 @@ class ReceiverMachine(Machine):
 
     def _ask_missing_later(self, now_s: float) -> None:
         """Something has come: what is still missing has time again."""
+        self._num_asks = 0
         if self._finish is not None and self.state is not TransferState.VERIFIED:
-            self._ask_missing_at_s = now_s + self._lease_s * MISSING_FRACTION
+            self._ask_missing_at_s = now_s + self._missing_wait_s()
+
+    def _missing_wait_s(self) -> float:
+        """How long nothing may come after Finish before what is missing is taken for lost; for ever before a rate is known."""
+        assert self._request is not None
+        assert self._lease_id is not None
+        num_missing = self._coverage.num_missing
+        num_here = self._max_chunks - num_missing
+        if num_here == 0:
+            return math.inf
+        took_s = self._last_chunk_at_s - self._leases.get(self._lease_id).granted_at_s
+        expected_s = took_s * num_missing / num_here
+        # Asking in vain makes a slow link slower.
+        return math.ldexp(
+            max(self._lease_s * MISSING_FRACTION, expected_s * MISSING_PATIENCE), self._num_asks
+        )
 
     def _verify_if_complete(self, now_s: float) -> TransferState:
         finish = self._finish
@@ -456,8 +533,9 @@ class ReceiverMachine(Machine):
             return self._start_over()
         self._ask_missing_at_s = math.inf
         self._do(SendFrame(Verified()))
-        if self._commit_ahead is not None:
-            return self._commit(self._commit_ahead, now_s)
+        assert self._request is not None
+        if self._commit_ahead is not None and self._request.num_parts == 1:
+            return self._hand_over(self._commit_ahead, now_s)
         return TransferState.VERIFIED
 
     def _digest(self) -> bytes:
@@ -544,10 +622,14 @@ TABLE: Table = {
     (_S.RESERVED, Commit): _M._commit_later,  # stays, or -> ABORTED when it is another than before
     (_S.RECEIVING, Commit): _M._commit_later,  # stays, and -> COMMITTED when all is verified
     (_S.VERIFIED, Commit): _M._commit,  # -> COMMITTED
-    # Damage: asked for again, where it can be known what it was.
+    # What makes no sense ends it; of a chunk that cannot be unpacked it is known which one to ask for again.
+    (_S.NEW, Refused): _M._aborted_by_peer,  # -> ABORTED: of a fetch that is not listened to
     (_S.NEW, FrameDamaged): _M._damaged_early,  # -> ABORTED
     (_S.REQUESTED, FrameDamaged): _M._damaged_early,  # -> ABORTED
     **{(state, FrameDamaged): _M._damaged for state in _OPEN},  # stays, or -> ABORTED
+    # Of a transfer that comes in parts.
+    (_S.VERIFIED, PartsWhole): _M._commit_with_others,  # -> COMMITTED
+    (_S.SUSPENDED, PartsWhole): _M._commit_with_others,  # -> COMMITTED
     # A broken stream: -> SUSPENDED, and back to where it was; before there is a lease it ends the transfer.
     (_S.NEW, StreamBroke): _M._stream_broke,  # -> ABORTED
     (_S.REQUESTED, StreamBroke): _M._stream_broke,  # -> ABORTED
@@ -557,9 +639,12 @@ TABLE: Table = {
     (_S.SUSPENDED, Chunk): _M._stay,
     (_S.SUSPENDED, FrameDamaged): _M._stay,
     **{(state, Resume): _M._resume for state in _LEASED},  # -> RESERVED, RECEIVING or VERIFIED
+    (_S.SUSPENDED, Reserve): _M._granted_again,  # -> RESERVED: the first answer was lost
     # Doubled frames, and Renew, which every state of a lease answers.
     (_S.REQUESTED, Reserve): _M._stay,
-    **{(state, Reserve): _M._stay for state in _OPEN},
+    (_S.RESERVED, Reserve): _M._granted_again,  # stays
+    (_S.RECEIVING, Reserve): _M._stay,
+    (_S.VERIFIED, Reserve): _M._stay,
     (_S.VERIFIED, Chunk): _M._take_chunk,  # stays: all chunks are known
     (_S.VERIFIED, Finish): _M._verified_again,  # stays
     **{(state, Renew): _M._renewed for state in _OPEN},

@@ -66,11 +66,14 @@ from kvtransfer.session import (
 MAX_RESENDS = 3
 #: KV in one chunk that the receiver copies by itself: nothing of it has to be held in between. A copy in memory of the
 #: host keeps the receiver from all else, a copy on a GPU takes a launch and a wait, whatever its size.
-IN_PLACE_BYTES = {"in_process": 2**24, "shm": 2**24, "nixl": 2**23, "cuda_ipc": 2**30}
+IN_PLACE_BYTES = {"in_process": 2**24, "shm": 2**25, "nixl": 2**23, "cuda_ipc": 2**30}
 #: A sender that is silent for this part of a lease renews it.
 RENEW_FRACTION = 1 / 3
-#: Waits before the stream is opened again, in seconds; the last one is repeated.
+#: Waits before the stream is opened again, in seconds; the last one is repeated. A request that was not answered is sent
+#: again after all but the last: a receiver that is gone is soon known to be.
 RECONNECT_DELAYS_S = (0.0, 0.05, 0.2, 1.0)
+#: Streams one after the other that were resumed, and brought nothing there; one more ends the transfer.
+MAX_FRUITLESS_RESUMES = 5
 
 
 class SenderMachine(Machine):
@@ -114,6 +117,9 @@ class SenderMachine(Machine):
         self._broken_by = ""
         self._num_reconnects = 0
         self._num_resumes = 0
+        self._num_fruitless_resumes = 0
+        #: Chunks that the receiver had when it resumed last.
+        self._num_there = 0
         self._num_wire_bytes = 0
 
     @property
@@ -127,7 +133,7 @@ class SenderMachine(Machine):
         if self.is_ended:
             return math.inf
         if self._granted is None:
-            return self._hard_deadline_s
+            return min(self._hard_deadline_s, self._suspended_at_s + self._resume_s)
         return min(
             self._hard_deadline_s,
             self._heard_at_s + self._granted.lease_s,
@@ -139,6 +145,11 @@ class SenderMachine(Machine):
     def granted(self) -> Granted | None:
         """What the receiver granted, once it has."""
         return self._granted
+
+    @property
+    def num_in_flight(self) -> int:
+        """See Machine."""
+        return self._chunks.num_in_flight
 
     def check_invariants(self) -> None:
         """Credits are kept, and every chunk is waiting, in flight or acknowledged."""
@@ -192,6 +203,7 @@ class SenderMachine(Machine):
         if not lo <= event.heads[0] < event.heads[1] <= hi:
             return self._violation(f"it wants KV heads {list(event.heads)} of {[lo, hi]}")
         self._granted = event
+        self._num_reconnects = 0
         return self._advance(now_s)
 
     def _refused(self, event: Refused, _now_s: float) -> TransferState:
@@ -233,7 +245,7 @@ class SenderMachine(Machine):
             return self._violation(f"it acknowledges chunk {event.sequence_number}, which was never sent")
         self._chunks.acknowledge(event.sequence_number, now_s)
         # It gets on: the next break is one of its own.
-        self._num_reconnects = 0
+        self._num_reconnects = self._num_fruitless_resumes = 0
         return self._advance(now_s)
 
     def _repeat(self, event: Nack, now_s: float) -> TransferState:
@@ -293,15 +305,22 @@ class SenderMachine(Machine):
         self._suspended_at_s = now_s
         return self._reconnect(event, now_s)
 
-    def _reconnect(self, _event: StreamBroke, _now_s: float) -> TransferState:
+    def _reconnect(self, event: StreamBroke, now_s: float) -> TransferState:
+        # The request was lost, or the answer to it.
+        if self._granted is None and self._num_reconnects == len(RECONNECT_DELAYS_S) - 1:
+            return self._stream_broke(event, now_s)
         delay_s = RECONNECT_DELAYS_S[min(self._num_reconnects, len(RECONNECT_DELAYS_S) - 1)]
         self._num_reconnects += 1
         self._do(Reconnect(delay_s))
         return TransferState.SUSPENDED
 
     def _ask_to_resume(self, _event: Started, now_s: float) -> TransferState:
-        assert self._granted is not None
         request = self._request
+        if self._granted is None:
+            # The same request twice is one request.
+            self._suspended_at_s = math.inf
+            self._send(request, now_s)
+            return TransferState.REQUESTED
         self._send(
             Resume(request.transfer_id, request.part, self._granted.lease_id, request.incarnation), now_s
         )
@@ -312,6 +331,11 @@ class SenderMachine(Machine):
         if last >= self._chunks.num_sent:
             return self._violation(f"it has chunk {last}, which was never sent")
         has = {*range(event.first_missing), *event.received}
+        self._num_fruitless_resumes = 0 if len(has) > self._num_there else self._num_fruitless_resumes + 1
+        if self._num_fruitless_resumes > MAX_FRUITLESS_RESUMES:
+            lost = StreamLost(self.transfer_id, self._state_before, self._broken_by)
+            return self._end(TransferState.ABORTED, lost, tell_peer=True)
+        self._num_there = len(has)
         self._suspended_at_s = math.inf
         self._num_resumes += 1
         self._chunks.restart(has)
@@ -319,6 +343,10 @@ class SenderMachine(Machine):
         self._is_finish_sent = False
         self.state = self._state_before
         return self._advance(now_s)
+
+    def _refused_to_resume(self, event: Refused, now_s: float) -> TransferState:
+        """It may only be too busy to listen; then it closes the stream, and the next one may be heard."""
+        return self.state if event.retryable else self._refused(event, now_s)
 
     # Handlers that may come at any time.
 
@@ -453,15 +481,15 @@ TABLE: Table = {
     (_S.RECEIVING, Verified): _M._verified,  # -> VERIFIED
     (_S.RECEIVING, Committed): _M._done,  # -> RELEASED: what came before it was lost
     (_S.VERIFIED, Committed): _M._done,  # -> RELEASED
-    # A broken stream: -> SUSPENDED, and back to where it was; before there is a lease it ends the transfer.
+    # A broken stream: -> SUSPENDED, and back to where it was; one that never stood ends the transfer.
     (_S.NEW, StreamBroke): _M._stream_broke,  # -> ABORTED
-    (_S.REQUESTED, StreamBroke): _M._stream_broke,  # -> ABORTED
+    (_S.REQUESTED, StreamBroke): _M._suspend,  # -> SUSPENDED, or ABORTED after some tries
     **{(state, StreamBroke): _M._suspend for state in _LEASED},  # -> SUSPENDED
-    (_S.SUSPENDED, StreamBroke): _M._reconnect,  # stays
-    (_S.SUSPENDED, Started): _M._ask_to_resume,  # stays
+    (_S.SUSPENDED, StreamBroke): _M._reconnect,  # stays, or -> ABORTED after some tries without a lease
+    (_S.SUSPENDED, Started): _M._ask_to_resume,  # stays, or -> REQUESTED without a lease
     (_S.SUSPENDED, Resumed): _M._resume,  # -> RESERVED or RECEIVING
     (_S.SUSPENDED, Committed): _M._done,  # -> RELEASED: only the answer was lost
-    (_S.SUSPENDED, Refused): _M._refused,  # -> ABORTED
+    (_S.SUSPENDED, Refused): _M._refused_to_resume,  # stays when it may be granted later, else -> ABORTED
     (_S.SUSPENDED, ChunkRead): _M._was_read,  # stays
     # Late and doubled answers, and the answer to Renew.
     (_S.VERIFIED, ChunkRead): _M._stay,

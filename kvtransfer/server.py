@@ -15,6 +15,7 @@ from kvtransfer.errors import (
     LeaseExpired,
     PhasewiseTransferError,
     ReservationRefused,
+    TooManyStreams,
 )
 from kvtransfer.frames import Abort, Attach, Committed, Ended, Fetch, Frame, Refused, Reserve, Resume
 from kvtransfer.grpc_stream import add_handler
@@ -24,7 +25,7 @@ from kvtransfer.lease import Lease, LeaseTable
 from kvtransfer.parts import PartJoin
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
-from kvtransfer.session import GivenUp, KvReady, PrefillFinished, Started, StreamBroke
+from kvtransfer.session import GivenUp, KvReady, PartsWhole, PrefillFinished, Started, StreamBroke
 from kvtransfer.stream import MessageStream
 from kvtransfer.transports.choice import TransportOpener, offers_of
 from kvtransfer.wire import decode, encode
@@ -37,6 +38,8 @@ MAX_SESSIONS = 1024
 MAX_FEEDS = 16
 #: How long a new stream may take to say what it is for, in seconds.
 FIRST_FRAME_S = 5.0
+#: Streams that have not said it yet; one more is not listened to.
+MAX_NEW_STREAMS = 256
 
 
 class KvTransferServer:
@@ -50,12 +53,15 @@ class KvTransferServer:
         self._config = config
         self._pools = pools or TransportOpener(config.transport)
         self._leases = LeaseTable()
-        self._join = PartJoin(host, self._abort_part)
+        self._join = PartJoin(host, self._abort_part, self._commit_part)
         #: Receiving, by transfer and part, in order of arrival.
         self._sessions: dict[tuple[str, int], Session] = {}
         #: Sending what was fetched.
         self._fetched: dict[Session, str] = {}
+        #: Fetches for which the host looks.
+        self._num_looking = 0
         self._num_streams = 0
+        self._num_new_streams = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._closed_reason: str | None = None
@@ -74,6 +80,11 @@ class KvTransferServer:
     def leases(self) -> list[Lease]:
         """Those that are held now."""
         return self._leases.all()
+
+    def is_lossy(self, transfer_id: str) -> bool:
+        """Some of what this transfer has brought came through a codec. To be asked in `commit`; then it is forgotten."""
+        machines = [one.machine for one in self._sessions.values() if one.machine.transfer_id == transfer_id]
+        return any(isinstance(machine, ReceiverMachine) and machine.is_lossy for machine in machines)
 
     async def serve(self, stream: MessageStream) -> None:
         """One stream, to its end."""
@@ -126,10 +137,16 @@ class KvTransferServer:
         if session is not None:
             session.post(GivenUp(reason))
 
+    def _commit_part(self, transfer_id: str, part: int) -> None:
+        self._sessions[transfer_id, part].post(PartsWhole())
+
     # Streams.
 
     async def _first_frame(self, stream: MessageStream) -> Frame | None:
         """What the stream is for; what to answer when that is not known; None when it is gone."""
+        if self._num_new_streams >= MAX_NEW_STREAMS:
+            return Refused(str(TooManyStreams(MAX_NEW_STREAMS)), retryable=True)
+        self._num_new_streams += 1
         try:
             async with asyncio.timeout(min(self._config.lease_s, FIRST_FRAME_S)):
                 message = await stream.read()
@@ -137,23 +154,32 @@ class KvTransferServer:
             return Ended("nothing was said")
         except ConnectionError:
             return None
+        finally:
+            self._num_new_streams -= 1
         if message is None:
             return None
         try:
             first = decode(message)
+        except CorruptFrame as error:
+            # Whoever it was opens another stream and says it again.
+            logger.warning("first_frame_corrupt reason=%s", error)
+            return None
         except PhasewiseTransferError as error:
             return Ended(str(error))
         if not isinstance(first, (Reserve, Resume, Attach, Fetch)):
             return Ended(f"a stream does not begin with {type(first).__name__}")
         if self._closed_reason is not None:
             return Abort(self._closed_reason) if isinstance(first, Fetch) else Ended(self._closed_reason)
-        if len(self._sessions) + len(self._fetched) >= MAX_SESSIONS and isinstance(first, (Reserve, Fetch)):
+        num_served = len(self._sessions) + len(self._fetched) + self._num_looking
+        if num_served >= MAX_SESSIONS and isinstance(first, (Reserve, Fetch)):
             reason = f"{MAX_SESSIONS} transfers are served already"
             return Abort(reason) if isinstance(first, Fetch) else Refused(reason, retryable=True)
         return first
 
     async def _begin(self, request: Reserve, stream: MessageStream) -> None:
         key = request.transfer_id, request.part
+        if await self._begin_again(request, stream):
+            return
         if key in self._sessions:
             await _say(stream, Refused("this transfer is served here already", retryable=False))
             return
@@ -170,11 +196,27 @@ class KvTransferServer:
             machine,
             self._join.host_of(request),
             pools=self._pools,
-            on_event=lambda: self._forget_if_ended(key, session),
+            on_event=lambda: self._after_event(key, session),
         )
         self._sessions[key] = session
         session.post(request)
+        if session.outcome is not None and session.outcome.error is not None and request.num_parts > 1:
+            self._join.fail(request, session.outcome.error)
         await self._run(session, stream)
+
+    async def _begin_again(self, request: Reserve, stream: MessageStream) -> bool:
+        """Its sender lost the stream before it was answered, and asks again. False when it has to begin anew."""
+        session = self._sessions.get((request.transfer_id, request.part))
+        if session is None or not isinstance(session.machine, ReceiverMachine):
+            return False
+        if session.machine.request != request or not session.machine.is_unanswered:
+            return False
+        await session.detach()
+        if session.is_ended or not session.machine.is_unanswered:
+            return False
+        session.post(request)
+        await self._run(session, stream)
+        return True
 
     async def _resume(self, request: Resume, stream: MessageStream) -> None:
         session = self._sessions.get((request.transfer_id, request.part))
@@ -211,12 +253,19 @@ class KvTransferServer:
             session.post(StreamBroke("its call was cancelled"))
             raise
 
-    def _forget_if_ended(self, key: tuple[str, int], session: Session) -> None:
-        if not session.is_ended or self._sessions.get(key) is not session:
-            return
-        del self._sessions[key]
-        machine, outcome = session.machine, session.outcome
+    def _after_event(self, key: tuple[str, int], session: Session) -> None:
+        machine = session.machine
         assert isinstance(machine, ReceiverMachine)
+        if session.is_ended and self._sessions.get(key) is session:
+            del self._sessions[key]
+            self._note_end(session, machine)
+        elif machine.request is not None and machine.request.num_parts > 1:
+            commit = machine.awaited_commit
+            if commit is not None:
+                self._join.note_whole(machine.request, commit.token_ids)
+
+    def _note_end(self, session: Session, machine: ReceiverMachine) -> None:
+        outcome = session.outcome
         assert outcome is not None
         error = outcome.error
         self.counts.num_corrupt_chunks += session.num_corrupt_chunks
@@ -225,8 +274,7 @@ class KvTransferServer:
         self.counts.num_refused += isinstance(error, ReservationRefused)
         self.counts.num_digest_mismatches += machine.num_digest_mismatches
         self.counts.num_bytes_received += machine.num_bytes_written
-        is_corrupt = isinstance(error, (DigestMismatch, CorruptFrame))
-        log = logger.warning if is_corrupt else logger.info
+        log = logger.warning if isinstance(error, DigestMismatch) else logger.info
         log(
             "transfer_received transfer_id=%s state=%s transport=%s reason=%s",
             machine.transfer_id,
@@ -250,10 +298,7 @@ class KvTransferServer:
             await _say(stream, Abort(reason))
             return
         try:
-            async with asyncio.timeout(min(fetch.timeout_s, self._config.lease_s)):
-                cached = await self._host.find_cached(
-                    fetch.transfer_id, fetch.block_hashes, min_tokens=fetch.min_tokens
-                )
+            cached = await self._look(fetch)
         except TimeoutError:
             await _say(stream, Abort("the worker was too busy to look"))
         except ReservationRefused as refusal:
@@ -264,6 +309,16 @@ class KvTransferServer:
                 await _say(stream, Abort(self._closed_reason))
                 return
             await self._send_cached(fetch, cached, stream)
+
+    async def _look(self, fetch: Fetch) -> CachedKv:
+        self._num_looking += 1
+        try:
+            async with asyncio.timeout(min(fetch.timeout_s, self._config.lease_s)):
+                return await self._host.find_cached(
+                    fetch.transfer_id, fetch.block_hashes, min_tokens=fetch.min_tokens
+                )
+        finally:
+            self._num_looking -= 1
 
     async def _send_cached(self, fetch: Fetch, cached: CachedKv, stream: MessageStream) -> None:
         pool = self._host.pool

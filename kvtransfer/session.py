@@ -123,7 +123,10 @@ class ReservationDenied:
 
 @dataclass(frozen=True, slots=True)
 class FrameDamaged:
-    """Bytes came that are not a whole frame. sequence_number: of the chunk that it probably was."""
+    """What came is whole, and makes no sense. sequence_number: of the chunk whose payload cannot be unpacked.
+
+    Of a frame that is not whole nothing can be believed: it breaks the stream.
+    """
 
     error: PhasewiseTransferError
     sequence_number: int | None = None
@@ -141,6 +144,11 @@ class HostBroke:
     """Reading or writing the cache here raised."""
 
     problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartsWhole:
+    """Receiver: every part of the transfer is verified, and is to be committed. Nothing can hinder it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +308,15 @@ class Machine(ABC):
     @abstractmethod
     def next_deadline_s(self) -> float:
         """When `TimePassed` is due; infinite when there is nothing to wait for."""
+
+    def wants(self, _chunk: Chunk) -> bool:
+        """Whether it is worth the work to unpack this chunk: it will be written if it is whole."""
+        return False
+
+    @property
+    def num_in_flight(self) -> int:
+        """Of a sender: chunks that are to be sent now, or were and are not acknowledged."""
+        return 0
 
     def handle(self, event: object, now_s: float) -> list[Action]:
         """What to do about this event, in order. Empty when the machine has ended."""

@@ -14,8 +14,11 @@ class MessageStream(Protocol):
         """The next message; None when the other end has closed and nothing is left."""
         ...
 
-    async def write(self, message: bytes) -> None:
-        """Returns when the stream has taken the message, which may be before it has arrived."""
+    async def write(self, *messages: bytes) -> None:
+        """Returns when the stream has taken the messages, at least one, which may be before they have arrived.
+
+        They are read one by one. Small ones that are ready together are to be written together, where each write costs.
+        """
         ...
 
     async def close(self) -> None:

@@ -6,14 +6,14 @@ Every message starts with the CRC32C of what follows it, up to the payload of a 
     | crc32c | kind | serialised ControlFrame                                            kind 0
 
     0        4      5       6          8          10        12        14      16
-    | crc32c | kind | codec | layer_lo | layer_hi | head_lo | head_hi | 0 0 | sequence_number ...   kinds 1 and 2
+    | crc32c | kind | codec | layer_lo | layer_hi | head_lo | head_hi | 0 0 | sequence_number ...   kinds 1, 2, 4
              20         24         28         32            40            48         56
       ...    | token_lo | token_hi | 0 0 0 0 | lease_id ... | incarnation | checksum | payload ...
 
 all little-endian. Kind 1 carries its payload, whose checksum stands in the header and is compared when the payload is
 written to where it belongs. Kind 2 names where the KV lies in the sender's pool: the place of the first token in its
-block, then the ids of the blocks, 4 bytes each, which the CRC32C covers too. The payload starts at a multiple of 8, so
-that its elements are aligned in memory.
+block, then the ids of the blocks, 4 bytes each, which the CRC32C covers too. Kind 4 is the same of a chunk whose checksum
+is not known yet. The payload starts at a multiple of 8, so that its elements are aligned in memory.
 """
 
 import math
@@ -31,6 +31,7 @@ from kvtransfer.errors import CorruptFrame, MalformedFrame
 from kvtransfer.frames import (
     Abort,
     Ack,
+    Announce,
     Attach,
     Chunk,
     Commit,
@@ -56,6 +57,8 @@ from protos import kvtransfer_pb2 as pb
 KIND_CONTROL = 0
 KIND_CHUNK = 1
 KIND_CHUNK_IN_PLACE = 2
+#: 3 is `bundle.KIND_BUNDLE`.
+KIND_ANNOUNCE = 4
 #: A control frame longer than this is not looked at.
 MAX_CONTROL_BYTES = 2**16
 #: A longer reason is cut.
@@ -66,10 +69,10 @@ MAX_OFFER_BYTES = 2**13
 #: Senders of one transfer at most.
 MAX_PARTS = 64
 
+_CHUNK_KINDS = (KIND_CHUNK, KIND_CHUNK_IN_PLACE, KIND_ANNOUNCE)
 _CRC = struct.Struct("<I")
 # What follows the checksum: kind, codec, layers, heads, number, tokens, lease, incarnation, checksum of the content.
 _CHUNK_HEADER = struct.Struct("<BBHHHH2xIII4xQQQ")
-_SEQUENCE_NUMBER_OFFSET = 16
 #: Bytes of a chunk before its payload.
 CHUNK_HEADER_BYTES = _CRC.size + _CHUNK_HEADER.size
 
@@ -78,15 +81,17 @@ def encode(frame: Frame) -> bytes:
     """The bytes of a frame. Of a chunk's payload exactly one copy is made."""
     if isinstance(frame, Chunk):
         return b"".join((chunk_header(frame), frame.payload))
+    if isinstance(frame, Announce):
+        return chunk_header(frame.chunk, KIND_ANNOUNCE)
     body = bytes([KIND_CONTROL]) + _to_pb(frame).SerializeToString()
     return _CRC.pack(google_crc32c.value(body)) + body
 
 
-def chunk_header(chunk: Chunk) -> bytes:
+def chunk_header(chunk: Chunk, in_place_kind: int = KIND_CHUNK_IN_PLACE) -> bytes:
     """All of a chunk but its payload: CHUNK_HEADER_BYTES, or more when it is copied in place."""
     where = chunk.kv_range
     header = _CHUNK_HEADER.pack(
-        KIND_CHUNK_IN_PLACE if chunk.is_in_place else KIND_CHUNK,
+        in_place_kind if chunk.is_in_place else KIND_CHUNK,
         chunk.codec,
         where.layer_lo,
         where.layer_hi,
@@ -113,13 +118,13 @@ def decode(message: bytes) -> Frame:
     if len(message) <= _CRC.size:
         raise MalformedFrame("too short", len(message))
     kind = message[_CRC.size]
-    is_chunk = kind in (KIND_CHUNK, KIND_CHUNK_IN_PLACE) and len(message) >= CHUNK_HEADER_BYTES
+    is_chunk = kind in _CHUNK_KINDS and len(message) >= CHUNK_HEADER_BYTES
     end = CHUNK_HEADER_BYTES if is_chunk and kind == KIND_CHUNK else len(message)
     if google_crc32c.value(message[_CRC.size : end]) != _CRC.unpack_from(message)[0]:
-        claimed = int.from_bytes(message[_SEQUENCE_NUMBER_OFFSET:][:4], "little") if is_chunk else None
-        raise CorruptFrame(len(message), claimed)
+        raise CorruptFrame(len(message))
     if is_chunk:
-        return _decode_chunk(message)
+        chunk = _decode_chunk(message)
+        return Announce(chunk) if kind == KIND_ANNOUNCE else chunk
     if kind != KIND_CONTROL:
         raise MalformedFrame(f"kind {kind} with {len(message)} bytes", len(message))
     return _decode_control(message)
@@ -148,7 +153,7 @@ def _decode_chunk(message: bytes) -> Chunk:
     payload = memoryview(message)[CHUNK_HEADER_BYTES:]
     block_ids: tuple[int, ...] = ()
     first_token = 0
-    if kind == KIND_CHUNK_IN_PLACE:
+    if kind != KIND_CHUNK:
         if len(payload) < 8 or len(payload) % 4:
             raise MalformedFrame(f"{len(payload)} bytes do not name blocks", len(message))
         first_token, *ids = array("I", payload.tobytes())
@@ -421,7 +426,7 @@ def _to_pb(frame: Frame) -> pb.ControlFrame:
             return pb.ControlFrame(committed=pb.Committed())
         case Ended():
             return pb.ControlFrame(ended=pb.Ended(reason=_reason(frame.reason)))
-        case Chunk():
+        case Chunk() | Announce():
             raise AssertionError("a chunk is no control frame")
 
 

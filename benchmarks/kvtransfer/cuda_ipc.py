@@ -8,7 +8,8 @@ part also gRPC, protobuf and google-crc32c.
 
 Rates are of the device: CUDA events, the variants in turn, each after a write of 1 GiB, so that nothing is left in the
 cache and the next kernel is queued before the one that is timed begins. Bytes read and bytes written are both counted.
-Hand-offs are on the owner's clock, from its checksum to the other's acknowledgement.
+Hand-offs are on the owner's clock, from its checksum to the other's acknowledgement: over gRPC until it hears that the other
+has committed, and its blocks are free. Where the time goes is told by both: their clock is that of the machine.
 """
 
 import argparse
@@ -19,18 +20,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from kvtransfer.layout import KvLayout
-from kvtransfer.pool import KvPool, KvSpan, span_bytes, span_of
+from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes, span_of
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from phasewise_kernels.block_copy import op
 from phasewise_kernels.block_copy.reference import TokenRows
@@ -44,6 +47,16 @@ COLD_BYTES = 1 << 30
 NUM_WARM_UP = 3
 #: Whether blocks are reserved before the clock starts, as they are while prefill runs, or after.
 IS_AHEAD = (True, False)
+#: Of a hand-off by the protocol: (name, begin, end) by the marks of both processes. What is reserved before is not counted.
+PHASES = (
+    ("reserve: asked for until granted", "made", "granted"),
+    ("checksum: KV ready until computed", "ready", "checked"),
+    ("descriptor: until it is there", "checked", "pull"),
+    ("copy, with the checksum", "pull", "pulled"),
+    ("verify: until blocks are handed over", "pulled", "committed"),
+    ("commit: until the owner hears of it", "committed", "released"),
+    ("close of the stream, not counted", "released", "closed"),
+)
 SWEEP_TILES = (256, 512, 1024, 2048)
 SWEEP_WARPS = (4, 8)
 SWEEP_PROGRAMS = (2, 4, 8, 16)
@@ -124,7 +137,7 @@ def offer_bare(pipe: Connection, pool: KvPool, num_rounds: int) -> dict[str, lis
 
 
 async def send_by_protocol(pool: KvPool, port: int, num_rounds: int, is_ahead: bool) -> dict[str, Any]:
-    """Seconds of each transfer, from the making of the sender to the receiver's commit, and how it went."""
+    """Marks of each transfer on the owner's side, and how the last one went."""
     import grpc.aio
 
     from kvtransfer.client import KvSender
@@ -136,11 +149,10 @@ async def send_by_protocol(pool: KvPool, port: int, num_rounds: int, is_ahead: b
     host = BenchmarkHost(pool, seed=1)
     num_tokens = NUM_TOKENS
     digest = token_digest(range(num_tokens))
-    times: list[float] = []
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
         way = GrpcChannel(channel)
         for number in range(-NUM_WARM_UP, num_rounds):
-            began_s = time.perf_counter()
+            host.begin("made")
             sender = KvSender(
                 host,
                 way,
@@ -154,16 +166,15 @@ async def send_by_protocol(pool: KvPool, port: int, num_rounds: int, is_ahead: b
                 config=config,
             )
             running = asyncio.create_task(sender.run())
-            if is_ahead:
-                await sender.wait_granted()
-                began_s = time.perf_counter()
+            await sender.wait_granted()
+            host.mark("granted")
+            host.mark("ready")
             sender.kv_ready(0, pool.layout.num_layers, 0, num_tokens)
             sender.prefill_finished([7])
             report = await running
-            if number >= 0:
-                times.append(time.perf_counter() - began_s)
+            host.mark("closed")
     return {
-        "handoff": times,
+        "marks": host.marks[NUM_WARM_UP:],
         "transport": report.transport,
         "reason": report.transport_reason,
         "num_chunks": report.num_chunks,
@@ -171,15 +182,26 @@ async def send_by_protocol(pool: KvPool, port: int, num_rounds: int, is_ahead: b
 
 
 class BenchmarkHost:
-    """A worker that has a pool and nothing else to do. Implements host.KvHost."""
+    """A worker that has a pool and nothing else to do, and notes when what happens. Implements host.KvHost."""
 
     def __init__(self, pool: KvPool, seed: int) -> None:
-        self.pool = pool
+        self.pool: KvPool = _MarkedPool(pool, self) if seed == 1 else pool
         self.incarnation = 1
         self._seed = seed
         self._num_reserved = 0
+        #: Of each transfer: what happened, and when, by `time.perf_counter`.
+        self.marks: list[dict[str, float]] = []
+
+    def begin(self, name: str) -> None:
+        """A transfer begins."""
+        self.marks.append({name: time.perf_counter()})
+
+    def mark(self, name: str) -> None:
+        """It has got so far."""
+        self.marks[-1][name] = time.perf_counter()
 
     async def reserve(self, *_: object, **_sizes: object) -> Sequence[int]:
+        self.begin("reserving")
         self._num_reserved += 1
         return blocks_of(self._num_reserved, self._seed)
 
@@ -187,10 +209,37 @@ class BenchmarkHost:
         raise NotImplementedError
 
     def commit(self, *_: object) -> None:
-        pass
+        self.mark("committed")
 
     def release(self, *_: object) -> None:
-        pass
+        self.mark("released")
+
+
+class _MarkedPool:
+    """Notes when the last checksum was there."""
+
+    def __init__(self, pool: KvPool, host: BenchmarkHost) -> None:
+        self._pool = pool
+        self._host = host
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._pool.layout
+
+    @property
+    def offers(self) -> tuple[PoolOffer, ...]:
+        return self._pool.offers
+
+    def checksum(self, span: KvSpan, transport: str) -> int:
+        checksum = self._pool.checksum(span, transport)
+        self._host.mark("checked")
+        return checksum
+
+    def read(self, span: KvSpan, out: memoryview) -> int:
+        return self._pool.read(span, out)
+
+    def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
+        return self._pool.write(span, payload, dtype)
 
 
 # The reader's process.
@@ -225,25 +274,54 @@ async def _serve_protocol(pipe: Connection, pool: KvPool, num_rounds: int) -> di
     from kvtransfer.server import add_kvtransfer_service
 
     server = grpc.aio.server(options=GRPC_OPTIONS)
-    receiver = add_kvtransfer_service(server, BenchmarkHost(pool, seed=2), KvTransferConfig())
+    host = BenchmarkHost(pool, seed=2)
+    receiver = add_kvtransfer_service(server, host, KvTransferConfig())
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     results = {}
     try:
         for is_ahead in IS_AHEAD:
-            pipe.send(("protocol", port, num_rounds, is_ahead))
-            result = await asyncio.to_thread(pipe.recv)
-            times = result.pop("handoff")
-            p90 = statistics.quantiles(times, n=10)[-1]
+            host.marks.clear()
+            with _marked_pulls(host):
+                pipe.send(("protocol", port, num_rounds, is_ahead))
+                result = await asyncio.to_thread(pipe.recv)
+            theirs = result.pop("marks")
+            rows = [{**ours, **row} for ours, row in zip(host.marks[NUM_WARM_UP:], theirs, strict=True)]
+            times = [row["released"] - row["ready" if is_ahead else "made"] for row in rows]
             results["reserved before" if is_ahead else "whole"] = {
-                "handoff": statistics.median(times),
-                "handoff_p90": p90,
+                **_spread("handoff", times),
+                "phases": {
+                    name: _spread("seconds", [row[end] - row[begin] for row in rows])
+                    for name, begin, end in PHASES
+                },
                 **result,
             }
     finally:
         await receiver.close("the benchmark is over")
         await server.stop(None)
     return results
+
+
+def _spread(name: str, times: list[float]) -> dict[str, float]:
+    """Median and tails."""
+    p90, p95 = (statistics.quantiles(times, n=20)[at] for at in (17, 18))
+    return {name: statistics.median(times), f"{name}_p90": p90, f"{name}_p95": p95}
+
+
+@contextmanager
+def _marked_pulls(host: BenchmarkHost) -> Iterator[None]:
+    """Note when the first pull of each transfer begins, and when the last one has ended."""
+    pull = MappedCudaPool.pull
+
+    def marked(mapped: MappedCudaPool, source: KvSpan, target: KvPool, into: KvSpan) -> int:
+        if "pull" not in host.marks[-1]:
+            host.mark("pull")
+        checksum = pull(mapped, source, target, into)
+        host.mark("pulled")
+        return checksum
+
+    with patch.object(MappedCudaPool, "pull", marked):
+        yield
 
 
 def device_rates(mapped: MappedCudaPool, pool: CudaPool, num_rounds: int) -> dict[str, dict[str, float]]:
@@ -355,6 +433,11 @@ def print_results(results: dict[str, Any]) -> None:
         print(
             f"{name:>34}{row['handoff'] * 1e3:>10.2f}{row['handoff_p90'] * 1e3:>8.2f}  by {row['transport']}"
         )
+    for what, row in results["protocol"].items():
+        if "phases" in row:
+            print(f"\nwhere it goes, {what}, ms" + f"{'median':>20}{'p95':>8}")
+            for name, phase in row["phases"].items():
+                print(f"{name:>38}{phase['seconds'] * 1e3:>10.3f}{phase['seconds_p95'] * 1e3:>8.3f}")
 
 
 def main() -> int:

@@ -34,7 +34,6 @@ SHAPES: tuple[tuple[str, int | None], ...] = (
     ("auto", None),
     ("grpc", None),
     ("grpc", 1),
-    ("grpc", 10),
     ("grpc", 30),
 )
 
@@ -84,7 +83,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one shape, few prompts")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    shapes, num_asks = (SHAPES[:1], 3) if args.quick else (SHAPES, 9)
+    shapes, num_asks = (SHAPES[:1], 2) if args.quick else (SHAPES, 5)
     deployment = load(MANIFEST)
     rows = []
     print(

@@ -165,7 +165,7 @@ def main() -> int:
     print(f"nixl {version('nixl')}", flush=True)
     results = {}
     for name, ucx_tls in WAYS.items():
-        row = measure(ucx_tls, (32 if args.quick else 128) << 20, 3 if args.quick else 7)
+        row = measure(ucx_tls, (32 if args.quick else 128) << 20, 3 if args.quick else 5)
         results[name] = row
         print(f"\n{name} (UCX_TLS={ucx_tls}); opened in {row['open_ms']:.0f} ms with the agent; ", end="")
         print(f"the owner's idle agent wants {row['idle_cores']:.2f} cores")

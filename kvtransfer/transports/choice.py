@@ -22,15 +22,13 @@ class TransportOpener:
         self._choice = choice
         self._pools = PoolOpener()
 
-    def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
+    async def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
         """See driver.PoolOpener."""
         if self._choice is TransportChoice.GRPC:
             return "grpc", None, "kvTransfer.transport is grpc"
-        # Those of workers that have ended take memory for nothing.
-        self._pools.close_gone()
         is_auto = self._choice is TransportChoice.AUTO
         allowed = [one for one in offers if is_auto or one.transport == self._choice]
-        transport, pool, notes = self._pools.open(allowed)
+        transport, pool, notes = await self._pools.open(allowed)
         if pool is None and not is_auto:
             reason = f"kvTransfer.transport is {self._choice}, which cannot be had: "
             reason += (

@@ -10,6 +10,7 @@ import base64
 import json
 import logging
 import secrets
+import threading
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -48,18 +49,21 @@ class NixlPool:
         check_span(source, geometry)
         check_same_shape(source, into)
         pieces = pieces_in(source, geometry)
-        staged = np.zeros(0, np.uint8)
-        if pieces.lengths.size:
-            addresses = pieces.source_offsets + self._description.address
-            staged = self._endpoint.read(self._description.agent, addresses, pieces.lengths)
-        assert staged.size == span_bytes(source, geometry.layout)
-        return target.write(into, staged.data, geometry.layout.dtype)
+        # What is read is to be used before the next read.
+        with _lock:
+            staged = np.zeros(0, np.uint8)
+            if pieces.lengths.size:
+                addresses = pieces.source_offsets + self._description.address
+                staged = self._endpoint.read(self._description.agent, addresses, pieces.lengths)
+            assert staged.size == span_bytes(source, geometry.layout)
+            return target.write(into, staged.data, geometry.layout.dtype)
 
     def close(self) -> None:
         """See pool.MappedPool."""
         if self._endpoint is not None:
             endpoint, self._endpoint = self._endpoint, None
-            endpoint.let_go(self._description.agent)
+            with _lock:
+                endpoint.let_go(self._description.agent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,8 @@ class _Description:
 
 #: Of this process; made when the first pool is offered or opened.
 _endpoint: NixlEndpoint | None = None
+#: Of all that uses it: the loop reads while a thread opens another pool.
+_lock = threading.RLock()
 
 
 def offer(memory: Bytes, geometry: PoolGeometry) -> PoolOffer:
@@ -127,9 +133,10 @@ def offer(memory: Bytes, geometry: PoolGeometry) -> PoolOffer:
 
     Takes a second when it is the first, and a core from then on. Raises TransportUnavailable with the reason.
     """
-    endpoint = this_endpoint()
     nonce = np.frombuffer(secrets.token_bytes(_NONCE_BYTES), np.uint8).copy()
-    metadata = endpoint.share((memory, nonce))
+    with _lock:
+        endpoint = this_endpoint()
+        metadata = endpoint.share((memory, nonce))
     place = (address_of(memory), geometry, address_of(nonce), nonce.tobytes())
     logger.info("nixl_pool_offered agent=%s bytes=%d", endpoint.name, memory.size)
     return PoolOffer(TRANSPORT, _Description(endpoint.name, metadata, *place).packed())
@@ -138,6 +145,11 @@ def offer(memory: Bytes, geometry: PoolGeometry) -> PoolOffer:
 def open_pool(descriptor: bytes) -> NixlPool:
     """Raises PoolUnreachable with the reason: its agent does not answer, or another one does."""
     about = _Description.parse(descriptor)
+    with _lock:
+        return _open(about)
+
+
+def _open(about: _Description) -> NixlPool:
     try:
         endpoint = this_endpoint()
     except TransportUnavailable as error:

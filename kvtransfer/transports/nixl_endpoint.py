@@ -30,8 +30,8 @@ from kvtransfer.errors import PoolUnreachable, TransportUnavailable
 logger = logging.getLogger(__name__)
 
 TRANSPORT = "nixl"
-#: A read that takes longer has failed. The worker's event loop waits for so long when a peer stalls, once for each
-#: time that its pool is opened.
+#: A read that takes longer has failed. The worker's event loop waits for so long when a peer stalls while it is read
+#: from, or is opened while another is.
 READ_TIMEOUT_S = 2.0
 _BACKEND = "UCX"
 _POLL_S = 50e-6

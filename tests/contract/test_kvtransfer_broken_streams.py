@@ -9,7 +9,8 @@ import pytest
 
 from kvtransfer.client import KvSender
 from kvtransfer.errors import LeaseExpired, StreamLost, TransferEnded
-from kvtransfer.frames import Chunk, Commit, Committed, Finish, Frame, Resume, Resumed
+from kvtransfer.frames import Chunk, Commit, Committed, Finish, Frame, Granted, Reserve, Resume, Resumed
+from kvtransfer.sender import RECONNECT_DELAYS_S
 from kvtransfer.session import StreamBroke
 from kvtransfer.wire import decode
 from tests.support.kvtransfer_ends import (
@@ -147,16 +148,57 @@ def test_without_a_time_to_resume_it_ends_at_once(run: Run) -> None:
     run(scenario, config=replace(CONFIG, resume_s=0.0))
 
 
-def test_before_there_is_a_lease_it_ends(run: Run) -> None:
+def test_before_there_is_a_lease_it_asks_again(run: Run) -> None:
     async def scenario(ends: Ends) -> None:
         held = ends.target.take("other", LAYOUT.block_size * 16)
         running = asyncio.create_task(ends.ready_sender().run())
         await until(lambda: ends.target.num_waiting == 1, "it waits for blocks")
         ends.way.channel.break_streams()
-        with pytest.raises(StreamLost):
-            await running
-        await until(lambda: ends.target.num_waiting == 0, "the reservation is withdrawn")
-        ends.target.release("other", held, "the test is over")
+        await until(
+            lambda: ends.way.channel.num_of(Reserve) == 2 and ends.target.num_waiting == 1, "it waits again"
+        )
+        ends.target.release("other", held, "they are free now")
+        report = await running
+        assert report.num_resumes == 0
+
+    run(scenario)
+
+
+def test_a_grant_that_was_lost_is_asked_for_again_and_no_block_is_taken_twice(run: Run) -> None:
+    async def scenario(ends: Ends) -> None:
+        num_lost = 0
+
+        def lose_grant(message: bytes) -> list[bytes]:
+            nonlocal num_lost
+            if isinstance(decode(message), Granted) and num_lost < 2:
+                num_lost += 1
+                ends.way.channel.break_streams()
+                return []
+            return [message]
+
+        ends.way.channel.to_sender = lose_grant
+        num_free = ends.target.num_free
+        await committed_whole(ends)
+        assert ends.way.channel.num_of(Reserve) == 3
+        assert num_free - ends.target.num_free == len(ends.target.committed["t1"][0])
+        assert ends.target.releases == []
+
+    run(scenario)
+
+
+def test_who_never_answers_is_asked_a_few_times(run: Run) -> None:
+    async def scenario(ends: Ends) -> None:
+        def never(message: bytes) -> list[bytes]:
+            if isinstance(decode(message), Reserve):
+                asyncio.get_running_loop().call_soon(ends.way.channel.break_streams)
+            return [message]
+
+        ends.way.channel.to_receiver = never
+        await ended_with(ends, ends.ready_sender(), StreamLost)
+        assert ends.way.channel.num_of(Reserve) == len(RECONNECT_DELAYS_S)
+        await until(
+            lambda: ends.target.num_free == len(ends.target.owners), "the receiver has given its blocks back"
+        )
 
     run(scenario)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvtransfer import sender as sender_module
 from kvtransfer.errors import (
     ChunkRejected,
     DeadlineExceeded,
@@ -17,9 +18,9 @@ from kvtransfer.errors import (
     TransferEnded,
     TransferRefused,
 )
-from kvtransfer.frames import Ack, Chunk, Commit, Finish, Granted, Nack, Renew, Reserve
+from kvtransfer.frames import Ack, Chunk, Commit, Finish, Granted, Nack, Renew, Reserve, Resume
 from kvtransfer.layout import blocks_needed
-from kvtransfer.sender import MAX_RESENDS
+from kvtransfer.sender import MAX_FRUITLESS_RESUMES, MAX_RESENDS
 from kvtransfer.session import TransferReport
 from kvtransfer.wire import CHUNK_HEADER_BYTES, decode
 from tests.support.kvtransfer_ends import (
@@ -214,15 +215,22 @@ def test_a_damaged_chunk_is_sent_again(run: Run) -> None:
     run(scenario)
 
 
-def test_a_chunk_that_is_always_damaged_ends_it(run: Run) -> None:
+def test_a_chunk_that_is_always_damaged_ends_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "RECONNECT_DELAYS_S", (0.0, 0.0))
+
     async def scenario(ends: Ends) -> None:
         def damage(message: bytes) -> list[bytes]:
             is_first = len(message) > CHUNK_HEADER_BYTES and _is_chunk(message, 0)
             return [corrupt(message) if is_first else message]
 
         ends.way.channel.to_receiver = damage
-        message = await ended_with(ends, ends.ready_sender(), ChunkRejected)
-        assert f"chunk 0 was rejected {MAX_RESENDS + 1} times" in message
+        if ends.transport == "grpc":
+            message = await ended_with(ends, ends.ready_sender(), ChunkRejected)
+            assert f"chunk 0 was rejected {MAX_RESENDS + 1} times" in message
+        else:
+            # All of it is header: nobody knows which one it was.
+            await ended_with(ends, ends.ready_sender(), StreamLost)
+            assert ends.way.channel.num_of(Resume) == MAX_FRUITLESS_RESUMES + 1
         assert not ends.target.committed
 
     run(scenario)
@@ -408,7 +416,9 @@ def test_a_host_that_raises_ends_its_own_transfer_alone(run: Run, broken: str) -
     run(scenario)
 
 
-def test_one_transfer_that_misbehaves_harms_no_other(run: Run) -> None:
+def test_one_transfer_that_misbehaves_harms_no_other(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender_module, "RECONNECT_DELAYS_S", (0.0, 0.0))
+
     async def scenario(ends: Ends) -> None:
         def damage_first(message: bytes) -> list[bytes]:
             frame = decode(message)
@@ -419,7 +429,8 @@ def test_one_transfer_that_misbehaves_harms_no_other(run: Run) -> None:
             *(ends.ready_sender(f"t{i}", num_tokens=5).run() for i in range(4)), return_exceptions=True
         )
         kinds = sorted(type(result).__name__ for result in results)
-        assert kinds == ["ChunkRejected", "TransferReport", "TransferReport", "TransferReport"]
+        how = "ChunkRejected" if ends.transport == "grpc" else "StreamLost"
+        assert kinds == [how, "TransferReport", "TransferReport", "TransferReport"]
         ends.way.channel.to_receiver = unchanged
 
     run(scenario)

@@ -7,14 +7,14 @@ from itertools import product
 import pytest
 import torch
 
+from kvtransfer.client import KvSender
 from kvtransfer.errors import (
     DeadlineExceeded,
-    PhasewiseTransferError,
     TransferAborted,
     TransferEnded,
     TransferRefused,
 )
-from kvtransfer.frames import Chunk, Reserve
+from kvtransfer.frames import Chunk, Reserve, Verified
 from kvtransfer.layout import DTYPE_BYTES, KvLayout
 from kvtransfer.wire import decode
 from tests.support.kvtransfer_ends import (
@@ -183,6 +183,28 @@ def test_four_ranks_send_to_two(way: str, target_heads: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
+def test_four_ranks_send_to_two_all_at_once(way: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        hosts = (ends.source, *ends.more_sources)
+        others = ends_between(way, hosts[2:], CONFIG, rank(WIDE, 2, 4), 16)
+        async with others as second:
+            first = replace(ends, more_sources=hosts[1:2])
+            # Each receiving rank has a transfer of its own, of two parts.
+            senders = [*first.parts("t1"), *second.parts("t2")]
+            sent = [sent_kv(first), sent_kv(second, owner="t2")]
+            await asyncio.gather(*(sender.run() for sender in senders))
+            assert torch.equal(received(first), sent[0])
+            assert torch.equal(received(second, transfer_id="t2"), sent[1])
+            assert first.target.committed["t1"][1] == second.target.committed["t2"][1] == TOKEN_IDS
+            for one in (first, second):
+                one.check_all_back()
+                assert len(one.way.receiver._join) == 0
+
+    layouts = [rank(WIDE, head, head + 1) for head in range(4)]
+    run_whole(way, scenario, source_layouts=layouts, layout=rank(WIDE, 0, 2))
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_part_that_never_comes_ends_the_others_in_time(way: str, part: int) -> None:
     async def scenario(ends: Ends) -> None:
@@ -267,11 +289,12 @@ def test_a_part_that_is_whole_waits_for_the_others_and_fails_with_them(way: str)
         first = ends.ready_sender(source=hosts[0], num_parts=2)
         second = ends.sender(source=hosts[1], part=1, num_parts=2)
         running = [asyncio.create_task(sender.run()) for sender in (first, second)]
-        await running[0]
-        assert "t1" not in ends.target.committed
+        await until(lambda: ends.way.channel.num_of(Verified) == 1, "the first is whole")
+        assert not running[0].done()
         second.abort("its rank has failed")
-        with pytest.raises(TransferAborted):
-            await running[1]
+        results = await asyncio.gather(*running, return_exceptions=True)
+        assert [type(result) for result in results] == [TransferEnded, TransferAborted]
+        assert "part 1 of 2 failed" in str(results[0])
         await ends.both_idle()
         assert "t1" not in ends.target.committed
         assert len(ends.target.releases) == 1
@@ -287,13 +310,75 @@ def test_parts_that_are_of_different_transfers_are_refused(way: str) -> None:
     async def scenario(ends: Ends) -> None:
         hosts = (ends.source, *ends.more_sources)
         senders = [
-            ends.ready_sender(source=host, part=part, num_parts=2, num_tokens=5 + part, timeout_s=0.3)
+            ends.ready_sender(source=host, part=part, num_parts=2, num_tokens=5 + part)
             for part, host in enumerate(hosts)
         ]
+        # Both at once, and not when their time is over.
         results = await asyncio.gather(*(one.run() for one in senders), return_exceptions=True)
-        assert any("do not agree" in str(result) for result in results), results
-        assert all(isinstance(result, PhasewiseTransferError) for result in results)
+        assert all("do not agree" in str(result) for result in results), results
+        assert all(isinstance(result, TransferRefused) for result in results), results
+        assert not any(result.retryable for result in results)  # type: ignore[union-attr]
         ends.check_all_back()
+
+    run_whole(way, scenario, source_layouts=[rank(WIDE, 0, 2), rank(WIDE, 2, 4)], layout=WIDE)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_a_part_that_is_refused_ends_the_others_whether_they_have_come_or_not(way: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        hosts = (ends.source, *ends.more_sources)
+
+        def of(part: int, incarnation: int | None = None) -> KvSender:
+            return ends.ready_sender(
+                source=hosts[part], part=part, num_parts=3, num_tokens=5, incarnation=incarnation
+            )
+
+        first = asyncio.create_task(of(0).run())
+        await until(lambda: len(ends.way.receiver._join) == 1, "the first waits for the others")
+        for late in (of(1, incarnation=5), of(2)):
+            with pytest.raises(TransferRefused, match="this is incarnation 6, not 5"):
+                await late.run()
+        with pytest.raises(TransferRefused, match=r"part 1 of 3 failed: .* this is incarnation 6, not 5"):
+            await first
+        await ends.both_idle()
+        assert len(ends.way.receiver._join) == 0
+        assert ends.target.releases == []
+
+    layouts = [rank(WIDE, 0, 1), rank(WIDE, 1, 2), rank(WIDE, 2, 4)]
+    run_whole(way, scenario, source_layouts=layouts, layout=WIDE)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_parts_that_end_in_other_tokens_are_not_committed(way: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        hosts = (ends.source, *ends.more_sources)
+        senders = [ends.sender(source=host, part=part, num_parts=2) for part, host in enumerate(hosts)]
+        for number, sender in enumerate(senders):
+            sender.kv_ready(0, LAYOUT.num_layers, 0, NUM_TOKENS)
+            sender.prefill_finished((number,))
+        results = await asyncio.gather(*(one.run() for one in senders), return_exceptions=True)
+        assert all(isinstance(result, TransferEnded) for result in results), results
+        assert all("it ends in other tokens than part" in str(result) for result in results)
+        await ends.both_idle()
+        assert not ends.target.committed
+        assert len(ends.target.releases) == 1
+
+    run_whole(way, scenario, source_layouts=[rank(WIDE, 0, 2), rank(WIDE, 2, 4)], layout=WIDE)
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+def test_a_part_that_is_whole_commits_though_its_stream_broke_meanwhile(way: str) -> None:
+    async def scenario(ends: Ends) -> None:
+        hosts = (ends.source, *ends.more_sources)
+        first = ends.ready_sender(source=hosts[0], num_parts=2)
+        second = ends.sender(source=hosts[1], part=1, num_parts=2)
+        sent = sent_kv(ends)
+        running = [asyncio.create_task(sender.run()) for sender in (first, second)]
+        await until(lambda: ends.way.channel.num_of(Verified) == 1, "the first is whole")
+        ends.way.channel.break_streams()
+        tell_all(second)
+        await asyncio.gather(*running)
+        check_received(ends, sent)
 
     run_whole(way, scenario, source_layouts=[rank(WIDE, 0, 2), rank(WIDE, 2, 4)], layout=WIDE)
 

@@ -33,20 +33,21 @@ class FactPacker:
         self._memory = memory
         self._packed: list[list[Fact]] = []
         self.is_failing = False
+        self.is_lossy = False
 
     def pack(self, block_id: int) -> PackedBlock | None:
         if self.is_failing:
             return None
         self._packed.append(list(self._memory.slots[block_id]))
         number = len(self._packed) - 1
-        return PackedBlock(np.array([number]).view(np.uint8), number)
+        return PackedBlock(np.array([number]).view(np.uint8), number, self.is_lossy)
 
     def is_whole(self, packed: PackedBlock) -> bool:
         return self._number(packed) == packed.checksum
 
-    def unpack(self, packed: PackedBlock) -> list[Fact]:
+    def unpack(self, packed: PackedBlock, block_id: int) -> None:
         assert self.is_whole(packed)
-        return list(self._packed[packed.checksum])
+        self._memory.slots[block_id] = list(self._packed[packed.checksum])
 
     def _number(self, packed: PackedBlock) -> int:
         return int(packed.data.view(np.int64)[0])
@@ -82,7 +83,7 @@ class KvMemory:
         for target, source in plan.copies.items():
             self.slots[target] = list(self.slots[source])
         for block_id, packed in plan.restores.items():
-            self.slots[block_id] = self.packer.unpack(packed)
+            self.packer.unpack(packed, block_id)
         for part in plan.slices:
             for position in range(part.start, part.end):
                 self._write(part.sequence, position, fact_of(part.sequence, position))

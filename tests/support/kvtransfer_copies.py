@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtransfer.codecs.codec import CodecId
-from kvtransfer.errors import CorruptFrame, MalformedFrame
+from kvtransfer.errors import MalformedFrame
 from kvtransfer.frames import Chunk
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.session import ChunkDamaged, ChunkWritten, FrameDamaged, HostBroke, SendChunk, WriteChunk
@@ -72,11 +72,9 @@ def read_chunk(side: Side, item: SendChunk) -> tuple[bytes, int]:
 
 
 def event_of(message: bytes) -> object:
-    """As the driver makes it; what a codec packed is checked and unpacked here."""
+    """As the driver makes it, which leaves a stream by which a CorruptFrame came; what a codec packed is checked and unpacked here."""
     try:
         frame = decode(message)
-    except CorruptFrame as error:
-        return FrameDamaged(error, error.sequence_number)
     except MalformedFrame as error:
         return FrameDamaged(error)
     if isinstance(frame, Chunk) and frame.codec is not CodecId.NONE and not frame.is_in_place:

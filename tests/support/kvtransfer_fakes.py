@@ -281,11 +281,12 @@ class QueueStream:
             raise ConnectionError("cut")
         return message
 
-    async def write(self, message: bytes) -> None:
-        if self._pair.is_cut:
-            raise ConnectionError("cut")
-        with self._broken_by_cancelling():
-            await self._pair.deliver(message, from_sender=self._is_sender)
+    async def write(self, *messages: bytes) -> None:
+        for message in messages:
+            if self._pair.is_cut:
+                raise ConnectionError("cut")
+            with self._broken_by_cancelling():
+                await self._pair.deliver(message, from_sender=self._is_sender)
 
     async def close(self) -> None:
         if not self._pair.is_cut:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvtransfer.frames import Chunk, Fetch, Nack
 from kvtransfer.kv_range import KvRange
 from kvtransfer.lease import LeaseTable
+from kvtransfer.sender import SenderMachine
 from kvtransfer.session import (
     FrameDamaged,
     GivenUp,
@@ -29,11 +30,14 @@ from tests.support.kvtransfer_world import World
 TICK_S = 0.001
 #: States in which the sender's stream may break without an end of the transfer.
 RESUMABLE = (
+    TransferState.REQUESTED,
     TransferState.RESERVED,
     TransferState.RECEIVING,
     TransferState.VERIFIED,
     TransferState.SUSPENDED,
 )
+#: Frames and headers that are damaged in a calm schedule.
+MAX_HEADERS = 2
 _NUMBER_BYTES = range(16, 20)
 _KIND_BYTE = 4
 
@@ -63,7 +67,11 @@ class Faults:
         self.kept: list[bytes] = []
         self.target = target
         #: Of `timely_cut`.
-        self._moment = rng.choice(("chunks are on their way", "all is verified", "it is committed"))
+        self._moment = rng.choice(
+            ("it is granted", "chunks are on their way", "all is verified", "it is committed")
+        )
+        self._num_headers = 0
+        self._num_early_breaks = 0
         self._by_name = self._all()
 
     @property
@@ -157,9 +165,26 @@ class Faults:
         streams = self._streams()
         if self.is_calm or self.rng.random() < 0.8:
             streams = [one for one in streams if one[0].sender and one[0].sender.machine.state in RESUMABLE]
-        if not streams or self.counts["cut"] == 2 or (self.is_calm and self.is_fetch):
+        if not streams or self.counts["cut"] == 2:
             return False
-        self._break(*self.rng.choice(streams))
+        transfer, stream = self.rng.choice(streams)
+        if not self._may_break(transfer):
+            return False
+        self._break(transfer, stream)
+        return True
+
+    def _may_break(self, transfer: Transfer) -> bool:
+        """Whether the transfer survives it; in others than calm schedules it need not."""
+        if not self.is_calm:
+            return True
+        machine = transfer.sender.machine if transfer.sender is not None else None
+        if self.is_fetch or machine is None or machine.state not in RESUMABLE:
+            return False
+        assert isinstance(machine, SenderMachine)
+        if machine.granted is None:
+            # It asks a few times only.
+            self._num_early_breaks += 1
+            return self._num_early_breaks == 1
         return True
 
     def timely_cut(self) -> bool:
@@ -169,11 +194,13 @@ class Faults:
             if sender is None or receiver is None or sender.machine.state not in RESUMABLE:
                 continue
             is_time = {
+                "it is granted": sender.machine.state is TransferState.REQUESTED
+                and receiver.machine.state is TransferState.RESERVED,
                 "chunks are on their way": any(one[_KIND_BYTE:5] == b"\1" for one in stream.to_receiver),
                 "all is verified": receiver.machine.state is TransferState.VERIFIED,
                 "it is committed": receiver.machine.state is TransferState.COMMITTED,
             }
-            if is_time[self._moment] and not self.is_fetch:
+            if is_time[self._moment] and not self.is_fetch and self._may_break(transfer):
                 self._break(transfer, stream, keeps=0.0)
                 return True
         return False
@@ -198,7 +225,7 @@ class Faults:
         return True
 
     def damage(self) -> bool:
-        """A bit flips; in calm schedules once for a chunk, and where it can be told which one it was."""
+        """A bit flips; in calm schedules once for a chunk, and in few frames and headers of chunks."""
         return self._on_message(self._damage)
 
     def _damage(self, transfer: Transfer, queue: list[bytes], index: int) -> bool:
@@ -208,12 +235,43 @@ class Faults:
         place, number = self.rng.randrange(len(message)), _number(queue[index])
         if number is not None and self.rng.random() < 0.5:
             place = self.rng.randrange(min(len(message) - 1, CHUNK_HEADER_BYTES), len(message))
-        if self.is_calm:
-            is_telling = place == _KIND_BYTE or place in _NUMBER_BYTES
-            if number is None or transfer.num_damaged[number] or is_telling:
-                return False
-            transfer.num_damaged[number] += 1
+        is_payload = (
+            number is not None and queue[index][_KIND_BYTE] == KIND_CHUNK and place >= CHUNK_HEADER_BYTES
+        )
+        if not self._may_damage(transfer, number if is_payload else None):
+            return False
         message[place] ^= 1 << self.rng.randrange(8)
+        queue[index] = bytes(message)
+        return True
+
+    def _may_damage(self, transfer: Transfer, number: int | None) -> bool:
+        """number: of the chunk whose payload it is; None for a header and for other frames, which break the stream."""
+        if not self.is_calm:
+            return True
+        if number is not None:
+            transfer.num_damaged[number] += 1
+            return transfer.num_damaged[number] == 1
+        if self._num_headers == MAX_HEADERS or not self._may_break(transfer):
+            return False
+        self._num_headers += 1
+        return True
+
+    def misnumber(self) -> bool:
+        """A chunk comes under the number of another."""
+        chunks = [
+            (transfer, stream.to_receiver, index)
+            for transfer, stream, name in self._queues()
+            if name == "receiver"
+            for index, message in enumerate(stream.to_receiver)
+            if _number(message) is not None
+        ]
+        if not chunks:
+            return False
+        transfer, queue, index = self.rng.choice(chunks)
+        if not self._may_damage(transfer, None):
+            return False
+        message = bytearray(queue[index])
+        message[_NUMBER_BYTES.start] ^= self.rng.randint(1, 3)
         queue[index] = bytes(message)
         return True
 
@@ -408,6 +466,7 @@ class Faults:
             self.timely_cut,
             self.fail_to_open,
             self.damage,
+            self.misnumber,
             self.bad_copy,
             self.misname,
             self.slow_reading,

@@ -69,6 +69,8 @@ def forged(world: World, side: Side) -> list[Frame | FrameDamaged]:
     frames = [Abort("no"), Finish(number, b""), Renew(), fresh, replace(fresh, lease_id=lease_id + 1)]
     if machine.state is TransferState.SUSPENDED:
         frames = [Abort("no"), Finish(number, b""), damaged]
+    if machine.state is TransferState.NEW:
+        frames.append(Refused("nobody listens", retryable=True))
     if machine.request is not None:
         frames.append(machine.request)
     if machine.lease_id is None or machine.state is TransferState.SUSPENDED:

@@ -41,6 +41,8 @@ def moves(world: "World") -> list[Move]:
 def _moves_of(world: "World", side: Side, moves: list[Move]) -> None:
     if side.name == "sender":
         _moves_of_sender(world, side, moves)
+    elif side.awaits_parts:
+        moves.append(partial(world.parts_whole, side))
     if side.reservation is not None:
         moves.append(partial(world.grant, side))
     stream = side.stream

@@ -27,6 +27,7 @@ CALM = (
     "timely_cut",
     "fail_to_open",
     "damage",
+    "misnumber",
     "bad_copy",
     "misname",
     "slow_reading",

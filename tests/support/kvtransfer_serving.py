@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kvtransfer.errors import PhasewiseTransferError
+from kvtransfer.errors import CorruptFrame, PhasewiseTransferError
 from kvtransfer.frames import Abort, Committed, Ended, Fetch, Frame, Refused, Reserve, Resume
 from kvtransfer.layout import blocks_needed
 from kvtransfer.lease import LeaseTable
@@ -25,11 +25,17 @@ def accept(world: "World", transfer: Transfer, stream: Stream, name: str) -> Non
     message = stream.to(name).pop(0)
     try:
         first: Frame = decode(message)
+    except CorruptFrame:
+        # Whoever it was says it again.
+        stream.left_by.add(name)
+        return
     except PhasewiseTransferError as error:
         first = Ended(str(error))
     match first:
         case Fetch():
             _serve_fetch(world, transfer, stream, first)
+        case Reserve() if _begin_again(world, first, stream):
+            pass
         case Reserve() if first.transfer_id in world.sessions:
             _say(world, stream, name, Refused("this transfer is served here already", retryable=False))
         case Reserve():
@@ -43,6 +49,24 @@ def accept(world: "World", transfer: Transfer, stream: Stream, name: str) -> Non
             _say(world, stream, name, first)
         case _:
             _say(world, stream, name, Ended(f"a stream does not begin with {type(first).__name__}"))
+
+
+def _begin_again(world: "World", first: Reserve, stream: Stream) -> bool:
+    side = world.sessions.get(first.transfer_id)
+    if side is None or not _is_asked_again(side, first):
+        return False
+    if side.stream is not None:
+        world.notice_break(side)
+    if side.machine.is_ended or not _is_asked_again(side, first):
+        return False
+    side.stream = stream
+    world.post(side, first)
+    return True
+
+
+def _is_asked_again(side: Side, request: Reserve) -> bool:
+    machine = side.machine
+    return isinstance(machine, ReceiverMachine) and machine.request == request and machine.is_unanswered
 
 
 def _resume(world: "World", first: Resume, stream: Stream) -> None:
@@ -88,6 +112,7 @@ def request_of(world: "World", transfer: Transfer, incarnation: int) -> Reserve:
         token_digest=transfer.token_digest,
         offers=(PoolOffer("shm", b"here"),) if world.shape.transport == "shm" else (),
         codec=world.shape.codec,
+        num_parts=1 if transfer.is_fetch else world.shape.num_parts,
     )
 
 

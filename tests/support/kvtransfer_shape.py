@@ -32,6 +32,8 @@ class Shape:
     #: "grpc": payload in the chunks; "shm": the receiver copies in place.
     transport: str
     codec: CodecId
+    #: More than one: somebody says when all of them are whole.
+    num_parts: int = 1
 
     @staticmethod
     def draw(rng: random.Random) -> "Shape":
@@ -47,6 +49,7 @@ class Shape:
             credits=rng.randint(1, 3),
             transport="shm" if is_in_place else "grpc",
             codec=CodecId.FP8 if rng.random() < 0.2 else CodecId.NONE,
+            num_parts=2 if rng.random() < 0.2 else 1,
         )
 
 

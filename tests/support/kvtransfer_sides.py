@@ -76,6 +76,12 @@ class Side:
         assert isinstance(self.machine, SenderMachine)
         return self.machine.granted.credits if self.machine.granted else 0
 
+    @property
+    def awaits_parts(self) -> bool:
+        """It is a part that is whole."""
+        machine = self.machine
+        return isinstance(machine, ReceiverMachine) and machine.awaited_commit is not None
+
     def note_before(self, event: object, now_s: float) -> None:
         """What an onlooker concludes from an event, before the machine does."""
         if isinstance(event, ReceiverFrame):

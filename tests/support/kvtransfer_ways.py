@@ -53,10 +53,11 @@ class TappedStream:
                 [only] = arriving
                 return only
 
-    async def write(self, message: bytes) -> None:
-        self._tap.count(message)
-        for leaving in self._tap.to_receiver(message):
-            await self._stream.write(leaving)
+    async def write(self, *messages: bytes) -> None:
+        for message in messages:
+            self._tap.count(message)
+            for leaving in self._tap.to_receiver(message):
+                await self._stream.write(leaving)
 
     async def close(self) -> None:
         await self._stream.close()

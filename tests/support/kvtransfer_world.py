@@ -9,6 +9,7 @@ import random
 from collections import Counter
 
 from kvtransfer.digest import token_digest
+from kvtransfer.errors import CorruptFrame
 from kvtransfer.frames import Fetch, Nack
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import blocks_needed
@@ -20,7 +21,9 @@ from kvtransfer.session import (
     ChunkRead,
     CommitBlocks,
     End,
+    FrameDamaged,
     KvReady,
+    PartsWhole,
     PrefillFinished,
     Reconnect,
     ReleaseBlocks,
@@ -275,7 +278,18 @@ class World:
         assert side.stream is not None
         message = side.stream.to(side.name).pop(index)
         side.stream.heard_by.add(side.name)
-        self.post(side, event_of(message))
+        self._hear(side, message)
+
+    def _hear(self, side: Side, message: bytes) -> None:
+        event = event_of(message)
+        if not isinstance(event, FrameDamaged) or not isinstance(event.error, CorruptFrame):
+            self.post(side, event)
+        elif side.stream is not None:
+            self.notice_break(side)
+
+    def parts_whole(self, side: Side) -> None:
+        """The others are, which have no place in this world."""
+        self.post(side, PartsWhole())
 
     def notice_break(self, side: Side) -> None:
         """The stream is seen to have ended."""
@@ -303,7 +317,7 @@ class World:
     def stray_arrives(self, transfer: Transfer) -> None:
         message = transfer.strays.pop(0)
         assert transfer.receiver is not None
-        self.post(transfer.receiver, event_of(message))
+        self._hear(transfer.receiver, message)
 
     # Time.
 

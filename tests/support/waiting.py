@@ -2,11 +2,24 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import ParamSpec
 
 #: Far above what any wait of a test takes on a busy machine.
 BOUND_S = 30.0
 POLL_S = 0.005
+Args = ParamSpec("Args")
+
+
+def in_loop(test: Callable[Args, Coroutine[None, None, None]]) -> Callable[Args, None]:
+    """A test that is a coroutine, run to its end."""
+
+    @wraps(test)
+    def run(*args: Args.args, **kwargs: Args.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:

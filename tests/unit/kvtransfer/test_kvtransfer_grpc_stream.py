@@ -24,7 +24,7 @@ class BrokenCall:
 class OneCallChannel:
     """Stands for grpc.aio.Channel: every call of its one method is the same."""
 
-    def __init__(self, call: BrokenCall) -> None:
+    def __init__(self, call: object) -> None:
         self._call = call
 
     def stream_stream(self, _method: str) -> object:
@@ -41,5 +41,30 @@ def test_closing_what_is_broken_does_nothing_and_writing_says_so(error: BaseExce
         await stream.close()
         with pytest.raises(ConnectionError):
             await stream.write(b"")
+
+    asyncio.run(scenario())
+
+
+class EchoingCall:
+    """A call whose other end says what was said."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    async def write(self, message: bytes) -> None:
+        self.written.append(message)
+
+    async def read(self) -> object:
+        return self.written[-1] if self.written else grpc.aio.EOF
+
+
+def test_messages_that_are_written_together_are_one_of_grpc_and_are_read_one_by_one() -> None:
+    async def scenario() -> None:
+        call = EchoingCall()
+        stream = GrpcChannel(OneCallChannel(call)).open()  # type: ignore[arg-type]
+        assert await stream.read() is None
+        await stream.write(b"first", b"", b"third")
+        assert len(call.written) == 1
+        assert [await stream.read() for _ in range(3)] == [b"first", b"", b"third"]
 
     asyncio.run(scenario())

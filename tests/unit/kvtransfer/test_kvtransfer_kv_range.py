@@ -49,6 +49,11 @@ def test_a_layer_that_does_not_fit_is_divided_into_as_many_blocks_as_do() -> Non
     assert [(part.token_lo, part.token_hi) for part in parts] == [(2, 8), (8, 16), (16, 19)]
 
 
+@given(ranges(6, 6), ranges(6, 6))
+def test_ranges_overlap_when_they_have_a_layer_of_a_token_in_common(one: KvRange, other: KvRange) -> None:
+    assert one.overlaps(other) == bool(pairs(one) & pairs(other))
+
+
 @given(st.lists(ranges(6, 6), max_size=12))
 def test_coverage_counts_each_pair_once(candidates: list[KvRange]) -> None:
     coverage = Coverage(6, 6)

@@ -21,15 +21,19 @@ from kvtransfer.session import (
     CancelReservation,
     ChunkDamaged,
     ChunkWritten,
+    FrameDamaged,
     ReleaseBlocks,
     SendFrame,
+    StreamBroke,
     TimePassed,
     TransferState,
     WriteChunk,
 )
-from kvtransfer.wire import decode
+from kvtransfer.wire import CHUNK_HEADER_BYTES, KIND_CHUNK, decode
 from tests.support import kvtransfer_copies
 from tests.support.kvtransfer_schedule import run_schedule
+from tests.support.kvtransfer_sides import Side
+from tests.support.kvtransfer_world import World
 
 NUM_SEEDS = 2000
 
@@ -161,6 +165,28 @@ def _damaged_frames_are_believed(patch: Patch) -> None:
     patch.setattr(kvtransfer_copies, "decode", mutant)
 
 
+def _damaged_header_is_believed_to_name_its_chunk(patch: Patch) -> None:
+    hear = World._hear
+
+    def mutant(self: World, side: Side, message: bytes) -> None:
+        event = kvtransfer_copies.event_of(message)
+        is_chunk = len(message) > CHUNK_HEADER_BYTES and message[4] == KIND_CHUNK
+        if is_chunk and isinstance(event, FrameDamaged) and isinstance(event.error, CorruptFrame):
+            self.post(side, FrameDamaged(event.error, int.from_bytes(message[16:20], "little")))
+        else:
+            hear(self, side, message)
+
+    patch.setattr(World, "_hear", mutant)
+
+
+def _unanswered_request_is_not_repeated(patch: Patch) -> None:
+    _instead(patch, SENDER_TABLE, S.REQUESTED, StreamBroke, SenderMachine._stream_broke)
+
+
+def _request_is_granted_twice(patch: Patch) -> None:
+    patch.setattr(ReceiverMachine, "is_unanswered", property(lambda self: False))
+
+
 def _digest_not_compared(patch: Patch) -> None:
     patch.setattr(ReceiverMachine, "_digest", lambda self: self._finish.digest)
 
@@ -279,7 +305,11 @@ MUTANTS = (
     Mutant("a credit is gained", _credit_gained, "more chunks in flight than credits"),
     Mutant("blocks are released before the commit is heard of", _released_before_committed, HAS_BLOCKS),
     Mutant("a commit of what is not verified", _commit_of_what_is_not_verified, WRONG_KV),
-    Mutant("verified at the word of the sender", _verified_without_looking, WRONG_KV),
+    Mutant(
+        "verified at the word of the sender",
+        _verified_without_looking,
+        f"{WRONG_KV}|verified while KV is missing",
+    ),
     Mutant("a checksum is not compared", _checksum_not_compared, WRONG_KV),
     Mutant("a damaged chunk is taken for a whole one", _damage_is_taken_for_a_chunk, WRONG_KV),
     Mutant(
@@ -287,6 +317,15 @@ MUTANTS = (
         _damaged_frames_are_believed,
         f"{NOT_COMMITTED}|{OTHER_TOKENS}|out of bounds",
     ),
+    Mutant(
+        "a damaged header is believed to name its chunk",
+        _damaged_header_is_believed_to_name_its_chunk,
+        NOT_COMMITTED,
+    ),
+    Mutant(
+        "a request that was not answered is not repeated", _unanswered_request_is_not_repeated, NOT_COMMITTED
+    ),
+    Mutant("a request that is repeated is another", _request_is_granted_twice, NOT_COMMITTED),
     Mutant("the digest is not compared", _digest_not_compared, WRONG_KV),
     Mutant("a late chunk is written after the release", _late_chunk_is_written, OF_ANOTHER_LEASE),
     Mutant("resumed one chunk too late", _resumed_one_too_late, f"{CHUNK_LOST}|{NOT_COMMITTED}"),
@@ -295,7 +334,11 @@ MUTANTS = (
         _what_was_in_flight_is_forgotten,
         f"{CHUNK_LOST}|{NOT_COMMITTED}",
     ),
-    Mutant("a double is counted twice", _double_counted_twice, NOT_COMMITTED),
+    Mutant(
+        "a double is counted twice",
+        _double_counted_twice,
+        f"{NOT_COMMITTED}|a chunk is here, and rejected",
+    ),
     Mutant("a lease is not renewed", _lease_not_renewed, NOT_COMMITTED),
     Mutant("a silent sender does not renew", _sender_does_not_renew, WAKES),
     Mutant("the receiver looks at no deadline", _receiver_looks_at_no_deadline, WAKES),

@@ -8,7 +8,6 @@ import pytest
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.digest import token_digest, transfer_digest
 from kvtransfer.errors import (
-    CorruptFrame,
     DeadlineExceeded,
     DigestMismatch,
     HostFailed,
@@ -42,7 +41,7 @@ from kvtransfer.frames import (
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import KvLayout
 from kvtransfer.lease import LeaseTable
-from kvtransfer.receiver import MISSING_FRACTION, TABLE, ReceiverMachine
+from kvtransfer.receiver import MISSING_FRACTION, MISSING_PATIENCE, TABLE, ReceiverMachine
 from kvtransfer.session import (
     LIVE,
     Action,
@@ -55,6 +54,7 @@ from kvtransfer.session import (
     FrameDamaged,
     GivenUp,
     HostBroke,
+    PartsWhole,
     ReleaseBlocks,
     ReservationDenied,
     ReserveBlocks,
@@ -295,10 +295,30 @@ def test_finish_may_overtake_chunks_which_are_asked_for_when_they_take_long(rece
     assert receiver.machine.next_deadline_s == late_s
     assert receiver(TimePassed(), now_s=late_s - 0.1) == []
     assert receiver(TimePassed(), now_s=late_s) == [SendFrame(Nack(0, "it has not arrived"))]
-    assert receiver.machine.next_deadline_s == late_s + 9.0 * MISSING_FRACTION
+    # To ask in vain makes a slow link slower: the next time it waits longer.
+    assert receiver.machine.next_deadline_s == late_s + 2 * 9.0 * MISSING_FRACTION
     assert receiver(finish(), now_s=late_s) == []
     assert frames(receiver(chunk(0), now_s=late_s)) == [Ack(0), Verified()]
     assert receiver(finish(), now_s=late_s) == [SendFrame(Verified())]
+
+
+def test_on_a_slow_link_what_is_on_its_way_is_not_asked_for(receiver: Receiver) -> None:
+    receiver(REQUEST, BLOCKS)
+    # Seven of eleven tokens took six seconds, so the other four take more than a quarter of a lease.
+    receiver(chunk(0), now_s=7.0)
+    assert receiver(finish(), now_s=7.0) == []
+    wait_s = 6.0 * 4 / 7 * MISSING_PATIENCE
+    for now_s in (9.0, 11.0, 15.0, 19.0):
+        assert frames(receiver(Renew(), TimePassed(), now_s=now_s)) == []
+    assert wait_s > 9.0
+    assert frames(receiver(chunk(1), now_s=20.0)) == [Ack(1), Verified()]
+
+
+def test_a_link_of_which_no_rate_is_known_is_not_asked_for_anything(receiver: Receiver) -> None:
+    receiver(REQUEST, BLOCKS, finish())
+    for now_s in (8.0, 16.0, 24.0, 32.0):
+        assert frames(receiver(Renew(), TimePassed(), now_s=now_s)) == []
+    assert receiver.state is TransferState.RECEIVING
 
 
 def test_finish_may_come_before_any_chunk(receiver: Receiver) -> None:
@@ -367,10 +387,10 @@ def test_what_has_another_digest_is_not_committed_in_advance(receiver: Receiver)
     assert not any(isinstance(action, CommitBlocks) for action in actions)
 
 
-def test_a_damaged_frame_of_a_chunk_is_asked_for_again(receiver: Receiver) -> None:
+def test_a_chunk_that_cannot_be_unpacked_is_asked_for_again(receiver: Receiver) -> None:
     receiver(REQUEST, BLOCKS)
-    damage = FrameDamaged(CorruptFrame(100, 0), 0)
-    nack = SendFrame(Nack(0, "malformed frame of 100 bytes: checksum mismatch"))
+    damage = FrameDamaged(MalformedFrame("its checksum is another", 100), 0)
+    nack = SendFrame(Nack(0, "malformed frame of 100 bytes: its checksum is another"))
     assert receiver(damage) == [nack]
     assert receiver(damage) == [nack]
     # It is on its way already when Finish comes.
@@ -379,18 +399,18 @@ def test_a_damaged_frame_of_a_chunk_is_asked_for_again(receiver: Receiver) -> No
 
 
 def test_damage_to_a_chunk_that_is_here_changes_nothing(receiver: Receiver) -> None:
-    assert receiver(REQUEST, BLOCKS, chunk(0), FrameDamaged(CorruptFrame(100, 0), 0)) == []
+    assert receiver(REQUEST, BLOCKS, chunk(0), FrameDamaged(MalformedFrame("no", 100), 0)) == []
 
 
 @pytest.mark.parametrize("number", [None, 22, 2**32 - 1])
 def test_damage_that_cannot_be_repaired_ends_it(receiver: Receiver, number: int | None) -> None:
-    damage = CorruptFrame(100, number)
+    damage = MalformedFrame("nonsense", 100)
     assert_ended(receiver, receiver(REQUEST, BLOCKS, FrameDamaged(damage, number)), damage)
 
 
 @pytest.mark.parametrize("events", [(), (REQUEST,)], ids=["new", "requested"])
 def test_damage_before_there_are_blocks_ends_it(receiver: Receiver, events: tuple[object, ...]) -> None:
-    damage = CorruptFrame(100, 0)
+    damage = MalformedFrame("nonsense", 100)
     actions = receiver(*events, FrameDamaged(damage, 0))
     actions = [action for action in actions if not isinstance(action, CancelReservation)]
     assert_ended(receiver, actions, damage, has_blocks=False)
@@ -414,6 +434,19 @@ def bad_chunks() -> list[tuple[str, Chunk]]:
 def test_a_chunk_that_does_not_fit_is_never_written(receiver: Receiver, problem: str, bad: Chunk) -> None:
     actions = receiver(REQUEST, BLOCKS, chunk(0), bad)
     assert_never_written(actions, problem)
+
+
+@pytest.mark.parametrize(
+    "bad", [one for problem, one in bad_chunks() if "bytes" not in problem], ids=lambda one: str(one.kv_range)
+)
+def test_a_chunk_that_does_not_fit_is_not_unpacked(receiver: Receiver, bad: Chunk) -> None:
+    receiver(REQUEST, BLOCKS, chunk(0))
+    packed = replace(chunk(1), codec=CodecId.FP8, payload=memoryview(b"packed"))
+    assert receiver.machine.wants(packed)
+    assert not receiver.machine.wants(replace(bad, codec=CodecId.FP8))
+    assert not receiver.machine.wants(replace(chunk(0), codec=CodecId.FP8)), "it is known"
+    receiver(StreamBroke("gone"))
+    assert not receiver.machine.wants(packed)
 
 
 def assert_never_written(actions: list[Action], problem: str) -> None:
@@ -476,6 +509,70 @@ def test_all_chunks_without_all_kv_is_not_verified(receiver: Receiver) -> None:
     assert_ended(receiver, actions, ProtocolViolation("t1", "receiving", problem))
 
 
+# A transfer in parts.
+
+PART = replace(REQUEST, num_parts=2)
+
+
+def test_a_part_that_is_whole_commits_when_the_others_are(receiver: Receiver) -> None:
+    receiver(PART, BLOCKS, chunk(0), chunk(1))
+    assert receiver.machine.awaited_commit is None
+    assert receiver(finish()) == [SendFrame(Verified())]
+    assert receiver(Commit((3,))) == []
+    assert receiver.machine.awaited_commit == Commit((3,))
+    assert receiver(PartsWhole())[-2:] == [SendFrame(Committed()), End(None)]
+    assert receiver.state is TransferState.COMMITTED
+
+
+def test_a_part_whose_commit_came_in_advance_waits_too(receiver: Receiver) -> None:
+    assert receiver(PART, BLOCKS, Commit((3,)), chunk(0), chunk(1), finish()) == [SendFrame(Verified())]
+    assert receiver.state is TransferState.VERIFIED
+    assert receiver.machine.awaited_commit == Commit((3,))
+
+
+def test_a_part_commits_with_the_others_however_late_and_without_a_stream(receiver: Receiver) -> None:
+    receiver(PART, BLOCKS, chunk(0), chunk(1), finish(), Commit((3,)), StreamBroke("gone"))
+    assert receiver.machine.awaited_commit == Commit((3,))
+    actions = receiver(PartsWhole(), now_s=1000.0)
+    assert actions[0] == CommitBlocks(BLOCKS.block_ids, (3,), TOKENS)
+    # Its sender asks when it is back.
+    assert receiver.leases.is_settled(1)
+
+
+# A request that was not answered.
+
+
+def test_a_request_that_is_made_again_gets_the_same_grant(receiver: Receiver) -> None:
+    receiver(REQUEST, BLOCKS)
+    assert receiver.machine.is_unanswered
+    assert receiver(REQUEST) == [SendFrame(GRANT)]
+    receiver(StreamBroke("gone"))
+    assert receiver.machine.is_unanswered
+    assert receiver(REQUEST, now_s=2.0) == [SendFrame(GRANT)]
+    assert receiver.state is TransferState.RESERVED
+    assert receiver.leases.get(1).expires_at_s == 11.0
+    receiver(chunk(0))
+    assert not receiver.machine.is_unanswered
+
+
+@pytest.mark.parametrize("events", [(), (StreamBroke("gone"),)], ids=["reserved", "suspended"])
+def test_another_request_of_that_name_breaks_the_protocol(
+    receiver: Receiver, events: tuple[object, ...]
+) -> None:
+    receiver(REQUEST, BLOCKS, *events, replace(REQUEST, num_tokens=10))
+    assert receiver.state is TransferState.ABORTED
+
+
+def test_after_chunks_nothing_is_begun_again(receiver: Receiver) -> None:
+    receiver(REQUEST, BLOCKS, chunk(0), StreamBroke("gone"), REQUEST)
+    assert receiver.state is TransferState.ABORTED
+
+
+def test_a_fetch_that_is_not_listened_to_ends_with_the_reason(receiver: Receiver) -> None:
+    actions = receiver(Refused("too many", retryable=True))
+    assert_ended(receiver, actions, TransferEnded("", "new", "too many"), tells_peer=False, has_blocks=False)
+
+
 # A stream that breaks.
 
 
@@ -516,7 +613,7 @@ def test_a_verified_transfer_waits_for_nothing_more_after_a_resume(receiver: Rec
 
 def test_chunks_by_other_streams_are_not_taken_while_it_is_suspended(receiver: Receiver) -> None:
     receiver(REQUEST, BLOCKS, chunk(0), StreamBroke("gone"))
-    assert receiver(chunk(1), FrameDamaged(CorruptFrame(100, 1), 1), chunk(1)) == []
+    assert receiver(chunk(1), FrameDamaged(MalformedFrame("no", 100), 1), chunk(1)) == []
     assert receiver(RESUME) == [SendFrame(Resumed(1))]
 
 
@@ -646,7 +743,8 @@ def test_an_abort_while_it_waits_for_blocks_withdraws_the_reservation(receiver: 
 
 def test_doubled_reserve_changes_nothing(receiver: Receiver) -> None:
     assert receiver(REQUEST, REQUEST) == []
-    assert receiver(BLOCKS, REQUEST) == []
+    assert receiver(BLOCKS, REQUEST) == [SendFrame(GRANT)]
+    assert receiver(chunk(0), REQUEST) == []
 
 
 def test_a_chunk_before_reserve_breaks_the_protocol(receiver: Receiver) -> None:

@@ -41,7 +41,7 @@ from kvtransfer.frames import (
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import PoolOffer
-from kvtransfer.sender import MAX_RESENDS, RECONNECT_DELAYS_S, TABLE, SenderMachine
+from kvtransfer.sender import MAX_FRUITLESS_RESUMES, MAX_RESENDS, RECONNECT_DELAYS_S, TABLE, SenderMachine
 from kvtransfer.session import (
     LIVE,
     Action,
@@ -447,8 +447,59 @@ def test_a_lease_that_is_not_known_any_more_ends_it(sender: Sender) -> None:
 
 def test_a_refusal_to_resume_ends_it(sender: Sender) -> None:
     suspend(sender)
-    actions = sender(Started(), Refused("full", retryable=True))
-    assert_ended(sender, actions, TransferRefused("t1", "full", True), tells_peer=False)
+    actions = sender(Started(), Refused("no", retryable=False))
+    assert_ended(sender, actions, TransferRefused("t1", "no", False), tells_peer=False)
+
+
+def test_a_receiver_that_is_too_busy_to_listen_is_tried_again(sender: Sender) -> None:
+    suspend(sender)
+    assert sender(Started(), Refused("too many", retryable=True)) == []
+    assert sender(StreamBroke("closed")) == [Reconnect(RECONNECT_DELAYS_S[1])]
+    assert numbers(sender(Started(), Resumed(0))) == [0, 1]
+
+
+def test_streams_that_bring_nothing_there_end_it(sender: Sender) -> None:
+    suspend(sender)
+    for _ in range(MAX_FRUITLESS_RESUMES):
+        assert numbers(sender(Started(), Resumed(0))) == [0, 1]
+        sender(StreamBroke("gone"))
+    actions = sender(Started(), Resumed(0))
+    assert_ended(sender, actions, StreamLost("t1", "receiving", "gone"))
+
+
+def test_streams_that_bring_something_are_resumed_as_often_as_it_takes(sender: Sender) -> None:
+    sender(Started(), GRANT, KvReady(ALL))
+    for number in range(6):
+        for _ in range(MAX_FRUITLESS_RESUMES):
+            sender(StreamBroke("gone"), Started(), Resumed(number))
+    assert sender.state is TransferState.RECEIVING
+
+
+# A request that is not answered.
+
+
+def test_a_request_that_is_not_answered_is_made_again(sender: Sender) -> None:
+    assert sender(Started(), StreamBroke("gone")) == [Reconnect(0.0)]
+    assert sender(KvReady(ALL)) == []
+    assert sender(Started()) == [SendFrame(REQUEST)]
+    assert numbers(sender(GRANT)) == [0, 1]
+    # The next break is one of its own.
+    assert sender(StreamBroke("gone")) == [Reconnect(0.0)]
+
+
+def test_who_does_not_answer_a_few_times_is_gone(sender: Sender) -> None:
+    delays = [sender(Started(), StreamBroke("gone")) for _ in RECONNECT_DELAYS_S[:-1]]
+    assert delays == [[Reconnect(delay_s)] for delay_s in RECONNECT_DELAYS_S[:-1]]
+    actions = sender(Started(), StreamBroke("gone"))
+    assert_ended(sender, actions, StreamLost("t1", "requested", "gone"), tells_peer=False)
+
+
+def test_a_stream_that_cannot_be_opened_to_ask_again_ends_it_in_time(sender: Sender) -> None:
+    sender(Started(), StreamBroke("gone"), now_s=2.0)
+    assert sender.machine.next_deadline_s == 2.0 + RESUME_S
+    actions = sender(TimePassed(), now_s=2.0 + RESUME_S)
+    error = StreamLost("t1", "requested", "gone")
+    assert_ended(sender, actions, error, state=TransferState.EXPIRED, tells_peer=False)
 
 
 def test_without_time_to_resume_a_broken_stream_ends_it() -> None:
@@ -457,13 +508,9 @@ def test_without_time_to_resume_a_broken_stream_ends_it() -> None:
     assert_ended(sender, actions, StreamLost("t1", "receiving", "gone"), tells_peer=False)
 
 
-@pytest.mark.parametrize("events", [(), (Started(),)], ids=["new", "requested"])
-def test_a_stream_that_breaks_before_there_is_a_lease_ends_it(
-    sender: Sender, events: tuple[object, ...]
-) -> None:
-    state = "requested" if events else "new"
-    actions = sender(*events, StreamBroke("gone"))
-    assert_ended(sender, actions, StreamLost("t1", state, "gone"), tells_peer=False)
+def test_a_stream_that_never_stood_ends_it(sender: Sender) -> None:
+    actions = sender(StreamBroke("gone"))
+    assert_ended(sender, actions, StreamLost("t1", "new", "gone"), tells_peer=False)
 
 
 # Time.

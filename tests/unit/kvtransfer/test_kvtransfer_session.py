@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from kvtransfer.session import GivenUp, TransferState
 from kvtransfer.wire import CHUNK_HEADER_BYTES, decode
 from tests.support.kvtransfer_copies import event_of
 from tests.support.kvtransfer_faults import Faults
-from tests.support.kvtransfer_moves import moves
+from tests.support.kvtransfer_moves import Move, function_of, moves
 from tests.support.kvtransfer_shape import LEASE_S, RESUME_S, TIMEOUT_S, Shape
 from tests.support.kvtransfer_sides import Side, Transfer
 from tests.support.kvtransfer_world import World
@@ -312,3 +313,38 @@ def test_a_transfer_that_was_given_up_leaves_room_for_the_next() -> None:
     second = world.begin("t1")
     world.settle()
     assert second.has_succeeded
+
+
+@pytest.mark.parametrize("chunk_s", [0.5, 2.0, 4.0])
+def test_a_slow_link_on_which_finish_overtakes_the_chunks_sends_nothing_twice(chunk_s: float) -> None:
+    layout = Shape.draw(random.Random(0)).sender_layout
+    world, transfer = new_world(
+        0, num_tokens=4, credits=3, transport="grpc", max_chunk_bytes=layout.token_bytes
+    )
+    sender = sender_of(transfer)
+
+    def due() -> list[Move]:
+        """All but the arrival of a chunk."""
+        chunk_is_next = bool(incoming(transfer)) and isinstance(decode(incoming(transfer)[0]), Chunk)
+        arrives = [world.arrive] if chunk_is_next else []
+        return [
+            one
+            for one in moves(world)
+            if not (function_of(one) in arrives and isinstance(one, partial) and one.args[0] is not sender)
+        ]
+
+    while not world.is_over:
+        while possible := due():
+            possible[0]()
+        # What is not a chunk goes by another stream, and is faster.
+        others = [i for i, message in enumerate(incoming(transfer)) if not isinstance(decode(message), Chunk)]
+        if others:
+            world.arrive(receiver_of(transfer), others[0])
+        elif incoming(transfer):
+            world.wait(chunk_s)
+            world.arrive(receiver_of(transfer), 0)
+    assert transfer.has_succeeded
+    assert world.num_asked_for == 0
+    assert sender.end is not None
+    assert sender.end.report is not None
+    assert sender.end.report.num_resent_chunks == 0

@@ -21,6 +21,7 @@ from kvtransfer.transports.nixl_endpoint import NixlEndpoint, make_agent
 from kvtransfer.transports.opening import PoolOpener
 from tests.support.nixl_double import Fault, NixlDouble, NixlWorld
 from tests.support.pool_owner import LAYOUT, NUM_BLOCKS, filled_cache
+from tests.support.waiting import in_loop
 
 SPAN = KvSpan(tuple(range(NUM_BLOCKS)), 0, NUM_BLOCKS * LAYOUT.block_size, 0, 3, 0, 2)
 PART = KvSpan((7, 2, 3, 11), 3, 9, 1, 3, 1, 2)
@@ -410,7 +411,8 @@ def without_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [NixlIsAbsent, *sys.meta_path])
 
 
-def test_without_the_package_the_reason_says_how_to_install_it(
+@in_loop
+async def test_without_the_package_the_reason_says_how_to_install_it(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = r"the package nixl is not installed: pip install 'phasewise\[nixl\]'"
@@ -421,7 +423,7 @@ def test_without_the_package_the_reason_says_how_to_install_it(
             nixl.offer(np.zeros(LAYOUT.block_bytes, np.uint8), nixl.PoolGeometry(LAYOUT, 1))
         with pytest.raises(PoolUnreachable, match=f"read by nixl: here {how}"):
             nixl.open_pool(pair.offer.descriptor)
-        transport, pool, why = opener.open([pair.offer])
+        transport, pool, why = await opener.open([pair.offer])
     assert (transport, pool) == ("grpc", None)
     assert why.startswith("nixl: here the package nixl is not installed")
     copy = pickle.loads(pickle.dumps(caught.value))
@@ -484,10 +486,11 @@ def test_nixl_that_does_not_work_is_said_with_its_reason(monkeypatch: pytest.Mon
         make_agent()
 
 
-def test_the_opener_opens_a_lost_pool_anew_when_nobody_uses_it(pair: Pair) -> None:
+@in_loop
+async def test_the_opener_opens_a_lost_pool_anew_when_nobody_uses_it(pair: Pair) -> None:
     opener = PoolOpener()
     with pair.reader.running():
-        transport, first, _ = opener.open([pair.offer])
+        transport, first, _ = await opener.open([pair.offer])
         assert transport == "nixl"
         assert first is not None
         pair.owner.agent.fault = Fault.BROKEN
@@ -496,7 +499,7 @@ def test_the_opener_opens_a_lost_pool_anew_when_nobody_uses_it(pair: Pair) -> No
         pair.owner.agent.fault = Fault.NONE
         opener.release(first)
         assert opener.num_open == 0
-        _, second, _ = opener.open([pair.offer])
+        _, second, _ = await opener.open([pair.offer])
         assert second is not None
         second.pull(SPAN, empty_pool()[0], SPAN)
         opener.close()
