@@ -6,6 +6,7 @@ from workers.api import (
     KvDirection,
     KvLedger,
     KvPeer,
+    KvReuseCounts,
     KvTransferCounts,
     KvTransferred,
     LedgerEntry,
@@ -121,6 +122,44 @@ def transfer_counts_from_pb(message: pb.KvTransferCounts) -> KvTransferCounts:
         num_resumed=message.num_resumed,
         num_expired=message.num_expired,
         num_refused=message.num_refused,
+    )
+
+
+def reuse_counts_to_pb(counts: KvReuseCounts) -> pb.KvReuseCounts:
+    """Of the KV that a worker did not compute again."""
+    return pb.KvReuseCounts(
+        num_cached_tokens=counts.num_cached_tokens,
+        num_reused_tokens=counts.num_reused_tokens,
+        num_prefixes_asked=counts.num_prefixes_asked,
+        num_prefixes_fetched=counts.num_prefixes_fetched,
+        num_prefixes_refused=counts.num_prefixes_refused,
+        num_fetched_tokens=counts.num_fetched_tokens,
+        fetch_s=counts.fetch_s,
+        num_host_blocks=counts.num_host_blocks,
+        num_host_bytes=counts.num_host_bytes,
+        num_host_saved=counts.num_host_saved,
+        num_host_hits=counts.num_host_hits,
+        num_host_dropped=counts.num_host_dropped,
+        num_host_corrupt=counts.num_host_corrupt,
+    )
+
+
+def reuse_counts_from_pb(message: pb.KvReuseCounts) -> KvReuseCounts:
+    """Of the KV that a worker did not compute again."""
+    return KvReuseCounts(
+        num_cached_tokens=message.num_cached_tokens,
+        num_reused_tokens=message.num_reused_tokens,
+        num_prefixes_asked=message.num_prefixes_asked,
+        num_prefixes_fetched=message.num_prefixes_fetched,
+        num_prefixes_refused=message.num_prefixes_refused,
+        num_fetched_tokens=message.num_fetched_tokens,
+        fetch_s=message.fetch_s,
+        num_host_blocks=message.num_host_blocks,
+        num_host_bytes=message.num_host_bytes,
+        num_host_saved=message.num_host_saved,
+        num_host_hits=message.num_host_hits,
+        num_host_dropped=message.num_host_dropped,
+        num_host_corrupt=message.num_host_corrupt,
     )
 
 

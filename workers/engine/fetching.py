@@ -4,12 +4,14 @@ A fetched block is leased while it is filled. Once the transfer has committed it
 index, where the prompt that waits for it finds it like any other.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvtransfer.layout import blocks_needed
 from workers.api import LedgerKind, RequestKey
 from workers.engine.block_pool import BlockPool
+from workers.engine.host_tier import SavedBlock
 from workers.engine.ledger import Holder
 from workers.engine.messages import (
     BlocksReserved,
@@ -22,8 +24,12 @@ from workers.engine.messages import (
 )
 from workers.engine.sequence import Sequence
 
+logger = logging.getLogger(__name__)
+
 #: Fewer blocks are not worth asking others for; more do not fit into one question.
 MIN_BLOCKS, MAX_BLOCKS = 2, 2048
+#: Blocks of the host tier that are put back into the pool for one transfer: no step runs meanwhile.
+MAX_PUT_BACK = 128
 
 
 @dataclass(slots=True)
@@ -39,6 +45,14 @@ class _Fetch:
     is_over: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class EndedFetch:
+    """Whose fetch it was, and when it began."""
+
+    key: RequestKey
+    since_s: float
+
+
 class PrefixFetching:
     """What one worker fetches, and what is fetched from it."""
 
@@ -48,6 +62,8 @@ class PrefixFetching:
         #: Transfer -> blocks that it reads here, and since when.
         self._lent: dict[str, tuple[tuple[int, ...], float]] = {}
         self._num_started = 0
+        #: Fetches that committed KV of other tokens than were asked for. Nothing of it was kept.
+        self.num_digest_mismatches = 0
 
     @property
     def num_held(self) -> int:
@@ -87,7 +103,7 @@ class PrefixFetching:
         self._num_started += 1
         transfer_id = f"prefix-{sequence.key.request_id}-{sequence.key.attempt}-{self._num_started}"
         chain = tuple(sequence.block_hashes[num_known : num_whole + 1])
-        token_ids = tuple(sequence.token_ids[num_known * size : num_whole * size])
+        token_ids = tuple(sequence.named_tokens(num_known * size, num_whole * size))
         self._fetches[transfer_id] = _Fetch(sequence.key, chain, token_ids, now_s)
         return FetchPrefix(
             transfer_id,
@@ -130,7 +146,12 @@ class PrefixFetching:
         block_ids, fetch.block_ids = fetch.block_ids, ()
         assert block_ids == commit.block_ids, commit
         size = self._pool.block_size
-        if commit.token_digest == fetch.chain[len(block_ids)]:
+        if commit.token_digest != fetch.chain[len(block_ids)]:
+            self.num_digest_mismatches += 1
+            logger.warning(
+                "prefix_of_other_tokens transfer_id=%s num_blocks=%d", commit.transfer_id, len(block_ids)
+            )
+        elif not commit.is_lossy:
             for i, block_id in enumerate(block_ids):
                 tokens = fetch.token_ids[i * size : (i + 1) * size]
                 self._pool.store(block_id, fetch.chain[i + 1], fetch.chain[i], tokens)
@@ -142,14 +163,14 @@ class PrefixFetching:
         if fetch.is_over and not fetch.block_ids:
             del self._fetches[transfer_id]
 
-    def end(self, transfer_id: str) -> RequestKey | None:
-        """The fetch is over; whose it was. None when it is not known. Its blocks come back by the transfer's word."""
+    def end(self, transfer_id: str) -> EndedFetch | None:
+        """The fetch is over. None when it is not known. Its blocks come back by the transfer's word."""
         fetch = self._fetches.get(transfer_id)
         if fetch is None or fetch.is_over:
             return None
         fetch.is_over = True
         self._forget_if_over(transfer_id, fetch)
-        return fetch.key
+        return EndedFetch(fetch.key, fetch.since_s)
 
     def transfer_of(self, key: RequestKey) -> str | None:
         """Under which id the beginning of this request's prompt comes."""
@@ -159,28 +180,49 @@ class PrefixFetching:
 
     # What others get.
 
-    def find(self, wanted: FindCached, now_s: float) -> CachedFound | ReservationRefused:
-        """The longest known beginning of a chain of blocks, held until `release`."""
-        size = self._pool.block_size
-        block_ids: tuple[int, ...] = ()
-        problem = None
-        if self.knows(wanted.transfer_id):
-            problem = "this transfer id is in use here already"
-        else:
-            block_ids = self._pool.find(wanted.block_hashes)
-            if len(block_ids) * size < wanted.min_tokens:
-                problem = (
-                    f"{len(block_ids) * size} tokens of it are cached here; {wanted.min_tokens} are wanted"
-                )
-        if problem is not None:
-            return ReservationRefused(wanted.transfer_id, problem, is_retryable=False)
-        # A transfer holds what a sequence holds: so it is shared for a moment.
-        self._pool.share(block_ids)
-        self._pool.hold(block_ids)
-        self._pool.free(block_ids)
-        self._lent[wanted.transfer_id] = block_ids, now_s
-        last = wanted.block_hashes[len(block_ids) - 1]
-        return CachedFound(wanted.transfer_id, block_ids, len(block_ids) * size, last)
+    def find(self, wanted: FindCached, *, num_kept: int, now_s: float) -> CachedFound | ReservationRefused:
+        """The longest known beginning of a chain of blocks, held until `release`.
+
+        What the host tier has of it is put back into the pool, but for `num_kept` blocks that are to stay available.
+        """
+        size, name = self._pool.block_size, wanted.transfer_id
+        if self.knows(name):
+            return ReservationRefused(name, "this transfer id is in use here already", is_retryable=False)
+        least = max(size, wanted.min_tokens)
+        num_tokens = self._pool.count_exact(wanted.block_hashes)[0] * size
+        if num_tokens < least:
+            problem = f"{num_tokens} tokens of it are cached here; {least} are wanted"
+            return ReservationRefused(name, problem, is_retryable=False)
+        block_ids = self._lend(wanted.block_hashes, num_kept)
+        if len(block_ids) * size < least:
+            self._pool.release(block_ids)
+            problem = f"of {num_tokens} tokens that are cached here too many are in host memory: there is no room for them"
+            return ReservationRefused(name, problem, is_retryable=False)
+        self._lent[name] = block_ids, now_s
+        return CachedFound(name, block_ids, len(block_ids) * size, wanted.block_hashes[len(block_ids) - 1])
+
+    def _lend(self, hashes: tuple[bytes, ...], num_kept: int) -> tuple[int, ...]:
+        """These blocks, up to the first that is not known, or is in host memory and finds no room, held by one transfer more."""
+        pool = self._pool
+        found: list[int | SavedBlock] = []
+        for name in hashes:
+            one = pool.find_exact(name)
+            if one is None:
+                break
+            found.append(one)
+        held = [one for one in found if isinstance(one, int)]
+        # A transfer holds what a sequence holds: so it is shared for a moment. Before others are put back, which could
+        # take its blocks.
+        pool.share(held)
+        pool.hold(held)
+        pool.free(held)
+        num_room = max(0, min(MAX_PUT_BACK, pool.num_available - num_kept))
+        saved = [one for one in found if isinstance(one, SavedBlock)]
+        restored = iter(pool.put_back(saved[:num_room]))
+        block_ids = [one if isinstance(one, int) else next(restored, None) for one in found]
+        num_lent = block_ids.index(None) if None in block_ids else len(block_ids)
+        pool.release([one for one in block_ids[num_lent:] if one is not None])
+        return tuple(one for one in block_ids[:num_lent] if one is not None)
 
     def release(self, transfer_id: str) -> bool:
         """A transfer reads no more, or fills no more; False when this id is not known."""

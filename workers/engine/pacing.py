@@ -16,6 +16,13 @@ GROUP_COST_S = 1e-4
 FIRST_TOKEN_S, FIRST_MESSAGE_S, FIRST_RATE = 1e-5, 1e-3, 1e9
 #: Weight of the last measurement.
 GAIN = 0.2
+#: What a measurement is taken for at least and at most: a machine that was suspended, or a clock that jumped, must not
+#: count for more steps than it takes to forget it.
+TOKEN_S = (1e-9, 1.0)
+MESSAGE_S = (1e-6, 1.0)
+RATE = (1e5, 1e12)
+#: A transfer counts as so many times faster or slower than was expected, at most.
+MAX_RATIO = 10.0
 
 
 class LayerPacing:
@@ -39,7 +46,8 @@ class LayerPacing:
     def observe_step(self, num_tokens: int, step_s: float) -> None:
         """A step that mostly prefilled took this long."""
         if num_tokens > 0 and step_s > 0:
-            self._token_s += GAIN * (step_s / (num_tokens * self._num_layers) - self._token_s)
+            measured_s = _clamped(step_s / (num_tokens * self._num_layers), TOKEN_S)
+            self._token_s += GAIN * (measured_s - self._token_s)
 
     def observe_transfer(self, report: TransferReport) -> None:
         """A hand-off has ended. Its time is divided between messages and bytes as was expected of them."""
@@ -47,14 +55,14 @@ class LayerPacing:
         expected_s = report.num_chunks * self._message_s + num_bytes / self._bytes_per_s
         if report.busy_s <= 0 or expected_s <= 0:
             return
-        ratio = report.busy_s / expected_s
-        self._message_s *= 1 + GAIN * (ratio - 1)
-        self._bytes_per_s /= 1 + GAIN * (ratio - 1)
+        ratio = _clamped(report.busy_s / expected_s, (1 / MAX_RATIO, MAX_RATIO))
+        self._message_s = _clamped(self._message_s * (1 + GAIN * (ratio - 1)), MESSAGE_S)
+        self._bytes_per_s = _clamped(self._bytes_per_s / (1 + GAIN * (ratio - 1)), RATE)
 
     def group_size(self, num_tokens: int) -> int:
-        """Layers between two departures, for `num_tokens` tokens of a step that are handed off; >= 1."""
+        """Layers between two departures, for `num_tokens` tokens of a step that are handed off: 1 to num_layers."""
         if self._fixed is not None:
-            return min(self._fixed, self._num_layers)
+            return max(1, min(self._fixed, self._num_layers))
         return best_group_size(
             self._num_layers,
             layer_s=_rounded(self._token_s * num_tokens),
@@ -97,6 +105,10 @@ def best_group_size(
 def _groups(num_layers: int, size: int) -> Iterator[tuple[int, int]]:
     for layer in range(0, num_layers, size):
         yield layer, min(layer + size, num_layers)
+
+
+def _clamped(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
 
 
 def _rounded(value: float) -> float:

@@ -31,9 +31,17 @@ from workers.engine.batch import Batch
 from workers.engine.block_hash import block_hash, root_hash
 from workers.engine.block_pool import NO_MATCH, BlockPool
 from workers.engine.engine import Engine
+from workers.engine.fetching import PrefixFetching
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock
 from workers.engine.kv_packer import KvPacker
-from workers.engine.messages import BlocksReserved, ReleaseTransfer, ReserveBlocks, StartTransfer
+from workers.engine.messages import (
+    BlocksReserved,
+    CachedFound,
+    FindCached,
+    ReleaseTransfer,
+    ReserveBlocks,
+    StartTransfer,
+)
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
 from workers.model.llama import Llama
@@ -62,6 +70,9 @@ class NumberPacker:
 
     def is_whole(self, packed: PackedBlock) -> bool:
         return int(packed.data.view(np.int64)[0]) == packed.checksum
+
+    def unpack(self, packed: PackedBlock, block_id: int) -> None:
+        assert self.is_whole(packed)
 
 
 def chain(token_ids: list[int]) -> list[tuple[bytes, bytes, tuple[int, ...]]]:
@@ -183,15 +194,20 @@ class TieredPool(RuleBasedStateMachine):
         self.told: set[bytes] = set()
         self.is_watched = False
 
-    @rule(text=st.integers(0, 3), num_blocks=st.integers(1, 3), is_pending=st.booleans())
-    def compute(self, text: int, num_blocks: int, is_pending: bool) -> None:
+    @rule(
+        text=st.integers(0, 3),
+        num_blocks=st.integers(1, 3),
+        is_pending=st.booleans(),
+        is_lossy=st.booleans(),
+    )
+    def compute(self, text: int, num_blocks: int, is_pending: bool, is_lossy: bool) -> None:
         if num_blocks > self.pool.num_available:
             return
         block_ids = self.pool.allocate(num_blocks)
         for block_id, (name, parent, tokens) in zip(
             block_ids, chain([text] * SIZE * num_blocks), strict=True
         ):
-            self.pool.store(block_id, name, parent, tokens, is_pending=is_pending)
+            self.pool.store(block_id, name, parent, tokens, is_pending=is_pending, is_lossy=is_lossy)
         self.sequences.append(block_ids)
         self.pool.settle()
 
@@ -215,6 +231,26 @@ class TieredPool(RuleBasedStateMachine):
     @rule(data=st.data())
     def write(self, data: st.DataObject) -> None:
         self.pool.prepare_to_write(data.draw(st.sampled_from(self.sequences))[-1])
+
+    @rule(text=st.integers(0, 3), damaged=st.integers(0, 5), num_kept=st.integers(0, 6))
+    def lend(self, text: int, damaged: int, num_kept: int) -> None:
+        """Another worker gets the beginning that is counted, as far as there is room, and gives it back."""
+        names = tuple(name for name, _, _ in chain([text] * SIZE * 3))
+        if damaged < 3 and names[damaged] in self.tier._entries:
+            self.tier._entries[names[damaged]].packed.data[0] ^= 1
+        num_known, num_saved = self.pool.count_exact(names)
+        leased = self.pool.counts().leased
+        found = PrefixFetching(self.pool).find(FindCached("f", names, SIZE), num_kept=num_kept, now_s=0.0)
+        if isinstance(found, CachedFound):
+            assert len(found.block_ids) <= num_known
+            assert [self.pool._stored[i].hash for i in found.block_ids] == list(names[: len(found.block_ids)])
+            assert self.pool.num_exact_of(found.block_ids) == len(found.block_ids)
+            self.pool.check_invariants()
+            self.pool.release(found.block_ids)
+        else:
+            # What is damaged is found to be so only now.
+            assert num_known == 0 or num_saved > 0
+        assert self.pool.counts().leased == leased
 
     @rule(text=st.integers(0, 3), damaged=st.integers(0, 5))
     def look(self, text: int, damaged: int) -> None:

@@ -91,3 +91,42 @@ def test_what_cannot_be_a_measurement_changes_nothing() -> None:
     pacing.observe_step(5, 0.0)
     pacing.observe_transfer(replace(REPORT, busy_s=0.0))
     assert pacing.group_size(256) == before
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 10**6), st.floats(1e-12, 1e12)), max_size=20),
+    transfers=st.lists(
+        st.tuples(st.integers(0, 10**13), st.integers(1, 10**6), st.floats(1e-12, 1e12)), max_size=20
+    ),
+    fixed=st.one_of(st.none(), st.integers(0, 2000)),
+    num_tokens=st.integers(1, 10**6),
+)
+def test_whatever_is_measured_a_group_is_of_the_model_s_layers(
+    steps: list[tuple[int, float]],
+    transfers: list[tuple[int, int, float]],
+    fixed: int | None,
+    num_tokens: int,
+) -> None:
+    pacing = LayerPacing(num_layers=30, token_bytes=1536, max_chunk_bytes=2 * MIB, fixed=fixed)
+    for tokens, step_s in steps:
+        pacing.observe_step(tokens, step_s)
+    for num_bytes, num_chunks, busy_s in transfers:
+        pacing.observe_transfer(replace(REPORT, num_bytes=num_bytes, num_chunks=num_chunks, busy_s=busy_s))
+    assert 1 <= pacing.group_size(num_tokens) <= 30
+
+
+def test_one_wild_measurement_is_forgotten_within_some_usual_ones() -> None:
+    pacing = LayerPacing(num_layers=30, token_bytes=1536, max_chunk_bytes=2 * MIB)
+    usual = replace(REPORT, num_bytes=10**8, num_chunks=50, busy_s=0.15)
+
+    def observe(num: int) -> int:
+        for _ in range(num):
+            pacing.observe_step(256, 0.5)
+            pacing.observe_transfer(usual)
+        return pacing.group_size(256)
+
+    before = observe(50)
+    # As when the machine slept.
+    pacing.observe_step(1, 1e6)
+    pacing.observe_transfer(replace(usual, busy_s=1e6))
+    assert observe(100) == before

@@ -1,0 +1,46 @@
+"""What settings of a worker may be, for its command line and for the manifest alike. Pure."""
+
+from dataclasses import dataclass
+
+from kvtransfer.config import TransportChoice
+
+MIB = 2**20
+KIB = 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Both ends are allowed."""
+
+    least: int
+    most: int
+
+
+BLOCK_SIZE = Bounds(1, 512)
+KV_CACHE_MIB = Bounds(1, 16 * MIB)
+TOKEN_BUDGET = Bounds(1, MIB)
+MAX_RUNNING_SEQUENCES = Bounds(1, 65536)
+MAX_WAITING_REQUESTS = Bounds(1, MIB)
+THREADS = Bounds(1, 1024)
+TILE_TOKENS = Bounds(1, 4096)
+GROWTH_RESERVE = Bounds(0, 1)
+HOST_CACHE_MIB = Bounds(0, 16 * MIB)
+IMAGE_CACHE_MIB = Bounds(1, 16 * MIB)
+ENCODE_PATCH_BUDGET = Bounds(1, MIB)
+SPAN_RECOMPUTE = Bounds(0, 1)
+SPAN_MIN_TOKENS = Bounds(1, MIB)
+
+LEASE_S = Bounds(1, 3600)
+MAX_CHUNK_KIB = Bounds(64, 64 * KIB)
+CREDITS = Bounds(1, 1024)
+LAYER_GROUP_SIZE = Bounds(1, 1024)
+RESUME_S = Bounds(0, 600)
+STREAMS = Bounds(1, 16)
+
+#: Ways by which chunks travel, packed by a codec and over several connections; by the others they are read in place.
+CARRYING_TRANSPORTS = frozenset({TransportChoice.AUTO, TransportChoice.GRPC})
+
+
+def min_token_budget(max_running_sequences: int, block_size: int) -> int:
+    """Tokens in a step with which every running sequence gets its token and a prompt its next block."""
+    return max_running_sequences + block_size
