@@ -6,6 +6,7 @@
     │   ├── InvalidRequest      a field of a request, with its value and what is allowed
     │   ├── UnknownModel        a request for a model that is not served
     │   ├── RequestTooLarge     a request that no worker's KV cache can ever hold
+    │   ├── MessageTooLarge     a request whose message is too long
     │   ├── DuplicateRequest    a request whose id another one has that still runs
     │   ├── UnknownRequest      the id of a request that is not remembered (any more)
     │   ├── UnknownWorker       a worker that is not declared
@@ -16,6 +17,7 @@
     │   └── DeploymentNotFound  no deployment of that name runs, or it is not clear which one is meant
     ├── OwnError                we could not do our part
     │   ├── GatewayFull         too many requests wait already
+    │   ├── ImagesFull          too many bytes of pictures are here already
     │   ├── GatewayStopping     the gateway takes no more requests
     │   ├── NoModelYet          no worker has loaded the model yet
     │   ├── ControllerSuperseded another controller of the deployment has taken over
@@ -206,6 +208,21 @@ class RequestTooLarge(CallerError):
         )
 
 
+class MessageTooLarge(CallerError):
+    """A request's message, without its pictures, has more bytes than are read."""
+
+    def __init__(self, num_bytes: int, max_bytes: int) -> None:
+        super().__init__(num_bytes, max_bytes)
+        self.num_bytes = num_bytes
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the message has {self.num_bytes} bytes without its pictures; at most {self.max_bytes} are read: "
+            "shorten it"
+        )
+
+
 class DuplicateRequest(CallerError):
     """A request of this id is running; ids are unique among running requests."""
 
@@ -290,6 +307,24 @@ class GatewayFull(OwnError):
     def __str__(self) -> str:
         return (
             f"{self.num_waiting} requests are waiting already (gateway.maxWaitingRequests); try again later"
+        )
+
+
+class ImagesFull(OwnError):
+    """The gateway has as many bytes of pictures as it may."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, num_bytes: int, num_held_bytes: int, max_bytes: int) -> None:
+        super().__init__(num_bytes, num_held_bytes, max_bytes)
+        self.num_bytes = num_bytes
+        self.num_held_bytes = num_held_bytes
+        self.max_bytes = max_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"the request brings pictures of {self.num_bytes} bytes, and requests that are here have "
+            f"{self.num_held_bytes} of {self.max_bytes} (gateway.maxImageMiB); try again later"
         )
 
 

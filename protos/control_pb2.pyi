@@ -400,6 +400,9 @@ class SampleRecord(_message.Message):
     LAST_TOKEN_AT_S_FIELD_NUMBER: _builtins.int
     WORKER_QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_FETCH_S_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Of the attempt that gave the first token, as are queue_s and prefill_s."""
@@ -410,6 +413,11 @@ class SampleRecord(_message.Message):
     worker_queue_s: _builtins.float
     """At the worker, before its first prefill step."""
     prefill_s: _builtins.float
+    num_fetched_tokens: _builtins.int
+    """Of the cached tokens, those that another worker sent for this prompt, and what it waited for that."""
+    prefix_fetch_s: _builtins.float
+    num_reused_tokens: _builtins.int
+    """Further tokens whose KV was taken from another context."""
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateRecord]:
         """Each state that it was in, in order; the last is its present one."""
@@ -428,10 +436,13 @@ class SampleRecord(_message.Message):
         last_token_at_s: _builtins.float | None = ...,
         worker_queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
+        num_fetched_tokens: _builtins.int = ...,
+        prefix_fetch_s: _builtins.float = ...,
+        num_reused_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_at_s: _TypeAlias = _typing.Literal["first_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_at_s: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s"]  # noqa: Y015
@@ -487,6 +498,7 @@ class AttemptRecord(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     TRANSFER_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    ENCODES_FIELD_NUMBER: _builtins.int
     attempt: _builtins.int
     at_s: _builtins.float
     prefill_worker_id: _builtins.str
@@ -502,6 +514,10 @@ class AttemptRecord(_message.Message):
     def transfer(self) -> _worker_pb2.KvTransferred:
         """Absent without a hand-off, and until its worker has reported."""
 
+    @_builtins.property
+    def encodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncodeRecord]:
+        """In the order in which they were given to workers."""
+
     def __init__(
         self,
         *,
@@ -514,11 +530,77 @@ class AttemptRecord(_message.Message):
         reason: _builtins.str = ...,
         transfer: _worker_pb2.KvTransferred | None = ...,
         problem: _builtins.str = ...,
+        encodes: _abc.Iterable[Global___EncodeRecord] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "problem", b"problem", "reason", b"reason", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "attempt", b"attempt", "decode_incarnation", b"decode_incarnation", "decode_worker_id", b"decode_worker_id", "encodes", b"encodes", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "problem", b"problem", "reason", b"reason", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttemptRecord: _TypeAlias = AttemptRecord  # noqa: Y015
+
+@_typing.final
+class EncodeRecord(_message.Message):
+    """Tiles of one picture that one worker was given to encode."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    FIRST_TILE_FIELD_NUMBER: _builtins.int
+    NUM_TILES_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TILES_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    first_tile: _builtins.int
+    """Indices in all tiles of the prompt: [first_tile, first_tile + num_tiles)."""
+    num_tiles: _builtins.int
+    at_s: _builtins.float
+    duration_s: _builtins.float
+    """From then to the end of it; absent while it is with the worker."""
+    num_cached_tiles: _builtins.int
+    """Of them, tiles whose embeddings the worker had already."""
+    queue_s: _builtins.float
+    """At the worker: before it began, of the file, of its tiles, and of the way to the prefill worker after that."""
+    decode_s: _builtins.float
+    encode_s: _builtins.float
+    transfer_s: _builtins.float
+    num_bytes: _builtins.int
+    transport: _builtins.str
+    """Empty when the embeddings were where they were wanted, and until the worker has reported."""
+    problem: _builtins.str
+    """Why it failed, or was given up; empty while it has not."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        first_tile: _builtins.int = ...,
+        num_tiles: _builtins.int = ...,
+        at_s: _builtins.float = ...,
+        duration_s: _builtins.float | None = ...,
+        num_cached_tiles: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        encode_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        num_bytes: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "duration_s", b"duration_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "at_s", b"at_s", "decode_s", b"decode_s", "duration_s", b"duration_s", "encode_s", b"encode_s", "first_tile", b"first_tile", "num_bytes", b"num_bytes", "num_cached_tiles", b"num_cached_tiles", "num_tiles", b"num_tiles", "problem", b"problem", "queue_s", b"queue_s", "transfer_s", b"transfer_s", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_s: _TypeAlias = _typing.Literal["duration_s"]  # noqa: Y015
+    _WhichOneofArgType__duration_s: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_s) -> _WhichOneofReturnType__duration_s | None: ...
+
+Global___EncodeRecord: _TypeAlias = EncodeRecord  # noqa: Y015

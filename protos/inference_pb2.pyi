@@ -52,6 +52,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 visible ASCII characters; unique among running requests. Empty: the gateway makes one."""
     model: _builtins.str
@@ -61,7 +62,7 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """Higher ones start first and are preempted last."""
     cache_salt: _builtins.str
-    """Prompts share KV only with prompts of the same salt; at most 256 characters."""
+    """Prompts share KV, and embeddings of pictures, only with prompts of the same salt; at most 256 characters."""
     @_builtins.property
     def chat(self) -> Global___ChatMessages:
         """Rendered with the model's chat template."""
@@ -72,6 +73,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
+        """Pictures of a `text` prompt: the model's placeholder is in it once for each, in order."""
+
     def __init__(
         self,
         *,
@@ -83,16 +88,67 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        images: _abc.Iterable[Global___Image] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "images", b"images", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Image(_message.Message):
+    """A PNG, JPEG, WebP or GIF file, of which the first frame counts. Limits: docs/multimodal.md."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    media_type: _builtins.str
+    """For example image/png. Empty: told from the content."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        media_type: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "media_type", b"media_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
+
+@_typing.final
+class ContentPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    @_builtins.property
+    def image(self) -> Global___Image: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        image: Global___Image | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "part", b"part", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "part", b"part", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "image"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
 
 @_typing.final
 class ChatMessages(_message.Message):
@@ -120,18 +176,24 @@ class ChatMessage(_message.Message):
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """"system", "user" or "assistant"."""
     content: _builtins.str
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
+        """Texts and pictures in order, in place of `content`; pictures in messages of "user" only."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
+        parts: _abc.Iterable[Global___ContentPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "parts", b"parts", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,10 +699,19 @@ class Usage(_message.Message):
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     DECODING_FIELD_NUMBER: _builtins.int
+    FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
     """Tokens of the prompt whose KV the prefill worker had already, for sample 0."""
+    fetched_tokens: _builtins.int
+    """Of the cached ones, those that another worker sent for this prompt."""
+    reused_tokens: _builtins.int
+    """Further tokens of the prompt whose KV was taken from another context, for sample 0."""
+    image_tokens: _builtins.int
+    """Tokens of the prompt that stand for pictures."""
     @_builtins.property
     def decoding(self) -> Global___DecodingCost:
         """With a decoding method, once a worker has reported it."""
@@ -652,10 +723,13 @@ class Usage(_message.Message):
         completion_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         decoding: Global___DecodingCost | None = ...,
+        fetched_tokens: _builtins.int = ...,
+        reused_tokens: _builtins.int = ...,
+        image_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "decoding", b"decoding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decoding", b"decoding", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decoding", b"decoding", "fetched_tokens", b"fetched_tokens", "image_tokens", b"image_tokens", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decoding: _TypeAlias = _typing.Literal["decoding"]  # noqa: Y015
     _WhichOneofArgType__decoding: _TypeAlias = _typing.Literal["_decoding", b"_decoding"]  # noqa: Y015
@@ -709,6 +783,9 @@ class Timings(_message.Message):
     DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
+    ENCODE_START_S_FIELD_NUMBER: _builtins.int
+    ENCODES_FIELD_NUMBER: _builtins.int
     ttft_s: _builtins.float
     """Arrival at the gateway to first token leaving it."""
     tpot_s: _builtins.float
@@ -727,9 +804,19 @@ class Timings(_message.Message):
     """1 unless a worker was lost and the request went on elsewhere."""
     second_token_s: _builtins.float
     """First token to second: with a hand-off it holds the exposed part of the transfer. Absent below 2 tokens."""
+    encode_s: _builtins.float
+    """First time that the prefill worker wanted embeddings of pictures to the last time that some had come; within
+    queue_s and prefill_s, and of the same attempt. Absent when none came.
+    """
+    encode_start_s: _builtins.float
+    """Arrival at the gateway to the beginning of encode_s."""
     @_builtins.property
     def kv_transfer(self) -> Global___KvTransferTimings:
         """Absent when prefill and decode ran on one worker, or when the report came after the last token."""
+
+    @_builtins.property
+    def encodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___EncodeTimings]:
+        """Shards of all attempts, in the order in which they were given to workers."""
 
     def __init__(
         self,
@@ -745,17 +832,28 @@ class Timings(_message.Message):
         decode_worker_id: _builtins.str = ...,
         attempts: _builtins.int = ...,
         second_token_s: _builtins.float | None = ...,
+        encode_s: _builtins.float | None = ...,
+        encode_start_s: _builtins.float | None = ...,
+        encodes: _abc.Iterable[Global___EncodeTimings] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "kv_transfer", b"kv_transfer", "second_token_s", b"second_token_s", "tpot_s", b"tpot_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_s", b"_encode_s", "_encode_start_s", b"_encode_start_s", "_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "encode_s", b"encode_s", "encode_start_s", b"encode_start_s", "kv_transfer", b"kv_transfer", "second_token_s", b"second_token_s", "tpot_s", b"tpot_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "attempts", b"attempts", "decode_s", b"decode_s", "decode_worker_id", b"decode_worker_id", "kv_transfer", b"kv_transfer", "prefill_s", b"prefill_s", "prefill_worker_id", b"prefill_worker_id", "queue_s", b"queue_s", "second_token_s", b"second_token_s", "total_s", b"total_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_s", b"_encode_s", "_encode_start_s", b"_encode_start_s", "_kv_transfer", b"_kv_transfer", "_second_token_s", b"_second_token_s", "_tpot_s", b"_tpot_s", "attempts", b"attempts", "decode_s", b"decode_s", "decode_worker_id", b"decode_worker_id", "encode_s", b"encode_s", "encode_start_s", b"encode_start_s", "encodes", b"encodes", "kv_transfer", b"kv_transfer", "prefill_s", b"prefill_s", "prefill_worker_id", b"prefill_worker_id", "queue_s", b"queue_s", "second_token_s", b"second_token_s", "total_s", b"total_s", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__encode_s: _TypeAlias = _typing.Literal["encode_s"]  # noqa: Y015
+    _WhichOneofArgType__encode_s: _TypeAlias = _typing.Literal["_encode_s", b"_encode_s"]  # noqa: Y015
+    _WhichOneofReturnType__encode_start_s: _TypeAlias = _typing.Literal["encode_start_s"]  # noqa: Y015
+    _WhichOneofArgType__encode_start_s: _TypeAlias = _typing.Literal["_encode_start_s", b"_encode_start_s"]  # noqa: Y015
     _WhichOneofReturnType__kv_transfer: _TypeAlias = _typing.Literal["kv_transfer"]  # noqa: Y015
     _WhichOneofArgType__kv_transfer: _TypeAlias = _typing.Literal["_kv_transfer", b"_kv_transfer"]  # noqa: Y015
     _WhichOneofReturnType__second_token_s: _TypeAlias = _typing.Literal["second_token_s"]  # noqa: Y015
     _WhichOneofArgType__second_token_s: _TypeAlias = _typing.Literal["_second_token_s", b"_second_token_s"]  # noqa: Y015
     _WhichOneofReturnType__tpot_s: _TypeAlias = _typing.Literal["tpot_s"]  # noqa: Y015
     _WhichOneofArgType__tpot_s: _TypeAlias = _typing.Literal["_tpot_s", b"_tpot_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encode_s) -> _WhichOneofReturnType__encode_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encode_start_s) -> _WhichOneofReturnType__encode_start_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_transfer) -> _WhichOneofReturnType__kv_transfer | None: ...
     @_typing.overload
@@ -764,6 +862,72 @@ class Timings(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_s) -> _WhichOneofReturnType__tpot_s | None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
+class EncodeTimings(_message.Message):
+    """Tiles of one picture that one worker was given to encode. As EncodeRecord in control.proto."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    FIRST_TILE_FIELD_NUMBER: _builtins.int
+    NUM_TILES_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TILES_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    first_tile: _builtins.int
+    """Indices in all tiles of the prompt: [first_tile, first_tile + num_tiles)."""
+    num_tiles: _builtins.int
+    at_s: _builtins.float
+    """Since the request arrived."""
+    duration_s: _builtins.float
+    """From then to the end of it; absent when it had not ended."""
+    num_cached_tiles: _builtins.int
+    """Of them, tiles whose embeddings the worker had already."""
+    queue_s: _builtins.float
+    """At the worker: before it began, of the file, of its tiles, and of the way to the prefill worker after that."""
+    decode_s: _builtins.float
+    encode_s: _builtins.float
+    transfer_s: _builtins.float
+    num_bytes: _builtins.int
+    transport: _builtins.str
+    """Empty when the embeddings were where they were wanted."""
+    problem: _builtins.str
+    """Why it failed, or was given up; empty when it did not."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        first_tile: _builtins.int = ...,
+        num_tiles: _builtins.int = ...,
+        at_s: _builtins.float = ...,
+        duration_s: _builtins.float | None = ...,
+        num_cached_tiles: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        encode_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        num_bytes: _builtins.int = ...,
+        transport: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "duration_s", b"duration_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s", "at_s", b"at_s", "decode_s", b"decode_s", "duration_s", b"duration_s", "encode_s", b"encode_s", "first_tile", b"first_tile", "num_bytes", b"num_bytes", "num_cached_tiles", b"num_cached_tiles", "num_tiles", b"num_tiles", "problem", b"problem", "queue_s", b"queue_s", "transfer_s", b"transfer_s", "transport", b"transport", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__duration_s: _TypeAlias = _typing.Literal["duration_s"]  # noqa: Y015
+    _WhichOneofArgType__duration_s: _TypeAlias = _typing.Literal["_duration_s", b"_duration_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__duration_s) -> _WhichOneofReturnType__duration_s | None: ...
+
+Global___EncodeTimings: _TypeAlias = EncodeTimings  # noqa: Y015
 
 @_typing.final
 class KvTransferTimings(_message.Message):

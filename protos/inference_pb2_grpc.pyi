@@ -36,7 +36,8 @@ class InferenceServiceStub:
       INVALID_ARGUMENT    the request itself is wrong; the message names the field
       NOT_FOUND           no such model
       ALREADY_EXISTS      a running request has this request_id
-      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the gateway has too many bytes of
+                          pictures; the message is over 4 MiB without its pictures;
                           or the prompt can never fit the KV cache
       UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
                           is stopping
@@ -55,7 +56,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
       INVALID_ARGUMENT    the request itself is wrong; the message names the field
       NOT_FOUND           no such model
       ALREADY_EXISTS      a running request has this request_id
-      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+      RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the gateway has too many bytes of
+                          pictures; the message is over 4 MiB without its pictures;
                           or the prompt can never fit the KV cache
       UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
                           is stopping
@@ -77,7 +79,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT    the request itself is wrong; the message names the field
           NOT_FOUND           no such model
           ALREADY_EXISTS      a running request has this request_id
-          RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the message is over 4 MiB;
+          RESOURCE_EXHAUSTED  the queue of the gateway, or of all workers tried, is full; the gateway has too many bytes of
+                              pictures; the message is over 4 MiB without its pictures;
                               or the prompt can never fit the KV cache
           UNAVAILABLE         no worker can run a phase, no model is loaded yet, all attempts failed, or the gateway
                               is stopping

@@ -39,6 +39,11 @@ class KvTransferServiceStub:
                 request_serializer=protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
                 response_deserializer=protos_dot_kvtransfer__pb2.ControlFrame.FromString,
                 _registered_method=True)
+        self.TransferEmbeddings = channel.stream_stream(
+                '/phasewise.kvtransfer.v1.KvTransferService/TransferEmbeddings',
+                request_serializer=protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
+                response_deserializer=protos_dot_kvtransfer__pb2.ControlFrame.FromString,
+                _registered_method=True)
 
 
 class KvTransferServiceServicer:
@@ -50,11 +55,23 @@ class KvTransferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def TransferEmbeddings(self, request_iterator, context):
+        """The same for embeddings of pictures, which have leases and a pool of their own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvTransferServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Transfer': grpc.stream_stream_rpc_method_handler(
                     servicer.Transfer,
+                    request_deserializer=protos_dot_kvtransfer__pb2.ControlFrame.FromString,
+                    response_serializer=protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
+            ),
+            'TransferEmbeddings': grpc.stream_stream_rpc_method_handler(
+                    servicer.TransferEmbeddings,
                     request_deserializer=protos_dot_kvtransfer__pb2.ControlFrame.FromString,
                     response_serializer=protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
             ),
@@ -84,6 +101,33 @@ class KvTransferService:
             request_iterator,
             target,
             '/phasewise.kvtransfer.v1.KvTransferService/Transfer',
+            protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
+            protos_dot_kvtransfer__pb2.ControlFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TransferEmbeddings(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/phasewise.kvtransfer.v1.KvTransferService/TransferEmbeddings',
             protos_dot_kvtransfer__pb2.ControlFrame.SerializeToString,
             protos_dot_kvtransfer__pb2.ControlFrame.FromString,
             options,

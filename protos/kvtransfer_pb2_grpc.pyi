@@ -44,11 +44,15 @@ class KvTransferServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvTransferServiceAsyncStub: ...
     Transfer: _grpc.StreamStreamMultiCallable[_kvtransfer_pb2.ControlFrame, _kvtransfer_pb2.ControlFrame]
+    TransferEmbeddings: _grpc.StreamStreamMultiCallable[_kvtransfer_pb2.ControlFrame, _kvtransfer_pb2.ControlFrame]
+    """The same for embeddings of pictures, which have leases and a pool of their own."""
 
 @_typing.type_check_only
 class KvTransferServiceAsyncStub(KvTransferServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Transfer: _aio.StreamStreamMultiCallable[_kvtransfer_pb2.ControlFrame, _kvtransfer_pb2.ControlFrame]  # type: ignore[assignment]
+    TransferEmbeddings: _aio.StreamStreamMultiCallable[_kvtransfer_pb2.ControlFrame, _kvtransfer_pb2.ControlFrame]  # type: ignore[assignment]
+    """The same for embeddings of pictures, which have leases and a pool of their own."""
 
 class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class KvTransferServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kvtransfer_pb2.ControlFrame],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.ControlFrame], _abc.AsyncIterator[_kvtransfer_pb2.ControlFrame]]: ...
+
+    @_abc_1.abstractmethod
+    def TransferEmbeddings(
+        self,
+        request_iterator: _MaybeAsyncIterator[_kvtransfer_pb2.ControlFrame],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kvtransfer_pb2.ControlFrame], _abc.AsyncIterator[_kvtransfer_pb2.ControlFrame]]:
+        """The same for embeddings of pictures, which have leases and a pool of their own."""
 
 def add_KvTransferServiceServicer_to_server(servicer: KvTransferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

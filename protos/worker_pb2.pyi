@@ -201,24 +201,28 @@ class Command(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     SUBSCRIBE_KV_EVENTS_FIELD_NUMBER: _builtins.int
+    ENCODE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
     def abort(self) -> Global___Abort: ...
     @_builtins.property
     def subscribe_kv_events(self) -> Global___SubscribeKvEvents: ...
+    @_builtins.property
+    def encode(self) -> Global___Encode: ...
     def __init__(
         self,
         *,
         submit: Global___Submit | None = ...,
         abort: Global___Abort | None = ...,
         subscribe_kv_events: Global___SubscribeKvEvents | None = ...,
+        encode: Global___Encode | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "abort", "subscribe_kv_events"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "abort", "subscribe_kv_events", "encode"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -284,6 +288,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFIX_PEERS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     incarnation: _builtins.int
@@ -314,6 +319,10 @@ class Submit(_message.Message):
     def prefix_peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixPeer]:
         """Workers that may have the KV of the beginning of the prompt."""
 
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageTile]:
+        """All tiles of all pictures, in the order of the prompt."""
+
     def __init__(
         self,
         *,
@@ -329,14 +338,129 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         prefix_peers: _abc.Iterable[Global___PrefixPeer] | None = ...,
+        images: _abc.Iterable[Global___ImageTile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "images", b"images", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class ImageTile(_message.Message):
+    """Where the embeddings of one tile of a picture stand in a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    NUM_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    GRID_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """Index in token_ids of the first one."""
+    num_embeddings: _builtins.int
+    key: _builtins.bytes
+    """Names their content."""
+    @_builtins.property
+    def grid(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Frames, rows and columns, where positions follow them (M-RoPE); otherwise empty."""
+
+    def __init__(
+        self,
+        *,
+        start: _builtins.int = ...,
+        num_embeddings: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+        grid: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grid", b"grid", "key", b"key", "num_embeddings", b"num_embeddings", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageTile: _TypeAlias = ImageTile  # noqa: Y015
+
+@_typing.final
+class Encode(_message.Message):
+    """Turn tiles of one picture into embeddings and bring them to a prefill worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    TILE_LO_FIELD_NUMBER: _builtins.int
+    TILE_HI_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    PREFILL_ATTEMPT_FIELD_NUMBER: _builtins.int
+    FIRST_TILE_FIELD_NUMBER: _builtins.int
+    PREFILL_ADDRESS_FIELD_NUMBER: _builtins.int
+    PREFILL_INCARNATION_FIELD_NUMBER: _builtins.int
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    attempt: _builtins.int
+    incarnation: _builtins.int
+    """The worker's incarnation as the gateway knows it; another one refuses."""
+    image: _builtins.bytes
+    """The file."""
+    media_type: _builtins.str
+    width: _builtins.int
+    """Pixels, upright, as the gateway read them."""
+    height: _builtins.int
+    tile_lo: _builtins.int
+    """[tile_lo, tile_hi) of the picture's tiles."""
+    tile_hi: _builtins.int
+    prefill_attempt: _builtins.int
+    """The attempt of the same request whose prompt they are for, and the index of tile_lo in its images."""
+    first_tile: _builtins.int
+    prefill_address: _builtins.str
+    """host:port"""
+    prefill_incarnation: _builtins.int
+    timeout_s: _builtins.float
+    cache_salt: _builtins.str
+    prefill_worker_id: _builtins.str
+    """May be this worker, which then sends nothing."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """One for each of them."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        incarnation: _builtins.int = ...,
+        image: _builtins.bytes = ...,
+        media_type: _builtins.str = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        tile_lo: _builtins.int = ...,
+        tile_hi: _builtins.int = ...,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+        prefill_attempt: _builtins.int = ...,
+        first_tile: _builtins.int = ...,
+        prefill_address: _builtins.str = ...,
+        prefill_incarnation: _builtins.int = ...,
+        timeout_s: _builtins.float = ...,
+        cache_salt: _builtins.str = ...,
+        prefill_worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "first_tile", b"first_tile", "height", b"height", "image", b"image", "incarnation", b"incarnation", "keys", b"keys", "media_type", b"media_type", "prefill_address", b"prefill_address", "prefill_attempt", b"prefill_attempt", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "request_id", b"request_id", "tile_hi", b"tile_hi", "tile_lo", b"tile_lo", "timeout_s", b"timeout_s", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Encode: _TypeAlias = Encode  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -707,6 +831,8 @@ class Event(_message.Message):
     PROMPT_SCORED_FIELD_NUMBER: _builtins.int
     DRAFTS_GENERATED_FIELD_NUMBER: _builtins.int
     DECODING_REPORT_FIELD_NUMBER: _builtins.int
+    IMAGES_WANTED_FIELD_NUMBER: _builtins.int
+    IMAGES_ENCODED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     @_builtins.property
@@ -723,6 +849,10 @@ class Event(_message.Message):
     def drafts_generated(self) -> Global___DraftsGenerated: ...
     @_builtins.property
     def decoding_report(self) -> Global___DecodingReport: ...
+    @_builtins.property
+    def images_wanted(self) -> Global___ImagesWanted: ...
+    @_builtins.property
+    def images_encoded(self) -> Global___ImagesEncoded: ...
     def __init__(
         self,
         *,
@@ -735,16 +865,87 @@ class Event(_message.Message):
         prompt_scored: Global___PromptScored | None = ...,
         drafts_generated: Global___DraftsGenerated | None = ...,
         decoding_report: Global___DecodingReport | None = ...,
+        images_wanted: Global___ImagesWanted | None = ...,
+        images_encoded: Global___ImagesEncoded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "request_id", b"request_id", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "request_id", b"request_id", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefill_started", "tokens_generated", "kv_transferred", "request_failed", "prompt_scored", "drafts_generated", "decoding_report"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefill_started", "tokens_generated", "kv_transferred", "request_failed", "prompt_scored", "drafts_generated", "decoding_report", "images_wanted", "images_encoded"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class ImagesWanted(_message.Message):
+    """There is room for the embeddings of these tiles, which are not here: encode them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TILES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tiles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Indices in Submit.images, ascending."""
+
+    def __init__(
+        self,
+        *,
+        tiles: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tiles", b"tiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImagesWanted: _TypeAlias = ImagesWanted  # noqa: Y015
+
+@_typing.final
+class ImagesEncoded(_message.Message):
+    """The last event of an Encode: its embeddings are at the prefill worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TILES_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_FIELD_NUMBER: _builtins.int
+    NUM_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    ENCODE_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_S_FIELD_NUMBER: _builtins.int
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    num_tiles: _builtins.int
+    num_cached: _builtins.int
+    num_embeddings: _builtins.int
+    num_bytes: _builtins.int
+    queue_s: _builtins.float
+    decode_s: _builtins.float
+    encode_s: _builtins.float
+    transfer_s: _builtins.float
+    transport: _builtins.str
+    def __init__(
+        self,
+        *,
+        num_tiles: _builtins.int = ...,
+        num_cached: _builtins.int = ...,
+        num_embeddings: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        decode_s: _builtins.float = ...,
+        encode_s: _builtins.float = ...,
+        transfer_s: _builtins.float = ...,
+        transport: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "encode_s", b"encode_s", "num_bytes", b"num_bytes", "num_cached", b"num_cached", "num_embeddings", b"num_embeddings", "num_tiles", b"num_tiles", "queue_s", b"queue_s", "transfer_s", b"transfer_s", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImagesEncoded: _TypeAlias = ImagesEncoded  # noqa: Y015
 
 @_typing.final
 class PrefillStarted(_message.Message):
@@ -777,6 +978,8 @@ class TokensGenerated(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_FETCH_S_FIELD_NUMBER: _builtins.int
     first_position: _builtins.int
     """Index in the sequence (prompt included) of token_ids[0]."""
     finish_reason: Global___FinishReason.ValueType
@@ -786,6 +989,10 @@ class TokensGenerated(_message.Message):
     """Tokens of the prompt whose KV was cached; with the first token of the prefill worker."""
     num_reused_tokens: _builtins.int
     """Further tokens whose KV was taken from another context, computed again or not; with the same token."""
+    num_fetched_tokens: _builtins.int
+    """Of the cached ones, those that another worker sent for this prompt; with the same token."""
+    prefix_fetch_s: _builtins.float
+    """What the prompt waited for that, whether or not anything came."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -802,10 +1009,12 @@ class TokensGenerated(_message.Message):
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
         num_cached_tokens: _builtins.int = ...,
         num_reused_tokens: _builtins.int = ...,
+        num_fetched_tokens: _builtins.int = ...,
+        prefix_fetch_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "prefill_s", b"prefill_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "finish_reason", b"finish_reason", "first_position", b"first_position", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_reused_tokens", b"num_reused_tokens", "prefill_s", b"prefill_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s", "finish_reason", b"finish_reason", "first_position", b"first_position", "logprobs", b"logprobs", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__prefill_s: _TypeAlias = _typing.Literal["prefill_s"]  # noqa: Y015
     _WhichOneofArgType__prefill_s: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s"]  # noqa: Y015
@@ -1060,6 +1269,8 @@ class WorkerStatus(_message.Message):
     NUM_INVARIANT_FAILURES_FIELD_NUMBER: _builtins.int
     TRANSFERS_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
+    REUSE_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___WorkerState.ValueType
@@ -1085,6 +1296,10 @@ class WorkerStatus(_message.Message):
     def transfers(self) -> Global___KvTransferCounts: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPeer]: ...
+    @_builtins.property
+    def reuse(self) -> Global___KvReuseCounts: ...
+    @_builtins.property
+    def embeddings(self) -> Global___EmbeddingCounts: ...
     def __init__(
         self,
         *,
@@ -1104,14 +1319,137 @@ class WorkerStatus(_message.Message):
         num_invariant_failures: _builtins.int = ...,
         transfers: Global___KvTransferCounts | None = ...,
         peers: _abc.Iterable[Global___KvPeer] | None = ...,
+        reuse: Global___KvReuseCounts | None = ...,
+        embeddings: Global___EmbeddingCounts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "transfers", b"transfers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "embeddings", b"embeddings", "reuse", b"reuse", "transfers", b"transfers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phases", b"phases", "pid", b"pid", "state", b"state", "transfers", b"transfers", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "embeddings", b"embeddings", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "transfers", b"transfers", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class EmbeddingCounts(_message.Message):
+    """Pictures on one worker. Blocks are those of the embedding pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_FREE_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_FIELD_NUMBER: _builtins.int
+    NUM_WAITING_FIELD_NUMBER: _builtins.int
+    NUM_HITS_FIELD_NUMBER: _builtins.int
+    NUM_MISSES_FIELD_NUMBER: _builtins.int
+    NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
+    NUM_ENCODES_RUNNING_FIELD_NUMBER: _builtins.int
+    NUM_TILES_ENCODED_FIELD_NUMBER: _builtins.int
+    NUM_TILES_CACHED_FIELD_NUMBER: _builtins.int
+    NUM_BATCHES_FIELD_NUMBER: _builtins.int
+    NUM_PATCHES_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    num_free: _builtins.int
+    num_cached: _builtins.int
+    """Filled, and nobody's."""
+    num_waiting: _builtins.int
+    """Requests that wait for room."""
+    num_hits: _builtins.int
+    """Tiles that were there, or on their way, when they were needed; and those that were not."""
+    num_misses: _builtins.int
+    num_evictions: _builtins.int
+    num_encodes_running: _builtins.int
+    num_tiles_encoded: _builtins.int
+    num_tiles_cached: _builtins.int
+    """Tiles that an Encode found here."""
+    num_batches: _builtins.int
+    """Of the encoder, and the patches in them."""
+    num_patches: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        num_free: _builtins.int = ...,
+        num_cached: _builtins.int = ...,
+        num_waiting: _builtins.int = ...,
+        num_hits: _builtins.int = ...,
+        num_misses: _builtins.int = ...,
+        num_evictions: _builtins.int = ...,
+        num_encodes_running: _builtins.int = ...,
+        num_tiles_encoded: _builtins.int = ...,
+        num_tiles_cached: _builtins.int = ...,
+        num_batches: _builtins.int = ...,
+        num_patches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_batches", b"num_batches", "num_blocks", b"num_blocks", "num_cached", b"num_cached", "num_encodes_running", b"num_encodes_running", "num_evictions", b"num_evictions", "num_free", b"num_free", "num_hits", b"num_hits", "num_misses", b"num_misses", "num_patches", b"num_patches", "num_tiles_cached", b"num_tiles_cached", "num_tiles_encoded", b"num_tiles_encoded", "num_waiting", b"num_waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbeddingCounts: _TypeAlias = EmbeddingCounts  # noqa: Y015
+
+@_typing.final
+class KvReuseCounts(_message.Message):
+    """KV that one worker did not compute again, since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIXES_ASKED_FIELD_NUMBER: _builtins.int
+    NUM_PREFIXES_FETCHED_FIELD_NUMBER: _builtins.int
+    NUM_PREFIXES_REFUSED_FIELD_NUMBER: _builtins.int
+    NUM_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCH_S_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_HOST_SAVED_FIELD_NUMBER: _builtins.int
+    NUM_HOST_HITS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_DROPPED_FIELD_NUMBER: _builtins.int
+    NUM_HOST_CORRUPT_FIELD_NUMBER: _builtins.int
+    num_cached_tokens: _builtins.int
+    """Of prompts whose prefill has ended."""
+    num_reused_tokens: _builtins.int
+    num_prefixes_asked: _builtins.int
+    """Beginnings of prompts that others were asked for; those that came; those that were faster computed, by the rule."""
+    num_prefixes_fetched: _builtins.int
+    num_prefixes_refused: _builtins.int
+    num_fetched_tokens: _builtins.int
+    fetch_s: _builtins.float
+    """From the first question to the last byte, of those that came."""
+    num_host_blocks: _builtins.int
+    """Evicted blocks in host memory now."""
+    num_host_bytes: _builtins.int
+    num_host_saved: _builtins.int
+    """Blocks that were packed, restored, dropped for newer ones, and found damaged."""
+    num_host_hits: _builtins.int
+    num_host_dropped: _builtins.int
+    num_host_corrupt: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_cached_tokens: _builtins.int = ...,
+        num_reused_tokens: _builtins.int = ...,
+        num_prefixes_asked: _builtins.int = ...,
+        num_prefixes_fetched: _builtins.int = ...,
+        num_prefixes_refused: _builtins.int = ...,
+        num_fetched_tokens: _builtins.int = ...,
+        fetch_s: _builtins.float = ...,
+        num_host_blocks: _builtins.int = ...,
+        num_host_bytes: _builtins.int = ...,
+        num_host_saved: _builtins.int = ...,
+        num_host_hits: _builtins.int = ...,
+        num_host_dropped: _builtins.int = ...,
+        num_host_corrupt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fetch_s", b"fetch_s", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_host_blocks", b"num_host_blocks", "num_host_bytes", b"num_host_bytes", "num_host_corrupt", b"num_host_corrupt", "num_host_dropped", b"num_host_dropped", "num_host_hits", b"num_host_hits", "num_host_saved", b"num_host_saved", "num_prefixes_asked", b"num_prefixes_asked", "num_prefixes_fetched", b"num_prefixes_fetched", "num_prefixes_refused", b"num_prefixes_refused", "num_reused_tokens", b"num_reused_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvReuseCounts: _TypeAlias = KvReuseCounts  # noqa: Y015
 
 @_typing.final
 class KvTransferCounts(_message.Message):
@@ -1355,6 +1693,60 @@ class LedgerEntry(_message.Message):
 Global___LedgerEntry: _TypeAlias = LedgerEntry  # noqa: Y015
 
 @_typing.final
+class FindPrefixRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the worker that asks."""
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Of full blocks, each the child of the one before it."""
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_hashes", b"block_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixRequest: _TypeAlias = FindPrefixRequest  # noqa: Y015
+
+@_typing.final
+class FindPrefixResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    """Blocks of these that are cached here as they were computed, from the first one on."""
+    num_host_blocks: _builtins.int
+    """Of these, blocks in host memory, which are put back into the pool first."""
+    link_bytes_per_s: _builtins.float
+    """What the way to the worker that asks carries, as last measured by sending there; 0 when it is not known."""
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        num_host_blocks: _builtins.int = ...,
+        link_bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_bytes_per_s", b"link_bytes_per_s", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindPrefixResponse: _TypeAlias = FindPrefixResponse  # noqa: Y015
+
+@_typing.final
 class GetModelRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1383,6 +1775,8 @@ class Model(_message.Message):
     BOS_TOKEN_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    VISION_JSON_FIELD_NUMBER: _builtins.int
+    MAX_IMAGE_EMBEDDINGS_FIELD_NUMBER: _builtins.int
     tokenizer_json: _builtins.bytes
     """tokenizer.json of the Hugging Face tokenizers library."""
     chat_template: _builtins.str
@@ -1396,6 +1790,10 @@ class Model(_message.Message):
     eos_token: _builtins.str
     max_sequence_tokens: _builtins.int
     """Longest sequence that the KV block pool can hold, in tokens."""
+    vision_json: _builtins.str
+    """How pictures become tiles and stand in a prompt, as JSON; empty when the model takes none."""
+    max_image_embeddings: _builtins.int
+    """Embeddings that the pictures of one request may have; 0 from a worker that does not prefill."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -1411,10 +1809,12 @@ class Model(_message.Message):
         bos_token: _builtins.str = ...,
         eos_token: _builtins.str = ...,
         max_sequence_tokens: _builtins.int = ...,
+        vision_json: _builtins.str = ...,
+        max_image_embeddings: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bos_token", b"bos_token", "chat_template", b"chat_template", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_sequence_tokens", b"max_sequence_tokens", "model_digest", b"model_digest", "tokenizer_json", b"tokenizer_json", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bos_token", b"bos_token", "chat_template", b"chat_template", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_image_embeddings", b"max_image_embeddings", "max_sequence_tokens", b"max_sequence_tokens", "model_digest", b"model_digest", "tokenizer_json", b"tokenizer_json", "vision_json", b"vision_json", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

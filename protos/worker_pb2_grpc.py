@@ -54,6 +54,11 @@ class WorkerServiceStub:
                 request_serializer=protos_dot_worker__pb2.GetKvLedgerRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.KvLedger.FromString,
                 _registered_method=True)
+        self.FindPrefix = channel.unary_unary(
+                '/phasewise.worker.v1.WorkerService/FindPrefix',
+                request_serializer=protos_dot_worker__pb2.FindPrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.FindPrefixResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/phasewise.worker.v1.WorkerService/Shutdown',
                 request_serializer=protos_dot_worker__pb2.ShutdownRequest.SerializeToString,
@@ -92,6 +97,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindPrefix(self, request, context):
+        """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
+        FAILED_PRECONDITION until loaded, and when the engine has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the process after answering.
         """
@@ -121,6 +134,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetKvLedger,
                     request_deserializer=protos_dot_worker__pb2.GetKvLedgerRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.KvLedger.SerializeToString,
+            ),
+            'FindPrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindPrefix,
+                    request_deserializer=protos_dot_worker__pb2.FindPrefixRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.FindPrefixResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -236,6 +254,33 @@ class WorkerService:
             '/phasewise.worker.v1.WorkerService/GetKvLedger',
             protos_dot_worker__pb2.GetKvLedgerRequest.SerializeToString,
             protos_dot_worker__pb2.KvLedger.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindPrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.worker.v1.WorkerService/FindPrefix',
+            protos_dot_worker__pb2.FindPrefixRequest.SerializeToString,
+            protos_dot_worker__pb2.FindPrefixResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,10 @@ class WorkerServiceStub:
     """What a gateway needs to turn text into tokens and back. FAILED_PRECONDITION until loaded."""
     GetKvLedger: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetKvLedgerRequest, _worker_pb2.KvLedger]
     """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
+    FindPrefix: _grpc.UnaryUnaryMultiCallable[_worker_pb2.FindPrefixRequest, _worker_pb2.FindPrefixResponse]
+    """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
+    FAILED_PRECONDITION until loaded, and when the engine has ended.
+    """
     Shutdown: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]
     """Ends the process after answering."""
 
@@ -55,6 +59,10 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """What a gateway needs to turn text into tokens and back. FAILED_PRECONDITION until loaded."""
     GetKvLedger: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetKvLedgerRequest, _worker_pb2.KvLedger]  # type: ignore[assignment]
     """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
+    FindPrefix: _aio.UnaryUnaryMultiCallable[_worker_pb2.FindPrefixRequest, _worker_pb2.FindPrefixResponse]  # type: ignore[assignment]
+    """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
+    FAILED_PRECONDITION until loaded, and when the engine has ended.
+    """
     Shutdown: _aio.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Ends the process after answering."""
 
@@ -91,6 +99,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.KvLedger, _abc.Awaitable[_worker_pb2.KvLedger]]:
         """Who holds which KV blocks now. FAILED_PRECONDITION until loaded, and when the engine has ended."""
+
+    @_abc_1.abstractmethod
+    def FindPrefix(
+        self,
+        request: _worker_pb2.FindPrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.FindPrefixResponse, _abc.Awaitable[_worker_pb2.FindPrefixResponse]]:
+        """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
+        FAILED_PRECONDITION until loaded, and when the engine has ended.
+        """
 
     @_abc_1.abstractmethod
     def Shutdown(

@@ -144,6 +144,11 @@ class EngineConfig:
     host_cache_codec: HostCacheCodec = HostCacheCodec.NONE
     #: None reuses KV of prefixes alone. Needs the prefix cache.
     span_reuse: SpanReuseConfig | None = None
+    #: Memory for embeddings of pictures, in bytes; taken with a model that takes pictures, by workers that encode or
+    #: prefill.
+    image_cache_bytes: int = 128 * 2**20
+    #: Patches of pictures in one batch of the encoder, over all requests.
+    encode_patch_budget: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +283,20 @@ class PrefixPeer:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTile:
+    """Where the embeddings of one tile of a picture stand in a prompt, and what they are.
+
+    start: index in the prompt of the first of them. key: names their content, see `embedding_key`; equal keys are
+    equal embeddings. grid: see ImagePlan; with models whose positions follow it (M-RoPE) only.
+    """
+
+    start: int
+    num_embeddings: int
+    key: bytes
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RequestKey:
     """One attempt at a request on this worker. A given-up attempt cannot speak for the next."""
 
@@ -295,6 +314,8 @@ class Submit:
     priority: higher ones start first and are preempted last.
     cache_salt: prompts share KV only with prompts of the same salt.
     prefix_peers: workers that are asked for the beginning of the prompt, where fetching it is faster than computing it.
+    images: all tiles of all pictures, in the order of the prompt. With prefill their embeddings are asked for by
+    ImagesWanted; decode needs to know of them too, since KV is named by what it was computed from.
     """
 
     key: RequestKey
@@ -307,6 +328,35 @@ class Submit:
     priority: int = 0
     cache_salt: str = ""
     prefix_peers: tuple[PrefixPeer, ...] = ()
+    images: tuple[ImageTile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Turn tiles of one picture into embeddings, and bring them to a prefill worker, which may be this one.
+
+    key: of this piece of work alone; attempts are numbered over all requests. image: the file. width, height: pixels,
+    upright, as the gateway read them from its header. tile_lo, tile_hi: which of its tiles. keys: theirs.
+    prefill: the attempt whose prompt they are for, and `first_tile` the index in its `images` of tile_lo. prefill_worker:
+    where they go; prefill_address: host:port.
+    timeout_s: what is left of the request's deadline. cache_salt: embeddings are shared within it.
+    """
+
+    key: RequestKey
+    image: bytes
+    media_type: str
+    width: int
+    height: int
+    tile_lo: int
+    tile_hi: int
+    keys: tuple[bytes, ...]
+    prefill: RequestKey
+    first_tile: int
+    prefill_worker: WorkerId
+    prefill_address: str
+    prefill_incarnation: int
+    timeout_s: float
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +371,42 @@ class SubscribeKvEvents:
     """Tell from now on what is stored in the prefix cache and removed from it, beginning with all that is there."""
 
 
-Command = Submit | Abort | SubscribeKvEvents
+#: What the engine is told.
+EngineCommand = Submit | Abort | SubscribeKvEvents
+Command = EngineCommand | Encode
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesWanted:
+    """The embeddings of these tiles are not here, and there is room for them now: they are to be encoded.
+
+    tiles: indices in the request's `images`, ascending. Those of `images` that are never wanted are cached, or are
+    being encoded for another request. Tiles may be wanted later, or again when what was sent is lost.
+    """
+
+    key: RequestKey
+    tiles: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesEncoded:
+    """An Encode is done: its embeddings are at the prefill worker. The last event of its key.
+
+    num_cached: tiles whose embeddings were here already. queue_s: until its first tile was looked at. decode_s: of the
+    file. encode_s: of the batches that its tiles were in. transfer_s: from the end of that until they had arrived; 0
+    for a prefill worker that is this one.
+    """
+
+    key: RequestKey
+    num_tiles: int
+    num_cached: int
+    num_embeddings: int
+    num_bytes: int
+    queue_s: float
+    decode_s: float
+    encode_s: float
+    transfer_s: float
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +481,10 @@ class TokensGenerated:
     num_cached_tokens: int = 0
     #: Further tokens whose KV was taken from another context, computed again or not; with the same token only.
     num_reused_tokens: int = 0
+    #: Of the cached ones, those that another worker sent for this prompt, and how long it waited for that, whether or not
+    #: anything came; with the same token only.
+    num_fetched_tokens: int = 0
+    prefix_fetch_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,7 +522,9 @@ class RequestFailed:
 
 
 Event = (
-    PrefillStarted
+    ImagesWanted
+    | ImagesEncoded
+    | PrefillStarted
     | PromptScored
     | TokensGenerated
     | DraftsGenerated
@@ -474,6 +565,28 @@ class BlockCounts:
     in_use: int
     leased: int
     total: int
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingCounts:
+    """Pictures on one worker. Blocks are those of the embedding pool; cached: filled, and nobody's.
+
+    num_waiting: requests that wait for room. num_hits: tiles that were there, or on their way, when they were needed.
+    num_tiles_cached: tiles that an Encode found here.
+    """
+
+    num_blocks: int = 0
+    num_free: int = 0
+    num_cached: int = 0
+    num_waiting: int = 0
+    num_hits: int = 0
+    num_misses: int = 0
+    num_evictions: int = 0
+    num_encodes_running: int = 0
+    num_tiles_encoded: int = 0
+    num_tiles_cached: int = 0
+    num_batches: int = 0
+    num_patches: int = 0
 
 
 class LedgerKind(StrEnum):
@@ -566,6 +679,30 @@ class KvTransferCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class KvReuseCounts:
+    """KV that one worker did not compute again, since it started. Tokens are of prompts whose prefill has ended."""
+
+    num_cached_tokens: int = 0
+    #: Taken from another context; see TokensGenerated.
+    num_reused_tokens: int = 0
+    #: Beginnings of prompts that others were asked for; those that came; those that were faster computed, by the rule.
+    num_prefixes_asked: int = 0
+    num_prefixes_fetched: int = 0
+    num_prefixes_refused: int = 0
+    num_fetched_tokens: int = 0
+    #: From the first question to the last byte, of those that came.
+    fetch_s: float = 0.0
+    #: Evicted blocks in host memory now.
+    num_host_blocks: int = 0
+    num_host_bytes: int = 0
+    #: Blocks that were packed, restored, dropped for newer ones, and found damaged.
+    num_host_saved: int = 0
+    num_host_hits: int = 0
+    num_host_dropped: int = 0
+    num_host_corrupt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class KvPeer:
     """What one worker has exchanged with one other, in one direction, and how.
 
@@ -609,6 +746,8 @@ class WorkerStatus:
     num_invariant_failures: int = 0
     transfers: KvTransferCounts = KvTransferCounts()
     peers: tuple[KvPeer, ...] = ()
+    reuse: KvReuseCounts = KvReuseCounts()
+    embeddings: EmbeddingCounts = EmbeddingCounts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -629,3 +768,7 @@ class ModelInfo:
     eos_token: str
     #: Longest sequence that the block pool can hold.
     max_sequence_tokens: int
+    #: How pictures become tiles and stand in a prompt (workers.model.vision.config), as JSON; empty: it takes none.
+    vision_json: str = ""
+    #: Embeddings that the pictures of one request may have here.
+    max_image_embeddings: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
-from workers.api import Abort, Command, Event, FailureCode, RequestFailed, RequestKey, Submit
+from workers.api import Abort, EngineCommand, Event, FailureCode, RequestFailed, RequestKey, Submit
 from workers.engine.grammar import CompiledGrammar, GrammarCompiler
 from workers.errors import InvalidGrammar
 
@@ -21,7 +21,7 @@ class GrammarGate:
     def __init__(
         self,
         compiler: GrammarCompiler,
-        post: Callable[[Command], None],
+        post: Callable[[EngineCommand], None],
         deliver: Callable[[list[Event]], None],
     ) -> None:
         self._compiler = compiler
@@ -30,7 +30,7 @@ class GrammarGate:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[RequestKey, tuple[Submit, float]] = {}
 
-    def pass_on(self, command: Command) -> None:
+    def pass_on(self, command: EngineCommand) -> None:
         """Now, or when its grammar is compiled. An Abort overtakes the request that it is about."""
         if isinstance(command, Abort) and self._waiting.pop(command.key, None) is not None:
             return

@@ -7,15 +7,17 @@ whoever gets them from its thread into the loop hands those of transfers to `han
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.errors import ReservationRefused as Refusal
 from kvtransfer.host import CachedKv
 from kvtransfer.layout import blocks_needed
 from kvtransfer.pool import KvPool
 from kvtransfer.server import KvTransferServer
-from workers.api import KvDirection, KvPeer, KvTransferCounts
+from kvtransfer.transports.choice import TransportOpener
+from workers.api import KvDirection, KvPeer, KvReuseCounts, KvTransferCounts
 from workers.engine.messages import (
     BlocksReserved,
     CachedFound,
@@ -52,7 +54,8 @@ TransferOutput = (
 class EngineKvHost:
     """KvHost over one engine, with the transfers that it receives and sends. Made and used in the loop.
 
-    pool: the memory of the engine's blocks. post: hands a message to the engine. clock: the engine's.
+    pool: the memory of the engine's blocks. post: hands a message to the engine. clock: the engine's. address: of this
+    worker, as others know it (host:port).
     """
 
     def __init__(
@@ -62,19 +65,27 @@ class EngineKvHost:
         post: Callable[[Message], None],
         config: KvTransferConfig,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        address: str = "",
     ) -> None:
         self.pool = pool
         self.incarnation = incarnation
         self._post = post
         self._clock = clock
+        #: What others fetch is sent as it is: they keep it, and lend it to others.
+        sending_exactly = replace(config, codec=CodecId.NONE)
         #: Who waits for blocks. Bounded by the streams of senders, each of which asks once.
         self._waiting: dict[str, asyncio.Future[Sequence[int]]] = {}
         #: Who waits to hear what is cached here. Bounded likewise.
         self._looking: dict[str, asyncio.Future[CachedKv]] = {}
-        self.receiving = KvTransferServer(self, config)
+        # One for what comes and for what is fetched: a peer's pool is mapped once.
+        pools = TransportOpener(config.transport)
+        self.receiving = KvTransferServer(self, sending_exactly, pools)
         self._channels = PeerChannels(MAX_IDLE_CHANNELS, num_data_channels=config.num_streams)
         self._sending = KvSending(self, self._channels, post, config)
-        self._fetching = KvFetching(self, self._channels, self._sending.peers, post, config)
+        self._fetching = KvFetching(
+            self, self._channels, self._sending.peers, pools, post, config, address=address
+        )
 
     # KvHost.
 
@@ -125,7 +136,8 @@ class EngineKvHost:
         self, transfer_id: str, block_ids: Sequence[int], token_ids: Sequence[int], token_digest: bytes
     ) -> None:
         """See KvHost."""
-        self._post(CommitTransfer(transfer_id, tuple(block_ids), tuple(token_ids), token_digest))
+        is_lossy = self.receiving.is_lossy(transfer_id)
+        self._post(CommitTransfer(transfer_id, tuple(block_ids), tuple(token_ids), token_digest, is_lossy))
 
     def release(self, transfer_id: str, block_ids: Sequence[int], reason: str) -> None:
         """See KvHost."""
@@ -190,7 +202,25 @@ class EngineKvHost:
     def counts(self) -> KvTransferCounts:
         """Of all transfers so far."""
         ours, theirs = asdict(self._sending.counts), asdict(self.receiving.counts)
-        return KvTransferCounts(**{name: ours[name] + theirs[name] for name in ours})
+        counts = KvTransferCounts(**{name: ours[name] + theirs[name] for name in ours})
+        num_mismatches = counts.num_digest_mismatches + self._fetching.counts.num_digest_mismatches
+        return replace(counts, num_digest_mismatches=num_mismatches)
+
+    def with_fetches(self, reuse: KvReuseCounts) -> KvReuseCounts:
+        """With what was fetched."""
+        counts = self._fetching.counts
+        return replace(
+            reuse,
+            num_prefixes_asked=counts.num_asked,
+            num_prefixes_fetched=counts.num_fetched,
+            num_prefixes_refused=counts.num_refused,
+            num_fetched_tokens=counts.num_tokens,
+            fetch_s=counts.fetch_s,
+        )
+
+    def link_bytes_per_s(self, address: str) -> float | None:
+        """What the way to another worker carries, as last measured by sending; None before that."""
+        return self._sending.peers.link_bytes_per_s(address)
 
     def peers(self) -> tuple[KvPeer, ...]:
         """One for each worker and direction that there were transfers with."""

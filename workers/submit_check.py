@@ -5,10 +5,12 @@ The engine refuses what it has no room for; here is refused what would mean noth
 
 import math
 
-from workers.api import MAX_SALT_CHARS, Handoff, Phase, PhaseSet, Submit
+from workers.api import MAX_SALT_CHARS, Encode, Handoff, Phase, PhaseSet, Submit
 from workers.sampling_check import sampling_problem
 
 MAX_ID_CHARS = 256
+MAX_TILES = 4096
+MAX_KEY_BYTES = 64
 
 
 def submit_problem(submit: Submit, vocab_size: int) -> str | None:
@@ -30,10 +32,49 @@ def submit_problem(submit: Submit, vocab_size: int) -> str | None:
         return f"num_delivered: is {submit.num_delivered}; allowed: {allowed}"
     if len(submit.cache_salt) > MAX_SALT_CHARS:
         return f"cache_salt: has {len(submit.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
+    image_problem = _images_problem(submit)
+    if image_problem is not None:
+        return image_problem
     problem = sampling_problem(submit.sampling, vocab_size)
     if problem is not None:
         return f"sampling.{problem.field}: is {problem.value}; allowed: {problem.allowed}"
     return _handoff_problem(submit.handoff, submit.phases)
+
+
+def encode_problem(encode: Encode) -> str | None:
+    """The same of an Encode."""
+    if not 0 < len(encode.key.request_id) <= MAX_ID_CHARS:
+        return f"request_id: has {len(encode.key.request_id)} characters; 1 to {MAX_ID_CHARS} are allowed"
+    if not 0 <= encode.tile_lo < encode.tile_hi <= MAX_TILES:
+        return f"tiles: {encode.tile_lo} to {encode.tile_hi}; some of {MAX_TILES} are needed"
+    if len(encode.keys) != encode.tile_hi - encode.tile_lo:
+        return f"keys: {len(encode.keys)} for {encode.tile_hi - encode.tile_lo} tiles"
+    if not (math.isfinite(encode.timeout_s) and encode.timeout_s > 0):
+        return f"timeout_s: is {encode.timeout_s:g}; a finite number of seconds above 0 is needed"
+    if len(encode.cache_salt) > MAX_SALT_CHARS:
+        return f"cache_salt: has {len(encode.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
+    if not _is_address(encode.prefill_address):
+        return f"prefill_address: {encode.prefill_address!r} is not host:port"
+    return None
+
+
+def _images_problem(submit: Submit) -> str | None:
+    """Tiles stand one after the other, inside the prompt."""
+    if len(submit.images) > MAX_TILES:
+        return f"images: {len(submit.images)} tiles; at most {MAX_TILES} are allowed"
+    end = 0
+    num_prompt_tokens = len(submit.token_ids) - submit.num_delivered
+    for i, tile in enumerate(submit.images):
+        if tile.start < end or tile.num_embeddings < 1:
+            return f"images[{i}]: {tile.num_embeddings} embeddings at {tile.start}; the tile before ends at {end}"
+        if not 0 < len(tile.key) <= MAX_KEY_BYTES:
+            return f"images[{i}].key: has {len(tile.key)} bytes; 1 to {MAX_KEY_BYTES} are allowed"
+        if tile.grid is not None and (min(tile.grid) < 1 or math.prod(tile.grid) != tile.num_embeddings):
+            return f"images[{i}].grid: {tile.grid} is not one of {tile.num_embeddings} embeddings"
+        end = tile.start + tile.num_embeddings
+    if end > num_prompt_tokens:
+        return f"images: they end at {end}, and the prompt at {num_prompt_tokens}"
+    return None
 
 
 def _handoff_problem(handoff: Handoff | None, phases: PhaseSet) -> str | None:

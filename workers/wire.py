@@ -8,10 +8,13 @@ from workers.api import (
     Command,
     DecodingReport,
     DraftsGenerated,
+    Encode,
     Event,
     FailureCode,
     FinishReason,
     Handoff,
+    ImagesEncoded,
+    ImagesWanted,
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
@@ -33,6 +36,16 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.image_wire import (
+    embedding_counts_from_pb,
+    embedding_counts_to_pb,
+    encode_from_pb,
+    encode_to_pb,
+    images_encoded_from_pb,
+    images_encoded_to_pb,
+    tile_from_pb,
+    tile_to_pb,
+)
 from workers.kv_wire import (
     block_counts_from_pb,
     block_counts_to_pb,
@@ -40,6 +53,8 @@ from workers.kv_wire import (
     kv_transferred_to_pb,
     peer_from_pb,
     peer_to_pb,
+    reuse_counts_from_pb,
+    reuse_counts_to_pb,
     transfer_counts_from_pb,
     transfer_counts_to_pb,
 )
@@ -84,12 +99,14 @@ def phases_from_pb(phases: "Iterable[pb.Phase.ValueType]") -> PhaseSet:
 
 
 def command_to_pb(command: Command, incarnation: int) -> pb.Command:
-    """incarnation: the worker's, as the sender knows it; another one refuses a Submit."""
+    """incarnation: the worker's, as the sender knows it; another one refuses a Submit and an Encode."""
     match command:
         case Abort(key):
             return pb.Command(abort=pb.Abort(request_id=key.request_id, attempt=key.attempt))
         case SubscribeKvEvents():
             return pb.Command(subscribe_kv_events=pb.SubscribeKvEvents())
+        case Encode():
+            return pb.Command(encode=encode_to_pb(command, incarnation))
     submit = pb.Submit(
         request_id=command.key.request_id,
         attempt=command.key.attempt,
@@ -104,6 +121,7 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
         prefix_peers=[
             pb.PrefixPeer(address=peer.address, incarnation=peer.incarnation) for peer in command.prefix_peers
         ],
+        images=map(tile_to_pb, command.images),
     )
     if command.handoff is not None:
         submit.handoff.transfer_id = command.handoff.transfer_id
@@ -113,7 +131,7 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
 
 
 def command_from_pb(command: pb.Command) -> Command | None:
-    """None for a kind that this version does not know. Raises ValueError for a Submit that cannot be read."""
+    """None for a kind that this version does not know. Raises ValueError for one that cannot be read."""
     match command.WhichOneof("command"):
         case "submit":
             return _submit_from_pb(command.submit)
@@ -121,6 +139,8 @@ def command_from_pb(command: pb.Command) -> Command | None:
             return Abort(RequestKey(RequestId(command.abort.request_id), command.abort.attempt))
         case "subscribe_kv_events":
             return SubscribeKvEvents()
+        case "encode":
+            return encode_from_pb(command.encode)
         case _:
             return None
 
@@ -142,6 +162,7 @@ def _submit_from_pb(submit: pb.Submit) -> Submit:
         priority=submit.priority,
         cache_salt=submit.cache_salt,
         prefix_peers=tuple(PrefixPeer(peer.address, peer.incarnation) for peer in submit.prefix_peers),
+        images=tuple(map(tile_from_pb, submit.images)),
     )
 
 
@@ -161,6 +182,10 @@ def event_to_pb(event: Event) -> pb.Event:
                 message.tokens_generated.num_cached_tokens = event.num_cached_tokens
             if event.num_reused_tokens:
                 message.tokens_generated.num_reused_tokens = event.num_reused_tokens
+            if event.num_fetched_tokens:
+                message.tokens_generated.num_fetched_tokens = event.num_fetched_tokens
+            if event.prefix_fetch_s:
+                message.tokens_generated.prefix_fetch_s = event.prefix_fetch_s
             if event.logprobs:
                 message.tokens_generated.logprobs.extend(map(_logprobs_to_pb, event.logprobs))
         case KvTransferred():
@@ -181,6 +206,10 @@ def event_to_pb(event: Event) -> pb.Event:
             message.decoding_report.num_steps = event.num_steps
             message.decoding_report.num_rows = event.num_rows
             message.decoding_report.num_tokens = event.num_tokens
+        case ImagesWanted():
+            message.images_wanted.tiles.extend(event.tiles)
+        case ImagesEncoded():
+            message.images_encoded.CopyFrom(images_encoded_to_pb(event))
     return message
 
 
@@ -201,6 +230,8 @@ def event_from_pb(message: pb.Event) -> Event | None:
                 tuple(map(_logprobs_from_pb, tokens.logprobs)),
                 tokens.num_cached_tokens,
                 tokens.num_reused_tokens,
+                tokens.num_fetched_tokens,
+                tokens.prefix_fetch_s,
             )
         case "kv_transferred":
             return kv_transferred_from_pb(key, message.kv_transferred)
@@ -220,6 +251,10 @@ def event_from_pb(message: pb.Event) -> Event | None:
         case "decoding_report":
             report = message.decoding_report
             return DecodingReport(key, report.num_steps, report.num_rows, report.num_tokens)
+        case "images_wanted":
+            return ImagesWanted(key, tuple(message.images_wanted.tiles))
+        case "images_encoded":
+            return images_encoded_from_pb(key, message.images_encoded)
         case _:
             return None
 
@@ -279,6 +314,8 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         num_invariant_failures=status.num_invariant_failures,
         transfers=transfer_counts_to_pb(status.transfers),
         peers=map(peer_to_pb, status.peers),
+        reuse=reuse_counts_to_pb(status.reuse),
+        embeddings=embedding_counts_to_pb(status.embeddings),
     )
 
 
@@ -302,6 +339,8 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         num_invariant_failures=message.num_invariant_failures,
         transfers=transfer_counts_from_pb(message.transfers),
         peers=tuple(peer for peer in peers if peer is not None),
+        reuse=reuse_counts_from_pb(message.reuse),
+        embeddings=embedding_counts_from_pb(message.embeddings),
     )
 
 
@@ -318,6 +357,8 @@ def model_to_pb(model: ModelInfo) -> pb.Model:
         bos_token=model.bos_token,
         eos_token=model.eos_token,
         max_sequence_tokens=model.max_sequence_tokens,
+        vision_json=model.vision_json,
+        max_image_embeddings=model.max_image_embeddings,
     )
 
 
@@ -334,4 +375,6 @@ def model_from_pb(message: pb.Model) -> ModelInfo:
         bos_token=message.bos_token,
         eos_token=message.eos_token,
         max_sequence_tokens=message.max_sequence_tokens,
+        vision_json=message.vision_json,
+        max_image_embeddings=message.max_image_embeddings,
     )

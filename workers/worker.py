@@ -1,4 +1,4 @@
-"""The process around an engine: one gRPC server, one engine thread, and the way between them.
+"""The process around an engine and an encoder: one gRPC server, their threads, and the way between them.
 
 The same for any set of phases, as a plain process (`main`) and in a Ray actor (`actor`).
 
@@ -18,28 +18,37 @@ import psutil
 
 from kvtransfer.errors import PhasewiseTransferError
 from kvtransfer.frames import Refused
-from kvtransfer.grpc_stream import GRPC_OPTIONS, add_handler
+from kvtransfer.grpc_stream import EMBEDDINGS, GRPC_OPTIONS, add_handler
 from kvtransfer.stream import MessageStream
 from kvtransfer.wire import encode
 from protos import worker_pb2_grpc as pb_grpc
-from workers.api import Event, KvEvent, KvLedger, WorkerSpec, WorkerState, WorkerStatus
-from workers.engine.engine import Engine
-from workers.engine.ledger import with_leases
-from workers.engine.messages import Output, TokensDecoded
-from workers.engine.step_loop import StepLoop
+from workers.api import (
+    Abort,
+    Command,
+    Encode,
+    FailureCode,
+    KvLedger,
+    ModelInfo,
+    Phase,
+    RequestFailed,
+    RequestKey,
+    Submit,
+    WorkerSpec,
+    WorkerState,
+    WorkerStatus,
+)
+from workers.engine.messages import Message
 from workers.errors import AddressUnavailable, PhasewiseWorkerError
-from workers.grammar_gate import GrammarGate
-from workers.kv_host import EngineKvHost, TransferOutput
+from workers.image_side import ImageSide
 from workers.loading import LoadedModel, load
-from workers.service import WorkerService
+from workers.service import PrefixFound, WorkerService
 from workers.sessions import SessionTable
+from workers.text_side import TextSide
 
 logger = logging.getLogger(__name__)
 
 #: How long calls that are being answered may take to end when the worker stops, in seconds.
 STOP_GRACE_S = 1.0
-#: How long the step that runs may take before the engine tells who holds what, in seconds.
-LEDGER_TIMEOUT_S = 5.0
 
 
 async def serve(
@@ -62,23 +71,27 @@ class _LoadingStopped(Exception):  # noqa: N818 - not an error: it ends a load t
 
 
 class Worker:
-    """One worker. Made and used in the loop; the engine runs in a thread of its own."""
+    """One worker. Made and used in the loop; the engine runs in a thread of its own.
+
+    text: prefill and decode; images: the embeddings of pictures, and encode. Each is None before the model is loaded, and
+    on a worker that does neither.
+    """
 
     def __init__(
         self, spec: WorkerSpec, *, on_state: Callable[[WorkerState, str], None] | None = None
     ) -> None:
         self.spec = spec
+        self.text: TextSide | None = None
+        self.images: ImageSide | None = None
         self._on_state = on_state
         self._state = WorkerState.LOADING
         self._message = "starting"
         #: The state that was last told to `on_state`.
         self._told_state: WorkerState | None = None
-        self._loaded: LoadedModel | None = None
+        self._info: ModelInfo | None = None
         self._loop = asyncio.get_running_loop()
         self._sessions = SessionTable()
-        self._step_loop: StepLoop | None = None
-        self._kv_host: EngineKvHost | None = None
-        self._thread: threading.Thread | None = None
+        self._address = ""
         self._is_broken = asyncio.Event()
         self._process = psutil.Process()
 
@@ -89,13 +102,15 @@ class Worker:
             self._sessions,
             self.spec.incarnation,
             status=self.status,
-            model=lambda: self._loaded.info if self._loaded is not None else None,
+            model=lambda: self._info,
             ledger=self.ledger,
+            find_prefix=self.find_prefix,
             shut_down=stop.set,
         )
         pb_grpc.add_WorkerServiceServicer_to_server(service, server)
-        add_handler(server, self._receive)
-        address = _bind(server, self.spec.bind_host, self.spec.port)
+        add_handler(server, self._receive_kv)
+        add_handler(server, self._receive_embeddings, EMBEDDINGS)
+        address = self._address = _bind(server, self.spec.bind_host, self.spec.port)
         await server.start()
         is_ending = threading.Event()
         try:
@@ -103,9 +118,12 @@ class Worker:
             on_bound(address)
             await self._load(lambda: stop.is_set() or is_ending.is_set())
             async with asyncio.TaskGroup() as group:
-                closing = group.create_task(self._close_transfers_when_broken())
+                tasks = [group.create_task(self._close_transfers_when_broken())]
+                if self.images is not None:
+                    tasks.append(group.create_task(self.images.run()))
                 await stop.wait()
-                closing.cancel()
+                for task in tasks:
+                    task.cancel()
         finally:
             is_ending.set()
             await self._end(server)
@@ -121,39 +139,27 @@ class Worker:
             pid=os.getpid(),
             memory_bytes=self._process.memory_info().rss,
         )
-        if self._step_loop is None or self._kv_host is None:
-            return status
-        engine = self._step_loop.snapshot
-        return replace(
-            status,
-            num_waiting=engine.num_waiting,
-            num_running=engine.num_running,
-            blocks=engine.blocks,
-            num_leases=engine.num_leases,
-            num_steps=engine.num_steps,
-            leaked_blocks=engine.leaked_blocks,
-            num_invariant_failures=engine.num_invariant_failures,
-            transfers=self._kv_host.counts(),
-            peers=self._kv_host.peers(),
-        )
+        if self.text is not None:
+            status = self.text.with_status(status)
+        if self.images is not None:
+            status = replace(status, embeddings=self.images.counts())
+        return status
 
     async def ledger(self) -> KvLedger | None:
         """Who holds which KV blocks; None when there is no engine (any more). Raises TimeoutError."""
-        if self._step_loop is None or self._kv_host is None or self._thread is None:
-            return None
-        if not self._thread.is_alive():
-            return None
-        async with asyncio.timeout(LEDGER_TIMEOUT_S):
-            ledger = await asyncio.wrap_future(self._step_loop.ledger())
-        return with_leases(ledger, self._kv_host.lease_ids())
+        return await self.text.ledger() if self.text is not None else None
+
+    async def find_prefix(self, block_hashes: tuple[bytes, ...], address: str) -> PrefixFound | None:
+        """See TextSide; None when there is no engine (any more)."""
+        return await self.text.find_prefix(block_hashes, address) if self.text is not None else None
 
     async def check_invariants(self) -> None:
-        """Those of sessions, transfers and, in its own thread, of the engine. The worker must be READY."""
-        assert self._step_loop is not None
-        assert self._kv_host is not None
+        """Those of sessions, transfers, embeddings and engine. The worker must be READY."""
         self._sessions.check_invariants()
-        self._kv_host.check_invariants()
-        await asyncio.wrap_future(self._step_loop.call(self._step_loop.engine.check_invariants))
+        if self.text is not None:
+            await self.text.check_invariants()
+        if self.images is not None:
+            self.images.host.check_invariants()
 
     # Start.
 
@@ -166,7 +172,7 @@ class Worker:
             self._loop.call_soon_threadsafe(self._set_state, WorkerState.LOADING, f"{what} {fraction:.0%}")
 
         try:
-            self._start_engine(await asyncio.to_thread(load, self.spec, progress))
+            self._begin(await asyncio.to_thread(load, self.spec, progress))
         except _LoadingStopped:
             return
         except (PhasewiseWorkerError, PhasewiseTransferError) as error:
@@ -179,66 +185,42 @@ class Worker:
             return
         self._sessions.refuse(f"the worker failed: {self._message}")
 
-    def _start_engine(self, loaded: LoadedModel) -> None:
-        spec = self.spec
-        engine = Engine(
-            spec.engine,
-            spec.phases,
-            num_blocks=loaded.num_blocks,
-            max_context_tokens=loaded.config.max_context_tokens,
-            claim_s=spec.kv_transfer.lease_s,
-            attention_tokens=loaded.config.attention_tokens,
-            root_of=loaded.root_of,
-            punctuation=loaded.punctuation,
-            packer=loaded.packer,
-            pacing=loaded.pacing,
-        )
-        # One callback for each publication, at most a few in each step; both ends take them in order.
-        self._step_loop = StepLoop(
-            engine,
-            loaded.runner,
-            publish=self._publish,
-            on_broken=self._on_broken,
-        )
-        self._kv_host = EngineKvHost(loaded.pool, spec.incarnation, self._step_loop.post, spec.kv_transfer)
-        gate = GrammarGate(loaded.compiler, self._step_loop.post, self._sessions.deliver)
-        self._sessions.serve_with(gate.pass_on, loaded.config.vocab_size)
-        self._loaded = loaded
-        self._thread = threading.Thread(
-            target=self._step_loop.run, name=f"engine-{spec.worker_id}", daemon=True
-        )
-        self._thread.start()
+    def _begin(self, loaded: LoadedModel) -> None:
+        """Serve with this."""
+        if loaded.text is not None:
+            self.text = TextSide(
+                self.spec, loaded.text, self._sessions, address=self._address, on_broken=self._engine_broke
+            )
+        if loaded.images is not None:
+            post = self.text.post if self.text is not None else _post_nowhere
+            self.images = ImageSide(self.spec, loaded.images, self._sessions, post)
+        if self.text is not None:
+            self.text.start(self.images.host if self.images is not None else None)
+        self._info = loaded.info
+        self._sessions.serve_with(self._take, loaded.info.vocab_size)
 
-    # What comes from the engine, first in its thread, then in the loop.
+    def _take(self, command: Command) -> None:
+        """A command that came by a session, to whom it is for."""
+        key = command.key if isinstance(command, Submit | Encode) else None
+        if isinstance(command, Encode) and self.images is not None:
+            self.images.encode(command)
+        elif isinstance(command, Abort) and self.images is not None and self.images.abort(command):
+            return
+        elif self.text is not None and not isinstance(command, Encode):
+            needs_images = isinstance(command, Submit) and command.images and Phase.PREFILL in command.phases
+            if needs_images and self.images is None:
+                assert key is not None
+                self._refuse(key, "images: the model of this worker takes no pictures")
+            else:
+                self.text.pass_on(command)
+        elif key is not None:
+            phases = ", ".join(sorted(self.spec.phases))
+            self._refuse(key, f"phases: this worker serves {phases}")
 
-    def _publish(self, outputs: list[Output]) -> None:
-        self._loop.call_soon_threadsafe(self._dispatch, outputs)
+    def _refuse(self, key: RequestKey, reason: str) -> None:
+        self._sessions.deliver([RequestFailed(key, FailureCode.INVALID, reason)])
 
-    def _on_broken(self, reason: str) -> None:
-        self._loop.call_soon_threadsafe(self._engine_broke, reason)
-
-    def _dispatch(self, outputs: list[Output]) -> None:
-        """Events to the gateways, the rest to the transfers."""
-        assert self._kv_host is not None
-        events: list[Event] = []
-        kv_events: list[KvEvent] = []
-        try:
-            for output in outputs:
-                if isinstance(output, TokensDecoded):
-                    events.extend(output.events())
-                elif isinstance(output, TransferOutput):
-                    self._kv_host.handle(output)
-                elif isinstance(output, KvEvent):
-                    kv_events.append(output)
-                else:
-                    events.append(output)
-            self._sessions.deliver(events)
-            if kv_events:
-                self._sessions.deliver_kv(kv_events)
-        except Exception:
-            # Our own bug. What is lost with this batch would be waited for until deadlines.
-            logger.exception("dispatch_broke worker_id=%s", self.spec.worker_id)
-            self._engine_broke("what the engine said could not be passed on; see the worker's log")
+    # What happens.
 
     def _engine_broke(self, reason: str) -> None:
         self._set_state(WorkerState.FAILED, reason)
@@ -247,15 +229,27 @@ class Worker:
 
     async def _close_transfers_when_broken(self) -> None:
         await self._is_broken.wait()
-        assert self._kv_host is not None
-        await self._kv_host.close(f"the worker failed: {self._message}")
+        assert self.text is not None
+        await self.text.close_transfers(f"the worker failed: {self._message}")
 
-    async def _receive(self, stream: MessageStream) -> None:
+    async def _receive_kv(self, stream: MessageStream) -> None:
         """A stream of KvTransferService."""
-        if self._kv_host is None:
-            await stream.write(encode(Refused(f"the worker is {self._state}: {self._message}", True)))
-            return
-        await self._kv_host.receiving.serve(stream)
+        if self.text is None:
+            await self._refuse_stream(stream)
+        else:
+            await self.text.receive(stream)
+
+    async def _receive_embeddings(self, stream: MessageStream) -> None:
+        """The same for embeddings of pictures."""
+        if self.images is None:
+            await self._refuse_stream(stream)
+        else:
+            await self.images.host.receiving.serve(stream)
+
+    async def _refuse_stream(self, stream: MessageStream) -> None:
+        is_loading = self._state is WorkerState.LOADING
+        problem = f"the worker is {self._state}: {self._message}" if is_loading else "the worker takes none"
+        await stream.write(encode(Refused(problem, is_loading)))
 
     # End.
 
@@ -264,14 +258,10 @@ class Worker:
         reason = "the worker is stopping"
         self._sessions.refuse(reason)
         self._sessions.finish()
-        if self._kv_host is not None:
-            await self._kv_host.close(reason)
-        if self._step_loop is not None and self._thread is not None:
-            self._step_loop.stop()
-            await asyncio.to_thread(self._thread.join)
-        if self._loaded is not None:
-            self._loaded.runner.close()
-            await asyncio.to_thread(self._loaded.compiler.close)
+        if self.images is not None:
+            await self.images.close(reason)
+        if self.text is not None:
+            await self.text.close(reason)
         await server.stop(STOP_GRACE_S)
         logger.info("worker_stopped worker_id=%s incarnation=%d", self.spec.worker_id, self.spec.incarnation)
 
@@ -289,6 +279,10 @@ class Worker:
         )
         if self._on_state is not None:
             self._on_state(state, message)
+
+
+def _post_nowhere(_message: Message) -> None:
+    raise AssertionError("there is no engine")
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int) -> str:

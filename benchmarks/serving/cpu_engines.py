@@ -11,11 +11,12 @@ from benchmarks.serving.closed_loop import Stream, closed_loop
 from benchmarks.serving.load_records import Record
 from benchmarks.serving.vllm_server import vllm_server
 from benchmarks.serving.worker_process import open_link, worker_process
-from workers.api import WeightDtype
+from workers.api import EngineConfig, WeightDtype
 
 #: (prompts, clients, new tokens) -> each prompt's answer.
 Load = Callable[[list[list[int]], int, int], Awaitable[list[Record]]]
 KV_CACHE_GIB = 2
+DEFAULTS = EngineConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,10 @@ def phasewise(
             "--threads": num_threads,
             "--kv-cache-mib": KV_CACHE_GIB * 1024,
             "--token-budget": token_budget,
+            # A budget must hold them all and a block.
+            "--max-running-sequences": min(
+                DEFAULTS.max_running_sequences, token_budget - DEFAULTS.block_size
+            ),
             "--weight-dtype": weight_dtype,
         }
         words = [str(word) for option in options.items() for word in option]

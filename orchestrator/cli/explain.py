@@ -74,7 +74,11 @@ def _sample(sample: pb.SampleRecord) -> dict[str, Any]:
         **fields(sample),
         "states": [{**fields(one), "state": explain_text.state_name(one.state)} for one in sample.states],
         "attempts": [
-            {**fields(one), "transfer": fields(one.transfer) if one.HasField("transfer") else None}
+            {
+                **fields(one),
+                "transfer": fields(one.transfer) if one.HasField("transfer") else None,
+                "encodes": [fields(shard) for shard in one.encodes],
+            }
             for one in sample.attempts
         ],
     }

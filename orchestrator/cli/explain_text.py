@@ -1,6 +1,6 @@
 """What `phasewise explain` prints of a request. Pure."""
 
-from orchestrator.cli import transfer_text
+from orchestrator.cli import encode_text, transfer_text
 from orchestrator.cli.transfer_text import counted, seconds
 from protos import control_pb2 as pb
 
@@ -36,8 +36,10 @@ def _sample(sample: pb.SampleRecord, age_s: float) -> list[str]:
 
 def _summary(sample: pb.SampleRecord, age_s: float) -> str:
     last = sample.states[-1]
-    cached = f" ({sample.num_cached_tokens} of the prompt cached)" if sample.num_cached_tokens else ""
-    tokens = counted(sample.num_tokens, "token") + cached
+    reuse = transfer_text.reuse(
+        sample.num_cached_tokens, sample.num_fetched_tokens, sample.num_reused_tokens, "of the prompt cached"
+    )
+    tokens = counted(sample.num_tokens, "token") + reuse
     if last.state in _ENDED:
         what = f"{state_name(last.state)} after {seconds(last.at_s)}, {tokens}"
     else:
@@ -46,6 +48,8 @@ def _summary(sample: pb.SampleRecord, age_s: float) -> str:
         return what
     found = [what, f"TTFT {seconds(sample.first_token_at_s)}"]
     found.append(f"{seconds(sample.worker_queue_s)} of it in the worker's queue")
+    if sample.prefix_fetch_s:
+        found.append(f"{seconds(sample.prefix_fetch_s)} of that for KV of other workers")
     found.append(f"{seconds(sample.prefill_s)} in prefill")
     if sample.HasField("second_token_at_s"):
         wait_s = sample.second_token_at_s - sample.first_token_at_s
@@ -59,6 +63,10 @@ def _attempt(attempt: pb.AttemptRecord, number: int) -> list[str]:
     is_together = attempt.prefill_worker_id == attempt.decode_worker_id
     where = f"on {prefill}" if is_together else f"prefill on {prefill}, decode on {decode}"
     found = [f"  attempt {number} at {seconds(attempt.at_s)}: {where}", f"    why          {attempt.reason}"]
+    found += [
+        f"    {'' if i else 'pictures':<13}{text}"
+        for i, text in enumerate(encode_text.lines(attempt.encodes))
+    ]
     if attempt.HasField("transfer"):
         texts = transfer_text.lines(attempt.transfer)
         found += [f"    {'' if i else 'KV transfer':<13}{text}" for i, text in enumerate(texts)]

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from orchestrator import interruptible
-from orchestrator.cli import arguments, exit_codes, request, target, timeline
+from orchestrator.cli import arguments, exit_codes, images, request, target, timeline
 from orchestrator.cli.proto_json import fields
 from orchestrator.errors import BrokenAnswer, DeploymentNotFound
 from orchestrator.runtime.registry import Registry
@@ -22,10 +22,12 @@ examples:
   phasewise generate "Once upon a time" --temperature 0.8 --seed 7 --timeline
   phasewise generate "Dear" --n 3 --temperature 1 --stop "."
   phasewise generate "The sky is" --choice blue --choice grey --logprobs 2
+  phasewise generate "Left <image> and right <image> show" --image left.png --image right.png
   cat prompt.txt | phasewise generate - --name laptop
   phasewise generate --token-ids 504,3575,282 --json --address 127.0.0.1:8480
 
-The text is sent as it is, without the model's chat template; `phasewise chat` uses the template.
+The text is sent as it is, without the model's chat template; `phasewise chat` uses the template. Of pictures the
+text has the model's placeholder, such as <image>, once for each and in order.
 With --json every message of the gateway is one line of JSON. Ctrl-C cancels the request.
 
 exit codes: 0 generated, 1 refused or failed, 2 wrong command line, 4 no such deployment, no gateway or
@@ -47,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "prompt", nargs="?", type=arguments.utf8, metavar="PROMPT", help="text; - reads it from stdin"
     )
     prompt.add_argument("--token-ids", type=arguments.token_ids, metavar="ID,ID,...", help="tokens instead")
+    images.add_argument(parser, "whose placeholder is in PROMPT")
     target.add_arguments(parser)
     request.add_arguments(parser, default_max_tokens=DEFAULT_MAX_TOKENS)
     how = parser.add_mutually_exclusive_group()
@@ -112,14 +115,19 @@ def as_json(response: pb.GenerateResponse) -> dict[str, Any]:
         found["timings"] = fields(response.timings)
         if response.timings.HasField("kv_transfer"):
             found["timings"]["kv_transfer"] = fields(response.timings.kv_transfer)
+        if response.timings.encodes:
+            found["timings"]["encodes"] = [fields(shard) for shard in response.timings.encodes]
     return found
 
 
 def _generate_request(args: argparse.Namespace) -> pb.GenerateRequest:
     if args.token_ids is not None:
+        if args.image:
+            raise argparse.ArgumentTypeError("--image needs a PROMPT with a placeholder, not --token-ids")
         asked = pb.GenerateRequest(token_ids=pb.TokenIds(ids=args.token_ids))
     else:
-        asked = pb.GenerateRequest(text=arguments.text_or_stdin(args.prompt))
+        pictures = images.to_pb(images.read_images(args.image))
+        asked = pb.GenerateRequest(text=arguments.text_or_stdin(args.prompt), images=pictures)
     return request.fill(asked, args)
 
 

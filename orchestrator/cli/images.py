@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from protos import inference_pb2 as pb
 from workers.errors import ImageRejected
 from workers.images.header import read_header, read_headers
 from workers.images.limits import ImageLimits
@@ -18,6 +19,22 @@ class ImageArgument(NamedTuple):
     media_type: str
     width: int
     height: int
+
+
+def add_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """--image, any number of times. what: they are for."""
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help=f"a picture (PNG, JPEG, WebP, GIF) {what}; may be given several times",
+    )
+
+
+def to_pb(images: Sequence[ImageArgument]) -> list[pb.Image]:
+    """As they are sent."""
+    return [pb.Image(data=image.data, media_type=image.media_type) for image in images]
 
 
 def read_images(names: Sequence[str], limits: ImageLimits | None = None) -> tuple[ImageArgument, ...]:

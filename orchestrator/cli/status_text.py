@@ -7,7 +7,16 @@ from orchestrator.cli import table
 from orchestrator.cli.transfer_text import counted
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.runtime.registry import RunningDeployment
-from workers.api import BlockCounts, KvDirection, KvPeer, Phase, WorkerId, WorkerStatus
+from workers.api import (
+    BlockCounts,
+    EmbeddingCounts,
+    KvDirection,
+    KvPeer,
+    KvReuseCounts,
+    Phase,
+    WorkerId,
+    WorkerStatus,
+)
 
 MIB = 2**20
 #: A controller that has not spoken for so long is called silent; it speaks at every tick.
@@ -60,6 +69,8 @@ def lines(status: DeploymentStatus) -> list[str]:
         *table.lines(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], left=_LEFT),
         *_wrongs(view),
         *_transfers(view),
+        *_reuse(view),
+        *_pictures(view),
     ]
 
 
@@ -189,6 +200,64 @@ def _transfers(view: ClusterView) -> list[str]:
     ]
     troubles = [f"  {worker_id}: {trouble}" for worker_id, status in known if (trouble := _trouble(status))]
     return ["", *pairs, *troubles] if pairs or troubles else []
+
+
+def _reuse(view: ClusterView) -> list[str]:
+    """A line for each worker that did not have to compute all KV."""
+    known = [(worker.worker_id, worker.status.reuse) for worker in view.workers if worker.status is not None]
+    found = [f"  {worker_id}: {text}" for worker_id, reuse in known if (text := _reused(reuse))]
+    return ["", *found] if found else []
+
+
+def _pictures(view: ClusterView) -> list[str]:
+    """A line for each worker that has embeddings of pictures."""
+    found = [
+        f"  {worker.worker_id}: {_embeddings(worker.status.embeddings, Phase.ENCODE in worker.phases)}"
+        for worker in view.workers
+        if worker.status is not None and worker.status.embeddings.num_blocks
+    ]
+    return ["", *found] if found else []
+
+
+def _embeddings(counts: EmbeddingCounts, can_encode: bool) -> str:
+    found = [
+        f"embedding blocks: {counts.num_free} free, {counts.num_cached} cached, of {counts.num_blocks}",
+        f"{counted(counts.num_waiting, 'request')} waiting for room",
+        f"tiles: {counts.num_hits} found, {counts.num_misses} not, {counts.num_evictions} evicted",
+    ]
+    if can_encode:
+        found.append(
+            f"encode: {counts.num_encodes_running} running, {counted(counts.num_tiles_encoded, 'tile')} in "
+            f"{counted(counts.num_batches, 'batch', 'batches')}, {counts.num_tiles_cached} cached"
+        )
+    return ", ".join(found)
+
+
+def _reused(reuse: KvReuseCounts) -> str:
+    """What was taken from where; empty when nothing was."""
+    found = []
+    if reuse.num_cached_tokens:
+        found.append(f"{counted(reuse.num_cached_tokens, 'prompt token')} cached")
+    if reuse.num_reused_tokens:
+        found.append(f"{reuse.num_reused_tokens} reused from other contexts")
+    if reuse.num_prefixes_asked or reuse.num_prefixes_refused:
+        rate = (
+            f" ({reuse.num_fetched_tokens} tokens in {reuse.fetch_s:.3g} s)"
+            if reuse.num_prefixes_fetched
+            else ""
+        )
+        found.append(
+            f"prefixes: {reuse.num_prefixes_asked} asked for, {reuse.num_prefixes_fetched} fetched{rate}, "
+            f"{reuse.num_prefixes_refused} faster computed"
+        )
+    if reuse.num_host_saved:
+        found.append(
+            f"host memory: {counted(reuse.num_host_blocks, 'block')}, {reuse.num_host_bytes / MIB:.1f} MiB, "
+            f"{reuse.num_host_hits} restored of {reuse.num_host_saved} saved, {reuse.num_host_dropped} dropped"
+        )
+    if reuse.num_host_corrupt:
+        found.append(f"{reuse.num_host_corrupt} DAMAGED in host memory")
+    return ", ".join(found)
 
 
 def _pair(sender: WorkerId, peer: KvPeer, at: dict[str, WorkerId]) -> str:

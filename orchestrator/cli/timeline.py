@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli import transfer_text
+from orchestrator.cli import encode_text, transfer_text
 from orchestrator.cli.transfer_text import seconds
 from protos import inference_pb2 as pb
 
@@ -51,14 +51,19 @@ def lines(last: pb.GenerateResponse) -> list[str]:
 
 
 def spans(timings: pb.Timings) -> list[Span]:
-    """Queue, prefill, KV transfer if there was one, and decode.
+    """Queue, encode if pictures were, prefill, KV transfer if there was one, and decode.
+
+    Pictures are encoded while the prompt waits, and beside the prefill of what stands before them.
 
     A transfer of a later attempt than the first token's is left out: where it lies is not known.
     The transfer runs beside prefill and ends `exposed_s` after it; decode counts from the first token,
     which the prefill worker sends, so the exposed part lies within decode.
     """
     prefill_end_s = timings.queue_s + timings.prefill_s
-    found = [Span("queue", 0.0, timings.queue_s), Span("prefill", timings.queue_s, timings.prefill_s)]
+    found = [Span("queue", 0.0, timings.queue_s)]
+    if timings.HasField("encode_s"):
+        found.append(Span("encode", timings.encode_start_s, timings.encode_s))
+    found.append(Span("prefill", timings.queue_s, timings.prefill_s))
     if timings.HasField("kv_transfer") and timings.attempts <= 1:
         transfer = timings.kv_transfer
         start_s = max(0.0, prefill_end_s + transfer.exposed_s - transfer.transfer_s)
@@ -89,6 +94,7 @@ def _numbers(last: pb.GenerateResponse) -> list[str]:
     found = [
         f"latency      TTFT {seconds(timings.ttft_s)}, TPOT {tpot}, total {seconds(timings.total_s)}",
         *_tokens(last, reason),
+        *_encodes(timings),
         *_transfer(timings),
         _workers(timings),
     ]
@@ -102,8 +108,9 @@ def _tokens(last: pb.GenerateResponse, reason: str) -> list[str]:
     if not last.HasField("usage"):
         return [f"end          by {reason}"]
     usage = last.usage
-    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
-    tokens = f"{usage.prompt_tokens} in the prompt{cached}, {usage.completion_tokens} generated"
+    reuse = transfer_text.reuse(usage.cached_tokens, usage.fetched_tokens, usage.reused_tokens, "cached")
+    pictures = f", {usage.image_tokens} of pictures" if usage.image_tokens else ""
+    tokens = f"{usage.prompt_tokens} in the prompt{pictures}{reuse}, {usage.completion_tokens} generated"
     found = [f"tokens       {tokens}; ended by {reason}"]
     if usage.decoding.num_tokens:
         decoding = usage.decoding
@@ -112,6 +119,11 @@ def _tokens(last: pb.GenerateResponse, reason: str) -> list[str]:
             f"decoding     {decoding.num_tokens} tokens in {decoding.num_steps} steps, {rows:.2f} rows a token"
         )
     return found
+
+
+def _encodes(timings: pb.Timings) -> list[str]:
+    found = encode_text.lines(timings.encodes)
+    return [f"{'' if i else 'pictures':<13}{text}" for i, text in enumerate(found)]
 
 
 def _transfer(timings: pb.Timings) -> list[str]:

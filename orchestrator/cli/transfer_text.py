@@ -39,9 +39,9 @@ def seconds(duration_s: float) -> str:
     return f"{duration_s * 1000:.1f} ms" if duration_s < 0.09995 else f"{duration_s * 1000:.0f} ms"
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 chunk`, `6 chunks`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 chunk`, `6 chunks`. plural: where it is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def lines(transfer: Transferred) -> list[str]:
@@ -56,10 +56,28 @@ def lines(transfer: Transferred) -> list[str]:
     ]
     if transfer.transport:
         why = f" ({transfer.transport_reason})" if transfer.transport_reason else ""
-        moved = f", {transfer.num_wire_bytes / MIB:.2f} MiB moved" if transfer.num_wire_bytes else ""
-        codec = f", codec {transfer.codec}{moved}" if transfer.codec else moved
-        found.append(f"by {transfer.transport}{why}{codec}")
+        codec = f", codec {transfer.codec}" if transfer.codec else ""
+        found.append(f"by {transfer.transport}{why}{codec}{_moved(transfer)}")
     if transfer.num_resent_chunks or transfer.num_resumes:
         resent = f"{counted(transfer.num_resent_chunks, 'chunk')} sent again"
         found.append(f"{resent}, resumed {counted(transfer.num_resumes, 'time')}")
     return found
+
+
+def _moved(transfer: Transferred) -> str:
+    """What travelled; of what the receiver read by itself only headers did."""
+    if not transfer.num_wire_bytes:
+        return ""
+    if transfer.transport != "grpc":
+        return ", all read in place"
+    return f", {transfer.num_wire_bytes / MIB:.2f} MiB moved"
+
+
+def reuse(num_cached: int, num_fetched: int, num_reused: int, cached: str) -> str:
+    """What of a prompt was not computed, in brackets after a space; empty when all was. cached: what cached tokens are called."""
+    found = [f"{num_cached} {cached}"] if num_cached else []
+    if num_fetched:
+        found.append(f"{num_fetched} of them from another worker")
+    if num_reused:
+        found.append(f"{num_reused} reused from other contexts")
+    return f" ({', '.join(found)})" if found else ""

@@ -3,6 +3,10 @@
 There is no way back: whoever asks shows the message. Times in it are seconds since the request arrived.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.control.encode_shards import EncodeRecord
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import AttemptRecord, RequestRecord, SampleRecord
 from protos import control_pb2 as pb
@@ -37,9 +41,12 @@ def _sample_to_pb(sample: SampleRecord, since_s: float) -> pb.SampleRecord:
             pb.StateRecord(state=_STATES[one.state], at_s=one.at_s - since_s, reason=one.reason)
             for one in sample.states
         ],
-        attempts=[_attempt_to_pb(attempt, since_s) for attempt in sample.attempts],
+        attempts=[_attempt_to_pb(attempt, sample.encodes, since_s) for attempt in sample.attempts],
         num_tokens=sample.num_tokens,
         num_cached_tokens=sample.num_cached_tokens,
+        num_fetched_tokens=sample.num_fetched_tokens,
+        prefix_fetch_s=sample.prefix_fetch_s,
+        num_reused_tokens=sample.num_reused_tokens,
         first_token_at_s=after(sample.first_token_at_s),
         second_token_at_s=after(sample.second_token_at_s),
         last_token_at_s=after(sample.last_token_at_s),
@@ -48,7 +55,9 @@ def _sample_to_pb(sample: SampleRecord, since_s: float) -> pb.SampleRecord:
     )
 
 
-def _attempt_to_pb(attempt: AttemptRecord, since_s: float) -> pb.AttemptRecord:
+def _attempt_to_pb(
+    attempt: AttemptRecord, encodes: Sequence[EncodeRecord], since_s: float
+) -> pb.AttemptRecord:
     route = attempt.route
     return pb.AttemptRecord(
         attempt=attempt.attempt,
@@ -60,4 +69,33 @@ def _attempt_to_pb(attempt: AttemptRecord, since_s: float) -> pb.AttemptRecord:
         reason=route.reason,
         transfer=kv_transferred_to_pb(attempt.transfer) if attempt.transfer is not None else None,
         problem=attempt.problem,
+        encodes=[
+            pb.EncodeRecord(**encode_fields(one, since_s))
+            for one in encodes
+            if one.prefill_attempt == attempt.attempt
+        ],
     )
+
+
+def encode_fields(record: EncodeRecord, since_s: float) -> dict[str, Any]:
+    """The fields of EncodeRecord here, and of EncodeTimings in inference.proto. since_s: when the request arrived."""
+    fields = {
+        "worker_id": record.worker_id,
+        "first_tile": record.first_tile,
+        "num_tiles": record.num_tiles,
+        "at_s": record.sent_at_s - since_s,
+        "duration_s": None if record.ended_at_s is None else record.ended_at_s - record.sent_at_s,
+        "problem": record.problem,
+    }
+    report = record.report
+    if report is None:
+        return fields
+    return fields | {
+        "num_cached_tiles": report.num_cached,
+        "queue_s": report.queue_s,
+        "decode_s": report.decode_s,
+        "encode_s": report.encode_s,
+        "transfer_s": report.transfer_s,
+        "num_bytes": report.num_bytes,
+        "transport": report.transport,
+    }

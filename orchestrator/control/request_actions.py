@@ -58,6 +58,11 @@ class WantRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class WantEncoders:
+    """Give the machine encode workers for what its `encodes` wants (`encoders_chosen`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """Tell the client that the request ended without all its tokens."""
 
@@ -65,4 +70,4 @@ class Fail:
     reason: str
 
 
-Action = Send | Deliver | DeliverPrompt | DeliverDrafts | WantRoute | Fail
+Action = Send | Deliver | DeliverPrompt | DeliverDrafts | WantRoute | WantEncoders | Fail

@@ -7,9 +7,13 @@ delivered: each exactly once and in order, whatever the two workers' streams do.
 A request for n samples has n machines, which know nothing of each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from orchestrator.control.encode_shards import GIVEN_UP, EncodeShards, ShardFailed
+from orchestrator.control.encode_split import Shard
+from orchestrator.control.prompt_images import PromptImages
 from orchestrator.control.request_actions import (
     Action,
     Deliver,
@@ -18,6 +22,7 @@ from orchestrator.control.request_actions import (
     Fail,
     FailureKind,
     Send,
+    WantEncoders,
     WantRoute,
 )
 from orchestrator.control.router import Route
@@ -30,6 +35,8 @@ from workers.api import (
     FailureCode,
     FinishReason,
     Handoff,
+    ImagesEncoded,
+    ImagesWanted,
     KvTransferred,
     Phase,
     PrefillStarted,
@@ -95,6 +102,10 @@ class RequestTimes:
     prefill_s: float = 0.0
     #: Of the last attempt; None when it had no hand-off, or when the report came after the last token.
     kv_transfer: KvTransferred | None = None
+    #: Of the attempt that gave the first token, before it did: the first time that embeddings of pictures were wanted,
+    #: and the last time that some had come. None until then.
+    images_wanted_at_s: float | None = None
+    images_encoded_at_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -108,6 +119,7 @@ class RequestMachine:
     times: RequestTimes
     priority: int = 0
     cache_salt: str = ""
+    images: PromptImages | None = None
     state: RequestState = RequestState.QUEUED
     #: Number of the present attempt, or of the last one; 0 before the first.
     attempt: int = 0
@@ -119,10 +131,16 @@ class RequestMachine:
     avoided: set[WorkerId] = field(default_factory=set)
     #: Of a superposed decoding: what the client has.
     drafts: tuple[tuple[int, ...], ...] = ()
-    #: Tokens of the prompt whose KV was cached, in the attempt that gave the first token.
+    #: Tokens of the prompt whose KV was cached, in the attempt that gave the first token; of these, those that another
+    #: worker sent for it, and how long it waited for that; further tokens whose KV was taken from another context.
     num_cached_tokens: int = 0
+    num_fetched_tokens: int = 0
+    prefix_fetch_s: float = 0.0
+    num_reused_tokens: int = 0
     #: Of the last attempt, once its worker has reported.
     decoding_report: DecodingReport | None = None
+    #: What is encoded for the present attempt.
+    encodes: EncodeShards = field(init=False)
     #: The first position of the prompt whose logprobs the client does not have; the first token has none.
     _next_scored: int = 1
     #: Tokens of this attempt that came before an earlier one, by index, with their logprobs if those came.
@@ -131,6 +149,9 @@ class RequestMachine:
     _end: tuple[int, FinishReason] | None = None
     #: Workers that still hold something of this attempt, or will send something of it.
     _holders: set[WorkerId] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.encodes = EncodeShards(self.request_id, self.images)
 
     @property
     def key(self) -> RequestKey:
@@ -166,6 +187,7 @@ class RequestMachine:
         self.decoding_report = None
         if not self.delivered:
             self.times.submitted_at_s = now_s
+            self.times.images_wanted_at_s = self.times.images_encoded_at_s = None
         sampling = self._sampling_left()
         token_ids = self.prompt_ids + tuple(self.delivered)
         timeout_s = self.deadline_s - now_s
@@ -183,6 +205,7 @@ class RequestMachine:
                 priority=self.priority,
                 cache_salt=self.cache_salt,
                 prefix_peers=route.prefix_peers if Phase.PREFILL in phases else (),
+                images=self.images.api_tiles if self.images is not None else (),
             )
             return Send(worker, submit)
 
@@ -199,15 +222,43 @@ class RequestMachine:
         ]
 
     def no_route(self, reason: str) -> list[Action]:
-        """No worker can run it and none is coming."""
+        """No worker can run it, or encode its pictures, and none is coming."""
         return self._fail(FailureKind.UNAVAILABLE, reason)
 
+    def encoders_chosen(self, shards: Sequence[tuple[int, Shard]], now_s: float) -> list[Action]:
+        """Workers for all tiles that are wanted, each shard with an attempt number that nobody else has."""
+        if now_s >= self.deadline_s:
+            return self.deadline_passed()
+        assert self.route is not None
+        return [
+            *self.encodes.given(
+                shards,
+                self.route.prefill,
+                self.key,
+                salt=self.cache_salt,
+                timeout_s=self.deadline_s - now_s,
+                now_s=now_s,
+            )
+        ]
+
     def worker_event(self, worker_id: WorkerId, event: Event, now_s: float) -> list[Action]:
-        """A worker of the route reported. Events of earlier attempts, and of workers that are done, are ignored."""
+        """A worker of the route, or one that encodes, reported.
+
+        Events of earlier attempts, and of workers that are done, are ignored.
+        """
+        if event.key.attempt in self.encodes.running:
+            return self._encode_event(worker_id, event, now_s)
         if self.is_over or event.key != self.key or worker_id not in self._holders:
             return []
         assert self.route is not None
         match event:
+            case ImagesWanted():
+                if self.times.images_wanted_at_s is None and not self.delivered:
+                    self.times.images_wanted_at_s = now_s
+                self.encodes.want(event.tiles)
+                return [WantEncoders()] if self.encodes.wanted else []
+            case ImagesEncoded():
+                return []
             case PrefillStarted():
                 if not self.delivered:
                     self.times.worker_queue_s = event.queue_s
@@ -232,12 +283,14 @@ class RequestMachine:
                 self.avoided.add(self._at_fault(worker_id, event.code))
                 return self._attempt_failed(event.code, f"{worker_id}: {event.reason}")
 
-    def worker_lost(self, worker: WorkerView, reason: str) -> list[Action]:
+    def worker_lost(self, worker: WorkerView, reason: str, now_s: float) -> list[Action]:
         """The stream to that incarnation of a worker ended: it has dropped what it held."""
-        if self.is_over or worker.worker_id not in self._holders or not self._is_routed_to(worker):
+        if self.is_over:
             return []
-        self._holders.discard(worker.worker_id)
-        return self._attempt_failed(FailureCode.INTERNAL, f"{worker.worker_id}: {reason}")
+        if worker.worker_id in self._holders and self._is_routed_to(worker):
+            self._holders.discard(worker.worker_id)
+            return self._attempt_failed(FailureCode.INTERNAL, f"{worker.worker_id}: {reason}")
+        return self._after_encode(self.encodes.lost(worker, reason, now_s))
 
     def text_stopped(self, num_tokens: int) -> list[Action]:
         """A stop string ended the text within its first `num_tokens` tokens: it is finished, and they are all."""
@@ -266,12 +319,33 @@ class RequestMachine:
         """Whoever works on it is known, and nobody else."""
         is_running = self.state in (RequestState.PREFILL, RequestState.DECODE)
         assert bool(self._holders) == is_running, (self.state, self._holders)
+        self.encodes.check_invariants()
+        assert is_running or not (self.encodes.running or self.encodes.wanted), self.state
         if self.route is not None:
             assert self._holders <= {self.route.prefill.worker_id, self.route.decode.worker_id}
         assert self.num_attempts <= MAX_ATTEMPTS
         assert len(self.delivered) <= self.sampling.max_new_tokens
         assert self.times.first_token_at_s is None or self.delivered or self.drafts
         assert 1 <= self._next_scored <= max(1, len(self.prompt_ids))
+
+    def _encode_event(self, worker_id: WorkerId, event: Event, now_s: float) -> list[Action]:
+        """Of a shard that is with a worker."""
+        match event:
+            case ImagesEncoded():
+                if self.encodes.done(worker_id, event, now_s) is not None and not self.delivered:
+                    self.times.images_encoded_at_s = now_s
+                return []
+            case RequestFailed():
+                failure = self.encodes.failed(worker_id, event.key.attempt, event.code, event.reason, now_s)
+                return self._after_encode(failure)
+            case _:
+                return []
+
+    def _after_encode(self, failure: ShardFailed | None) -> list[Action]:
+        """A shard may have been lost: it goes to another worker, or the request fails."""
+        if failure is not None:
+            return self._fail(_KIND_OF_CODE[failure.code], failure.reason)
+        return [WantEncoders()] if self.encodes.wanted else []
 
     def _sampling_left(self) -> SamplingParams:
         """What the next attempt is to do beyond what the client has."""
@@ -306,6 +380,9 @@ class RequestMachine:
         if event.prefill_s is not None and not self.delivered:
             self.times.prefill_s = event.prefill_s
             self.num_cached_tokens = event.num_cached_tokens
+            self.num_fetched_tokens = event.num_fetched_tokens
+            self.prefix_fetch_s = event.prefix_fetch_s
+            self.num_reused_tokens = event.num_reused_tokens
         index = event.first_position - len(self.prompt_ids)
         for i, token_id in enumerate(event.token_ids, start=index):
             if len(self.delivered) <= i < self.sampling.max_new_tokens:
@@ -381,11 +458,15 @@ class RequestMachine:
     def _abort_holders(self) -> list[Action]:
         """Free what the attempt's workers still hold."""
         holders, self._holders = self._holders, set()
+        # With a finished one the report alone is missing.
+        problem = "" if self.state is RequestState.FINISHED else GIVEN_UP
+        encodes: list[Action] = [*self.encodes.drop(problem)]
         if self.route is None:
-            return []
+            return encodes
         # A decode worker that only waits for its KV, too: a first token that ends it all sends none.
         workers = {worker.worker_id: worker for worker in (self.route.prefill, self.route.decode)}
-        return [Send(worker, Abort(self.key)) for worker in workers.values() if worker.worker_id in holders]
+        aborts = [Send(worker, Abort(self.key)) for worker in workers.values() if worker.worker_id in holders]
+        return [*encodes, *aborts]
 
     def _move_to(self, state: RequestState) -> None:
         assert state in TRANSITIONS[self.state], f"{self.request_id}: {self.state} -> {state}"

@@ -6,6 +6,7 @@ A record is small whatever the request's size: it has numbers and names, and no 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.control.encode_shards import EncodeRecord
 from orchestrator.control.request_actions import Action, Fail, WantRoute
 from orchestrator.control.request_machine import RequestMachine, RequestState
 from orchestrator.control.router import Route
@@ -49,13 +50,18 @@ class SampleRecord:
     #: At most MAX_ATTEMPTS.
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_tokens: int = 0
-    #: Of the attempt that gave the first token, as are worker_queue_s and prefill_s.
+    #: Of the attempt that gave the first token, as are the next three, worker_queue_s and prefill_s.
     num_cached_tokens: int = 0
+    num_fetched_tokens: int = 0
+    prefix_fetch_s: float = 0.0
+    num_reused_tokens: int = 0
     first_token_at_s: float | None = None
     second_token_at_s: float | None = None
     last_token_at_s: float | None = None
     worker_queue_s: float = 0.0
     prefill_s: float = 0.0
+    #: Shards of pictures, of all attempts; at most MAX_TRIES for each tile and attempt.
+    encodes: list[EncodeRecord] = field(default_factory=list)
 
     @property
     def state(self) -> RequestState:
@@ -78,11 +84,16 @@ class SampleRecord:
         times = machine.times
         self.num_tokens = len(machine.delivered) + sum(map(len, machine.drafts))
         self.num_cached_tokens = machine.num_cached_tokens
+        self.num_fetched_tokens = machine.num_fetched_tokens
+        self.prefix_fetch_s = machine.prefix_fetch_s
+        self.num_reused_tokens = machine.num_reused_tokens
         self.first_token_at_s = times.first_token_at_s
         self.second_token_at_s = times.second_token_at_s
         self.last_token_at_s = times.last_token_at_s
         self.worker_queue_s = times.worker_queue_s
         self.prefill_s = times.prefill_s
+        # The list itself, which its machine goes on with.
+        self.encodes = machine.encodes.records
 
 
 @dataclass(frozen=True, slots=True)

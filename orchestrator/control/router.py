@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PrefixPeer, WorkerId
 
-#: Workers that are asked for the beginning of a prompt.
-MAX_PREFIX_PEERS = 4
+#: Workers that are asked for the beginning of a prompt, all at once.
+MAX_PREFIX_PEERS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Load:
     prefill_tokens: int = 0
     #: Sequences that decode, or will decode, there.
     decode_sequences: int = 0
+    #: Patches of pictures that are being encoded there.
+    encode_patches: int = 0
 
 
 @dataclass(slots=True)
@@ -63,13 +65,22 @@ class LoadLedger:
         """What is in flight there; zero for a worker without any."""
         return self.loads.get(worker_id) or Load()
 
-    def add(self, worker_id: WorkerId, *, prefill_tokens: int = 0, decode_sequences: int = 0) -> None:
+    def add(
+        self,
+        worker_id: WorkerId,
+        *,
+        prefill_tokens: int = 0,
+        decode_sequences: int = 0,
+        encode_patches: int = 0,
+    ) -> None:
         """Count work that was submitted (positive) or has ended (negative)."""
         load = self.loads.setdefault(worker_id, Load())
         load.prefill_tokens += prefill_tokens
         load.decode_sequences += decode_sequences
+        load.encode_patches += encode_patches
         assert load.prefill_tokens >= 0, worker_id
         assert load.decode_sequences >= 0, worker_id
+        assert load.encode_patches >= 0, worker_id
         if load == Load():
             del self.loads[worker_id]
 
@@ -87,7 +98,7 @@ def choose_route(
         return Wait("no controller has published a view of the cluster yet")
     prefill = _least_loaded(view, Phase.PREFILL, is_linked, lambda w: _prefill_cost(w, ledger))
     if prefill is None:
-        return _missing(view, Phase.PREFILL)
+        return missing(view, Phase.PREFILL)
     if Phase.DECODE in prefill.phases:
         reason = f"{prefill.worker_id} serves both phases"
         return Route(prefill, prefill, reason, _prefix_peers(view, prefill, prefill, is_linked))
@@ -95,7 +106,7 @@ def choose_route(
         view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
     )
     if decode is None:
-        return _missing(view, Phase.DECODE)
+        return missing(view, Phase.DECODE)
     reason = (
         f"least loaded: {prefill.worker_id} with {ledger.of(prefill.worker_id).prefill_tokens} prompt tokens, "
         f"{decode.worker_id} with {ledger.of(decode.worker_id).decode_sequences} sequences"
@@ -111,6 +122,8 @@ def _prefix_peers(
         worker
         for worker in view.workers
         if worker.worker_id != prefill.worker_id
+        # Whoever only encodes has no KV.
+        and worker.phases != {Phase.ENCODE}
         and worker.state is LifecycleState.READY
         and is_linked(worker)
     ]
@@ -123,26 +136,42 @@ def _prefill_cost(worker: WorkerView, ledger: LoadLedger) -> tuple[int, ...]:
     return load.prefill_tokens, 0 if Phase.DECODE in worker.phases else 1, load.decode_sequences
 
 
+def ready_workers(
+    view: ClusterView, phase: Phase, is_linked: Callable[[WorkerView], bool]
+) -> list[WorkerView]:
+    """Those that can serve the phase now."""
+    return [
+        worker
+        for worker in view.workers
+        if phase in worker.phases and worker.state is LifecycleState.READY and is_linked(worker)
+    ]
+
+
 def _least_loaded(
     view: ClusterView,
     phase: Phase,
     is_linked: Callable[[WorkerView], bool],
     cost: Callable[[WorkerView], tuple[int, ...]],
 ) -> WorkerView | None:
-    candidates = [
-        worker
-        for worker in view.workers
-        if phase in worker.phases and worker.state is LifecycleState.READY and is_linked(worker)
-    ]
+    candidates = ready_workers(view, phase, is_linked)
     return min(candidates, key=lambda worker: (*cost(worker), worker.worker_id), default=None)
 
 
-def _missing(view: ClusterView, phase: Phase) -> Wait | Refuse:
+def missing(view: ClusterView, phase: Phase) -> Wait | Refuse:
+    """No worker can serve the phase now: is one coming?"""
     declared = [worker for worker in view.workers if phase in worker.phases]
     coming = [worker for worker in declared if worker.state is not LifecycleState.FAILED]
     states = "; ".join(_describe(worker) for worker in declared)
     text = f"no worker can {phase} now ({states or 'none is declared'})"
     return Wait(text) if coming else Refuse(text)
+
+
+def no_encoders(view: ClusterView | None) -> Refuse | None:
+    """Why a request with pictures can never run; None when it can, perhaps later."""
+    choice = missing(view, Phase.ENCODE) if view is not None else None
+    if not isinstance(choice, Refuse):
+        return None
+    return Refuse(f"{choice.reason}; pictures need a group of workers with the phase encode in the manifest")
 
 
 def _describe(worker: WorkerView) -> str:

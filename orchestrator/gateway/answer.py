@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from orchestrator.control.record_wire import encode_fields
 from orchestrator.control.request_actions import DeliverDrafts
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.gateway.detokeniser import TextStream
@@ -118,6 +119,9 @@ def usage(machines: Sequence[RequestMachine]) -> pb.Usage:
         prompt_tokens=len(first.prompt_ids),
         completion_tokens=sum(len(machine.delivered) + sum(map(len, machine.drafts)) for machine in machines),
         cached_tokens=first.num_cached_tokens,
+        fetched_tokens=first.num_fetched_tokens,
+        reused_tokens=first.num_reused_tokens,
+        image_tokens=first.images.num_embeddings if first.images is not None else 0,
     )
     for machine in machines:
         report = machine.decoding_report
@@ -150,6 +154,12 @@ def timings(machine: RequestMachine, now_s: float) -> pb.Timings:
                 message.second_token_s = times.second_token_at_s - times.first_token_at_s
     if times.kv_transfer is not None:
         message.kv_transfer.CopyFrom(_transfer(times.kv_transfer))
+    if times.images_wanted_at_s is not None and times.images_encoded_at_s is not None:
+        message.encode_s = times.images_encoded_at_s - times.images_wanted_at_s
+        message.encode_start_s = times.images_wanted_at_s - times.arrived_at_s
+    message.encodes.extend(
+        pb.EncodeTimings(**encode_fields(record, times.arrived_at_s)) for record in machine.encodes.records
+    )
     return message
 
 

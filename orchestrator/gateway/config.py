@@ -21,3 +21,5 @@ class GatewayConfig:
     max_waiting_requests: int
     #: Requests that are on workers at a time.
     max_running_requests: int
+    #: Bytes of the pictures of all requests that are here, together; a request that would bring more is refused.
+    max_image_bytes: int = 1024 * 2**20

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
+from orchestrator.control.encode_split import EncoderMemory, Shard, split
 from orchestrator.control.request_actions import (
     Action,
     Deliver,
@@ -18,18 +19,19 @@ from orchestrator.control.request_actions import (
     DeliverPrompt,
     Fail,
     Send,
+    WantEncoders,
     WantRoute,
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
-from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route
+from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route, no_encoders
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.gateway.worker_link import WorkerLink
 from orchestrator.gateway.worker_links import WorkerLinks
-from workers.api import Event, KvTransferred, ModelInfo, RequestId, WorkerId
+from workers.api import Event, ImagesEncoded, KvTransferred, ModelInfo, RequestId, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,11 @@ class Dispatcher:
         self._requests: dict[RequestId, LiveRequest] = {}
         #: Samples that workers have, by their attempt, which is no other one's.
         self._running: dict[int, LiveSample] = {}
+        #: The same, of shards of their pictures, by the attempts of these.
+        self._encoding: dict[int, LiveSample] = {}
+        #: Samples that want encode workers, in order.
+        self._wanting_encoders: dict[LiveSample, None] = {}
+        self._encoders = EncoderMemory()
         #: Samples that want a route, in the order of `enqueue`. New requests are refused above max_waiting_requests;
         #: samples that lost their workers come back, max_running_requests at most, and those after the first of
         #: their request join, at most MAX_SAMPLES - 1 for each that runs.
@@ -138,6 +145,11 @@ class Dispatcher:
                     ledger.add(machine.route.decode.worker_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         ledger.add(machine.route.prefill.worker_id, prefill_tokens=machine.num_prefill_tokens)
+                for attempt, shard in machine.encodes.running.items():
+                    assert self._encoding[attempt] is sample
+                    num_patches = sum(placed.num_patches for placed in machine.encodes.tiles_of(shard))
+                    ledger.add(shard.worker.worker_id, encode_patches=num_patches)
+                assert not machine.encodes.wanted or sample in self._wanting_encoders
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
 
@@ -254,8 +266,13 @@ class Dispatcher:
         for event in events:
             if isinstance(event, KvTransferred):
                 self.records.transferred(event)
-            sample = self._running.get(event.key.attempt)
-            if sample is not None and (actions := sample.machine.worker_event(worker_id, event, now_s)):
+            sample = self._running.get(event.key.attempt) or self._encoding.get(event.key.attempt)
+            if sample is not None and isinstance(event, ImagesEncoded):
+                self._encoded(sample, link.worker, event)
+            if sample is None:
+                continue
+            actions = sample.machine.worker_event(worker_id, event, now_s)
+            if actions or event.key.attempt in self._encoding:
                 self._do(sample, actions)
         self._route_waiting()
 
@@ -268,14 +285,14 @@ class Dispatcher:
     def _worker_lost(self, worker: WorkerView, reason: str) -> None:
         # The latest first, since each goes before others of its priority: the earliest is then the next.
         for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
-            if actions := sample.machine.worker_lost(worker, reason):
+            if actions := sample.machine.worker_lost(worker, reason, self._loop.time()):
                 self._do(sample, actions)
 
     def _deadline_passed(self, request: LiveRequest) -> None:
         for sample in request.samples:
             if not sample.machine.is_over:
                 is_waiting = sample.machine.state is RequestState.QUEUED
-                detail = self._why_waiting() if is_waiting else ""
+                detail = self._why_waiting() if is_waiting else self._why_no_encoder(sample)
                 self._do(sample, sample.machine.deadline_passed(detail))
         self._route_waiting()
 
@@ -286,6 +303,13 @@ class Dispatcher:
 
     def _why_waiting(self) -> str:
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
+
+    def _why_no_encoder(self, sample: LiveSample) -> str:
+        """Empty when it does not wait for one."""
+        if not sample.machine.encodes.wanted:
+            return ""
+        choice = self._choose_encoders(sample)
+        return choice.reason if isinstance(choice, Wait | Refuse) else ""
 
     def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
         """Carry out what a machine says, which was not over. Who calls this gives free places to others."""
@@ -306,6 +330,8 @@ class Dispatcher:
                         action.reason,
                     )
                     enqueue(sample, self._waiting, is_first=True)
+                case WantEncoders():
+                    self._wanting_encoders[sample] = None
                 case Fail():
                     if not request.is_failed:
                         logger.info(
@@ -330,6 +356,10 @@ class Dispatcher:
         """Take a sample from where its machine's state says that it no longer is."""
         machine, request = sample.machine, sample.request
         sample.settle(self._ledger)
+        for attempt in sample.settle_encodes(self._ledger):
+            del self._encoding[attempt]
+        if not machine.encodes.wanted:
+            self._wanting_encoders.pop(sample, None)
         if machine.state not in (RequestState.PREFILL, RequestState.DECODE):
             self._running.pop(machine.attempt, None)
         if not machine.is_over:
@@ -362,6 +392,7 @@ class Dispatcher:
 
         All want the same phases, so what the first cannot have the second cannot either.
         """
+        self._give_encoders()
         while self._waiting and self.num_running < self._max_running:
             sample = self._waiting[0]
             choice = self._choose_for(sample)
@@ -377,8 +408,49 @@ class Dispatcher:
                 sample.charge(self._ledger)
             self._do(sample, actions)
 
+    def _give_encoders(self) -> None:
+        """Give encode workers to samples whose pictures are wanted, as far as there are any."""
+        for sample in list(self._wanting_encoders):
+            machine = sample.machine
+            if not machine.encodes.wanted:
+                continue
+            choice = self._choose_encoders(sample)
+            if isinstance(choice, Wait):
+                return
+            if isinstance(choice, Refuse):
+                self._do(sample, machine.no_route(choice.reason))
+                continue
+            shards = [(next(self._attempts), shard) for shard in choice]
+            actions = machine.encoders_chosen(shards, self._loop.time())
+            for attempt in sample.charge_encodes(self._ledger):
+                self._encoding[attempt] = sample
+            self._do(sample, actions)
+
+    def _choose_encoders(self, sample: LiveSample) -> list[Shard] | Wait | Refuse:
+        machine = sample.machine
+        assert machine.route is not None
+        return split(
+            self._view,
+            self._ledger,
+            self._links.is_open,
+            self._encoders,
+            tiles=machine.encodes.wanted_tiles(),
+            salt=machine.cache_salt,
+            prefill=machine.route.prefill,
+            avoided=frozenset(machine.encodes.avoided),
+        )
+
+    def _encoded(self, sample: LiveSample, worker: WorkerView, event: ImagesEncoded) -> None:
+        """Remember how fast that was, and where."""
+        machine = sample.machine
+        shard = machine.encodes.running.get(event.key.attempt)
+        if shard is not None and shard.worker.worker_id == worker.worker_id:
+            self._encoders.observe(worker, machine.cache_salt, machine.encodes.tiles_of(shard), event)
+
     def _choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
         """The workers of the request's first sample, where the prompt is cached, if they can be had."""
+        if sample.machine.images is not None and (refusal := no_encoders(self._view)) is not None:
+            return refusal
         first = sample.request.samples[0].machine.route
         if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
             wanted = {first.prefill.worker_id, first.decode.worker_id}

@@ -1,8 +1,9 @@
 """phasewise.inference.v1.InferenceService: what clients call."""
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -13,7 +14,9 @@ from orchestrator.errors import (
     DuplicateRequest,
     GatewayFull,
     GatewayStopping,
+    ImagesFull,
     InvalidRequest,
+    MessageTooLarge,
     NoModelYet,
     PhasewiseOrchestratorError,
     RequestTooLarge,
@@ -23,6 +26,7 @@ from orchestrator.gateway.answer import Answer
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.gateway.detokeniser import TextStream
 from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.served_model import LoadedModel, ServedModel
 from orchestrator.gateway.stop_strings import StopStrings
 from orchestrator.gateway.validation import CheckedRequest, check_request
@@ -32,6 +36,8 @@ from workers.api import RequestId
 
 #: A longer request is read in a thread: tokenising it takes milliseconds.
 LONG_REQUEST_BYTES = 16 * 2**10
+#: A longer message, its pictures not counted, is refused.
+MAX_TEXT_BYTES = 4 * 2**20
 #: Threads that do so at a time.
 MAX_READER_THREADS = 2
 DEADLINE_MARGIN_S = 0.1
@@ -50,8 +56,10 @@ _STATUS_OF_REFUSAL: dict[type[PhasewiseOrchestratorError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModel: grpc.StatusCode.NOT_FOUND,
     RequestTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
     GatewayFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ImagesFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     GatewayStopping: grpc.StatusCode.UNAVAILABLE,
     NoModelYet: grpc.StatusCode.UNAVAILABLE,
 }
@@ -76,6 +84,8 @@ class InferenceService(InferenceServiceServicer):
         self._draw_seed = draw_seed
         self._readers = asyncio.Semaphore(MAX_READER_THREADS)
         self._num_reading = 0
+        #: Of the pictures of all requests that are here; at most config.max_image_bytes.
+        self._num_image_bytes = 0
         self._clock = asyncio.get_running_loop().time
 
     async def Generate(  # type: ignore[override] # noqa: N802 - a coroutine that writes is the third kind of handler
@@ -136,8 +146,34 @@ class InferenceService(InferenceServiceServicer):
     ) -> Fail | None:
         self._dispatcher.check_room(self._num_reading)
         loaded = self._served.get(self._dispatcher.why_not())
-        checked = await self._read(request, loaded)
-        live = self._dispatcher.submit(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+        num_image_bytes = _image_bytes(request)
+        num_text_bytes = request.ByteSize() - num_image_bytes
+        if num_text_bytes > MAX_TEXT_BYTES:
+            raise MessageTooLarge(num_text_bytes, MAX_TEXT_BYTES)
+        with self._room_for_images(num_image_bytes):
+            checked = await self._read(request, loaded)
+            live = self._dispatcher.submit(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+            return await self._stream(live, checked, loaded, context)
+
+    @contextlib.contextmanager
+    def _room_for_images(self, num_bytes: int) -> Iterator[None]:
+        """Count them while the request is here. Raises ImagesFull."""
+        if num_bytes and self._num_image_bytes + num_bytes > self._config.max_image_bytes:
+            raise ImagesFull(num_bytes, self._num_image_bytes, self._config.max_image_bytes)
+        self._num_image_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_image_bytes -= num_bytes
+
+    async def _stream(
+        self,
+        live: LiveRequest,
+        checked: CheckedRequest,
+        loaded: LoadedModel,
+        context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> Fail | None:
+        """The answer, until it ends; the failure, if that was one."""
         stops = StopStrings(checked.stop_strings) if checked.stop_strings else None
 
         def new_text() -> TextStream:
@@ -151,7 +187,6 @@ class InferenceService(InferenceServiceServicer):
             live, new_text=new_text, token_text=loaded.texts.token_text, stop=self._dispatcher.text_stopped
         )
         try:
-            # Until it ends; the failure, if that was one.
             while not answer.is_over:
                 news = await live.next()
                 if isinstance(news, Fail):
@@ -169,6 +204,7 @@ class InferenceService(InferenceServiceServicer):
                 texts=loaded.texts,
                 served_name=self._config.model,
                 draw_seed=self._draw_seed,
+                vision=loaded.vision,
             )
 
         if request.ByteSize() <= LONG_REQUEST_BYTES:
@@ -179,6 +215,12 @@ class InferenceService(InferenceServiceServicer):
                 return await asyncio.to_thread(check)
         finally:
             self._num_reading -= 1
+
+
+def _image_bytes(request: pb.GenerateRequest) -> int:
+    """Of the files in it."""
+    in_chat = (part.image for message in request.chat.messages for part in message.parts)
+    return sum(len(image.data) for image in (*request.images, *in_chat))
 
 
 def _status_message(text: str) -> str:

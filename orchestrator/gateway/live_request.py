@@ -10,7 +10,7 @@ from orchestrator.control.request_machine import RequestMachine, RequestState, R
 from orchestrator.control.request_record import RequestRecord, SampleRecord
 from orchestrator.control.router import LoadLedger, Route
 from orchestrator.gateway.validation import CheckedRequest
-from workers.api import FinishReason, RequestId, TokenLogprobs
+from workers.api import FinishReason, RequestId, TokenLogprobs, WorkerId
 
 #: Tokens with logprobs in one message; with 20 likeliest tokens each that is 0.5 to 2.5 MB, and clients of gRPC
 #: take 4 MiB unless told otherwise.
@@ -50,6 +50,8 @@ class LiveSample:
         self._finish_reason: FinishReason | None = None
         self._route: Route | None = None
         self._prefill_tokens = 0
+        #: Shards that are charged: by attempt, the worker and the patches.
+        self._encodes: dict[int, tuple[WorkerId, int]] = {}
 
     def note_state(self, actions: Sequence[Action], now_s: float) -> None:
         """Into the record, if these actions came with another state. Called for every token: does nothing then."""
@@ -115,6 +117,25 @@ class LiveSample:
         ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
         ledger.add(self._route.decode.worker_id, decode_sequences=1)
 
+    def charge_encodes(self, ledger: LoadLedger) -> list[int]:
+        """Count what has just been given to encode workers; returns the attempts of these shards."""
+        encodes = self.machine.encodes
+        new = [attempt for attempt in encodes.running if attempt not in self._encodes]
+        for attempt in new:
+            shard = encodes.running[attempt]
+            num_patches = sum(placed.num_patches for placed in encodes.tiles_of(shard))
+            self._encodes[attempt] = shard.worker.worker_id, num_patches
+            ledger.add(shard.worker.worker_id, encode_patches=num_patches)
+        return new
+
+    def settle_encodes(self, ledger: LoadLedger) -> list[int]:
+        """Uncharge shards that are no longer with a worker; returns their attempts."""
+        ended = [attempt for attempt in self._encodes if attempt not in self.machine.encodes.running]
+        for attempt in ended:
+            worker_id, num_patches = self._encodes.pop(attempt)
+            ledger.add(worker_id, encode_patches=-num_patches)
+        return ended
+
     def settle(self, ledger: LoadLedger) -> None:
         """Uncharge what the machine's state says is no longer in flight."""
         if self._route is None or self.machine.state is RequestState.PREFILL:
@@ -157,6 +178,7 @@ class LiveRequest:
                     RequestTimes(arrived_at_s),
                     priority=checked.priority,
                     cache_salt=checked.cache_salt,
+                    images=checked.images,
                 )
                 for sampling in checked.samplings()
             ]

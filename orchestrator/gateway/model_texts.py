@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,6 +17,15 @@ from orchestrator.errors import InvalidRequest, UnusableModel
 from orchestrator.gateway.detokeniser import TextStream, TokenTexts
 from orchestrator.gateway.stop_strings import StopStrings
 from workers.api import ModelInfo
+from workers.model.vision.config import read_vision_json
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One message: texts in order, with None where there is a picture."""
+
+    role: str
+    parts: tuple[str | None, ...]
 
 
 class ModelTexts:
@@ -30,6 +40,10 @@ class ModelTexts:
         self._special_tokens = {"bos_token": model.bos_token, "eos_token": model.eos_token}
         self._template: jinja2.Template | None = None
         self._template_problem = "the model has no chat template"
+        #: What stands for a picture in a text; empty when the model takes none.
+        self._placeholder = read_vision_json(model.vision_json).placeholder if model.vision_json else ""
+        #: The template goes through texts and pictures itself.
+        self._has_parts = bool(self._placeholder) and "image" in model.chat_template
         if model.chat_template:
             try:
                 self._template = _environment().from_string(model.chat_template)
@@ -45,8 +59,8 @@ class ModelTexts:
         """Token ids of a text. is_rendered: it comes from the chat template, with all special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=not is_rendered).ids
 
-    def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt up to where the answer begins; each message has role and content.
+    def render_chat(self, messages: Sequence[ChatTurn]) -> str:
+        """The prompt up to where the answer begins, with the model's placeholder for each picture.
 
         Raises InvalidRequest when there is no template, or it refuses these messages.
         """
@@ -55,7 +69,7 @@ class ModelTexts:
         try:
             # A template may tell what is None from what is not there, and expects these to be there.
             return self._template.render(
-                messages=messages,
+                messages=[{"role": turn.role, "content": self._content(turn)} for turn in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -64,6 +78,12 @@ class ModelTexts:
         except Exception as error:  # templates come with the model and raise what they like
             problem = f"messages that the model's chat template takes: {error}"
             raise InvalidRequest("chat.messages", f"refused ({len(messages)} of them)", problem) from error
+
+    def _content(self, turn: ChatTurn) -> str | list[dict[str, str]]:
+        """Of one message, as the template expects it."""
+        if not self._has_parts:
+            return "".join(self._placeholder if part is None else part for part in turn.parts)
+        return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
     def text_stream(
         self, stops: StopStrings | None = None, *, min_tokens: int = 0, is_continuation: bool = False

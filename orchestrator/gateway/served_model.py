@@ -5,9 +5,10 @@ import logging
 from dataclasses import dataclass, replace
 
 from orchestrator.control.view import WorkerView
-from orchestrator.errors import NoModelYet
+from orchestrator.errors import NoModelYet, UnusableModel
 from orchestrator.gateway.model_texts import ModelTexts
 from workers.api import ModelInfo, WorkerId
+from workers.model.vision.config import VisionConfig, read_vision_json
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +17,11 @@ logger = logging.getLogger(__name__)
 class LoadedModel:
     """One model, with what turns its tokens into text and back."""
 
-    #: `max_sequence_tokens` is that of the smallest worker: a request must fit wherever it may go.
+    #: Its limits are those of the smallest worker: a request must fit wherever it may go.
     info: ModelInfo
     texts: ModelTexts
+    #: How pictures stand in prompts; None when the model takes none.
+    vision: VisionConfig | None = None
 
 
 class ServedModel:
@@ -26,7 +29,8 @@ class ServedModel:
 
     def __init__(self) -> None:
         self._loaded: LoadedModel | None = None
-        self._max_sequence_tokens: dict[WorkerId, int] = {}
+        #: Longest sequence, and most embeddings of pictures, of each worker; 0 where it has neither.
+        self._limits: dict[WorkerId, tuple[int, int]] = {}
         self._lock = asyncio.Lock()
 
     @property
@@ -54,13 +58,32 @@ class ServedModel:
                     info.model_digest,
                 )
                 if loaded is not None:
-                    self._max_sequence_tokens.clear()
+                    self._limits.clear()
+                vision = _vision(info)
             else:
-                texts = loaded.texts
-            self._max_sequence_tokens[worker.worker_id] = info.max_sequence_tokens
-            smallest = min(self._max_sequence_tokens.values())
-            self._loaded = LoadedModel(replace(info, max_sequence_tokens=smallest), texts)
+                texts, vision = loaded.texts, loaded.vision
+            self._limits[worker.worker_id] = info.max_sequence_tokens, info.max_image_embeddings
+            num_tokens, num_embeddings = (
+                min((limit for limit in limits if limit > 0), default=0)
+                for limits in zip(*self._limits.values(), strict=True)
+            )
+            # With nothing but encode workers so far no request runs anyway.
+            num_tokens = num_tokens or info.max_context_tokens
+            limited = replace(info, max_sequence_tokens=num_tokens, max_image_embeddings=num_embeddings)
+            self._loaded = LoadedModel(limited, texts, vision)
+
+
+def _vision(info: ModelInfo) -> VisionConfig | None:
+    if not info.vision_json:
+        return None
+    try:
+        return read_vision_json(info.vision_json)
+    except ValueError as error:
+        raise UnusableModel(f"its vision configuration cannot be read: {error}") from error
 
 
 def _is_same(one: ModelInfo, other: ModelInfo) -> bool:
-    return replace(one, max_sequence_tokens=0) == replace(other, max_sequence_tokens=0)
+    def unlimited(info: ModelInfo) -> ModelInfo:
+        return replace(info, max_sequence_tokens=0, max_image_embeddings=0)
+
+    return unlimited(one) == unlimited(other)

@@ -16,6 +16,7 @@ from orchestrator.errors import AddressInUse, AddressUnusable
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.gateway.control_service import ControlService
 from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.images import LIMITS
 from orchestrator.gateway.inference_service import InferenceService
 from orchestrator.gateway.served_model import ServedModel
 from protos import inference_pb2
@@ -24,8 +25,8 @@ from protos.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
-#: A longer message of a client is refused by gRPC, with RESOURCE_EXHAUSTED.
-MAX_CLIENT_MESSAGE_BYTES = 4 * 2**20
+#: A longer message of a client is refused by gRPC, with RESOURCE_EXHAUSTED: pictures, and some for all else.
+MAX_CLIENT_MESSAGE_BYTES = LIMITS.max_total_bytes + 8 * 2**20
 #: A view of thousands of workers fits.
 MAX_CONTROL_MESSAGE_BYTES = 64 * 2**20
 #: How long requests that run may go on when the gateway is stopped, in seconds.

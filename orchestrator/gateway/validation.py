@@ -1,13 +1,17 @@
 """What a client sent, checked and turned into what is run. Pure, apart from the tokenizer that it is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from orchestrator.control.prompt_images import PromptImages
 from orchestrator.errors import InvalidRequest, RequestTooLarge, UnknownModel
+from orchestrator.gateway.images import place_images, plan_images
+from orchestrator.gateway.model_texts import ChatTurn
 from orchestrator.gateway.sampling import sampling_params
 from protos import inference_pb2 as pb
 from workers.api import MAX_SALT_CHARS, MAX_STOP_TOKEN_IDS, ModelInfo, RequestId, SamplingParams
+from workers.model.vision.config import VisionConfig
 from workers.sampling_check import sampling_problem
 
 ROLES = ("system", "user", "assistant")
@@ -25,7 +29,7 @@ class Texts(Protocol):
     def encode(self, text: str, *, is_rendered: bool = False) -> list[int]:
         """Token ids of a text."""
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[ChatTurn]) -> str:
         """The prompt that chat messages make."""
 
 
@@ -43,6 +47,7 @@ class CheckedRequest:
     is_chat: bool = False
     priority: int = 0
     cache_salt: str = ""
+    images: PromptImages | None = None
 
     def samplings(self) -> list[SamplingParams]:
         """Those of each sample: each has a seed of its own, and the prompt is scored once."""
@@ -63,8 +68,9 @@ def check_request(
     texts: Texts,
     served_name: str,
     draw_seed: Callable[[], int],
+    vision: VisionConfig | None = None,
 ) -> CheckedRequest:
-    """What to run. draw_seed: a random number below 2**64.
+    """What to run. draw_seed: a random number below 2**64. vision: how pictures stand in prompts; None: they cannot.
 
     Raises InvalidRequest, UnknownModel or RequestTooLarge. Whatever costs little is checked first.
     """
@@ -87,7 +93,7 @@ def check_request(
         raise InvalidRequest(f"sampling.{problem.field}", problem.value, problem.allowed)
     num_samples = _num_samples(asked)
     stop_strings = _stop_strings(asked)
-    prompt_ids = _prompt_ids(request, model, texts)
+    prompt_ids, images = _prompt(request, model, texts, vision)
     sampling = replace(sampling, max_new_tokens=_max_new_tokens(asked, len(prompt_ids), model))
     if sampling.min_new_tokens > sampling.max_new_tokens:
         allowed = f"at most {sampling.max_new_tokens}, what a prompt of {len(prompt_ids)} tokens leaves"
@@ -101,6 +107,7 @@ def check_request(
         is_chat=request.WhichOneof("prompt") == "chat",
         priority=request.priority,
         cache_salt=request.cache_salt,
+        images=images,
     )
 
 
@@ -149,34 +156,75 @@ def _stop_token_ids(sampling: pb.SamplingParams, model: ModelInfo) -> frozenset[
     return together
 
 
-def _prompt_ids(request: pb.GenerateRequest, model: ModelInfo, texts: Texts) -> tuple[int, ...]:
+def _prompt(
+    request: pb.GenerateRequest, model: ModelInfo, texts: Texts, vision: VisionConfig | None
+) -> tuple[tuple[int, ...], PromptImages | None]:
+    """Token ids, and the pictures whose embeddings take the place of some of them."""
     kind = request.WhichOneof("prompt")
+    if request.images and kind != "text":
+        allowed = "pictures beside a prompt of text alone; a chat has them in the parts of its messages"
+        raise InvalidRequest("images", f"given with {kind or 'no prompt'}", allowed)
+    images: PromptImages | None = None
     match kind:
         case None:
             raise InvalidRequest("prompt", "missing", "one of text, chat and token_ids")
         case "text":
-            prompt_ids = tuple(texts.encode(request.text))
+            planned = plan_images(request.images, model, vision)
+            prompt_ids, images = place_images(request.text, "text", planned, vision, texts.encode)
         case "chat":
-            prompt_ids = _chat_ids(request.chat, texts)
+            prompt_ids, images = _chat(request.chat, model, texts, vision)
         case "token_ids":
             prompt_ids = tuple(request.token_ids.ids)
             _check_token_ids("token_ids.ids", prompt_ids, model)
+            if vision is not None and vision.image_token_id in prompt_ids:
+                value = f"with {vision.image_token_id}, which stands for an embedding of a picture"
+                raise InvalidRequest(
+                    "token_ids.ids", value, "tokens of text; send pictures with text or chat"
+                )
     if not prompt_ids:
         raise InvalidRequest(kind, "empty", "at least one token")
     if len(prompt_ids) >= model.max_context_tokens:
         allowed = f"at most {model.max_context_tokens - 1}, since the context holds {model.max_context_tokens} with the output"
         raise InvalidRequest(kind, f"{len(prompt_ids)} tokens", allowed)
-    return prompt_ids
+    return prompt_ids, images
 
 
-def _chat_ids(chat: pb.ChatMessages, texts: Texts) -> tuple[int, ...]:
+def _chat(
+    chat: pb.ChatMessages, model: ModelInfo, texts: Texts, vision: VisionConfig | None
+) -> tuple[tuple[int, ...], PromptImages | None]:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "empty", "at least one message")
+    turns: list[ChatTurn] = []
+    pictures: list[pb.Image] = []
     for i, message in enumerate(chat.messages):
         if message.role not in ROLES:
             raise InvalidRequest(f"chat.messages[{i}].role", repr(message.role[:80]), ", ".join(ROLES))
-    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-    return tuple(texts.encode(texts.render_chat(messages), is_rendered=True))
+        if message.parts and message.content:
+            raise InvalidRequest(f"chat.messages[{i}]", "given both content and parts", "one of them")
+        turns.append(ChatTurn(message.role, _parts(message, i, pictures)))
+    planned = plan_images(pictures, model, vision)
+    text = texts.render_chat(turns)
+    return place_images(text, "chat", planned, vision, lambda text: texts.encode(text, is_rendered=True))
+
+
+def _parts(message: pb.ChatMessage, number: int, pictures: list[pb.Image]) -> tuple[str | None, ...]:
+    """Its texts, with None for each picture, which is added to `pictures`."""
+    if not message.parts:
+        return (message.content,)
+    parts: list[str | None] = []
+    for i, part in enumerate(message.parts):
+        field = f"chat.messages[{number}].parts[{i}]"
+        match part.WhichOneof("part"):
+            case "text":
+                parts.append(part.text)
+            case "image":
+                if message.role != "user":
+                    raise InvalidRequest(field, f"a picture of {message.role!r}", "pictures of 'user' alone")
+                parts.append(None)
+                pictures.append(part.image)
+            case _:
+                raise InvalidRequest(field, "empty", "text or image")
+    return tuple(parts)
 
 
 def _check_token_ids(field: str, token_ids: tuple[int, ...], model: ModelInfo) -> None:

@@ -179,6 +179,9 @@ class WorkerLink:
                     batch = pb.CommandBatch()
                     while self._outbox and len(batch.commands) < MAX_COMMANDS_PER_BATCH:
                         batch.commands.append(self._outbox.popleft())
+                        if batch.commands[-1].HasField("encode"):
+                            # Pictures are large: each in a message of its own.
+                            break
                     if not self._outbox:
                         self._has_commands.clear()
                     await call.write(batch)

@@ -52,6 +52,7 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         request_timeout_s=gateway.request_timeout_s,
         max_waiting_requests=gateway.max_waiting_requests,
         max_running_requests=gateway.max_running_requests,
+        max_image_bytes=gateway.max_image_mib * MIB,
     )
 
 
@@ -103,6 +104,8 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         host_cache_bytes=engine.host_cache_mib * MIB,
         host_cache_codec=HostCacheCodec(engine.host_cache_codec),
         span_reuse=_span_reuse(engine.span_reuse),
+        image_cache_bytes=engine.image_cache_mib * MIB,
+        encode_patch_budget=engine.encode_patch_budget,
     )
 
 

@@ -5,9 +5,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.manifest.section import Section, inconsistent
+from workers import limits
 from workers.api import EngineConfig, SpanReuseConfig
-
-MIB = 2**20
+from workers.limits import MIB as MIB
 
 _ENGINE = EngineConfig()
 _SPAN_REUSE = SpanReuseConfig()
@@ -18,15 +18,15 @@ class SpanReuse(Section):
 
     recompute_fraction: float = Field(
         default=_SPAN_REUSE.recompute_fraction,
-        ge=0,
-        le=1,
+        ge=limits.SPAN_RECOMPUTE.least,
+        le=limits.SPAN_RECOMPUTE.most,
         description="Part of the reused tokens that is computed again in all layers. 1 gives exact answers and "
         "saves nothing.",
     )
     min_tokens: int = Field(
         default=_SPAN_REUSE.min_tokens,
-        ge=1,
-        le=MIB,
+        ge=limits.SPAN_MIN_TOKENS.least,
+        le=limits.SPAN_MIN_TOKENS.most,
         description="A prompt with fewer reused tokens, beyond its cached prefix, is computed as ever.",
     )
 
@@ -34,34 +34,42 @@ class SpanReuse(Section):
 class Engine(Section):
     """Limits of the engine in one worker; buffers and pools are sized from them."""
 
-    block_size: int = Field(default=_ENGINE.block_size, ge=1, le=512, description="Tokens in one KV block.")
+    block_size: int = Field(
+        default=_ENGINE.block_size,
+        ge=limits.BLOCK_SIZE.least,
+        le=limits.BLOCK_SIZE.most,
+        description="Tokens in one KV block.",
+    )
     kv_cache_mib: int = Field(
         default=_ENGINE.kv_cache_bytes // MIB,
         alias="kvCacheMiB",
-        ge=1,
-        le=16 * MIB,
+        ge=limits.KV_CACHE_MIB.least,
+        le=limits.KV_CACHE_MIB.most,
         description="Memory of the KV block pool in MiB, taken at start.",
     )
     token_budget: int = Field(
         default=_ENGINE.token_budget,
-        ge=1,
-        le=MIB,
+        ge=limits.TOKEN_BUDGET.least,
+        le=limits.TOKEN_BUDGET.most,
         description="Tokens in one step, prefill and decode together.",
     )
     max_running_sequences: int = Field(
-        default=_ENGINE.max_running_sequences, ge=1, le=65536, description="Sequences in one step."
+        default=_ENGINE.max_running_sequences,
+        ge=limits.MAX_RUNNING_SEQUENCES.least,
+        le=limits.MAX_RUNNING_SEQUENCES.most,
+        description="Sequences in one step.",
     )
     max_waiting_requests: int = Field(
         default=_ENGINE.max_waiting_requests,
-        ge=1,
-        le=MIB,
+        ge=limits.MAX_WAITING_REQUESTS.least,
+        le=limits.MAX_WAITING_REQUESTS.most,
         description="Requests that wait in the worker; one more is refused.",
     )
 
     threads: int | None = Field(
         default=None,
-        ge=1,
-        le=1024,
+        ge=limits.THREADS.least,
+        le=limits.THREADS.most,
         description="Threads of the CPU kernels. Default: resources.cpus, rounded down, and at least one.",
     )
     batching: Literal["stall_free", "decode_maximal"] = Field(
@@ -76,14 +84,14 @@ class Engine(Section):
     )
     tile_tokens: int = Field(
         default=_ENGINE.tile_tokens,
-        ge=1,
-        le=4096,
+        ge=limits.TILE_TOKENS.least,
+        le=limits.TILE_TOKENS.most,
         description="Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.",
     )
     growth_reserve: float = Field(
         default=_ENGINE.growth_reserve,
-        ge=0,
-        le=1,
+        ge=limits.GROWTH_RESERVE.least,
+        le=limits.GROWTH_RESERVE.most,
         description="Part of what running sequences may still grow to that is kept free when one more is "
         "admitted. With 1 no sequence is preempted, with 0 most run at a time.",
     )
@@ -98,8 +106,8 @@ class Engine(Section):
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,
         alias="hostCacheMiB",
-        ge=0,
-        le=16 * MIB,
+        ge=limits.HOST_CACHE_MIB.least,
+        le=limits.HOST_CACHE_MIB.most,
         description="Host memory in MiB for prefix blocks that the pool evicts, taken as it is needed; they are "
         "restored instead of computed again. 0 keeps none.",
     )
@@ -107,6 +115,21 @@ class Engine(Section):
         default=_ENGINE.host_cache_codec.value,
         description="How they are packed. All but none lose precision: answers may differ from those without "
         "hostCacheMiB.",
+    )
+
+    image_cache_mib: int = Field(
+        default=_ENGINE.image_cache_bytes // MIB,
+        alias="imageCacheMiB",
+        ge=limits.IMAGE_CACHE_MIB.least,
+        le=limits.IMAGE_CACHE_MIB.most,
+        description="Memory for embeddings of pictures in MiB, taken at start by workers that encode or prefill a model "
+        "that takes pictures. It bounds the pictures of one request too.",
+    )
+    encode_patch_budget: int = Field(
+        default=_ENGINE.encode_patch_budget,
+        ge=limits.ENCODE_PATCH_BUDGET.least,
+        le=limits.ENCODE_PATCH_BUDGET.most,
+        description="Patches of pictures that are encoded together, over all requests.",
     )
 
     span_reuse: SpanReuse | None = Field(
@@ -117,7 +140,7 @@ class Engine(Section):
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        need = self.max_running_sequences + self.block_size
+        need = limits.min_token_budget(self.max_running_sequences, self.block_size)
         if self.token_budget < need:
             sentence = (
                 f"is {self.token_budget}; allowed: at least maxRunningSequences + blockSize = {need}, so that "

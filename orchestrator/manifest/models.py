@@ -6,17 +6,19 @@ YAML and snake_case here. A rule that compares keys stands at the smallest secti
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from orchestrator.manifest.engine import MIB, Engine
 from orchestrator.manifest.section import Allowed, Section, inconsistent
-from workers.api import KvTransferConfig, Phase
+from workers import limits
+from workers.api import KvTransferConfig
+from workers.images.limits import ImageLimits
 
 API_VERSION = "phasewise/v1"
 PACKAGE_PREFIX = "package:"
-KIB = 2**10
+KIB = limits.KIB
 MAX_REPLICAS = 1000
 
 #: `https:`, or a misspelt `package:`.
@@ -24,12 +26,6 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _FILES_OF_A_FOLDER = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
 
 _KV_TRANSFER = KvTransferConfig()
-
-
-def _no_encode(phase: Any) -> Any:
-    if phase == Phase.ENCODE.value:
-        raise ValueError("workers cannot serve the encode phase yet: it arrives with image support")
-    return phase
 
 
 def _no_gpus(gpus: int) -> int:
@@ -83,7 +79,7 @@ Address = Annotated[
     AfterValidator(_check_address),
     Allowed("host:port, with a port from 0 to 65535; port 0 takes a free one"),
 ]
-PhaseName = Annotated[Literal["prefill", "decode"], BeforeValidator(_no_encode)]
+PhaseName = Literal["encode", "prefill", "decode"]
 
 
 class Metadata(Section):
@@ -147,8 +143,8 @@ class WorkerGroup(Section):
     """Equal workers: the same phases, resources and engine."""
 
     name: Name = Field(description="Name of the group; its workers are NAME-0, NAME-1 and so on.")
-    phases: Annotated[tuple[PhaseName, ...], Allowed("a list of prefill, decode or both")] = Field(
-        min_length=1, max_length=2, description="Phases that these workers serve."
+    phases: Annotated[tuple[PhaseName, ...], Allowed("a list of encode, prefill, decode")] = Field(
+        min_length=1, max_length=3, description="Phases that these workers serve."
     )
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Number of workers.")
     resources: Resources = Field(default_factory=Resources, description="What one worker gets.")
@@ -157,7 +153,8 @@ class WorkerGroup(Section):
     @model_validator(mode="after")
     def _check_phases(self) -> Self:
         if len(set(self.phases)) < len(self.phases):
-            inconsistent([(("phases", 1), f"{self.phases[1]} is there twice; once is enough")])
+            twice = next(i for i, phase in enumerate(self.phases) if phase in self.phases[:i])
+            inconsistent([(("phases", twice), f"{self.phases[twice]} is there twice; once is enough")])
         return self
 
 
@@ -200,34 +197,34 @@ class KvTransfer(Section):
 
     lease_s: float = Field(
         default=_KV_TRANSFER.lease_s,
-        ge=1,
-        le=3600,
+        ge=limits.LEASE_S.least,
+        le=limits.LEASE_S.most,
         description="Seconds after which both ends free the blocks of a transfer that stands still.",
     )
     max_chunk_kib: int = Field(
         default=_KV_TRANSFER.max_chunk_bytes // KIB,
         alias="maxChunkKiB",
-        ge=64,
-        le=64 * KIB,
+        ge=limits.MAX_CHUNK_KIB.least,
+        le=limits.MAX_CHUNK_KIB.most,
         description="Payload of one chunk at most, in KiB.",
     )
     credits: int = Field(
         default=_KV_TRANSFER.credits,
-        ge=1,
-        le=1024,
+        ge=limits.CREDITS.least,
+        le=limits.CREDITS.most,
         description="Chunks in flight, unacknowledged, per transfer.",
     )
     layer_group_size: int | None = Field(
         default=_KV_TRANSFER.layer_group_size,
-        ge=1,
-        le=1024,
+        ge=limits.LAYER_GROUP_SIZE.least,
+        le=limits.LAYER_GROUP_SIZE.most,
         description="KV leaves after this many layers of a prompt chunk have been computed. Default: chosen for each "
         "step from the measured times of computing and of sending.",
     )
     resume_s: float = Field(
         default=_KV_TRANSFER.resume_s,
-        ge=0,
-        le=600,
+        ge=limits.RESUME_S.least,
+        le=limits.RESUME_S.most,
         description="Seconds in which a transfer whose connection broke goes on at its first missing chunk; with 0 "
         "it fails at once.",
     )
@@ -238,8 +235,8 @@ class KvTransfer(Section):
     )
     streams: int = Field(
         default=_KV_TRANSFER.num_streams,
-        ge=1,
-        le=16,
+        ge=limits.STREAMS.least,
+        le=limits.STREAMS.most,
         description="Connections that the chunks of one transfer are spread over, when they travel by gRPC.",
     )
     codec: Literal["none", "fp8", "int4_hadamard", "gear", "gear_l", "auto"] = Field(
@@ -256,7 +253,7 @@ class KvTransfer(Section):
     @model_validator(mode="after")
     def _check_ways(self) -> Self:
         problems: list[tuple[tuple[str | int, ...], str]] = []
-        carries_payload = self.transport in ("auto", "grpc")
+        carries_payload = self.transport in limits.CARRYING_TRANSPORTS
         if self.codec != "none" and not carries_payload:
             sentence = (
                 f"is {self.codec}, and with transport {self.transport} nothing is packed; use auto or grpc"
@@ -287,6 +284,14 @@ class Gateway(Section):
     )
     max_running_requests: int = Field(
         default=256, ge=1, le=MIB, description="Requests that the gateway has on workers at a time."
+    )
+    max_image_mib: int = Field(
+        default=1024,
+        alias="maxImageMiB",
+        ge=ImageLimits().max_total_bytes // MIB,
+        le=16 * MIB,
+        description="Pictures of all requests in the gateway, together, in MiB; a request that would bring more is "
+        "refused. The least is what one request may have.",
     )
 
     @model_validator(mode="after")

@@ -100,7 +100,7 @@ def test_a_leaked_block_is_named_and_seen_in_the_status(model_path: Path) -> Non
     async def scenario() -> None:
         async with together(model_path) as served:
             worker = served.decode.worker
-            loop = worker._step_loop
+            loop = worker.text.step_loop
             assert loop is not None
             pool = loop.engine.pool
             (leaked,) = await asyncio.wrap_future(loop.call(lambda: pool.allocate(1)))

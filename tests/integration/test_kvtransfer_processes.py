@@ -330,7 +330,9 @@ def test_a_receiver_that_stalls_bounds_time_and_memory(transport: str) -> None:
                 process, most, most_in_flight = psutil.Process(), 0, 0
                 before = process.memory_info().rss
                 with stopped(end):
-                    sending.sender.kv_ready(0, LARGE.num_layers, 0, LARGE_TOKENS)
+                    # Layer by layer: more chunks than credits also where they are read in place.
+                    for layer in range(LARGE.num_layers):
+                        sending.sender.kv_ready(layer, layer + 1, 0, LARGE_TOKENS)
                     sending.sender.prefill_finished((42,))
                     while not sending.running.done():
                         most_in_flight = max(most_in_flight, sending.num_in_flight)

@@ -79,7 +79,7 @@ def test_preempted_requests_end_as_they_do_alone(model_path: Path) -> None:
         pool = 18 * BLOCK_BYTES
         async with together(model_path, kv_cache_bytes=pool, growth_reserve=0.0) as it:
             answers = await it.ask_all(requests)
-            engine = it.decode.worker._step_loop.engine  # type: ignore[union-attr]
+            engine = it.decode.worker.text.step_loop.engine  # type: ignore[union-attr]
             assert engine.num_preemptions > 0
             scored = [each for message in answers[7] for each in message.prompt_logprobs]
             assert len(scored) == len(requests[7].token_ids.ids) - 1

@@ -1,5 +1,6 @@
 """Two actors of one node: one owns a KV pool in shared memory, the other reads it."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,17 @@ class Reader:
         from kvtransfer.transports.opening import PoolOpener
 
         cache = torch.zeros_like(filled_cache())
-        opener = PoolOpener()
-        taken, mapped, _ = opener.open([PoolOffer(transport, descriptor)])
-        assert mapped is not None
-        checksum = mapped.pull(_span(), HostPool(cache, LAYOUT), _span())
-        opener.release(mapped)
-        opener.close()
-        return taken, checksum, torch.equal(cache, filled_cache())
+
+        async def pull() -> tuple[str, int]:
+            opener = PoolOpener()
+            taken, mapped, _ = await opener.open([PoolOffer(transport, descriptor)])
+            assert mapped is not None
+            checksum = mapped.pull(_span(), HostPool(cache, LAYOUT), _span())
+            opener.release(mapped)
+            opener.close()
+            return taken, checksum
+
+        return *asyncio.run(pull()), torch.equal(cache, filled_cache())
 
 
 def _span() -> Any:

@@ -28,7 +28,8 @@ def test_plain_process_serves_and_ends_on_sigterm(model_path: Path, reference: L
         await client.close()
 
     arguments = ("--worker-id", "a-0", "--phases", "prefill,decode", "--model", str(model_path))
-    with start_process(*arguments, "--kv-cache-mib", "2", "--token-budget", "32") as process:
+    small = ("--kv-cache-mib", "2", "--token-budget", "32", "--max-running-sequences", "8")
+    with start_process(*arguments, *small) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         bound = re.fullmatch(r"listening on (127\.0\.0\.1:\d+)\n", next_line(process.stdout, "listening"))
@@ -51,11 +52,11 @@ def test_plain_process_names_what_is_wrong(model_path: Path) -> None:
             _output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert f"error: cannot listen on 127.0.0.1:{port}" in errors
-    with start_process(*arguments, "--phases", "encode") as process:
+    with start_process(*arguments, "--phases", "draw") as process:
         _output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "choose from prefill and decode" in errors
+    assert "choose from encode, prefill, decode" in errors
     with start_process(*arguments, "--phases", "decode", "--token-budget", "8") as process:
         _output, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "argument --token-budget: is 8; it must hold a block" in errors
+    assert "argument --token-budget: is 8; it must be at least --max-running-sequences" in errors

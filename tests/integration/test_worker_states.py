@@ -22,8 +22,7 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from workers import loading
-from workers import worker as worker_module
+from workers import loading, text_side
 from workers.api import (
     FailureCode,
     Handoff,
@@ -104,7 +103,7 @@ def test_worker_that_cannot_load_says_why_until_it_is_stopped(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("module", "function"), [(loading, "load_weights"), (worker_module, "Engine")])
+@pytest.mark.parametrize(("module", "function"), [(loading, "load_weights"), (text_side, "Engine")])
 def test_bug_while_loading_makes_the_worker_fail(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str
 ) -> None:
@@ -132,7 +131,7 @@ def test_broken_engine_fails_all_that_is_in_flight(
             await worker.wait_for_state(WorkerState.READY)
             # One that waits for its KV, and whose transfer has a lease.
             await worker.send(submit(prompt(20), request_id="awaits", phases=DECODE, handoff=Handoff("t")))
-            engine = worker.worker._step_loop.engine  # type: ignore[union-attr]
+            engine = worker.worker.text.step_loop.engine  # type: ignore[union-attr]
 
             def broken(*_arguments: object) -> None:
                 raise RuntimeError("cosmic ray")

@@ -133,7 +133,7 @@ def test_kv_leaves_before_prefill_has_ended(model_path: Path, monkeypatch: pytes
 
             async def has_two_chunks() -> bool:
                 assert decode.worker is not None
-                host = decode.worker._kv_host
+                host = decode.worker.text.kv_host
                 assert host is not None
                 machines = [session.machine for session in host.receiving._sessions.values()]
                 return [

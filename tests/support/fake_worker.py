@@ -20,13 +20,17 @@ from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from workers.api import (
     Abort,
+    Encode,
     Event,
     FinishReason,
+    ImagesEncoded,
+    ImagesWanted,
     KvLedger,
     KvTransferred,
     ModelInfo,
     PhaseSet,
     PrefillStarted,
+    RequestFailed,
     RequestKey,
     Submit,
     TokensGenerated,
@@ -48,6 +52,7 @@ CHAT_TEMPLATE = (
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 PREFILL = frozenset({Phase.PREFILL})
 DECODE = frozenset({Phase.DECODE})
+ENCODE = frozenset({Phase.ENCODE})
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -88,7 +93,11 @@ def token_at(position: int) -> int:
 
 
 class FakeWorker(WorkerServiceServicer):
-    """Answers a Submit with `answer`, in one message for each event; by default with all of its part."""
+    """Answers a Submit with `answer`, in one message for each event; by default with all of its part.
+
+    Of a Submit with pictures it wants them all, and says no more until told to: see `go_on`. An Encode is answered with
+    `answer_encode`; by default it is done.
+    """
 
     def __init__(
         self, name: str, phases: PhaseSet, model: ModelInfo | None = None, *, incarnation: int = 1
@@ -98,19 +107,39 @@ class FakeWorker(WorkerServiceServicer):
         self.incarnation = incarnation
         self.model: ModelInfo | None = model or byte_model()
         self.token_at: Callable[[int], int] = token_at
-        self.answer: Callable[[Submit], Sequence[Event]] = self.script
+        self.answer: Callable[[Submit], Sequence[Event]] = self.begin
+        self.answer_encode: Callable[[Encode], Sequence[Event]] = lambda encode: [self.encoded(encode)]
         self.address = ""
         self.ledger: KvLedger | None = None
         self.submits: list[Submit] = []
+        self.encodes: list[Encode] = []
         self.aborts: list[RequestKey] = []
         #: What was submitted and has neither ended nor been aborted; its session's end drops it.
-        self.held: dict[RequestKey, Submit] = {}
+        self.held: dict[RequestKey, Submit | Encode] = {}
         self.num_sessions = 0
         self.num_status_calls = 0
         self._outbox: asyncio.Queue[Sequence[Event] | grpc.StatusCode] | None = None
         self._server: grpc.aio.Server | None = None
 
     # What tests do with it.
+
+    def begin(self, submit: Submit) -> Sequence[Event]:
+        """What a good worker says to this Submit at once."""
+        if submit.images and Phase.PREFILL in submit.phases:
+            return [ImagesWanted(submit.key, tuple(range(len(submit.images))))]
+        return self.script(submit)
+
+    def go_on(self) -> None:
+        """The pictures of the last Submit are here: say the rest."""
+        for event in self.script(self.submits[-1]):
+            self.say(event)
+
+    def encoded(self, encode: Encode) -> ImagesEncoded:
+        """What a good worker says to this Encode."""
+        num_tiles = encode.tile_hi - encode.tile_lo
+        return ImagesEncoded(
+            encode.key, num_tiles, 0, 4 * num_tiles, 512 * num_tiles, 0.125, 0.0625, 0.25, 0.03125, "grpc"
+        )
 
     def script(self, submit: Submit) -> list[Event]:
         """All that a good worker says to this Submit."""
@@ -135,7 +164,8 @@ class FakeWorker(WorkerServiceServicer):
         """Send these in one message."""
         assert self._outbox is not None
         for event in events:
-            if isinstance(event, KvTransferred) or getattr(event, "finish_reason", None) is not None:
+            is_last = isinstance(event, KvTransferred | ImagesEncoded | RequestFailed)
+            if is_last or getattr(event, "finish_reason", None) is not None:
                 self.held.pop(event.key, None)
         self._outbox.put_nowait(events)
 
@@ -194,6 +224,11 @@ class FakeWorker(WorkerServiceServicer):
                     self.submits.append(command)
                     self.held[command.key] = command
                     for event in self.answer(command):
+                        self.say(event)
+                elif isinstance(command, Encode):
+                    self.encodes.append(command)
+                    self.held[command.key] = command
+                    for event in self.answer_encode(command):
                         self.say(event)
                 elif isinstance(command, Abort):
                     self.aborts.append(command.key)

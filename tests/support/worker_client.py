@@ -254,15 +254,23 @@ class RunningWorker(WorkerClient):
         self.worker = worker
 
     async def assert_nothing_leaks(self) -> None:
-        """All blocks come back, cached or not, no lease stays, and the invariants hold."""
+        """All blocks come back, of KV and of embeddings, cached or not, no lease stays, and the invariants hold."""
+        has_engine = self.worker.spec.phases != frozenset({Phase.ENCODE})
         await self.wait_for_status(
             lambda status: (
-                status.blocks.free + status.blocks.cached == status.blocks.total > 0
+                status.blocks.free + status.blocks.cached == status.blocks.total
+                and (status.blocks.total > 0) == has_engine
                 and status.num_leases == status.num_waiting == status.num_running == 0
+                and self._holds_no_embeddings()
             ),
             f"all blocks of {self.worker.spec.worker_id} to be free",
         )
         await self.worker.check_invariants()
+
+    def _holds_no_embeddings(self) -> bool:
+        counts = self.worker.status().embeddings
+        is_idle = counts.num_waiting == counts.num_encodes_running == 0
+        return is_idle and counts.num_free + counts.num_cached == counts.num_blocks
 
 
 @asynccontextmanager

@@ -55,7 +55,7 @@ def worker_processes(
     processes = [
         start_process(
             *("--worker-id", worker_id, "--phases", ",".join(sorted(phases)), "--model", str(model)),
-            *("--kv-cache-mib", "2", "--token-budget", "32"),
+            *("--kv-cache-mib", "2", "--token-budget", "32", "--max-running-sequences", "8"),
             *more,
         )
         for (worker_id, phases), more in zip_longest(started, arguments, fillvalue=())

@@ -80,14 +80,15 @@ class Batch:
         size = self.pool.block_size
         # Whoever waits has no tokens but those whose KV means the same to others.
         sequence.hash_blocks(len(sequence.token_ids) // size, size)
-        return self.pool.match(sequence.block_hashes, sequence.token_ids)
+        return self.pool.match(sequence.block_hashes, sequence.named_tokens(0, len(sequence.token_ids)))
 
     def num_known_blocks(self, sequence: Sequence) -> int | None:
         """Whole blocks of a waiting sequence that need not be computed; None when all have to be."""
         if not self._may_reuse(sequence):
             return None
         num_found = len(self.match(sequence).block_ids)
-        return num_found + len(self.pool.find_saved(sequence.block_hashes, sequence.token_ids, num_found))
+        named = sequence.named_tokens(0, len(sequence.token_ids))
+        return num_found + len(self.pool.find_saved(sequence.block_hashes, named, num_found))
 
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """A waiting sequence begins to run with what is known of its tokens. Blocks for the rest come chunk by chunk."""
@@ -100,6 +101,7 @@ class Batch:
         num_cached = len(match.block_ids) * size
         # Restored blocks enter the index with its first chunk: before that it may leave, and they hold nothing yet.
         sequence.num_stored_blocks = len(match.block_ids)
+        sequence.num_lossless_tokens = self._lossless_tokens(match)
         num_restored = self._restore(sequence)
         if num_restored > 0:
             # One token is always computed.
@@ -224,6 +226,8 @@ class Batch:
             num_computed_tokens=sequence.num_computed_tokens,
             num_stored_blocks=sequence.num_stored_blocks,
             num_exact_tokens=sequence.num_exact_tokens,
+            num_lossless_tokens=sequence.num_lossless_tokens,
+            images=sequence.images,
             stream=stream,
             parent=sequence,
         )
@@ -272,11 +276,14 @@ class Batch:
             return
         sequence.hash_blocks(num_whole, size)
         hashes, table = sequence.block_hashes, sequence.block_table
-        spans = self.pool.spans
+        spans, lossless = self.pool.spans, sequence.num_lossless_tokens
         for i in range(sequence.num_stored_blocks, num_whole):
-            tokens = sequence.token_ids[i * size : (i + 1) * size]
-            is_new = self.pool.store(table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending)
-            if is_new and spans is not None:
+            tokens = sequence.named_tokens(i * size, (i + 1) * size)
+            is_lossy = lossless is not None and (i + 1) * size > lossless
+            is_new = self.pool.store(
+                table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending, is_lossy=is_lossy
+            )
+            if is_new and spans is not None and sequence.images is None:
                 names = {"root": hashes[0], "name": hashes[i + 1], "parent": hashes[i]}
                 spans.add(table[i], **names, position=i * size, token_ids=tokens)
         sequence.num_stored_blocks = num_whole
@@ -338,16 +345,26 @@ class Batch:
         )
         return self._is_cache_on and is_scored
 
+    def _lossless_tokens(self, match: PrefixMatch) -> int | None:
+        """Tokens of what was found before the first lossy block; None without one."""
+        found = match.block_ids if match.partial is None else (*match.block_ids, match.partial)
+        num_exact = self.pool.num_exact_of(found)
+        return num_exact * self.pool.block_size if num_exact < len(found) else None
+
     def _restore(self, sequence: Sequence) -> int:
         """Give it blocks for what the host tier holds after those that it has; returns how many."""
         if not self._may_reuse(sequence):
             return 0
         pool = self.pool
         # All are found before a block is taken: what that evicts may drop them from the tier.
-        found = pool.find_saved(sequence.block_hashes, sequence.token_ids, len(sequence.block_table))
+        named = sequence.named_tokens(0, len(sequence.token_ids))
+        found = pool.find_saved(sequence.block_hashes, named, len(sequence.block_table))
         found = found[: pool.num_available]
         block_ids = pool.allocate(len(found))
         self.restores.update(zip(block_ids, found, strict=True))
+        num_exact = next((i for i, packed in enumerate(found) if packed.is_lossy), None)
+        if num_exact is not None and sequence.num_lossless_tokens is None:
+            sequence.num_lossless_tokens = (len(sequence.block_table) + num_exact) * pool.block_size
         self._extend(sequence, block_ids)
         return len(found)
 

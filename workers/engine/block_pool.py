@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
-from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock
+from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock, SavedBlock
 from workers.engine.span_reuse.span_index import SpanIndex
 
 #: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
@@ -67,6 +67,8 @@ class BlockPool:
         self._num_in_use = 0
         self._num_leased = 0
         self._stored: dict[int, _Stored] = {}
+        #: Of those, blocks whose KV came through a lossy codec or was computed from such: for prompts of this worker alone.
+        self._lossy: set[int] = set()
         self._by_hash: dict[bytes, int] = {}
         self._children: dict[bytes, dict[int, None]] = {}
         #: In the index already, but computed by the step that is being planned or run.
@@ -236,15 +238,46 @@ class BlockPool:
         self._tell_removed([])
         return found
 
-    def find(self, hashes: Sequence[bytes]) -> tuple[int, ...]:
-        """The computed blocks of these names, up to the first that is not known."""
-        found: list[int] = []
-        for name in hashes:
-            block_id = self._by_hash.get(name)
-            if block_id is None or block_id in self._pending:
-                break
-            found.append(block_id)
-        return tuple(found)
+    def num_exact_of(self, block_ids: Sequence[int]) -> int:
+        """How many of these stored blocks, from the first on, hold exactly what was computed from such."""
+        return next((i for i, one in enumerate(block_ids) if one in self._lossy), len(block_ids))
+
+    def count_exact(self, hashes: Sequence[bytes]) -> tuple[int, int]:
+        """Exact blocks of these names that are computed, up to the first that is not known; how many of them the host tier has."""
+        num_saved = 0
+        for i, name in enumerate(hashes):
+            if self._exact_block(name) is None:
+                if name in self._by_hash or self._tier is None or not self._tier.has_exact(name):
+                    return i, num_saved
+                num_saved += 1
+        return len(hashes), num_saved
+
+    def find_exact(self, name: bytes) -> int | SavedBlock | None:
+        """A block that `count_exact` counts: where it is, or what `put_back` takes."""
+        if name in self._by_hash:
+            return self._exact_block(name)
+        found = self._tier.find_exact(name) if self._tier is not None else None
+        # It may have been found damaged.
+        self._tell_removed([])
+        return found
+
+    def put_back(self, saved: Sequence[SavedBlock]) -> list[int]:
+        """Blocks of the host tier, none of them known here, into the pool, for a transfer that holds them.
+
+        The caller has checked `num_available`. Their KV is copied at once.
+        """
+        if self._tier is None:
+            return []
+        self._tier.used(saved)
+        taken = self.lease(len(saved))
+        for block_id, one in zip(taken, saved, strict=True):
+            self._tier.unpack(one, block_id)
+            self.store(block_id, one.name, one.parent, one.token_ids)
+        return taken
+
+    def _exact_block(self, name: bytes) -> int | None:
+        block_id = self._by_hash.get(name)
+        return None if block_id in self._pending or block_id in self._lossy else block_id
 
     def num_cached_of(self, block_ids: Sequence[int]) -> int:
         """How many of these are held by nobody: `num_available` falls by so many if they are shared."""
@@ -255,18 +288,28 @@ class BlockPool:
         return block_id not in self._pending
 
     def store(
-        self, block_id: int, name: bytes, parent: bytes, token_ids: Sequence[int], *, is_pending: bool = False
+        self,
+        block_id: int,
+        name: bytes,
+        parent: bytes,
+        token_ids: Sequence[int],
+        *,
+        is_pending: bool = False,
+        is_lossy: bool = False,
     ) -> bool:
         """The block holds the KV of these tokens after `parent`. The first block of a name is kept: False when there
         is another.
 
-        is_pending: it will hold them when the step has run that is being planned.
+        is_pending: it will hold them when the step has run that is being planned. is_lossy: the KV is near to theirs,
+        and not the same.
         """
         if name in self._by_hash:
             return False
         assert block_id not in self._stored, f"block {block_id} holds something else"
         self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
         self._by_hash[name] = block_id
+        if is_lossy:
+            self._lossy.add(block_id)
         siblings = self._children.get(parent)
         if siblings is None:
             self._children[parent] = {block_id: None}
@@ -325,6 +368,7 @@ class BlockPool:
         children = {(one.parent, block_id) for block_id, one in self._stored.items()}
         assert children == {(parent, i) for parent, those in self._children.items() for i in those}
         assert self._pending.keys() <= self._stored.keys()
+        assert self._lossy <= self._stored.keys()
         if self._tier is not None:
             self._tier.check_invariants()
         if self.spans is not None:
@@ -353,7 +397,8 @@ class BlockPool:
             if self._tier is not None:
                 # A block that a step is still to compute is held by its sequence, so this one is computed.
                 assert block_id not in self._pending, f"block {block_id} is not computed yet"
-                self._tier.save(block_id, one.hash, one.parent, one.token_ids)
+                is_lossy = block_id in self._lossy
+                self._tier.save(block_id, one.hash, one.parent, one.token_ids, is_lossy=is_lossy)
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
         self._tell_removed(removed)
@@ -369,6 +414,7 @@ class BlockPool:
     def _forget(self, block_id: int, *, is_told: bool = True) -> None:
         """Take it out of the index."""
         one = self._stored.pop(block_id)
+        self._lossy.discard(block_id)
         if self.spans is not None:
             self.spans.remove(block_id)
         del self._by_hash[one.hash]

@@ -13,7 +13,7 @@ from workers.api import (
 )
 from workers.engine.batch import Batch
 from workers.engine.branching import Branching
-from workers.engine.messages import FinishTransfer, Output, TokensDecoded
+from workers.engine.messages import FinishTransfer, ImagesReleased, Output, TokensDecoded
 from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_ROW, NO_TOKEN, Sequence, SequenceState
 from workers.engine.step_result import RowDetail, StepResult
@@ -41,6 +41,9 @@ class Completion:
         self._branching = Branching(batch, punctuation)
         self._superposing = Superposing()
         self._ended: list[Ended] = []
+        #: Of all prompts whose prefill has ended; see TokensGenerated.
+        self.num_cached_tokens = 0
+        self.num_reused_tokens = 0
 
     def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Ended]:
         """The step has run. Those that end with it are returned; they hold what they held until they are dropped."""
@@ -135,6 +138,10 @@ class Completion:
             finish_reason = FinishReason.STOP
         # All but the last were computed as drafts.
         sequence.num_computed_tokens = len(sequence.token_ids) - 1
+        if was_prefill and sequence.images is not None and sequence.images.is_asking:
+            # Of tokens that are computed nobody reads the embeddings; when it has to begin anew it asks again.
+            sequence.images.release()
+            self._outputs.append(ImagesReleased(sequence.key))
         self._batch.store_blocks(sequence, sequence.num_computed_tokens, is_pending=False)
         generated = TokensGenerated(
             sequence.key,
@@ -146,11 +153,16 @@ class Completion:
         if is_first:
             assert sequence.prefill_started_s is not None
             prefill_s = now_s - sequence.prefill_started_s
+            self.num_cached_tokens += sequence.num_cached_tokens
+            self.num_reused_tokens += sequence.num_reused_tokens
             generated = replace(
                 generated,
                 prefill_s=prefill_s,
                 num_cached_tokens=sequence.num_cached_tokens,
                 num_reused_tokens=sequence.num_reused_tokens,
+                # What came may have been taken for others before it began.
+                num_fetched_tokens=min(sequence.num_fetched_tokens, sequence.num_cached_tokens),
+                prefix_fetch_s=sequence.prefix_fetch_s,
             )
         self._publish(sequence, generated)
         if finish_reason is None and was_prefill:

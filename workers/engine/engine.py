@@ -15,6 +15,7 @@ from workers.api import (
     EngineConfig,
     FailureCode,
     KvLedger,
+    KvReuseCounts,
     Phase,
     PhaseSet,
     PrefillStarted,
@@ -39,6 +40,10 @@ from workers.engine.messages import (
     CommitTransfer,
     EndTransfer,
     FindCached,
+    ImageReady,
+    ImagesLost,
+    ImagesNeeded,
+    ImagesReleased,
     KvReady,
     Message,
     Output,
@@ -155,9 +160,32 @@ class Engine:
         holders = (*self._batch.holders(), *transfers)
         return build_ledger(holders, self.pool, now_s)
 
+    @property
+    def num_wrong_prefixes(self) -> int:
+        """Fetched prefixes that were of other tokens than were asked for."""
+        return self._fetching.num_digest_mismatches
+
     def host_tier_counts(self) -> HostTierCounts:
         """Evicted blocks that are kept in host memory."""
         return self.pool.host_tier_counts()
+
+    def reuse_counts(self) -> KvReuseCounts:
+        """KV that was not computed again; what was fetched is told by `KvFetching`."""
+        tier = self.pool.host_tier_counts()
+        return KvReuseCounts(
+            num_cached_tokens=self._completion.num_cached_tokens,
+            num_reused_tokens=self._completion.num_reused_tokens,
+            num_host_blocks=tier.num_entries,
+            num_host_bytes=tier.num_bytes,
+            num_host_saved=tier.num_saved,
+            num_host_hits=tier.num_hits,
+            num_host_dropped=tier.num_dropped,
+            num_host_corrupt=tier.num_corrupt,
+        )
+
+    def count_cached(self, block_hashes: tuple[bytes, ...]) -> tuple[int, int]:
+        """Blocks of this chain, from the first on, that another worker would get; how many of them are in host memory."""
+        return self.pool.count_exact(block_hashes)
 
     def next_deadline_s(self) -> float | None:
         """When `expire` is to be called again at the latest; None while nothing can expire."""
@@ -193,7 +221,11 @@ class Engine:
             case FindCached():
                 self._find_cached(message, now_s)
             case PrefixFetched():
-                self._prefix_fetched(message)
+                self._prefix_fetched(message, now_s)
+            case ImageReady():
+                self._image_ready(message)
+            case ImagesLost():
+                self._fail(message.key, message.code, message.reason, now_s)
             case _:
                 assert_never(message)
         self._grant_reservations(now_s)
@@ -224,7 +256,12 @@ class Engine:
         for sequence in plan.preempted:
             self.num_preemptions += 1
             self._completion.forget(sequence)
+            self._ask_for_images(sequence)
+        for sequence in plan.imageless:
+            self._ask_for_images(sequence)
         for sequence in plan.admitted:
+            # What the prefix cache had of it may be less by now.
+            self._ask_for_images(sequence, sequence.num_cached_tokens)
             self._begin_prefill(sequence, now_s)
         plan.drafts = self._drafting.propose(
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
@@ -305,7 +342,7 @@ class Engine:
             self._by_transfer[submit.handoff.transfer_id] = sequence
         if sequence.state is SequenceState.WAITING:
             if not self._fetch_prefix(sequence, now_s):
-                self._batch.wait(sequence)
+                self._wait(sequence)
             return
         self._num_awaiting_kv += 1
         assert submit.handoff is not None
@@ -337,16 +374,43 @@ class Engine:
             # Another worker chose it: its blocks must not be taken for those of a hand-off.
             self._outputs.append(ReservationRefused(name, "this transfer id is in use here already", False))
         else:
-            self._outputs.append(self._fetching.find(wanted, now_s))
+            batch = self._batch
+            # A block that is still to be copied may be free: nothing is put into any before that.
+            num_kept = self.pool.num_blocks if batch.copies else batch.num_reserved_blocks()
+            self._outputs.append(self._fetching.find(wanted, num_kept=num_kept, now_s=now_s))
 
-    def _prefix_fetched(self, fetched: PrefixFetched) -> None:
+    def _prefix_fetched(self, fetched: PrefixFetched, now_s: float) -> None:
         """Its prompt waits for prefill like any other, whatever has come."""
-        key = self._fetching.end(fetched.transfer_id)
-        sequence = self._sequences.get(key) if key is not None else None
-        if sequence is not None and sequence.state is SequenceState.FETCHING:
+        ended = self._fetching.end(fetched.transfer_id)
+        sequence = self._sequences.get(ended.key) if ended is not None else None
+        if ended is not None and sequence is not None and sequence.state is SequenceState.FETCHING:
+            sequence.num_fetched_tokens = fetched.num_tokens
+            sequence.prefix_fetch_s = now_s - ended.since_s
             self._num_fetching -= 1
             sequence.move_to(SequenceState.WAITING)
-            self._batch.wait(sequence)
+            self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        """It waits for its prefill, and for embeddings of what the prefix cache does not have."""
+        self._batch.wait(sequence)
+        self._ask_for_images(sequence)
+
+    def _ask_for_images(self, sequence: Sequence, num_known: int | None = None) -> None:
+        """num_known: tokens whose KV is here; None: what the prefix cache has of a waiting sequence."""
+        images = sequence.images
+        if images is None:
+            return
+        if num_known is None:
+            num_known = (self._batch.num_known_blocks(sequence) or 0) * self._config.block_size
+        wanted = images.ask(num_known)
+        if wanted:
+            tiles = tuple((i, images.tiles[i]) for i in wanted)
+            self._outputs.append(ImagesNeeded(sequence.key, tiles, sequence.cache_salt))
+
+    def _image_ready(self, ready: ImageReady) -> None:
+        sequence = self._sequences.get(ready.key)
+        if sequence is not None and sequence.images is not None:
+            sequence.images.arrived(ready.tile, ready.block_ids)
 
     def _refusal(self, submit: Submit) -> tuple[FailureCode, str] | None:
         if submit.key in self._sequences:
@@ -409,6 +473,9 @@ class Engine:
         elif sequence.row != NO_ROW:
             self._batch.leave(sequence)
         sequence.move_to(SequenceState.FINISHED)
+        if sequence.images is not None and sequence.images.is_asking:
+            sequence.images.release()
+            self._outputs.append(ImagesReleased(key))
         if sequence.handoff is not None:
             transfer_id = sequence.handoff.transfer_id
             del self._by_transfer[transfer_id]

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvtransfer.digest import token_digest
 from kvtransfer.layout import blocks_needed
 from workers.api import LedgerKind, Phase, PhaseSet, SuperposedDecoding
 from workers.engine.admission import phase_names
@@ -42,6 +41,8 @@ class ArrivedKv:
     since_s: float = 0.0
     peer: str = ""
     peer_incarnation: int = 0
+    #: It came through a lossy codec.
+    is_lossy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +185,7 @@ class IncomingKv:
             receiving.since_s,
             request.peer,
             request.peer_incarnation,
+            commit.is_lossy,
         )
 
     def leave_unclaimed(self, kv: ArrivedKv, now_s: float) -> None:
@@ -277,7 +279,7 @@ def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | Non
     """Why this KV is not what the request needs; None when it is."""
     if arrived.num_tokens != sequence.num_prompt_tokens:
         return f"KV of {arrived.num_tokens} tokens came for a prompt of {sequence.num_prompt_tokens}"
-    digest = token_digest(sequence.token_ids[: sequence.num_prompt_tokens])
+    digest = sequence.prompt_digest()
     if arrived.token_digest not in (digest, approximate_digest(digest)):
         return "the KV that came is of other tokens than the request's"
     if len(arrived.block_ids) < blocks_needed(sequence.max_tokens, block_size):
@@ -292,5 +294,5 @@ def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | Non
 
 
 def is_approximate(sequence: Sequence, arrived: ArrivedKv) -> bool:
-    """Some of this KV, which fits the request, was taken from other contexts."""
-    return arrived.token_digest != token_digest(sequence.token_ids[: sequence.num_prompt_tokens])
+    """Some of this KV, which fits the request, was taken from other contexts or came through a lossy codec."""
+    return arrived.is_lossy or arrived.token_digest != sequence.prompt_digest()

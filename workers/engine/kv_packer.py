@@ -55,7 +55,7 @@ class KvPacker:
         except (ValueError, MemoryError) as error:
             logger.warning("block_not_packed block_id=%d reason=%s", block_id, error)
             return None
-        return PackedBlock(data, google_crc32c.value(data))
+        return PackedBlock(data, google_crc32c.value(data), is_lossy=self._codec is not None)
 
     def is_whole(self, packed: PackedBlock) -> bool:
         """See Packer. What is not is logged."""
@@ -65,7 +65,7 @@ class KvPacker:
         return bool(checksum == packed.checksum)
 
     def unpack(self, packed: PackedBlock, block_id: int) -> None:
-        """Put it into this block."""
+        """See Packer."""
         if self._codec is None:
             kv = self._as_block(packed.data)
         else:

@@ -6,7 +6,19 @@ Commands and events of requests are in `workers.api`; these stay inside the proc
 from dataclasses import dataclass
 
 from kvtransfer.session import TransferReport
-from workers.api import Command, Event, KvEvent, KvTransferred, PrefixPeer, RequestKey, TokensGenerated
+from workers.api import (
+    Abort,
+    Event,
+    FailureCode,
+    ImageTile,
+    KvEvent,
+    KvTransferred,
+    PrefixPeer,
+    RequestKey,
+    Submit,
+    SubscribeKvEvents,
+    TokensGenerated,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +48,14 @@ class CommitTransfer:
     """All KV has arrived and is verified; `token_ids` are what prefill sampled.
 
     token_digest: of the tokens whose KV it is (kvtransfer.digest); of a fetched prefix the hash of its last block.
+    is_lossy: it came through a codec that changes it.
     """
 
     transfer_id: str
     block_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     token_digest: bytes
+    is_lossy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +118,30 @@ class PrefixFetched:
     num_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class ImageReady:
+    """The embeddings of a tile that was asked for are in these blocks of the embedding pool, until ImagesReleased."""
+
+    key: RequestKey
+    tile: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesLost:
+    """The embeddings of tiles that were asked for cannot be had: the request fails."""
+
+    key: RequestKey
+    code: FailureCode
+    reason: str
+
+
 Message = (
-    Command
+    Submit
+    | Abort
+    | SubscribeKvEvents
+    | ImageReady
+    | ImagesLost
     | FindCached
     | PrefixFetched
     | ReserveBlocks
@@ -218,8 +254,29 @@ class TokensDecoded:
         return [TokensGenerated(key, (token_id,), position) for key, token_id, position in each]
 
 
+@dataclass(frozen=True, slots=True)
+class ImagesNeeded:
+    """A sequence cannot be computed without the embeddings of these tiles of its `images`; answered by ImageReady.
+
+    tiles: (index in Submit.images, the tile).
+    """
+
+    key: RequestKey
+    tiles: tuple[tuple[int, ImageTile], ...]
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesReleased:
+    """The sequence reads no embeddings any more, and waits for none; it may ask again."""
+
+    key: RequestKey
+
+
 Output = (
     Event
+    | ImagesNeeded
+    | ImagesReleased
     | KvEvent
     | TokensDecoded
     | BlocksReserved

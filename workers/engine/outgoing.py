@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvtransfer.digest import token_digest
 from workers.api import LedgerKind
 from workers.engine.ledger import Holder
 from workers.engine.messages import KvReady, StartTransfer
@@ -40,8 +39,8 @@ class OutgoingKv:
         handoff = sequence.handoff
         assert handoff is not None
         block_ids = tuple(sequence.block_table)
-        digest = token_digest(sequence.token_ids[: sequence.num_prompt_tokens])
-        if sequence.num_exact_tokens is not None:
+        digest = sequence.prompt_digest()
+        if sequence.num_exact_tokens is not None or sequence.num_lossless_tokens is not None:
             digest = approximate_digest(digest)
         self._sending[handoff.transfer_id] = _Sending(
             block_ids, now_s, handoff.decode_address, handoff.decode_incarnation

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from workers.api import CautiousDecoding, SuperposedDecoding, TokenLogprobs
+from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.acceptance import Accepted, walk
 from workers.engine.decoding.superposed import mix_settings
 from workers.engine.grammar_masks import GrammarMasks
@@ -18,7 +19,7 @@ from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.selection import by_deviation
 from workers.engine.step_batch import StepBatch
 from workers.engine.step_result import RowDetail, StepResult
-from workers.model.llama import ForwardBatch, Llama
+from workers.model.llama import Embeds, ForwardBatch, Llama
 
 #: Enough for the way that projections of many rows take.
 WARM_UP_TOKENS = 64
@@ -36,7 +37,8 @@ class ModelRunner:
     """A model and the KV cache that its steps read and write. Implements `step_loop.Runner`.
 
     kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. grammars: None refuses nothing, but no request may
-    have one. packer: that of the engine; without it no plan may restore a block.
+    have one. packer: that of the engine; without it no plan may restore a block. embeddings: what prompts with pictures
+    read; None: there are none.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class ModelRunner:
         block_size: int,
         grammars: GrammarTools | None = None,
         packer: KvPacker | None = None,
+        embeddings: EmbeddingMemory | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._grammars = grammars
         self._packer = packer
+        self._embeddings = embeddings
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
@@ -83,7 +87,7 @@ class ModelRunner:
             on_layers(0, len(self._kv_cache))
             return torch.cat(selective)
         logits = self._model.forward(
-            step.forward,
+            self._with_embeds(step, step.forward),
             self._kv_cache,
             layer_group_size=step.plan.layer_group_size,
             on_layers=on_layers,
@@ -92,6 +96,18 @@ class ModelRunner:
             return logits
         num_before = step.num_sampled_rows - len(selective)
         return torch.cat((logits[:num_before], *selective, logits[num_before:]))
+
+    def _with_embeds(self, step: StepBatch, batch: ForwardBatch) -> ForwardBatch:
+        """With the embeddings of the pictures that this step computes."""
+        embedded = list(step.embedded_rows())
+        if not embedded:
+            return batch
+        assert self._embeddings is not None
+        rows = torch.tensor([row for some, _, _ in embedded for row in some])
+        values = torch.cat(
+            [self._embeddings.read(blocks, first, len(some)) for some, blocks, first in embedded]
+        )
+        return replace(batch, embeds=Embeds(rows, values))
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""

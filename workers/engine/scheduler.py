@@ -77,6 +77,8 @@ class StepPlan:
     #: Sequences that leave the waiting queue with this step, and those that came back to it.
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
+    #: Sequences that wait for embeddings, and may not have asked for all that the prefix cache has lost since.
+    imageless: tuple[Sequence, ...] = ()
     #: Block -> the block whose contents it gets before anything is computed.
     copies: Mapping[int, int] = field(default_factory=dict)
     #: Block -> packed KV that it gets after the copies and before anything is computed.
@@ -145,6 +147,7 @@ class Scheduler:
             batch.block_tables,
             tuple(plan.admitted),
             tuple(plan.preempted),
+            tuple(plan.imageless),
             copies,
             restores,
         )
@@ -160,6 +163,8 @@ class Scheduler:
             if plan.is_full:
                 return
             if sequence.state is SequenceState.WAITING:
+                if not plan.may_begin(sequence):
+                    continue
                 # The first that has to wait lets nobody past, or it might wait for ever.
                 is_admitting = is_admitting and plan.admit(sequence, num_places)
             if sequence.state is SequenceState.PREFILL:
@@ -189,6 +194,8 @@ class _Plan:
         self.chunks: list[Slice] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
+        #: Waiting sequences that lack the embeddings of a picture.
+        self.imageless: list[Sequence] = []
         self._config = config
         self._batch = batch
         self._pool = batch.pool
@@ -215,6 +222,17 @@ class _Plan:
                 self._preempt(sequence.parent or sequence)
         self._num_tokens = len(decodes)
         self._budget -= self._num_tokens
+
+    def may_begin(self, sequence: Sequence) -> bool:
+        """It does not wait for the embeddings of a picture with which its prompt begins; others may pass it then."""
+        if sequence.images is None:
+            return True
+        num_known = (self._batch.num_known_blocks(sequence) or 0) * self._pool.block_size
+        num_ready = sequence.num_ready_tokens(num_known)
+        if num_ready == len(sequence.token_ids) or num_ready >= num_known + self._pool.block_size:
+            return True
+        self.imageless.append(sequence)
+        return False
 
     def admit(self, sequence: Sequence, num_places: int) -> bool:
         """Let a waiting sequence begin, if it may; False when it has to wait."""
@@ -254,8 +272,11 @@ class _Plan:
         reuse = self._batch.find_spans(sequence)
         if reuse is not None and self._add_reusing(sequence, reuse):
             return
-        num_tokens, cost = self._chunk_tokens(sequence, sequence.num_uncomputed_tokens)
         start = sequence.num_computed_tokens
+        num_ready = sequence.num_ready_tokens(start) - start
+        if num_ready <= 0:
+            return
+        num_tokens, cost = self._chunk_tokens(sequence, num_ready)
         if num_tokens == 0:
             return
         if not self._grow(sequence, start + num_tokens):

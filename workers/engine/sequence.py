@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 
+from kvtransfer.digest import content_digest, token_digest
 from workers.api import (
     FinishReason,
     Handoff,
@@ -16,6 +17,7 @@ from workers.api import (
     SuperposedDecoding,
 )
 from workers.engine.block_hash import block_hash
+from workers.engine.image_inputs import ImageInputs
 
 #: Stands for the next token of a sequence whose logits are no numbers.
 NO_TOKEN = -1
@@ -108,6 +110,12 @@ class Sequence:
     num_reused_tokens: int = 0
     #: Tokens before the first whose KV is an approximation, or was computed from one; None: all is exact.
     num_exact_tokens: int | None = None
+    #: Tokens before the first whose KV came through a lossy codec of the host tier, or was computed from such; None: all
+    #: is as it was computed.
+    num_lossless_tokens: int | None = None
+    #: Tokens of the prompt that came from another worker before it began here, and how long it waited for them.
+    num_fetched_tokens: int = 0
+    prefix_fetch_s: float = 0.0
     #: Prompt tokens whose logprobs have come out.
     num_scored_tokens: int = 1
     #: Which of its random streams it draws from: a branch has one of its own.
@@ -118,6 +126,10 @@ class Sequence:
     #: Tokens and weights whose mixed embedding stands for its last token, of a superposed decoding.
     mix: tuple[tuple[int, ...], tuple[float, ...]] | None = None
     cost: DecodingCost = field(default_factory=DecodingCost)
+    #: The pictures of its prompt; None without any.
+    images: ImageInputs | None = None
+    #: Embeddings are shared with requests of the same salt.
+    cache_salt: str = ""
 
     @classmethod
     def from_submit(cls, submit: Submit, now_s: float, *, root: bytes, number: int) -> "Sequence":
@@ -142,6 +154,8 @@ class Sequence:
             state=SequenceState.WAITING if is_prefilled_here else SequenceState.AWAITING_KV,
             block_hashes=[root],
             prefix_peers=submit.prefix_peers,
+            images=ImageInputs(submit.images) if submit.images else None,
+            cache_salt=submit.cache_salt,
         )
 
     @property
@@ -164,6 +178,23 @@ class Sequence:
         """Tokens that are known but have no KV yet; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens
 
+    def num_ready_tokens(self, num_known: int) -> int:
+        """Tokens before the first embedding that is not here, when the KV of `num_known` is."""
+        num_tokens = len(self.token_ids)
+        return self.images.ready_tokens(num_tokens, num_known) if self.images is not None else num_tokens
+
+    def named_tokens(self, start: int, end: int) -> list[int]:
+        """What tells its tokens in [start, end) from others: the token ids, with numbers of their own for embeddings."""
+        token_ids = self.token_ids[start:end]
+        return self.images.name_tokens(token_ids, start) if self.images is not None else token_ids
+
+    def prompt_digest(self) -> bytes:
+        """See kvtransfer.digest: of the prompt's tokens and pictures."""
+        digest = token_digest(self.token_ids[: self.num_prompt_tokens])
+        if self.images is None:
+            return digest
+        return content_digest(digest, [tile.key for tile in self.images.tiles])
+
     @property
     def num_kept_tokens(self) -> int:
         """Tokens whose KV means the same to another sequence with these tokens."""
@@ -181,7 +212,7 @@ class Sequence:
         """Make `block_hashes` reach this many full blocks."""
         hashes = self.block_hashes
         for i in range(len(hashes) - 1, num_blocks):
-            hashes.append(block_hash(hashes[i], self.token_ids[i * block_size : (i + 1) * block_size]))
+            hashes.append(self._block_hash(hashes[i], i * block_size, (i + 1) * block_size))
 
     def move_to(self, state: SequenceState) -> None:
         """Change state along TRANSITIONS."""
@@ -204,4 +235,8 @@ class Sequence:
         assert self.num_computed_tokens <= self.capacity, self
         assert len(self.block_hashes) - 1 <= len(self.token_ids) // block_size, self
         for i, (parent, name) in enumerate(pairwise(self.block_hashes)):
-            assert name == block_hash(parent, self.token_ids[i * block_size : (i + 1) * block_size]), self
+            assert name == self._block_hash(parent, i * block_size, (i + 1) * block_size), self
+
+    def _block_hash(self, parent: bytes, start: int, end: int) -> bytes:
+        contents = self.images.contents(start, end) if self.images is not None else ()
+        return block_hash(parent, self.token_ids[start:end], contents)

@@ -1,5 +1,6 @@
 """A StepPlan as the tensors of one forward pass, and which of its rows are whose."""
 
+from collections.abc import Iterator
 from itertools import accumulate
 
 import numpy as np
@@ -64,6 +65,20 @@ class StepBatch:
         """Rows of one of `sampled`: its own, and its drafts'."""
         return self._num_rows[index]
 
+    def embedded_rows(self) -> Iterator[tuple[range, tuple[int, ...], int]]:
+        """Rows of `forward` that stand for embeddings: rows, blocks of the tile in the embedding pool, place in it."""
+        first_row = sum(self._num_rows[: len(self.plan.decodes)])
+        for part in self._chunks:
+            images = part.sequence.images
+            for i in images.overlapping(part.start, part.end) if images is not None else ():
+                assert images is not None
+                tile = images.tiles[i]
+                lo = max(part.start, tile.start)
+                hi = min(part.end, tile.start + tile.num_embeddings)
+                rows = range(first_row + lo - part.start, first_row + hi - part.start)
+                yield rows, images.block_ids[i], lo - tile.start
+            first_row += part.end - part.start
+
     def _forward(self, block_size: int) -> ForwardBatch:
         plan = self.plan
         sequences = [*plan.decodes, *(part.sequence for part in self._chunks)]
@@ -103,7 +118,34 @@ class StepBatch:
             rope_lens=torch.from_numpy(np.maximum(prompt_lens, positions + 1)),
             tree_masks=tree_masks,
             mixes=self._mixes(first_rows),
+            rope_positions=self._rope_positions(sequences, positions, first_rows, query_lens),
         )
+
+    def _rope_positions(
+        self,
+        sequences: list[Sequence],
+        positions: NDArray[np.int64],
+        first_rows: NDArray[np.int64],
+        query_lens: NDArray[np.int64],
+    ) -> torch.Tensor | None:
+        """Positions where those of some prompt follow its pictures (M-RoPE), [3, num_tokens]; None: all are places."""
+        moved = [
+            (i, one.images, one.images.position_delta)
+            for i, one in enumerate(sequences)
+            if one.images is not None and one.images.position_delta is not None
+        ]
+        if not moved:
+            return None
+        result = np.broadcast_to(positions, (3, len(positions))).copy()
+        for i, images, delta in moved:
+            rows = slice(first_rows[i], first_rows[i] + query_lens[i])
+            if i < len(self.plan.decodes):
+                # Generated, or drafted: after all pictures.
+                result[:, rows] += delta
+            else:
+                first = int(positions[first_rows[i]])
+                result[:, rows] = images.positions(first, first + int(query_lens[i]))
+        return torch.from_numpy(result)
 
     def _token_ids(self) -> list[int]:
         plan = self.plan

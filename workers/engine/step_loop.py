@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from workers.api import BlockCounts, KvLedger
+from workers.api import BlockCounts, KvLedger, KvReuseCounts
 from workers.engine.engine import Engine
 from workers.engine.idle_check import IdleCheck
 from workers.engine.messages import Message, Output
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 MAX_IDLE_S = 0.5
 #: Steps that may break in a row before the worker says that it cannot serve.
 MAX_BROKEN_STEPS = 3
+
+NO_REUSE = KvReuseCounts()
 
 Result = TypeVar("Result")
 
@@ -47,6 +49,9 @@ class EngineSnapshot:
     num_steps: int
     leaked_blocks: int = 0
     num_invariant_failures: int = 0
+    reuse: KvReuseCounts = NO_REUSE
+    #: See Engine.
+    num_wrong_prefixes: int = 0
 
 
 class StepLoop:
@@ -201,6 +206,8 @@ class StepLoop:
             self.num_steps,
             self._idle_check.leaked_blocks,
             self._idle_check.num_failures,
+            engine.reuse_counts(),
+            engine.num_wrong_prefixes,
         )
 
     def _publish_outputs(self) -> None:

@@ -37,7 +37,7 @@ request r-1: a prompt of 37 tokens, arrived 12.34 s ago
     why          least loaded: prefill-0 with 0 prompt tokens, decode-1 with 0 sequences
     KV transfer  1.63 MiB in 6 chunks, 7.56 MiB/s
                  201 ms (93%) hidden by prefill (-), 14.0 ms exposed (#)
-                 by shm (both are on this host), codec int4, 0.41 MiB moved
+                 by grpc (they are on two hosts), codec int4, 0.41 MiB moved
                  1 chunk sent again, resumed 2 times"""
 
 
@@ -64,8 +64,8 @@ def finished() -> pb.RequestRecord:
             transfer_s=0.215,
             busy_s=0.215,
             exposed_s=0.014,
-            transport="shm",
-            transport_reason="both are on this host",
+            transport="grpc",
+            transport_reason="they are on two hosts",
             codec="int4",
             num_wire_bytes=430_000,
             num_resent_chunks=1,
@@ -112,6 +112,67 @@ def test_a_request_is_told_from_its_arrival_to_its_end(capsys: pytest.CaptureFix
     assert capsys.readouterr() == (f"{TEXT}\n", "")
 
 
+def test_kv_that_was_not_computed_is_told() -> None:
+    record = finished()
+    (sample,) = record.samples
+    sample.num_fetched_tokens, sample.num_reused_tokens, sample.prefix_fetch_s = 12, 9, 0.002
+    summary = lines(record)[1]
+    assert (
+        "8 tokens (16 of the prompt cached, 12 of them from another worker, 9 reused from other contexts)"
+        in summary
+    )
+    assert (
+        "3.0 ms of it in the worker's queue, 2.0 ms of that for KV of other workers, 242 ms in prefill"
+        in summary
+    )
+
+
+def add_shards(attempt: pb.AttemptRecord) -> None:
+    """One that went well, one that an encoder had already, one that was lost, and one that runs."""
+    attempt.encodes.add(
+        worker_id="encode-0",
+        num_tiles=4,
+        at_s=0.02,
+        duration_s=0.0312,
+        num_cached_tiles=1,
+        queue_s=0.001,
+        decode_s=0.002,
+        encode_s=0.025,
+        transfer_s=0.0032,
+        num_bytes=2**19,
+        transport="shm",
+    )
+    attempt.encodes.add(worker_id="prefill-0", first_tile=4, num_tiles=1, at_s=0.02, duration_s=0.001)
+    attempt.encodes.add(
+        worker_id="encode-1", first_tile=5, num_tiles=2, at_s=0.02, duration_s=0.01, problem="its stream ended"
+    )
+    attempt.encodes.add(worker_id="encode-0", first_tile=5, num_tiles=2, at_s=0.03)
+    attempt.encodes.add(worker_id="encode-0", first_tile=7, num_tiles=1, at_s=0.03, problem="given up")
+
+
+def test_each_shard_of_pictures_is_told(capsys: pytest.CaptureFixture[str], gateway: FakeGateway) -> None:
+    record = finished()
+    add_shards(record.samples[0].attempts[0])
+    found = lines(record)
+    start = next(i for i, line in enumerate(found) if line.startswith("    why "))
+    assert found[start + 1 : start + 7] == [
+        "    pictures     encode-0: tiles 0-3, 31.2 ms in all: queue 1.0 ms, decode 2.0 ms, encode 25.0 ms, "
+        "transfer 3.2 ms, 0.50 MiB by shm, 1 tile cached",
+        "                 prefill-0: tile 4, 1.0 ms in all",
+        "                 encode-1: tiles 5-6, failed after 10.0 ms: its stream ended",
+        "                 encode-0: tiles 5-6, not reported",
+        "                 encode-0: tile 7, given up",
+        "    KV transfer  not reported",
+    ]
+    gateway.record = record
+    assert main(["explain", "r-1", "--json"]) == exit_codes.OK
+    first, second = json.loads(capsys.readouterr().out)["samples"][0]["attempts"]
+    assert [shard["worker_id"] for shard in first["encodes"]][:2] == ["encode-0", "prefill-0"]
+    assert first["encodes"][0]["encode_s"] == 0.025
+    assert "duration_s" not in first["encodes"][3]
+    assert second["encodes"] == []
+
+
 def test_a_request_that_runs_on_one_worker_is_told_so_far() -> None:
     record = finished()
     (sample,) = record.samples
@@ -150,7 +211,7 @@ def test_json_has_names_of_states_and_numbers_that_are_numbers(capsys: pytest.Ca
     first, second = sample["attempts"]
     assert (first["transfer"], first["problem"]) == (None, "decode-0: its stream ended")
     assert second["transfer"]["num_bytes"] == 37 * 46080
-    assert second["transfer"]["transport_reason"] == "both are on this host"
+    assert second["transfer"]["transport_reason"] == "they are on two hosts"
     assert sample["second_token_at_s"] == 0.522
 
 

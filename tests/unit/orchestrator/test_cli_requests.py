@@ -93,7 +93,14 @@ def test_generate_prints_one_json_object_for_each_message(
         "text_delta": "Paris",
     }
     assert last["finish_reason"] == "stop"
-    assert last["usage"] == {"prompt_tokens": 37, "completion_tokens": 2, "cached_tokens": 0}
+    assert last["usage"] == {
+        "prompt_tokens": 37,
+        "completion_tokens": 2,
+        "cached_tokens": 0,
+        "fetched_tokens": 0,
+        "reused_tokens": 0,
+        "image_tokens": 0,
+    }
     assert last["timings"]["tpot_s"] == 0.066
     assert last["timings"]["kv_transfer"]["num_bytes"] == 37 * 46080
 
@@ -251,7 +258,7 @@ def test_a_conversation_has_a_history_that_can_be_reset(
     ]
     assert capsys.readouterr() == (
         "Paris.\n" * 3,
-        "there is no command /frob; there are /reset and /exit\n(forgotten)\n",
+        "there is no command /frob; there are /image FILE, /reset and /exit\n(forgotten)\n",
     )
 
 

@@ -186,6 +186,7 @@ def test_json_has_everything_of_a_message(gateway: FakeGateway, capsys: pytest.C
     last.drafts.add(token_ids=[1, 2], text="ab", logprob=-0.5)
     last.stop_text = "END"
     last.usage.cached_tokens = 16
+    last.usage.fetched_tokens, last.usage.reused_tokens = 12, 7
     last.usage.decoding.CopyFrom(pb.DecodingCost(num_steps=3, num_rows=9, num_tokens=6))
     assert main(["generate", "x", "--json", "--address", gateway.address]) == exit_codes.OK
     found = json.loads(capsys.readouterr().out)
@@ -208,6 +209,9 @@ def test_json_has_everything_of_a_message(gateway: FakeGateway, capsys: pytest.C
         "prompt_tokens": 37,
         "completion_tokens": 1,
         "cached_tokens": 16,
+        "fetched_tokens": 12,
+        "reused_tokens": 7,
+        "image_tokens": 0,
         "decoding": {"num_steps": 3, "num_rows": 9, "num_tokens": 6},
     }
 

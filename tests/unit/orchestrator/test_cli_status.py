@@ -23,6 +23,7 @@ from workers.api import (
     BlockCounts,
     KvDirection,
     KvPeer,
+    KvReuseCounts,
     KvTransferCounts,
     Phase,
     WorkerId,
@@ -160,6 +161,67 @@ def test_pairs_that_kv_went_between_are_shown_with_how_and_why() -> None:
         "  prefill-0 -> 10.0.0.9:1: 1 transfer by none yet, codec none, 0.0 MiB; last problem: it was refused",
         "  decode-0: 1 corrupt chunk, 2 wrong digests",
     ]
+
+
+def test_kv_that_was_not_computed_is_shown_with_where_it_came_from() -> None:
+    reuse = KvReuseCounts(
+        num_cached_tokens=1,
+        num_reused_tokens=9,
+        num_prefixes_asked=3,
+        num_prefixes_fetched=2,
+        num_prefixes_refused=1,
+        num_fetched_tokens=640,
+        fetch_s=0.04321,
+        num_host_blocks=5,
+        num_host_bytes=3 * 2**20,
+        num_host_saved=8,
+        num_host_hits=4,
+        num_host_dropped=3,
+        num_host_corrupt=1,
+    )
+    decode = with_status(DECODE_0, reuse=KvReuseCounts(num_prefixes_refused=2))
+    assert last_lines(with_status(PREFILL_0, reuse=reuse), decode) == [
+        "",
+        (
+            "  prefill-0: 1 prompt token cached, 9 reused from other contexts, prefixes: 3 asked for, 2 fetched "
+            "(640 tokens in 0.0432 s), 1 faster computed, host memory: 5 blocks, 3.0 MiB, 4 restored of 8 saved, "
+            "3 dropped, 1 DAMAGED in host memory"
+        ),
+        "  decode-0: prefixes: 0 asked for, 0 fetched, 2 faster computed",
+    ]
+
+
+def test_pictures_are_shown_of_workers_that_have_any() -> None:
+    counts = EmbeddingCounts(
+        num_blocks=64,
+        num_free=40,
+        num_cached=20,
+        num_waiting=1,
+        num_hits=12,
+        num_misses=30,
+        num_evictions=3,
+        num_encodes_running=2,
+        num_tiles_encoded=25,
+        num_tiles_cached=5,
+        num_batches=1,
+        num_patches=640,
+    )
+    encode = replace(
+        with_status(PREFILL_0, embeddings=counts), phases=frozenset({Phase.ENCODE, Phase.PREFILL})
+    )
+    decode = with_status(DECODE_0, embeddings=EmbeddingCounts(num_blocks=8, num_free=8))
+    pool = "embedding blocks: 40 free, 20 cached, of 64, 1 request waiting for room"
+    tiles = "tiles: 12 found, 30 not, 3 evicted"
+    assert last_lines(encode, decode) == [
+        "",
+        f"  prefill-0: {pool}, {tiles}, encode: 2 running, 25 tiles in 1 batch, 5 cached",
+        (
+            "  decode-0: embedding blocks: 8 free, 0 cached, of 8, 0 requests waiting for room, "
+            "tiles: 0 found, 0 not, 0 evicted"
+        ),
+    ]
+    told = as_json(DeploymentStatus(RUNNING, replace(REPORT, view=replace(VIEW, workers=(encode,)))))
+    assert told["report"]["view"]["workers"][0]["status"]["embeddings"]["num_patches"] == 640
 
 
 def test_leaked_blocks_are_shown_where_there_are_any() -> None:

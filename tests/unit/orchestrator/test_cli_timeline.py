@@ -17,7 +17,7 @@ latency      TTFT 256 ms, TPOT 66.0 ms, total 789 ms
 tokens       37 in the prompt, 2 generated; ended by an end token
 KV transfer  1.63 MiB in 6 chunks, 7.56 MiB/s
              201 ms (93%) hidden by prefill (-), 14.0 ms exposed (#)
-             by shm (both are on this host), codec none, 1.63 MiB moved
+             by shm (both are on this host), codec none, all read in place
              second token 530 ms after the first
 workers      prefill on prefill-0, decode on decode-0"""
 
@@ -53,6 +53,25 @@ def test_a_request_on_one_worker_has_no_transfer() -> None:
     last.timings.attempts = 2
     last.timings.prefill_worker_id = last.timings.decode_worker_id = "both-0"
     assert "\n".join(lines(last)) == ON_ONE_WORKER
+
+
+def test_pictures_have_a_bar_and_a_line_for_each_shard() -> None:
+    last = last_message()
+    last.usage.image_tokens = 20
+    last.timings.encode_s, last.timings.encode_start_s = 0.1, 0.01
+    last.timings.encodes.add(worker_id="encode-0", num_tiles=4, duration_s=0.09, encode_s=0.08)
+    last.timings.encodes.add(worker_id="encode-1", first_tile=4, num_tiles=1, duration_s=0.1, encode_s=0.09)
+    drawn = lines(last)
+    assert drawn[2:4] == [
+        "encode      | ######                                       |   100 ms",
+        "prefill     | ##############                               |   242 ms",
+    ]
+    start = next(i for i, line in enumerate(drawn) if line.startswith("tokens"))
+    assert drawn[start : start + 3] == [
+        "tokens       37 in the prompt, 20 of pictures, 2 generated; ended by an end token",
+        "pictures     encode-0: tiles 0-3, 90.0 ms in all: encode 80.0 ms",
+        "             encode-1: tile 4, 100 ms in all: encode 90.0 ms",
+    ]
 
 
 def test_the_transfer_of_a_later_attempt_is_told_and_not_drawn() -> None:

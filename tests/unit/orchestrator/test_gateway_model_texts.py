@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from orchestrator.errors import InvalidRequest, UnusableModel
-from orchestrator.gateway.model_texts import ModelTexts
+from orchestrator.gateway.model_texts import ChatTurn, ModelTexts
 from orchestrator.gateway.stop_strings import StopStrings
 from tests.support.fake_worker import byte_ids, byte_model, byte_tokenizer, without_byte_level
 
@@ -78,12 +78,13 @@ def test_templates_are_rendered_as_transformers_does(template: str) -> None:
     expected = reference.apply_chat_template(
         messages, chat_template=template, add_generation_prompt=True, tokenize=False
     )
-    assert ModelTexts(byte_model(chat_template=template)).render_chat(messages) == expected
+    turns = [ChatTurn(message["role"], (message["content"],)) for message in messages]
+    assert ModelTexts(byte_model(chat_template=template)).render_chat(turns) == expected
 
 
 def test_a_template_that_refuses_makes_the_request_invalid() -> None:
     with pytest.raises(InvalidRequest, match=r"chat\.messages is refused.*not this one"):
-        TEXTS.render_chat([{"role": "user", "content": "raise"}])
+        TEXTS.render_chat([ChatTurn("user", ("raise",))])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_template_that_refuses_makes_the_request_invalid() -> None:
 )
 def test_a_template_that_breaks_or_reaches_out_makes_the_request_invalid(template: str) -> None:
     with pytest.raises(InvalidRequest, match="chat template"):
-        ModelTexts(byte_model(chat_template=template)).render_chat([{"role": "user", "content": "x"}])
+        ModelTexts(byte_model(chat_template=template)).render_chat([ChatTurn("user", ("x",))])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_without_a_template_chat_is_refused_and_text_is_not(template: str, probl
     assert not texts.has_chat_template
     assert texts.encode("ab") == byte_ids("ab")
     with pytest.raises(InvalidRequest, match=problem):
-        texts.render_chat([{"role": "user", "content": "x"}])
+        texts.render_chat([ChatTurn("user", ("x",))])
 
 
 @pytest.mark.parametrize("tokenizer_json", [b"", b"{}", b"\xff", json.dumps({"model": 1}).encode()])

@@ -219,7 +219,11 @@ def test_bad_requests_get_their_status_and_harm_no_other() -> None:
             too_long = pb.GenerateRequest(text="x" * (4 * 2**20 + 1))
             status, message = await error_of(it.client.Generate(too_long))
             assert status == "RESOURCE_EXHAUSTED"
-            assert "larger than max" in message
+            assert message == (
+                "the message has 4194310 bytes without its pictures; at most 4194304 are read: shorten it"
+            )
+            status, message = await error_of(it.client.Generate(pb.GenerateRequest(text="x" * (73 * 2**20))))
+            assert (status, "larger than max" in message) == ("RESOURCE_EXHAUSTED", True)
             assert len(both.submits) == 1
             both.say(*both.script(both.submits[0]))
             assert len(tokens_of(await collect(good))) == 4

@@ -398,6 +398,8 @@ def test_tokens_that_are_no_utf_8_are_a_prompt_like_any_other() -> None:
         errors.AddressInUse("a:1", "k"),
         errors.AddressUnusable("a:1", "k", "p"),
         errors.GatewayFull(3),
+        errors.ImagesFull(1, 2, 3),
+        errors.MessageTooLarge(1, 2),
         errors.GatewayStopping(),
         errors.NoModelYet("d"),
         errors.ControllerSuperseded(3),

@@ -209,19 +209,15 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert "(5002 characters); allowed: loopback or node" in problem
 
 
-def test_encode_is_refused_with_the_reason_and_what_is_allowed() -> None:
-    problem = only_problem(
-        manifest(workers=[group("w", "encode", "prefill", "decode")][:1]).replace("- decode\n", "")
-    )
-    assert problem == (
-        "spec.workers[0].phases[0]: workers cannot serve the encode phase yet: it arrives with image support; "
-        "allowed: a list of prefill, decode or both"
-    )
+def test_a_group_may_encode_alone_or_with_other_phases() -> None:
+    groups = [group("e", "encode"), group("b", "encode", "prefill", "decode")]
+    specs = worker_specs(parse(manifest(workers=groups)))
+    assert [spec.phases for spec in specs] == [{Phase.ENCODE}, set(Phase)]
 
 
 def test_an_unknown_phase_names_the_nearest() -> None:
     text = manifest(workers=[group("w", "prefil", "decode")])
-    assert only_problem(text).endswith("allowed: a list of prefill, decode or both; did you mean 'prefill'?")
+    assert only_problem(text).endswith("allowed: a list of encode, prefill, decode; did you mean 'prefill'?")
 
 
 def test_gpus_are_refused_with_the_reason() -> None:

@@ -145,7 +145,7 @@ def test_an_end_that_overtakes_the_first_token_ends_it_when_that_has_come() -> N
     request = machine(2)
     request.routed(SPLIT, 1, 0.0)
     assert request.worker_event(D.worker_id, tokens(request, 1, 12, end=FinishReason.STOP), 1.0) == []
-    assert request.worker_lost(D, "gone after its last word") == []
+    assert request.worker_lost(D, "gone after its last word", 1.0) == []
     actions = request.worker_event(P.worker_id, tokens(request, 0, 11), 2.0)
     assert actions[0] == Deliver((11, 12), 0, FinishReason.STOP)
     assert aborted(actions) == {"p-0"}
@@ -165,7 +165,7 @@ def test_a_first_token_that_ends_it_after_a_failover_frees_the_decode_worker_too
     request.routed(SPLIT, 1, 0.0)
     request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
     request.worker_event(D.worker_id, tokens(request, 1, 12), 1.0)
-    assert request.worker_lost(D, "gone")[-1] == WantRoute("d-0: gone")
+    assert request.worker_lost(D, "gone", 1.0)[-1] == WantRoute("d-0: gone")
     request.routed(SPLIT, 2, 2.0)
     actions = request.worker_event(P.worker_id, tokens(request, 2, 13, end=FinishReason.LENGTH), 3.0)
     assert actions[0] == Deliver((13,), 2, FinishReason.LENGTH)
@@ -188,7 +188,7 @@ def test_after_a_loss_the_next_attempt_prefills_what_was_delivered_and_goes_on()
     request.routed(SPLIT, 1, 0.0)
     request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
     request.worker_event(D.worker_id, tokens(request, 1, 12), 2.0)
-    assert request.worker_lost(D, "its stream broke") == [
+    assert request.worker_lost(D, "its stream broke", 1.0) == [
         Send(P, Abort(RequestKey(RequestId("r"), 1))),
         WantRoute("d-0: its stream broke"),
     ]
@@ -207,7 +207,7 @@ def test_after_a_loss_the_next_attempt_prefills_what_was_delivered_and_goes_on()
 def test_before_the_first_token_a_new_attempt_starts_its_times_anew() -> None:
     request = machine()
     request.routed(SPLIT, 1, 1.0)
-    request.worker_lost(P, "gone")
+    request.worker_lost(P, "gone", 1.0)
     request.routed(SPLIT, 2, 5.0)
     assert request.times.submitted_at_s == 5.0
 
@@ -217,14 +217,14 @@ def test_a_prefill_worker_that_has_handed_off_may_die() -> None:
     request.routed(SPLIT, 1, 0.0)
     request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
     request.worker_event(P.worker_id, transferred(request), 1.0)
-    assert request.worker_lost(P, "gone") == []
+    assert request.worker_lost(P, "gone", 1.0) == []
     assert request.state is RequestState.DECODE
 
 
 def test_the_loss_of_an_earlier_incarnation_concerns_nobody() -> None:
     request = machine()
     request.routed(SPLIT, 1, 0.0)
-    assert request.worker_lost(replace(P, incarnation=0), "gone") == []
+    assert request.worker_lost(replace(P, incarnation=0), "gone", 1.0) == []
     assert request.state is RequestState.PREFILL
 
 
@@ -232,16 +232,16 @@ def test_a_transfer_reported_where_there_is_none_changes_nothing() -> None:
     request = machine()
     request.routed(TOGETHER, 1, 0.0)
     assert request.worker_event(B.worker_id, transferred(request), 1.0) == []
-    assert request.worker_lost(B, "gone") == [WantRoute("b-0: gone")]
+    assert request.worker_lost(B, "gone", 1.0) == [WantRoute("b-0: gone")]
 
 
 def test_only_so_many_attempts_are_made() -> None:
     request = machine()
     for attempt in range(1, MAX_ATTEMPTS):
         request.routed(TOGETHER, attempt, 0.0)
-        assert request.worker_lost(B, "gone") == [WantRoute("b-0: gone")]
+        assert request.worker_lost(B, "gone", 1.0) == [WantRoute("b-0: gone")]
     request.routed(TOGETHER, MAX_ATTEMPTS, 0.0)
-    assert request.worker_lost(B, "gone") == [Fail(FailureKind.UNAVAILABLE, "b-0: gone")]
+    assert request.worker_lost(B, "gone", 1.0) == [Fail(FailureKind.UNAVAILABLE, "b-0: gone")]
     request.check_invariants()
 
 
@@ -297,7 +297,7 @@ def test_nothing_follows_an_end() -> None:
     request.routed(TOGETHER, 1, 0.0)
     request.worker_event(B.worker_id, tokens(request, 0, 11, end=FinishReason.STOP), 1.0)
     assert request.worker_event(B.worker_id, tokens(request, 1, 12), 1.0) == []
-    assert request.cancelled("late") == request.deadline_passed() == request.worker_lost(B, "late") == []
+    assert request.cancelled("late") == request.deadline_passed() == request.worker_lost(B, "late", 1.0) == []
     assert request.delivered == [11]
 
 
@@ -333,14 +333,14 @@ def test_what_the_client_has_is_not_asked_again() -> None:
     assert (first.sampling, first.num_delivered) == (request.sampling, 0)
     assert (first.priority, first.cache_salt) == (7, "salt")
     request.worker_event(B.worker_id, PromptScored(request.key, 1, scored(6)), 1.0)
-    request.worker_lost(B, "gone")
+    request.worker_lost(B, "gone", 1.0)
     (again,) = submits(request.routed(TOGETHER, 2, 0.0)).values()
     assert again.sampling.num_prompt_logprobs == 1
     assert request.worker_event(B.worker_id, PromptScored(request.key, 1, scored(6, 7)), 1.0) == [
         DeliverPrompt(scored(7))
     ]
     request.worker_event(B.worker_id, tokens(request, 0, 11, 12, 13, 14), 1.0)
-    request.worker_lost(B, "gone")
+    request.worker_lost(B, "gone", 1.0)
     (last,) = submits(request.routed(TOGETHER, 3, 0.0)).values()
     assert last.sampling == replace(
         request.sampling, max_new_tokens=2, min_new_tokens=0, num_prompt_logprobs=None
@@ -366,10 +366,12 @@ def test_logprobs_that_overtake_stay_with_their_tokens() -> None:
     late = replace(tokens(request, 1, 12, 13), logprobs=scored(12, 13))
     assert request.worker_event(D.worker_id, late, 1.0) == []
     first = replace(tokens(request, 0, 11, prefill_s=0.5), logprobs=scored(11), num_cached_tokens=2)
+    first = replace(first, num_fetched_tokens=1, num_reused_tokens=5, prefix_fetch_s=0.25)
     assert request.worker_event(P.worker_id, first, 1.0) == [
         Deliver((11, 12, 13), 0, None, scored(11, 12, 13))
     ]
-    assert request.num_cached_tokens == 2
+    assert (request.num_cached_tokens, request.num_fetched_tokens, request.num_reused_tokens) == (2, 1, 5)
+    assert request.prefix_fetch_s == 0.25
 
 
 def test_drafts_are_all_there_is_and_end_it() -> None:
@@ -390,7 +392,7 @@ def test_the_report_of_an_attempt_that_was_given_up_is_forgotten() -> None:
     request = machine()
     request.routed(TOGETHER, 1, 0.0)
     request.worker_event(B.worker_id, DecodingReport(request.key, 3, 3, 9), 1.0)
-    request.worker_lost(B, "gone")
+    request.worker_lost(B, "gone", 1.0)
     request.routed(TOGETHER, 2, 0.0)
     assert request.decoding_report is None
 
@@ -410,7 +412,7 @@ def test_text_may_stop_while_it_waits_for_a_route_and_after_its_end() -> None:
     request = machine(6)
     request.routed(TOGETHER, 1, 0.0)
     request.worker_event(B.worker_id, tokens(request, 0, 11, 12), 1.0)
-    request.worker_lost(B, "gone")
+    request.worker_lost(B, "gone", 1.0)
     assert request.text_stopped(1) == []
     assert (request.state, request.delivered) == (RequestState.FINISHED, [11])
     request = machine(2)
@@ -498,7 +500,7 @@ class World:
 
     def lose(self, lost: WorkerView) -> None:
         self.held = {key: events for key, events in self.held.items() if key[0] != lost.worker_id}
-        self.apply(self.request.worker_lost(lost, "test"))
+        self.apply(self.request.worker_lost(lost, "test", 1.0))
 
     def stop_text(self) -> None:
         """As when a stop string ends with the last token that the client has."""

@@ -26,7 +26,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.kv_wire import ledger_from_pb
-from workers.service import WorkerService
+from workers.service import MAX_HASHES, PrefixFound, WorkerService
 from workers.sessions import SessionTable
 from workers.wire import command_to_pb, kv_event_from_pb
 
@@ -36,6 +36,16 @@ INCARNATION = 3
 async def no_ledger() -> KvLedger | None:
     """There is no engine."""
     return None
+
+
+async def find_prefix(block_hashes: tuple[bytes, ...], address: str) -> PrefixFound | None:
+    """What is asked for decides."""
+    match address:
+        case "busy:1":
+            raise TimeoutError
+        case "early:1":
+            return None
+    return PrefixFound(len(block_hashes), 1, 5e8)
 
 
 @asynccontextmanager
@@ -51,6 +61,7 @@ async def serving(
         status=lambda: status,
         model=lambda: None,
         ledger=ledger,
+        find_prefix=find_prefix,
         shut_down=lambda: None,
     )
     add_WorkerServiceServicer_to_server(service, server)
@@ -128,7 +139,7 @@ def test_the_ledger_is_told_with_whose_it_is() -> None:
 
 
 def test_without_an_engine_there_is_no_ledger() -> None:
-    assert asyncio.run(_ask_ledger(no_ledger)) == ("FAILED_PRECONDITION", "the worker is ready: it is well")
+    assert asyncio.run(_ask_ledger(no_ledger)) == ("FAILED_PRECONDITION", "it serves encode alone and has no KV")
 
 
 def test_an_engine_that_does_not_answer_is_said_to_be_in_a_step() -> None:
@@ -137,3 +148,31 @@ def test_an_engine_that_does_not_answer_is_said_to_be_in_a_step() -> None:
 
     status, reason = asyncio.run(_ask_ledger(ledger))
     assert (status, reason) == ("DEADLINE_EXCEEDED", "the engine is in a step that does not end")
+
+
+async def _find(num_hashes: int, address: str) -> pb.FindPrefixResponse | str:
+    async with serving(SessionTable()) as stub:
+        try:
+            answer = await stub.FindPrefix(
+                pb.FindPrefixRequest(block_hashes=[b"x"] * num_hashes, address=address)
+            )
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        assert isinstance(answer, pb.FindPrefixResponse)
+        return answer
+
+
+def test_what_is_cached_of_a_prefix_is_told() -> None:
+    answer = pb.FindPrefixResponse(num_blocks=3, num_host_blocks=1, link_bytes_per_s=5e8)
+    assert asyncio.run(_find(3, "w:1")) == answer
+
+
+def test_more_than_anybody_fetches_is_not_looked_up() -> None:
+    answer = asyncio.run(_find(MAX_HASHES + 1, "w:1"))
+    assert isinstance(answer, pb.FindPrefixResponse)
+    assert answer.num_blocks == MAX_HASHES
+
+
+def test_an_engine_that_cannot_look_says_why() -> None:
+    assert asyncio.run(_find(1, "busy:1")) == "DEADLINE_EXCEEDED"
+    assert asyncio.run(_find(1, "early:1")) == "FAILED_PRECONDITION"

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 import pytest
+from annotated_types import Ge, Le
 
+from orchestrator.manifest.engine import Engine, SpanReuse
+from orchestrator.manifest.models import KvTransfer
 from workers import main as worker_main
 from workers.api import (
     Batching,
@@ -81,13 +84,28 @@ def test_reuse_of_spans_is_off_until_it_is_said_how_much_is_computed_again(
         (["--weight-dtype", "fp8"], "argument --weight-dtype: invalid choice: 'fp8'"),
         (["--growth-reserve", "1.1"], "argument --growth-reserve: '1.1' is not a number from 0 to 1"),
         (["--growth-reserve", "nan"], "argument --growth-reserve: 'nan' is not a number from 0 to 1"),
-        (["--tile-tokens", "0"], "argument --tile-tokens: '0' is not a whole number above 0"),
+        (["--tile-tokens", "0"], "argument --tile-tokens: '0' is not a whole number from 1 to 4096"),
         (
             ["--tile-tokens", "300"],
             "argument --tile-tokens: is 300; it must not be more than --token-budget 256",
         ),
-        (["--token-budget", "8"], "argument --token-budget: is 8; it must hold a block"),
-        (["--host-cache-mib", "-1"], "argument --host-cache-mib: '-1' is not a whole number from 0 on"),
+        (["--token-budget", "79"], "--max-running-sequences + --block-size = 80"),
+        (
+            ["--host-cache-mib", "-1"],
+            "argument --host-cache-mib: '-1' is not a whole number from 0 to 16777216",
+        ),
+        (["--max-chunk-kib", "63"], "argument --max-chunk-kib: '63' is not a whole number from 64 to 65536"),
+        (["--streams", "17"], "argument --streams: '17' is not a whole number from 1 to 16"),
+        (["--lease-s", "0.5"], "argument --lease-s: '0.5' is not a number from 1 to 3600"),
+        (["--resume-s", "inf"], "argument --resume-s: 'inf' is not a number from 0 to 600"),
+        (
+            ["--transport", "shm", "--codec", "fp8"],
+            "argument --codec: with --transport shm nothing is packed",
+        ),
+        (
+            ["--transport", "shm", "--streams", "2"],
+            "argument --streams: with --transport shm no chunks travel",
+        ),
         (
             ["--host-cache-mib", "1", "--no-prefix-cache"],
             "argument --host-cache-mib: is 1; with --no-prefix-cache",
@@ -97,3 +115,46 @@ def test_reuse_of_spans_is_off_until_it_is_said_how_much_is_computed_again(
 )
 def test_a_wrong_option_is_named(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert said in error_of(capsys, arguments)
+
+
+def manifest_bounds() -> dict[str, tuple[object, object]]:
+    """Least and most of each number of the manifest that a worker is started with, by option."""
+    found = {}
+    for section, prefix in ((Engine, ""), (KvTransfer, ""), (SpanReuse, "span_")):
+        for name, field in section.model_fields.items():
+            bounds = {type(one): one for one in field.metadata}
+            if Ge in bounds and Le in bounds:
+                option = prefix + name.removesuffix("_fraction")
+                found["--" + option.replace("_", "-")] = bounds[Ge].ge, bounds[Le].le
+    return found
+
+
+def test_the_manifest_s_bounds_are_those_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bounds = manifest_bounds()
+    assert len(bounds) == 19
+    for option, (least, most) in bounds.items():
+        assert isinstance(least, int)
+        assert isinstance(most, int)
+        assert f"argument {option}: " in error_of(capsys, [option, str(most + 1)])
+        assert f"argument {option}: " in error_of(capsys, [option, str(least - 1)])
+        # Neither end is refused for itself, though it may be for what it does to others.
+        for end in (least, most):
+            try:
+                spec_of(monkeypatch, option, str(end))
+            except SystemExit:
+                assert f"argument {option}: {str(end)!r}" not in capsys.readouterr().err
+
+
+def test_every_setting_of_the_manifest_s_engine_and_transfer_is_an_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        worker_main.main(["--help"])
+    told = capsys.readouterr().out
+    names = [*Engine.model_fields, *KvTransfer.model_fields]
+    names.remove("span_reuse")
+    names += ["span_recompute", "span_min_tokens"]
+    missing = [name for name in names if f"--{name.replace('_', '-')}" not in told]
+    assert missing == []

@@ -15,18 +15,24 @@ from workers.api import (
     Command,
     DecodingReport,
     DraftsGenerated,
+    EmbeddingCounts,
+    Encode,
     Event,
     FailureCode,
     FinishReason,
     Grammar,
     GrammarKind,
     Handoff,
+    ImagesEncoded,
+    ImagesWanted,
+    ImageTile,
     KvBlocksRemoved,
     KvBlocksStored,
     KvDirection,
     KvEvent,
     KvLedger,
     KvPeer,
+    KvReuseCounts,
     KvTransferCounts,
     KvTransferred,
     LedgerEntry,
@@ -100,6 +106,7 @@ SAMPLING = st.builds(
     decoding=st.none() | DECODINGS,
 )
 HANDOFFS = st.builds(Handoff, TEXT, TEXT, INT32)
+HASHES = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
 SUBMITS = st.builds(
     Submit,
     KEYS,
@@ -111,8 +118,41 @@ SUBMITS = st.builds(
     num_delivered=INT32,
     priority=st.integers(-(2**31), 2**31 - 1),
     cache_salt=TEXT,
+    images=st.lists(
+        st.builds(
+            ImageTile, INT32, INT32, st.binary(max_size=32), st.none() | st.tuples(INT32, INT32, INT32)
+        ),
+        max_size=3,
+    ).map(tuple),
 )
-COMMANDS = SUBMITS | st.builds(Abort, KEYS) | st.just(SubscribeKvEvents())
+
+
+@st.composite
+def encodes(draw: st.DrawFn) -> Encode:
+    """The prompt that a picture is for is of the same request."""
+    key, attempt = draw(KEYS), draw(INT32)
+    numbers = draw(st.tuples(INT32, INT32, INT32, INT32, INT32))
+    width, height, tile_lo, tile_hi, first_tile = numbers
+    return Encode(
+        key,
+        draw(st.binary(max_size=20)),
+        draw(TEXT),
+        width,
+        height,
+        tile_lo,
+        tile_hi,
+        draw(HASHES),
+        prefill=RequestKey(key.request_id, attempt),
+        first_tile=first_tile,
+        prefill_worker=WorkerId(draw(TEXT)),
+        prefill_address=draw(TEXT),
+        prefill_incarnation=draw(INT32),
+        timeout_s=draw(SECONDS),
+        cache_salt=draw(TEXT),
+    )
+
+
+COMMANDS = SUBMITS | encodes() | st.builds(Abort, KEYS) | st.just(SubscribeKvEvents())
 DRAFTS = st.lists(st.tuples(TOKEN_IDS, SECONDS), max_size=3)
 EVENTS = st.one_of(
     st.builds(PrefillStarted, KEYS, SECONDS),
@@ -125,6 +165,9 @@ EVENTS = st.one_of(
         st.none() | SECONDS,
         LOGPROBS,
         INT32,
+        INT32,
+        INT32,
+        SECONDS,
     ),
     st.builds(PromptScored, KEYS, INT32, LOGPROBS),
     st.builds(
@@ -147,12 +190,20 @@ EVENTS = st.one_of(
         num_resent_chunks=INT32,
         num_resumes=INT32,
     ),
+    st.builds(ImagesWanted, KEYS, TOKEN_IDS.filter(bool)),
+    st.builds(
+        ImagesEncoded, KEYS, INT32, INT32, INT32, INT32, SECONDS, SECONDS, SECONDS, SECONDS, transport=TEXT
+    ),
     st.builds(RequestFailed, KEYS, st.sampled_from(FailureCode), TEXT),
 )
-HASHES = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
 KV_EVENTS = st.builds(KvBlocksStored, st.binary(max_size=32), HASHES) | st.builds(KvBlocksRemoved, HASHES)
 COUNTS = st.builds(BlockCounts, INT32, INT32, INT32, INT32, INT32)
 TRANSFER_COUNTS = st.builds(KvTransferCounts, *[INT32] * len(fields(KvTransferCounts)))
+REUSE_COUNTS = st.builds(
+    KvReuseCounts,
+    **{field.name: SECONDS if field.name == "fetch_s" else INT32 for field in fields(KvReuseCounts)},
+)
+EMBEDDING_COUNTS = st.builds(EmbeddingCounts, *[INT32] * len(fields(EmbeddingCounts)))
 PEERS = st.builds(KvPeer, TEXT, st.sampled_from(KvDirection), TEXT, TEXT, TEXT, INT32, INT32, SECONDS, TEXT)
 ENTRIES = st.builds(
     LedgerEntry,
@@ -183,6 +234,8 @@ STATUSES = st.builds(
     leaked_blocks=INT32,
     num_invariant_failures=INT32,
     transfers=TRANSFER_COUNTS,
+    reuse=REUSE_COUNTS,
+    embeddings=EMBEDDING_COUNTS,
     peers=st.lists(PEERS, max_size=3).map(tuple),
 )
 MODELS = st.builds(
@@ -197,6 +250,8 @@ MODELS = st.builds(
     bos_token=TEXT,
     eos_token=TEXT,
     max_sequence_tokens=INT32,
+    vision_json=TEXT,
+    max_image_embeddings=INT32,
 )
 
 
@@ -208,8 +263,8 @@ def over_the_wire(message: Any) -> Any:
 def test_commands_come_back_as_they_were(command: Command, incarnation: int) -> None:
     message = over_the_wire(command_to_pb(command, incarnation))
     assert command_from_pb(message) == command
-    if isinstance(command, Submit):
-        assert message.submit.incarnation == incarnation
+    if isinstance(command, Submit | Encode):
+        assert getattr(message, message.WhichOneof("command")).incarnation == incarnation
 
 
 @given(EVENTS)

@@ -17,6 +17,9 @@ def find_reuse(
     """
     if sequence.num_uncomputed_tokens <= config.min_tokens:
         return None
+    # Embeddings of pictures take another way than tokens.
+    if sequence.images is not None:
+        return None
     # Logprobs of the prompt need all of it computed; a transfer is told at its start what KV it will be of.
     if sequence.sampling.num_prompt_logprobs is not None or _is_sending(sequence):
         return None

@@ -1,0 +1,191 @@
+"""The encoding of one sample's pictures: which tiles wait for an encode worker, and which are with one. Pure.
+
+A shard that is lost is given to another worker, and only that shard. Each has an attempt number of its own, so that what
+a worker says of one that was given up is told from the next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.control.encode_split import Shard
+from orchestrator.control.prompt_images import PlacedTile, PromptImages
+from orchestrator.control.request_actions import Send
+from orchestrator.control.view import WorkerView
+from workers.api import Abort, Encode, FailureCode, ImagesEncoded, RequestId, RequestKey, WorkerId
+
+#: Times that a tile is given to workers before the request fails.
+MAX_TRIES = 3
+#: What is said of a shard whose attempt failed.
+GIVEN_UP = "given up"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """A shard cannot be had. The request fails with this."""
+
+    code: FailureCode
+    reason: str
+
+
+@dataclass(slots=True)
+class EncodeRecord:
+    """Of one shard, for `explain`; times in seconds, those of its worker in `report`.
+
+    attempt: the shard's own. prefill_attempt: that of the sample. problem: why it failed, or was given up.
+    """
+
+    worker_id: WorkerId
+    attempt: int
+    prefill_attempt: int
+    first_tile: int
+    num_tiles: int
+    sent_at_s: float
+    ended_at_s: float | None = None
+    report: ImagesEncoded | None = None
+    problem: str = ""
+
+
+@dataclass(slots=True)
+class EncodeShards:
+    """images: None of a prompt without any."""
+
+    request_id: RequestId
+    images: PromptImages | None = None
+    #: Tiles that are to be given to a worker.
+    wanted: set[int] = field(default_factory=set)
+    #: By attempt.
+    running: dict[int, Shard] = field(default_factory=dict)
+    #: Workers that a shard failed at.
+    avoided: set[WorkerId] = field(default_factory=set)
+    #: All shards so far, at most MAX_TRIES for each tile.
+    records: list[EncodeRecord] = field(default_factory=list)
+    _tries: dict[int, int] = field(default_factory=dict)
+
+    def want(self, tiles: Sequence[int]) -> None:
+        """The prefill worker has room for these and wants them."""
+        num_tiles = len(self.images.tiles) if self.images is not None else 0
+        with_somebody = {tile for shard in self.running.values() for tile in _tiles(shard)}
+        self.wanted |= {tile for tile in tiles if 0 <= tile < num_tiles} - with_somebody
+
+    def wanted_tiles(self) -> list[tuple[int, PlacedTile]]:
+        """Those that wait for a worker, ascending."""
+        assert self.images is not None
+        return [(tile, self.images.tiles[tile]) for tile in sorted(self.wanted)]
+
+    def tiles_of(self, shard: Shard) -> list[PlacedTile]:
+        """The tiles of a shard."""
+        assert self.images is not None
+        return [self.images.tiles[tile] for tile in _tiles(shard)]
+
+    def given(
+        self,
+        shards: Sequence[tuple[int, Shard]],
+        prefill: WorkerView,
+        key: RequestKey,
+        *,
+        salt: str,
+        timeout_s: float,
+        now_s: float,
+    ) -> list[Send]:
+        """Workers were chosen for all that was wanted. shards: with an attempt number for each. key: of the prefill."""
+        sends = []
+        for attempt, shard in shards:
+            self.wanted -= set(_tiles(shard))
+            self.running[attempt] = shard
+            for tile in _tiles(shard):
+                self._tries[tile] = self._tries.get(tile, 0) + 1
+            self.records.append(
+                EncodeRecord(shard.worker.worker_id, attempt, key.attempt, shard.first, shard.num, now_s)
+            )
+            sends.append(Send(shard.worker, self._encode(attempt, shard, prefill, key, salt, timeout_s)))
+        return sends
+
+    def done(self, worker_id: WorkerId, event: ImagesEncoded, now_s: float) -> Shard | None:
+        """A worker has encoded a shard, which is returned; None when it is not one of these."""
+        shard = self._take(worker_id, event.key.attempt)
+        if shard is not None:
+            record = self._record(event.key.attempt)
+            record.ended_at_s, record.report = now_s, event
+        return shard
+
+    def failed(
+        self, worker_id: WorkerId, attempt: int, code: FailureCode, reason: str, now_s: float
+    ) -> ShardFailed | None:
+        """A worker could not. Its tiles are wanted again, unless that is the end of it."""
+        shard = self._take(worker_id, attempt)
+        if shard is None:
+            return None
+        record = self._record(attempt)
+        record.ended_at_s, record.problem = now_s, reason
+        said = f"{worker_id} could not encode: {reason}"
+        if not code.is_retryable or any(self._tries[tile] >= MAX_TRIES for tile in _tiles(shard)):
+            return ShardFailed(code, said)
+        self.avoided.add(worker_id)
+        self.wanted |= set(_tiles(shard))
+        return None
+
+    def lost(self, worker: WorkerView, reason: str, now_s: float) -> ShardFailed | None:
+        """The stream to that incarnation of a worker ended, and with it its shards."""
+        failure: ShardFailed | None = None
+        for attempt, shard in list(self.running.items()):
+            used = shard.worker
+            if (used.worker_id, used.incarnation) == (worker.worker_id, worker.incarnation):
+                found = self.failed(used.worker_id, attempt, FailureCode.INTERNAL, reason, now_s)
+                failure = failure or found
+        return failure
+
+    def drop(self, problem: str = "") -> list[Send]:
+        """Nothing is wanted any more: end what is with workers. problem: what is remembered of that."""
+        sends = [
+            Send(shard.worker, Abort(RequestKey(self.request_id, attempt)))
+            for attempt, shard in self.running.items()
+        ]
+        for attempt in self.running:
+            self._record(attempt).problem = problem
+        self.running.clear()
+        self.wanted.clear()
+        self._tries.clear()
+        return sends
+
+    def check_invariants(self) -> None:
+        """A tile is in one place."""
+        places = [*self.wanted, *(tile for shard in self.running.values() for tile in _tiles(shard))]
+        assert len(places) == len(set(places)), self
+        assert all(num <= MAX_TRIES for num in self._tries.values()), self
+
+    def _encode(
+        self, attempt: int, shard: Shard, prefill: WorkerView, key: RequestKey, salt: str, timeout_s: float
+    ) -> Encode:
+        assert self.images is not None
+        placed = self.tiles_of(shard)
+        file = self.images.files[placed[0].file]
+        return Encode(
+            RequestKey(self.request_id, attempt),
+            file.data,
+            file.media_type,
+            file.width,
+            file.height,
+            tile_lo=placed[0].number,
+            tile_hi=placed[-1].number + 1,
+            keys=tuple(one.tile.key for one in placed),
+            prefill=key,
+            first_tile=shard.first,
+            prefill_worker=prefill.worker_id,
+            prefill_address=prefill.address,
+            prefill_incarnation=prefill.incarnation,
+            timeout_s=timeout_s,
+            cache_salt=salt,
+        )
+
+    def _take(self, worker_id: WorkerId, attempt: int) -> Shard | None:
+        shard = self.running.get(attempt)
+        if shard is None or shard.worker.worker_id != worker_id:
+            return None
+        return self.running.pop(attempt)
+
+    def _record(self, attempt: int) -> EncodeRecord:
+        return next(record for record in reversed(self.records) if record.attempt == attempt)
+
+
+def _tiles(shard: Shard) -> range:
+    return range(shard.first, shard.first + shard.num)

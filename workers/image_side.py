@@ -1,0 +1,99 @@
+"""Pictures on one worker: its embeddings, and, where it encodes, the encode phase."""
+
+from collections.abc import Callable
+
+from workers.api import (
+    Abort,
+    EmbeddingCounts,
+    Encode,
+    FailureCode,
+    Phase,
+    RequestFailed,
+    WorkerSpec,
+)
+from workers.embeddings.encoding import Encoding
+from workers.embeddings.host import EmbeddingHost
+from workers.engine.messages import Message
+from workers.images.limits import ImageLimits
+from workers.images.pool import DecodePool, DecodePoolConfig
+from workers.kv_channels import MAX_IDLE_CHANNELS, PeerChannels
+from workers.loading import LoadedImages
+from workers.sessions import SessionTable
+
+
+class ImageSide:
+    """Made, used and closed in the loop. `run` must be running.
+
+    post: hands a message to the engine, if there is one.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        loaded: LoadedImages,
+        sessions: SessionTable,
+        post: Callable[[Message], None],
+    ) -> None:
+        self._spec = spec
+        self._sessions = sessions
+        self.host = EmbeddingHost(loaded.memory, spec.incarnation, post, sessions.deliver, spec.kv_transfer)
+        self._channels = PeerChannels(MAX_IDLE_CHANNELS)
+        self._encoding: Encoding | None = None
+        if loaded.tools is not None:
+            self._decoding = DecodePool(DecodePoolConfig(num_threads=spec.engine.num_threads), ImageLimits())
+            self._encoding = Encoding(
+                loaded.tools,
+                self.host,
+                self._decoding.decode,
+                self._channels,
+                sessions.deliver,
+                spec.kv_transfer,
+                spec.worker_id,
+            )
+
+    def encode(self, encode: Encode) -> None:
+        """What a gateway asks for."""
+        if self._encoding is None:
+            phases = ", ".join(sorted(self._spec.phases))
+            reason = f"phases: this worker serves {phases}, and does not {Phase.ENCODE}"
+            self._sessions.deliver([RequestFailed(encode.key, FailureCode.INVALID, reason)])
+        else:
+            self._encoding.submit(encode)
+
+    def abort(self, abort: Abort) -> bool:
+        """Nobody wants it any more; False when it is not about a picture."""
+        if self._encoding is None or not self._encoding.has(abort.key):
+            return False
+        self._encoding.abort(abort.key)
+        return True
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        if self._encoding is not None:
+            await self._encoding.run()
+
+    def counts(self) -> EmbeddingCounts:
+        """As of now."""
+        store, encoding = self.host.store.counts(), self._encoding
+        return EmbeddingCounts(
+            num_blocks=store.num_blocks,
+            num_free=store.num_free,
+            num_cached=store.num_cached,
+            num_waiting=store.num_waiting,
+            num_hits=store.num_hits,
+            num_misses=store.num_misses,
+            num_evictions=store.num_evictions,
+            num_encodes_running=encoding.num_running if encoding is not None else 0,
+            num_tiles_encoded=encoding.num_encoded_tiles if encoding is not None else 0,
+            num_tiles_cached=encoding.num_cached_tiles if encoding is not None else 0,
+            num_batches=encoding.loop.num_batches if encoding is not None else 0,
+            num_patches=encoding.loop.num_patches if encoding is not None else 0,
+        )
+
+    async def close(self, reason: str) -> None:
+        """Give up all, and leave no thread behind."""
+        if self._encoding is not None:
+            await self._encoding.close()
+            await self._decoding.close()
+        await self.host.close(reason)
+        await self._channels.close()
