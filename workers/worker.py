@@ -247,9 +247,11 @@ class Worker:
             await self.images.host.receiving.serve(stream)
 
     async def _refuse_stream(self, stream: MessageStream) -> None:
-        is_loading = self._state is WorkerState.LOADING
-        problem = f"the worker is {self._state}: {self._message}" if is_loading else "the worker takes none"
-        await stream.write(encode(Refused(problem, is_loading)))
+        if self._state is WorkerState.READY:
+            refused = Refused("this worker has no use for them: its phases or its model are others", False)
+        else:
+            refused = Refused(f"the worker is {self._state}: {self._message}", True)
+        await stream.write(encode(refused))
 
     # End.
 

@@ -5,9 +5,11 @@
 One process sends, the other receives, over gRPC on loopback, with checksums, leases and digests as in service. A
 hand-off is 2,048 tokens of SmolLM2-135M's KV in fp16, 47 MB, and then 16,384 tokens, 377 MB, reserved before the
 clock starts; the clock stops when the receiver has committed. Blocks lie in order, as in a pool that is new, and shuffled, as
-in one that has been used for long. The TCP socket sends as many bytes with `sendall` and takes them with
-`recv_into`, both in place; memcpy is `numpy.copyto` out of shared memory of the other process. All take turns, so that the
-ratios are of one run.
+in one that has been used for long. Plain gRPC is what gRPC itself costs: a stream of ready messages as large and as many as the chunks,
+with as many unanswered, which the receiver answers with a byte each and drops. The TCP socket sends as many bytes with
+`sendall` and takes them with `recv_into`, both in place; memcpy is `numpy.copyto` out of shared memory of the other
+process. All take turns, so that the ratios are of one run. Processor time is that of all threads of a process, for each
+GB of KV: on two cores both together are what bounds the rate.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from multiprocessing.connection import Connection
@@ -34,12 +36,14 @@ import torch
 from kvtransfer.client import KvSender
 from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.digest import token_digest
-from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
+from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel, add_handler
 from kvtransfer.host import CachedKv
 from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.kv_range import KvRange, split
 from kvtransfer.layout import KvLayout, blocks_needed
 from kvtransfer.server import add_kvtransfer_service
 from kvtransfer.shared_memory import MappedMemory, SharedMemory
+from kvtransfer.stream import MessageChannel, MessageStream
 from orchestrator.bench.machine import describe_machine
 from workers.launch_environment import missing_variables
 
@@ -49,6 +53,10 @@ LENGTHS = (2048, 16384)
 ORDERS = ("in order", "shuffled")
 NUM_BLOCKS = blocks_needed(max(LENGTHS), LAYOUT.block_size)
 TCP_CHUNK_BYTES = 2**21
+#: A method beside Transfer.
+PLAIN_METHOD = "Plain"
+#: Rounds before those that count.
+NUM_WARM = 2
 CHANNEL_OPTIONS = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 #: Way -> transport, streams for chunks.
 WAYS = {"gRPC": ("grpc", 1), "gRPC, 2 streams": ("grpc", 2), "shared memory": ("shm", 1)}
@@ -101,6 +109,7 @@ async def _receive(pipe: Connection) -> None:
     host = Host(seed=2)
     server = grpc.aio.server(options=GRPC_OPTIONS)
     receiver = add_kvtransfer_service(server, host, KvTransferConfig())
+    add_handler(server, _answer_each, PLAIN_METHOD)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     with socket.create_server(("127.0.0.1", 0)) as plain:
@@ -109,6 +118,12 @@ async def _receive(pipe: Connection) -> None:
         await asyncio.to_thread(pipe.recv)
     await receiver.close("the benchmark is over")
     await server.stop(None)
+
+
+async def _answer_each(stream: MessageStream) -> None:
+    """A byte for each message, until the sender closes."""
+    while await stream.read() is not None:
+        await stream.write(b"!")
 
 
 def _receive_plainly(plain: socket.socket) -> None:
@@ -162,59 +177,125 @@ async def hand_off(
     return time.perf_counter() - began_s, report.transport
 
 
+async def send_plain_messages(channel: MessageChannel, num_tokens: int) -> float:
+    """Seconds until the last of as many messages as a hand-off has chunks was answered."""
+    config = KvTransferConfig()
+    whole = KvRange(0, LAYOUT.num_layers, 0, num_tokens)
+    parts = split(
+        whole,
+        token_bytes=LAYOUT.token_bytes,
+        token_step=LAYOUT.block_size,
+        max_bytes=config.max_chunk_bytes,
+    )
+    sizes = [part.num_layers * part.num_tokens * LAYOUT.token_bytes for part in parts]
+    messages = {size: bytes(size) for size in set(sizes)}
+    stream = channel.open()
+    began_s = time.perf_counter()
+    for number, size in enumerate(sizes):
+        if number >= config.credits:
+            await stream.read()
+        await stream.write(messages[size])
+    for _ in sizes[-config.credits :]:
+        await stream.read()
+    duration_s = time.perf_counter() - began_s
+    await stream.close()
+    assert await stream.read() is None
+    return duration_s
+
+
+class ProcessorTime:
+    """How much of it each way takes in this process and in the other. Linux."""
+
+    def __init__(self, other_pid: int) -> None:
+        # As the kernel numbers the clock of another process: clock_getcpuclockid(3).
+        self._clocks = {"sender": time.CLOCK_PROCESS_CPUTIME_ID, "receiver": ~other_pid << 3 | 2}
+        self._last_s = self._now_s()
+
+    def _now_s(self) -> dict[str, float]:
+        return {side: time.clock_gettime(clock) for side, clock in self._clocks.items()}
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds of each side since this was called last."""
+        before_s, self._last_s = self._last_s, self._now_s()
+        return {side: now_s - before_s[side] for side, now_s in self._last_s.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    """The other process: its id, a socket to it, and its memory."""
+
+    pid: int
+    plain: socket.socket
+    mapped: MappedMemory
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One hand-off or its like: how long it took, and processor time by side, in seconds."""
+
+    duration_s: float
+    processor_s: dict[str, float]
+
+
 async def measure(
-    host: Host,
-    port: int,
-    plain: socket.socket,
-    mapped: MappedMemory,
-    order: str,
-    num_tokens: int,
-    num_rounds: int,
-) -> dict[str, list[float]]:
-    """Seconds of each round, by way."""
-    times_s: dict[str, list[float]] = {name: [] for name in (*WAYS, "TCP socket", "memcpy")}
+    host: Host, port: int, other: Other, order: str, num_tokens: int, num_rounds: int
+) -> dict[str, list[Round]]:
+    """Each round, by way."""
+    found: dict[str, list[Round]] = {}
+    processor = ProcessorTime(other.pid)
     num_bytes = bytes_of(num_tokens)
-    source = mapped.bytes()[:num_bytes]
+    source = other.mapped.bytes()[:num_bytes]
     target = np.zeros(num_bytes, np.uint8)
-    payload = memoryview(target)
     grpc_channels = [
         grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) for _ in range(2)
     ]
-    for number in range(-2, num_rounds):
-        found: dict[str, float] = {}
+
+    def note(name: str, duration_s: float) -> None:
+        found.setdefault(name, []).append(Round(duration_s, processor.since_last()))
+
+    for number in range(-NUM_WARM, num_rounds):
+        processor.since_last()
         for name, (transport, num_streams) in WAYS.items():
             channels = [GrpcChannel(channel) for channel in grpc_channels[:num_streams]]
-            found[name], taken = await hand_off(host, channels, transport, order, num_tokens, number)
+            duration_s, taken = await hand_off(host, channels, transport, order, num_tokens, number)
             assert taken == transport, taken
-        began_s = time.perf_counter()
-        plain.sendall(num_bytes.to_bytes(8, "little"))
-        for start in range(0, num_bytes, TCP_CHUNK_BYTES):
-            plain.sendall(payload[start : start + TCP_CHUNK_BYTES])
-        assert plain.recv(1) == b"!"
-        found["TCP socket"] = time.perf_counter() - began_s
+            note(name, duration_s)
+        note("plain gRPC", await send_plain_messages(GrpcChannel(grpc_channels[0], PLAIN_METHOD), num_tokens))
+        note("TCP socket", send_by_socket(other.plain, memoryview(target)))
         began_s = time.perf_counter()
         np.copyto(target, source)
-        found["memcpy"] = time.perf_counter() - began_s
-        if number >= 0:
-            for name, duration_s in found.items():
-                times_s[name].append(duration_s)
+        note("memcpy", time.perf_counter() - began_s)
         print(f"round {number + 1} of {num_rounds}", file=sys.stderr, end="\r", flush=True)
     for channel in grpc_channels:
         await channel.close()
     print(file=sys.stderr)
-    return times_s
+    return {name: rounds[NUM_WARM:] for name, rounds in found.items()}
 
 
-def table_of(times_s: dict[str, list[float]], num_bytes: int) -> dict[str, dict[str, float]]:
-    """Medians and rates, by way."""
+def send_by_socket(plain: socket.socket, payload: memoryview) -> float:
+    """Seconds until the receiver has all of it."""
+    began_s = time.perf_counter()
+    plain.sendall(len(payload).to_bytes(8, "little"))
+    for start in range(0, len(payload), TCP_CHUNK_BYTES):
+        plain.sendall(payload[start : start + TCP_CHUNK_BYTES])
+    assert plain.recv(1) == b"!"
+    return time.perf_counter() - began_s
+
+
+def table_of(found: dict[str, list[Round]], num_bytes: int) -> dict[str, dict[str, float]]:
+    """Medians and rates, by way; means of the processor time, whose clock may be coarse."""
     rows: dict[str, dict[str, float]] = {}
-    for name, found in times_s.items():
-        median_s = statistics.median(found)
-        p20, p80 = (statistics.quantiles(found, n=5)[i] for i in (0, 3))
+    for name, rounds in found.items():
+        times_s = [one.duration_s for one in rounds]
+        median_s = statistics.median(times_s)
+        p20, p80 = (statistics.quantiles(times_s, n=5)[i] for i in (0, 3))
         rows[name] = {"seconds": median_s, "p20_s": p20, "p80_s": p80, "bytes_per_s": num_bytes / median_s}
+        for side in ("sender", "receiver"):
+            mean_s = statistics.fmean(one.processor_s[side] for one in rounds)
+            rows[name][f"{side}_s_per_gb"] = mean_s / num_bytes * 1e9
     for row in rows.values():
-        row["of_tcp"] = row["bytes_per_s"] / rows["TCP socket"]["bytes_per_s"]
-        row["of_memcpy"] = row["bytes_per_s"] / rows["memcpy"]["bytes_per_s"]
+        for peer, key in (("plain gRPC", "of_plain_grpc"), ("TCP socket", "of_tcp"), ("memcpy", "of_memcpy")):
+            row[key] = row["bytes_per_s"] / rows[peer]["bytes_per_s"]
     return rows
 
 
@@ -223,11 +304,13 @@ def show(rows: dict[str, dict[str, float]], order: str, num_tokens: int, num_rou
     print(
         f"{num_tokens} tokens, {bytes_of(num_tokens) / 1e6:.0f} MB, blocks {order}; medians of {num_rounds} rounds"
     )
-    print(f"{'way':<18}{'ms':>8}{'p20':>8}{'p80':>8}{'GB/s':>8}{'of TCP':>8}{'of memcpy':>11}")
+    heads = f"{'of gRPC':>9}{'of TCP':>8}{'of memcpy':>11}{'CPU s/GB sender':>17}{'receiver':>10}"
+    print(f"{'way':<18}{'ms':>8}{'p20':>8}{'p80':>8}{'GB/s':>8}{heads}")
     for name, row in rows.items():
         times = f"{row['seconds'] * 1e3:>8.1f}{row['p20_s'] * 1e3:>8.1f}{row['p80_s'] * 1e3:>8.1f}"
-        rate = row["bytes_per_s"] / 1e9
-        print(f"{name:<18}{times}{rate:>8.2f}{row['of_tcp']:>8.2f}{row['of_memcpy']:>11.2f}")
+        ratios = f"{row['of_plain_grpc']:>9.2f}{row['of_tcp']:>8.2f}{row['of_memcpy']:>11.2f}"
+        work = f"{row['sender_s_per_gb']:>17.2f}{row['receiver_s_per_gb']:>10.2f}"
+        print(f"{name:<18}{times}{row['bytes_per_s'] / 1e9:>8.2f}{ratios}{work}")
 
 
 def main() -> int:
@@ -243,22 +326,23 @@ def main() -> int:
         # A worker is started with these; they are read at the start of a process only.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     pipe, theirs = mp.Pipe()
-    other = mp.get_context("spawn").Process(target=receive, args=(theirs,))
-    other.start()
+    process = mp.get_context("spawn").Process(target=receive, args=(theirs,))
+    process.start()
+    assert process.pid is not None
     port, plain_port, descriptor = pipe.recv()
-    mapped = MappedMemory.open(descriptor)
     host = Host(seed=1)
     tables: list[dict[str, Any]] = []
     with socket.create_connection(("127.0.0.1", plain_port)) as plain:
+        other = Other(process.pid, plain, MappedMemory.open(descriptor))
         for num_tokens, order in product(LENGTHS, ORDERS):
             num_rounds = (8 if args.quick else 60) * LENGTHS[0] // num_tokens + 3
-            times_s = asyncio.run(measure(host, port, plain, mapped, order, num_tokens, num_rounds))
-            rows = table_of(times_s, bytes_of(num_tokens))
+            found = asyncio.run(measure(host, port, other, order, num_tokens, num_rounds))
+            rows = table_of(found, bytes_of(num_tokens))
             tables.append({"num_tokens": num_tokens, "blocks": order, "ways": rows})
             show(rows, order, num_tokens, num_rounds)
         plain.sendall((0).to_bytes(8, "little"))
     pipe.send("over")
-    other.join()
+    process.join()
     if args.json:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         data = {"date": date, "machine": describe_machine(), "tables": tables}

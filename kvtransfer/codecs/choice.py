@@ -9,7 +9,7 @@ from kvtransfer.codecs.names import CODEC_NAMES
 #: A codec changes the KV a little, and costs both sides processor time: it must save this share of the time.
 MIN_SAVING = 0.2
 #: Of one chunk before it is packed, as `KvTransferConfig.max_chunk_bytes` has it.
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from orchestrator.control.request_actions import Send
 from orchestrator.control.view import WorkerView
 from workers.api import Abort, Encode, FailureCode, ImagesEncoded, RequestId, RequestKey, WorkerId
 
-#: Times that a tile is given to workers before the request fails.
+#: Times that a tile is given to workers, without one that has encoded it, before the request fails.
 MAX_TRIES = 3
 #: What is said of a shard whose attempt failed.
 GIVEN_UP = "given up"
@@ -57,15 +57,23 @@ class EncodeShards:
     running: dict[int, Shard] = field(default_factory=dict)
     #: Workers that a shard failed at.
     avoided: set[WorkerId] = field(default_factory=set)
-    #: All shards so far, at most MAX_TRIES for each tile.
+    #: All shards so far, at most MAX_TRIES for each time that a tile was wanted.
     records: list[EncodeRecord] = field(default_factory=list)
+    #: Tiles that are with somebody, and are wanted once more after that.
+    _again: set[int] = field(default_factory=set)
     _tries: dict[int, int] = field(default_factory=dict)
 
     def want(self, tiles: Sequence[int]) -> None:
-        """The prefill worker has room for these and wants them."""
+        """The prefill worker has room for these and wants them.
+
+        It wants a tile again once it has had it and dropped it. That its encoder is done may be told later than this, by
+        another stream.
+        """
         num_tiles = len(self.images.tiles) if self.images is not None else 0
+        known = {tile for tile in tiles if 0 <= tile < num_tiles}
         with_somebody = {tile for shard in self.running.values() for tile in _tiles(shard)}
-        self.wanted |= {tile for tile in tiles if 0 <= tile < num_tiles} - with_somebody
+        self.wanted |= known - with_somebody
+        self._again |= known & with_somebody
 
     def wanted_tiles(self) -> list[tuple[int, PlacedTile]]:
         """Those that wait for a worker, ascending."""
@@ -106,6 +114,11 @@ class EncodeShards:
         if shard is not None:
             record = self._record(event.key.attempt)
             record.ended_at_s, record.report = now_s, event
+            for tile in _tiles(shard):
+                self._tries.pop(tile, None)
+            again = self._again & set(_tiles(shard))
+            self._again -= again
+            self.wanted |= again
         return shard
 
     def failed(
@@ -115,6 +128,7 @@ class EncodeShards:
         shard = self._take(worker_id, attempt)
         if shard is None:
             return None
+        self._again -= set(_tiles(shard))
         record = self._record(attempt)
         record.ended_at_s, record.problem = now_s, reason
         said = f"{worker_id} could not encode: {reason}"
@@ -144,6 +158,7 @@ class EncodeShards:
             self._record(attempt).problem = problem
         self.running.clear()
         self.wanted.clear()
+        self._again.clear()
         self._tries.clear()
         return sends
 
@@ -151,6 +166,7 @@ class EncodeShards:
         """A tile is in one place."""
         places = [*self.wanted, *(tile for shard in self.running.values() for tile in _tiles(shard))]
         assert len(places) == len(set(places)), self
+        assert self._again <= set(places) - self.wanted, self
         assert all(num <= MAX_TRIES for num in self._tries.values()), self
 
     def _encode(

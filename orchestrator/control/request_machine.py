@@ -334,7 +334,7 @@ class RequestMachine:
             case ImagesEncoded():
                 if self.encodes.done(worker_id, event, now_s) is not None and not self.delivered:
                     self.times.images_encoded_at_s = now_s
-                return []
+                return self._after_encode(None)
             case RequestFailed():
                 failure = self.encodes.failed(worker_id, event.key.attempt, event.code, event.reason, now_s)
                 return self._after_encode(failure)

@@ -11,7 +11,6 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from orchestrator.control.encode_split import EncoderMemory, Shard, split
 from orchestrator.control.request_actions import (
     Action,
     Deliver,
@@ -27,6 +26,7 @@ from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route, no_encoders
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
+from orchestrator.gateway.encoders import Encoders
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.gateway.worker_link import WorkerLink
@@ -70,11 +70,7 @@ class Dispatcher:
         self._requests: dict[RequestId, LiveRequest] = {}
         #: Samples that workers have, by their attempt, which is no other one's.
         self._running: dict[int, LiveSample] = {}
-        #: The same, of shards of their pictures, by the attempts of these.
-        self._encoding: dict[int, LiveSample] = {}
-        #: Samples that want encode workers, in order.
-        self._wanting_encoders: dict[LiveSample, None] = {}
-        self._encoders = EncoderMemory()
+        self._encoders = Encoders(self._ledger, self._links.is_open)
         #: Samples that want a route, in the order of `enqueue`. New requests are refused above max_waiting_requests;
         #: samples that lost their workers come back, max_running_requests at most, and those after the first of
         #: their request join, at most MAX_SAMPLES - 1 for each that runs.
@@ -145,11 +141,7 @@ class Dispatcher:
                     ledger.add(machine.route.decode.worker_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         ledger.add(machine.route.prefill.worker_id, prefill_tokens=machine.num_prefill_tokens)
-                for attempt, shard in machine.encodes.running.items():
-                    assert self._encoding[attempt] is sample
-                    num_patches = sum(placed.num_patches for placed in machine.encodes.tiles_of(shard))
-                    ledger.add(shard.worker.worker_id, encode_patches=num_patches)
-                assert not machine.encodes.wanted or sample in self._wanting_encoders
+                self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
 
@@ -266,13 +258,14 @@ class Dispatcher:
         for event in events:
             if isinstance(event, KvTransferred):
                 self.records.transferred(event)
-            sample = self._running.get(event.key.attempt) or self._encoding.get(event.key.attempt)
-            if sample is not None and isinstance(event, ImagesEncoded):
-                self._encoded(sample, link.worker, event)
-            if sample is None:
-                continue
-            actions = sample.machine.worker_event(worker_id, event, now_s)
-            if actions or event.key.attempt in self._encoding:
+            if isinstance(event, ImagesEncoded):
+                self._encoders.encoded(link.worker, event)
+            attempt = event.key.attempt
+            if (encoding := self._encoders.sample_of(attempt)) is not None:
+                self._do(encoding, encoding.machine.worker_event(worker_id, event, now_s))
+            elif (sample := self._running.get(attempt)) is not None and (
+                actions := sample.machine.worker_event(worker_id, event, now_s)
+            ):
                 self._do(sample, actions)
         self._route_waiting()
 
@@ -292,7 +285,7 @@ class Dispatcher:
         for sample in request.samples:
             if not sample.machine.is_over:
                 is_waiting = sample.machine.state is RequestState.QUEUED
-                detail = self._why_waiting() if is_waiting else self._why_no_encoder(sample)
+                detail = self._why_waiting() if is_waiting else self._encoders.why_waiting(self._view, sample)
                 self._do(sample, sample.machine.deadline_passed(detail))
         self._route_waiting()
 
@@ -303,13 +296,6 @@ class Dispatcher:
 
     def _why_waiting(self) -> str:
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
-
-    def _why_no_encoder(self, sample: LiveSample) -> str:
-        """Empty when it does not wait for one."""
-        if not sample.machine.encodes.wanted:
-            return ""
-        choice = self._choose_encoders(sample)
-        return choice.reason if isinstance(choice, Wait | Refuse) else ""
 
     def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
         """Carry out what a machine says, which was not over. Who calls this gives free places to others."""
@@ -331,7 +317,7 @@ class Dispatcher:
                     )
                     enqueue(sample, self._waiting, is_first=True)
                 case WantEncoders():
-                    self._wanting_encoders[sample] = None
+                    self._encoders.want(sample)
                 case Fail():
                     if not request.is_failed:
                         logger.info(
@@ -356,10 +342,7 @@ class Dispatcher:
         """Take a sample from where its machine's state says that it no longer is."""
         machine, request = sample.machine, sample.request
         sample.settle(self._ledger)
-        for attempt in sample.settle_encodes(self._ledger):
-            del self._encoding[attempt]
-        if not machine.encodes.wanted:
-            self._wanting_encoders.pop(sample, None)
+        self._encoders.settle(sample)
         if machine.state not in (RequestState.PREFILL, RequestState.DECODE):
             self._running.pop(machine.attempt, None)
         if not machine.is_over:
@@ -410,11 +393,9 @@ class Dispatcher:
 
     def _give_encoders(self) -> None:
         """Give encode workers to samples whose pictures are wanted, as far as there are any."""
-        for sample in list(self._wanting_encoders):
+        for sample in self._encoders.wanting():
             machine = sample.machine
-            if not machine.encodes.wanted:
-                continue
-            choice = self._choose_encoders(sample)
+            choice = self._encoders.choose(self._view, sample)
             if isinstance(choice, Wait):
                 return
             if isinstance(choice, Refuse):
@@ -422,30 +403,8 @@ class Dispatcher:
                 continue
             shards = [(next(self._attempts), shard) for shard in choice]
             actions = machine.encoders_chosen(shards, self._loop.time())
-            for attempt in sample.charge_encodes(self._ledger):
-                self._encoding[attempt] = sample
+            self._encoders.given(sample)
             self._do(sample, actions)
-
-    def _choose_encoders(self, sample: LiveSample) -> list[Shard] | Wait | Refuse:
-        machine = sample.machine
-        assert machine.route is not None
-        return split(
-            self._view,
-            self._ledger,
-            self._links.is_open,
-            self._encoders,
-            tiles=machine.encodes.wanted_tiles(),
-            salt=machine.cache_salt,
-            prefill=machine.route.prefill,
-            avoided=frozenset(machine.encodes.avoided),
-        )
-
-    def _encoded(self, sample: LiveSample, worker: WorkerView, event: ImagesEncoded) -> None:
-        """Remember how fast that was, and where."""
-        machine = sample.machine
-        shard = machine.encodes.running.get(event.key.attempt)
-        if shard is not None and shard.worker.worker_id == worker.worker_id:
-            self._encoders.observe(worker, machine.cache_salt, machine.encodes.tiles_of(shard), event)
 
     def _choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
         """The workers of the request's first sample, where the prompt is cached, if they can be had."""

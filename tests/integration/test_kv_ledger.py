@@ -13,7 +13,7 @@ from tests.support.both_shapes import Served, apart, random_prompt, request_of, 
 from tests.support.gateway import collect
 from tests.support.waiting import until
 from tests.support.worker_client import SMALL_BUDGET, RunningWorker, StepGate, at_start, eventually
-from workers.api import KvLedger, LedgerKind, WorkerId
+from workers.api import KvLedger, LedgerKind, RequestId, WorkerId
 from workers.kv_wire import ledger_from_pb
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
@@ -85,6 +85,10 @@ def test_kv_on_its_way_has_a_lease(model_path: Path, monkeypatch: pytest.MonkeyP
             for worker in served.workers:
                 await worker.assert_nothing_leaks()
                 assert kinds(await ledger_of(served, worker)) == set()
+            # Its worker tells of the transfer after the last token, which may come from the other one.
+            record = served.gateway.dispatcher.records.get(RequestId(request_id))
+            assert record is not None
+            await until(lambda: record.samples[0].attempts[0].transfer is not None, "the transfer's report")
             answer = await served.gateway.control.Explain(pb.ExplainRequest(request_id=request_id))
             (sample,) = explain.as_json(answer.record)["samples"]
             (attempt,) = sample["attempts"]

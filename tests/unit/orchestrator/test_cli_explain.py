@@ -144,7 +144,12 @@ def add_shards(attempt: pb.AttemptRecord) -> None:
     )
     attempt.encodes.add(worker_id="prefill-0", first_tile=4, num_tiles=1, at_s=0.02, duration_s=0.001)
     attempt.encodes.add(
-        worker_id="encode-1", first_tile=5, num_tiles=2, at_s=0.02, duration_s=0.01, problem="its stream ended"
+        worker_id="encode-1",
+        first_tile=5,
+        num_tiles=2,
+        at_s=0.02,
+        duration_s=0.01,
+        problem="its stream ended",
     )
     attempt.encodes.add(worker_id="encode-0", first_tile=5, num_tiles=2, at_s=0.03)
     attempt.encodes.add(worker_id="encode-0", first_tile=7, num_tiles=1, at_s=0.03, problem="given up")
@@ -156,8 +161,10 @@ def test_each_shard_of_pictures_is_told(capsys: pytest.CaptureFixture[str], gate
     found = lines(record)
     start = next(i for i, line in enumerate(found) if line.startswith("    why "))
     assert found[start + 1 : start + 7] == [
-        "    pictures     encode-0: tiles 0-3, 31.2 ms in all: queue 1.0 ms, decode 2.0 ms, encode 25.0 ms, "
-        "transfer 3.2 ms, 0.50 MiB by shm, 1 tile cached",
+        (
+            "    pictures     encode-0: tiles 0-3, 31.2 ms in all: queue 1.0 ms, decode 2.0 ms, encode 25.0 ms, "
+            "transfer 3.2 ms, 0.50 MiB by shm, 1 tile cached"
+        ),
         "                 prefill-0: tile 4, 1.0 ms in all",
         "                 encode-1: tiles 5-6, failed after 10.0 ms: its stream ended",
         "                 encode-0: tiles 5-6, not reported",

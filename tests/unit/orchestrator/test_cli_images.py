@@ -1,17 +1,53 @@
-"""Files for `--image`: which are read, and what is said of the others."""
+"""Files for `--image`: which are read, how they are sent, and what is said of the others."""
 
 import argparse
+import io
 import os
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.cli import exit_codes
 from orchestrator.cli.images import ImageArgument, read_images
+from orchestrator.cli.main import main
+from protos import inference_pb2 as pb
+from tests.support.fake_gateway import FakeGateway, running
 from tests.support.image_files import exif_of, picture, saved
 from workers.images.limits import ImageLimits
 
 PNG_BYTES = saved(picture(), "PNG")
+JPEG_BYTES = saved(picture(), "JPEG")
+PNG = pb.Image(data=PNG_BYTES, media_type="image/png")
+JPEG = pb.Image(data=JPEG_BYTES, media_type="image/jpeg")
+
+
+@pytest.fixture
+def gateway() -> Iterator[FakeGateway]:
+    with running(FakeGateway()) as fake:
+        yield fake
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    """A PNG and a JPEG."""
+    png, jpeg = tmp_path / "one.png", tmp_path / "two with blanks.jpg"
+    png.write_bytes(PNG_BYTES)
+    jpeg.write_bytes(JPEG_BYTES)
+    return str(png), str(jpeg)
+
+
+def asked(*parts: pb.Image | str) -> pb.ChatMessage:
+    """By the user."""
+    return pb.ChatMessage(
+        role="user",
+        parts=[
+            pb.ContentPart(text=part) if isinstance(part, str) else pb.ContentPart(image=part)
+            for part in parts
+        ],
+    )
 
 
 def refusal(names: list[str], limits: ImageLimits | None = None) -> str:
@@ -71,3 +107,76 @@ def test_limits_are_kept(tmp_path: Path) -> None:
 
 def test_a_device_without_end_is_refused() -> None:
     assert "has more than 1 MiB" in refusal(["/dev/zero"], ImageLimits(max_bytes=2**20))
+
+
+def test_chat_sends_pictures_before_the_text(gateway: FakeGateway, files: tuple[str, str]) -> None:
+    one, two = files
+    arguments = ["chat", "What is it?", "--image", two, "--image", one, "--address", gateway.address]
+    assert main(arguments) == exit_codes.OK
+    assert list(gateway.requests[0].chat.messages) == [asked(JPEG, PNG, "What is it?")]
+
+
+def test_generate_sends_pictures_beside_the_text(gateway: FakeGateway, files: tuple[str, str]) -> None:
+    arguments = ["generate", "a <image> b <image>", "--address", gateway.address]
+    assert main([*arguments, "--image", files[0], "--image", files[1]]) == exit_codes.OK
+    assert gateway.requests[0].text == "a <image> b <image>"
+    assert list(gateway.requests[0].images) == [PNG, JPEG]
+
+
+def test_pictures_of_a_conversation_stay_with_their_message(
+    gateway: FakeGateway,
+    files: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = files
+    typed = f"first\n/image {two}\n/image  {one} \nsecond\nthird\n/image {one}\n/reset\nfourth\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8"))
+    assert main(["chat", "--image", one, "--address", gateway.address]) == exit_codes.OK
+    answer = pb.ChatMessage(role="assistant", content="Paris.")
+    first, second = asked(PNG, "first"), asked(JPEG, PNG, "second")
+    third, fourth = (pb.ChatMessage(role="user", content=text) for text in ("third", "fourth"))
+    assert [list(request.chat.messages) for request in gateway.requests] == [
+        [first],
+        [first, answer, second],
+        [first, answer, second, answer, third],
+        [fourth],
+    ]
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"({two!r}, 29 x 17 pixels, goes with the next message)",
+        f"({one!r}, 29 x 17 pixels, goes with the next message)",
+        f"({one!r}, 29 x 17 pixels, goes with the next message)",
+        "(forgotten)",
+    ]
+
+
+def test_a_conversation_goes_on_after_a_picture_that_cannot_be_read(
+    gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = b"/image\n/image nowhere.png\n/image \xff.png\nhello\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    assert main(["chat", "--address", gateway.address]) == exit_codes.OK
+    assert list(gateway.requests[0].chat.messages) == [pb.ChatMessage(role="user", content="hello")]
+    assert capsys.readouterr().err.splitlines() == [
+        "which picture? /image FILE",
+        "'nowhere.png' cannot be read: No such file or directory",
+        "'\\udcff.png' cannot be read: No such file or directory",
+    ]
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate"])
+def test_a_file_that_cannot_be_sent_is_a_usage_error(
+    gateway: FakeGateway, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([verb, "x", "--image", "nowhere.png", "--address", gateway.address]) == exit_codes.USAGE
+    assert capsys.readouterr().err == "'nowhere.png' cannot be read: No such file or directory\n"
+    assert gateway.requests == []
+
+
+def test_pictures_do_not_go_with_token_ids(
+    gateway: FakeGateway, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "--token-ids", "1", "--image", files[0], "--address", gateway.address]
+    assert main(arguments) == exit_codes.USAGE
+    assert capsys.readouterr().err == "--image needs a PROMPT with a placeholder, not --token-ids\n"

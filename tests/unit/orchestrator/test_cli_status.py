@@ -21,6 +21,7 @@ from protos import control_pb2
 from tests.support.fake_gateway import FakeGateway, running
 from workers.api import (
     BlockCounts,
+    EmbeddingCounts,
     KvDirection,
     KvPeer,
     KvReuseCounts,

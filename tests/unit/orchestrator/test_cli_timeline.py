@@ -63,7 +63,7 @@ def test_pictures_have_a_bar_and_a_line_for_each_shard() -> None:
     last.timings.encodes.add(worker_id="encode-1", first_tile=4, num_tiles=1, duration_s=0.1, encode_s=0.09)
     drawn = lines(last)
     assert drawn[2:4] == [
-        "encode      | ######                                       |   100 ms",
+        "encode      | #####                                        |   100 ms",
         "prefill     | ##############                               |   242 ms",
     ]
     start = next(i for i, line in enumerate(drawn) if line.startswith("tokens"))

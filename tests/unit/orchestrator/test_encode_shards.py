@@ -93,6 +93,34 @@ def test_an_event_of_a_shard_that_was_given_up_changes_nothing() -> None:
     assert encodes.done(E0.worker_id, _done(6), 3.0) is None
 
 
+def test_a_tile_that_is_wanted_again_before_its_encoder_has_reported_is_encoded_again() -> None:
+    encodes = EncodeShards(REQUEST, _images(1, 1))
+    encodes.want((0, 1))
+    _give(encodes, (5, Shard(E0, 0, 1)), (6, Shard(E1, 1, 1)))
+    encodes.want((1,))
+    assert not encodes.wanted
+    encodes.done(E0.worker_id, _done(5), 2.0)
+    assert not encodes.wanted
+    encodes.done(E1.worker_id, _done(6), 3.0)
+    assert encodes.wanted == {1}
+    _give(encodes, (7, Shard(E1, 1, 1)))
+    encodes.done(E1.worker_id, _done(7), 4.0)
+    assert not encodes.wanted
+    encodes.check_invariants()
+
+
+def test_a_tile_that_was_encoded_may_be_wanted_any_number_of_times() -> None:
+    encodes = EncodeShards(REQUEST, _images(1))
+    for attempt in range(1, 3 * MAX_TRIES):
+        encodes.want((0,))
+        _give(encodes, (attempt, Shard(E0, 0, 1)))
+        encodes.done(E0.worker_id, _done(attempt), 2.0)
+        encodes.check_invariants()
+    encodes.want((0,))
+    _give(encodes, (99, Shard(E0, 0, 1)))
+    assert encodes.failed(E0.worker_id, 99, FailureCode.OVERLOADED, "full", 2.0) is None
+
+
 def test_a_bad_picture_is_the_end_of_it() -> None:
     encodes = EncodeShards(REQUEST, _images(1))
     encodes.want((0,))

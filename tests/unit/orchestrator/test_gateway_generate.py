@@ -276,7 +276,7 @@ def test_a_client_that_does_not_read_is_ended_by_the_deadline() -> None:
             self.status: tuple[grpc.StatusCode, str] | None = None
 
         def time_remaining(self) -> float:
-            return 0.1
+            return 0.5
 
         async def write(self, message: pb.GenerateResponse) -> None:
             await asyncio.Event().wait()
@@ -292,12 +292,12 @@ def test_a_client_that_does_not_read_is_ended_by_the_deadline() -> None:
             await served.learn(both.view(), both.model)
             service = InferenceService(CONFIG, it.dispatcher, served, lambda: 1)
             context: Any = NeverRead()
-            await service.Generate(generate_request(max_tokens=100), context)
+            await service.Generate(generate_request(), context)
             assert it.dispatcher.num_finished == 1
             status, message = context.status
             assert (status, message) == (
                 grpc.StatusCode.DEADLINE_EXCEEDED,
-                "the deadline passed: 0.1 s after the request came",
+                "the deadline passed: 0.5 s after the request came",
             )
 
     run(scenario)

@@ -22,7 +22,7 @@ from tests.support.gateway import CONFIG, Gateway, collect, error_of, gateway, g
 from tests.support.picture_models import IDEFICS3, picture_model
 from tests.support.pictures import picture
 from tests.support.waiting import in_loop, until
-from workers.api import Encode, Event, FailureCode, PhaseSet, RequestFailed
+from workers.api import Encode, Event, FailureCode, ImagesWanted, PhaseSet, RequestFailed
 
 MODEL = picture_model()
 ONE, TWO = picture(1), picture(2)
@@ -57,8 +57,7 @@ async def serving(*workers: FakeWorker, config: GatewayConfig = CONFIG) -> Async
     async with gateway(*workers, config=config) as it:
         yield it
         await until(lambda: not any(one.held for one in workers), "workers to hold nothing")
-        assert it.dispatcher._encoding == {}
-        assert it.dispatcher._wanting_encoders == {}
+        assert it.dispatcher._encoders.is_idle
 
 
 def machine(it: Gateway) -> RequestMachine:
@@ -189,7 +188,7 @@ async def test_only_the_shard_of_a_lost_encoder_goes_to_another() -> None:
     encoders[0].answer_encode = silent
     async with serving(both, *encoders) as it:
         call = it.client.Generate(request(ONE, TWO))
-        await until(lambda: all(one.encodes for one in encoders), "both to be told")
+        await until(lambda: len(tiles_of(*encoders)) == 2 * NUM_TILES, "both to be told")
         lost, own = tiles_of(encoders[0]), tiles_of(encoders[1])
         await encoders[0].die()
         last = (await answered(it, both, call))[-1]
@@ -298,6 +297,34 @@ async def test_a_lost_prefill_worker_has_its_pictures_encoded_for_the_next_one()
         assert encoder.encodes[1].prefill_address == workers[1].address
         assert messages[-1].timings.attempts == 2
         assert [shard.problem for shard in messages[-1].timings.encodes] == ["given up", ""]
+
+
+@in_loop
+async def test_a_worker_of_all_phases_that_is_lost_is_replaced_in_all_of_them() -> None:
+    workers = [worker(f"all-{i}", ENCODE | BOTH) for i in range(2)]
+    for one in workers:
+        one.answer_encode = silent
+    async with serving(*workers) as it:
+        call = it.client.Generate(request(ONE, TWO))
+        await until(lambda: len(tiles_of(*workers)) == 2 * NUM_TILES, "both to be told")
+        first = workers[1].encodes[0]
+        workers[1].answer_encode = lambda encode: [workers[1].encoded(encode)]
+        await workers[0].die()
+        await until(lambda: first.key in workers[1].aborts, "the abort of what was for the lost one")
+        await answered_after(it, workers[1], call)
+        assert workers[1].encodes[-1].prefill == workers[1].submits[0].key
+
+
+@in_loop
+async def test_embeddings_that_were_dropped_are_encoded_again() -> None:
+    both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
+    async with serving(both, encoder) as it:
+        call = it.client.Generate(request(ONE))
+        await until_encoded(it)
+        both.say(ImagesWanted(both.submits[0].key, (1, 2)))
+        await until(lambda: len(machine(it).encodes.records) == 2, "two tiles to be wanted again")
+        await answered(it, both, call)
+        assert (encoder.encodes[1].tile_lo, encoder.encodes[1].tile_hi) == (1, 3)
 
 
 async def answered_after(it: Gateway, prefill: FakeWorker, call: Any) -> list[pb.GenerateResponse]:

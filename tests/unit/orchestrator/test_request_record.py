@@ -1,11 +1,20 @@
 """What is remembered of requests: small, bounded, and right at any moment."""
 
+import gc
+
+from orchestrator.control.encode_split import Shard
+from orchestrator.control.prompt_images import ImageFile, PlacedTile, PromptImages
+from orchestrator.control.record_wire import record_to_pb
+from orchestrator.control.request_actions import WantEncoders
 from orchestrator.control.request_machine import MAX_ATTEMPTS, RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, RequestRecords
 from orchestrator.control.router import Route
 from orchestrator.control.view import LifecycleState, WorkerView
 from workers.api import (
     FailureCode,
+    ImagesEncoded,
+    ImagesWanted,
+    ImageTile,
     KvTransferred,
     Phase,
     RequestFailed,
@@ -18,6 +27,7 @@ from workers.api import (
 
 PREFILL = WorkerView(WorkerId("p-0"), 3, frozenset({Phase.PREFILL}), LifecycleState.READY, "p:1")
 DECODE = WorkerView(WorkerId("d-0"), 4, frozenset({Phase.DECODE}), LifecycleState.READY, "d:1")
+ENCODE = WorkerView(WorkerId("e-0"), 5, frozenset({Phase.ENCODE}), LifecycleState.READY, "e:1")
 ROUTE = Route(PREFILL, DECODE, "least loaded")
 
 
@@ -114,6 +124,38 @@ def test_a_transfer_that_is_told_of_after_the_end_is_kept() -> None:
     records.transferred(KvTransferred(RequestKey(RequestId("other"), 1), 1, 1, 1.0, 1.0))
     records.transferred(KvTransferred(RequestKey(key.request_id, 99), 1, 1, 1.0, 1.0))
     assert one.sample.attempts[0].transfer == event
+
+
+def test_shards_of_pictures_are_remembered_with_the_attempt_that_they_were_for() -> None:
+    one = One()
+    tile = PlacedTile(0, 0, 16, ImageTile(1, 1, b"key"))
+    one.machine.images = PromptImages((ImageFile(b"file", "image/png", 8, 8),), (tile,))
+    one.machine.encodes.images = one.machine.images
+    for attempt, shard in ((11, 21), (12, 22)):
+        one.routed(attempt, 2.0)
+        wanted = one.machine.worker_event(PREFILL.worker_id, ImagesWanted(one.machine.key, (0,)), 3.0)
+        assert wanted == [WantEncoders()]
+        one.machine.encoders_chosen([(shard, Shard(ENCODE, 0, 1))], 4.0)
+        if attempt == 11:
+            one.fails(PREFILL, 4.5)
+    report = ImagesEncoded(RequestKey(one.machine.request_id, 22), 1, 0, 1, 64, 0.0, 0.1, 0.2, 0.3, "shm")
+    assert one.machine.worker_event(ENCODE.worker_id, report, 5.0) == []
+    assert one.machine.times.images_wanted_at_s == 3.0
+    assert one.machine.times.images_encoded_at_s == 5.0
+    one.machine.check_invariants()
+    first, second = record_to_pb(one.record, 6.0).samples[0].attempts
+    (given_up,), (done,) = first.encodes, second.encodes
+    assert (given_up.worker_id, given_up.problem, given_up.HasField("duration_s")) == (
+        "e-0",
+        "given up",
+        False,
+    )
+    assert (done.at_s, done.duration_s, done.encode_s, done.transport) == (3.0, 1.0, 0.2, "shm")
+    assert (done.first_tile, done.num_tiles, done.problem) == (0, 1, "")
+    # The files are the machine's alone: a record stays small.
+    assert not any(
+        isinstance(part, PromptImages) for part in gc.get_referents(one.sample, *one.sample.encodes)
+    )
 
 
 def test_the_last_that_ended_are_kept_and_all_that_run() -> None:

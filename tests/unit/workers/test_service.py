@@ -139,7 +139,10 @@ def test_the_ledger_is_told_with_whose_it_is() -> None:
 
 
 def test_without_an_engine_there_is_no_ledger() -> None:
-    assert asyncio.run(_ask_ledger(no_ledger)) == ("FAILED_PRECONDITION", "it serves encode alone and has no KV")
+    assert asyncio.run(_ask_ledger(no_ledger)) == (
+        "FAILED_PRECONDITION",
+        "it serves encode alone and has no KV",
+    )
 
 
 def test_an_engine_that_does_not_answer_is_said_to_be_in_a_step() -> None:
