@@ -15,7 +15,10 @@ STEPS: dict[str, list[str]] = {
     "docs": [sys.executable, "scripts/manifest_docs.py", "--check"],
     "layers": [str(BIN / "lint-imports")],
     "types": [str(BIN / "mypy")],
-    "tests": [sys.executable, "-m", "pytest"],
+    # Of one file in one process, since its tests share what is costly to make.
+    "tests": [sys.executable, "-m", "pytest", "--ignore", "tests/integration", "-n", "2", "--dist", "loadfile"],
+    # They start processes and clusters of their own, which want both cores.
+    "integration": [sys.executable, "-m", "pytest", "tests/integration"],
 }
 
 

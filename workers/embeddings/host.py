@@ -75,7 +75,7 @@ class EmbeddingHost:
         if problem is not None:
             self._post(ImagesLost(output.key, FailureCode.INVALID, problem))
             return
-        listener = _EngineListener(output.key, self._post, self._publish)
+        listener = _EngineListener(output, self._post, self._publish)
         self.need(output.key, output.tiles, output.cache_salt, listener)
 
     # Whoever needs embeddings here.
@@ -171,9 +171,10 @@ class _EngineListener:
     """A sequence of the engine: its gateway has what it wants encoded, and the engine reads what is ready."""
 
     def __init__(
-        self, key: RequestKey, post: Callable[[Message], None], publish: Callable[[list[Event]], None]
+        self, needed: ImagesNeeded, post: Callable[[Message], None], publish: Callable[[list[Event]], None]
     ) -> None:
-        self._key = key
+        self._key = needed.key
+        self._asking = needed.asking
         self._post = post
         self._publish = publish
 
@@ -181,4 +182,4 @@ class _EngineListener:
         self._publish([ImagesWanted(self._key, tiles)])
 
     def ready(self, tile: int, block_ids: tuple[int, ...]) -> None:
-        self._post(ImageReady(self._key, tile, block_ids))
+        self._post(ImageReady(self._key, tile, block_ids, self._asking))

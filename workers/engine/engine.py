@@ -405,12 +405,12 @@ class Engine:
         wanted = images.ask(num_known)
         if wanted:
             tiles = tuple((i, images.tiles[i]) for i in wanted)
-            self._outputs.append(ImagesNeeded(sequence.key, tiles, sequence.cache_salt))
+            self._outputs.append(ImagesNeeded(sequence.key, tiles, sequence.cache_salt, images.asking))
 
     def _image_ready(self, ready: ImageReady) -> None:
         sequence = self._sequences.get(ready.key)
         if sequence is not None and sequence.images is not None:
-            sequence.images.arrived(ready.tile, ready.block_ids)
+            sequence.images.arrived(ready.tile, ready.block_ids, ready.asking)
 
     def _refusal(self, submit: Submit) -> tuple[FailureCode, str] | None:
         if submit.key in self._sequences:

@@ -25,6 +25,8 @@ class ImageInputs:
         self.tiles = tuple(tiles)
         #: Blocks of the embedding pool, of those that are ready.
         self.block_ids: dict[int, tuple[int, ...]] = {}
+        #: Times that all was released: what comes for an earlier asking lies in blocks that are others' by now.
+        self.asking = 0
         self._asked: set[int] = set()
         self._starts = [tile.start for tile in self.tiles]
         #: What is added to the place of a token after all pictures to get its positions; None where they are its place.
@@ -54,15 +56,16 @@ class ImageInputs:
         self._asked.update(wanted)
         return tuple(wanted)
 
-    def arrived(self, tile: int, block_ids: Sequence[int]) -> None:
-        """These blocks hold the embeddings of a tile that was asked for. Ignored when it was not, or not any more."""
-        if tile in self._asked:
+    def arrived(self, tile: int, block_ids: Sequence[int], asking: int) -> None:
+        """These blocks hold the embeddings of a tile that was asked for then. Ignored when it was not, or not any more."""
+        if asking == self.asking and tile in self._asked:
             self.block_ids[tile] = tuple(block_ids)
 
     def release(self) -> None:
         """Nothing is asked for, and no blocks are read, any more."""
         self.block_ids.clear()
         self._asked.clear()
+        self.asking += 1
 
     def overlapping(self, start: int, end: int) -> list[int]:
         """Tiles with tokens in [start, end)."""

@@ -125,6 +125,8 @@ class ImageReady:
     key: RequestKey
     tile: int
     block_ids: tuple[int, ...]
+    #: That of the ImagesNeeded which it answers.
+    asking: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,8 @@ class ImagesNeeded:
     key: RequestKey
     tiles: tuple[tuple[int, ImageTile], ...]
     cache_salt: str
+    #: See ImageInputs.
+    asking: int = 0
 
 
 @dataclass(frozen=True, slots=True)

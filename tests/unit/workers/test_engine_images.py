@@ -49,8 +49,10 @@ def _needed(engine: Engine) -> dict[str, list[int]]:
 
 
 def _ready(engine: Engine, name: str, *tiles: int) -> None:
+    sequence = engine._sequences.get(key(name))
+    asking = sequence.images.asking if sequence is not None and sequence.images is not None else 0
     for tile in tiles:
-        engine.handle(ImageReady(key(name), tile, (tile,)), 0.0)
+        engine.handle(ImageReady(key(name), tile, (tile,), asking), 0.0)
 
 
 def _finish(engine: Engine) -> None:
@@ -172,6 +174,24 @@ def test_preempted_it_asks_again() -> None:
     assert engine.num_preemptions > 0
     assert asked
     assert_empty(engine)
+
+
+def test_what_comes_for_an_earlier_asking_is_not_used() -> None:
+    """Its blocks may be others' by now."""
+    engine = make_engine(config=replace(CONFIG, growth_reserve=0.0), num_blocks=8)
+    engine.handle(_submit("r1", (1, 4, "a"), num_prompt=8, max_new=16), 0.0)
+    engine.handle(_submit("r2", (1, 4, "b"), num_prompt=8, max_new=16), 0.1)
+    _ready(engine, "r1", 0)
+    _ready(engine, "r2", 0)
+    outputs_of(engine)
+    while "r2" not in _needed(engine):
+        assert run_step(engine, 1.0) is not None
+    sequence = engine._sequences[key("r2")]
+    assert sequence.images is not None
+    engine.handle(ImageReady(key("r2"), 0, (99,), 0), 1.0)
+    assert sequence.images.block_ids == {}
+    _ready(engine, "r2", 0)
+    assert sequence.images.block_ids == {0: (0,)}
 
 
 @settings(max_examples=60, deadline=None)
