@@ -40,7 +40,9 @@ class ChunkWriter:
         """Copy a chunk that has come, unless it was; its checksum as it is here. Raises what the pools raise."""
         chunk = action.chunk
         announced, checksum = self._copied.pop(chunk.sequence_number, (None, 0))
-        if announced is not None and replace(chunk, checksum=0) == announced:
+        is_there = announced is not None and replace(chunk, checksum=0) == announced
+        # A GPU's memory may not have held all of it yet when it was announced: then it is read again.
+        if is_there and checksum == chunk.checksum:
             return checksum
         if chunk.is_in_place:
             return self._pull(chunk, action.block_ids)

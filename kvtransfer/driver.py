@@ -57,9 +57,8 @@ MAX_QUEUED_FRAMES = 64
 #: Messages that are ready together are written together up to about this size: each write takes a call of gRPC, which
 #: costs more than these bytes.
 MAX_TOGETHER_BYTES = 2**16
-#: Ways on which the receiver copies a chunk while the sender computes its checksum. On the others one does both, or the
-#: checksum is what says that the KV is in the GPU's memory.
-ANNOUNCED_WAYS = frozenset({"shm"})
+#: Ways on which the receiver copies a chunk while the sender computes its checksum. On the others one does both.
+ANNOUNCED_WAYS = frozenset({"shm", "cuda_ipc"})
 #: A smaller chunk has its checksum sooner than it would be heard of.
 MIN_ANNOUNCED_BYTES = 2**22
 
