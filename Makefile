@@ -4,8 +4,8 @@ VENV := .venv
 
 .PHONY: demo test install clean
 
-demo: $(VENV)/.runtime  ## start a local cluster, ask one question, stop it
-	@$(VENV)/bin/python examples/01_first_answer.py
+demo: $(VENV)/.runtime  ## start a local cluster, ask one question without a picture and one about a picture, stop it
+	@$(VENV)/bin/python examples/04_images.py
 
 test: $(VENV)/.dev  ## everything that CI checks
 	@$(VENV)/bin/python scripts/check.py

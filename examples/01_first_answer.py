@@ -1,6 +1,6 @@
 """Prefill and decode on two workers, on this machine: start them, ask one question, show where its time went.
 
-`make demo` runs this. It starts what deploy/manifests/laptop.yaml declares, as `phasewise up` would, and stops
+It starts what deploy/manifests/laptop.yaml declares, as `phasewise up` would, and stops
 it again, also after Ctrl-C.
 """
 

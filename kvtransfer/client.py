@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
+from kvtransfer.counts import TransferCounts
 from kvtransfer.driver import PoolOpener, Session
 from kvtransfer.frames import Attach, Fetch, Reserve
 from kvtransfer.host import KvHost
@@ -205,13 +206,16 @@ async def fetch(
     min_tokens: int,
     timeout_s: float,
     config: KvTransferConfig,
+    counts: TransferCounts,
+    address: str = "",
 ) -> tuple[int, str, str]:
     """Get the longest beginning of this chain of blocks that the worker at the other end has.
 
     Returns how many tokens that is, and by which transport they came, and why not by a better one.
 
     The blocks are asked of `host.reserve` and given to `host.commit`, as with any transfer, with the last block's hash
-    in place of a digest of tokens. Cancelling gives it up.
+    in place of a digest of tokens. Cancelling gives it up. counts: where what comes is counted. address: of this worker,
+    as others know it.
 
     Raises:
         PhasewiseTransferError: it has fewer than `min_tokens`, or did not send them.
@@ -229,7 +233,7 @@ async def fetch(
     )
     session = Session(machine, host, pools=pools)
     request = Fetch(
-        transfer_id, host.pool.layout, host.incarnation, tuple(block_hashes), min_tokens, timeout_s
+        transfer_id, host.pool.layout, host.incarnation, tuple(block_hashes), min_tokens, timeout_s, address
     )
     try:
         try:
@@ -241,10 +245,14 @@ async def fetch(
             await session.attach(stream, awaits_end=True)
     finally:
         session.post(GivenUp("cancelled"))
+        counts.num_corrupt_chunks += session.num_corrupt_chunks
+        counts.num_digest_mismatches += machine.num_digest_mismatches
+        counts.num_bytes_received += machine.num_bytes_written
     outcome = session.outcome
     assert outcome is not None
     if outcome.error is not None:
         raise outcome.error
+    counts.num_received += 1
     assert machine.request is not None
     return machine.request.num_tokens, machine.transport, machine.transport_reason
 
@@ -262,4 +270,7 @@ def _not_asked_for(
         return f"{answer.num_tokens} tokens are not what was fetched"
     if answer.token_digest != block_hashes[num_blocks - 1]:
         return "other tokens were fetched"
+    if answer.codec is not CodecId.NONE:
+        # It is kept under the tokens' hashes and lent to others: it has to be what was computed.
+        return f"what was fetched comes packed by {answer.codec.name.lower()}"
     return None

@@ -1,9 +1,12 @@
 """What the transfers of one worker have come to so far. Pure."""
 
+import math
 from dataclasses import dataclass
 
 #: Peers that are remembered; beyond that the one not heard of for longest is forgotten.
 MAX_PEERS = 256
+#: So long a fetch that came too late speaks against fetching from there again, in seconds.
+LATE_S = 60.0
 #: Weight of the last transfer in the average rate of a peer.
 RATE_WEIGHT = 0.3
 
@@ -47,6 +50,8 @@ class PeerCounts:
 
     def __init__(self) -> None:
         self._peers: dict[tuple[str, bool], PeerCount] = {}
+        #: Address -> the rate that a fetch from there did not reach, and until when that is believed.
+        self._late: dict[str, tuple[float, float]] = {}
 
     def all(self) -> list[PeerCount]:
         """The one heard of last comes last."""
@@ -60,6 +65,18 @@ class PeerCounts:
         """
         peer = self._peers.get((address, True))
         return peer.wire_bytes_per_s if peer is not None and peer.wire_bytes_per_s > 0 else None
+
+    def note_late(self, address: str, *, num_bytes: int, elapsed_s: float, now_s: float) -> None:
+        """A fetch of so much from there was given up after this time: the way carries less. Believed for LATE_S."""
+        self._late = {name: one for name, one in self._late.items() if now_s < one[1]}
+        if elapsed_s > 0:
+            bound = min(num_bytes / elapsed_s, self._late.get(address, (math.inf, 0.0))[0])
+            self._late[address] = bound, now_s + LATE_S
+
+    def fetch_bound(self, address: str, now_s: float) -> float:
+        """Bytes per second that a fetch from there does not reach; infinite when none came too late lately."""
+        bound, until_s = self._late.get(address, (math.inf, math.inf))
+        return bound if now_s < until_s else math.inf
 
     def note(
         self,
@@ -80,6 +97,8 @@ class PeerCounts:
         while len(self._peers) > MAX_PEERS:
             del self._peers[next(iter(self._peers))]
         peer.num_bytes += num_bytes
+        if not is_sending and not problem:
+            self._late.pop(address, None)
         if problem:
             peer.last_problem = problem
             return

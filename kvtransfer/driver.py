@@ -386,9 +386,10 @@ class Session:
             while True:
                 if not taken:
                     taken.append(await outbox.get())
-                if self._outbox.qsize() < MAX_QUEUED_FRAMES:
-                    self._has_room.set()
+                self._note_room()
                 messages, num_items = ([], 1) if is_broken else await self._encode_run(taken, outbox)
+                # It has taken more. From here on one may wait: to write, or for the next message to come.
+                self._note_room()
                 try:
                     if messages:
                         await stream.write(*messages)
@@ -404,6 +405,11 @@ class Session:
             # Also when it is cancelled: whoever waits for the queue to be empty would wait for these.
             for _ in taken:
                 outbox.task_done()
+
+    def _note_room(self) -> None:
+        """Messages left the queue: let the reader go on when there is room."""
+        if self._outbox.qsize() < MAX_QUEUED_FRAMES:
+            self._has_room.set()
 
     async def _encode_run(
         self, taken: deque[SendFrame | SendChunk], outbox: Outbox

@@ -64,7 +64,7 @@ class Fetch:
     """Receiver: asks a worker for cached KV, which then becomes the sender on this stream. Its first frame.
 
     layout, incarnation: of the one that asks. block_hashes: of the blocks that it has not, each the child of the one
-    before it. min_tokens: fewer are not worth it.
+    before it. min_tokens: fewer are not worth it. address: of the one that asks, as other workers know it.
     """
 
     transfer_id: str
@@ -73,6 +73,7 @@ class Fetch:
     block_hashes: tuple[bytes, ...]
     min_tokens: int
     timeout_s: float
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

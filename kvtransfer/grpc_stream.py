@@ -20,8 +20,8 @@ SERVICE = "phasewise.kvtransfer.v1.KvTransferService"
 METHOD = "Transfer"
 #: The same for embeddings, which have leases and a pool of their own.
 EMBEDDINGS = "TransferEmbeddings"
-#: A longer message is refused by either side.
-MAX_MESSAGE_BYTES = 64 * 2**20
+#: A longer message is refused by either side. The largest chunk that may be configured, 64 MiB, with its header.
+MAX_MESSAGE_BYTES = 65 * 2**20
 #: A peer whose machine is gone closes no connection. After so much silence it is asked whether it is there, and
 #: has as long again to answer; then the connection is closed, and all that hangs on it ends.
 KEEPALIVE_MS = 10_000

@@ -41,7 +41,7 @@ class _Failure:
 
     reason: str
     retryable: bool
-    #: Parts that have not come yet, and until when they are waited for.
+    #: Parts that have not come yet, or may come again, and until when they are waited for.
     to_come: set[int]
     until_s: float
 
@@ -59,6 +59,8 @@ class _Join:
     failure: _Failure | None = None
     #: What the first part that was whole is to commit.
     token_ids: tuple[int, ...] | None = None
+    #: Some of it came through a codec.
+    is_lossy: bool = False
 
 
 class PartJoin:
@@ -96,6 +98,8 @@ class PartJoin:
         heads = shared_heads(request.layout, self._host.pool.layout)
         assert heads is not None, "a layout without a head in common is refused before"
         join = self._joins.setdefault(name, _Join(request))
+        if join.failure is not None:
+            raise ReservationRefused(name, join.failure.reason, join.failure.retryable)
         problem = _problem(join, request)
         if problem is not None:
             # Nobody can tell which of them is right.
@@ -120,6 +124,8 @@ class PartJoin:
             raise
         except BaseException as error:
             self._leave(join, request.part, str(error) or "cancelled", retryable=True)
+            # Its sender may have lost the stream before it was answered: then it asks again.
+            self._await_again(join, request.part)
             raise
         if join.failure is not None:
             self._leave(join, request.part, join.failure.reason, retryable=True)
@@ -127,13 +133,22 @@ class PartJoin:
         join.places[request.part] = _Place.HOLDING
         return block_ids
 
-    def note_whole(self, request: Reserve, token_ids: tuple[int, ...]) -> None:
-        """A part is verified, and is to commit these tokens. With the last one all of them commit."""
+    def is_lossy(self, transfer_id: str) -> bool:
+        """Some part of it that is whole came through a codec. Known until the host has been told to commit."""
+        join = self._joins.get(transfer_id)
+        return join is not None and join.is_lossy
+
+    def note_whole(self, request: Reserve, token_ids: tuple[int, ...], *, is_lossy: bool) -> None:
+        """A part is verified, and is to commit these tokens. With the last one all of them commit.
+
+        is_lossy: it came through a codec.
+        """
         name, part = request.transfer_id, request.part
         join = self._joins[name]
         if join.places[part] is not _Place.HOLDING:
             return
         join.places[part] = _Place.WHOLE
+        join.is_lossy |= is_lossy
         if join.token_ids is None:
             join.token_ids = token_ids
         if token_ids != join.token_ids:
@@ -151,9 +166,12 @@ class PartJoin:
         join.places[request.part] = _Place.COMMITTED
         if set(join.places.values()) == {_Place.COMMITTED}:
             assert join.reservation is not None
-            del self._joins[request.transfer_id]
             block_ids = join.reservation.result()
-            self._host.commit(request.transfer_id, block_ids, token_ids, request.token_digest)
+            try:
+                # The host may ask `is_lossy`.
+                self._host.commit(request.transfer_id, block_ids, token_ids, request.token_digest)
+            finally:
+                del self._joins[request.transfer_id]
 
     def release(self, request: Reserve, reason: str) -> None:
         """A part has failed, and with it the transfer: the blocks go back when no part writes to them any more."""
@@ -217,6 +235,13 @@ class PartJoin:
             self._failed[join.request.transfer_id] = failure
         return failure
 
+    def _await_again(self, join: _Join, part: int) -> None:
+        """A part that went unanswered hears of the failure when it comes again, instead of waiting for the others."""
+        failure = join.failure
+        if failure is not None and self._loop.time() < failure.until_s:
+            failure.to_come.add(part)
+            self._failed[join.request.transfer_id] = failure
+
     def _give_back_if_over(self, join: _Join) -> None:
         """Once nobody asks for the blocks or holds them, and they were not all committed."""
         if join.failure is None or _USING & set(join.places.values()):
@@ -259,8 +284,6 @@ class PartJoin:
 def _problem(join: _Join, request: Reserve) -> str | None:
     """Why this is not one more of its parts; None when it is."""
     first = join.request
-    if join.failure is not None:
-        return join.failure.reason
     same = (first.num_parts, first.num_tokens, first.max_tokens, first.token_digest)
     if same != (request.num_parts, request.num_tokens, request.max_tokens, request.token_digest):
         return "its parts do not agree on what they are parts of"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import grpc.aio
 
@@ -25,7 +26,15 @@ from kvtransfer.lease import Lease, LeaseTable
 from kvtransfer.parts import PartJoin
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
-from kvtransfer.session import GivenUp, KvReady, PartsWhole, PrefillFinished, Started, StreamBroke
+from kvtransfer.session import (
+    GivenUp,
+    KvReady,
+    PartsWhole,
+    PrefillFinished,
+    Started,
+    StreamBroke,
+    TransferReport,
+)
 from kvtransfer.stream import MessageStream
 from kvtransfer.transports.choice import TransportOpener, offers_of
 from kvtransfer.wire import decode, encode
@@ -45,12 +54,21 @@ MAX_NEW_STREAMS = 256
 class KvTransferServer:
     """The receiving side of one worker: its leases and the transfers that live now. Made in the loop.
 
-    pools: opens senders' pools; by default as `config.transport` says.
+    pools: opens senders' pools; by default as `config.transport` says. on_sent(address, report): what was fetched from
+    here has been committed there.
     """
 
-    def __init__(self, host: KvHost, config: KvTransferConfig, pools: PoolOpener | None = None) -> None:
+    def __init__(
+        self,
+        host: KvHost,
+        config: KvTransferConfig,
+        pools: PoolOpener | None = None,
+        *,
+        on_sent: Callable[[str, TransferReport], None] | None = None,
+    ) -> None:
         self._host = host
         self._config = config
+        self._on_sent = on_sent
         self._pools = pools or TransportOpener(config.transport)
         self._leases = LeaseTable()
         self._join = PartJoin(host, self._abort_part, self._commit_part)
@@ -84,7 +102,9 @@ class KvTransferServer:
     def is_lossy(self, transfer_id: str) -> bool:
         """Some of what this transfer has brought came through a codec. To be asked in `commit`; then it is forgotten."""
         machines = [one.machine for one in self._sessions.values() if one.machine.transfer_id == transfer_id]
-        return any(isinstance(machine, ReceiverMachine) and machine.is_lossy for machine in machines)
+        is_one_lossy = any(isinstance(machine, ReceiverMachine) and machine.is_lossy for machine in machines)
+        # Parts that have committed have no session any more.
+        return is_one_lossy or self._join.is_lossy(transfer_id)
 
     async def serve(self, stream: MessageStream) -> None:
         """One stream, to its end."""
@@ -262,7 +282,7 @@ class KvTransferServer:
         elif machine.request is not None and machine.request.num_parts > 1:
             commit = machine.awaited_commit
             if commit is not None:
-                self._join.note_whole(machine.request, commit.token_ids)
+                self._join.note_whole(machine.request, commit.token_ids, is_lossy=machine.is_lossy)
 
     def _note_end(self, session: Session, machine: ReceiverMachine) -> None:
         outcome = session.outcome
@@ -352,7 +372,14 @@ class KvTransferServer:
             session.post(GivenUp("cancelled"))
             del self._fetched[session]
             if session.outcome is not None and session.outcome.report is not None:
-                self.counts.num_bytes_sent += session.outcome.report.num_bytes
+                self._note_sent(fetch, session.outcome.report)
+
+    def _note_sent(self, fetch: Fetch, report: TransferReport) -> None:
+        self.counts.num_sent += 1
+        self.counts.num_bytes_sent += report.num_bytes
+        self.counts.num_resent_chunks += report.num_resent_chunks
+        if self._on_sent is not None and fetch.address:
+            self._on_sent(fetch.address, report)
 
 
 def add_kvtransfer_service(

@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import struct
+import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from kvtransfer.errors import PoolUnreachable, SharedMemoryUnavailable
 TRANSPORT = "shm"
 HEADER_BYTES = 4096
 NONCE_BYTES = 16
+#: Memory of another process is touched in slices of this size.
+TOUCHED_BYTES = 2**26
 #: Of the memory's file as the kernel shows it in /proc.
 FILE_NAME = "phasewise-kv"
 _LINK_START = f"/memfd:{FILE_NAME}"
@@ -147,11 +150,13 @@ class MappedMemory:
             raise PoolUnreachable(TRANSPORT, "it is in another container (another pid namespace)")
         fd = _open(descriptor)
         try:
-            return cls(_checked(fd, descriptor), descriptor.num_bytes)
+            opened = cls(_checked(fd, descriptor), descriptor.num_bytes)
         except (OSError, ValueError) as error:
             raise PoolUnreachable(TRANSPORT, f"its memory cannot be mapped: {error}") from error
         finally:
             os.close(fd)
+        _touch(opened.bytes())
+        return opened
 
     def bytes(self) -> npt.NDArray[np.uint8]:
         """The data, [num_bytes], read-only; must be gone before `close`. Raises ConnectionError after that."""
@@ -160,10 +165,10 @@ class MappedMemory:
         return np.frombuffer(self._mapped, np.uint8, offset=HEADER_BYTES, count=self._num_bytes)
 
     def close(self) -> None:
-        """Unmap it. Closing twice does nothing."""
+        """Unmap it, in a thread: that takes up to tenths of a second per GB. Closing twice does nothing."""
         if self._mapped is not None:
             mapped, self._mapped = self._mapped, None
-            mapped.close()
+            threading.Thread(target=mapped.close, name="unmap-pool", daemon=True).start()
 
 
 def is_owner_gone(descriptor: SharedMemoryDescriptor) -> bool:
@@ -216,8 +221,17 @@ def _checked(fd: int, descriptor: SharedMemoryDescriptor) -> mmap.mmap:
         raise PoolUnreachable(
             TRANSPORT, f"process {descriptor.pid} is another one by now: its pool is not the one meant"
         )
-    # All pages at once: else the first pull of each meets some thousand page faults.
-    return mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+    # Not MAP_POPULATE: Python's call holds the interpreter until gigabytes are mapped.
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+
+
+def _touch(data: npt.NDArray[np.uint8]) -> None:
+    """Have all pages mapped: else the first pull of each meets some thousand page faults.
+
+    numpy lets other threads run meanwhile.
+    """
+    for begin in range(0, data.size, TOUCHED_BYTES):
+        data[begin : begin + TOUCHED_BYTES : mmap.PAGESIZE].max()
 
 
 def _boot_id() -> str:

@@ -64,6 +64,7 @@ MAX_CONTROL_BYTES = 2**16
 #: A longer reason is cut.
 MAX_REASON_CHARS = 1000
 MAX_TRANSFER_ID_CHARS = 256
+MAX_ADDRESS_CHARS = 512
 MAX_OFFERS = 8
 MAX_OFFER_BYTES = 2**13
 #: Senders of one transfer at most.
@@ -234,6 +235,8 @@ def _fetch_problem(fetch: Fetch) -> str | None:
         return f"Fetch of {len(fetch.block_hashes)} blocks and at least {fetch.min_tokens} tokens"
     if not _is_duration(fetch.timeout_s):
         return f"Fetch with a timeout of {fetch.timeout_s} s"
+    if len(fetch.address) > MAX_ADDRESS_CHARS:
+        return f"Fetch with an address of more than {MAX_ADDRESS_CHARS} characters"
     return _id_problem(fetch.transfer_id) or _layout_problem(fetch.layout)
 
 
@@ -348,6 +351,7 @@ def _fetch_to_pb(frame: Fetch) -> pb.Fetch:
         block_hashes=frame.block_hashes,
         min_tokens=frame.min_tokens,
         timeout_s=frame.timeout_s,
+        address=frame.address,
     )
 
 
@@ -359,6 +363,7 @@ def _fetch_from_pb(frame: pb.Fetch) -> Fetch:
         tuple(frame.block_hashes),
         frame.min_tokens,
         frame.timeout_s,
+        frame.address,
     )
 
 

@@ -403,6 +403,7 @@ class SampleRecord(_message.Message):
     NUM_FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_FETCH_S_FIELD_NUMBER: _builtins.int
     NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGES_REDUCED_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Of the attempt that gave the first token, as are queue_s and prefill_s."""
@@ -424,6 +425,10 @@ class SampleRecord(_message.Message):
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttemptRecord]: ...
+    @_builtins.property
+    def images_reduced(self) -> _worker_pb2.ImagesReduced:
+        """When its pictures were reduced."""
+
     def __init__(
         self,
         *,
@@ -439,19 +444,24 @@ class SampleRecord(_message.Message):
         num_fetched_tokens: _builtins.int = ...,
         prefix_fetch_s: _builtins.float = ...,
         num_reused_tokens: _builtins.int = ...,
+        images_reduced: _worker_pb2.ImagesReduced | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_at_s: _TypeAlias = _typing.Literal["first_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_at_s: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s"]  # noqa: Y015
+    _WhichOneofReturnType__images_reduced: _TypeAlias = _typing.Literal["images_reduced"]  # noqa: Y015
+    _WhichOneofArgType__images_reduced: _TypeAlias = _typing.Literal["_images_reduced", b"_images_reduced"]  # noqa: Y015
     _WhichOneofReturnType__last_token_at_s: _TypeAlias = _typing.Literal["last_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__last_token_at_s: _TypeAlias = _typing.Literal["_last_token_at_s", b"_last_token_at_s"]  # noqa: Y015
     _WhichOneofReturnType__second_token_at_s: _TypeAlias = _typing.Literal["second_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__second_token_at_s: _TypeAlias = _typing.Literal["_second_token_at_s", b"_second_token_at_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_at_s) -> _WhichOneofReturnType__first_token_at_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__images_reduced) -> _WhichOneofReturnType__images_reduced | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__last_token_at_s) -> _WhichOneofReturnType__last_token_at_s | None: ...
     @_typing.overload

@@ -53,6 +53,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    IMAGE_REDUCTION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """1 to 128 visible ASCII characters; unique among running requests. Empty: the gateway makes one."""
     model: _builtins.str
@@ -77,6 +78,10 @@ class GenerateRequest(_message.Message):
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
         """Pictures of a `text` prompt: the model's placeholder is in it once for each, in order."""
 
+    @_builtins.property
+    def image_reduction(self) -> Global___ImageReduction:
+        """Absent: what the deployment says. An approximation; not with sampling.prompt_logprobs."""
+
     def __init__(
         self,
         *,
@@ -89,16 +94,64 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
         images: _abc.Iterable[Global___Image] | None = ...,
+        image_reduction: Global___ImageReduction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_image_reduction", b"_image_reduction", "chat", b"chat", "image_reduction", b"image_reduction", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "images", b"images", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_image_reduction", b"_image_reduction", "cache_salt", b"cache_salt", "chat", b"chat", "image_reduction", b"image_reduction", "images", b"images", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__image_reduction: _TypeAlias = _typing.Literal["image_reduction"]  # noqa: Y015
+    _WhichOneofArgType__image_reduction: _TypeAlias = _typing.Literal["_image_reduction", b"_image_reduction"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_reduction) -> _WhichOneofReturnType__image_reduction | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ImageReduction(_message.Message):
+    """How pictures get fewer embeddings than the prompt has tokens for (docs/multimodal.md). All numbers are 0 to 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERGE_THRESHOLD_FIELD_NUMBER: _builtins.int
+    GLOBAL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    INDIVIDUAL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    KEY_FRACTION_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    merge_threshold: _builtins.float
+    """A window of embeddings becomes one from this mean cosine on; 0 merges none."""
+    global_threshold: _builtins.float
+    """An embedding leaves the prompt when it gets less than this share of the attention that text gives to pictures,"""
+    individual_threshold: _builtins.float
+    """and no token of text gives it as much as this; 0 in either drops none."""
+    key_fraction: _builtins.float
+    """Part of a tile's embeddings that never leave; default 0.08."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """After which layers they leave, as fractions of the depth; default 0.0625, 0.1875, 0.3125, 0.4375."""
+
+    def __init__(
+        self,
+        *,
+        merge_threshold: _builtins.float = ...,
+        global_threshold: _builtins.float = ...,
+        individual_threshold: _builtins.float = ...,
+        key_fraction: _builtins.float | None = ...,
+        layers: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_key_fraction", b"_key_fraction", "key_fraction", b"key_fraction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_key_fraction", b"_key_fraction", "global_threshold", b"global_threshold", "individual_threshold", b"individual_threshold", "key_fraction", b"key_fraction", "layers", b"layers", "merge_threshold", b"merge_threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__key_fraction: _TypeAlias = _typing.Literal["key_fraction"]  # noqa: Y015
+    _WhichOneofArgType__key_fraction: _TypeAlias = _typing.Literal["_key_fraction", b"_key_fraction"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key_fraction) -> _WhichOneofReturnType__key_fraction | None: ...
+
+Global___ImageReduction: _TypeAlias = ImageReduction  # noqa: Y015
 
 @_typing.final
 class Image(_message.Message):
@@ -702,6 +755,7 @@ class Usage(_message.Message):
     FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
     REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     IMAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGE_REDUCTION_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
@@ -716,6 +770,10 @@ class Usage(_message.Message):
     def decoding(self) -> Global___DecodingCost:
         """With a decoding method, once a worker has reported it."""
 
+    @_builtins.property
+    def image_reduction(self) -> Global___ReductionUsage:
+        """Of sample 0, when its pictures were reduced."""
+
     def __init__(
         self,
         *,
@@ -726,16 +784,55 @@ class Usage(_message.Message):
         fetched_tokens: _builtins.int = ...,
         reused_tokens: _builtins.int = ...,
         image_tokens: _builtins.int = ...,
+        image_reduction: Global___ReductionUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "decoding", b"decoding"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "_image_reduction", b"_image_reduction", "decoding", b"decoding", "image_reduction", b"image_reduction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decoding", b"decoding", "fetched_tokens", b"fetched_tokens", "image_tokens", b"image_tokens", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decoding", b"_decoding", "_image_reduction", b"_image_reduction", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "decoding", b"decoding", "fetched_tokens", b"fetched_tokens", "image_reduction", b"image_reduction", "image_tokens", b"image_tokens", "prompt_tokens", b"prompt_tokens", "reused_tokens", b"reused_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decoding: _TypeAlias = _typing.Literal["decoding"]  # noqa: Y015
     _WhichOneofArgType__decoding: _TypeAlias = _typing.Literal["_decoding", b"_decoding"]  # noqa: Y015
+    _WhichOneofReturnType__image_reduction: _TypeAlias = _typing.Literal["image_reduction"]  # noqa: Y015
+    _WhichOneofArgType__image_reduction: _TypeAlias = _typing.Literal["_image_reduction", b"_image_reduction"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__decoding) -> _WhichOneofReturnType__decoding | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_reduction) -> _WhichOneofReturnType__image_reduction | None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class ReductionUsage(_message.Message):
+    """What was left of the pictures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODED_TOKENS_FIELD_NUMBER: _builtins.int
+    KEPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_SHARE_FIELD_NUMBER: _builtins.int
+    IS_TOO_LONG_FIELD_NUMBER: _builtins.int
+    encoded_tokens: _builtins.int
+    """Embeddings after merging, and those whose KV was kept."""
+    kept_tokens: _builtins.int
+    prefill_share: _builtins.float
+    """Of the multiplications of the whole prompt, an estimate."""
+    is_too_long: _builtins.bool
+    """The prompt was, for the filter, and was computed without it."""
+    def __init__(
+        self,
+        *,
+        encoded_tokens: _builtins.int = ...,
+        kept_tokens: _builtins.int = ...,
+        prefill_share: _builtins.float = ...,
+        is_too_long: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoded_tokens", b"encoded_tokens", "is_too_long", b"is_too_long", "kept_tokens", b"kept_tokens", "prefill_share", b"prefill_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReductionUsage: _TypeAlias = ReductionUsage  # noqa: Y015
 
 @_typing.final
 class DecodingCost(_message.Message):

@@ -8,6 +8,8 @@ Every gRPC message is raw bytes: a CRC32C (4 bytes, little-endian), one kind byt
   kind 0  a serialised ControlFrame
   kind 1  a chunk: the rest of the fixed header of kvtransfer/wire.py, then the payload
   kind 2  a chunk that is copied in place: the header, then where it lies in the sender's pool
+  kind 3  several messages: each is its length (4 bytes, little-endian) and itself, see kvtransfer/bundle.py
+  kind 4  an announcement: as kind 2, without the checksum of the content, before that is known
 so that protobuf never copies a payload. The method is therefore registered with byte handlers, and
 the message types below only describe it.
 
@@ -245,11 +247,14 @@ class Fetch(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
     incarnation: _builtins.int
     min_tokens: _builtins.int
     """Fewer tokens are not worth it."""
     timeout_s: _builtins.float
+    address: _builtins.str
+    """Of the one that asks, as other workers know it (host:port); may be empty. What is sent tells how fast the way is."""
     @_builtins.property
     def layout(self) -> Global___KvLayout:
         """Of the one that asks, as is its incarnation."""
@@ -267,10 +272,11 @@ class Fetch(_message.Message):
         block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
         min_tokens: _builtins.int = ...,
         timeout_s: _builtins.float = ...,
+        address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "incarnation", b"incarnation", "layout", b"layout", "min_tokens", b"min_tokens", "timeout_s", b"timeout_s", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_hashes", b"block_hashes", "incarnation", b"incarnation", "layout", b"layout", "min_tokens", b"min_tokens", "timeout_s", b"timeout_s", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,8 @@ Every gRPC message is raw bytes: a CRC32C (4 bytes, little-endian), one kind byt
   kind 0  a serialised ControlFrame
   kind 1  a chunk: the rest of the fixed header of kvtransfer/wire.py, then the payload
   kind 2  a chunk that is copied in place: the header, then where it lies in the sender's pool
+  kind 3  several messages: each is its length (4 bytes, little-endian) and itself, see kvtransfer/bundle.py
+  kind 4  an announcement: as kind 2, without the checksum of the content, before that is known
 so that protobuf never copies a payload. The method is therefore registered with byte handlers, and
 the message types below only describe it.
 

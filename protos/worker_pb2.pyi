@@ -289,6 +289,7 @@ class Submit(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFIX_PEERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    REDUCTION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     incarnation: _builtins.int
@@ -323,6 +324,8 @@ class Submit(_message.Message):
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageTile]:
         """All tiles of all pictures, in the order of the prompt."""
 
+    @_builtins.property
+    def reduction(self) -> Global___ImageReduction: ...
     def __init__(
         self,
         *,
@@ -339,14 +342,49 @@ class Submit(_message.Message):
         cache_salt: _builtins.str = ...,
         prefix_peers: _abc.Iterable[Global___PrefixPeer] | None = ...,
         images: _abc.Iterable[Global___ImageTile] | None = ...,
+        reduction: Global___ImageReduction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "reduction", b"reduction", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "images", b"images", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "images", b"images", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "reduction", b"reduction", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class ImageReduction(_message.Message):
+    """How pictures get fewer embeddings than the prompt has tokens for. Absent: they do not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MERGE_THRESHOLD_FIELD_NUMBER: _builtins.int
+    GLOBAL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    INDIVIDUAL_THRESHOLD_FIELD_NUMBER: _builtins.int
+    KEY_FRACTION_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    merge_threshold: _builtins.float
+    global_threshold: _builtins.float
+    individual_threshold: _builtins.float
+    key_fraction: _builtins.float
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        merge_threshold: _builtins.float = ...,
+        global_threshold: _builtins.float = ...,
+        individual_threshold: _builtins.float = ...,
+        key_fraction: _builtins.float = ...,
+        layers: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_threshold", b"global_threshold", "individual_threshold", b"individual_threshold", "key_fraction", b"key_fraction", "layers", b"layers", "merge_threshold", b"merge_threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageReduction: _TypeAlias = ImageReduction  # noqa: Y015
 
 @_typing.final
 class ImageTile(_message.Message):
@@ -406,6 +444,7 @@ class Encode(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PREFILL_WORKER_ID_FIELD_NUMBER: _builtins.int
+    REDUCTION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     incarnation: _builtins.int
@@ -433,6 +472,8 @@ class Encode(_message.Message):
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """One for each of them."""
 
+    @_builtins.property
+    def reduction(self) -> Global___ImageReduction: ...
     def __init__(
         self,
         *,
@@ -453,10 +494,11 @@ class Encode(_message.Message):
         timeout_s: _builtins.float = ...,
         cache_salt: _builtins.str = ...,
         prefill_worker_id: _builtins.str = ...,
+        reduction: Global___ImageReduction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reduction", b"reduction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "first_tile", b"first_tile", "height", b"height", "image", b"image", "incarnation", b"incarnation", "keys", b"keys", "media_type", b"media_type", "prefill_address", b"prefill_address", "prefill_attempt", b"prefill_attempt", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "request_id", b"request_id", "tile_hi", b"tile_hi", "tile_lo", b"tile_lo", "timeout_s", b"timeout_s", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "first_tile", b"first_tile", "height", b"height", "image", b"image", "incarnation", b"incarnation", "keys", b"keys", "media_type", b"media_type", "prefill_address", b"prefill_address", "prefill_attempt", b"prefill_attempt", "prefill_incarnation", b"prefill_incarnation", "prefill_worker_id", b"prefill_worker_id", "reduction", b"reduction", "request_id", b"request_id", "tile_hi", b"tile_hi", "tile_lo", b"tile_lo", "timeout_s", b"timeout_s", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -833,6 +875,7 @@ class Event(_message.Message):
     DECODING_REPORT_FIELD_NUMBER: _builtins.int
     IMAGES_WANTED_FIELD_NUMBER: _builtins.int
     IMAGES_ENCODED_FIELD_NUMBER: _builtins.int
+    IMAGES_REDUCED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     @_builtins.property
@@ -853,6 +896,8 @@ class Event(_message.Message):
     def images_wanted(self) -> Global___ImagesWanted: ...
     @_builtins.property
     def images_encoded(self) -> Global___ImagesEncoded: ...
+    @_builtins.property
+    def images_reduced(self) -> Global___ImagesReduced: ...
     def __init__(
         self,
         *,
@@ -867,12 +912,13 @@ class Event(_message.Message):
         decoding_report: Global___DecodingReport | None = ...,
         images_wanted: Global___ImagesWanted | None = ...,
         images_encoded: Global___ImagesEncoded | None = ...,
+        images_reduced: Global___ImagesReduced | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_reduced", b"images_reduced", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "request_id", b"request_id", "tokens_generated", b"tokens_generated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decoding_report", b"decoding_report", "drafts_generated", b"drafts_generated", "event", b"event", "images_encoded", b"images_encoded", "images_reduced", b"images_reduced", "images_wanted", b"images_wanted", "kv_transferred", b"kv_transferred", "prefill_started", b"prefill_started", "prompt_scored", b"prompt_scored", "request_failed", b"request_failed", "request_id", b"request_id", "tokens_generated", b"tokens_generated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefill_started", "tokens_generated", "kv_transferred", "request_failed", "prompt_scored", "drafts_generated", "decoding_report", "images_wanted", "images_encoded"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["prefill_started", "tokens_generated", "kv_transferred", "request_failed", "prompt_scored", "drafts_generated", "decoding_report", "images_wanted", "images_encoded", "images_reduced"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -946,6 +992,42 @@ class ImagesEncoded(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImagesEncoded: _TypeAlias = ImagesEncoded  # noqa: Y015
+
+@_typing.final
+class ImagesReduced(_message.Message):
+    """What was left of a request's pictures; before its first token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_PLANNED_FIELD_NUMBER: _builtins.int
+    NUM_ENCODED_FIELD_NUMBER: _builtins.int
+    NUM_KEPT_FIELD_NUMBER: _builtins.int
+    PREFILL_SHARE_FIELD_NUMBER: _builtins.int
+    IS_TOO_LONG_FIELD_NUMBER: _builtins.int
+    num_planned: _builtins.int
+    """Tokens of the prompt that stood for embeddings; embeddings after merging; those whose KV is kept."""
+    num_encoded: _builtins.int
+    num_kept: _builtins.int
+    prefill_share: _builtins.float
+    """Of the multiplications of the whole prompt, an estimate."""
+    is_too_long: _builtins.bool
+    """It was, for the filter, and was computed without it."""
+    def __init__(
+        self,
+        *,
+        num_planned: _builtins.int = ...,
+        num_encoded: _builtins.int = ...,
+        num_kept: _builtins.int = ...,
+        prefill_share: _builtins.float = ...,
+        is_too_long: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_too_long", b"is_too_long", "num_encoded", b"num_encoded", "num_kept", b"num_kept", "num_planned", b"num_planned", "prefill_share", b"prefill_share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImagesReduced: _TypeAlias = ImagesReduced  # noqa: Y015
 
 @_typing.final
 class PrefillStarted(_message.Message):

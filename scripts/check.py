@@ -16,7 +16,17 @@ STEPS: dict[str, list[str]] = {
     "layers": [str(BIN / "lint-imports")],
     "types": [str(BIN / "mypy")],
     # Of one file in one process, since its tests share what is costly to make.
-    "tests": [sys.executable, "-m", "pytest", "--ignore", "tests/integration", "-n", "2", "--dist", "loadfile"],
+    "tests": [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--ignore",
+        "tests/integration",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+    ],
     # They start processes and clusters of their own, which want both cores.
     "integration": [sys.executable, "-m", "pytest", "tests/integration"],
 }

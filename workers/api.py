@@ -25,6 +25,7 @@ MAX_BRANCHES = 32
 MAX_BRANCH_TOKENS = 256
 MAX_DRAFTS = 16
 MAX_SALT_CHARS = 256
+MAX_REDUCTION_LAYERS = 16
 
 
 class Phase(StrEnum):
@@ -297,6 +298,51 @@ class ImageTile:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageReduction:
+    """How pictures get fewer embeddings than a prompt has tokens for: an approximation, see docs/multimodal.md.
+
+    A window of embeddings becomes one when its mean pairwise cosine is at least merge_threshold, in the encoder; 0
+    merges none. An embedding leaves the prompt when it gets less than global_threshold of the attention that all text
+    gives to pictures, and no token of text gives it as much as individual_threshold; 0 in either drops none.
+    key_fraction: the part of a tile's embeddings that never leave, those that its other patches attend to most.
+    layers: of the text model, after which embeddings leave, as fractions of its depth, ascending. All are 0 to 1.
+    Source: MustDrop (arXiv 2411.10803), whose layers are 2, 6, 10 and 14 of 32.
+    """
+
+    merge_threshold: float = 0.0
+    global_threshold: float = 0.0
+    individual_threshold: float = 0.0
+    key_fraction: float = 0.08
+    layers: tuple[float, ...] = (0.0625, 0.1875, 0.3125, 0.4375)
+
+    @property
+    def is_merging(self) -> bool:
+        """Some embeddings may become one."""
+        return self.merge_threshold > 0
+
+    @property
+    def is_filtering(self) -> bool:
+        """Some embeddings may leave the prompt."""
+        return self.global_threshold > 0 and self.individual_threshold > 0 and bool(self.layers)
+
+    @property
+    def is_on(self) -> bool:
+        """It may change anything."""
+        return self.is_merging or self.is_filtering
+
+    @property
+    def encode_text(self) -> str:
+        """All of it that embeddings and what is kept beside them depend on; part of their key."""
+        return f"merge={self.merge_threshold!r},key={self.key_fraction!r}" if self.is_on else ""
+
+    @property
+    def text(self) -> str:
+        """All of it that the KV of a prompt depends on; part of its digest."""
+        filters = f"{self.global_threshold!r},{self.individual_threshold!r},{self.layers!r}"
+        return f"{self.encode_text},filter={filters}" if self.is_filtering else self.encode_text
+
+
+@dataclass(frozen=True, slots=True)
 class RequestKey:
     """One attempt at a request on this worker. A given-up attempt cannot speak for the next."""
 
@@ -316,6 +362,7 @@ class Submit:
     prefix_peers: workers that are asked for the beginning of the prompt, where fetching it is faster than computing it.
     images: all tiles of all pictures, in the order of the prompt. With prefill their embeddings are asked for by
     ImagesWanted; decode needs to know of them too, since KV is named by what it was computed from.
+    reduction: of these pictures; decode then takes KV of fewer tokens than the prompt has.
     """
 
     key: RequestKey
@@ -329,6 +376,7 @@ class Submit:
     cache_salt: str = ""
     prefix_peers: tuple[PrefixPeer, ...] = ()
     images: tuple[ImageTile, ...] = ()
+    reduction: ImageReduction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +405,7 @@ class Encode:
     prefill_incarnation: int
     timeout_s: float
     cache_salt: str = ""
+    reduction: ImageReduction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +456,23 @@ class ImagesEncoded:
     encode_s: float
     transfer_s: float
     transport: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesReduced:
+    """What the reduction of a request's pictures left of them; just before its first token.
+
+    num_planned: tokens of the prompt that stood for embeddings. num_encoded: those that were there after merging.
+    num_kept: those whose KV is kept. prefill_share: computing the prompt took so much of the multiplications that all its
+    tokens would have taken, an estimate. is_too_long: the prompt was, for the filter, and was computed without it.
+    """
+
+    key: RequestKey
+    num_planned: int
+    num_encoded: int
+    num_kept: int
+    prefill_share: float
+    is_too_long: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,6 +590,7 @@ class RequestFailed:
 Event = (
     ImagesWanted
     | ImagesEncoded
+    | ImagesReduced
     | PrefillStarted
     | PromptScored
     | TokensGenerated
@@ -662,7 +729,7 @@ class KvDirection(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class KvTransferCounts:
-    """Of all hand-offs of one worker since it started. Bytes are of the KV as it lies in the pools."""
+    """Of all hand-offs and fetches of one worker since it started. Bytes are of the KV as it lies in the pools."""
 
     num_sent: int = 0
     num_received: int = 0
@@ -671,7 +738,7 @@ class KvTransferCounts:
     #: Chunks whose checksum was not that of their content.
     num_corrupt_chunks: int = 0
     num_resent_chunks: int = 0
-    #: Hand-offs whose chunks were whole and whose digest was another: they were not decoded from.
+    #: Transfers whose chunks were whole and whose digest was another: they were not decoded from.
     num_digest_mismatches: int = 0
     num_resumed: int = 0
     num_expired: int = 0

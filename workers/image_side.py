@@ -24,7 +24,8 @@ from workers.sessions import SessionTable
 class ImageSide:
     """Made, used and closed in the loop. `run` must be running.
 
-    post: hands a message to the engine, if there is one.
+    post: hands a message to the engine, if there is one. host: of the embeddings that its sequences read; None on a
+    worker that does not prefill.
     """
 
     def __init__(
@@ -36,13 +37,28 @@ class ImageSide:
     ) -> None:
         self._spec = spec
         self._sessions = sessions
-        self.host = EmbeddingHost(loaded.memory, spec.incarnation, post, sessions.deliver, spec.kv_transfer)
+        self.host: EmbeddingHost | None = None
+        if loaded.prefill is not None:
+            self.host = EmbeddingHost(
+                loaded.prefill, spec.incarnation, post, sessions.deliver, spec.kv_transfer
+            )
+        #: Of Encodes. Nothing is received by it, and no engine reads it.
+        self._encode_host: EmbeddingHost | None = None
         self._channels = PeerChannels(MAX_IDLE_CHANNELS)
         self._encoding: Encoding | None = None
         if loaded.tools is not None:
-            self._decoding = DecodePool(DecodePoolConfig(num_threads=spec.engine.num_threads), ImageLimits())
+            assert loaded.encode is not None
+            self._encode_host = EmbeddingHost(
+                loaded.encode, spec.incarnation, post, sessions.deliver, spec.kv_transfer
+            )
+            # As many may wait as there are Encodes: what was taken is not refused for being too much.
+            decoding = DecodePoolConfig(
+                num_threads=spec.engine.num_threads, max_waiting=loaded.tools.max_waiting
+            )
+            self._decoding = DecodePool(decoding, ImageLimits())
             self._encoding = Encoding(
                 loaded.tools,
+                self._encode_host,
                 self.host,
                 self._decoding.decode,
                 self._channels,
@@ -67,22 +83,31 @@ class ImageSide:
         self._encoding.abort(abort.key)
         return True
 
+    @property
+    def _hosts(self) -> list[EmbeddingHost]:
+        return [host for host in (self.host, self._encode_host) if host is not None]
+
+    def check_invariants(self) -> None:
+        """Those of all that there are."""
+        for host in self._hosts:
+            host.check_invariants()
+
     async def run(self) -> None:
         """Until cancelled."""
         if self._encoding is not None:
             await self._encoding.run()
 
     def counts(self) -> EmbeddingCounts:
-        """As of now."""
-        store, encoding = self.host.store.counts(), self._encoding
+        """As of now, of both stores together."""
+        stores, encoding = [host.store.counts() for host in self._hosts], self._encoding
         return EmbeddingCounts(
-            num_blocks=store.num_blocks,
-            num_free=store.num_free,
-            num_cached=store.num_cached,
-            num_waiting=store.num_waiting,
-            num_hits=store.num_hits,
-            num_misses=store.num_misses,
-            num_evictions=store.num_evictions,
+            num_blocks=sum(store.num_blocks for store in stores),
+            num_free=sum(store.num_free for store in stores),
+            num_cached=sum(store.num_cached for store in stores),
+            num_waiting=sum(store.num_waiting for store in stores),
+            num_hits=sum(store.num_hits for store in stores),
+            num_misses=sum(store.num_misses for store in stores),
+            num_evictions=sum(store.num_evictions for store in stores),
             num_encodes_running=encoding.num_running if encoding is not None else 0,
             num_tiles_encoded=encoding.num_encoded_tiles if encoding is not None else 0,
             num_tiles_cached=encoding.num_cached_tiles if encoding is not None else 0,
@@ -95,5 +120,6 @@ class ImageSide:
         if self._encoding is not None:
             await self._encoding.close()
             await self._decoding.close()
-        await self.host.close(reason)
+        for host in self._hosts:
+            await host.close(reason)
         await self._channels.close()

@@ -1,7 +1,17 @@
 """Messages about pictures to and from `workers.api`. Pure."""
 
 from protos import worker_pb2 as pb
-from workers.api import EmbeddingCounts, Encode, ImagesEncoded, ImageTile, RequestId, RequestKey, WorkerId
+from workers.api import (
+    EmbeddingCounts,
+    Encode,
+    ImageReduction,
+    ImagesEncoded,
+    ImagesReduced,
+    ImageTile,
+    RequestId,
+    RequestKey,
+    WorkerId,
+)
 
 
 def tile_to_pb(tile: ImageTile) -> pb.ImageTile:
@@ -18,6 +28,30 @@ def tile_from_pb(message: pb.ImageTile) -> ImageTile:
         frames, rows, cols = message.grid
         grid = frames, rows, cols
     return ImageTile(message.start, message.num_embeddings, message.key, grid)
+
+
+def reduction_to_pb(reduction: ImageReduction | None) -> pb.ImageReduction | None:
+    """None where there is none."""
+    if reduction is None:
+        return None
+    return pb.ImageReduction(
+        merge_threshold=reduction.merge_threshold,
+        global_threshold=reduction.global_threshold,
+        individual_threshold=reduction.individual_threshold,
+        key_fraction=reduction.key_fraction,
+        layers=reduction.layers,
+    )
+
+
+def reduction_from_pb(message: pb.ImageReduction) -> ImageReduction:
+    """How pictures are reduced."""
+    return ImageReduction(
+        message.merge_threshold,
+        message.global_threshold,
+        message.individual_threshold,
+        message.key_fraction,
+        tuple(message.layers),
+    )
 
 
 def encode_to_pb(encode: Encode, incarnation: int) -> pb.Encode:
@@ -40,6 +74,7 @@ def encode_to_pb(encode: Encode, incarnation: int) -> pb.Encode:
         prefill_incarnation=encode.prefill_incarnation,
         timeout_s=encode.timeout_s,
         cache_salt=encode.cache_salt,
+        reduction=reduction_to_pb(encode.reduction),
     )
 
 
@@ -62,6 +97,7 @@ def encode_from_pb(message: pb.Encode) -> Encode:
         prefill_incarnation=message.prefill_incarnation,
         timeout_s=message.timeout_s,
         cache_salt=message.cache_salt,
+        reduction=reduction_from_pb(message.reduction) if message.HasField("reduction") else None,
     )
 
 
@@ -93,6 +129,29 @@ def images_encoded_from_pb(key: RequestKey, message: pb.ImagesEncoded) -> Images
         encode_s=message.encode_s,
         transfer_s=message.transfer_s,
         transport=message.transport,
+    )
+
+
+def images_reduced_to_pb(event: ImagesReduced) -> pb.ImagesReduced:
+    """What is left of pictures."""
+    return pb.ImagesReduced(
+        num_planned=event.num_planned,
+        num_encoded=event.num_encoded,
+        num_kept=event.num_kept,
+        prefill_share=event.prefill_share,
+        is_too_long=event.is_too_long,
+    )
+
+
+def images_reduced_from_pb(key: RequestKey, message: pb.ImagesReduced) -> ImagesReduced:
+    """What is left of pictures."""
+    return ImagesReduced(
+        key,
+        message.num_planned,
+        message.num_encoded,
+        message.num_kept,
+        message.prefill_share,
+        message.is_too_long,
     )
 
 

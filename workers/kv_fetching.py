@@ -9,7 +9,7 @@ import grpc.aio
 
 from kvtransfer.client import fetch
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.counts import PeerCounts
+from kvtransfer.counts import PeerCounts, TransferCounts
 from kvtransfer.errors import DigestMismatch, PhasewiseTransferError
 from kvtransfer.grpc_stream import GrpcChannel
 from kvtransfer.host import KvHost
@@ -33,6 +33,9 @@ ASSUMED_HOST_BYTES_PER_S = 1e9
 ROUND_TRIPS = 1.0
 #: Peers answer who has it within this part of the time that computing would take, and between these seconds.
 LOOK_FRACTION, MIN_LOOK_S, MAX_LOOK_S = 0.1, 0.02, 1.0
+#: Of the rate that a fetch did not reach before it was given up: what is expected of the next one. All that is known
+#: is that the way carries less.
+LATE_FRACTION = 0.5
 #: A prefix is asked for this part of the time that computing it would take, and is computed then.
 TIMEOUT_FRACTION = 0.5
 
@@ -42,7 +45,7 @@ class PrefixFetchCounts:
     """Of all prefixes that might have been fetched so far.
 
     num_refused: those that were faster computed, by the rule, whether or not others were asked. fetch_s: from the first
-    question to the last byte, of those that came. num_digest_mismatches: see TransferCounts.
+    question to the last byte, of those that came.
     """
 
     num_asked: int = 0
@@ -50,7 +53,6 @@ class PrefixFetchCounts:
     num_refused: int = 0
     num_tokens: int = 0
     fetch_s: float = 0.0
-    num_digest_mismatches: int = 0
 
 
 class KvFetching:
@@ -72,6 +74,8 @@ class KvFetching:
     ) -> None:
         """address: of this worker, as others know it (host:port)."""
         self.counts = PrefixFetchCounts()
+        #: The transfers by which prefixes came, or did not.
+        self.transfer_counts = TransferCounts()
         self._address = address
         self._host = host
         self._channels = channels
@@ -129,6 +133,8 @@ class KvFetching:
         self.counts.num_asked += 1
         begin_s = self._loop.time()
         timeout_s = min(wanted.timeout_s, TIMEOUT_FRACTION * compute_s)
+        #: Address, bytes and begin of the fetch.
+        running: tuple[str, int, float] | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 look_s = min(max(MIN_LOOK_S, LOOK_FRACTION * compute_s), MAX_LOOK_S)
@@ -142,9 +148,12 @@ class KvFetching:
                     # What nobody has was not refused.
                     self.counts.num_refused += bool(found)
                     return 0
+                running = address, found[address].num_tokens * self._token_bytes, self._loop.time()
                 num_fetched = await self._fetch_from(wanted, address, found[address], timeout_s)
         except TimeoutError:
             logger.info("prefix_fetch_late transfer_id=%s timeout_s=%.3f", wanted.transfer_id, timeout_s)
+            if running is not None:
+                self._note_late(*running)
             return 0
         if num_fetched > 0:
             self.counts.num_fetched += 1
@@ -168,9 +177,14 @@ class KvFetching:
 
     def _may_pay(self, wanted: FetchPrefix, address: str, num_tokens: int) -> bool:
         """Fetching all of it from there would be faster than computing it, as far as that is known here."""
-        rate = self._rates.link_bytes_per_s(address) or ASSUMED_BYTES_PER_S
+        rate = self._believed(address, self._rates.link_bytes_per_s(address))
         least = self._min_tokens(wanted, link_bytes_per_s=rate, overhead_s=ASSUMED_OVERHEAD_S)
         return least is not None and least <= num_tokens
+
+    def _believed(self, address: str, measured: float | None) -> float:
+        """Bytes per second of the way from there. measured: by whoever sent there, if anybody did."""
+        bound = LATE_FRACTION * self._rates.fetch_bound(address, self._loop.time())
+        return min(measured or ASSUMED_BYTES_PER_S, bound)
 
     async def _look(
         self, wanted: FetchPrefix, sources: Sequence[PrefixPeer], timeout_s: float
@@ -207,7 +221,7 @@ class KvFetching:
             return None
         size = self._host.pool.layout.block_size
         # Of the way that the KV takes, which only its sender has measured; else of the way back.
-        rate = answer.link_bytes_per_s or self._rates.link_bytes_per_s(address) or ASSUMED_BYTES_PER_S
+        rate = self._believed(address, answer.link_bytes_per_s or self._rates.link_bytes_per_s(address))
         return CachedAt(
             num_blocks * size,
             rate,
@@ -235,6 +249,8 @@ class KvFetching:
                 min_tokens=min(least or 1, cached.num_tokens),
                 timeout_s=timeout_s,
                 config=self._config,
+                counts=self.transfer_counts,
+                address=self._address,
             )
         except PhasewiseTransferError as error:
             self._note_failure(wanted.transfer_id, address, error)
@@ -260,9 +276,12 @@ class KvFetching:
         )
         return num_tokens
 
+    def _note_late(self, address: str, num_bytes: int, begin_s: float) -> None:
+        now_s = self._loop.time()
+        self._rates.note_late(address, num_bytes=num_bytes, elapsed_s=now_s - begin_s, now_s=now_s)
+
     def _note_failure(self, transfer_id: str, address: str, error: PhasewiseTransferError) -> None:
         log = logger.info
         if isinstance(error, DigestMismatch):
-            self.counts.num_digest_mismatches += error.num_attempts
             log = logger.warning
         log("prefix_not_fetched transfer_id=%s peer=%s reason=%s", transfer_id, address, error)

@@ -16,6 +16,7 @@ from kvtransfer.host import CachedKv
 from kvtransfer.layout import blocks_needed
 from kvtransfer.pool import KvPool
 from kvtransfer.server import KvTransferServer
+from kvtransfer.session import TransferReport
 from kvtransfer.transports.choice import TransportOpener
 from workers.api import KvDirection, KvPeer, KvReuseCounts, KvTransferCounts
 from workers.engine.messages import (
@@ -80,7 +81,7 @@ class EngineKvHost:
         self._looking: dict[str, asyncio.Future[CachedKv]] = {}
         # One for what comes and for what is fetched: a peer's pool is mapped once.
         pools = TransportOpener(config.transport)
-        self.receiving = KvTransferServer(self, sending_exactly, pools)
+        self.receiving = KvTransferServer(self, sending_exactly, pools, on_sent=self._note_sent)
         self._channels = PeerChannels(MAX_IDLE_CHANNELS, num_data_channels=config.num_streams)
         self._sending = KvSending(self, self._channels, post, config)
         self._fetching = KvFetching(
@@ -201,10 +202,22 @@ class EngineKvHost:
 
     def counts(self) -> KvTransferCounts:
         """Of all transfers so far."""
-        ours, theirs = asdict(self._sending.counts), asdict(self.receiving.counts)
-        counts = KvTransferCounts(**{name: ours[name] + theirs[name] for name in ours})
-        num_mismatches = counts.num_digest_mismatches + self._fetching.counts.num_digest_mismatches
-        return replace(counts, num_digest_mismatches=num_mismatches)
+        all_counts = (self._sending.counts, self.receiving.counts, self._fetching.transfer_counts)
+        tables = [asdict(counts) for counts in all_counts]
+        return KvTransferCounts(**{name: sum(table[name] for table in tables) for name in tables[0]})
+
+    def _note_sent(self, address: str, report: TransferReport) -> None:
+        """What another worker fetched from here has come there: so fast is the way."""
+        self._sending.peers.note(
+            address,
+            is_sending=True,
+            transport=report.transport,
+            reason=report.transport_reason,
+            codec=report.codec.name.lower(),
+            num_bytes=report.num_bytes,
+            num_wire_bytes=report.num_wire_bytes,
+            busy_s=report.busy_s,
+        )
 
     def with_fetches(self, reuse: KvReuseCounts) -> KvReuseCounts:
         """With what was fetched."""

@@ -72,9 +72,14 @@ class LoadedText:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImages:
-    """What pictures need. tools: None on a worker that does not encode."""
+    """What pictures need.
 
-    memory: EmbeddingMemory
+    prefill: embeddings that sequences read; None on a worker that does not prefill. encode: those of Encodes; None,
+    with `tools`, on one that does not encode.
+    """
+
+    prefill: EmbeddingMemory | None
+    encode: EmbeddingMemory | None
     tools: VisionTools | None
 
 
@@ -105,13 +110,12 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
             spec.model_source, feature, "a manifest without encode workers, or another model"
         )
     images = _load_images(spec, prepared, progress)
-    embeddings = images.memory if images is not None else None
+    embeddings = images.prefill if images is not None else None
     text = _load_text(spec, prepared, embeddings, progress) if spec.phases & TEXT_PHASES else None
-    prefills = images is not None and Phase.PREFILL in spec.phases
     info = _model_info(
         prepared,
         max_sequence_tokens=text.num_blocks * spec.engine.block_size if text is not None else 0,
-        max_image_embeddings=images.memory.num_embeddings if images is not None and prefills else 0,
+        max_image_embeddings=embeddings.num_embeddings if embeddings is not None else 0,
     )
     return LoadedModel(info, text, images)
 
@@ -165,26 +169,32 @@ def _load_images(
         return None
     digest = processor_digest(vision)
     layout = embedding_layout(vision.text_hidden_size, model_digest=prepared.digest, processor_digest=digest)
-    num_blocks = spec.engine.image_cache_bytes // layout.block_bytes
+    users = [phase for phase in (Phase.PREFILL, Phase.ENCODE) if phase in spec.phases]
+    # Each has its own, or those who prefill could wait for those who encode, at another worker, and these for those.
+    num_blocks = spec.engine.image_cache_bytes // len(users) // layout.block_bytes
     if num_blocks < 1:
-        raise ImageCacheTooSmall(spec.engine.image_cache_bytes, layout.block_bytes)
+        raise ImageCacheTooSmall(spec.engine.image_cache_bytes, len(users) * layout.block_bytes)
     num_bytes = num_blocks * layout.block_bytes
-    check_memory("the embeddings of pictures", num_bytes, "lower engine.imageCacheMiB")
-    progress(f"taking the image cache ({num_bytes / 2**20:.0f} MiB)", 0.0)
+    check_memory("the embeddings of pictures", len(users) * num_bytes, "lower engine.imageCacheMiB")
+    progress(f"taking the image cache ({len(users) * num_bytes / 2**20:.0f} MiB)", 0.0)
     is_in_nixl = spec.kv_transfer.transport is TransportChoice.NIXL
-    memory = EmbeddingMemory(layout, num_blocks, _shared_memory(num_bytes, spec), is_in_nixl=is_in_nixl)
+    memory = {
+        phase: EmbeddingMemory(layout, num_blocks, _shared_memory(num_bytes, spec), is_in_nixl=is_in_nixl)
+        for phase in users
+    }
     if Phase.ENCODE not in spec.phases:
-        return LoadedImages(memory, None)
+        return LoadedImages(memory[Phase.PREFILL], None, None)
     progress("loading the vision weights", 0.0)
     encoder = make_encoder(vision, load_weights(prepared, {Part.VISION}))
     tools = VisionTools(
         encoder=encoder,
         plan=vision.plan,
         processor_digest=digest,
+        patch_bytes=3 * 4 * vision.patch_size**2,
         patch_budget=spec.engine.encode_patch_budget,
         max_waiting=spec.engine.max_waiting_requests,
     )
-    return LoadedImages(memory, tools)
+    return LoadedImages(memory.get(Phase.PREFILL), memory[Phase.ENCODE], tools)
 
 
 def _punctuation(tokenizer_json: bytes) -> frozenset[int]:

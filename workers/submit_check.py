@@ -5,7 +5,17 @@ The engine refuses what it has no room for; here is refused what would mean noth
 
 import math
 
-from workers.api import MAX_SALT_CHARS, Encode, Handoff, Phase, PhaseSet, Submit
+from workers.api import (
+    MAX_SALT_CHARS,
+    Encode,
+    Handoff,
+    ImageReduction,
+    Phase,
+    PhaseSet,
+    Submit,
+    SuperposedDecoding,
+)
+from workers.reduction_check import reduction_problem
 from workers.sampling_check import sampling_problem
 
 MAX_ID_CHARS = 256
@@ -32,12 +42,15 @@ def submit_problem(submit: Submit, vocab_size: int) -> str | None:
         return f"num_delivered: is {submit.num_delivered}; allowed: {allowed}"
     if len(submit.cache_salt) > MAX_SALT_CHARS:
         return f"cache_salt: has {len(submit.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
-    image_problem = _images_problem(submit)
+    image_problem = _images_problem(submit) or _reduction_problem(submit.reduction)
     if image_problem is not None:
         return image_problem
     problem = sampling_problem(submit.sampling, vocab_size)
     if problem is not None:
         return f"sampling.{problem.field}: is {problem.value}; allowed: {problem.allowed}"
+    is_reduced = submit.reduction is not None and submit.reduction.is_on and bool(submit.images)
+    if is_reduced and submit.sampling.num_prompt_logprobs is not None:
+        return "reduction: is set, and prompt_logprobs need every token of the prompt; ask for one of them"
     return _handoff_problem(submit.handoff, submit.phases)
 
 
@@ -55,7 +68,12 @@ def encode_problem(encode: Encode) -> str | None:
         return f"cache_salt: has {len(encode.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
     if not _is_address(encode.prefill_address):
         return f"prefill_address: {encode.prefill_address!r} is not host:port"
-    return None
+    return _reduction_problem(encode.reduction)
+
+
+def _reduction_problem(reduction: ImageReduction | None) -> str | None:
+    problem = reduction_problem(reduction) if reduction is not None else None
+    return f"reduction.{problem.field}: is {problem.value}; allowed: {problem.allowed}" if problem else None
 
 
 def _images_problem(submit: Submit) -> str | None:
@@ -72,6 +90,13 @@ def _images_problem(submit: Submit) -> str | None:
         if tile.grid is not None and (min(tile.grid) < 1 or math.prod(tile.grid) != tile.num_embeddings):
             return f"images[{i}].grid: {tile.grid} is not one of {tile.num_embeddings} embeddings"
         end = tile.start + tile.num_embeddings
+    if (
+        submit.images
+        and end == num_prompt_tokens
+        and isinstance(submit.sampling.decoding, SuperposedDecoding)
+    ):
+        # Decode computes the last row again, and has no embeddings.
+        return "images: the prompt ends with one; with superposed decoding some text has to follow"
     if end > num_prompt_tokens:
         return f"images: they end at {end}, and the prompt at {num_prompt_tokens}"
     return None

@@ -14,6 +14,7 @@ from workers.api import (
     FinishReason,
     Handoff,
     ImagesEncoded,
+    ImagesReduced,
     ImagesWanted,
     KvBlocksRemoved,
     KvBlocksStored,
@@ -43,6 +44,10 @@ from workers.image_wire import (
     encode_to_pb,
     images_encoded_from_pb,
     images_encoded_to_pb,
+    images_reduced_from_pb,
+    images_reduced_to_pb,
+    reduction_from_pb,
+    reduction_to_pb,
     tile_from_pb,
     tile_to_pb,
 )
@@ -122,6 +127,7 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
             pb.PrefixPeer(address=peer.address, incarnation=peer.incarnation) for peer in command.prefix_peers
         ],
         images=map(tile_to_pb, command.images),
+        reduction=reduction_to_pb(command.reduction),
     )
     if command.handoff is not None:
         submit.handoff.transfer_id = command.handoff.transfer_id
@@ -163,6 +169,7 @@ def _submit_from_pb(submit: pb.Submit) -> Submit:
         cache_salt=submit.cache_salt,
         prefix_peers=tuple(PrefixPeer(peer.address, peer.incarnation) for peer in submit.prefix_peers),
         images=tuple(map(tile_from_pb, submit.images)),
+        reduction=reduction_from_pb(submit.reduction) if submit.HasField("reduction") else None,
     )
 
 
@@ -210,6 +217,8 @@ def event_to_pb(event: Event) -> pb.Event:
             message.images_wanted.tiles.extend(event.tiles)
         case ImagesEncoded():
             message.images_encoded.CopyFrom(images_encoded_to_pb(event))
+        case ImagesReduced():
+            message.images_reduced.CopyFrom(images_reduced_to_pb(event))
     return message
 
 
@@ -255,6 +264,8 @@ def event_from_pb(message: pb.Event) -> Event | None:
             return ImagesWanted(key, tuple(message.images_wanted.tiles))
         case "images_encoded":
             return images_encoded_from_pb(key, message.images_encoded)
+        case "images_reduced":
+            return images_reduced_from_pb(key, message.images_reduced)
         case _:
             return None
 

@@ -159,7 +159,7 @@ class Worker:
         if self.text is not None:
             await self.text.check_invariants()
         if self.images is not None:
-            self.images.host.check_invariants()
+            self.images.check_invariants()
 
     # Start.
 
@@ -241,10 +241,11 @@ class Worker:
 
     async def _receive_embeddings(self, stream: MessageStream) -> None:
         """The same for embeddings of pictures."""
-        if self.images is None:
+        host = self.images.host if self.images is not None else None
+        if host is None:
             await self._refuse_stream(stream)
         else:
-            await self.images.host.receiving.serve(stream)
+            await host.receiving.serve(stream)
 
     async def _refuse_stream(self, stream: MessageStream) -> None:
         if self._state is WorkerState.READY:

@@ -35,7 +35,9 @@ class TransportOpener:
                 notes
                 or f"the sender offers {', '.join(one.transport for one in offers) or 'no way to read its pool'}"
             )
-            raise ReservationRefused("", reason, retryable=False)
+            # One that only took too long may be there the next time.
+            is_coming = any(self._pools.has_begun(one) for one in allowed)
+            raise ReservationRefused("", reason, retryable=is_coming)
         return (
             transport,
             pool,

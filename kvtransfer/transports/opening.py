@@ -111,6 +111,10 @@ class PoolOpener:
             opened.num_users -= 1
             raise
 
+    def has_begun(self, offer: PoolOffer) -> bool:
+        """It is open, or a thread is still opening it."""
+        return offer in self._open
+
     def _begin(self, offer: PoolOffer) -> _Open:
         loop = asyncio.get_running_loop()
         opened = self._open[offer] = _Open(_in_thread(_open_pool, offer), loop.time())

@@ -66,3 +66,9 @@ def _course(shard: Encoded) -> str:
         found.append(f"{counted(shard.num_cached_tiles, 'tile')} cached")
     whole = f"{seconds(shard.duration_s)} in all"
     return f"{whole}: {', '.join(found)}" if found else whole
+
+
+def reduced(planned: int, encoded: int, kept: int, prefill_share: float, *, is_too_long: bool) -> str:
+    """What was left of pictures, in tokens."""
+    filtered = f"{kept} kept" if not is_too_long else "no filter, as the prompt is too long"
+    return f"of {planned} tokens of pictures {encoded} encoded, {filtered}; {prefill_share:.0%} of the prefill's work"

@@ -51,6 +51,17 @@ def _summary(sample: pb.SampleRecord, age_s: float) -> str:
     if sample.prefix_fetch_s:
         found.append(f"{seconds(sample.prefix_fetch_s)} of that for KV of other workers")
     found.append(f"{seconds(sample.prefill_s)} in prefill")
+    if sample.HasField("images_reduced"):
+        reduced = sample.images_reduced
+        found.append(
+            encode_text.reduced(
+                reduced.num_planned,
+                reduced.num_encoded,
+                reduced.num_kept,
+                reduced.prefill_share,
+                is_too_long=reduced.is_too_long,
+            )
+        )
     if sample.HasField("second_token_at_s"):
         wait_s = sample.second_token_at_s - sample.first_token_at_s
         found.append(f"second token {seconds(wait_s)} after the first")

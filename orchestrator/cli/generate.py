@@ -111,6 +111,8 @@ def as_json(response: pb.GenerateResponse) -> dict[str, Any]:
         found["usage"] = fields(response.usage)
         if response.usage.HasField("decoding"):
             found["usage"]["decoding"] = fields(response.usage.decoding)
+        if response.usage.HasField("image_reduction"):
+            found["usage"]["image_reduction"] = fields(response.usage.image_reduction)
     if response.HasField("timings"):
         found["timings"] = fields(response.timings)
         if response.timings.HasField("kv_transfer"):

@@ -10,6 +10,13 @@ from workers.errors import ImageRejected
 from workers.images.header import read_header, read_headers
 from workers.images.limits import ImageLimits
 
+_REDUCTION_FIELDS = {
+    "merge": "merge_threshold",
+    "global": "global_threshold",
+    "individual": "individual_threshold",
+    "keys": "key_fraction",
+}
+
 
 class ImageArgument(NamedTuple):
     """One picture. media_type: by its content, whatever its name ends in."""
@@ -30,6 +37,18 @@ def add_argument(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="FILE",
         help=f"a picture (PNG, JPEG, WebP, GIF) {what}; may be given several times",
     )
+
+
+def reduction(text: str) -> pb.ImageReduction:
+    """`off`, or numbers by name with commas between them. Raises ValueError; ranges are the gateway's to check."""
+    message = pb.ImageReduction()
+    for part in text.split(",") if text != "off" else ():
+        name, _, value = part.partition("=")
+        field = _REDUCTION_FIELDS.get(name.strip())
+        if field is None:
+            raise ValueError(name)
+        setattr(message, field, float(value))
+    return message
 
 
 def to_pb(images: Sequence[ImageArgument]) -> list[pb.Image]:

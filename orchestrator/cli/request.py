@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from orchestrator.cli import arguments, sampling, target
+from orchestrator.cli import arguments, images, sampling, target
 from orchestrator.cli.answer_printer import AnswerPrinter
 from orchestrator.cli.progress import shown_wait
 from orchestrator.errors import BrokenAnswer
@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, default_max_tokens: int | 
         metavar="TEXT",
         help="share cached prompts only with requests of the same salt",
     )
+    parser.add_argument(
+        "--image-reduction",
+        type=images.reduction,
+        metavar="off|KEY=X,...",
+        help="fewer embeddings of pictures: merge=X, global=X, individual=X and keys=X, each 0 to 1, see "
+        "docs/multimodal.md (default: the deployment's)",
+    )
     sampling.add_arguments(parser)
 
 
@@ -49,6 +56,8 @@ def fill(request: pb.GenerateRequest, args: argparse.Namespace) -> pb.GenerateRe
     request.sampling.CopyFrom(sampling.sampling_params(args))
     request.priority = args.priority
     request.cache_salt = args.cache_salt
+    if args.image_reduction is not None:
+        request.image_reduction.CopyFrom(args.image_reduction)
     return request
 
 

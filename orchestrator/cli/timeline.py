@@ -112,6 +112,16 @@ def _tokens(last: pb.GenerateResponse, reason: str) -> list[str]:
     pictures = f", {usage.image_tokens} of pictures" if usage.image_tokens else ""
     tokens = f"{usage.prompt_tokens} in the prompt{pictures}{reuse}, {usage.completion_tokens} generated"
     found = [f"tokens       {tokens}; ended by {reason}"]
+    if usage.HasField("image_reduction"):
+        reduced = usage.image_reduction
+        text = encode_text.reduced(
+            usage.image_tokens,
+            reduced.encoded_tokens,
+            reduced.kept_tokens,
+            reduced.prefill_share,
+            is_too_long=reduced.is_too_long,
+        )
+        found.append(f"reduction    {text}")
     if usage.decoding.num_tokens:
         decoding = usage.decoding
         rows = decoding.num_rows / decoding.num_tokens

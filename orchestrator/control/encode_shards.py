@@ -191,6 +191,7 @@ class EncodeShards:
             prefill_incarnation=prefill.incarnation,
             timeout_s=timeout_s,
             cache_salt=salt,
+            reduction=self.images.reduction,
         )
 
     def _take(self, worker_id: WorkerId, attempt: int) -> Shard | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workers.api import ImageTile
+from workers.api import ImageReduction, ImageTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class PromptImages:
 
     files: tuple[ImageFile, ...]
     tiles: tuple[PlacedTile, ...]
+    reduction: ImageReduction | None = None
 
     @property
     def num_embeddings(self) -> int:

@@ -10,6 +10,7 @@ from orchestrator.control.encode_shards import EncodeRecord
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import AttemptRecord, RequestRecord, SampleRecord
 from protos import control_pb2 as pb
+from workers.image_wire import images_reduced_to_pb
 from workers.kv_wire import kv_transferred_to_pb
 
 _STATES = {
@@ -52,6 +53,7 @@ def _sample_to_pb(sample: SampleRecord, since_s: float) -> pb.SampleRecord:
         last_token_at_s=after(sample.last_token_at_s),
         worker_queue_s=sample.worker_queue_s,
         prefill_s=sample.prefill_s,
+        images_reduced=images_reduced_to_pb(sample.images_reduced) if sample.images_reduced else None,
     )
 
 

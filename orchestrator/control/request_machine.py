@@ -36,6 +36,7 @@ from workers.api import (
     FinishReason,
     Handoff,
     ImagesEncoded,
+    ImagesReduced,
     ImagesWanted,
     KvTransferred,
     Phase,
@@ -137,6 +138,8 @@ class RequestMachine:
     num_fetched_tokens: int = 0
     prefix_fetch_s: float = 0.0
     num_reused_tokens: int = 0
+    #: What was left of its pictures, in the same attempt; None when they were not reduced.
+    images_reduced: ImagesReduced | None = None
     #: Of the last attempt, once its worker has reported.
     decoding_report: DecodingReport | None = None
     #: What is encoded for the present attempt.
@@ -206,6 +209,7 @@ class RequestMachine:
                 cache_salt=self.cache_salt,
                 prefix_peers=route.prefix_peers if Phase.PREFILL in phases else (),
                 images=self.images.api_tiles if self.images is not None else (),
+                reduction=self.images.reduction if self.images is not None else None,
             )
             return Send(worker, submit)
 
@@ -258,6 +262,10 @@ class RequestMachine:
                 self.encodes.want(event.tiles)
                 return [WantEncoders()] if self.encodes.wanted else []
             case ImagesEncoded():
+                return []
+            case ImagesReduced():
+                if not self.delivered:
+                    self.images_reduced = event
                 return []
             case PrefillStarted():
                 if not self.delivered:

@@ -10,7 +10,7 @@ from orchestrator.control.encode_shards import EncodeRecord
 from orchestrator.control.request_actions import Action, Fail, WantRoute
 from orchestrator.control.request_machine import RequestMachine, RequestState
 from orchestrator.control.router import Route
-from workers.api import KvTransferred, RequestId
+from workers.api import ImagesReduced, KvTransferred, RequestId
 
 #: Requests that have ended and are remembered.
 MAX_RECORDS = 1000
@@ -55,6 +55,7 @@ class SampleRecord:
     num_fetched_tokens: int = 0
     prefix_fetch_s: float = 0.0
     num_reused_tokens: int = 0
+    images_reduced: ImagesReduced | None = None
     first_token_at_s: float | None = None
     second_token_at_s: float | None = None
     last_token_at_s: float | None = None
@@ -87,6 +88,7 @@ class SampleRecord:
         self.num_fetched_tokens = machine.num_fetched_tokens
         self.prefix_fetch_s = machine.prefix_fetch_s
         self.num_reused_tokens = machine.num_reused_tokens
+        self.images_reduced = machine.images_reduced
         self.first_token_at_s = times.first_token_at_s
         self.second_token_at_s = times.second_token_at_s
         self.last_token_at_s = times.last_token_at_s

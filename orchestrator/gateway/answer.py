@@ -123,6 +123,11 @@ def usage(machines: Sequence[RequestMachine]) -> pb.Usage:
         reused_tokens=first.num_reused_tokens,
         image_tokens=first.images.num_embeddings if first.images is not None else 0,
     )
+    if (reduced := first.images_reduced) is not None:
+        message.image_reduction.encoded_tokens = reduced.num_encoded
+        message.image_reduction.kept_tokens = reduced.num_kept
+        message.image_reduction.prefill_share = reduced.prefill_share
+        message.image_reduction.is_too_long = reduced.is_too_long
     for machine in machines:
         report = machine.decoding_report
         if report is not None:

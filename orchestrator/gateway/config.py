@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from workers.api import ImageReduction
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayConfig:
@@ -23,3 +25,5 @@ class GatewayConfig:
     max_running_requests: int
     #: Bytes of the pictures of all requests that are here, together; a request that would bring more is refused.
     max_image_bytes: int = 1024 * 2**20
+    #: Of pictures, where a request says nothing of it.
+    image_reduction: ImageReduction | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orchestrator.control.prompt_images import ImageFile, PlacedTile, PromptImages
 from orchestrator.errors import InvalidRequest
 from protos import inference_pb2 as pb
-from workers.api import ImageTile, ModelInfo
+from workers.api import ImageReduction, ImageTile, ModelInfo
 from workers.embeddings.names import embedding_key, image_digest
 from workers.errors import ImageRejected
 from workers.images.header import read_headers
@@ -21,6 +21,8 @@ from workers.model.vision.plan import ImagePlan
 MAX_TILES = 1024
 
 LIMITS = ImageLimits()
+#: Of the encoders that merge embeddings and know which matter most.
+REDUCIBLE_FAMILY = "idefics3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +33,20 @@ class PlannedImages:
     plans: tuple[ImagePlan, ...]
     #: What names the content of each file.
     digests: tuple[bytes, ...]
+    reduction: ImageReduction | None = None
 
 
 def plan_images(
-    images: Sequence[pb.Image], model: ModelInfo, vision: VisionConfig | None, limits: ImageLimits = LIMITS
+    images: Sequence[pb.Image],
+    model: ModelInfo,
+    vision: VisionConfig | None,
+    limits: ImageLimits = LIMITS,
+    reduction: ImageReduction | None = None,
 ) -> PlannedImages:
-    """How these pictures are cut. Raises InvalidRequest, which says which picture is at fault."""
+    """How these pictures are cut. reduction: what is to become of them.
+
+    Raises InvalidRequest, which says which picture is at fault.
+    """
     if not images:
         return PlannedImages((), (), ())
     if vision is None:
@@ -62,7 +72,10 @@ def plan_images(
         ImageFile(image.data, header.media_type, header.width, header.height)
         for image, header in zip(images, headers, strict=True)
     )
-    return PlannedImages(files, plans, tuple(image_digest(image.data) for image in images))
+    if reduction is not None and reduction.is_on and vision.family != REDUCIBLE_FAMILY:
+        allowed = "none of this model, only of Idefics3 and SmolVLM; send it all 0"
+        raise InvalidRequest("image_reduction", "for pictures", allowed)
+    return PlannedImages(files, plans, tuple(image_digest(image.data) for image in images), reduction)
 
 
 def _plan(vision: VisionConfig, width: int, height: int, number: int) -> ImagePlan:
@@ -120,7 +133,7 @@ def _placed(
             start = places[at]
             at += tile.num_embeddings
             assert places[at - 1] == start + tile.num_embeddings - 1
-            key = embedding_key(digest, processor, number)
+            key = embedding_key(digest, processor, number, images.reduction)
             placed.append(
                 PlacedTile(
                     file,
@@ -129,4 +142,4 @@ def _placed(
                     ImageTile(start, tile.num_embeddings, key, plan.grid),
                 )
             )
-    return PromptImages(images.files, tuple(placed))
+    return PromptImages(images.files, tuple(placed), images.reduction)

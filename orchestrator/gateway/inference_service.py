@@ -205,6 +205,7 @@ class InferenceService(InferenceServiceServicer):
                 served_name=self._config.model,
                 draw_seed=self._draw_seed,
                 vision=loaded.vision,
+                default_reduction=self._config.image_reduction,
             )
 
         if request.ByteSize() <= LONG_REQUEST_BYTES:

@@ -8,9 +8,17 @@ from orchestrator.control.prompt_images import PromptImages
 from orchestrator.errors import InvalidRequest, RequestTooLarge, UnknownModel
 from orchestrator.gateway.images import place_images, plan_images
 from orchestrator.gateway.model_texts import ChatTurn
+from orchestrator.gateway.reduction import image_reduction
 from orchestrator.gateway.sampling import sampling_params
 from protos import inference_pb2 as pb
-from workers.api import MAX_SALT_CHARS, MAX_STOP_TOKEN_IDS, ModelInfo, RequestId, SamplingParams
+from workers.api import (
+    MAX_SALT_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    ImageReduction,
+    ModelInfo,
+    RequestId,
+    SamplingParams,
+)
 from workers.model.vision.config import VisionConfig
 from workers.sampling_check import sampling_problem
 
@@ -69,8 +77,10 @@ def check_request(
     served_name: str,
     draw_seed: Callable[[], int],
     vision: VisionConfig | None = None,
+    default_reduction: ImageReduction | None = None,
 ) -> CheckedRequest:
     """What to run. draw_seed: a random number below 2**64. vision: how pictures stand in prompts; None: they cannot.
+    default_reduction: of pictures, where a request says nothing of it.
 
     Raises InvalidRequest, UnknownModel or RequestTooLarge. Whatever costs little is checked first.
     """
@@ -93,7 +103,8 @@ def check_request(
         raise InvalidRequest(f"sampling.{problem.field}", problem.value, problem.allowed)
     num_samples = _num_samples(asked)
     stop_strings = _stop_strings(asked)
-    prompt_ids, images = _prompt(request, model, texts, vision)
+    reduction = image_reduction(request, default_reduction)
+    prompt_ids, images = _prompt(request, model, texts, vision, reduction)
     sampling = replace(sampling, max_new_tokens=_max_new_tokens(asked, len(prompt_ids), model))
     if sampling.min_new_tokens > sampling.max_new_tokens:
         allowed = f"at most {sampling.max_new_tokens}, what a prompt of {len(prompt_ids)} tokens leaves"
@@ -157,7 +168,11 @@ def _stop_token_ids(sampling: pb.SamplingParams, model: ModelInfo) -> frozenset[
 
 
 def _prompt(
-    request: pb.GenerateRequest, model: ModelInfo, texts: Texts, vision: VisionConfig | None
+    request: pb.GenerateRequest,
+    model: ModelInfo,
+    texts: Texts,
+    vision: VisionConfig | None,
+    reduction: ImageReduction | None,
 ) -> tuple[tuple[int, ...], PromptImages | None]:
     """Token ids, and the pictures whose embeddings take the place of some of them."""
     kind = request.WhichOneof("prompt")
@@ -169,10 +184,10 @@ def _prompt(
         case None:
             raise InvalidRequest("prompt", "missing", "one of text, chat and token_ids")
         case "text":
-            planned = plan_images(request.images, model, vision)
+            planned = plan_images(request.images, model, vision, reduction=reduction)
             prompt_ids, images = place_images(request.text, "text", planned, vision, texts.encode)
         case "chat":
-            prompt_ids, images = _chat(request.chat, model, texts, vision)
+            prompt_ids, images = _chat(request.chat, model, texts, vision, reduction)
         case "token_ids":
             prompt_ids = tuple(request.token_ids.ids)
             _check_token_ids("token_ids.ids", prompt_ids, model)
@@ -190,7 +205,11 @@ def _prompt(
 
 
 def _chat(
-    chat: pb.ChatMessages, model: ModelInfo, texts: Texts, vision: VisionConfig | None
+    chat: pb.ChatMessages,
+    model: ModelInfo,
+    texts: Texts,
+    vision: VisionConfig | None,
+    reduction: ImageReduction | None,
 ) -> tuple[tuple[int, ...], PromptImages | None]:
     if not chat.messages:
         raise InvalidRequest("chat.messages", "empty", "at least one message")
@@ -202,7 +221,7 @@ def _chat(
         if message.parts and message.content:
             raise InvalidRequest(f"chat.messages[{i}]", "given both content and parts", "one of them")
         turns.append(ChatTurn(message.role, _parts(message, i, pictures)))
-    planned = plan_images(pictures, model, vision)
+    planned = plan_images(pictures, model, vision, reduction=reduction)
     text = texts.render_chat(turns)
     return place_images(text, "chat", planned, vision, lambda text: texts.encode(text, is_rendered=True))
 

@@ -7,11 +7,13 @@ from kvtransfer.config import TransportChoice
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
+from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
 from workers.api import (
     Batching,
     EngineConfig,
     HostCacheCodec,
+    ImageReduction,
     KvTransferConfig,
     Phase,
     PrefillOrder,
@@ -53,6 +55,7 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         max_waiting_requests=gateway.max_waiting_requests,
         max_running_requests=gateway.max_running_requests,
         max_image_bytes=gateway.max_image_mib * MIB,
+        image_reduction=_image_reduction(gateway.image_reduction),
     )
 
 
@@ -113,6 +116,18 @@ def _span_reuse(section: SpanReuse | None) -> SpanReuseConfig | None:
     if section is None:
         return None
     return SpanReuseConfig(section.recompute_fraction, section.min_tokens)
+
+
+def _image_reduction(section: ImageReductionSection | None) -> ImageReduction | None:
+    if section is None:
+        return None
+    return ImageReduction(
+        section.merge_threshold,
+        section.global_threshold,
+        section.individual_threshold,
+        section.key_fraction,
+        section.layers,
+    )
 
 
 def _num_threads(group: WorkerGroup) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from orchestrator.manifest.engine import MIB, Engine
+from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.section import Allowed, Section, inconsistent
 from workers import limits
 from workers.api import KvTransferConfig
@@ -292,6 +293,11 @@ class Gateway(Section):
         le=16 * MIB,
         description="Pictures of all requests in the gateway, together, in MiB; a request that would bring more is "
         "refused. The least is what one request may have.",
+    )
+    image_reduction: ImageReductionSection | None = Field(
+        default=None,
+        description="Pictures of requests that say nothing of it get fewer embeddings; answers are then approximations. "
+        "Absent: they do not.",
     )
 
     @model_validator(mode="after")

@@ -1,6 +1,8 @@
 """KV that is packed on its way: what arrives is what the codec makes of it, bit for bit."""
 
+import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +154,28 @@ def test_kv_that_cannot_be_packed_ends_it_with_the_reason(codec: CodecId) -> Non
         assert not ends.target.committed
 
     run("queues", scenario)
+
+
+@pytest.mark.parametrize("codecs", [(CodecId.FP8, CodecId.NONE), (CodecId.NONE, CodecId.FP8)])
+def test_one_part_that_was_packed_makes_the_whole_lossy(codecs: tuple[CodecId, CodecId]) -> None:
+    async def scenario(ends: Ends) -> None:
+        said: list[bool] = []
+        commit = ends.target.commit
+
+        def noted(transfer_id: str, *more: Any) -> None:
+            said.append(ends.way.receiver.is_lossy(transfer_id))
+            commit(transfer_id, *more)
+
+        ends.target.commit = noted  # type: ignore[method-assign]
+        hosts = (ends.source, *ends.more_sources)
+        parts = enumerate(zip(hosts, codecs, strict=True))
+        senders = [
+            ends.ready_sender(source=host, part=part, num_parts=2, codec=codec)
+            for part, (host, codec) in parts
+        ]
+        await asyncio.gather(*(sender.run() for sender in senders))
+        assert said == [True]
+        assert not ends.way.receiver.is_lossy("t1")
+
+    ranks = [replace(LAYOUT, head_lo=head, head_hi=head + 1) for head in range(2)]
+    run_whole("queues", scenario, config=PAGED, layout=LAYOUT, source_layouts=ranks)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +11,8 @@ import torch
 
 from kvtransfer import sender as sender_module
 from kvtransfer.client import fetch
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.counts import TransferCounts
 from kvtransfer.errors import (
     DeadlineExceeded,
     LeaseExpired,
@@ -45,6 +47,7 @@ class Fetching:
     source: FakeKvHost
     target: FakeKvHost
     way: Way
+    counts: TransferCounts = field(default_factory=TransferCounts)
 
     async def fetch(
         self,
@@ -63,6 +66,8 @@ class Fetching:
             min_tokens=min_tokens,
             timeout_s=timeout_s,
             config=CONFIG,
+            counts=self.counts,
+            address="asker:1",
         )
 
     async def begun(self, *, timeout_s: float = 20.0) -> asyncio.Task[tuple[int, str, str]]:
@@ -178,17 +183,24 @@ def test_blocks_that_mean_something_else_are_not_taken(
     fetching(scenario, layout=replace(LAYOUT, **change))  # type: ignore[arg-type]
 
 
-def test_other_tokens_than_were_asked_for_are_not_taken(fetching: Run) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"token_digest": HASHES[0]}, "other tokens"), ({"codec": CodecId.FP8}, "comes packed by fp8")],
+)
+def test_other_kv_than_was_asked_for_is_not_taken(
+    fetching: Run, change: dict[str, object], reason: str
+) -> None:
     async def scenario(it: Fetching) -> None:
         def lie(message: bytes) -> list[bytes]:
             frame = decode(message)
             if isinstance(frame, Reserve):
-                return [encode(replace(frame, token_digest=HASHES[0]))]
+                return [encode(replace(frame, **change))]  # type: ignore[arg-type]
             return [message]
 
         # The one that answers is the sender; this is its end of the way.
         it.way.channel.to_sender = lie
-        assert "other tokens" in await it.ended_with(PhasewiseTransferError)
+        assert reason in await it.ended_with(PhasewiseTransferError)
+        assert it.target.num_writes == 0
 
     fetching(scenario)
 
@@ -207,6 +219,13 @@ def test_damage_is_asked_for_again(fetching: Run) -> None:
         it.way.channel.to_sender = damage_each_once
         await it.fetch()
         assert damaged
+        num_bytes = 12 * LAYOUT.num_layers * LAYOUT.token_bytes
+        got, sent = it.counts, it.way.receiver.counts
+        assert (got.num_received, got.num_bytes_received) == (1, num_bytes)
+        assert got.num_corrupt_chunks == len(damaged)
+        await until(lambda: it.way.receiver.num_transfers == 0, "its sender has heard of the commit")
+        assert (sent.num_sent, sent.num_bytes_sent) == (1, num_bytes)
+        assert sent.num_resent_chunks == len(damaged)
         block_ids, _ = it.target.committed["f"]
         assert torch.equal(kv_of(it.target, block_ids, 12), kv_of(it.source, list(KEPT.values()), 12))
 

@@ -5,11 +5,13 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
 
 from kvtransfer.digest import token_digest
+from kvtransfer.driver import MAX_QUEUED_FRAMES
 from kvtransfer.errors import ChunkRejected, InvalidTransfer, LeaseExpired, TransferEnded, TransferRefused
 from kvtransfer.frames import Chunk, Finish, Frame, Nack, Reserve
 from kvtransfer.sender import MAX_RESENDS
@@ -25,6 +27,7 @@ from tests.support.kvtransfer_ends import (
     kv_of,
     owned,
     received,
+    run_whole,
 )
 from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost
 from tests.support.waiting import until
@@ -208,6 +211,28 @@ def test_chunks_that_are_whole_and_not_what_was_meant_come_once_more_and_end_it(
         assert (counts.num_digest_mismatches, counts.num_corrupt_chunks, counts.num_received) == (2, 0, 0)
 
     run(scenario)
+
+
+def test_more_chunks_than_answers_may_wait_come_once_more() -> None:
+    async def scenario(ends: Ends) -> None:
+        sender = ends.ready_sender(num_tokens=100)
+        sent = kv_of(ends.source, owned(ends.source, "t1"), 100)
+        changed: list[Chunk] = []
+
+        def change_once(chunk: Chunk, message: bytes) -> bytes:
+            if changed:
+                return message
+            changed.append(chunk)
+            payload = bytes([chunk.payload[0] ^ 1]) + bytes(chunk.payload[1:])
+            return encode(replace(chunk, payload=memoryview(payload), checksum=google_crc32c.value(payload)))
+
+        on_chunks(ends, 3, change_once)
+        report = await sender.run()
+        assert report.num_resent_chunks > MAX_QUEUED_FRAMES
+        assert torch.equal(received(ends, 100), sent)
+
+    # Over queues the answers leave one by one.
+    run_whole("grpc", scenario, num_target_blocks=40)
 
 
 def test_two_chunks_under_each_others_names_are_not_taken(run: Run) -> None:

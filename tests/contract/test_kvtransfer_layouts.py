@@ -282,6 +282,23 @@ def test_a_part_that_fails_while_blocks_are_waited_for_ends_all(way: str) -> Non
     run_whole(way, scenario, source_layouts=[rank(WIDE, 0, 2), rank(WIDE, 2, 4)], layout=WIDE)
 
 
+def test_a_part_that_asks_again_after_the_others_failed_with_it_is_told_at_once() -> None:
+    async def scenario(ends: Ends) -> None:
+        held = ends.target.take("other", LAYOUT.block_size * 16)
+        running = [asyncio.create_task(sender.run()) for sender in ends.parts()]
+        await until(lambda: ends.target.num_waiting == 1, "all parts have come, and wait for blocks")
+        ends.way.channel.streams[0].break_()
+        results = await asyncio.gather(*running, return_exceptions=True)
+        assert [type(result) for result in results] == [TransferRefused, TransferEnded]
+        assert "part 0 of 2 failed" in str(results[0])
+        assert all(result.retryable for result in results)  # type: ignore[union-attr]
+        ends.target.release("other", held, "the test is over")
+        await ends.both_idle()
+        assert len(ends.way.receiver._join) == 0
+
+    run_whole("queues", scenario, source_layouts=[rank(WIDE, 0, 2), rank(WIDE, 2, 4)], layout=WIDE)
+
+
 @pytest.mark.parametrize("way", TWO_WAYS)
 def test_a_part_that_is_whole_waits_for_the_others_and_fails_with_them(way: str) -> None:
     async def scenario(ends: Ends) -> None:

@@ -113,6 +113,61 @@ def test_an_encode_worker_that_is_lost_costs_its_shard_and_not_the_request(
     run(model, "2E+2P+D", scenario)
 
 
+@dataclass(slots=True)
+class LostWhileSending:
+    """The first encode worker is lost while it sends its shards, the others' end `hold`s until `goes_on` for its tiles."""
+
+    first_tiles: set[int] = field(default_factory=set)
+    is_sending: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Its shards were seen to by the other one.
+    is_made_good: asyncio.Event = field(default_factory=asyncio.Event)
+    #: How they were sent then; None: they were not needed.
+    reports: list[TransferReport | None] = field(default_factory=list)
+
+
+Send = Callable[[EncodeWork], Awaitable[TransferReport | None]]
+
+
+async def lose_while_sending(
+    it: ServedImages, monkeypatch: pytest.MonkeyPatch, sends_of_first: Callable[[Encoding], Send]
+) -> LostWhileSending:
+    """Two pictures, one for each encode worker; the first worker goes when its way of sending has begun and never ends.
+
+    What the second one has of its own waits until it has done the first one's work.
+    """
+    first, second = (one.worker.images._encoding for one in it.with_phase(Phase.ENCODE))
+    lost = LostWhileSending()
+    send_of_first, send_of_second = sends_of_first(first), second._send
+
+    async def send_and_hang(work: EncodeWork) -> None:
+        lost.first_tiles.add(work.encode.first_tile)
+        await send_of_first(work)
+        lost.is_sending.set()
+        await asyncio.Event().wait()
+
+    async def send(work: EncodeWork) -> TransferReport | None:
+        if work.encode.first_tile in lost.first_tiles:
+            lost.reports.append(await send_of_second(work))
+            lost.is_made_good.set()
+            return lost.reports[-1]
+        await lost.is_made_good.wait()
+        return await send_of_second(work)
+
+    monkeypatch.setattr(first, "_send", send_and_hang)
+    monkeypatch.setattr(second, "_send", send)
+    expected = len(await answered(it, lost))
+    assert expected == 12
+    return lost
+
+
+async def answered(it: ServedImages, lost: LostWhileSending) -> list[int]:
+    asked = asyncio.create_task(it.tokens(image_request("<image>" * 2, picture(60), picture(61))))
+    await lost.is_sending.wait()
+    # The view no longer has it, as when its process is gone.
+    await it.gateway.publish(*(view(one) for one in it.workers if one is not it.workers[0]))
+    return await asked
+
+
 def test_a_client_that_leaves_frees_all(model: Path) -> None:
     async def scenario(it: ServedImages) -> None:
         for _ in range(5):

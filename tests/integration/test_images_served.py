@@ -122,6 +122,24 @@ def test_pictures_of_one_request_are_spread_over_the_encoders(model: Path) -> No
     run(model, "2E+2P+D", scenario)
 
 
+def test_workers_that_encode_for_each_other_do_not_wait_for_each_other(model: Path) -> None:
+    """Prompts at both, with more pictures at a time than there is room for, some of them the same."""
+
+    async def scenario(it: ServedImages) -> None:
+        same = image_request("<image> what is it?", picture(9))
+        requests = [same, same, same, same]
+        for first in (20, 30, 40, 50):
+            requests.append(image_request("<image>" * 4, *(picture(first + i) for i in range(4))))
+        answers = await asyncio.gather(*map(it.tokens, requests))
+        assert len({tuple(tokens) for tokens in answers[:4]}) == 1
+        counts = [one.worker.status().embeddings for one in it.workers]
+        assert all(one.num_tiles_encoded > 0 for one in counts)
+        assert all(one.num_waiting == one.num_encodes_running == 0 for one in counts)
+
+    # Two halves, each with room for the tiles of five pictures.
+    run(model, "EPD+EPD", scenario, image_cache_bytes=2 * 5 * TILES_OF_A_PICTURE * 16 * 64 * 4)
+
+
 def test_a_pool_smaller_than_all_that_is_asked_serves_all_in_turn(
     model: Path, expected: list[list[int]]
 ) -> None:

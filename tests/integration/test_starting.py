@@ -17,6 +17,8 @@ from workers.model.source import source_digest
 
 pytestmark = pytest.mark.integration
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 MANIFEST = """\
 apiVersion: phasewise/v1
 kind: Deployment
@@ -112,7 +114,7 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path)
 
 
 @pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0: "])
-def test_ctrl_c_in_the_demo_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
+def test_ctrl_c_in_the_first_example_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
     user = User(tmp_path / "state")
     with user.start("examples/01_first_answer.py") as demo:
         read_until(demo, moment)
@@ -169,11 +171,24 @@ def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) ->
     assert _left_by(user) == []
 
 
-def test_the_demo_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
+def test_the_first_example_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
     user = User(tmp_path / "state")
     with user.start("examples/01_first_answer.py") as demo:
         out, err = demo.communicate(timeout=BOUND_S)
     assert demo.returncode == 0, err
     assert "Paris" in out
     assert re.search(r"^KV transfer +[0-9.]+ MiB in [0-9]+ chunks", out, re.MULTILINE), out
+    assert _left_by(user) == []
+
+
+def test_the_demo_answers_about_a_picture_by_three_workers_and_leaves_nothing_running(tmp_path: Path) -> None:
+    answers = json.loads((EXAMPLES / "images" / "answers.json").read_text())
+    user = User(tmp_path / "state")
+    with user.start("examples/04_images.py") as demo:
+        out, err = demo.communicate(timeout=BOUND_S)
+    assert demo.returncode == 0, err
+    assert "Paris" in out
+    assert answers["heart_and_moon.png"]["What is in this picture?"] in out
+    assert re.search(r"^pictures +encode-0: tile 0", out, re.MULTILINE), out
+    assert "prefill on prefill-0, decode on decode-0" in out
     assert _left_by(user) == []

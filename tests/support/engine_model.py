@@ -13,6 +13,8 @@ from workers.api import (
     DraftsGenerated,
     EngineConfig,
     FinishReason,
+    ImageReduction,
+    ImageTile,
     PhaseSet,
     PromptScored,
     RequestFailed,
@@ -21,6 +23,7 @@ from workers.api import (
     TokenLogprobs,
     TokensGenerated,
 )
+from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.engine import Engine
 from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.messages import Output
@@ -43,6 +46,7 @@ class EngineWithModel:
         num_blocks: int = 64,
         punctuation: frozenset[int] = frozenset(),
         grammars: GrammarTools | None = None,
+        embeddings: EmbeddingMemory | None = None,
     ) -> None:
         kv_cache = torch.full(model.kv_cache_shape(num_blocks, config.block_size), float("nan"))
         codec = codec_of(config.host_cache_codec)
@@ -56,7 +60,7 @@ class EngineWithModel:
             punctuation=punctuation,
             packer=packer,
         )
-        self.runner = ModelRunner(model, kv_cache, config.block_size, grammars, packer)
+        self.runner = ModelRunner(model, kv_cache, config.block_size, grammars, packer, embeddings)
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.finished: dict[str, FinishReason] = {}
         self.failed: dict[str, RequestFailed] = {}
@@ -80,6 +84,8 @@ class EngineWithModel:
         cache_salt: str = "",
         num_delivered: int = 0,
         sampling: SamplingParams | None = None,
+        images: tuple[ImageTile, ...] = (),
+        reduction: ImageReduction | None = None,
     ) -> None:
         """sampling: its max_new_tokens is replaced."""
         params = replace(sampling or SamplingParams(1), max_new_tokens=max_new)
@@ -93,6 +99,8 @@ class EngineWithModel:
             priority=priority,
             cache_salt=cache_salt,
             num_delivered=num_delivered,
+            images=images,
+            reduction=reduction,
         )
         self.engine.handle(submit, float(self.num_steps))
 

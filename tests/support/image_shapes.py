@@ -13,13 +13,14 @@ from tests.support.worker_client import RunningWorker, running_worker, worker_sp
 from workers.api import Phase, PhaseSet, WorkerId
 
 E, P, D = (frozenset({phase}) for phase in Phase)
-#: One worker for all; each phase apart; several of each; and the pairs.
+#: One worker for all; each phase apart; several of each; the pairs; and several for all.
 SHAPES: dict[str, tuple[PhaseSet, ...]] = {
     "EPD": (E | P | D,),
     "E+P+D": (E, P, D),
     "2E+2P+D": (E, E, P, P, D),
     "EP+D": (E | P, D),
     "E+PD": (E, P | D),
+    "EPD+EPD": (E | P | D, E | P | D),
 }
 
 

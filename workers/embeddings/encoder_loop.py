@@ -9,24 +9,34 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.api import ImageReduction
 from workers.embeddings.batching import next_batch
+from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.encoder import VisionEncoder
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Of one call: embeddings of each tile, and how long its batches took, in seconds."""
+    """Of one call: embeddings of each tile, which they are, and how long they took, in seconds.
+
+    kept: None of a tile that has all its embeddings. encode_s: of each batch its tiles' share, by patches.
+    """
 
     embeddings: list[torch.Tensor]
+    kept: list[KeptEmbeddings | None]
     encode_s: float
+
+
+#: Embeddings of a tile, which they are, and its share of the batch's seconds.
+_Done = tuple[torch.Tensor, KeptEmbeddings | None, float]
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
     pixels: torch.Tensor
     num_patches: int
-    #: The embeddings, and the number and the seconds of the batch that they came from.
-    done: "asyncio.Future[tuple[torch.Tensor, int, float]]"
+    reduction: ImageReduction | None
+    done: "asyncio.Future[_Done]"
 
 
 class EncoderLoop:
@@ -50,13 +60,21 @@ class EncoderLoop:
         """Tiles that wait for a batch."""
         return len(self._jobs)
 
-    async def encode(self, pixels: Sequence[torch.Tensor], num_patches: Sequence[int]) -> Encoded:
+    async def encode(
+        self,
+        pixels: Sequence[torch.Tensor],
+        num_patches: Sequence[int],
+        reduction: ImageReduction | None = None,
+    ) -> Encoded:
         """Embeddings of these tiles, [num_embeddings, hidden_size] fp32 each; `run` must be running.
 
         Cancelled it takes back what waits; what is in a batch is computed for nobody.
         """
         loop = asyncio.get_running_loop()
-        jobs = [_Job(one, num, loop.create_future()) for one, num in zip(pixels, num_patches, strict=True)]
+        jobs = [
+            _Job(one, num, reduction, loop.create_future())
+            for one, num in zip(pixels, num_patches, strict=True)
+        ]
         self._jobs.extend(jobs)
         self._has_jobs.set()
         try:
@@ -64,8 +82,9 @@ class EncoderLoop:
         finally:
             for job in jobs:
                 job.done.cancel()
-        batches = {number: batch_s for _, number, batch_s in results}
-        return Encoded([found for found, _, _ in results], sum(batches.values()))
+        return Encoded(
+            [one[0] for one in results], [one[1] for one in results], sum(one[2] for one in results)
+        )
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -74,6 +93,8 @@ class EncoderLoop:
             batch = self._take_batch()
             if batch:
                 await self._run_batch(batch)
+            # While it waits for the next one it must keep no pixels alive.
+            del batch
             if not self._jobs:
                 self._has_jobs.clear()
 
@@ -94,9 +115,7 @@ class EncoderLoop:
         loop = asyncio.get_running_loop()
         began_s = time.perf_counter()
         try:
-            found = await loop.run_in_executor(
-                self._thread, self._encoder.encode, [job.pixels for job in batch]
-            )
+            found = await loop.run_in_executor(self._thread, self._encode, batch)
         except Exception as error:  # noqa: BLE001 - handed to whoever asked; the loop goes on
             if len(batch) > 1:
                 # One of them is at fault, and the others are not to suffer for it.
@@ -107,7 +126,18 @@ class EncoderLoop:
             return
         batch_s = time.perf_counter() - began_s
         self.num_batches += 1
-        self.num_patches += sum(job.num_patches for job in batch)
-        for job, embeddings in zip(batch, found, strict=True):
+        num_patches = sum(job.num_patches for job in batch)
+        self.num_patches += num_patches
+        for job, (embeddings, kept) in zip(batch, found, strict=True):
             if not job.done.done():
-                job.done.set_result((embeddings, self.num_batches, batch_s))
+                job.done.set_result((embeddings, kept, batch_s * job.num_patches / num_patches))
+
+    def _encode(self, batch: list[_Job]) -> list[tuple[torch.Tensor, KeptEmbeddings | None]]:
+        """In the thread. Tiles that are reduced go through the encoder one by one."""
+        whole = iter(self._encoder.encode([job.pixels for job in batch if job.reduction is None]))
+        return [
+            (next(whole), None)
+            if job.reduction is None
+            else self._encoder.encode_reduced(job.pixels, job.reduction)
+            for job in batch
+        ]

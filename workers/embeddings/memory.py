@@ -62,6 +62,10 @@ class EmbeddingMemory:
         halves = self._memory[0][:, list(block_ids)].flatten(1, 2)[:, first : first + num, 0]
         return torch.cat((halves[0], halves[1]), dim=-1)
 
+    def copy(self, block_ids: Sequence[int], source: "EmbeddingMemory", source_ids: Sequence[int]) -> None:
+        """Fill these blocks with what as many blocks of another memory hold."""
+        self._memory[0][:, list(block_ids)] = source._memory[0][:, list(source_ids)]
+
     def write(self, block_ids: Sequence[int], embeddings: torch.Tensor) -> None:
         """Put all embeddings of one tile, [num, hidden_size] fp32, into its blocks."""
         num, hidden_size = embeddings.shape

@@ -4,18 +4,24 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from workers.api import RequestId, RequestKey
+from workers.api import ImageReduction, RequestId, RequestKey
 
 KEY_BYTES = 32
+#: How a refusal begins when a prefill worker has what it is offered, or wants it no more: nothing has failed.
+NOT_NEEDED = "not needed"
 _PREFIX = "image"
 
 
-def embedding_key(image: bytes, processor_digest: str, tile: int) -> bytes:
+def embedding_key(
+    image: bytes, processor_digest: str, tile: int, reduction: ImageReduction | None = None
+) -> bytes:
     """What names the embeddings of one tile of a picture: the file's content, all that is done to it, and which tile.
 
     image: SHA-256 of the file.
     """
-    parts = (image, processor_digest.encode(), str(tile).encode())
+    parts = [image, processor_digest.encode(), str(tile).encode()]
+    if reduction is not None and reduction.is_on:
+        parts.append(reduction.encode_text.encode())
     text = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     return hashlib.sha256(text).digest()
 

@@ -7,6 +7,8 @@ a ready entry that nobody holds is cached, and the one used longest ago makes ro
 Nobody holds some while it waits for others: a need is granted whole, first come first served, or two could wait for each
 other for ever. A tile that several need at a time is filled once; when the one that was told to see to it leaves, the next
 is told. Blocks that a fill writes to are nobody else's until it says that it is done.
+
+A tile may turn out to have fewer embeddings than its place in a prompt: blocks that it does not need are free then.
 """
 
 from collections import deque
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.layout import blocks_needed
 from workers.api import ImageTile, RequestKey
+from workers.embeddings.kept import KeptEmbeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,12 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A tile that the holder needs is there."""
+    """A tile that the holder needs is there. kept: which of its embeddings there are; None: all."""
 
     holder: RequestKey
     tile: int
     block_ids: tuple[int, ...]
+    kept: KeptEmbeddings | None = None
 
 
 Effect = Wanted | Ready
@@ -41,12 +45,17 @@ class CannotFill(Exception):  # noqa: N818 - an answer, not a fault
     """These tiles are not to be filled by whoever asks; the text says why."""
 
 
+class NotNeeded(CannotFill):
+    """One of them is there, comes from somebody else, or is not wanted any more: whoever asks has nothing to do."""
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     name: tuple[str, bytes]
     num_embeddings: int
     block_ids: tuple[int, ...]
     is_ready: bool = False
+    kept: KeptEmbeddings | None = None
     #: Who holds it, in order of coming, with the indices that the tile has in its need. The first sees to its filling.
     holders: dict[RequestKey, list[int]] = field(default_factory=dict)
     #: The fill that writes to its blocks.
@@ -123,7 +132,12 @@ class EmbeddingStore:
     # Needs.
 
     def need(self, holder: RequestKey, tiles: Sequence[tuple[int, ImageTile]], salt: str) -> list[Effect]:
-        """The holder needs these tiles, each under an index of its own choice. `problem` must have found none."""
+        """The holder needs these tiles, each under an index of its own choice. `problem` must have found none.
+
+        It has no other need: one that holds some and waits for more would wait for ever.
+        """
+        assert holder not in self._held, holder
+        assert all(need.holder != holder for need in self._waiting), holder
         self._waiting.append(_Need(holder, tuple(tiles), salt))
         return self._grant()
 
@@ -144,50 +158,99 @@ class EmbeddingStore:
     def begin_fill(self, fill_id: str, holder: RequestKey, tiles: Sequence[int]) -> tuple[int, ...]:
         """Blocks of these tiles of the holder's need, in order, which are the fill's until it ends.
 
-        Raises CannotFill.
+        Raises CannotFill, and NotNeeded, which `want_again` is to follow.
         """
         if fill_id in self._fills:
             raise CannotFill(f"{fill_id} is filling already")
-        by_index = {i: entry for entry in self._held.get(holder, ()) for i in entry.holders[holder]}
+        by_index = self._by_index(holder)
         found: list[_Entry] = []
         for tile in tiles:
             entry = by_index.get(tile)
             if entry is None:
-                raise CannotFill(f"tile {tile} of {holder.request_id} is not wanted here (any more)")
+                raise NotNeeded(f"tile {tile} of {holder.request_id} is not wanted here (any more)")
             if entry.is_ready or entry.fill_id is not None or entry in found:
-                raise CannotFill(f"tile {tile} of {holder.request_id} is here, or on its way, already")
+                raise NotNeeded(f"tile {tile} of {holder.request_id} is here, or on its way, already")
             found.append(entry)
         for entry in found:
             entry.fill_id = fill_id
         self._fills[fill_id] = found
         return tuple(block_id for entry in found for block_id in entry.block_ids)
 
+    def want_again(self, holder: RequestKey, tiles: Sequence[int]) -> list[Effect]:
+        """Whoever was to fill these tiles of the holder's need does not: tell the holder of those that nobody sees to."""
+        by_index = self._by_index(holder)
+        entries = {by_index[tile]: tile for tile in reversed(tiles) if tile in by_index}
+        missing: list[int] = []
+        for entry, tile in entries.items():
+            if entry.is_ready or entry.told not in (None, holder):
+                continue
+            # Of one that comes from somebody else it is told if that fails.
+            entry.told = None if entry.fill_id is not None else holder
+            if entry.told is not None:
+                missing.append(tile)
+        return [Wanted(holder, tuple(sorted(missing)))] if missing else []
+
+    def fills_of(self, holder: RequestKey, tiles: Sequence[int]) -> set[str]:
+        """Those that write to these tiles of the holder's need now."""
+        by_index = self._by_index(holder)
+        entries = [by_index[tile] for tile in tiles if tile in by_index]
+        return {entry.fill_id for entry in entries if entry.fill_id is not None}
+
     def keys_of(self, fill_id: str) -> list[bytes]:
         """Of the tiles that it fills, in order; none when it has ended."""
         return [entry.name[1] for entry in self._fills.get(fill_id, ())]
 
-    def filled(self, fill_id: str) -> list[Effect]:
-        """Its blocks hold what they should. Ignored when the fill has ended."""
+    def sizes_of(self, fill_id: str) -> list[int]:
+        """Tokens of the tiles that it fills, in order."""
+        return [entry.num_embeddings for entry in self._fills.get(fill_id, ())]
+
+    def filled(self, fill_id: str, kept: Sequence[KeptEmbeddings] | None = None) -> list[Effect]:
+        """Its blocks hold what they should. Ignored when the fill has ended.
+
+        kept: of its tiles, in order, the embeddings that there are, in the first of its blocks; None: all.
+        """
         effects: list[Effect] = []
-        for entry in self._fills.pop(fill_id, ()):
+        entries = self._fills.pop(fill_id, [])
+        if kept is not None and entries:
+            self._divide(entries, kept)
+        for entry in entries:
             entry.fill_id, entry.is_ready, entry.told = None, True, None
             self._touch(entry)
             effects += [
-                Ready(holder, tile, entry.block_ids)
+                Ready(holder, tile, entry.block_ids, entry.kept)
                 for holder, indices in entry.holders.items()
                 for tile in indices
             ]
         return effects + self._grant()
 
-    def fill_failed(self, fill_id: str) -> list[Effect]:
-        """It writes to its blocks no more. Who was told to see to the tiles may fill them again; ignored when it ended."""
+    def fill_failed(self, fill_id: str, *, is_known: bool = True) -> list[Effect]:
+        """It writes to its blocks no more. Who was told to see to the tiles may fill them again; ignored when it ended.
+
+        is_known: whoever was told hears of it without this; else it is told anew.
+        """
         effects: list[Effect] = []
         for entry in self._fills.pop(fill_id, ()):
             entry.fill_id = None
+            if not is_known:
+                entry.told = None
             effects += self._settle(entry)
         return effects + self._grant()
 
     # Inside.
+
+    def _by_index(self, holder: RequestKey) -> dict[int, _Entry]:
+        return {i: entry for entry in self._held.get(holder, ()) for i in entry.holders[holder]}
+
+    def _divide(self, entries: list[_Entry], kept: Sequence[KeptEmbeddings]) -> None:
+        """Each tile gets the blocks that its embeddings are in; what is left is free."""
+        blocks = [block_id for entry in entries for block_id in entry.block_ids]
+        at = 0
+        for entry, tile in zip(entries, kept, strict=True):
+            assert 0 < len(tile) <= entry.num_embeddings, entry
+            num_blocks = blocks_needed(len(tile), self._block_size)
+            entry.block_ids, entry.kept = tuple(blocks[at : at + num_blocks]), tile
+            at += num_blocks
+        self._free += blocks[at:]
 
     def _settle(self, entry: _Entry) -> list[Effect]:
         """What follows when a holder or a fill has left an entry."""
@@ -256,7 +319,7 @@ class EmbeddingStore:
             entry.holders[holder].append(i)
             if entry.is_ready:
                 self._touch(entry)
-                ready.append(Ready(holder, i, entry.block_ids))
+                ready.append(Ready(holder, i, entry.block_ids, entry.kept))
         self._num_misses += len(missing)
         return [Wanted(holder, tuple(wanted)), *ready] if wanted else ready
 

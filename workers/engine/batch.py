@@ -161,11 +161,16 @@ class Batch:
     def preempt(self, sequence: Sequence) -> None:
         """It waits again, and will compute all its tokens anew but those whose blocks are still known then."""
         assert sequence.is_preemptible, sequence
+        self.put_back(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """The same, of one that may have been admitted just now: no transfer knows its blocks."""
         self.leave(sequence)
         sequence.move_to(SequenceState.WAITING)
         sequence.num_computed_tokens = 0
         sequence.num_stored_blocks = 0
         del sequence.token_ids[sequence.num_kept_tokens :]
+        sequence.begin_anew()
         self.wait(sequence)
 
     # Blocks that are kept for later.
@@ -206,6 +211,13 @@ class Batch:
         if missing > 0:
             self._extend(sequence, self.pool.allocate(missing))
 
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """It gives up the blocks beyond those of so many tokens; nobody else has them."""
+        rest = sequence.block_table[blocks_needed(num_tokens, self.pool.block_size) :]
+        del sequence.block_table[len(sequence.block_table) - len(rest) :]
+        sequence.capacity = len(sequence.block_table) * self.pool.block_size
+        self.pool.free(rest)
+
     def fork(self, sequence: Sequence, *, stream: int) -> Sequence:
         """A branch with the same tokens, that shares all blocks; each side copies the last one before it writes."""
         branch = Sequence(
@@ -228,6 +240,8 @@ class Batch:
             num_exact_tokens=sequence.num_exact_tokens,
             num_lossless_tokens=sequence.num_lossless_tokens,
             images=sequence.images,
+            reduction=sequence.reduction,
+            num_dropped_tokens=sequence.num_dropped_tokens,
             stream=stream,
             parent=sequence,
         )
@@ -330,6 +344,8 @@ class Batch:
             assert len(set(map(id, members))) == len(members), state
         assert self.waiting == sorted(self.waiting, key=_rank)
         assert all(not one.block_table and one.row == NO_ROW for one in self.waiting)
+        prompts = [one.images for one in self.prefills if one.images is not None]
+        assert all(images.is_granted or images.is_complete for images in prompts)
         rows = [sequence.row for sequence in self.running()]
         assert sorted(rows + self._free_rows) == list(range(len(self.block_tables)))
         assert self.num_running == sum(one.parent is None for one in self.running())
@@ -339,7 +355,9 @@ class Batch:
         assert self.restores.keys() <= held - self.copies.keys()
 
     def _may_reuse(self, sequence: Sequence) -> bool:
-        """It need not compute what is known. Logprobs of the prompt need all of it computed."""
+        """It need not compute what is known. Logprobs of the prompt need all of it computed, and so does a filter."""
+        if sequence.reduction is not None:
+            return False
         is_scored = sequence.sampling.num_prompt_logprobs is None or (
             sequence.num_scored_tokens >= sequence.num_prompt_tokens
         )

@@ -252,6 +252,10 @@ class BlockPool:
                 num_saved += 1
         return len(hashes), num_saved
 
+    def is_known(self, name: bytes) -> bool:
+        """A block of this name is in the pool: `find_exact` has not to look into the host tier."""
+        return name in self._by_hash
+
     def find_exact(self, name: bytes) -> int | SavedBlock | None:
         """A block that `count_exact` counts: where it is, or what `put_back` takes."""
         if name in self._by_hash:

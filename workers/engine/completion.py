@@ -1,5 +1,7 @@
 """What the tokens of a step do to their sequences. Pure."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from workers.api import (
@@ -7,16 +9,19 @@ from workers.api import (
     DraftsGenerated,
     FailureCode,
     FinishReason,
+    ImagesReduced,
+    Phase,
     PromptScored,
     TokenLogprobs,
     TokensGenerated,
 )
 from workers.engine.batch import Batch
 from workers.engine.branching import Branching
-from workers.engine.messages import FinishTransfer, ImagesReleased, Output, TokensDecoded
+from workers.engine.image_needs import ImageNeeds
+from workers.engine.messages import FinishTransfer, Output, TokensDecoded
 from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_ROW, NO_TOKEN, Sequence, SequenceState
-from workers.engine.step_result import RowDetail, StepResult
+from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.engine.superposing import Superposing
 
 NO_LOGITS = "the model computed no usable logits for its next token"
@@ -35,9 +40,22 @@ class Ended:
 class Completion:
     """Applies the results of steps: tokens to their sequences, and what is to be said of them to `outputs`."""
 
-    def __init__(self, batch: Batch, outputs: list[Output], punctuation: frozenset[int]) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        outputs: list[Output],
+        image_needs: ImageNeeds,
+        punctuation: frozenset[int],
+        *,
+        attention_tokens: float = math.inf,
+        send_late: Callable[[Sequence, float], None] | None = None,
+    ) -> None:
+        """attention_tokens: see Scheduler. send_late: begins the transfer of a prompt that has just been computed."""
+        self._attention_tokens = attention_tokens
+        self._send_late = send_late
         self._batch = batch
         self._outputs = outputs
+        self._image_needs = image_needs
         self._branching = Branching(batch, punctuation)
         self._superposing = Superposing()
         self._ended: list[Ended] = []
@@ -55,9 +73,13 @@ class Completion:
         for i, part in enumerate(plan.chunks):
             yields_token = part.yields_token
             part.sequence.num_computed_tokens = part.end
+            if part.is_filtered:
+                self._drop_filtered(part, result.filtered[i])
             if i in result.prompt_logprobs:
                 self._score(part, result.prompt_logprobs[i])
             if yields_token:
+                # Nobody reads the embeddings of tokens that are computed; when it has to begin anew it asks again.
+                self._image_needs.release(part.sequence)
                 detail = result.details.get(index, _PLAIN)
                 self._advance(part.sequence, result.token_ids[index], detail, now_s)
                 index += 1
@@ -90,7 +112,7 @@ class Completion:
             known.append(token_id)
             keys.append(sequence.key)
             token_ids.append(token_id)
-            positions.append(position)
+            positions.append(position + sequence.num_dropped_tokens)
         if keys:
             self._outputs.append(TokensDecoded(tuple(keys), tuple(token_ids), tuple(positions)))
 
@@ -109,7 +131,7 @@ class Completion:
             self._branching.add(sequence, token_id, detail.warped_logprob)
             self._take_winner(sequence.parent)
         elif detail.top:
-            self._superpose(sequence, token_id, detail.top)
+            self._superpose(sequence, token_id, detail.top, now_s)
         elif len(detail.branches) > 1:
             if sequence.state is SequenceState.PREFILL:
                 # It was preempted, or goes on from what another worker generated.
@@ -138,15 +160,11 @@ class Completion:
             finish_reason = FinishReason.STOP
         # All but the last were computed as drafts.
         sequence.num_computed_tokens = len(sequence.token_ids) - 1
-        if was_prefill and sequence.images is not None and sequence.images.is_asking:
-            # Of tokens that are computed nobody reads the embeddings; when it has to begin anew it asks again.
-            sequence.images.release()
-            self._outputs.append(ImagesReleased(sequence.key))
         self._batch.store_blocks(sequence, sequence.num_computed_tokens, is_pending=False)
         generated = TokensGenerated(
             sequence.key,
             tokens[:num_taken],
-            position,
+            position + sequence.num_dropped_tokens,
             finish_reason,
             logprobs=(detail.logprobs,) if detail.logprobs is not None else (),
         )
@@ -164,16 +182,18 @@ class Completion:
                 num_fetched_tokens=min(sequence.num_fetched_tokens, sequence.num_cached_tokens),
                 prefix_fetch_s=sequence.prefix_fetch_s,
             )
+        if is_first and sequence.reduction is not None:
+            self._outputs.append(images_reduced(sequence, self._attention_tokens))
         self._publish(sequence, generated)
         if finish_reason is None and was_prefill:
             if sequence.is_handed_off:
-                self._hand_off(sequence, tokens)
+                self._hand_off(sequence, tokens, now_s)
             else:
                 self._batch.move(sequence, SequenceState.DECODE)
 
     def _take_winner(self, sequence: Sequence) -> None:
         """If the choice among its branches is made, its tokens are the sequence's."""
-        position = len(sequence.token_ids)
+        position = len(sequence.token_ids) + sequence.num_dropped_tokens
         tokens = self._branching.take_winner(sequence)
         if tokens is None:
             return
@@ -185,11 +205,16 @@ class Completion:
             finish_reason = FinishReason.LENGTH
         self._publish(sequence, TokensGenerated(sequence.key, tokens, position, finish_reason))
 
-    def _superpose(self, sequence: Sequence, token_id: int, top: tuple[tuple[int, float], ...]) -> None:
+    def _superpose(
+        self, sequence: Sequence, token_id: int, top: tuple[tuple[int, float], ...], now_s: float
+    ) -> None:
         """The row stands for all drafts; they come out together."""
+        is_prefilled_here = sequence.state is SequenceState.PREFILL and Phase.PREFILL in sequence.phases
+        if is_prefilled_here and sequence.reduction is not None:
+            self._outputs.append(images_reduced(sequence, self._attention_tokens))
         if sequence.is_handed_off:
             # The decode worker computes the row again.
-            self._hand_off(sequence, (token_id,))
+            self._hand_off(sequence, (token_id,), now_s)
             return
         was_prefill = sequence.state is SequenceState.PREFILL
         if not was_prefill:
@@ -216,9 +241,22 @@ class Completion:
     def _end(self, sequence: Sequence, reason: str, code: FailureCode | None = None) -> None:
         self._ended.append(Ended(sequence, reason, code))
 
-    def _hand_off(self, sequence: Sequence, tokens: tuple[int, ...]) -> None:
+    def _drop_filtered(self, part: Slice, found: FilteredChunk) -> None:
+        """Embeddings have left the prompt while it was computed: those that stayed have the first of its slots."""
+        sequence = part.sequence
+        sequence.layer_rows = found.layer_rows
+        if found.places:
+            sequence.drop_tokens(found.places)
+        sequence.num_computed_tokens = part.end - len(found.places)
+        self._batch.shrink(sequence, len(sequence.token_ids))
+
+    def _hand_off(self, sequence: Sequence, tokens: tuple[int, ...], now_s: float) -> None:
         """Its transfer holds its blocks too; here it is done with them."""
         assert sequence.handoff is not None
+        if sequence.reduction is not None:
+            # How many tokens it has was not known before.
+            assert self._send_late is not None
+            self._send_late(sequence, now_s)
         self._batch.leave(sequence)
         sequence.move_to(SequenceState.HANDOFF)
         self._outputs.append(FinishTransfer(sequence.handoff.transfer_id, tokens))
@@ -230,6 +268,27 @@ class Completion:
         if logprobs:
             self._outputs.append(PromptScored(part.sequence.key, positions.start, logprobs))
             part.sequence.num_scored_tokens = positions.stop
+
+
+def images_reduced(sequence: Sequence, attention_tokens: float) -> ImagesReduced:
+    """What became of the pictures of a prompt that has been computed. attention_tokens: see Scheduler."""
+    images, reduction = sequence.images, sequence.reduction
+    assert images is not None
+    assert reduction is not None
+
+    def cost(num_rows: int) -> float:
+        return num_rows * (1 + num_rows / 2 / attention_tokens)
+
+    layer_rows = sequence.layer_rows or (sequence.num_own_tokens,)
+    whole = cost(sequence.num_own_tokens + sequence.num_dropped_tokens)
+    return ImagesReduced(
+        sequence.key,
+        num_planned=images.num_planned,
+        num_encoded=images.num_planned - sequence.num_merged_tokens,
+        num_kept=images.num_left,
+        prefill_share=sum(map(cost, layer_rows)) / len(layer_rows) / whole,
+        is_too_long=reduction.is_filtering and not sequence.layer_rows,
+    )
 
 
 def _count(sequence: Sequence, *, num_rows: int, num_tokens: int) -> None:

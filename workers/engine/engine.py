@@ -33,6 +33,7 @@ from workers.engine.completion import Completion
 from workers.engine.drafting import Drafting
 from workers.engine.fetching import PrefixFetching
 from workers.engine.host_tier import HostTier, HostTierCounts, Packer
+from workers.engine.image_needs import ImageNeeds
 from workers.engine.incoming import ArrivedKv, IncomingKv, is_approximate, misfit
 from workers.engine.ledger import build_ledger
 from workers.engine.messages import (
@@ -41,9 +42,8 @@ from workers.engine.messages import (
     EndTransfer,
     FindCached,
     ImageReady,
+    ImagesGranted,
     ImagesLost,
-    ImagesNeeded,
-    ImagesReleased,
     KvReady,
     Message,
     Output,
@@ -130,7 +130,17 @@ class Engine:
         self._claim_s = claim_s
         self._outputs: list[Output] = []
         self._drafting = Drafting()
-        self._completion = Completion(self._batch, self._outputs, punctuation)
+        self._image_needs = ImageNeeds(self._batch, self._outputs)
+        self._completion = Completion(
+            self._batch,
+            self._outputs,
+            self._image_needs,
+            punctuation,
+            attention_tokens=attention_tokens,
+            send_late=self._send_late,
+        )
+        #: Of the model, as the runner tells of them.
+        self._num_layers = 0
         self._step_began_s = 0.0
 
     # What others ask.
@@ -222,8 +232,8 @@ class Engine:
                 self._find_cached(message, now_s)
             case PrefixFetched():
                 self._prefix_fetched(message, now_s)
-            case ImageReady():
-                self._image_ready(message)
+            case ImagesGranted() | ImageReady():
+                self._image_news(message)
             case ImagesLost():
                 self._fail(message.key, message.code, message.reason, now_s)
             case _:
@@ -256,12 +266,10 @@ class Engine:
         for sequence in plan.preempted:
             self.num_preemptions += 1
             self._completion.forget(sequence)
-            self._ask_for_images(sequence)
-        for sequence in plan.imageless:
-            self._ask_for_images(sequence)
+            self._image_needs.ask(sequence)
+        for sequence, num_known in plan.imageless:
+            self._image_needs.ask(sequence, num_known)
         for sequence in plan.admitted:
-            # What the prefix cache had of it may be less by now.
-            self._ask_for_images(sequence, sequence.num_cached_tokens)
             self._begin_prefill(sequence, now_s)
         plan.drafts = self._drafting.propose(
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
@@ -274,6 +282,7 @@ class Engine:
 
     def kv_ready(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
         """What can be sent once these layers of the step are computed."""
+        self._num_layers = max(self._num_layers, layer_hi)
         return kv_ready(plan, layer_lo, layer_hi)
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
@@ -393,24 +402,16 @@ class Engine:
     def _wait(self, sequence: Sequence) -> None:
         """It waits for its prefill, and for embeddings of what the prefix cache does not have."""
         self._batch.wait(sequence)
-        self._ask_for_images(sequence)
+        self._image_needs.ask(sequence)
 
-    def _ask_for_images(self, sequence: Sequence, num_known: int | None = None) -> None:
-        """num_known: tokens whose KV is here; None: what the prefix cache has of a waiting sequence."""
-        images = sequence.images
-        if images is None:
+    def _image_news(self, news: ImagesGranted | ImageReady) -> None:
+        sequence = self._sequences.get(news.key)
+        if sequence is None or sequence.images is None:
             return
-        if num_known is None:
-            num_known = (self._batch.num_known_blocks(sequence) or 0) * self._config.block_size
-        wanted = images.ask(num_known)
-        if wanted:
-            tiles = tuple((i, images.tiles[i]) for i in wanted)
-            self._outputs.append(ImagesNeeded(sequence.key, tiles, sequence.cache_salt, images.asking))
-
-    def _image_ready(self, ready: ImageReady) -> None:
-        sequence = self._sequences.get(ready.key)
-        if sequence is not None and sequence.images is not None:
-            sequence.images.arrived(ready.tile, ready.block_ids, ready.asking)
+        if isinstance(news, ImageReady):
+            self._image_needs.arrived(sequence, news)
+        else:
+            sequence.images.granted(news.asking)
 
     def _refusal(self, submit: Submit) -> tuple[FailureCode, str] | None:
         if submit.key in self._sequences:
@@ -447,9 +448,19 @@ class Engine:
             return
         sequence.prefill_started_s = now_s
         self._outputs.append(PrefillStarted(sequence.key, now_s - sequence.arrived_s))
-        if sequence.is_handed_off:
-            self.pool.hold(sequence.block_table)
-            self._outputs.append(self._outgoing.start(sequence, now_s))
+        if sequence.is_handed_off and sequence.reduction is None:
+            self._start_transfer(sequence, now_s)
+
+    def _start_transfer(self, sequence: Sequence, now_s: float) -> None:
+        self.pool.hold(sequence.block_table)
+        self._outputs.append(self._outgoing.start(sequence, now_s))
+
+    def _send_late(self, sequence: Sequence, now_s: float) -> None:
+        """Hand off a prompt all of which has been computed."""
+        self._start_transfer(sequence, now_s)
+        assert sequence.handoff is not None
+        transfer_id = sequence.handoff.transfer_id
+        self._outputs.append(KvReady(transfer_id, 0, self._num_layers, 0, sequence.num_prompt_tokens))
 
     def _fail(self, key: RequestKey, code: FailureCode, reason: str, now_s: float) -> None:
         if self._drop(key, now_s, reason=reason):
@@ -473,9 +484,7 @@ class Engine:
         elif sequence.row != NO_ROW:
             self._batch.leave(sequence)
         sequence.move_to(SequenceState.FINISHED)
-        if sequence.images is not None and sequence.images.is_asking:
-            sequence.images.release()
-            self._outputs.append(ImagesReleased(key))
+        self._image_needs.release(sequence)
         if sequence.handoff is not None:
             transfer_id = sequence.handoff.transfer_id
             del self._by_transfer[transfer_id]
@@ -538,6 +547,10 @@ class Engine:
         self.pool.adopt(arrived.block_ids)
         self._num_awaiting_kv -= 1
         sequence.holds_since_s = arrived.since_s
+        if sequence.images is not None and arrived.num_tokens < sequence.num_prompt_tokens:
+            # Which of them have left does not matter: they are all alike, and their KV is here.
+            num_dropped = sequence.num_prompt_tokens - arrived.num_tokens
+            sequence.drop_tokens(sequence.images.first_places(num_dropped))
         sequence.num_computed_tokens = sequence.num_prompt_tokens
         if is_approximate(sequence, arrived):
             # Nothing of it is stored for others.

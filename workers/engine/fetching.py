@@ -204,8 +204,14 @@ class PrefixFetching:
     def _lend(self, hashes: tuple[bytes, ...], num_kept: int) -> tuple[int, ...]:
         """These blocks, up to the first that is not known, or is in host memory and finds no room, held by one transfer more."""
         pool = self._pool
+        # Each saved block is read to check it: no more of them than may be put back.
+        num_checked, most = 0, max(0, min(MAX_PUT_BACK, pool.num_available - num_kept))
         found: list[int | SavedBlock] = []
         for name in hashes:
+            if not pool.is_known(name):
+                if num_checked == most:
+                    break
+                num_checked += 1
             one = pool.find_exact(name)
             if one is None:
                 break

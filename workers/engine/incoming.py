@@ -277,13 +277,16 @@ class IncomingKv:
 
 def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | None:
     """Why this KV is not what the request needs; None when it is."""
-    if arrived.num_tokens != sequence.num_prompt_tokens:
+    num_dropped = sequence.num_prompt_tokens - arrived.num_tokens
+    most = sequence.images.num_left if sequence.images is not None and sequence.reduction is not None else 0
+    if not 0 <= num_dropped <= most:
         return f"KV of {arrived.num_tokens} tokens came for a prompt of {sequence.num_prompt_tokens}"
     digest = sequence.prompt_digest()
     if arrived.token_digest not in (digest, approximate_digest(digest)):
         return "the KV that came is of other tokens than the request's"
-    if len(arrived.block_ids) < blocks_needed(sequence.max_tokens, block_size):
-        return f"{len(arrived.block_ids)} blocks were reserved; {sequence.max_tokens} tokens need more"
+    max_tokens = sequence.max_tokens - num_dropped
+    if len(arrived.block_ids) < blocks_needed(max_tokens, block_size):
+        return f"{len(arrived.block_ids)} blocks were reserved; {max_tokens} tokens need more"
     if len(arrived.token_ids) != 1:
         return f"prefill handed over {len(arrived.token_ids)} tokens, not 1"
     if sequence.sampling.max_new_tokens == 1 and not isinstance(

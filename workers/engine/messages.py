@@ -19,6 +19,7 @@ from workers.api import (
     SubscribeKvEvents,
     TokensGenerated,
 )
+from workers.embeddings.kept import KeptEmbeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +120,28 @@ class PrefixFetched:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagesGranted:
+    """There is room for all tiles of an ImagesNeeded, and they will come. May be said more than once."""
+
+    key: RequestKey
+    #: That of the ImagesNeeded.
+    asking: int
+
+
+@dataclass(frozen=True, slots=True)
 class ImageReady:
-    """The embeddings of a tile that was asked for are in these blocks of the embedding pool, until ImagesReleased."""
+    """The embeddings of a tile that was asked for are in these blocks of the embedding pool, until ImagesReleased.
+
+    All other tiles of the same ImagesNeeded have been granted.
+    """
 
     key: RequestKey
     tile: int
     block_ids: tuple[int, ...]
     #: That of the ImagesNeeded which it answers.
     asking: int = 0
+    #: Which of its embeddings there are; None: all.
+    kept: KeptEmbeddings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +157,7 @@ Message = (
     Submit
     | Abort
     | SubscribeKvEvents
+    | ImagesGranted
     | ImageReady
     | ImagesLost
     | FindCached
@@ -260,7 +276,7 @@ class TokensDecoded:
 class ImagesNeeded:
     """A sequence cannot be computed without the embeddings of these tiles of its `images`; answered by ImageReady.
 
-    tiles: (index in Submit.images, the tile).
+    It asks for nothing else until ImagesReleased. tiles: (index in Submit.images, the tile).
     """
 
     key: RequestKey

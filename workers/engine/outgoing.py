@@ -77,12 +77,12 @@ class OutgoingKv:
 def kv_ready(plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
     """What can be sent once these layers of the step are computed.
 
-    Tokens that were cached go with the first chunk.
+    Tokens that were cached go with the first chunk. A prompt whose pictures are reduced goes when all of it is computed.
     """
     ready = []
     for part in plan.chunks:
         sequence = part.sequence
-        if sequence.is_handed_off:
+        if sequence.is_handed_off and sequence.reduction is None:
             assert sequence.handoff is not None
             token_lo = 0 if part.start == sequence.num_cached_tokens else part.start
             ready.append(KvReady(sequence.handoff.transfer_id, layer_lo, layer_hi, token_lo, part.end))

@@ -17,9 +17,10 @@ from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.selection import by_deviation
-from workers.engine.step_batch import StepBatch
-from workers.engine.step_result import RowDetail, StepResult
-from workers.model.llama import Embeds, ForwardBatch, Llama
+from workers.engine.step_batch import EmbeddedRows, StepBatch, embedded_rows
+from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
+from workers.model.forward_batch import Embeds, ForwardBatch
+from workers.model.llama import Llama
 
 #: Enough for the way that projections of many rows take.
 WARM_UP_TOKENS = 64
@@ -68,46 +69,55 @@ class ModelRunner:
         step = StepBatch(plan, self._block_size)
         self._begin_masks(step)
         try:
-            logits = self._forward(step, on_layers)
+            logits, filtered = self._forward(step, on_layers)
             prompt_logprobs = _score_prompts(step, logits)
-            return self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
+            result = self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
+            return replace(result, filtered=filtered) if filtered else result
         finally:
             # Nothing is left of them unless the step broke.
             if self._grammars is not None:
                 self._grammars.masks.drop()
 
-    def _forward(self, step: StepBatch, on_layers: Callable[[int, int], None]) -> torch.Tensor:
-        """Logits of all rows, in the order of StepBatch."""
+    def _forward(
+        self, step: StepBatch, on_layers: Callable[[int, int], None]
+    ) -> tuple[torch.Tensor, dict[int, FilteredChunk]]:
+        """Logits of all rows, in the order of StepBatch, and what was filtered."""
         # First: when a layer of the others is said to be computed, it is so for these too.
-        selective = [
+        alone = [
             self._model.forward_selectively(batch, self._kv_cache, by_deviation(fraction))
             for batch, fraction in step.selective
         ]
+        filtered: dict[int, FilteredChunk] = {}
+        for i, part in step.filtered:
+            batch = step.filtering_batch(part, self._embeds(list(embedded_rows(part, 0))))
+            found = self._model.forward_filtering(batch, self._kv_cache)
+            alone.append(found.logits)
+            gone = np.setdiff1d(np.arange(part.end), found.rows.numpy(), assume_unique=True)
+            filtered[i] = FilteredChunk(tuple(gone.tolist()), found.layer_rows)
         if step.forward is None:
             on_layers(0, len(self._kv_cache))
-            return torch.cat(selective)
+            return torch.cat(alone), filtered
         logits = self._model.forward(
             self._with_embeds(step, step.forward),
             self._kv_cache,
             layer_group_size=step.plan.layer_group_size,
             on_layers=on_layers,
         )
-        if not selective:
-            return logits
-        num_before = step.num_sampled_rows - len(selective)
-        return torch.cat((logits[:num_before], *selective, logits[num_before:]))
+        if not alone:
+            return logits, filtered
+        num_before = step.num_sampled_rows - sum(map(len, alone))
+        return torch.cat((logits[:num_before], *alone, logits[num_before:])), filtered
 
     def _with_embeds(self, step: StepBatch, batch: ForwardBatch) -> ForwardBatch:
         """With the embeddings of the pictures that this step computes."""
         embedded = list(step.embedded_rows())
-        if not embedded:
-            return batch
+        return replace(batch, embeds=self._embeds(embedded)) if embedded else batch
+
+    def _embeds(self, embedded: list[EmbeddedRows]) -> Embeds:
         assert self._embeddings is not None
         rows = torch.tensor([row for some, _, _ in embedded for row in some])
-        values = torch.cat(
-            [self._embeddings.read(blocks, first, len(some)) for some, blocks, first in embedded]
-        )
-        return replace(batch, embeds=Embeds(rows, values))
+        values = [self._embeddings.read(blocks, first, len(some)) for some, blocks, first in embedded]
+        return Embeds(rows, torch.cat(values))
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""
@@ -227,9 +237,9 @@ def _sample_rows(step: StepBatch) -> list[SampleRow]:
         is_cautious = isinstance(sequence.sampling.decoding, CautiousDecoding)
         row = SampleRow(
             sequence.sampling,
-            len(sequence.token_ids),
+            len(sequence.token_ids) + sequence.num_dropped_tokens,
             sequence.token_ids,
-            sequence.num_prompt_tokens - sequence.num_delivered,
+            sequence.num_own_tokens,
             sequence.num_delivered,
             sequence.stream,
             is_branching=is_cautious and _may_branch(sequence),
@@ -248,8 +258,7 @@ def _sample_rows(step: StepBatch) -> list[SampleRow]:
 
 def _may_branch(sequence: Sequence) -> bool:
     """The first token of all is drawn as ever, on whichever worker; also what is drawn where no decode follows."""
-    num_prompt_tokens = sequence.num_prompt_tokens - sequence.num_delivered
-    is_first = len(sequence.token_ids) == num_prompt_tokens
+    is_first = len(sequence.token_ids) == sequence.num_own_tokens
     return sequence.parent is None and not is_first and not sequence.is_handed_off
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvtransfer.layout import blocks_needed
 from workers.api import Batching, EngineConfig, PrefillOrder
 from workers.engine.batch import Batch, places
+from workers.engine.block_pool import PrefixMatch
 from workers.engine.decoding.draft_tree import DraftTree
 from workers.engine.host_tier import PackedBlock
 from workers.engine.sequence import Sequence, SequenceState
@@ -31,6 +32,10 @@ FIRST_PREFILL_RATE = 500.0
 PREFILL_RATE_GAIN = 0.1
 #: A prompt that reuses spans is computed in one step, which may be so many times the budget.
 MAX_REUSE_BUDGETS = 2
+#: So is one that is filtered, all of it; a longer one is computed without the filter.
+MAX_FILTER_BUDGETS = 4
+#: Prefills that lack embeddings of their pictures may take so much of the places: while they wait they keep out others.
+MAX_INCOMPLETE_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,13 @@ class Slice:
     end: int
     #: KV of other contexts that some of them take; None computes all.
     reuse: SpanReuse | None = None
+    #: Embeddings of its pictures leave the prompt while it is computed.
+    is_filtered: bool = False
+
+    @property
+    def is_alone(self) -> bool:
+        """It has a forward pass of its own."""
+        return self.reuse is not None or self.is_filtered
 
     @property
     def num_rows(self) -> int:
@@ -70,15 +82,17 @@ class StepPlan:
 
     #: Each computes its last known token, and yields the next.
     decodes: list[Sequence]
-    #: Chunks of prompts, or of sequences that were preempted. Those that reuse spans come last.
+    #: Chunks of prompts, or of sequences that were preempted. Those that reuse spans come last, and after them those
+    #: that are filtered.
     chunks: tuple[Slice, ...]
     #: Blocks of each sequence, in the row that it has; see Batch.
     block_tables: NDArray[np.int32]
     #: Sequences that leave the waiting queue with this step, and those that came back to it.
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
-    #: Sequences that wait for embeddings, and may not have asked for all that the prefix cache has lost since.
-    imageless: tuple[Sequence, ...] = ()
+    #: Waiting sequences that have not asked for all embeddings that they need, since KV that was known is gone, with the
+    #: tokens that are known now.
+    imageless: tuple[tuple[Sequence, int], ...] = ()
     #: Block -> the block whose contents it gets before anything is computed.
     copies: Mapping[int, int] = field(default_factory=dict)
     #: Block -> packed KV that it gets after the copies and before anything is computed.
@@ -143,7 +157,7 @@ class Scheduler:
             restores, batch.restores = batch.restores, {}
         return StepPlan(
             decodes,
-            tuple(sorted(plan.chunks, key=lambda part: part.reuse is not None)),
+            tuple(sorted(plan.chunks, key=lambda part: (part.is_filtered, part.is_alone))),
             batch.block_tables,
             tuple(plan.admitted),
             tuple(plan.preempted),
@@ -163,10 +177,10 @@ class Scheduler:
             if plan.is_full:
                 return
             if sequence.state is SequenceState.WAITING:
-                if not plan.may_begin(sequence):
+                if not is_admitting or not plan.may_begin(sequence):
                     continue
                 # The first that has to wait lets nobody past, or it might wait for ever.
-                is_admitting = is_admitting and plan.admit(sequence, num_places)
+                is_admitting = plan.admit(sequence, num_places)
             if sequence.state is SequenceState.PREFILL:
                 plan.add_chunk(sequence)
 
@@ -194,8 +208,8 @@ class _Plan:
         self.chunks: list[Slice] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
-        #: Waiting sequences that lack the embeddings of a picture.
-        self.imageless: list[Sequence] = []
+        #: See StepPlan.
+        self.imageless: list[tuple[Sequence, int]] = []
         self._config = config
         self._batch = batch
         self._pool = batch.pool
@@ -205,6 +219,8 @@ class _Plan:
         self._num_tokens = 0
         #: They have their blocks for this step already.
         self._planned: set[Sequence] = set()
+        #: Running prefills that lack embeddings; None when they are to be counted again.
+        self._num_incomplete: int | None = None
 
     @property
     def is_full(self) -> bool:
@@ -225,23 +241,38 @@ class _Plan:
 
     def may_begin(self, sequence: Sequence) -> bool:
         """It does not wait for the embeddings of a picture with which its prompt begins; others may pass it then."""
-        if sequence.images is None:
+        images = sequence.images
+        if images is None or images.is_complete:
             return True
-        num_known = (self._batch.num_known_blocks(sequence) or 0) * self._pool.block_size
+        # Those that lack something and run hold places and blocks, for which those that hold embeddings wait: what they lack
+        # must have room. How many tokens are left of a prompt that is reduced is known when all have come.
+        if not images.is_granted or sequence.reduction is not None or not images.has_news:
+            return False
+        if self._count_incomplete() >= max(1, int(MAX_INCOMPLETE_SHARE * self._config.max_running_sequences)):
+            return False
+        num_known = self._num_known_tokens(sequence)
+        if not images.covers(num_known):
+            self.imageless.append((sequence, num_known))
+            return False
         num_ready = sequence.num_ready_tokens(num_known)
         if num_ready == len(sequence.token_ids) or num_ready >= num_known + self._pool.block_size:
             return True
-        self.imageless.append(sequence)
+        images.has_news = False
         return False
 
     def admit(self, sequence: Sequence, num_places: int) -> bool:
-        """Let a waiting sequence begin, if it may; False when it has to wait."""
+        """Let a waiting sequence begin, if it may; False when it has to wait for places or blocks.
+
+        It stays where it is when it is to ask for embeddings anew.
+        """
         batch = self._batch
         if batch.num_places + places(sequence) > num_places and batch.num_places > 0:
             return False
         if self._chunk_tokens(sequence, sequence.num_uncomputed_tokens)[0] == 0:
             return False
         match = batch.match(sequence)
+        if self._is_imageless(sequence, match):
+            return True
         # What it needs now, and its share of what it may need later, beside that of those who run.
         need = blocks_needed(len(sequence.token_ids), self._pool.block_size)
         need += (
@@ -264,11 +295,21 @@ class _Plan:
         ):
             return False
         batch.admit(sequence, match)
+        self._num_incomplete = None
+        if sequence.images is not None and not sequence.images.covers(sequence.num_cached_tokens):
+            # Of what the host tier has, not all fitted.
+            self.imageless.append((sequence, sequence.num_cached_tokens))
+            batch.put_back(sequence)
+            return True
         self.admitted.append(sequence)
         return True
 
     def add_chunk(self, sequence: Sequence) -> None:
         """The next chunk of a running prefill, as far as budget and blocks reach."""
+        most = MAX_FILTER_BUDGETS * self._config.token_budget
+        if sequence.is_to_filter and sequence.num_own_tokens <= most:
+            self._add_filtered(sequence)
+            return
         reuse = self._batch.find_spans(sequence)
         if reuse is not None and self._add_reusing(sequence, reuse):
             return
@@ -290,6 +331,38 @@ class _Plan:
         self.chunks.append(Slice(sequence, start, start + num_tokens))
         self._planned.add(sequence)
         self._num_tokens += num_tokens
+        self._budget -= cost
+
+    def _is_imageless(self, sequence: Sequence, match: PrefixMatch) -> bool:
+        """It has not asked for all embeddings that it needs: KV that was known when it asked is gone."""
+        images = sequence.images
+        if images is None or images.covers(len(match.block_ids) * self._pool.block_size):
+            return False
+        num_known = self._num_known_tokens(sequence)
+        if images.covers(num_known):
+            return False
+        self.imageless.append((sequence, num_known))
+        return True
+
+    def _num_known_tokens(self, sequence: Sequence) -> int:
+        return (self._batch.num_known_blocks(sequence) or 0) * self._pool.block_size
+
+    def _count_incomplete(self) -> int:
+        if self._num_incomplete is None:
+            self._num_incomplete = sum(
+                one.images is not None and not one.images.is_complete for one in self._batch.prefills
+            )
+        return self._num_incomplete
+
+    def _add_filtered(self, sequence: Sequence) -> None:
+        """All of a prompt but what was generated, in a step without other chunks if it is more than the budget."""
+        end = sequence.num_own_tokens
+        cost = end * (1 + end / 2 / self._attention_tokens)
+        if (self.chunks and cost > self._budget) or not self._grow(sequence, end):
+            return
+        self.chunks.append(Slice(sequence, 0, end, is_filtered=True))
+        self._planned.add(sequence)
+        self._num_tokens += end
         self._budget -= cost
 
     def _add_reusing(self, sequence: Sequence, reuse: SpanReuse) -> bool:
@@ -370,6 +443,7 @@ class _Plan:
             self._batch.leave(branch)
             branch.move_to(SequenceState.FINISHED)
         self._batch.preempt(sequence)
+        self._num_incomplete = None
         self.preempted.append(sequence)
 
 

@@ -1,5 +1,6 @@
 """One sequence: its tokens, its blocks, how far it is. Pure."""
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -8,6 +9,7 @@ from kvtransfer.digest import content_digest, token_digest
 from workers.api import (
     FinishReason,
     Handoff,
+    ImageReduction,
     Phase,
     PhaseSet,
     PrefixPeer,
@@ -130,6 +132,16 @@ class Sequence:
     images: ImageInputs | None = None
     #: Embeddings are shared with requests of the same salt.
     cache_salt: str = ""
+    #: Of its pictures; None of a prompt that stays whole.
+    reduction: ImageReduction | None = None
+    #: Tokens that have left its prompt: they are in none of the numbers here, but the others keep their positions.
+    num_dropped_tokens: int = 0
+    #: Of these, those whose embeddings were merged.
+    num_merged_tokens: int = 0
+    #: Rows that each layer computed of a prompt that was filtered; none of another one.
+    layer_rows: tuple[int, ...] = ()
+    #: The prompt as it came, once a token has left it.
+    whole_prompt: list[int] | None = None
 
     @classmethod
     def from_submit(cls, submit: Submit, now_s: float, *, root: bytes, number: int) -> "Sequence":
@@ -156,6 +168,7 @@ class Sequence:
             prefix_peers=submit.prefix_peers,
             images=ImageInputs(submit.images) if submit.images else None,
             cache_salt=submit.cache_salt,
+            reduction=_reduction(submit),
         )
 
     @property
@@ -189,11 +202,62 @@ class Sequence:
         return self.images.name_tokens(token_ids, start) if self.images is not None else token_ids
 
     def prompt_digest(self) -> bytes:
-        """See kvtransfer.digest: of the prompt's tokens and pictures."""
-        digest = token_digest(self.token_ids[: self.num_prompt_tokens])
+        """See kvtransfer.digest: of the whole prompt's tokens and pictures, and of how these are reduced."""
+        digest = token_digest(self.whole_prompt or self.token_ids[: self.num_prompt_tokens])
         if self.images is None:
             return digest
-        return content_digest(digest, [tile.key for tile in self.images.tiles])
+        keys = [tile.key for tile in self.images.tiles]
+        if self.reduction is not None:
+            keys.append(self.reduction.text.encode())
+        return content_digest(digest, keys)
+
+    # Tokens that leave its prompt.
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens of the prompt that nobody generated."""
+        return self.num_prompt_tokens - self.num_delivered
+
+    @property
+    def is_to_filter(self) -> bool:
+        """Its prompt is to be computed with a filter, unless it is too long for that."""
+        return self.reduction is not None and self.reduction.is_filtering and self.num_computed_tokens == 0
+
+    def merge(self) -> None:
+        """All embeddings of its pictures are here: tokens whose embeddings were merged leave. Nothing is computed yet."""
+        assert self.images is not None
+        places = self.images.merged_places()
+        self.num_merged_tokens = len(places)
+        if places:
+            self.drop_tokens(places)
+
+    def drop_tokens(self, places: SequenceOf[int]) -> None:
+        """The tokens at these places, ascending, leave the prompt: they stand for embeddings."""
+        assert self.images is not None
+        self.images.drop(places)
+        if self.whole_prompt is None:
+            self.whole_prompt = self.token_ids[: self.num_prompt_tokens]
+        gone = set(places)
+        self.token_ids = [one for place, one in enumerate(self.token_ids) if place not in gone]
+        self._count_dropped(len(gone))
+
+    def begin_anew(self) -> None:
+        """Nothing of it is computed any more, so its prompt is whole again, but for what was merged."""
+        if self.reduction is None or self.images is None:
+            return
+        self.layer_rows = ()
+        if self.whole_prompt is not None:
+            self.token_ids = self.whole_prompt + self.token_ids[self.num_prompt_tokens :]
+            self.whole_prompt = None
+            self.images.restore()
+            self._count_dropped(-self.num_dropped_tokens)
+        if self.images.is_all_ready:
+            self.merge()
+
+    def _count_dropped(self, num: int) -> None:
+        self.num_dropped_tokens += num
+        self.num_prompt_tokens -= num
+        self.max_tokens -= num
 
     @property
     def num_kept_tokens(self) -> int:
@@ -205,6 +269,9 @@ class Sequence:
     @property
     def num_storable_tokens(self) -> int:
         """Tokens whose KV may be stored for others."""
+        if self.reduction is not None:
+            # What is left of it depends on its text.
+            return 0
         kept, exact = self.num_kept_tokens, self.num_exact_tokens
         return kept if exact is None else min(kept, exact)
 
@@ -240,3 +307,9 @@ class Sequence:
     def _block_hash(self, parent: bytes, start: int, end: int) -> bytes:
         contents = self.images.contents(start, end) if self.images is not None else ()
         return block_hash(parent, self.token_ids[start:end], contents)
+
+
+def _reduction(submit: Submit) -> ImageReduction | None:
+    """None when it would change nothing."""
+    reduction = submit.reduction
+    return reduction if reduction is not None and reduction.is_on and submit.images else None

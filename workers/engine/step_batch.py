@@ -10,16 +10,20 @@ from numpy.typing import NDArray
 from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.rule import SpanReuse
-from workers.model.llama import ForwardBatch, Mixes
+from workers.model.forward_batch import Embeds, ForwardBatch, Mixes
+from workers.model.reduction import FilteringBatch
 from workers.model.selective import Reused, SelectiveBatch
+
+#: Rows, blocks of their tile in the embedding pool, and which of its embeddings is the first.
+EmbeddedRows = tuple[range, tuple[int, ...], int]
 
 
 class StepBatch:
     """Rows of tokens: each decode with its drafts, then the chunks. Rows of logits: each decode with its drafts, then
     the last of each chunk that yields a token, then the rows that score prompts.
 
-    Chunks that reuse spans are no part of `forward`: each is computed for itself, and its row of logits comes after
-    those of the other chunks.
+    Chunks that reuse spans or are filtered are no part of `forward`: each is computed for itself, and its row of logits
+    comes after those of the other chunks.
 
     Loops are over sequences and do one thing each; what is per token is done by numpy.
     """
@@ -46,8 +50,8 @@ class StepBatch:
         #: Row of logits of each of `sampled`; its drafts follow.
         self.first_rows = [end - num for end, num in zip(accumulate(num_rows), num_rows, strict=True)]
         self.num_sampled_rows = sum(num_rows)
-        self._chunks = [part for part in plan.chunks if part.reuse is None]
-        #: None when there is nothing but chunks that reuse spans.
+        self._chunks = [part for part in plan.chunks if not part.is_alone]
+        #: None when there is nothing but chunks that are computed for themselves.
         self.forward = self._forward(block_size) if plan.decodes or self._chunks else None
         #: Chunks that reuse spans, with the part of what is reused that is computed again.
         self.selective = [
@@ -55,6 +59,12 @@ class StepBatch:
             for part in plan.chunks
             if part.reuse is not None
         ]
+        self._block_size = block_size
+
+    @property
+    def filtered(self) -> list[tuple[int, Slice]]:
+        """Chunks that are filtered, with their indices in the plan."""
+        return [(i, part) for i, part in enumerate(self.plan.chunks) if part.is_filtered]
 
     @property
     def sequence_of_rows(self) -> list[Sequence]:
@@ -65,19 +75,36 @@ class StepBatch:
         """Rows of one of `sampled`: its own, and its drafts'."""
         return self._num_rows[index]
 
-    def embedded_rows(self) -> Iterator[tuple[range, tuple[int, ...], int]]:
-        """Rows of `forward` that stand for embeddings: rows, blocks of the tile in the embedding pool, place in it."""
+    def embedded_rows(self) -> Iterator[EmbeddedRows]:
+        """Rows of `forward` that stand for embeddings."""
         first_row = sum(self._num_rows[: len(self.plan.decodes)])
         for part in self._chunks:
-            images = part.sequence.images
-            for i in images.overlapping(part.start, part.end) if images is not None else ():
-                assert images is not None
-                tile = images.tiles[i]
-                lo = max(part.start, tile.start)
-                hi = min(part.end, tile.start + tile.num_embeddings)
-                rows = range(first_row + lo - part.start, first_row + hi - part.start)
-                yield rows, images.block_ids[i], lo - tile.start
+            yield from embedded_rows(part, first_row)
             first_row += part.end - part.start
+
+    def filtering_batch(self, part: Slice, embeds: Embeds) -> FilteringBatch:
+        """A chunk that is filtered, with the embeddings of all its pictures."""
+        sequence, images = part.sequence, part.sequence.images
+        assert images is not None
+        assert sequence.reduction is not None
+        assert part.start == 0
+        flags = [flag for i in images.overlapping(0, part.end) for flag in images.key_flags(i)]
+        positions = torch.arange(part.end)
+        rope_positions = None
+        if images.position_delta is not None:
+            rope_positions = torch.from_numpy(images.positions(0, part.end).copy())
+        return FilteringBatch(
+            token_ids=torch.tensor(sequence.token_ids[: part.end]),
+            positions=positions,
+            rope_positions=rope_positions,
+            rope_lens=torch.full_like(positions, part.end + sequence.num_dropped_tokens),
+            embeds=embeds,
+            is_key=torch.tensor(flags),
+            block_table=self.plan.block_tables[sequence.row, : len(sequence.block_table)],
+            block_size=self._block_size,
+            reduction=sequence.reduction,
+            wants_logits=part.yields_token,
+        )
 
     def _forward(self, block_size: int) -> ForwardBatch:
         plan = self.plan
@@ -106,7 +133,8 @@ class StepBatch:
                 positions[first : first + len(offsets)] = starts[i] + offsets
                 tree_masks[i] = tree.mask()
         # What an earlier attempt generated counts as generated, so that a failover changes no angle.
-        prompt_lens = np.repeat([one.num_prompt_tokens - one.num_delivered for one in sequences], query_lens)
+        prompt_lens = np.repeat([one.num_own_tokens for one in sequences], query_lens)
+        num_dropped = np.repeat([one.num_dropped_tokens for one in sequences], query_lens)
         return ForwardBatch(
             token_ids=torch.tensor(self._token_ids()),
             positions=torch.from_numpy(positions),
@@ -115,7 +143,7 @@ class StepBatch:
             query_lens=query_lens,
             context_lens=context_lens,
             logit_rows=torch.tensor(self._logit_rows(first_rows), dtype=torch.int64),
-            rope_lens=torch.from_numpy(np.maximum(prompt_lens, positions + 1)),
+            rope_lens=torch.from_numpy(np.maximum(prompt_lens, positions + 1) + num_dropped),
             tree_masks=tree_masks,
             mixes=self._mixes(first_rows),
             rope_positions=self._rope_positions(sequences, positions, first_rows, query_lens),
@@ -128,7 +156,10 @@ class StepBatch:
         first_rows: NDArray[np.int64],
         query_lens: NDArray[np.int64],
     ) -> torch.Tensor | None:
-        """Positions where those of some prompt follow its pictures (M-RoPE), [3, num_tokens]; None: all are places."""
+        """Positions where those of some prompt follow its pictures (M-RoPE), or tokens have left it, [3, num_tokens].
+
+        None: all are places.
+        """
         moved = [
             (i, one.images, one.images.position_delta)
             for i, one in enumerate(sequences)
@@ -180,6 +211,18 @@ class StepBatch:
             weights[j, : len(mix[1])] = torch.tensor(mix[1])
         rows = torch.from_numpy(first_rows[[i for i, _ in mixed]])
         return Mixes(rows, token_ids, weights)
+
+
+def embedded_rows(part: Slice, first_row: int) -> Iterator[EmbeddedRows]:
+    """Rows of one chunk that stand for embeddings; its first row is `first_row`."""
+    images = part.sequence.images
+    for i in images.overlapping(part.start, part.end) if images is not None else ():
+        assert images is not None
+        tile = images.placed[i]
+        lo = max(part.start, tile.start)
+        hi = min(part.end, tile.start + tile.num_embeddings)
+        rows = range(first_row + lo - part.start, first_row + hi - part.start)
+        yield rows, images.block_ids[i], lo - tile.start
 
 
 def _selective_batch(plan: StepPlan, part: Slice, reuse: SpanReuse, block_size: int) -> SelectiveBatch:

@@ -30,6 +30,14 @@ class RowDetail:
 
 
 @dataclass(frozen=True, slots=True)
+class FilteredChunk:
+    """places: tokens of the chunk that have left the prompt, ascending. layer_rows: rows that each layer computed."""
+
+    places: tuple[int, ...]
+    layer_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """token_ids: one sampled token for each slice that yields one, in order; NO_TOKEN where none could be sampled."""
 
@@ -38,3 +46,5 @@ class StepResult:
     details: Mapping[int, RowDetail] = field(default_factory=dict)
     #: By index in the plan's chunks: logprobs of the prompt's tokens after each of the chunk's.
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    #: By index in the plan's chunks: of each that is filtered.
+    filtered: Mapping[int, FilteredChunk] = field(default_factory=dict)

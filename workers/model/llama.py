@@ -6,7 +6,7 @@ the gate of the MLP. Angles are in `rope`; here is the order in which all that r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from phasewise_kernels.rope_write.op import rope_write
 from phasewise_kernels.swiglu.op import swiglu
 from workers.api import WeightDtype
 from workers.model.config import ModelConfig
+from workers.model.forward_batch import Embeds as Embeds
+from workers.model.forward_batch import ForwardBatch as ForwardBatch
+from workers.model.forward_batch import Mixes as Mixes
+from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
 from workers.model.selective import (
     CHECK_LAYER,
@@ -30,58 +34,6 @@ from workers.model.selective import (
     SelectiveBatch,
     rows_to_compute,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Mixes:
-    """Rows whose embedding is a weighted sum over several tokens."""
-
-    #: Indices into token_ids, whose tokens there are not read, [num_mixes] int64.
-    rows: torch.Tensor
-    #: [num_mixes, k] int64.
-    token_ids: torch.Tensor
-    #: [num_mixes, k] fp32.
-    weights: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Embeds:
-    """Rows whose embedding is given: those of pictures."""
-
-    #: Indices into token_ids, whose tokens there are not read, [num_embeds] int64.
-    rows: torch.Tensor
-    #: [num_embeds, hidden_size] fp32.
-    values: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """The tokens of one step: those of sequence 0, then of sequence 1, and so on. At least one token."""
-
-    #: [num_tokens] int64.
-    token_ids: torch.Tensor
-    #: Place of each token in its sequence, [num_tokens] int64; siblings in a tree share theirs.
-    positions: torch.Tensor
-    #: block_id * block_size + offset where K and V of each token are written, [num_tokens] int64.
-    slots: torch.Tensor
-    #: Per sequence: its blocks in order, [num_sequences, max_blocks] int32, padded with anything.
-    block_tables: NDArray[np.int32]
-    #: Per sequence: the tokens of this step, [num_sequences] int64.
-    query_lens: NDArray[np.int64]
-    #: Per sequence: all tokens, those of this step included, [num_sequences] int64.
-    context_lens: NDArray[np.int64]
-    #: Which tokens need logits, [num_rows] int64 indices into token_ids.
-    logit_rows: torch.Tensor
-    #: Length of sequence that each token's rotation is for, [num_tokens] int64; None is positions + 1.
-    #: It matters to dynamic scaling alone, whose frequencies follow it.
-    rope_lens: torch.Tensor | None = None
-    #: By index of sequence: which of its tokens of this step see which, [query_len, query_len] bool, row sees
-    #: column. They see all earlier tokens. Their slots are the last ones of the context, in order.
-    tree_masks: Mapping[int, NDArray[np.bool_]] = field(default_factory=dict)
-    mixes: Mixes | None = None
-    embeds: Embeds | None = None
-    #: M-RoPE: positions in time, height and width, [3, num_tokens] int64; None: `positions` in all three.
-    rope_positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +107,7 @@ class Llama:
             # The kernels do not look: it would be written somewhere else.
             raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
         attention = _attention(batch, kv_cache.shape[3])
-        positions = batch.positions
-        if batch.rope_positions is not None and config.rope.mrope_section:
-            positions = batch.rope_positions
-        rotation = self._rope.cos_sin(positions, batch.rope_lens)
+        rotation = self._rotation(batch.positions, batch.rope_positions, batch.rope_lens)
         hidden = self._embed(batch)
         # What a layer's MLP adds to `hidden`: the next norm does that on its way.
         added: torch.Tensor | None = None
@@ -226,6 +175,54 @@ class Llama:
             added = self._mix(layer, hidden, attention.attend(query, kv_cache[i], layer.window))
         return self._lm_head(rms_norm(hidden, self._norm, eps, added=added))
 
+    @torch.inference_mode()
+    def forward_filtering(self, batch: FilteringBatch, kv_cache: torch.Tensor) -> Filtered:
+        """Compute a prompt with pictures, of which embeddings leave that its text hardly attends to.
+
+        A row that leaves after a layer takes part in that layer and in none after it. In the end the cache has, in the
+        first slots of the sequence and in all layers, the KV of the rows that are left.
+        kv_cache: as for `forward`.
+        """
+        eps, last = self.config.rms_norm_eps, self.config.num_layers - 1
+        rotation = self._rotation(batch.positions, batch.rope_positions, batch.rope_lens)
+        hidden = self._embed(batch)
+        added: torch.Tensor | None = None
+        rows = LayerRows(batch, torch.arange(len(batch.token_ids)))
+        layers: list[LayerRows] = []
+        for i, layer in enumerate(self._layers):
+            normed = rms_norm(hidden, layer.attention_norm, eps, added=added)
+            query = self._project(layer, normed, rotation, kv_cache[i], rows.slots)
+            layers.append(rows)
+            if i == last:
+                query, hidden = query[batch.logit_rows], hidden[batch.logit_rows]
+                if not len(query):
+                    break
+            attended = rows.attend(query, kv_cache[i], layer.window)
+            if i < last and i in batch.filter_layers(self.config.num_layers):
+                stay = rows.staying(query, _at(kv_cache[i], rows.slots)[0], layer.window)
+                if len(stay) < len(query):
+                    rows, hidden, attended = LayerRows(batch, rows.rows[stay]), hidden[stay], attended[stay]
+                    rotation = rotation[0][stay], rotation[1][stay]
+            added = self._mix(layer, hidden, attended)
+        for i, before in enumerate(layers):
+            if len(before.rows) > len(rows.rows):
+                _put(kv_cache[i], rows.slots, *_at(kv_cache[i], before.slots_of(rows.rows)))
+        logits = (
+            self._lm_head(rms_norm(hidden, self._norm, eps, added=added))
+            if len(hidden)
+            else hidden.new_empty(0, self.config.vocab_size)
+        )
+        return Filtered(logits, rows.rows, tuple(len(one.rows) for one in layers))
+
+    def _rotation(
+        self, positions: torch.Tensor, rope_positions: torch.Tensor | None, rope_lens: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles of tokens; see ForwardBatch."""
+        if rope_positions is not None:
+            # The three are the same where positions follow no picture, but tokens may have left the prompt.
+            positions = rope_positions if self.config.rope.mrope_section else rope_positions[0]
+        return self._rope.cos_sin(positions, rope_lens)
+
     def _moved(
         self, reused: Reused, kv_cache: torch.Tensor, layer: _Layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,10 +248,10 @@ class Llama:
             window=layer.window,
         )
 
-    def _embed(self, batch: ForwardBatch) -> torch.Tensor:
+    def _embed(self, batch: ForwardBatch | FilteringBatch) -> torch.Tensor:
         """[num_tokens, hidden_size]."""
         hidden = F.embedding(batch.token_ids, self._embedding)
-        if batch.mixes is not None:
+        if isinstance(batch, ForwardBatch) and batch.mixes is not None:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
             hidden[batch.mixes.rows] = mixed.sum(dim=1)
         if batch.embeds is not None:

@@ -1,6 +1,8 @@
 """What was exchanged with each peer."""
 
-from kvtransfer.counts import MAX_PEERS, RATE_WEIGHT, PeerCount, PeerCounts
+import math
+
+from kvtransfer.counts import LATE_S, MAX_PEERS, RATE_WEIGHT, PeerCount, PeerCounts
 
 
 def note(
@@ -90,3 +92,17 @@ def test_the_peer_that_was_not_heard_of_for_longest_is_forgotten() -> None:
     assert len(known) == MAX_PEERS
     assert "a:1" not in known
     assert known[-2:] == ["a:0", "b:0"]
+
+
+def test_a_fetch_that_was_late_bounds_the_rate_until_one_comes_or_time_has_passed() -> None:
+    peers = PeerCounts()
+    assert peers.fetch_bound("a:1", 0.0) == math.inf
+    peers.note_late("a:1", num_bytes=100, elapsed_s=2.0, now_s=0.0)
+    peers.note_late("a:1", num_bytes=100, elapsed_s=1.0, now_s=1.0)
+    assert peers.fetch_bound("a:1", LATE_S) == 50.0
+    assert peers.fetch_bound("a:1", LATE_S + 1.0) == math.inf
+    note(peers, is_sending=False, problem="broken")
+    note(peers, is_sending=True)
+    assert peers.fetch_bound("a:1", 2.0) == 50.0
+    note(peers, is_sending=False)
+    assert peers.fetch_bound("a:1", 2.0) == math.inf

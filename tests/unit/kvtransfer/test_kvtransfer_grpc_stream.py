@@ -5,7 +5,11 @@ import asyncio
 import grpc.aio
 import pytest
 
-from kvtransfer.grpc_stream import GrpcChannel
+from kvtransfer.driver import MAX_TOGETHER_BYTES
+from kvtransfer.grpc_stream import GRPC_OPTIONS, MAX_MESSAGE_BYTES, GrpcChannel, add_handler
+from kvtransfer.stream import MessageStream
+from kvtransfer.wire import CHUNK_HEADER_BYTES
+from workers import limits
 
 
 class BrokenCall:
@@ -66,5 +70,28 @@ def test_messages_that_are_written_together_are_one_of_grpc_and_are_read_one_by_
         await stream.write(b"first", b"", b"third")
         assert len(call.written) == 1
         assert [await stream.read() for _ in range(3)] == [b"first", b"", b"third"]
+
+    asyncio.run(scenario())
+
+
+def test_the_largest_chunk_that_may_be_configured_passes() -> None:
+    num_bytes = limits.MAX_CHUNK_KIB.most * limits.KIB + CHUNK_HEADER_BYTES
+    assert num_bytes + MAX_TOGETHER_BYTES < MAX_MESSAGE_BYTES
+
+    async def scenario() -> None:
+        async def serve(stream: MessageStream) -> None:
+            message = await stream.read()
+            await stream.write(str(len(message or b"")).encode())
+
+        server = grpc.aio.server(options=GRPC_OPTIONS)
+        add_handler(server, serve)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=GRPC_OPTIONS) as channel:
+            stream = GrpcChannel(channel).open()
+            await stream.write(bytes(num_bytes))
+            assert await stream.read() == str(num_bytes).encode()
+            await stream.close()
+        await server.stop(None)
 
     asyncio.run(scenario())

@@ -8,10 +8,12 @@ from types import ModuleType
 
 import pytest
 
-from kvtransfer.errors import PoolUnreachable, SharedMemoryUnavailable
+from kvtransfer.config import TransportChoice
+from kvtransfer.errors import PoolUnreachable, ReservationRefused, SharedMemoryUnavailable
 from kvtransfer.host_pool import HostPool
 from kvtransfer.pool import KvSpan, PoolOffer
 from kvtransfer.transports import in_process, shm
+from kvtransfer.transports.choice import TransportOpener
 from kvtransfer.transports.in_process import InProcessPool
 from kvtransfer.transports.opening import PoolOpener
 from tests.support.pool_owner import pool_owner, shared_pool, shm_offer
@@ -176,6 +178,24 @@ async def test_a_pool_that_takes_too_long_is_passed_over_and_there_for_the_next(
     assert (await opener.open(slow.offers))[0] == "in_process"
     assert slow.num_opened == 1
     opener.close()
+
+
+@in_loop
+async def test_a_forced_way_that_only_takes_too_long_may_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow, opener = SlowPools(monkeypatch), TransportOpener(TransportChoice.IN_PROCESS)
+    opener._pools = PoolOpener(open_s=0.01)
+    with pytest.raises(ReservationRefused, match="it was not open after") as late:
+        await opener.open(slow.offers)
+    assert late.value.retryable
+    with pytest.raises(ReservationRefused, match="offers shm") as never:
+        await opener.open([PoolOffer("shm", b"")])
+    assert not never.value.retryable
+    slow.may_open.set()
+    await until(lambda: opener._pools.num_open == 1, "it is open")
+    assert (await opener.open(slow.offers))[0] == "in_process"
+    opener._pools.close()
 
 
 @in_loop

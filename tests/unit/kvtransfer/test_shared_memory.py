@@ -2,7 +2,9 @@
 
 import errno
 import json
+import mmap
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from kvtransfer import shared_memory
 from kvtransfer.errors import PoolUnreachable, SharedMemoryUnavailable
 from kvtransfer.host_pool import HostPool
 from kvtransfer.pool import KvSpan
-from kvtransfer.shared_memory import MappedMemory, SharedMemory, SharedMemoryDescriptor
+from kvtransfer.shared_memory import HEADER_BYTES, MappedMemory, SharedMemory, SharedMemoryDescriptor
 from kvtransfer.transports import in_process, shm
 from tests.support.pool_owner import LAYOUT, NUM_BLOCKS, filled_cache, pool_owner, shared_pool, shm_offer
+from tests.support.waiting import BOUND_S, until_in_thread
 
 SPAN = KvSpan(tuple(range(NUM_BLOCKS)), 0, NUM_BLOCKS * LAYOUT.block_size, 0, 3, 0, 2)
 
@@ -110,10 +113,33 @@ def test_a_killed_owner_leaves_what_is_mapped_readable_and_nothing_to_clean_up()
         assert shm.is_owner_gone(owner.offer.descriptor)
         assert holders_of(name) == [os.getpid()]
         mapped.close()
-        assert holders_of(name) == []
+        until_in_thread(lambda: holders_of(name) == [], "it is unmapped")
         assert not list(Path("/dev/shm").glob("*phasewise*"))
         with pytest.raises(ConnectionError, match="not mapped"):
             mapped.pull(SPAN, target, SPAN)
+
+
+def test_memory_is_mapped_whole_and_unmapped_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmapping = threading.Event()
+    threads: list[str] = []
+
+    class WatchedMap(mmap.mmap):
+        def close(self) -> None:
+            threads.append(threading.current_thread().name)
+            super().close()
+            unmapping.set()
+
+    memory = SharedMemory.create(2**20, "whole")
+    monkeypatch.setattr(shared_memory.mmap, "mmap", WatchedMap)
+    mapped = MappedMemory.open(memory.descriptor())
+    address = mapped.bytes().__array_interface__["data"][0] - HEADER_BYTES
+    about = Path("/proc/self/smaps").read_text().partition(f"{address:x}-")[2]
+    resident_kib = next(line for line in about.splitlines() if line.startswith("Rss:")).split()[1]
+    assert int(resident_kib) * 1024 == memory.num_bytes + HEADER_BYTES
+    mapped.close()
+    assert unmapping.wait(BOUND_S)
+    assert threads == ["unmap-pool"]
+    memory.close()
 
 
 def test_a_pool_that_its_owner_closed_is_not_found() -> None:

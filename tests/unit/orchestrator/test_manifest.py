@@ -10,7 +10,7 @@ import yaml
 
 from orchestrator.control.declared import WorkerResources
 from orchestrator.errors import ManifestError
-from orchestrator.manifest.declare import thread_warnings, worker_specs
+from orchestrator.manifest.declare import gateway_config, thread_warnings, worker_specs
 from orchestrator.manifest.engine import Engine
 from orchestrator.manifest.fields import choices, keys_of
 from orchestrator.manifest.load import load, parse
@@ -19,6 +19,7 @@ from workers.api import (
     Batching,
     EngineConfig,
     HostCacheCodec,
+    ImageReduction,
     KvTransferConfig,
     Phase,
     PrefillOrder,
@@ -386,6 +387,16 @@ def test_token_budget_reaches_for_all_sequences_and_a_block() -> None:
     problem = only_problem(manifest(workers=[group("a", "prefill", "decode", engine=engine)]))
     assert problem.startswith("spec.workers[0].engine.tokenBudget: is 79; allowed: at least")
     parse(manifest(workers=[group("a", "prefill", "decode", engine={**engine, "tokenBudget": 80})]))
+
+
+def test_a_deployment_may_reduce_pictures() -> None:
+    assert gateway_config(parse(manifest())).image_reduction is None
+    options = {"globalThreshold": 0.001, "individualThreshold": 0.002, "layers": [0.25, 0.5]}
+    config = gateway_config(parse(manifest(gateway={"imageReduction": options})))
+    assert config.image_reduction == ImageReduction(0.0, 0.001, 0.002, 0.08, (0.25, 0.5))
+    for layers in ([], [0.5, 0.25], [2]):
+        problem = only_problem(manifest(gateway={"imageReduction": {"layers": layers}}))
+        assert problem.startswith("spec.gateway.imageReduction.layers"), problem
 
 
 def test_gateway_and_controller_need_two_ports() -> None:

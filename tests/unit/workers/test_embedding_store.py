@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from workers.api import ImageTile, RequestId, RequestKey
-from workers.embeddings.store import CannotFill, Effect, EmbeddingStore, Ready, Wanted
+from workers.embeddings.kept import KeptEmbeddings
+from workers.embeddings.store import CannotFill, Effect, EmbeddingStore, NotNeeded, Ready, Wanted
 
 BLOCK_SIZE = 4
 
@@ -32,6 +33,30 @@ def test_a_tile_is_wanted_once_and_ready_for_all_that_need_it() -> None:
         Ready(_key(1), 1, blocks[1:]),
     }
     assert store.need(_key(3), [(2, _tile("b", 5))], "") == [Ready(_key(3), 2, blocks[1:])]
+    store.check_invariants()
+
+
+def test_blocks_that_merged_embeddings_do_not_need_are_free() -> None:
+    store = EmbeddingStore(8, BLOCK_SIZE)
+    tiles = [(0, _tile("a", 8)), (1, _tile("b", 12)), (2, _tile("c", 9))]
+    store.need(_key(1), tiles, "")
+    blocks = store.begin_fill("f", _key(1), [0, 1, 2])
+    assert store.counts().num_free == 0
+    assert store.sizes_of("f") == [8, 12, 9]
+    kept = [
+        KeptEmbeddings(offsets, (False,) * len(offsets))
+        for offsets in ((0, 3), (1, 2, 5, 9, 11), tuple(range(9)))
+    ]
+    assert store.filled("f", kept) == [
+        Ready(_key(1), 0, blocks[:1], kept[0]),
+        Ready(_key(1), 1, blocks[1:3], kept[1]),
+        Ready(_key(1), 2, blocks[3:6], kept[2]),
+    ]
+    assert store.counts().num_free == 2
+    store.check_invariants()
+    # Cached, it is as it was filled.
+    store.release(_key(1))
+    assert store.need(_key(2), [(7, _tile("b", 12))], "") == [Ready(_key(2), 7, blocks[1:3], kept[1])]
     store.check_invariants()
 
 
@@ -112,6 +137,34 @@ def test_what_is_not_wanted_is_not_filled() -> None:
     store.check_invariants()
 
 
+def test_of_a_shard_that_is_not_needed_only_what_nobody_sees_to_is_wanted_again() -> None:
+    store = EmbeddingStore(4, BLOCK_SIZE)
+    tiles = [(i, _tile(name)) for i, name in enumerate("abc")]
+    store.need(_key(1), tiles, "")
+    store.begin_fill("first", _key(1), [0])
+    store.filled("first")
+    store.begin_fill("other", _key(1), [1])
+    assert store.fills_of(_key(1), [0, 1, 2]) == {"other"}
+    with pytest.raises(NotNeeded):
+        store.begin_fill("late", _key(1), [0, 1, 2])
+    assert store.want_again(_key(1), [0, 1, 2]) == [Wanted(_key(1), (2,))]
+    # Nobody else would bring it now.
+    assert store.fill_failed("other") == [Wanted(_key(1), (1,))]
+    assert store.want_again(_key(2), [0]) == []
+    store.check_invariants()
+
+
+def test_what_came_spoiled_is_wanted_again() -> None:
+    store = EmbeddingStore(4, BLOCK_SIZE)
+    store.need(_key(1), [(0, _tile("a"))], "")
+    store.begin_fill("f", _key(1), [0])
+    assert store.fill_failed("f", is_known=False) == [Wanted(_key(1), (0,))]
+    store.begin_fill("g", _key(1), [0])
+    # Its sender knows.
+    assert store.fill_failed("g") == []
+    store.check_invariants()
+
+
 def test_a_request_that_never_fits_is_told_so() -> None:
     store = EmbeddingStore(2, BLOCK_SIZE)
     assert store.problem([_tile("a", 8), _tile("a", 8)]) is None
@@ -128,6 +181,8 @@ class _AnyOrder(RuleBasedStateMachine):
         self.wanted: dict[RequestKey, set[int]] = {}
         self.ready: dict[RequestKey, dict[int, tuple[int, ...]]] = {}
         self.fills: dict[str, tuple[RequestKey, tuple[int, ...]]] = {}
+        #: Fills of which nobody hears that they failed.
+        self.unheard: set[str] = set()
         self.content: dict[int, bytes] = {}
         self.number = 0
 
@@ -172,13 +227,30 @@ class _AnyOrder(RuleBasedStateMachine):
         self.wanted[key] = set()
 
     @precondition(lambda self: self.fills)
-    @rule(data=st.data(), is_good=st.booleans())
-    def end(self, data: st.DataObject, is_good: bool) -> None:
+    @rule(data=st.data(), is_good=st.booleans(), is_known=st.booleans())
+    def end(self, data: st.DataObject, is_good: bool, is_known: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.fills)))
+        if is_good:
+            del self.fills[name]
+            self._apply(self.store.filled(name))
+        else:
+            self._fail(name, is_known=is_known)
+
+    def _fail(self, name: str, *, is_known: bool = True) -> None:
         key, tiles = self.fills.pop(name)
-        if not is_good and key in self.needs:
+        if is_known and key in self.needs and name not in self.unheard:
             self.wanted[key] |= set(tiles)
-        self._apply(self.store.filled(name) if is_good else self.store.fill_failed(name))
+        self._apply(self.store.fill_failed(name, is_known=is_known))
+
+    @precondition(lambda self: self.needs)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        """Its encoders are done, they say: what they have not brought is wanted again."""
+        key = data.draw(st.sampled_from(sorted(self.needs, key=lambda one: one.attempt)))
+        self.unheard |= {name for name, (holder, _) in self.fills.items() if holder == key}
+        wanted, self.wanted[key] = self.wanted[key], set()
+        self._apply(self.store.want_again(key, sorted(self.needs[key])))
+        assert self.wanted[key] == wanted
 
     @precondition(lambda self: self.needs)
     @rule(data=st.data())
@@ -195,10 +267,7 @@ class _AnyOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         # Whatever has happened: when fills end well and holders leave once they have all, nobody waits for ever.
         for name in list(self.fills):
-            key, tiles = self.fills.pop(name)
-            if key in self.needs:
-                self.wanted[key] |= set(tiles)
-            self._apply(self.store.fill_failed(name))
+            self._fail(name)
         while any(self.wanted.values()) or any(map(self._has_all, self.needs)):
             for key, tiles in self.wanted.items():
                 if tiles:

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from workers.api import ImageReduction
 from workers.embeddings.batching import next_batch
 from workers.embeddings.encoder_loop import EncoderLoop
+from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.plan import ImagePlan
 
 
@@ -29,6 +31,11 @@ class Doubler:
         if any(one.min() < 0 for one in pixels):
             raise ValueError("negative")
         return [2 * one for one in pixels]
+
+    def encode_reduced(
+        self, pixels: torch.Tensor, reduction: ImageReduction
+    ) -> tuple[torch.Tensor, KeptEmbeddings]:
+        raise NotImplementedError
 
 
 def run(scenario: Callable[[EncoderLoop, Doubler], Awaitable[None]], budget: int = 10) -> None:
@@ -59,6 +66,14 @@ def test_tiles_of_several_requests_share_a_batch_within_the_budget() -> None:
         assert [float(one) for one in second.embeddings] == [8, 10]
         assert encoder.batches == [[1, 2], [3, 4], [5]]
         assert (loop.num_batches, loop.num_patches, loop.num_waiting) == (3, 20, 0)
+
+    run(scenario)
+
+
+def test_a_batch_is_shared_by_patches() -> None:
+    async def scenario(loop: EncoderLoop, _encoder: Doubler) -> None:
+        small, large = await asyncio.gather(loop.encode(tiles(1), [2]), loop.encode(tiles(2, 3), [4, 2]))
+        assert large.encode_s == pytest.approx(3 * small.encode_s)
 
     run(scenario)
 

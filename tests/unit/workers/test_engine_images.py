@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.engine_embeddings import EngineWithEmbeddings
 from tests.support.engine_fakes import (
+    BOTH,
+    CLAIM_S,
     CONFIG,
     PREFILL,
     assert_empty,
@@ -15,24 +19,49 @@ from tests.support.engine_fakes import (
     run_step,
     submit,
 )
-from workers.api import Abort, FailureCode, ImageTile, RequestFailed, Submit, TokensGenerated
+from tests.support.kv_memory import KvMemory
+from workers.api import (
+    Abort,
+    CautiousDecoding,
+    DecodingMethod,
+    FailureCode,
+    ImageTile,
+    PhaseSet,
+    RequestFailed,
+    Submit,
+    SuperposedDecoding,
+    TokensGenerated,
+)
+from workers.engine.batch import Batch
+from workers.engine.block_pool import PrefixMatch
 from workers.engine.engine import Engine
+from workers.engine.host_tier import PackedBlock
 from workers.engine.messages import (
     ImageReady,
+    ImagesGranted,
     ImagesLost,
     ImagesNeeded,
     ImagesReleased,
     StartTransfer,
 )
+from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_result import RowDetail, StepResult
 
 CACHED = replace(CONFIG, is_prefix_cache_on=True)
 PICTURE = 9
 
 
-def _submit(name: str, *tiles: tuple[int, int, str], num_prompt: int = 20, max_new: int = 3) -> Submit:
+def _submit(
+    name: str,
+    *tiles: tuple[int, int, str],
+    num_prompt: int = 20,
+    max_new: int = 3,
+    phases: PhaseSet = BOTH,
+    first_token: int = 100,
+) -> Submit:
     """tiles: start, embeddings, and what they are of."""
-    plain = submit(name, num_prompt=num_prompt, max_new=max_new)
-    token_ids = list(plain.token_ids)
+    plain = submit(name, phases, num_prompt=num_prompt, max_new=max_new)
+    token_ids = list(range(first_token, first_token + num_prompt))
     images = []
     for start, num, content in tiles:
         token_ids[start : start + num] = [PICTURE] * num
@@ -48,9 +77,17 @@ def _needed(engine: Engine) -> dict[str, list[int]]:
     return found
 
 
-def _ready(engine: Engine, name: str, *tiles: int) -> None:
+def _asking(engine: Engine, name: str) -> int:
     sequence = engine._sequences.get(key(name))
-    asking = sequence.images.asking if sequence is not None and sequence.images is not None else 0
+    return sequence.images.asking if sequence is not None and sequence.images is not None else 0
+
+
+def _grant(engine: Engine, name: str) -> None:
+    engine.handle(ImagesGranted(key(name), _asking(engine, name)), 0.0)
+
+
+def _ready(engine: Engine, name: str, *tiles: int) -> None:
+    asking = _asking(engine, name)
     for tile in tiles:
         engine.handle(ImageReady(key(name), tile, (tile,), asking), 0.0)
 
@@ -64,6 +101,12 @@ def test_prefill_goes_up_to_the_first_picture_that_has_not_come() -> None:
     engine = make_engine()
     engine.handle(_submit("r1", (5, 3, "a"), (12, 4, "b")), 0.0)
     assert _needed(engine) == {"r1": [0, 1]}
+    # Before there is room for them it takes neither a place nor blocks.
+    assert run_step(engine, 1.0) is None
+    assert engine.num_running == 0
+    engine.handle(ImagesGranted(key("r1"), asking=7), 0.0)
+    assert run_step(engine, 1.0) is None
+    _grant(engine, "r1")
     computed = []
     while (plan := run_step(engine, 1.0)) is not None:
         computed += [(part.start, part.end) for part in plan.chunks]
@@ -205,7 +248,7 @@ def test_no_row_of_a_picture_is_computed_before_it_has_come(data: st.DataObject)
     here: set[tuple[str, int]] = set()
     number = 0
     for _ in range(data.draw(st.integers(5, 40))):
-        match data.draw(st.sampled_from(["submit", "ready", "step", "step", "abort"])):
+        match data.draw(st.sampled_from(["submit", "ready", "grant", "step", "step", "abort"])):
             case "submit":
                 number += 1
                 content = data.draw(st.sampled_from("ab"))
@@ -216,6 +259,8 @@ def test_no_row_of_a_picture_is_computed_before_it_has_come(data: st.DataObject)
                 name, tile = wanted.pop(data.draw(st.integers(0, len(wanted) - 1)))
                 here.add((name, tile))
                 _ready(engine, name, tile)
+            case "grant" if wanted:
+                _grant(engine, data.draw(st.sampled_from(wanted))[0])
             case "abort" if number:
                 engine.handle(Abort(key(f"r{data.draw(st.integers(1, number))}")), 50.0)
             case _:
@@ -243,8 +288,6 @@ def _check_step(engine: Engine, here: set[tuple[str, int]]) -> bool:
         for tile in images.overlapping(part.start, part.end):
             assert (part.sequence.key.request_id, tile) in here
             assert tile in images.block_ids
-    from workers.engine.step_result import StepResult
-
     engine.complete(plan, StepResult([50] * sum(part.yields_token for part in plan.slices)), 99.0)
     engine.check_invariants()
     return True
@@ -258,3 +301,211 @@ def _note(engine: Engine, wanted: list[tuple[str, int]], here: set[tuple[str, in
             wanted[:] = [one for one in wanted if one[0] != name]
         elif isinstance(output, ImagesNeeded):
             wanted += [(name, i) for i, _ in output.tiles]
+
+
+# With the store.
+
+
+def _world(
+    *, num_places: int = 4, num_blocks: int = 32, room: int, host_blocks: int = 0
+) -> EngineWithEmbeddings:
+    """room: blocks of embeddings."""
+    packer = KvMemory(num_blocks, CONFIG.block_size).packer
+    config = replace(CACHED, growth_reserve=0.0, max_running_sequences=num_places)
+    config = replace(config, host_cache_bytes=host_blocks * packer.block_bytes)
+    engine = Engine(
+        config,
+        BOTH,
+        num_blocks=num_blocks,
+        max_context_tokens=64,
+        claim_s=CLAIM_S,
+        packer=packer if host_blocks else None,
+    )
+    return EngineWithEmbeddings(engine, room)
+
+
+def test_who_has_a_place_does_not_wait_for_who_has_the_embeddings() -> None:
+    world = _world(num_places=1, room=2)
+    # The first holds all room for embeddings. The second could begin with its text, and would take the only place.
+    world.handle(_submit("r1", (0, 8, "a")))
+    world.handle(_submit("r2", (8, 8, "b"), first_token=200))
+    world.run(encodes=False)
+    assert world.engine.num_running == 0
+    world.run()
+    assert world.ended == {"r1": "", "r2": ""}
+    world.check_empty()
+
+
+def test_when_kv_is_gone_that_was_known_all_is_asked_for_anew() -> None:
+    world = _world(num_blocks=16, room=3)
+    for name, content, first in (("r1", "a", 100), ("r2", "b", 200)):
+        world.handle(_submit(name, (4, 8, content), num_prompt=13, first_token=first, max_new=1))
+    world.run()
+    world.asked.clear()
+    # Of the first picture the KV is known, so the second alone is asked for.
+    world.handle(_submit("r3", (4, 8, "a"), (14, 4, "c"), first_token=100, max_new=1))
+    world.handle(_submit("r4", (4, 8, "b"), (14, 4, "d"), first_token=200, max_new=1))
+    world.deliver()
+    assert world.asked == [("r3", [1]), ("r4", [1])]
+    # Meanwhile others take the blocks. With both needs held and more asked for, neither would ever get it.
+    world.engine._batch.waiting.sort(key=lambda one: one.rank)
+    fill = replace(submit("r5", num_prompt=60, max_new=1), token_ids=tuple(range(1000, 1060)), priority=9)
+    world.handle(fill)
+    world.run(encodes=False)
+    assert "r5" in world.ended
+    world.run()
+    assert world.ended == dict.fromkeys(("r1", "r2", "r3", "r4", "r5"), "")
+    assert ("r3", [0, 1]) in world.asked
+    assert ("r4", [0, 1]) in world.asked
+    world.check_empty()
+    assert_empty(world.engine)
+
+
+def test_prompts_that_lack_pictures_leave_places_to_others() -> None:
+    world = _world(num_places=4, num_blocks=64, room=16)
+    for i in range(4):
+        world.handle(_submit(f"r{i}", (6, 8, f"{i}"), first_token=100 * (i + 1)))
+    world.run(encodes=False)
+    assert world.engine.num_running == 1
+    world.handle(submit("text"))
+    world.run(encodes=False)
+    assert world.ended == {"text": ""}
+    world.run()
+    assert len(world.ended) == 5
+    world.check_empty()
+
+
+def test_who_waits_for_pictures_is_looked_at_again_when_one_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = _world(num_blocks=64, room=32)
+    for i in range(5):
+        world.handle(_submit(f"r{i}", (0, 8, f"{i}"), (8, 8, f"other {i}")))
+    looks: list[str] = []
+    match = Batch.match
+
+    def count(batch: Batch, sequence: Sequence) -> PrefixMatch:
+        looks.append(sequence.key.request_id)
+        return match(batch, sequence)
+
+    monkeypatch.setattr(Batch, "match", count)
+    assert world.step() is None
+    assert looks == []
+    # There is room: each is looked at once.
+    world.deliver()
+    for _ in range(3):
+        assert world.step() is None
+    assert looks == [f"r{i}" for i in range(5)]
+    # A second tile alone is not enough to begin with.
+    looks.clear()
+    world.encode(world.wanted.index((key("r2"), 1)))
+    world.deliver()
+    for _ in range(3):
+        assert world.step() is None
+    assert looks == ["r2"]
+    monkeypatch.undo()
+    world.run()
+    assert len(world.ended) == 5
+
+
+def test_what_the_host_tier_cannot_put_back_is_asked_for_anew() -> None:
+    """A prompt that was admitted with less than was known gives up its place again, hand-off or not."""
+    world = _world(num_blocks=8, room=8, host_blocks=16)
+    world.handle(_submit("r1", (4, 20, "a"), num_prompt=27, max_new=1))
+    world.run()
+    # Its blocks go to host memory.
+    fill = replace(submit("r2", num_prompt=31, max_new=1), token_ids=tuple(range(1000, 1031)))
+    world.handle(fill)
+    world.run()
+    world.asked.clear()
+    world.handle(_submit("r3", (4, 20, "a"), num_prompt=27, phases=PREFILL))
+    assert world.asked == []
+    pool = world.engine.pool
+    find_saved, num_looks = pool.find_saved, 0
+
+    def lose_some(parents: list[bytes], token_ids: list[int], num_known: int) -> list[PackedBlock]:
+        nonlocal num_looks
+        num_looks += 1
+        found = find_saved(parents, token_ids, num_known)
+        return found[:2] if num_looks == 2 else found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "find_saved", lose_some)
+        assert world.step() is None
+        assert num_looks == 2
+    assert world.asked == [("r3", [0])]
+    assert world.engine.num_running == 0
+    world.run()
+    assert world.ended == {"r1": "", "r2": "", "r3": ""}
+    world.check_empty()
+    assert_empty(world.engine)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "detail"),
+    [
+        (None, RowDetail()),
+        (CautiousDecoding(max_branches=2, max_branch_tokens=2), RowDetail(branches=((50, -0.1), (51, -0.2)))),
+        (SuperposedDecoding(num_drafts=2), RowDetail(top=((50, -0.1), (51, -2.5)))),
+    ],
+)
+@pytest.mark.parametrize("phases", [BOTH, PREFILL])
+def test_embeddings_are_given_back_when_the_prompt_is_computed(
+    decoding: DecodingMethod | None, detail: RowDetail, phases: PhaseSet
+) -> None:
+    engine = make_engine()
+    request = _submit("r1", (0, 4, "a"), num_prompt=8, max_new=9, phases=phases)
+    engine.handle(replace(request, sampling=replace(request.sampling, decoding=decoding)), 0.0)
+    _ready(engine, "r1", 0)
+    plan = engine.schedule(1.0)
+    assert plan is not None
+    engine.complete(plan, StepResult([50], {0: detail}), 1.0)
+    assert outputs_of(engine, ImagesReleased) == [ImagesReleased(key("r1"))]
+    assert engine._sequences[key("r1")].state is not SequenceState.PREFILL
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_all_requests_end_when_places_blocks_and_room_for_embeddings_are_scarce(data: st.DataObject) -> None:
+    world = _world(
+        num_places=data.draw(st.integers(1, 3)),
+        num_blocks=data.draw(st.integers(9, 16)),
+        room=data.draw(st.integers(2, 4)),
+        host_blocks=data.draw(st.sampled_from([0, 6])),
+    )
+    number = 0
+    for _ in range(data.draw(st.integers(5, 50))):
+        match data.draw(st.sampled_from(["submit", "submit", "deliver", "encode", "step", "step", "abort"])):
+            case "submit":
+                number += 1
+                world.handle(_draw_submit(data, f"r{number}"))
+            case "deliver":
+                world.deliver(data.draw(st.integers(1, 3)))
+            case "encode" if world.wanted:
+                index = data.draw(st.integers(0, len(world.wanted) - 1))
+                world.encode(index, succeeds=data.draw(st.sampled_from([True, True, False])))
+            case "abort" if number:
+                name = f"r{data.draw(st.integers(1, number))}"
+                world.ended.setdefault(name, "aborted")
+                world.handle(Abort(key(name)))
+            case _:
+                world.step()
+    world.run(max_steps=600)
+    assert set(world.ended) == {f"r{i}" for i in range(1, number + 1)}
+    assert_empty(world.engine)
+    world.check_empty()
+
+
+def _draw_submit(data: st.DataObject, name: str) -> Submit:
+    """Prompts that begin alike, with pictures that several have, or none."""
+    start = data.draw(st.sampled_from([0, 4, 6]))
+    contents = data.draw(st.sampled_from(["", "a", "b", "ab", "ac", "bd"]))
+    sizes = {"a": 5, "b": 4, "c": 3, "d": 5}
+    tiles = [(start + 6 * i, sizes[content], content) for i, content in enumerate(contents)]
+    request = _submit(
+        name,
+        *tiles,
+        num_prompt=data.draw(st.integers(18, 24)),
+        max_new=data.draw(st.integers(1, 8)),
+        phases=data.draw(st.sampled_from([BOTH, BOTH, PREFILL])),
+        first_token=data.draw(st.sampled_from([100, 200])),
+    )
+    return replace(request, priority=data.draw(st.integers(0, 1)))

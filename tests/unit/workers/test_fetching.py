@@ -15,8 +15,13 @@ from tests.support.engine_fakes import (
     run_step,
     submit,
 )
+from tests.support.kv_memory import FactPacker, KvMemory
 from workers.api import Abort, EngineConfig, LedgerKind, PrefixPeer, Submit
+from workers.engine import fetching
+from workers.engine.block_pool import BlockPool
 from workers.engine.engine import Engine
+from workers.engine.fetching import PrefixFetching
+from workers.engine.host_tier import HostTier
 from workers.engine.messages import (
     BlocksReserved,
     CachedFound,
@@ -230,3 +235,24 @@ def test_blocks_that_a_step_is_computing_are_not_lent() -> None:
     hashes = tuple(plan.chunks[0].sequence.block_hashes[1:])
     engine.handle(FindCached("f1", hashes, 4), 0.0)
     assert isinstance(outputs_of(engine)[-1], ReservationRefused)
+
+
+@pytest.mark.parametrize(("num_free", "num_lent"), [(40, 20), (9, 9), (0, 0)])
+def test_no_more_saved_blocks_are_checked_than_may_be_put_back(
+    num_free: int, num_lent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "MAX_PUT_BACK", 20)
+    memory = KvMemory(40, 4)
+    tier = HostTier(memory.packer, 400 * FactPacker.block_bytes)
+    names = [i.to_bytes(16, "little") for i in range(101)]
+    for i in range(100):
+        tier.save(0, names[i + 1], names[i], (0, 0, 0, 0))
+    checked: list[object] = []
+    is_whole = memory.packer.is_whole
+    monkeypatch.setattr(memory.packer, "is_whole", lambda packed: checked.append(packed) or is_whole(packed))
+    pool = BlockPool(40, 4, tier)
+    lending = PrefixFetching(pool)
+    found = lending.find(FindCached("f1", tuple(names[1:]), 4), num_kept=40 - num_free, now_s=0.0)
+    assert isinstance(found, CachedFound) == (num_lent > 0)
+    assert len({id(one) for one in checked}) == num_lent
+    assert pool.counts().leased == num_lent

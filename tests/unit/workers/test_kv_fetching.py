@@ -1,6 +1,7 @@
 """Who is asked for a prefix, for how long, and what is counted."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.counts import PeerCounts
+from kvtransfer.counts import LATE_S, PeerCounts
 from kvtransfer.errors import DigestMismatch
 from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
@@ -60,6 +61,7 @@ class Fetching:
         self.fetched: list[dict[str, Any]] = []
         #: What a fetch brings, or raises.
         self.result: tuple[int, str, str] | Exception = (40, "grpc", "")
+        self.rates = PeerCounts()
         pool = HostPool(torch.zeros(2, 2, 6, 4, 1, 2), LAYOUT)
         config = KvTransferConfig()
         host = EngineKvHost(pool, 3, self.posted.append, config)
@@ -67,7 +69,7 @@ class Fetching:
         self.fetching = KvFetching(
             host,
             self.channels,
-            PeerCounts(),
+            self.rates,
             TransportOpener(config.transport),
             self.posted.append,
             config,
@@ -177,7 +179,7 @@ def test_what_nobody_has_was_asked_for_and_not_refused(monkeypatch: pytest.Monke
     run(monkeypatch, [peer], scenario)
 
 
-def test_a_wrong_digest_is_counted_and_the_prompt_computed(
+def test_a_wrong_digest_is_told_and_the_prompt_computed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     peer = Peer(10)
@@ -185,9 +187,28 @@ def test_a_wrong_digest_is_counted_and_the_prompt_computed(
     async def scenario(it: Fetching) -> None:
         it.result = DigestMismatch("t", 2)
         assert await it.ask([peer]) == 0
-        assert it.fetching.counts.num_digest_mismatches == 2
         assert it.fetching.counts.num_fetched == 0
 
     run(monkeypatch, [peer], scenario)
     [said] = [one for one in caplog.records if one.name == "workers.kv_fetching"]
     assert said.levelname == "WARNING"
+
+
+def test_a_fetch_that_comes_too_late_speaks_against_the_next_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peer = Peer(10, link_bytes_per_s=1e9)
+
+    async def scenario(it: Fetching) -> None:
+        now_s = asyncio.get_running_loop().time
+        it.result = TimeoutError()
+        assert await it.ask([peer]) == 0
+        assert it.rates.fetch_bound(peer.address, now_s()) < math.inf
+        # 40 tokens of 32 bytes in half of the 40 s in which they are computed: the next may take all of them.
+        it.rates.note_late(peer.address, num_bytes=40 * 32, elapsed_s=20.0, now_s=now_s())
+        it.result = (40, "grpc", "")
+        assert await it.ask([peer]) == 0
+        assert len(it.fetched) == 1
+        assert it.rates.fetch_bound(peer.address, now_s() + LATE_S) == math.inf
+
+    run(monkeypatch, [peer], scenario)

@@ -6,15 +6,22 @@ from collections.abc import Awaitable, Callable
 import pytest
 import torch
 
-from kvtransfer.config import KvTransferConfig
+from kvtransfer.client import fetch
+from kvtransfer.config import KvTransferConfig, TransportChoice
+from kvtransfer.counts import TransferCounts
 from kvtransfer.errors import ReservationRefused as Refusal
 from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
-from workers.api import RequestId, RequestKey
+from kvtransfer.transports.choice import TransportOpener
+from tests.support.kvtransfer_fakes import FakeKvHost, QueueChannel
+from tests.support.waiting import until
+from workers.api import KvDirection, RequestId, RequestKey
 from workers.engine.messages import (
     BlocksReserved,
+    CachedFound,
     CancelReservation,
     CommitTransfer,
+    FindCached,
     KvReady,
     Message,
     ReleaseTransfer,
@@ -149,5 +156,42 @@ def test_transfer_that_starts_after_the_end_fails_and_returns_its_blocks() -> No
         assert released.block_ids == (2, 3)
         assert isinstance(failed, TransferFailed)
         assert "stopping" in failed.reason
+
+    run(scenario)
+
+
+def test_what_others_fetch_tells_how_fast_the_way_to_them_is() -> None:
+    async def scenario(bridge: Bridge) -> None:
+        channel = QueueChannel(bridge.host.receiving.serve)
+        asker = FakeKvHost(LAYOUT, num_blocks=NUM_BLOCKS, incarnation=6)
+        counts = TransferCounts()
+        running = asyncio.create_task(
+            fetch(
+                asker,
+                channel,
+                TransportOpener(TransportChoice.GRPC),
+                transfer_id="f",
+                block_hashes=(b"a" * 16, b"b" * 16),
+                min_tokens=4,
+                timeout_s=20.0,
+                config=KvTransferConfig(),
+                counts=counts,
+                address="asker:1",
+            )
+        )
+        await until(
+            lambda: FindCached("f", (b"a" * 16, b"b" * 16), 4) in bridge.posted, "the engine is asked"
+        )
+        assert bridge.host.link_bytes_per_s("asker:1") is None
+        bridge.host.handle(CachedFound("f", (2, 5), 8, b"b" * 16))
+        assert (await running)[0] == 8
+        await until(lambda: bridge.host.counts().num_sent == 1, "the commit is heard of")
+        assert bridge.host.link_bytes_per_s("asker:1") is not None
+        assert bridge.host.counts().num_bytes_sent == counts.num_bytes_received > 0
+        [peer] = bridge.host.peers()
+        assert (peer.address, peer.direction, peer.num_transfers) == ("asker:1", KvDirection.SENDING, 1)
+        asker.end_sequence("f")
+        asker.close()
+        await channel.close()
 
     run(scenario)

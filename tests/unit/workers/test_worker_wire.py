@@ -23,7 +23,9 @@ from workers.api import (
     Grammar,
     GrammarKind,
     Handoff,
+    ImageReduction,
     ImagesEncoded,
+    ImagesReduced,
     ImagesWanted,
     ImageTile,
     KvBlocksRemoved,
@@ -107,6 +109,9 @@ SAMPLING = st.builds(
 )
 HANDOFFS = st.builds(Handoff, TEXT, TEXT, INT32)
 HASHES = st.lists(st.binary(max_size=32), max_size=3).map(tuple)
+REDUCTIONS = st.builds(
+    ImageReduction, SECONDS, SECONDS, SECONDS, SECONDS, st.lists(SECONDS, max_size=3).map(tuple)
+)
 SUBMITS = st.builds(
     Submit,
     KEYS,
@@ -124,6 +129,7 @@ SUBMITS = st.builds(
         ),
         max_size=3,
     ).map(tuple),
+    reduction=st.none() | REDUCTIONS,
 )
 
 
@@ -149,6 +155,7 @@ def encodes(draw: st.DrawFn) -> Encode:
         prefill_incarnation=draw(INT32),
         timeout_s=draw(SECONDS),
         cache_salt=draw(TEXT),
+        reduction=draw(st.none() | REDUCTIONS),
     )
 
 
@@ -176,6 +183,7 @@ EVENTS = st.one_of(
         DRAFTS,
     ),
     st.builds(DecodingReport, KEYS, INT32, INT32, INT32),
+    st.builds(ImagesReduced, KEYS, INT32, INT32, INT32, SECONDS, st.booleans()),
     st.builds(
         KvTransferred,
         KEYS,

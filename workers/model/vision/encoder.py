@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from workers.api import ImageReduction
+from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.plan import ImagePlan
 
 
@@ -24,4 +26,12 @@ class VisionEncoder(Protocol):
 
         The tiles may belong to several pictures and requests; each result is the same whatever it is batched with,
         as far as the matrix library's arithmetic is.
+        """
+
+    def encode_reduced(
+        self, pixels: torch.Tensor, reduction: ImageReduction
+    ) -> tuple[torch.Tensor, KeptEmbeddings]:
+        """Embeddings of one tile, those that are alike merged, [at most num_embeddings, hidden_size], and which they are.
+
+        Raises ImageRejected when this model's pictures cannot be reduced.
         """

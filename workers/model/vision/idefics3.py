@@ -13,7 +13,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from numpy.typing import NDArray
 from PIL import Image
 
+from workers.api import ImageReduction
+from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.idefics3_config import Idefics3Vision
+from workers.model.vision.merging import key_places, merge_windows
 from workers.model.vision.plan import ImagePlan
 
 #: Places in a picture stay below 1 by this, as in transformers.
@@ -57,6 +60,33 @@ class Idefics3Encoder:
             return []
         return list(embed_tiles(self.config, self._weights, torch.stack(list(pixels))))
 
+    @torch.inference_mode()
+    def encode_reduced(
+        self, pixels: torch.Tensor, reduction: ImageReduction
+    ) -> tuple[torch.Tensor, KeptEmbeddings]:
+        """See VisionEncoder. Squares are merged after the first layer, so the others compute fewer patches.
+
+        The keys are those that get most attention in the last layer, from all patches, since there is no class token.
+        """
+        config, weights = self.config, self._weights
+        hidden = _embed_patches(config, weights, pixels[None])
+        places = torch.arange(config.tile_embeddings)
+        attention = torch.empty(0)
+        for i in range(config.num_layers):
+            if i == config.num_layers - 1:
+                attention = _attention_received(config, weights, f"vision.layers.{i}", hidden)
+            hidden = _layer(config, weights, f"vision.layers.{i}", hidden)
+            if i == 0:
+                squares, places = merge_windows(_squares(config, hidden)[0], reduction.merge_threshold)
+                # From here on the patches of a square are neighbours.
+                hidden = squares.flatten(0, 1)[None]
+                if i == config.num_layers - 1:
+                    attention = _squares(config, attention[None, :, None])[0][places].flatten()
+        hidden = _norm(config, weights, "vision.norm", hidden)
+        embeddings = F.linear(hidden.view(len(places), -1), weights["vision.projection"])
+        is_key = key_places(attention.view(len(places), -1).sum(dim=1), reduction.key_fraction)
+        return embeddings, KeptEmbeddings(tuple(places.tolist()), tuple(is_key.tolist()))
+
     def _pixels(self, view: Image.Image) -> torch.Tensor:
         red_green_blue = np.moveaxis(np.asarray(view), -1, 0)
         channels = [np.take(self._pixel_values[:, i], channel) for i, channel in enumerate(red_green_blue)]
@@ -71,16 +101,11 @@ def embed_tiles(
     weights: by the names of the converted file, "vision." and what `workers.model.hf_idefics3` lists.
     pixels: [num_tiles, 3, tile_size, tile_size]. Returns [num_tiles, tile_embeddings, text_hidden_size].
     """
-    hidden = F.linear(
-        _patches(config, pixels),
-        weights["vision.patch_embedding"].flatten(1),
-        weights["vision.patch_embedding_bias"],
-    )
-    hidden = hidden + weights["vision.position_embedding"][position_ids(config, pixels.device)]
+    hidden = _embed_patches(config, weights, pixels)
     for i in range(config.num_layers):
         hidden = _layer(config, weights, f"vision.layers.{i}", hidden)
     hidden = _norm(config, weights, "vision.norm", hidden)
-    return F.linear(_shuffle(config, hidden), weights["vision.projection"])
+    return F.linear(_squares(config, hidden).flatten(2), weights["vision.projection"])
 
 
 def position_ids(config: Idefics3Vision, device: torch.device) -> torch.Tensor:
@@ -101,6 +126,19 @@ def _resize(image: Image.Image, size: tuple[int, int], config: Idefics3Vision) -
     return image.resize(size, config.resample)
 
 
+def _embed_patches(
+    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], pixels: torch.Tensor
+) -> torch.Tensor:
+    """What the first layer takes, [num_tiles, tile_patches ** 2, hidden_size]."""
+    hidden = F.linear(
+        _patches(config, pixels),
+        weights["vision.patch_embedding"].flatten(1),
+        weights["vision.patch_embedding_bias"],
+    )
+    positions: torch.Tensor = weights["vision.position_embedding"][position_ids(config, pixels.device)]
+    return hidden + positions
+
+
 def _patches(config: Idefics3Vision, pixels: torch.Tensor) -> torch.Tensor:
     """[num_tiles, tile_patches ** 2, 3 * patch_size ** 2]; pixels beyond the last whole patch are left out."""
     patch, side = config.patch_size, config.tile_patches
@@ -115,10 +153,7 @@ def _layer(
     config: Idefics3Vision, weights: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor
 ) -> torch.Tensor:
     """[num_tiles, num_patches, hidden_size]."""
-    normed = _norm(config, weights, f"{name}.attention_norm", hidden)
-    # [num_tiles, num_heads, num_patches, head_dim] each.
-    qkv = _linear(weights, f"{name}.qkv", normed).view(*hidden.shape[:2], 3, config.num_heads, -1)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    query, key, value = _query_key_value(config, weights, name, hidden)
     attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     hidden = hidden + _linear(weights, f"{name}.attention_out", attended)
     normed = _norm(config, weights, f"{name}.mlp_norm", hidden)
@@ -126,13 +161,31 @@ def _layer(
     return hidden + _linear(weights, f"{name}.down", inner)
 
 
-def _shuffle(config: Idefics3Vision, hidden: torch.Tensor) -> torch.Tensor:
-    """The patches of each square side by side, [num_tiles, tile_embeddings, scale_factor ** 2 * hidden_size]."""
+def _query_key_value(
+    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor
+) -> torch.Tensor:
+    """[3, num_tiles, num_heads, num_patches, head_dim]."""
+    normed = _norm(config, weights, f"{name}.attention_norm", hidden)
+    qkv = _linear(weights, f"{name}.qkv", normed).view(*hidden.shape[:2], 3, config.num_heads, -1)
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def _attention_received(
+    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], name: str, hidden: torch.Tensor
+) -> torch.Tensor:
+    """How much all patches of one tile attend to each in this layer, mean of heads and patches, [num_patches]."""
+    query, key, _ = _query_key_value(config, weights, name, hidden)
+    scores: torch.Tensor = (query @ key.transpose(-1, -2)) / config.head_dim**0.5
+    return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
+
+
+def _squares(config: Idefics3Vision, hidden: torch.Tensor) -> torch.Tensor:
+    """The patches of each square side by side, [num_tiles, tile_embeddings, scale_factor ** 2, hidden_size]."""
     scale, num_tiles = config.scale_factor, len(hidden)
     side = config.tile_patches // scale
     squares = hidden.view(num_tiles, side, scale, side, scale, -1).transpose(2, 3)
     # [num_tiles, row, column, row in the square, column in the square, hidden_size]
-    return squares.reshape(num_tiles, side**2, -1)
+    return squares.reshape(num_tiles, side**2, scale**2, -1)
 
 
 def _norm(

@@ -18,6 +18,9 @@ from PIL import Image
 
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.swiglu.op import swiglu
+from workers.api import ImageReduction
+from workers.embeddings.kept import KeptEmbeddings
+from workers.errors import ImageRejected
 from workers.model.vision.plan import ImagePlan
 from workers.model.vision.qwen2_5_vl_config import Qwen25Vision
 
@@ -71,6 +74,16 @@ class Qwen25Encoder:
     def prepare(self, image: NDArray[np.uint8], plan: ImagePlan, tiles: range) -> list[torch.Tensor]:
         """Of the one tile that a picture is: its pixels, [3, height, width] fp32, after resizing."""
         return [self._pixels(image, plan) for _ in tiles]
+
+    def encode_reduced(
+        self, pixels: torch.Tensor, reduction: ImageReduction
+    ) -> tuple[torch.Tensor, KeptEmbeddings]:
+        """See VisionEncoder: always refused."""
+        del pixels, reduction
+        raise ImageRejected(
+            "the pictures of Qwen2.5-VL cannot be reduced, only those of Idefics3 and SmolVLM; send it without "
+            "image_reduction"
+        )
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
