@@ -368,6 +368,8 @@ class Session:
             if isinstance(event, Chunk) and event.codec is not CodecId.NONE and self.machine.wants(event):
                 event = await self._unpacked(event)
             self.post(event)
+            # Not held while the next one comes, which then lies where this one did: in the caches.
+            del message, event
 
     async def _unpacked(self, chunk: Chunk) -> object:
         """The chunk with what its codec packed, checked; in a thread, since it may take long."""
@@ -398,6 +400,8 @@ class Session:
                     is_broken = True
                     if not is_main:
                         self.stream_broke(f"a stream of chunks: {error}")
+                # gRPC has its own copy. As for what is read: the next chunk is gathered where this one lay.
+                del messages
                 for _ in range(num_items):
                     taken.popleft()
                     outbox.task_done()

@@ -146,7 +146,7 @@ class EngineConfig:
     #: None reuses KV of prefixes alone. Needs the prefix cache.
     span_reuse: SpanReuseConfig | None = None
     #: Memory for embeddings of pictures, in bytes; taken with a model that takes pictures, by workers that encode or
-    #: prefill.
+    #: prefill. Those that do both have two pools, each of half of it.
     image_cache_bytes: int = 128 * 2**20
     #: Patches of pictures in one batch of the encoder, over all requests.
     encode_patch_budget: int = 4096
@@ -439,11 +439,11 @@ class ImagesWanted:
 
 @dataclass(frozen=True, slots=True)
 class ImagesEncoded:
-    """An Encode is done: its embeddings are at the prefill worker. The last event of its key.
+    """An Encode is done: its embeddings are at the prefill worker, or not needed there any more. The last event of its key.
 
     num_cached: tiles whose embeddings were here already. queue_s: until its first tile was looked at. decode_s: of the
-    file. encode_s: of the batches that its tiles were in. transfer_s: from the end of that until they had arrived; 0
-    for a prefill worker that is this one.
+    file. encode_s: its share of the batches that its tiles were in, by patches. transfer_s: from the end of that until
+    they had arrived; 0 for a prefill worker that is this one.
     """
 
     key: RequestKey
@@ -636,7 +636,7 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCounts:
-    """Pictures on one worker. Blocks are those of the embedding pool; cached: filled, and nobody's.
+    """Pictures on one worker. Blocks are those of its embedding pools, together; cached: filled, and nobody's.
 
     num_waiting: requests that wait for room. num_hits: tiles that were there, or on their way, when they were needed.
     num_tiles_cached: tiles that an Encode found here.

@@ -236,7 +236,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--image-cache-mib",
         type=_whole(limits.IMAGE_CACHE_MIB),
         default=engine.image_cache_bytes // MIB,
-        help="embeddings of pictures, MiB; taken by workers that encode or prefill a model that takes pictures",
+        help="embeddings of pictures, MiB; taken by workers that encode or prefill a model that takes pictures, half for "
+        "each by those that do both",
     )
     add(
         "--encode-patch-budget",

@@ -92,7 +92,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A model. num_published: parameters of its checkpoint as published, to check the count by.
+    """A model. num_published: parameters of its checkpoint as it is commonly given, to check the count by.
 
     tile_patches, tile_embeddings: what a tile has, and what it becomes; of Qwen2.5-VL, a picture of 448 x 448 pixels.
     """
@@ -115,7 +115,7 @@ def _siglip_base(text_hidden_size: int) -> Encoder:
     return Encoder(12, 768, 3072, 3 * 16 * 16, 32 * 32, connector=16 * 768 * text_hidden_size)
 
 
-#: From config.json of the checkpoint named in each comment.
+#: As the checkpoint named in each comment is commonly described; not compared with the files themselves.
 MODELS = (
     # HuggingFaceTB/SmolVLM-256M-Instruct
     Published("SmolVLM-256M", _siglip_base(576), Text(30, 576, 1536, 9, 3, 49280), 256.5e6),

@@ -1,14 +1,17 @@
 """Requests with pictures when something breaks: bad files, workers that go, clients that leave."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
 import grpc.aio
 import pytest
 
+from kvtransfer.client import KvSender
+from kvtransfer.errors import TransferEnded
+from kvtransfer.session import TransferReport
 from protos import inference_pb2 as pb
 from tests.support.both_shapes import view
 from tests.support.gateway import error_of
@@ -19,6 +22,8 @@ from tests.support.tiny_vision_models import write_vision_folder
 from tests.support.waiting import until
 from tests.support.worker_client import running_worker, worker_spec
 from workers.api import Phase, WorkerState
+from workers.embeddings import encoding
+from workers.embeddings.encode_work import EncodeWork
 
 
 @pytest.fixture(scope="module")
@@ -114,58 +119,89 @@ def test_an_encode_worker_that_is_lost_costs_its_shard_and_not_the_request(
 
 
 @dataclass(slots=True)
-class LostWhileSending:
-    """The first encode worker is lost while it sends its shards, the others' end `hold`s until `goes_on` for its tiles."""
+class Loss:
+    """What became of a picture in two shards when the first encode worker is lost while it sends its own."""
 
     first_tiles: set[int] = field(default_factory=set)
-    is_sending: asyncio.Event = field(default_factory=asyncio.Event)
-    #: Its shards were seen to by the other one.
-    is_made_good: asyncio.Event = field(default_factory=asyncio.Event)
-    #: How they were sent then; None: they were not needed.
+    #: How the second worker sent what the first had; None: it was not needed.
     reports: list[TransferReport | None] = field(default_factory=list)
+    #: What the first worker was sending, which nobody ends when a process is gone.
+    sending: list[asyncio.Task[TransferReport | None]] = field(default_factory=list)
 
 
-Send = Callable[[EncodeWork], Awaitable[TransferReport | None]]
+async def lose_while_sending(it: ServedImages, monkeypatch: pytest.MonkeyPatch, how_far: str) -> Loss:
+    """how_far: "committed" or "granted", what the first worker comes to. What else the second has waits for the rest."""
+    first, second = (one.worker.images._encoding for one in it.with_phase(Phase.ENCODE) if one.worker.images)
+    assert first is not None
+    assert second is not None
+    loss, has_sent, is_made_good = Loss(), asyncio.Event(), asyncio.Event()
+    sends = {encoding: encoding._send for encoding in (first, second)}
+    hosts = [one.worker.images.host for one in it.with_phase(Phase.PREFILL) if one.worker.images]
 
+    async def send_of_first(work: EncodeWork) -> TransferReport | None:
+        loss.first_tiles.add(work.encode.first_tile)
+        loss.sending.append(asyncio.create_task(sends[first](work)))
+        if how_far == "committed":
+            await loss.sending[0]
+        else:
+            await until(lambda: any(host and host.receiving.num_leases for host in hosts), "a lease")
+        has_sent.set()
+        hangs: asyncio.Future[TransferReport | None] = asyncio.Future()
+        return await hangs
 
-async def lose_while_sending(
-    it: ServedImages, monkeypatch: pytest.MonkeyPatch, sends_of_first: Callable[[Encoding], Send]
-) -> LostWhileSending:
-    """Two pictures, one for each encode worker; the first worker goes when its way of sending has begun and never ends.
+    async def send_of_second(work: EncodeWork) -> TransferReport | None:
+        if work.encode.first_tile not in loss.first_tiles:
+            await is_made_good.wait()
+            return await sends[second](work)
+        loss.reports.append(await sends[second](work))
+        is_made_good.set()
+        return loss.reports[-1]
 
-    What the second one has of its own waits until it has done the first one's work.
-    """
-    first, second = (one.worker.images._encoding for one in it.with_phase(Phase.ENCODE))
-    lost = LostWhileSending()
-    send_of_first, send_of_second = sends_of_first(first), second._send
-
-    async def send_and_hang(work: EncodeWork) -> None:
-        lost.first_tiles.add(work.encode.first_tile)
-        await send_of_first(work)
-        lost.is_sending.set()
-        await asyncio.Event().wait()
-
-    async def send(work: EncodeWork) -> TransferReport | None:
-        if work.encode.first_tile in lost.first_tiles:
-            lost.reports.append(await send_of_second(work))
-            lost.is_made_good.set()
-            return lost.reports[-1]
-        await lost.is_made_good.wait()
-        return await send_of_second(work)
-
-    monkeypatch.setattr(first, "_send", send_and_hang)
-    monkeypatch.setattr(second, "_send", send)
-    expected = len(await answered(it, lost))
-    assert expected == 12
-    return lost
-
-
-async def answered(it: ServedImages, lost: LostWhileSending) -> list[int]:
-    asked = asyncio.create_task(it.tokens(image_request("<image>" * 2, picture(60), picture(61))))
-    await lost.is_sending.wait()
+    monkeypatch.setattr(first, "_send", send_of_first)
+    monkeypatch.setattr(second, "_send", send_of_second)
+    asked = asyncio.create_task(it.tokens(image_request("<image>", picture(60))))
+    await has_sent.wait()
     # The view no longer has it, as when its process is gone.
     await it.gateway.publish(*(view(one) for one in it.workers if one is not it.workers[0]))
-    return await asked
+    assert len(await asked) == 12
+    return loss
+
+
+def test_an_encode_worker_that_is_lost_before_it_tells_that_it_has_sent_costs_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(it: ServedImages) -> None:
+        loss = await lose_while_sending(it, monkeypatch, "committed")
+        assert loss.reports == [None]
+
+    run(model, "2E+2P+D", scenario)
+
+
+def test_an_encode_worker_that_is_lost_in_a_transfer_does_not_stop_the_next_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_first: list[object] = []
+
+    class Endless(KvSender):
+        """Of the first worker: nothing says that all was sent."""
+
+        def prefill_finished(self, token_ids: Sequence[int]) -> None:
+            if self._session._host not in of_first:
+                super().prefill_finished(token_ids)
+
+    monkeypatch.setattr(encoding, "KvSender", Endless)
+
+    async def scenario(it: ServedImages) -> None:
+        images = it.workers[0].worker.images
+        assert images is not None
+        of_first.append(images._encode_host)
+        loss = await lose_while_sending(it, monkeypatch, "granted")
+        assert len(loss.reports) == 1
+        assert loss.reports != [None]
+        with pytest.raises(TransferEnded, match="a later attempt brings them"):
+            await loss.sending[0]
+
+    run(model, "2E+2P+D", scenario)
 
 
 def test_a_client_that_leaves_frees_all(model: Path) -> None:

@@ -12,6 +12,8 @@ from tests.support.tiny_qwen_vl import write_qwen_vl_folder
 from tests.support.tiny_vision_models import write_vision_folder
 from workers.api import Phase
 
+#: Of a picture of 50 x 30 pixels, one block each.
+NUM_TILES = 7
 PROMPTS = [
     ("<image>what is it?", [1]),
     ("look at <image> and then at <image>: which one is it", [1, 2]),
@@ -127,9 +129,11 @@ def test_workers_that_encode_for_each_other_do_not_wait_for_each_other(model: Pa
 
     async def scenario(it: ServedImages) -> None:
         same = image_request("<image> what is it?", picture(9))
-        requests = [same, same, same, same]
-        for first in (20, 30, 40, 50):
-            requests.append(image_request("<image>" * 4, *(picture(first + i) for i in range(4))))
+        others = [
+            image_request("<image>" * 4, *(picture(first + i) for i in range(4)))
+            for first in (20, 30, 40, 50)
+        ]
+        requests = [same, same, same, same, *others]
         answers = await asyncio.gather(*map(it.tokens, requests))
         assert len({tuple(tokens) for tokens in answers[:4]}) == 1
         counts = [one.worker.status().embeddings for one in it.workers]
@@ -137,7 +141,7 @@ def test_workers_that_encode_for_each_other_do_not_wait_for_each_other(model: Pa
         assert all(one.num_waiting == one.num_encodes_running == 0 for one in counts)
 
     # Two halves, each with room for the tiles of five pictures.
-    run(model, "EPD+EPD", scenario, image_cache_bytes=2 * 5 * TILES_OF_A_PICTURE * 16 * 64 * 4)
+    run(model, "EPD+EPD", scenario, image_cache_bytes=2 * 5 * NUM_TILES * 16 * 64 * 4)
 
 
 def test_a_pool_smaller_than_all_that_is_asked_serves_all_in_turn(

@@ -1,4 +1,4 @@
-"""Models that are counted from their configurations have as many parameters as were published."""
+"""Models that are counted from their configurations have as many parameters as they are said to have."""
 
 import pytest
 

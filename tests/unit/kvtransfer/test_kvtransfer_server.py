@@ -1,6 +1,7 @@
-"""What the receiving end does with streams before there is a transfer, and while a sender's pool is opened."""
+"""What the receiving end does with streams before there is a transfer, while a sender's pool is opened, and between chunks."""
 
 import asyncio
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -15,7 +16,7 @@ from kvtransfer.frames import Chunk, Ended, Granted, Refused, Reserve
 from kvtransfer.kv_range import KvRange
 from kvtransfer.pool import MappedPool, PoolOffer
 from kvtransfer.server import KvTransferServer
-from kvtransfer.wire import decode, encode
+from kvtransfer.wire import KIND_CHUNK, decode, encode
 from tests.support.kvtransfer_fakes import LAYOUT, FakeKvHost, QueueChannel
 from tests.support.waiting import in_loop, until
 
@@ -132,4 +133,34 @@ async def test_what_lies_outside_the_transfer_is_not_unpacked(monkeypatch: pytes
     assert "chunk 0 holds layers [0, 60000)" in answer.reason
     assert not unpacked
     await stream.close()
+    await ended(channel, receiver)
+
+
+@in_loop
+async def test_a_chunk_that_has_arrived_is_held_by_neither_side_while_more_is_waited_for() -> None:
+    host = FakeKvHost()
+    receiver = KvTransferServer(host, CONFIG)
+    channel = QueueChannel(receiver.serve)
+    chunks: list[bytes] = []
+
+    def note(message: bytes) -> list[bytes]:
+        if message[4] == KIND_CHUNK:
+            chunks.append(message)
+        return [message]
+
+    def num_holders() -> list[int]:
+        return [sys.getrefcount(chunk) for chunk in chunks]
+
+    channel.to_receiver = note
+    sender_host = FakeKvHost(incarnation=2)
+    sender_host.watched.hides_from = ("in_process",)
+    sender = sender_to(channel, sender_host)
+    running = asyncio.create_task(sender.run())
+    sender.kv_ready(0, 1, 0, 4)
+    await until(lambda: len(chunks) == 1, "the chunk is on its way")
+    # The list here, the loop over it, and the argument of the count.
+    await until(lambda: num_holders() == [3], "nobody else holds the chunk")
+    sender.abort("the test is over")
+    with pytest.raises(TransferAborted):
+        await running
     await ended(channel, receiver)
