@@ -13,25 +13,33 @@ from orchestrator.control.request_actions import Send
 from orchestrator.control.view import WorkerView
 from workers.api import Abort, Encode, FailureCode, ImagesEncoded, RequestId, RequestKey, WorkerId
 
-#: Times that a tile is given to workers, without one that has encoded it, before the request fails.
+#: Times that a tile is given to workers, without one that has encoded it, before the request fails. One that had no room
+#: for it is not counted.
 MAX_TRIES = 3
+#: Encode workers that could not bring embeddings to the same prefill worker, after which it is that one's fault.
+MAX_UNREACHED = 2
 #: What is said of a shard whose attempt failed.
 GIVEN_UP = "given up"
 
 
 @dataclass(frozen=True, slots=True)
 class ShardFailed:
-    """A shard cannot be had. The request fails with this."""
+    """A shard cannot be had. The request fails with this.
+
+    is_prefill_at_fault: its embeddings cannot be brought to the prefill worker; with another one they might be.
+    """
 
     code: FailureCode
     reason: str
+    is_prefill_at_fault: bool = False
 
 
 @dataclass(slots=True)
 class EncodeRecord:
     """Of one shard, for `explain`; times in seconds, those of its worker in `report`.
 
-    attempt: the shard's own. prefill_attempt: that of the sample. problem: why it failed, or was given up.
+    attempt: the shard's own. prefill_attempt: that of the sample. problem: why it failed, or was given up. is_refused: the
+    worker had no room for it.
     """
 
     worker_id: WorkerId
@@ -43,6 +51,7 @@ class EncodeRecord:
     ended_at_s: float | None = None
     report: ImagesEncoded | None = None
     problem: str = ""
+    is_refused: bool = False
 
 
 @dataclass(slots=True)
@@ -57,11 +66,13 @@ class EncodeShards:
     running: dict[int, Shard] = field(default_factory=dict)
     #: Workers that a shard failed at.
     avoided: set[WorkerId] = field(default_factory=set)
-    #: All shards so far, at most MAX_TRIES for each time that a tile was wanted.
+    #: All shards so far, at most MAX_TRIES for each time that a tile was wanted, and the last refusal of each worker.
     records: list[EncodeRecord] = field(default_factory=list)
     #: Tiles that are with somebody, and are wanted once more after that.
     _again: set[int] = field(default_factory=set)
     _tries: dict[int, int] = field(default_factory=dict)
+    #: Workers that could not bring embeddings to the prefill worker, since somebody could.
+    _unreached: set[WorkerId] = field(default_factory=set)
 
     def want(self, tiles: Sequence[int]) -> None:
         """The prefill worker has room for these and wants them.
@@ -116,6 +127,7 @@ class EncodeShards:
             record.ended_at_s, record.report = now_s, event
             for tile in _tiles(shard):
                 self._tries.pop(tile, None)
+            self._unreached.clear()
             again = self._again & set(_tiles(shard))
             self._again -= again
             self.wanted |= again
@@ -131,12 +143,35 @@ class EncodeShards:
         self._again -= set(_tiles(shard))
         record = self._record(attempt)
         record.ended_at_s, record.problem = now_s, reason
+        if code is FailureCode.OVERLOADED:
+            self._refused(shard, record)
+            return None
+        if code is FailureCode.TRANSFER:
+            self._unreached.add(worker_id)
         said = f"{worker_id} could not encode: {reason}"
-        if not code.is_retryable or any(self._tries[tile] >= MAX_TRIES for tile in _tiles(shard)):
+        is_used_up = any(self._tries[tile] >= MAX_TRIES for tile in _tiles(shard))
+        if code is FailureCode.TRANSFER and (is_used_up or len(self._unreached) >= MAX_UNREACHED):
+            # They may well be able to bring them to another one.
+            self.avoided -= self._unreached
+            return ShardFailed(code, said, is_prefill_at_fault=True)
+        if not code.is_retryable or is_used_up:
             return ShardFailed(code, said)
         self.avoided.add(worker_id)
         self.wanted |= set(_tiles(shard))
         return None
+
+    def _refused(self, shard: Shard, record: EncodeRecord) -> None:
+        """Its worker had no room for it: that costs no try. Who chooses workers knows when to ask that one again."""
+        for tile in _tiles(shard):
+            self._tries[tile] -= 1
+        self.wanted |= set(_tiles(shard))
+        record.is_refused = True
+        # In place: the sample's record has the list.
+        self.records[:] = [
+            one
+            for one in self.records
+            if one is record or not one.is_refused or one.worker_id != record.worker_id
+        ]
 
     def lost(self, worker: WorkerView, reason: str, now_s: float) -> ShardFailed | None:
         """The stream to that incarnation of a worker ended, and with it its shards."""
@@ -160,6 +195,7 @@ class EncodeShards:
         self.wanted.clear()
         self._again.clear()
         self._tries.clear()
+        self._unreached.clear()
         return sends
 
     def check_invariants(self) -> None:

@@ -350,7 +350,11 @@ class RequestMachine:
                 return []
 
     def _after_encode(self, failure: ShardFailed | None) -> list[Action]:
-        """A shard may have been lost: it goes to another worker, or the request fails."""
+        """A shard may have been lost: it goes to another worker, or the attempt or the request fails."""
+        if failure is not None and failure.is_prefill_at_fault:
+            assert self.route is not None
+            self.avoided.add(self.route.prefill.worker_id)
+            return self._attempt_failed(failure.code, failure.reason)
         if failure is not None:
             return self._fail(_KIND_OF_CODE[failure.code], failure.reason)
         return [WantEncoders()] if self.encodes.wanted else []

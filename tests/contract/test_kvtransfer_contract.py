@@ -210,7 +210,8 @@ def test_a_damaged_chunk_is_sent_again(run: Run) -> None:
         assert ends.way.channel.num_of(Chunk) == 2 * report.num_chunks
         received_ids, _ = ends.target.committed["t1"]
         assert np.array_equal(ends.target.content(received_ids, NUM_TOKENS), sent)
-        assert report.num_resent_chunks == report.num_chunks
+        # One that was taken again, and had not left when the stream was given up, counts each time.
+        assert report.num_resent_chunks >= report.num_chunks
 
     run(scenario)
 
