@@ -26,12 +26,12 @@ from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route, no_encoders
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
-from orchestrator.gateway.encoders import Encoders
+from orchestrator.gateway.encoders import FULL_S, Encoders
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.gateway.worker_link import WorkerLink
 from orchestrator.gateway.worker_links import WorkerLinks
-from workers.api import Event, ImagesEncoded, KvTransferred, ModelInfo, RequestId, WorkerId
+from workers.api import Event, KvTransferred, ModelInfo, RequestId, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 class Dispatcher:
     """Running and waiting requests, the links to workers, and the load on them. Made in the loop.
 
-    learn_model: told of the model of each worker before it is used; may raise UnusableModel.
+    learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's.
     """
@@ -51,6 +51,7 @@ class Dispatcher:
         max_running_requests: int,
         learn_model: Callable[[WorkerView, ModelInfo], Awaitable[None]],
         on_change: Callable[[], None] = lambda: None,
+        on_view: Callable[[ClusterView], None] = lambda _view: None,
         first_attempt: int = 1,
     ) -> None:
         self.num_finished = 0
@@ -60,6 +61,7 @@ class Dispatcher:
         self._max_running = max_running_requests
         self._learn_model = learn_model
         self._on_change = on_change
+        self._on_view = on_view
         self._attempts = itertools.count(first_attempt)
         self._loop = asyncio.get_running_loop()
         self._view: ClusterView | None = None
@@ -70,7 +72,9 @@ class Dispatcher:
         self._requests: dict[RequestId, LiveRequest] = {}
         #: Samples that workers have, by their attempt, which is no other one's.
         self._running: dict[int, LiveSample] = {}
-        self._encoders = Encoders(self._ledger, self._links.is_open)
+        self._encoders = Encoders(self._ledger, self._links.is_open, self._links.unsent_bytes)
+        #: Until encode workers that had no room are looked at again; None while none has a reason for it.
+        self._look_again: asyncio.TimerHandle | None = None
         #: Samples that want a route, in the order of `enqueue`. New requests are refused above max_waiting_requests;
         #: samples that lost their workers come back, max_running_requests at most, and those after the first of
         #: their request join, at most MAX_SAMPLES - 1 for each that runs.
@@ -203,6 +207,7 @@ class Dispatcher:
         self._view_at_s = self._loop.time()
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
+        self._on_view(view)
         self._changed()
         return True
 
@@ -222,6 +227,8 @@ class Dispatcher:
             for sample in request.samples:
                 if not sample.machine.is_over:
                     self._do(sample, sample.machine.stopped("the gateway stopped"))
+        if self._look_again is not None:
+            self._look_again.cancel()
         await self._links.close()
         self._on_change()
 
@@ -258,8 +265,7 @@ class Dispatcher:
         for event in events:
             if isinstance(event, KvTransferred):
                 self.records.transferred(event)
-            if isinstance(event, ImagesEncoded):
-                self._encoders.encoded(link.worker, event)
+            self._encoders.said(link.worker, event, now_s)
             attempt = event.key.attempt
             if (encoding := self._encoders.sample_of(attempt)) is not None:
                 self._do(encoding, encoding.machine.worker_event(worker_id, event, now_s))
@@ -276,6 +282,7 @@ class Dispatcher:
         self._on_change()
 
     def _worker_lost(self, worker: WorkerView, reason: str) -> None:
+        self._encoders.lost(worker)
         # The latest first, since each goes before others of its priority: the earliest is then the next.
         for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
             if actions := sample.machine.worker_lost(worker, reason, self._loop.time()):
@@ -284,9 +291,7 @@ class Dispatcher:
     def _deadline_passed(self, request: LiveRequest) -> None:
         for sample in request.samples:
             if not sample.machine.is_over:
-                is_waiting = sample.machine.state is RequestState.QUEUED
-                detail = self._why_waiting() if is_waiting else self._encoders.why_waiting(self._view, sample)
-                self._do(sample, sample.machine.deadline_passed(detail))
+                self._do(sample, sample.machine.deadline_passed(self._why_waiting(sample)))
         self._route_waiting()
 
     def _cancel(self, request: LiveRequest, reason: str) -> None:
@@ -294,7 +299,9 @@ class Dispatcher:
             if not sample.machine.is_over:
                 self._do(sample, sample.machine.cancelled(reason))
 
-    def _why_waiting(self) -> str:
+    def _why_waiting(self, sample: LiveSample) -> str:
+        if sample.machine.state is not RequestState.QUEUED:
+            return self._encoders.why_waiting(self._view, sample, self._loop.time())
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
 
     def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
@@ -393,18 +400,25 @@ class Dispatcher:
 
     def _give_encoders(self) -> None:
         """Give encode workers to samples whose pictures are wanted, as far as there are any."""
+        now_s = self._loop.time()
         for sample in self._encoders.wanting():
             machine = sample.machine
-            choice = self._encoders.choose(self._view, sample)
+            choice = self._encoders.choose(self._view, sample, now_s)
             if isinstance(choice, Wait):
+                if self._look_again is None and self._encoders.is_anyone_full(self._view, now_s):
+                    self._look_again = self._loop.call_later(FULL_S, self._look_at_full_encoders)
                 return
             if isinstance(choice, Refuse):
                 self._do(sample, machine.no_route(choice.reason))
                 continue
             shards = [(next(self._attempts), shard) for shard in choice]
-            actions = machine.encoders_chosen(shards, self._loop.time())
-            self._encoders.given(sample)
+            actions = machine.encoders_chosen(shards, now_s)
+            self._encoders.given(sample, now_s)
             self._do(sample, actions)
+
+    def _look_at_full_encoders(self) -> None:
+        self._look_again = None
+        self._route_waiting()
 
     def _choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
         """The workers of the request's first sample, where the prompt is cached, if they can be had."""

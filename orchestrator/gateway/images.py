@@ -68,6 +68,13 @@ def plan_images(
             "(engine.imageCacheMiB); send fewer or smaller pictures"
         )
         raise InvalidRequest("images", f"{len(images)} pictures of {num_embeddings} embeddings", allowed)
+    # Before a text is made of them, and tokenised.
+    if num_embeddings >= model.max_context_tokens:
+        allowed = (
+            f"fewer than {model.max_context_tokens} embeddings, since the context holds {model.max_context_tokens} "
+            "tokens with text and output; send fewer or smaller pictures"
+        )
+        raise InvalidRequest("images", f"{len(images)} pictures of {num_embeddings} embeddings", allowed)
     files = tuple(
         ImageFile(image.data, header.media_type, header.width, header.height)
         for image, header in zip(images, headers, strict=True)

@@ -34,7 +34,7 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServiceServicer
 from workers.api import RequestId
 
-#: A longer request is read in a thread: tokenising it takes milliseconds.
+#: A longer request, and any with pictures, is read in a thread: tokenising it takes milliseconds.
 LONG_REQUEST_BYTES = 16 * 2**10
 #: A longer message, its pictures not counted, is refused.
 MAX_TEXT_BYTES = 4 * 2**20
@@ -65,6 +65,30 @@ _STATUS_OF_REFUSAL: dict[type[PhasewiseOrchestratorError], grpc.StatusCode] = {
 }
 
 
+class Unread:
+    """A request as it came, until it is taken: gRPC holds what it gives to Generate for as long as the answer lasts."""
+
+    __slots__ = ("_request",)
+
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self._request: pb.GenerateRequest | None = request
+
+    @classmethod
+    def parse(cls, message: bytes) -> "Unread":
+        """The request in this message."""
+        return cls(pb.GenerateRequest.FromString(message))
+
+    def peek(self) -> pb.GenerateRequest:
+        """The request, which has not been taken."""
+        assert self._request is not None
+        return self._request
+
+    def take(self) -> pb.GenerateRequest:
+        """The request, which is then its taker's alone."""
+        request, self._request = self.peek(), None
+        return request
+
+
 class InferenceService(InferenceServiceServicer):
     """Checks what comes, lets the dispatcher run it, and writes what comes of it. Made in the loop.
 
@@ -89,9 +113,9 @@ class InferenceService(InferenceServiceServicer):
         self._clock = asyncio.get_running_loop().time
 
     async def Generate(  # type: ignore[override] # noqa: N802 - a coroutine that writes is the third kind of handler
-        self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+        self, request: Unread, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> None:
-        """See the .proto."""
+        """See the .proto, and `Unread`."""
         arrived_at_s = self._clock()
         client_timeout_s = context.time_remaining()
         timeout_s = min(
@@ -139,19 +163,20 @@ class InferenceService(InferenceServiceServicer):
 
     async def _answer(
         self,
-        request: pb.GenerateRequest,
+        unread: Unread,
         context: "grpc.aio.ServicerContext[Any, Any]",
         arrived_at_s: float,
         deadline_s: float,
     ) -> Fail | None:
         self._dispatcher.check_room(self._num_reading)
         loaded = self._served.get(self._dispatcher.why_not())
-        num_image_bytes = _image_bytes(request)
-        num_text_bytes = request.ByteSize() - num_image_bytes
+        num_image_bytes = _image_bytes(unread.peek())
+        num_text_bytes = unread.peek().ByteSize() - num_image_bytes
         if num_text_bytes > MAX_TEXT_BYTES:
             raise MessageTooLarge(num_text_bytes, MAX_TEXT_BYTES)
+        # Before anything is waited for, so that those that are being read are bounded too.
         with self._room_for_images(num_image_bytes):
-            checked = await self._read(request, loaded)
+            checked = await self._read(unread, loaded)
             live = self._dispatcher.submit(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
             return await self._stream(live, checked, loaded, context)
 
@@ -196,10 +221,12 @@ class InferenceService(InferenceServiceServicer):
             self._dispatcher.release(live)
         return None
 
-    async def _read(self, request: pb.GenerateRequest, loaded: LoadedModel) -> CheckedRequest:
+    async def _read(self, unread: Unread, loaded: LoadedModel) -> CheckedRequest:
+        """What to run. The message is gone after that: what is kept of it are copies."""
+
         def check() -> CheckedRequest:
             return check_request(
-                request,
+                unread.take(),
                 model=loaded.info,
                 texts=loaded.texts,
                 served_name=self._config.model,
@@ -208,7 +235,7 @@ class InferenceService(InferenceServiceServicer):
                 default_reduction=self._config.image_reduction,
             )
 
-        if request.ByteSize() <= LONG_REQUEST_BYTES:
+        if not _has_pictures(unread.peek()) and unread.peek().ByteSize() <= LONG_REQUEST_BYTES:
             return check()
         self._num_reading += 1
         try:
@@ -218,10 +245,45 @@ class InferenceService(InferenceServiceServicer):
             self._num_reading -= 1
 
 
+def add_inference_service(service: InferenceService, server: grpc.aio.Server) -> None:
+    """As the generated code does, but Generate is given a request that it can let go of."""
+    handlers = {
+        "Generate": grpc.unary_stream_rpc_method_handler(
+            service.Generate,
+            request_deserializer=Unread.parse,
+            response_serializer=pb.GenerateResponse.SerializeToString,
+        ),
+        "Abort": grpc.unary_unary_rpc_method_handler(
+            service.Abort,
+            request_deserializer=pb.AbortRequest.FromString,
+            response_serializer=pb.AbortResponse.SerializeToString,
+        ),
+        "GetModelInfo": grpc.unary_unary_rpc_method_handler(
+            service.GetModelInfo,
+            request_deserializer=pb.GetModelInfoRequest.FromString,
+            response_serializer=pb.GetModelInfoResponse.SerializeToString,
+        ),
+    }
+    described = pb.DESCRIPTOR.services_by_name["InferenceService"]
+    assert handlers.keys() == {method.name for method in described.methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(described.full_name, handlers),))
+
+
+def _pictures(request: pb.GenerateRequest) -> Iterator[pb.Image]:
+    yield from request.images
+    for message in request.chat.messages:
+        for part in message.parts:
+            if part.HasField("image"):
+                yield part.image
+
+
+def _has_pictures(request: pb.GenerateRequest) -> bool:
+    return any(True for _ in _pictures(request))
+
+
 def _image_bytes(request: pb.GenerateRequest) -> int:
-    """Of the files in it."""
-    in_chat = (part.image for message in request.chat.messages for part in message.parts)
-    return sum(len(image.data) for image in (*request.images, *in_chat))
+    """Of the files in it, as they lie in the message. The data is not looked at: that would copy it."""
+    return sum(image.ByteSize() - len(image.media_type) for image in _pictures(request))
 
 
 def _status_message(text: str) -> str:

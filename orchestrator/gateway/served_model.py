@@ -4,7 +4,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, replace
 
-from orchestrator.control.view import WorkerView
+from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import NoModelYet, UnusableModel
 from orchestrator.gateway.model_texts import ModelTexts
 from workers.api import ModelInfo, WorkerId
@@ -25,7 +25,7 @@ class LoadedModel:
 
 
 class ServedModel:
-    """Learns the model from workers as they come; the last one counts."""
+    """Learns the model from workers as they come; the last one counts. Limits of workers that go are forgotten."""
 
     def __init__(self) -> None:
         self._loaded: LoadedModel | None = None
@@ -63,14 +63,26 @@ class ServedModel:
             else:
                 texts, vision = loaded.texts, loaded.vision
             self._limits[worker.worker_id] = info.max_sequence_tokens, info.max_image_embeddings
-            num_tokens, num_embeddings = (
-                min((limit for limit in limits if limit > 0), default=0)
-                for limits in zip(*self._limits.values(), strict=True)
-            )
-            # With nothing but encode workers so far no request runs anyway.
-            num_tokens = num_tokens or info.max_context_tokens
-            limited = replace(info, max_sequence_tokens=num_tokens, max_image_embeddings=num_embeddings)
-            self._loaded = LoadedModel(limited, texts, vision)
+            self._loaded = LoadedModel(self._limited(info), texts, vision)
+
+    def keep(self, view: ClusterView) -> None:
+        """Forget the limits of workers that this view does not have."""
+        there = {worker.worker_id for worker in view.workers}
+        gone = self._limits.keys() - there
+        for worker_id in gone:
+            del self._limits[worker_id]
+        if gone and self._limits and self._loaded is not None:
+            self._loaded = replace(self._loaded, info=self._limited(self._loaded.info))
+
+    def _limited(self, info: ModelInfo) -> ModelInfo:
+        """With the limits of the smallest worker."""
+        num_tokens, num_embeddings = (
+            min((limit for limit in limits if limit > 0), default=0)
+            for limits in zip(*self._limits.values(), strict=True)
+        )
+        # With nothing but encode workers so far no request runs anyway.
+        num_tokens = num_tokens or info.max_context_tokens
+        return replace(info, max_sequence_tokens=num_tokens, max_image_embeddings=num_embeddings)
 
 
 def _vision(info: ModelInfo) -> VisionConfig | None:

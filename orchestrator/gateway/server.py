@@ -17,11 +17,10 @@ from orchestrator.gateway.config import GatewayConfig
 from orchestrator.gateway.control_service import ControlService
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.images import LIMITS
-from orchestrator.gateway.inference_service import InferenceService
+from orchestrator.gateway.inference_service import InferenceService, add_inference_service
 from orchestrator.gateway.served_model import ServedModel
 from protos import inference_pb2
 from protos.control_pb2_grpc import add_GatewayControlServiceServicer_to_server
-from protos.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +56,13 @@ async def serve(
         max_running_requests=config.max_running_requests,
         learn_model=served.learn,
         on_change=changed.set,
+        on_view=served.keep,
         first_attempt=random_source.randrange(1, 2**31),
     )
     server = _server(MAX_CLIENT_MESSAGE_BYTES)
     control_server = _server(MAX_CONTROL_MESSAGE_BYTES)
     inference = InferenceService(config, dispatcher, served, lambda: random_source.getrandbits(64))
-    add_InferenceServiceServicer_to_server(inference, server)
+    add_inference_service(inference, server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     reflection.enable_server_reflection(

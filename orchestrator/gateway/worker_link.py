@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import grpc
@@ -14,11 +14,11 @@ from orchestrator.control.view import WorkerView
 from orchestrator.errors import UnusableModel
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
-from workers.api import Command, Event, ModelInfo
+from workers.api import Abort, Command, Encode, Event, ModelInfo, RequestKey
 from workers.wire import command_to_pb, event_from_pb, model_from_pb
 
 if TYPE_CHECKING:
-    SessionCall = grpc.aio.StreamStreamCall[pb.CommandBatch, pb.EventBatch]
+    SessionCall = grpc.aio.StreamStreamCall[bytes, pb.EventBatch]
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +29,12 @@ MAX_BACKOFF_S = 2.0
 #: After so much silence a worker is asked whether it is there, and has as long again to answer. Workers take one
 #: such question every five seconds.
 KEEPALIVE_MS = 10_000
-#: A worker that leaves more commands than this unread is given up.
+#: A worker that leaves more commands than this unread, or more bytes of pictures, is given up.
 MAX_QUEUED_COMMANDS = 4096
+MAX_QUEUED_BYTES = 256 * 2**20
 #: In one message, so that prompts of any length stay below the worker's limit of a message.
 MAX_COMMANDS_PER_BATCH = 64
+_SESSION = f"/{pb.DESCRIPTOR.services_by_name['WorkerService'].full_name}/Session"
 _CHANNEL_OPTIONS = (
     # Addresses are the cluster's own: no proxy.
     ("grpc.enable_http_proxy", 0),
@@ -71,9 +73,16 @@ class WorkerLink:
         self.worker = worker
         self._listener = listener
         self._is_open = False
-        #: At most MAX_QUEUED_COMMANDS; emptied when the stream breaks.
-        self._outbox: deque[pb.Command] = deque()
+        #: Both together have at most MAX_QUEUED_COMMANDS; emptied when the stream breaks. Encodes are apart, since they are
+        #: large and may be overtaken.
+        self._outbox: deque[Command] = deque()
+        self._encodes: dict[RequestKey, Encode] = {}
+        #: Of the pictures of `_encodes`; at most MAX_QUEUED_BYTES.
+        self._num_unsent_bytes = 0
         self._has_commands = asyncio.Event()
+        self._has_encodes = asyncio.Event()
+        #: A stream takes one message at a time.
+        self._turn = asyncio.Lock()
         self._call: SessionCall | None = None
         self._reason = ""
 
@@ -82,18 +91,40 @@ class WorkerLink:
         """Commands can be sent."""
         return self._is_open
 
+    @property
+    def num_unsent_bytes(self) -> int:
+        """Of pictures that are queued."""
+        return self._num_unsent_bytes
+
     def send(self, command: Command) -> None:
-        """Queue a command; it leaves with all others that are queued then.
+        """Queue a command; it leaves with all others that are queued then, in order. An Encode may leave after later ones,
+        and never does once its Abort is here.
 
         Without an open stream it is dropped, since a worker drops what came by a stream that ended.
         """
         if not self._is_open:
             return
-        if len(self._outbox) >= MAX_QUEUED_COMMANDS:
-            self._end(f"{MAX_QUEUED_COMMANDS} commands are unread")
+        if isinstance(command, Abort) and self._take_encode(command.key):
             return
-        self._outbox.append(command_to_pb(command, self.worker.incarnation))
-        self._has_commands.set()
+        if len(self._outbox) + len(self._encodes) >= MAX_QUEUED_COMMANDS:
+            self._end(f"{MAX_QUEUED_COMMANDS} commands are unread")
+        elif not isinstance(command, Encode):
+            self._outbox.append(command)
+            self._has_commands.set()
+        elif self._num_unsent_bytes + len(command.image) > MAX_QUEUED_BYTES:
+            self._end(f"{self._num_unsent_bytes} bytes of pictures are unread")
+        else:
+            self._encodes[command.key] = command
+            self._num_unsent_bytes += len(command.image)
+            self._has_encodes.set()
+
+    def _take_encode(self, key: RequestKey) -> bool:
+        """It is no longer queued; False when it was not."""
+        encode = self._encodes.pop(key, None)
+        if encode is None:
+            return False
+        self._num_unsent_bytes -= len(encode.image)
+        return True
 
     async def run(self) -> None:
         """MAIN LOOP of one link."""
@@ -114,6 +145,8 @@ class WorkerLink:
             finally:
                 was_open, self._is_open = self._is_open, False
                 self._outbox.clear()
+                self._encodes.clear()
+                self._num_unsent_bytes = 0
             if was_open:
                 backoff_s = FIRST_BACKOFF_S
             # A worker that stays away is told of once.
@@ -134,13 +167,17 @@ class WorkerLink:
                 return f"incarnation {status.incarnation} of {status.worker_id!r} answers at its address"
             model = await stub.GetModel(pb.GetModelRequest(), timeout=CONNECT_TIMEOUT_S)
             await self._listener.model_found(self.worker, model_from_pb(model))
-            call = stub.Session()
+            # It takes messages that are serialised already: those with pictures are in a thread.
+            call: SessionCall = channel.stream_stream(
+                _SESSION, response_deserializer=pb.EventBatch.FromString
+            )()
             writer: asyncio.Task[None] | None = None
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await call.wait_for_connection()
                 self._call, self._reason, self._is_open = call, "the worker ended the stream", True
                 self._has_commands.clear()
+                self._has_encodes.clear()
                 self._listener.link_opened(self)
                 writer = asyncio.create_task(self._write(call))
                 await self._read(call)
@@ -170,26 +207,54 @@ class WorkerLink:
                 raise
 
     async def _write(self, call: "SessionCall") -> None:
-        """All that is queued in one message, until the stream ends."""
+        """Until the stream ends."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._until_it_ends(self._write_commands, call))
+            group.create_task(self._until_it_ends(self._write_encodes, call))
+
+    async def _until_it_ends(
+        self, write: Callable[["SessionCall"], Awaitable[None]], call: "SessionCall"
+    ) -> None:
         # The reader sees the same end, and says why.
         with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
             try:
-                while True:
-                    await self._has_commands.wait()
-                    batch = pb.CommandBatch()
-                    while self._outbox and len(batch.commands) < MAX_COMMANDS_PER_BATCH:
-                        batch.commands.append(self._outbox.popleft())
-                        if batch.commands[-1].HasField("encode"):
-                            # Pictures are large: each in a message of its own.
-                            break
-                    if not self._outbox:
-                        self._has_commands.clear()
-                    await call.write(batch)
+                await write(call)
             finally:
                 self._end("commands can no longer be written")
+
+    async def _write_commands(self, call: "SessionCall") -> None:
+        """All that is queued in one message."""
+        while True:
+            await self._has_commands.wait()
+            async with self._turn:
+                commands = [
+                    self._outbox.popleft() for _ in range(min(len(self._outbox), MAX_COMMANDS_PER_BATCH))
+                ]
+                if not self._outbox:
+                    self._has_commands.clear()
+                await call.write(_serialised(commands, self.worker.incarnation))
+
+    async def _write_encodes(self, call: "SessionCall") -> None:
+        """Each in a message of its own, which others pass while it is made."""
+        while True:
+            await self._has_encodes.wait()
+            while self._encodes:
+                key, encode = next(iter(self._encodes.items()))
+                message = await asyncio.to_thread(_serialised, [encode], self.worker.incarnation)
+                async with self._turn:
+                    # Unless it has been aborted meanwhile. An Abort that comes from now on gets the next turn.
+                    if self._take_encode(key):
+                        await call.write(message)
+            self._has_encodes.clear()
 
     def _end(self, reason: str) -> None:
         """Cancel the call; the reader then ends the session."""
         if self._call is not None and not self._call.done():
             self._reason = reason
             self._call.cancel()
+
+
+def _serialised(commands: Sequence[Command], incarnation: int) -> bytes:
+    """One message."""
+    batch = pb.CommandBatch(commands=[command_to_pb(command, incarnation) for command in commands])
+    return batch.SerializeToString()

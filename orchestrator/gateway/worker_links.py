@@ -65,6 +65,11 @@ class WorkerLinks:
         link = self._links.get(LinkKey.of(worker))
         return link is not None and link.is_open
 
+    def unsent_bytes(self, worker: WorkerView) -> int:
+        """Of pictures that are queued for that incarnation."""
+        link = self._links.get(LinkKey.of(worker))
+        return link.num_unsent_bytes if link is not None else 0
+
     def send(self, worker: WorkerView, command: Command) -> None:
         """Give it a command; without a link it is dropped, as the worker has dropped all that came by it."""
         link = self._links.get(LinkKey.of(worker))

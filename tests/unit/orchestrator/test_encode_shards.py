@@ -134,8 +134,56 @@ def test_a_tile_is_tried_so_often_and_no_more() -> None:
     encodes.want((0,))
     for attempt in range(1, MAX_TRIES + 1):
         _give(encodes, (attempt, Shard(E0, 0, 1)))
-        failure = encodes.failed(E0.worker_id, attempt, FailureCode.OVERLOADED, "full", 2.0)
+        failure = encodes.failed(E0.worker_id, attempt, FailureCode.INTERNAL, "broken", 2.0)
         assert (failure is None) == (attempt < MAX_TRIES)
+
+
+def test_a_worker_without_room_costs_no_try_and_its_last_refusal_is_remembered() -> None:
+    encodes = EncodeShards(REQUEST, _images(1))
+    encodes.want((0,))
+    for attempt in range(1, 10 * MAX_TRIES, 2):
+        for number, one in ((attempt, E0), (attempt + 1, E1)):
+            _give(encodes, (number, Shard(one, 0, 1)))
+            assert encodes.failed(one.worker_id, number, FailureCode.OVERLOADED, "full", 2.0) is None
+            encodes.check_invariants()
+    assert encodes.wanted == {0}
+    assert not encodes.avoided
+    assert [record.worker_id for record in encodes.records] == [E0.worker_id, E1.worker_id]
+    _give(encodes, (99, Shard(E0, 0, 1)))
+    encodes.done(E0.worker_id, _done(99), 3.0)
+
+
+def test_two_encoders_that_cannot_reach_the_prefill_worker_are_not_at_fault() -> None:
+    encodes = EncodeShards(REQUEST, _images(1))
+    encodes.want((0,))
+    _give(encodes, (5, Shard(E0, 0, 1)))
+    assert encodes.failed(E0.worker_id, 5, FailureCode.TRANSFER, "no answer", 2.0) is None
+    _give(encodes, (6, Shard(E1, 0, 1)))
+    failure = encodes.failed(E1.worker_id, 6, FailureCode.TRANSFER, "no answer", 2.0)
+    assert failure == ShardFailed(FailureCode.TRANSFER, "e-1 could not encode: no answer", True)
+    assert not encodes.avoided
+
+
+def test_an_encoder_that_alone_cannot_reach_the_prefill_worker_has_its_tries() -> None:
+    encodes = EncodeShards(REQUEST, _images(1))
+    encodes.want((0,))
+    failures = []
+    for attempt in range(MAX_TRIES):
+        _give(encodes, (attempt, Shard(E0, 0, 1)))
+        failures.append(encodes.failed(E0.worker_id, attempt, FailureCode.TRANSFER, "no answer", 2.0))
+    assert failures[:-1] == [None] * (MAX_TRIES - 1)
+    assert failures[-1] is not None
+    assert failures[-1].is_prefill_at_fault
+
+
+def test_an_encoder_that_cannot_reach_the_prefill_worker_is_at_fault_when_another_can() -> None:
+    encodes = EncodeShards(REQUEST, _images(1, 1))
+    encodes.want((0, 1))
+    _give(encodes, (5, Shard(E0, 0, 1)), (6, Shard(E1, 1, 1)))
+    encodes.failed(E0.worker_id, 5, FailureCode.TRANSFER, "no answer", 2.0)
+    encodes.done(E1.worker_id, _done(6), 2.0)
+    _give(encodes, (7, Shard(E1, 0, 1)))
+    assert encodes.failed(E1.worker_id, 7, FailureCode.TRANSFER, "no answer", 2.0) is None
 
 
 def test_dropped_it_ends_what_is_with_workers() -> None:

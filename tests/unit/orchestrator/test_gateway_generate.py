@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from orchestrator.gateway.inference_service import InferenceService
+from orchestrator.gateway.inference_service import InferenceService, Unread
 from orchestrator.gateway.served_model import ServedModel
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import BOTH, DECODE, PREFILL, FakeWorker, byte_ids, says_first, token_at
@@ -292,7 +292,7 @@ def test_a_client_that_does_not_read_is_ended_by_the_deadline() -> None:
             await served.learn(both.view(), both.model)
             service = InferenceService(CONFIG, it.dispatcher, served, lambda: 1)
             context: Any = NeverRead()
-            await service.Generate(generate_request(), context)
+            await service.Generate(Unread(generate_request()), context)
             assert it.dispatcher.num_finished == 1
             status, message = context.status
             assert (status, message) == (

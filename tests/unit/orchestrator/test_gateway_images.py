@@ -269,3 +269,17 @@ def test_too_many_embeddings_for_the_workers_are_refused() -> None:
 def test_a_prompt_that_pictures_make_too_long_is_refused() -> None:
     said = refusal(of_text("<image>", ONE), picture_model(max_context_tokens=40))
     assert "tokens; allowed: at most 39" in said
+
+
+def test_pictures_that_alone_fill_the_context_are_refused_before_a_text_is_made_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("no text is needed")
+
+    monkeypatch.setattr(ModelTexts, "encode", never)
+    monkeypatch.setattr(ModelTexts, "render_chat", never)
+    model = picture_model(max_context_tokens=20)
+    for request in (of_text("<image>", ONE), chat(user("what is", ONE))):
+        said = refusal(request, model)
+        assert "images is 1 pictures of 20 embeddings; allowed: fewer than 20 embeddings" in said

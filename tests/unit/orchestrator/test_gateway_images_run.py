@@ -1,14 +1,20 @@
 """Requests with pictures through a real gateway and fake workers: encoders are told what the prefill worker wants."""
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from orchestrator.control.encode_shards import MAX_TRIES
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.view import LifecycleState
+from orchestrator.gateway import encoders as gateway_encoders
+from orchestrator.gateway import inference_service
 from orchestrator.gateway.config import GatewayConfig
+from orchestrator.gateway.inference_service import Unread
+from orchestrator.gateway.validation import check_request
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import (
     BOTH,
@@ -40,6 +46,11 @@ def silent(encode: Encode) -> list[Event]:
 
 def fails(code: FailureCode, reason: str) -> Any:
     return lambda encode: [RequestFailed(encode.key, code, reason)]
+
+
+def in_message(picture: bytes) -> int:
+    """Bytes of a picture in a request."""
+    return pb.Image(data=picture).ByteSize()
 
 
 def request(*pictures: bytes, max_tokens: int = 3, **fields: Any) -> pb.GenerateRequest:
@@ -229,13 +240,113 @@ async def test_an_encoder_that_is_full_is_avoided() -> None:
 
 
 @in_loop
-async def test_encoders_that_stay_full_fail_the_request() -> None:
+async def test_pictures_wait_for_a_full_encoder_until_it_has_room() -> None:
+    both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
+
+    def answer(encode: Encode) -> list[Event]:
+        if len(encoder.encodes) <= MAX_TRIES:
+            return [RequestFailed(encode.key, FailureCode.OVERLOADED, "too many pictures wait")]
+        return [encoder.encoded(encode)]
+
+    encoder.answer_encode = answer
+    async with serving(both, encoder) as it:
+        call = it.client.Generate(request(ONE))
+        await until(lambda: len(encoder.encodes) > MAX_TRIES, "the encoder to be asked again and again")
+        messages = await answered(it, both, call)
+        assert messages[-1].timings.attempts == 1
+        assert [shard.problem for shard in messages[-1].timings.encodes] == ["too many pictures wait", ""]
+
+
+@in_loop
+async def test_a_full_encoder_is_asked_again_once_a_shard_of_it_has_ended() -> None:
+    both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
+    encoder.answer_encode = silent
+    async with serving(both, encoder) as it:
+        first = it.client.Generate(request(ONE, request_id="first"))
+        await until(lambda: bool(encoder.encodes), "the encoder to be told")
+        encoder.answer_encode = fails(FailureCode.OVERLOADED, "full")
+        encoders = it.dispatcher._encoders
+        with patch.object(gateway_encoders, "FULL_S", 1000.0):
+            second = it.client.Generate(request(TWO, request_id="second"))
+            await until(lambda: bool(encoders._full), "the second to be refused")
+            assert len(encoder.encodes) == 2
+            encoder.answer_encode = lambda encode: [encoder.encoded(encode)]
+            encoder.say(encoder.encoded(encoder.encodes[0]))
+            await until(lambda: len(encoder.encodes) == 3, "the second to be given to it")
+        assert not encoders._full
+        first.cancel()
+        second.cancel()
+        await until(lambda: len(both.aborts) == 2, "both to be gone")
+
+
+@in_loop
+async def test_an_encoder_that_stays_full_makes_the_deadline_pass_and_is_named() -> None:
     both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
     encoder.answer_encode = fails(FailureCode.OVERLOADED, "too many pictures wait")
-    async with serving(both, encoder) as it:
+    async with serving(both, encoder, config=replace(CONFIG, request_timeout_s=0.5)) as it:
         status, message = await error_of(it.client.Generate(request(ONE)))
-        assert (status, message) == ("RESOURCE_EXHAUSTED", "e-0 could not encode: too many pictures wait")
-        assert len(encoder.encodes) == MAX_TRIES
+        assert status == "DEADLINE_EXCEEDED"
+        assert message.endswith("with 0 tokens delivered: e-0 could not encode: too many pictures wait")
+
+
+@in_loop
+async def test_an_encoder_with_much_yet_to_be_sent_gets_no_more() -> None:
+    both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
+    async with serving(both, encoder, config=replace(CONFIG, request_timeout_s=0.5)) as it:
+        with patch.object(it.dispatcher._encoders, "_unsent_bytes", lambda one: 2**40):
+            status, message = await error_of(it.client.Generate(request(ONE)))
+        assert status == "DEADLINE_EXCEEDED"
+        assert message.endswith("e-0 has yet to be sent 1099511627776 bytes of pictures")
+        assert not encoder.encodes
+
+
+@in_loop
+async def test_a_prefill_worker_that_two_encoders_cannot_reach_is_left_for_another() -> None:
+    workers = [worker(f"both-{i}", BOTH) for i in range(2)]
+    encoders = [worker(f"e-{i}", ENCODE) for i in range(2)]
+
+    def answers(encoder: FakeWorker) -> Any:
+        def answer(encode: Encode) -> list[Event]:
+            if encode.prefill_worker == "both-0":
+                return [RequestFailed(encode.key, FailureCode.TRANSFER, "no answer from both-0")]
+            return [encoder.encoded(encode)]
+
+        return answer
+
+    for one in encoders:
+        one.answer_encode = answers(one)
+    async with serving(*workers, *encoders) as it:
+        call = it.client.Generate(request(ONE))
+        await until(lambda: bool(workers[1].submits), "the other prefill worker to be asked")
+        messages = await answered_after(it, workers[1], call)
+        assert tokens_of(messages) == [token_at(len(workers[1].submits[0].token_ids) + i) for i in range(3)]
+        assert messages[-1].timings.attempts == 2
+        assert workers[0].aborts == [workers[0].submits[0].key]
+
+
+@in_loop
+async def test_pictures_are_read_in_a_thread_and_the_message_is_let_go() -> None:
+    both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
+    parsed: list[Unread] = []
+    threads: list[threading.Thread] = []
+
+    def note_parse(message: bytes) -> Unread:
+        parsed.append(Unread(pb.GenerateRequest.FromString(message)))
+        return parsed[-1]
+
+    def note_check(*arguments: Any, **fields: Any) -> Any:
+        threads.append(threading.current_thread())
+        return check_request(*arguments, **fields)
+
+    with (
+        patch.object(Unread, "parse", note_parse),
+        patch.object(inference_service, "check_request", note_check),
+    ):
+        async with serving(both, encoder) as it:
+            await answered(it, both, it.client.Generate(request(ONE)))
+            await collect(it.client.Generate(generate_request()))
+    assert [one._request for one in parsed] == [None, None]
+    assert [thread is threading.main_thread() for thread in threads] == [False, True]
 
 
 @in_loop
@@ -375,15 +486,15 @@ async def test_a_deadline_that_passes_without_an_encoder_says_so() -> None:
 async def test_the_gateway_holds_so_many_bytes_of_pictures_and_no_more() -> None:
     both, encoder = worker("both-0", BOTH), worker("e-0", ENCODE)
     encoder.answer_encode = silent
-    config = replace(CONFIG, max_image_bytes=2 * len(ONE) + 10)
+    config = replace(CONFIG, max_image_bytes=2 * in_message(ONE) + 10)
     async with serving(both, encoder, config=config) as it:
         first = it.client.Generate(request(ONE, ONE))
         await until(lambda: len(encoder.encodes) == 2, "the first request")
         status, message = await error_of(it.client.Generate(request(TWO)))
         assert status == "RESOURCE_EXHAUSTED"
         assert message == (
-            f"the request brings pictures of {len(TWO)} bytes, and requests that are here have {2 * len(ONE)} of "
-            f"{2 * len(ONE) + 10} (gateway.maxImageMiB); try again later"
+            f"the request brings pictures of {in_message(TWO)} bytes, and requests that are here have "
+            f"{2 * in_message(ONE)} of {2 * in_message(ONE) + 10} (gateway.maxImageMiB); try again later"
         )
         assert len(tokens_of(await collect(it.client.Generate(generate_request())))) == 4
         first.cancel()

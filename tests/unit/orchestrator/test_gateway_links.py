@@ -1,7 +1,9 @@
 """What the gateway learns of workers: views, models, links that open and break."""
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import grpc
@@ -15,6 +17,7 @@ from protos import inference_pb2 as pb
 from tests.support.fake_worker import (
     BOTH,
     DECODE,
+    ENCODE,
     PREFILL,
     FakeWorker,
     byte_model,
@@ -29,8 +32,8 @@ from tests.support.gateway import (
     run,
     tokens_of,
 )
-from tests.support.waiting import until
-from workers.api import Abort, Event, ModelInfo, RequestId, RequestKey, WorkerId
+from tests.support.waiting import BOUND_S, until
+from workers.api import Abort, Command, Encode, Event, ModelInfo, RequestId, RequestKey, WorkerId
 
 
 class Listener:
@@ -165,6 +168,108 @@ def test_a_proxy_for_the_web_is_not_asked_for_the_way_to_a_worker(monkeypatch: p
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             await both.die()
+
+    run(scenario)
+
+
+def test_a_worker_that_is_gone_bounds_nothing_any_more() -> None:
+    async def scenario() -> None:
+        both, small = (
+            FakeWorker("both-0", BOTH),
+            FakeWorker("both-1", BOTH, byte_model(max_sequence_tokens=32)),
+        )
+        async with gateway(both, small) as it:
+            asked = generate_request(max_tokens=30)
+            assert (await error_of(it.client.Generate(asked)))[0] == "RESOURCE_EXHAUSTED"
+            await it.use(both)
+            assert len(tokens_of(await collect(it.client.Generate(asked)))) == 30
+
+    run(scenario)
+
+
+def encode(attempt: int, image: bytes = b"a picture") -> Encode:
+    key = RequestKey(RequestId("r"), attempt)
+    return Encode(key, image, "image/png", 1, 1, 0, 1, (b"k",), key, 0, WorkerId("p"), "p:1", 1, 60.0)
+
+
+@asynccontextmanager
+async def linked(worker: FakeWorker) -> AsyncIterator[tuple[worker_link.WorkerLink, Listener]]:
+    """A link to this worker."""
+    link = worker_link.WorkerLink(worker.view(), listener := Listener())
+    task = asyncio.create_task(link.run())
+    try:
+        await until(lambda: link.is_open, "the link")
+        yield link, listener
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_an_encode_that_is_aborted_before_it_left_never_leaves() -> None:
+    async def scenario() -> None:
+        encoder = FakeWorker("e-0", ENCODE)
+        async with running(encoder), linked(encoder) as (link, _):
+            for attempt in (1, 2, 3):
+                link.send(encode(attempt))
+            assert link.num_unsent_bytes == 3 * len(b"a picture")
+            link.send(Abort(RequestKey(RequestId("r"), 2)))
+            assert link.num_unsent_bytes == 2 * len(b"a picture")
+            await until(lambda: len(encoder.encodes) == 2, "the other two")
+            link.send(Abort(RequestKey(RequestId("r"), 3)))
+            await until(lambda: bool(encoder.aborts), "an abort of one that has left")
+            assert [one.key.attempt for one in encoder.encodes] == [1, 3]
+            assert [key.attempt for key in encoder.aborts] == [3]
+            assert link.num_unsent_bytes == 0
+
+    run(scenario)
+
+
+def test_commands_pass_pictures_that_are_being_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on = threading.Event()
+    serialised = worker_link._serialised
+
+    def slow(commands: Sequence[Command], incarnation: int) -> bytes:
+        if isinstance(commands[0], Encode):
+            assert threading.current_thread() is not threading.main_thread()
+            assert may_go_on.wait(BOUND_S)
+        return serialised(commands, incarnation)
+
+    monkeypatch.setattr(worker_link, "_serialised", slow)
+
+    async def scenario() -> None:
+        encoder = FakeWorker("e-0", ENCODE)
+        async with running(encoder), linked(encoder) as (link, _):
+            try:
+                link.send(encode(1))
+                link.send(encode(2))
+                others = [RequestKey(RequestId("other"), i) for i in range(100)]
+                for key in others:
+                    link.send(Abort(key))
+                await until(lambda: len(encoder.aborts) == 100, "the aborts")
+                assert encoder.aborts == others
+                assert not encoder.encodes
+                # The first is being made ready: it does not leave for all that.
+                link.send(Abort(encode(1).key))
+            finally:
+                may_go_on.set()
+            await until(lambda: bool(encoder.encodes), "the second")
+            assert [one.key.attempt for one in encoder.encodes] == [2]
+            assert len(encoder.aborts) == 100
+
+    run(scenario)
+
+
+def test_a_worker_that_leaves_its_pictures_unread_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_link, "MAX_QUEUED_BYTES", 25)
+
+    async def scenario() -> None:
+        encoder = FakeWorker("e-0", ENCODE)
+        async with running(encoder), linked(encoder) as (link, listener):
+            for attempt in (1, 2, 3):
+                link.send(encode(attempt, b"ten bytes."))
+            await until(lambda: bool(listener.reasons), "the link to end")
+            assert listener.reasons == ["20 bytes of pictures are unread"]
+            assert link.num_unsent_bytes == 0
 
     run(scenario)
 
