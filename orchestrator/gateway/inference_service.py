@@ -247,7 +247,7 @@ class InferenceService(InferenceServiceServicer):
 
 def add_inference_service(service: InferenceService, server: grpc.aio.Server) -> None:
     """As the generated code does, but Generate is given a request that it can let go of."""
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Generate": grpc.unary_stream_rpc_method_handler(
             service.Generate,
             request_deserializer=Unread.parse,
