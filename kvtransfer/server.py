@@ -54,8 +54,8 @@ MAX_NEW_STREAMS = 256
 class KvTransferServer:
     """The receiving side of one worker: its leases and the transfers that live now. Made in the loop.
 
-    pools: opens senders' pools; by default as `config.transport` says. on_sent(address, report): what was fetched from
-    here has been committed there.
+    pools: opens senders' pools, and is its owner's to close; by default one is made as `config.transport` says.
+    on_sent(address, report): what was fetched from here has been committed there.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class KvTransferServer:
         self._host = host
         self._config = config
         self._on_sent = on_sent
-        self._pools = pools or TransportOpener(config.transport)
+        #: Pools that nobody else uses.
+        self._own_pools = TransportOpener(config.transport) if pools is None else None
+        self._pools = pools or self._own_pools
         self._leases = LeaseTable()
         self._join = PartJoin(host, self._abort_part, self._commit_part)
         #: Receiving, by transfer and part, in order of arrival.
@@ -144,6 +146,8 @@ class KvTransferServer:
         for session in [*self._sessions.values(), *self._fetched]:
             session.post(GivenUp(reason))
         await self._is_idle.wait()
+        if self._own_pools is not None:
+            self._own_pools.close_all()
 
     def check_invariants(self) -> None:
         """Every lease is of a transfer that lives."""

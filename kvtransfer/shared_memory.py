@@ -11,6 +11,7 @@ Who opens it must find the random nonce of the descriptor in the header: a proce
 ended has not got it.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -159,7 +160,7 @@ class MappedMemory:
         return opened
 
     def bytes(self) -> npt.NDArray[np.uint8]:
-        """The data, [num_bytes], read-only; must be gone before `close`. Raises ConnectionError after that."""
+        """The data, [num_bytes], read-only. It stays mapped as long as this lives. Raises ConnectionError after `close`."""
         if self._mapped is None:
             raise ConnectionError("the pool is not mapped any more")
         return np.frombuffer(self._mapped, np.uint8, offset=HEADER_BYTES, count=self._num_bytes)
@@ -168,7 +169,7 @@ class MappedMemory:
         """Unmap it, in a thread: that takes up to tenths of a second per GB. Closing twice does nothing."""
         if self._mapped is not None:
             mapped, self._mapped = self._mapped, None
-            threading.Thread(target=mapped.close, name="unmap-pool", daemon=True).start()
+            threading.Thread(target=_unmap, args=(mapped,), name="unmap-pool", daemon=True).start()
 
 
 def is_owner_gone(descriptor: SharedMemoryDescriptor) -> bool:
@@ -177,6 +178,12 @@ def is_owner_gone(descriptor: SharedMemoryDescriptor) -> bool:
         return not os.readlink(descriptor.link).startswith(_LINK_START)
     except OSError:
         return True
+
+
+def _unmap(mapped: mmap.mmap) -> None:
+    # Refused while someone has its bytes, an error's traceback maybe; the last that lets go of them unmaps it.
+    with contextlib.suppress(BufferError):
+        mapped.close()
 
 
 def _filled(fd: int, num_bytes: int) -> mmap.mmap:

@@ -1535,7 +1535,7 @@ Global___KvReuseCounts: _TypeAlias = KvReuseCounts  # noqa: Y015
 
 @_typing.final
 class KvTransferCounts(_message.Message):
-    """Of all hand-offs of one worker since it started. Bytes are of the KV as it lies in the pools."""
+    """Of all hand-offs and fetched prefixes of one worker since it started. Bytes are of the KV as it lies in the pools."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -80,7 +80,7 @@ class EngineKvHost:
         #: Who waits to hear what is cached here. Bounded likewise.
         self._looking: dict[str, asyncio.Future[CachedKv]] = {}
         # One for what comes and for what is fetched: a peer's pool is mapped once.
-        pools = TransportOpener(config.transport)
+        self._pools = pools = TransportOpener(config.transport)
         self.receiving = KvTransferServer(self, sending_exactly, pools, on_sent=self._note_sent)
         self._channels = PeerChannels(MAX_IDLE_CHANNELS, num_data_channels=config.num_streams)
         self._sending = KvSending(self, self._channels, post, config)
@@ -192,6 +192,7 @@ class EngineKvHost:
             group.create_task(self._sending.close(reason))
             group.create_task(self._fetching.close(reason))
             group.create_task(self.receiving.close(reason))
+        self._pools.close_all()
         await self._channels.close()
 
     # What is told of transfers.

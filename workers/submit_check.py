@@ -60,6 +60,8 @@ def encode_problem(encode: Encode) -> str | None:
         return f"request_id: has {len(encode.key.request_id)} characters; 1 to {MAX_ID_CHARS} are allowed"
     if not 0 <= encode.tile_lo < encode.tile_hi <= MAX_TILES:
         return f"tiles: {encode.tile_lo} to {encode.tile_hi}; some of {MAX_TILES} are needed"
+    if min(encode.width, encode.height) < 1:
+        return f"width, height: {encode.width} x {encode.height} pixels; at least 1 x 1 are needed"
     if len(encode.keys) != encode.tile_hi - encode.tile_lo:
         return f"keys: {len(encode.keys)} for {encode.tile_hi - encode.tile_lo} tiles"
     if not (math.isfinite(encode.timeout_s) and encode.timeout_s > 0):

@@ -47,3 +47,7 @@ class TransportOpener:
     def close(self, pool: MappedPool) -> None:
         """See driver.PoolOpener."""
         self._pools.release(pool)
+
+    def close_all(self) -> None:
+        """Close every pool that is open; no transfer runs any more. May be called again."""
+        self._pools.close()

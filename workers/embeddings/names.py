@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from workers.api import ImageReduction, RequestId, RequestKey
 
-KEY_BYTES = 32
 #: How a refusal begins when a prefill worker has what it is offered, or wants it no more: nothing has failed.
 NOT_NEEDED = "not needed"
 _PREFIX = "image"

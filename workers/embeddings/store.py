@@ -99,11 +99,6 @@ class EmbeddingStore:
         self._fills: dict[str, list[_Entry]] = {}
         self._num_hits = self._num_misses = self._num_evictions = 0
 
-    @property
-    def max_embeddings(self) -> int:
-        """What one request may need, if its tiles fill their blocks."""
-        return self._num_blocks * self._block_size
-
     def counts(self) -> StoreCounts:
         """As of now."""
         cached = sum(len(one.block_ids) for one in self._entries.values() if one.is_ready and not one.holders)

@@ -4,7 +4,6 @@ A fetched block is leased while it is filled. Once the transfer has committed it
 index, where the prompt that waits for it finds it like any other.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,8 +22,6 @@ from workers.engine.messages import (
     ReserveBlocks,
 )
 from workers.engine.sequence import Sequence
-
-logger = logging.getLogger(__name__)
 
 #: Fewer blocks are not worth asking others for; more do not fit into one question.
 MIN_BLOCKS, MAX_BLOCKS = 2, 2048
@@ -148,9 +145,6 @@ class PrefixFetching:
         size = self._pool.block_size
         if commit.token_digest != fetch.chain[len(block_ids)]:
             self.num_digest_mismatches += 1
-            logger.warning(
-                "prefix_of_other_tokens transfer_id=%s num_blocks=%d", commit.transfer_id, len(block_ids)
-            )
         elif not commit.is_lossy:
             for i, block_id in enumerate(block_ids):
                 tokens = fetch.token_ids[i * size : (i + 1) * size]

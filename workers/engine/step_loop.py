@@ -212,7 +212,9 @@ class StepLoop:
 
     def _publish_outputs(self) -> None:
         # First: whoever sees an output finds counters that are as new.
-        self._snapshot = self._take_snapshot()
+        before, self._snapshot = self._snapshot, self._take_snapshot()
+        if self._snapshot.num_wrong_prefixes > before.num_wrong_prefixes:
+            logger.warning("prefix_of_other_tokens num_so_far=%d", self._snapshot.num_wrong_prefixes)
         outputs = self.engine.take_outputs()
         if outputs:
             self._publish(outputs)

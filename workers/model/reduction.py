@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from workers.api import ImageReduction
 from workers.model.forward_batch import Embeds
-from workers.model.selective import is_seen
+from workers.model.selective import is_seen, slots_of
 
 #: Scores of so many queries are in memory at once.
 QUERY_BLOCK = 128
@@ -51,8 +51,7 @@ class FilteringBatch:
 
     def slots(self, places: torch.Tensor) -> torch.Tensor:
         """Where KV of these places of the sequence is, [num_places] int64."""
-        blocks = torch.from_numpy(self.block_table.astype(np.int64))
-        return blocks[places // self.block_size] * self.block_size + places % self.block_size
+        return slots_of(places, self.block_table, self.block_size)
 
     def filter_layers(self, num_layers: int) -> frozenset[int]:
         """Layers after which rows may leave."""

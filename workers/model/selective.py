@@ -38,6 +38,12 @@ class Reused:
         return Reused(self.positions[is_left], self.source_slots[is_left], self.source_positions[is_left])
 
 
+def slots_of(places: torch.Tensor, block_table: NDArray[np.int32], block_size: int) -> torch.Tensor:
+    """Where KV of these places of a sequence is, [num_places] int64. block_table: its blocks in order."""
+    blocks = torch.from_numpy(block_table.astype(np.int64))
+    return blocks[places // block_size] * block_size + places % block_size
+
+
 @dataclass(frozen=True, slots=True)
 class SelectiveBatch:
     """The tokens `[start, context_len)` of one sequence; those before `start` have their KV in its blocks.
@@ -65,8 +71,7 @@ class SelectiveBatch:
 
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Where KV of these positions of the sequence is, [num_positions] int64."""
-        blocks = torch.from_numpy(self.block_table.astype(np.int64))
-        return blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        return slots_of(positions, self.block_table, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)

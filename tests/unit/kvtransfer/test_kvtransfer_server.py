@@ -164,3 +164,14 @@ async def test_a_chunk_that_has_arrived_is_held_by_neither_side_while_more_is_wa
     with pytest.raises(TransferAborted):
         await running
     await ended(channel, receiver)
+
+
+@in_loop
+async def test_a_server_closes_the_pools_that_are_its_own_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr(server.TransportOpener, "close_all", lambda opener: closed.append(opener))
+    host = FakeKvHost()
+    await KvTransferServer(host, CONFIG, HeldPools()).close("the test is over")
+    assert not closed
+    await KvTransferServer(host, CONFIG).close("the test is over")
+    assert len(closed) == 1

@@ -142,6 +142,22 @@ def test_memory_is_mapped_whole_and_unmapped_in_a_thread(monkeypatch: pytest.Mon
     memory.close()
 
 
+def test_bytes_that_someone_still_has_stay_readable_and_are_unmapped_after_that() -> None:
+    memory = SharedMemory.create(4096, name="still-read")
+    mapped = MappedMemory.open(memory.descriptor())
+    kept = mapped.bytes()
+    mapped.close()
+    until_in_thread(
+        lambda: not any(thread.name == "unmap-pool" for thread in threading.enumerate()), "the thread"
+    )
+    assert not kept.any()
+    lines = Path("/proc/self/maps")
+    assert lines.read_text().count("still-read") == 2
+    del kept
+    assert lines.read_text().count("still-read") == 1
+    memory.close()
+
+
 def test_a_pool_that_its_owner_closed_is_not_found() -> None:
     with pool_owner() as owner:
         mapped = shm.open_pool(owner.offer.descriptor)

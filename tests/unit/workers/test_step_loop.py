@@ -203,3 +203,14 @@ def test_a_call_that_raises_harms_only_its_caller(harness: Harness) -> None:
 
 def _num_finished(outputs: list[Output]) -> int:
     return sum(isinstance(o, TokensGenerated) and o.finish_reason is not None for o in outputs)
+
+
+def test_a_prefix_of_other_tokens_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = Harness()
+    monkeypatch.setattr(type(harness.engine), "num_wrong_prefixes", 1)
+    harness.steps(submit())
+    assert [record.message for record in caplog.records if "prefix" in record.message] == [
+        "prefix_of_other_tokens num_so_far=1"
+    ]

@@ -9,13 +9,18 @@ import pytest
 from tests.support.worker_client import submit
 from workers.api import (
     CautiousDecoding,
+    Encode,
     Grammar,
     GrammarKind,
+    ImageTile,
     NgramDrafts,
+    RequestId,
+    RequestKey,
     Submit,
     SuperposedDecoding,
+    WorkerId,
 )
-from workers.submit_check import submit_problem
+from workers.submit_check import encode_problem, submit_problem
 
 VOCAB_SIZE = 100
 
@@ -99,3 +104,63 @@ def test_limits_themselves_are_allowed() -> None:
         num_prompt_logprobs=0,
     )
     assert submit_problem(replace(good, num_delivered=1, cache_salt="x" * 256), VOCAB_SIZE) is None
+
+
+ENCODE = Encode(
+    RequestKey(RequestId("r1"), 2),
+    b"file",
+    "image/png",
+    width=3,
+    height=2,
+    tile_lo=0,
+    tile_hi=1,
+    keys=(b"key",),
+    prefill=RequestKey(RequestId("r1"), 1),
+    first_tile=0,
+    prefill_worker=WorkerId("p-0"),
+    prefill_address="127.0.0.1:9",
+    prefill_incarnation=1,
+    timeout_s=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"key": RequestKey(RequestId(""), 2)}, "request_id: has 0 characters"),
+        ({"tile_hi": 0}, "tiles: 0 to 0"),
+        ({"width": 0}, "width, height: 0 x 2 pixels"),
+        ({"keys": ()}, "keys: 0 for 1 tiles"),
+        ({"timeout_s": math.inf}, "timeout_s: is inf"),
+        ({"prefill_address": "nowhere"}, "prefill_address: 'nowhere' is not host:port"),
+    ],
+)
+def test_an_encode_that_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
+    assert encode_problem(ENCODE) is None
+    assert says in (encode_problem(replace(ENCODE, **changes)) or "")
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (
+            (ImageTile(0, 1, b"a"), ImageTile(0, 1, b"b")),
+            "images[1]: 1 embeddings at 0; the tile before ends at 1",
+        ),
+        ((ImageTile(0, 0, b"a"),), "images[0]: 0 embeddings"),
+        ((ImageTile(0, 1, b""),), "images[0].key: has 0 bytes"),
+        ((ImageTile(1, 2, b"a"),), "images: they end at 3, and the prompt at 2"),
+    ],
+)
+def test_pictures_stand_one_after_the_other_inside_the_prompt(
+    images: tuple[ImageTile, ...], says: str
+) -> None:
+    problem = submit_problem(replace(submit([1, 2]), images=images), VOCAB_SIZE)
+    assert says in (problem or "")
+
+
+def test_superposed_decoding_needs_text_behind_the_last_picture() -> None:
+    decoding = with_sampling(decoding=SuperposedDecoding())
+    ends = replace(decoding, images=(ImageTile(1, 1, b"a"),))
+    assert "some text has to follow" in (submit_problem(ends, VOCAB_SIZE) or "")
+    assert submit_problem(replace(decoding, images=(ImageTile(0, 1, b"a"),)), VOCAB_SIZE) is None
