@@ -27,7 +27,7 @@ class KvTransferConfig:
     resume_s: float = 5.0
     #: Payload of one chunk at most, in bytes; one block of one layer is sent whole in any case. Smaller ones cost more
     #: work of the interpreter for each byte, larger ones leave the caches between one copy and the next.
-    max_chunk_bytes: int = 8 * 2**20
+    max_chunk_bytes: int = 4 * 2**20
     #: Chunks in flight, unacknowledged, per transfer.
     credits: int = 4
     #: KV leaves after this many layers of a prompt chunk have been computed; None chooses it from what is measured.
