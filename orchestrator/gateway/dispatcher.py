@@ -2,7 +2,7 @@
 
 It is driven by calls, all in one event loop: a request comes or goes, events come, a link opens or
 breaks, the view changes. Its only tasks are the links', one for each worker. Nothing here waits, so the
-state is whole between any two calls.
+state is whole between any two calls. The simulator runs it too, with its own timers and links.
 """
 
 import asyncio
@@ -27,25 +27,26 @@ from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.encoders import FULL_S, Encoders
+from orchestrator.gateway.links import Link, LinkListener, Links, Timer, Timers
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
-from orchestrator.gateway.worker_link import WorkerLink
-from orchestrator.gateway.worker_links import WorkerLinks
 from workers.api import Event, KvTransferred, ModelInfo, RequestId, WorkerId
 
 logger = logging.getLogger(__name__)
 
 
 class Dispatcher:
-    """Running and waiting requests, the links to workers, and the load on them. Made in the loop.
+    """Running and waiting requests, the links to workers, and the load on them.
 
-    learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
+    timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given. learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's.
     """
 
     def __init__(
         self,
+        timers: Timers,
+        make_links: Callable[[LinkListener], Links],
         *,
         max_waiting_requests: int,
         max_running_requests: int,
@@ -63,10 +64,10 @@ class Dispatcher:
         self._on_change = on_change
         self._on_view = on_view
         self._attempts = itertools.count(first_attempt)
-        self._loop = asyncio.get_running_loop()
+        self._timers = timers
         self._view: ClusterView | None = None
         self._view_at_s = 0.0
-        self._links = WorkerLinks(self)
+        self._links = make_links(self)
         self._ledger = LoadLedger()
         #: All that are not over.
         self._requests: dict[RequestId, LiveRequest] = {}
@@ -74,7 +75,7 @@ class Dispatcher:
         self._running: dict[int, LiveSample] = {}
         self._encoders = Encoders(self._ledger, self._links.is_open, self._links.unsent_bytes)
         #: Until encode workers that had no room are looked at again; None while none has a reason for it.
-        self._look_again: asyncio.TimerHandle | None = None
+        self._look_again: Timer | None = None
         #: Samples that want a route, in the order of `enqueue`. New requests are refused above max_waiting_requests;
         #: samples that lost their workers come back, max_running_requests at most, and those after the first of
         #: their request join, at most MAX_SAMPLES - 1 for each that runs.
@@ -94,7 +95,7 @@ class Dispatcher:
     @property
     def view_age_s(self) -> float:
         """Seconds since it came."""
-        return self._loop.time() - self._view_at_s
+        return self._timers.time() - self._view_at_s
 
     @property
     def num_waiting(self) -> int:
@@ -164,7 +165,7 @@ class Dispatcher:
         self.records.begin(request.record, [sample.machine for sample in request.samples])
         self._is_idle.clear()
         enqueue(request.samples[0], self._waiting)
-        request.deadline = self._loop.call_at(deadline_s, self._deadline_passed, request)
+        request.deadline = self._timers.call_at(deadline_s, self._deadline_passed, request)
         self._route_waiting()
         return request
 
@@ -204,7 +205,7 @@ class Dispatcher:
         ):
             return False
         self._view = view
-        self._view_at_s = self._loop.time()
+        self._view_at_s = self._timers.time()
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
@@ -238,7 +239,7 @@ class Dispatcher:
         """A worker is about to be used."""
         await self._learn_model(worker, model)
 
-    def link_opened(self, link: WorkerLink) -> None:
+    def link_opened(self, link: Link) -> None:
         """A worker can be used."""
         worker = link.worker
         logger.info(
@@ -249,7 +250,7 @@ class Dispatcher:
         )
         self._changed()
 
-    def link_broke(self, link: WorkerLink, reason: str) -> None:
+    def link_broke(self, link: Link, reason: str) -> None:
         """A worker cannot be used for now."""
         worker = link.worker
         logger.info(
@@ -259,9 +260,9 @@ class Dispatcher:
             self._worker_lost(worker, reason)
             self._changed()
 
-    def events_came(self, link: WorkerLink, events: Sequence[Event]) -> None:
+    def events_came(self, link: Link, events: Sequence[Event]) -> None:
         """A worker reported."""
-        worker_id, now_s = link.worker.worker_id, self._loop.time()
+        worker_id, now_s = link.worker.worker_id, self._timers.time()
         for event in events:
             if isinstance(event, KvTransferred):
                 self.records.transferred(event)
@@ -285,7 +286,7 @@ class Dispatcher:
         self._encoders.lost(worker)
         # The latest first, since each goes before others of its priority: the earliest is then the next.
         for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
-            if actions := sample.machine.worker_lost(worker, reason, self._loop.time()):
+            if actions := sample.machine.worker_lost(worker, reason, self._timers.time()):
                 self._do(sample, actions)
 
     def _deadline_passed(self, request: LiveRequest) -> None:
@@ -301,7 +302,7 @@ class Dispatcher:
 
     def _why_waiting(self, sample: LiveSample) -> str:
         if sample.machine.state is not RequestState.QUEUED:
-            return self._encoders.why_waiting(self._view, sample, self._loop.time())
+            return self._encoders.why_waiting(self._view, sample, self._timers.time())
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
 
     def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
@@ -335,7 +336,7 @@ class Dispatcher:
                             action.reason,
                         )
                     request.fail(action)
-        sample.note_state(actions, self._loop.time())
+        sample.note_state(actions, self._timers.time())
         self._put_away(sample)
         if request.is_failed:
             # One sample that cannot be had fails the request.
@@ -392,7 +393,7 @@ class Dispatcher:
             if isinstance(choice, Refuse):
                 self._do(sample, sample.machine.no_route(choice.reason))
                 continue
-            actions = sample.machine.routed(choice, next(self._attempts), self._loop.time())
+            actions = sample.machine.routed(choice, next(self._attempts), self._timers.time())
             if not sample.machine.is_over:
                 self._running[sample.machine.attempt] = sample
                 sample.charge(self._ledger)
@@ -400,13 +401,13 @@ class Dispatcher:
 
     def _give_encoders(self) -> None:
         """Give encode workers to samples whose pictures are wanted, as far as there are any."""
-        now_s = self._loop.time()
+        now_s = self._timers.time()
         for sample in self._encoders.wanting():
             machine = sample.machine
             choice = self._encoders.choose(self._view, sample, now_s)
             if isinstance(choice, Wait):
                 if self._look_again is None and self._encoders.is_anyone_full(self._view, now_s):
-                    self._look_again = self._loop.call_later(FULL_S, self._look_at_full_encoders)
+                    self._look_again = self._timers.call_later(FULL_S, self._look_at_full_encoders)
                 return
             if isinstance(choice, Refuse):
                 self._do(sample, machine.no_route(choice.reason))

@@ -9,6 +9,7 @@ from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts,
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, SampleRecord
 from orchestrator.control.router import LoadLedger, Route
+from orchestrator.gateway.links import Timer
 from orchestrator.gateway.validation import CheckedRequest
 from workers.api import FinishReason, RequestId, TokenLogprobs, WorkerId
 
@@ -157,7 +158,7 @@ class LiveRequest:
             LiveSample(machine, index, self, self.record.samples[index])
             for index, machine in enumerate(machines)
         )
-        self.deadline: asyncio.TimerHandle | None = None
+        self.deadline: Timer | None = None
         #: Samples after the first start when the first has its first token: they find its prompt cached.
         self.num_started = 1
         self._failure: Fail | None = None
@@ -216,19 +217,22 @@ class LiveRequest:
             self._failure = failure
         self._has_news.set()
 
+    def take_now(self) -> Progress | Fail | None:
+        """What is new of one sample; None when nothing is. A failure comes after the tokens before it."""
+        if not self._ready:
+            return self._failure
+        sample = self._ready.popleft()
+        progress = sample.take()
+        if sample.has_more:
+            self._ready.appendleft(sample)
+        return progress
+
     async def next(self) -> Progress | Fail:
-        """Wait for what is new of one sample. A failure comes after the tokens before it."""
-        while True:
-            if self._ready:
-                sample = self._ready.popleft()
-                progress = sample.take()
-                if sample.has_more:
-                    self._ready.appendleft(sample)
-                return progress
-            if self._failure is not None:
-                return self._failure
+        """Wait for what is new of one sample."""
+        while (news := self.take_now()) is None:
             self._has_news.clear()
             await self._has_news.wait()
+        return news
 
 
 def enqueue(sample: LiveSample, waiting: deque[LiveSample], *, is_first: bool = False) -> None:

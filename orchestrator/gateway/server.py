@@ -19,6 +19,7 @@ from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.images import LIMITS
 from orchestrator.gateway.inference_service import InferenceService, add_inference_service
 from orchestrator.gateway.served_model import ServedModel
+from orchestrator.gateway.worker_links import WorkerLinks
 from protos import inference_pb2
 from protos.control_pb2_grpc import add_GatewayControlServiceServicer_to_server
 
@@ -52,6 +53,8 @@ async def serve(
     # Attempts of this start of the gateway and of the one before have different numbers.
     random_source = random.SystemRandom()
     dispatcher = Dispatcher(
+        asyncio.get_running_loop(),
+        WorkerLinks,
         max_waiting_requests=config.max_waiting_requests,
         max_running_requests=config.max_running_requests,
         learn_model=served.learn,

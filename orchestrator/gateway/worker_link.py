@@ -5,16 +5,17 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 
 from orchestrator.control.view import WorkerView
 from orchestrator.errors import UnusableModel
+from orchestrator.gateway.links import LinkListener
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
-from workers.api import Abort, Command, Encode, Event, ModelInfo, RequestKey
+from workers.api import Abort, Command, Encode, RequestKey
 from workers.wire import command_to_pb, event_from_pb, model_from_pb
 
 if TYPE_CHECKING:
@@ -48,22 +49,6 @@ _CHANNEL_OPTIONS = (
     # Each attempt connects anew, without the back-off of the one before.
     ("grpc.use_local_subchannel_pool", 1),
 )
-
-
-class LinkListener(Protocol):
-    """Whom a link tells. Called in the event loop, never from within `send`."""
-
-    async def model_found(self, worker: WorkerView, model: ModelInfo) -> None:
-        """The worker has loaded this model; the link opens when this returns. May raise UnusableModel."""
-
-    def link_opened(self, link: "WorkerLink") -> None:
-        """Commands can be sent."""
-
-    def link_broke(self, link: "WorkerLink", reason: str) -> None:
-        """It could not be opened, or the worker drops all that came by it; it is being opened anew."""
-
-    def events_came(self, link: "WorkerLink", events: Sequence[Event]) -> None:
-        """In the order in which the worker sent them."""
 
 
 class WorkerLink:

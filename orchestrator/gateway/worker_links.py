@@ -6,7 +6,8 @@ from functools import partial
 from typing import NamedTuple
 
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
-from orchestrator.gateway.worker_link import LinkListener, WorkerLink
+from orchestrator.gateway.links import Link, LinkListener
+from orchestrator.gateway.worker_link import WorkerLink
 from workers.api import Command, WorkerId
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class LinkKey(NamedTuple):
 
 
 class WorkerLinks:
-    """Opens and closes links as views come. Its tasks are the links', one for each worker."""
+    """Opens and closes links as views come. Its tasks are the links', one for each worker. Implements links.Links."""
 
     def __init__(self, listener: LinkListener) -> None:
         self._listener = listener
@@ -52,7 +53,7 @@ class WorkerLinks:
                 task.add_done_callback(partial(self._ended, link))
         return lost
 
-    def has(self, link: WorkerLink) -> bool:
+    def has(self, link: Link) -> bool:
         """It has not been closed."""
         return self._links.get(LinkKey.of(link.worker)) is link
 

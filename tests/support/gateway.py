@@ -69,7 +69,8 @@ class Gateway:
     def linked(self) -> set[tuple[str, int]]:
         """Workers that can be used now."""
         return {
-            (link.worker.worker_id, link.worker.incarnation) for link in self.dispatcher._links.open_links()
+            (link.worker.worker_id, link.worker.incarnation)
+            for link in self.dispatcher._links.open_links()  # type: ignore[attr-defined]
         }
 
     async def is_serving(self, service: str = "") -> bool:
@@ -85,8 +86,8 @@ async def gateway(
     """Serve with these workers, started and linked. At the end nothing may be left in flight."""
     made: list[Dispatcher] = []
 
-    def make(**arguments: Any) -> Dispatcher:
-        made.append(Dispatcher(**arguments))
+    def make(*both: Any, **arguments: Any) -> Dispatcher:
+        made.append(Dispatcher(*both, **arguments))
         return made[-1]
 
     stop = asyncio.Event()
