@@ -1,0 +1,228 @@
+"""`phasewise simulate`: replay a request trace on a simulated cluster."""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestrator.bench.plan import PlannedRequest, Slice, plan_requests, take_slice
+from orchestrator.bench.records import BenchConfig, ServedModel
+from orchestrator.bench.report import as_json, describe_slice
+from orchestrator.bench.report import lines as report_lines
+from orchestrator.bench.summary import BenchResult, summarise
+from orchestrator.bench.trace import Trace, read_trace
+from orchestrator.cli import arguments, exit_codes
+from orchestrator.control.known_shapes import DEVICES, MODELS
+from orchestrator.control.latency_model import LatencyModel
+from orchestrator.control.slo import Slo
+from orchestrator.errors import ManifestError, TraceError
+from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.load import load
+from orchestrator.manifest.models import Deployment
+from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
+from orchestrator.sim.worker import VOCAB_SIZE
+from workers.api import Phase
+
+FORMAT = "phasewise-simulation/v1"
+#: Seconds between two lines of progress.
+PROGRESS_S = 2.0
+
+EXAMPLES = """\
+examples:
+  one rate, with the whole report:
+    phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 20 --duration 60
+  a curve:
+    phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 8,14,20,26 --duration 60 --json curve.json
+
+The workers are the manifest's, and so are the targets. Devices and models that are known: --help of --device and --model.
+Nothing is started and no model is read: how long a step takes is predicted (docs/simulation.md). One seed gives one result.
+
+exit codes: 0 simulated, 2 wrong command line or trace, 3 manifest not valid, 130 interrupted
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "simulate",
+        help="replay a request trace on a simulated cluster",
+        description="Replay a request trace on a simulated cluster: the code that serves, in simulated time.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("manifest", type=Path, metavar="MANIFEST", help="whose workers are simulated")
+    parser.add_argument(
+        "--trace", type=Path, required=True, metavar="FILE", help="Azure CSV or Mooncake JSON lines"
+    )
+    parser.add_argument(
+        "--rate",
+        type=_rates,
+        required=True,
+        metavar="R[,R...]",
+        help="mean requests per second, one or several",
+    )
+    parser.add_argument(
+        "--duration", type=arguments.number, required=True, metavar="S", help="seconds of arrivals"
+    )
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="llama-3-8b",
+        help=f"one of {', '.join(MODELS)} (default: llama-3-8b)",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default="h100", help=f"one of {', '.join(DEVICES)} (default: h100)"
+    )
+    parser.add_argument(
+        "--first-row", type=arguments.count, default=1, metavar="N", help="row to begin with (default: 1)"
+    )
+    parser.add_argument(
+        "--slo-ttft-ms", type=arguments.number, metavar="MS", help="target (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--slo-tpot-ms", type=arguments.number, metavar="MS", help="target (default: the manifest's)"
+    )
+    parser.add_argument(
+        "--max-context-tokens",
+        type=arguments.count,
+        default=32_768,
+        metavar="N",
+        help="longer requests are clipped (default: 32768)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that came out")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit code."""
+    try:
+        deployment = load(args.manifest)
+        problem = _problem(args, deployment)
+        if problem:
+            return _failed(problem, exit_codes.USAGE)
+        trace = read_trace(args.trace)
+        parts = [
+            take_slice(trace, rate_rps=rate, duration_s=args.duration, first_row=args.first_row)
+            for rate in args.rate
+        ]
+    except ManifestError as error:
+        return _failed(str(error), exit_codes.INVALID_MANIFEST)
+    except TraceError as error:
+        return _failed(str(error), exit_codes.USAGE)
+    runs = [_Run(args, deployment, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
+    for one in runs:
+        one.simulate()
+    if len(runs) == 1:
+        print("\n".join(runs[0].lines(trace)))
+    else:
+        print(f"trace      {describe_slice(trace, parts[0])} and on")
+        print("\n".join(_table(runs)))
+    if args.json:
+        data = {"format": FORMAT, "runs": [one.as_json(trace) for one in runs]}
+        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        print(f"saved      {args.json}")
+    return exit_codes.OK
+
+
+def _rates(text: str) -> list[float]:
+    return [arguments.number(part) for part in text.split(",")]
+
+
+def _failed(message: str, exit_code: int) -> int:
+    print(message, file=sys.stderr)
+    return exit_code
+
+
+def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
+    """Why it cannot be simulated, and what to do."""
+    phases = {Phase(phase) for group in deployment.spec.workers for phase in group.phases}
+    if Phase.ENCODE in phases:
+        return f"{args.manifest}: pictures are not simulated yet; take a manifest without the phase encode"
+    if args.json and not args.json.absolute().parent.is_dir():
+        return f"--json {args.json}: there is no such folder"
+    model, device = MODELS[args.model], DEVICES[args.device]
+    weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
+    for declared in worker_specs(deployment):
+        needed = weights + declared.engine.kv_cache_bytes
+        if needed > device.memory_bytes:
+            return (
+                f"{declared.worker_id}: {args.model} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
+                f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {args.device} has {device.memory_bytes / 1e9:.0f} GB"
+            )
+    return None
+
+
+class _Run:
+    """One rate."""
+
+    def __init__(self, args: argparse.Namespace, deployment: Deployment, rate: float, part: Slice) -> None:
+        slo, gateway = deployment.spec.slo, deployment.spec.gateway
+        self.part = part
+        self.config = BenchConfig(
+            rate_rps=rate,
+            duration_s=args.duration,
+            first_row=args.first_row,
+            slo=Slo((args.slo_ttft_ms or slo.ttft_ms) / 1000, (args.slo_tpot_ms or slo.tpot_ms) / 1000),
+            seed=args.seed,
+            timeout_s=gateway.request_timeout_s,
+            max_in_flight=gateway.max_running_requests,
+        )
+        self._model = ServedModel(args.model, "simulated", args.max_context_tokens, VOCAB_SIZE)
+        self._sim = SimConfig(
+            tuple(worker_specs(deployment)),
+            LatencyModel(MODELS[args.model], DEVICES[args.device], is_learning=False),
+            seed=args.seed,
+            timeout_s=gateway.request_timeout_s,
+            max_context_tokens=args.max_context_tokens,
+            max_waiting_requests=gateway.max_waiting_requests,
+            max_running_requests=gateway.max_running_requests,
+        )
+        self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
+
+    def simulate(self) -> None:
+        """Do it, and say how far it is."""
+        told_s = time.monotonic()
+
+        def tell(num_done: int, num_all: int) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s > PROGRESS_S:
+                told_s = time.monotonic()
+                print(f"{self.config.rate_rps:g}/s: {num_done}/{num_all} answered", file=sys.stderr)
+
+        self.result: SimResult = Simulation(self._sim, self._plan, self.config.duration_s).run(tell)
+        self.summary = summarise(self.result.load, self.config.slo)
+
+    @property
+    def _bench(self) -> BenchResult:
+        return BenchResult(self._model, self.result.load, self.summary)
+
+    def lines(self, trace: Trace) -> list[str]:
+        """As `phasewise bench` prints it, and what the workers did."""
+        workers = [
+            f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}"
+            for use in self.result.workers
+        ]
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers]
+
+    def as_json(self, trace: Trace) -> dict[str, Any]:
+        """All of it. The same bytes for the same seed: no date, no machine."""
+        data = as_json(trace, self.part, self.config, self._bench, machine={}, date="")
+        return {**data, "workers": [asdict(use) for use in self.result.workers]}
+
+
+def _table(runs: list[_Run]) -> list[str]:
+    found = [
+        f"{'req/s':>7} {'attainment':>11} {'TTFT p50':>9} {'p90':>8} {'p99':>8} {'TPOT p50':>9} {'p90':>8} {'p99':>8}   ms"
+    ]
+    for one in runs:
+        summary = one.summary
+        cells = [f"{one.config.rate_rps:>7g} {summary.attainment or 0.0:>11.1%}"]
+        for values, width in ((summary.ttft_s, 9), (summary.tpot_s, 9)):
+            numbers = (values.p50, values.p90, values.p99) if values else (0.0, 0.0, 0.0)
+            cells += [f"{number * 1e3:>{width if i == 0 else 8}.1f}" for i, number in enumerate(numbers)]
+        found.append(" ".join(cells))
+    return found

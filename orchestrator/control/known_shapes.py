@@ -1,0 +1,49 @@
+"""Models and devices that the latency model knows without measuring. Pure.
+
+Sources. H100: docs/simulation.md, measured on one H100 80GB HBM3 (615 TFLOP/s over the layers of a model, reads of
+2.92 TB/s). A100: NVIDIA's data sheet (312 TFLOP/s, 2.04 TB/s) at the same parts of the peak. Models: the config.json of each.
+"""
+
+from orchestrator.control.latency_model import DeviceShape, ModelShape
+
+MODELS = {
+    # 32 layers of 4096, 32 heads of 128 over 8 of KV, MLP 14336, vocabulary 128256.
+    "llama-3-8b": ModelShape("llama-3-8b", 6_979_321_856, 525_336_576, 2.0, 32, 4096, 131_072),
+    # 80 layers of 8192, 64 heads over 8, MLP 28672.
+    "llama-3-70b": ModelShape("llama-3-70b", 68_451_041_280, 1_050_673_152, 2.0, 80, 8192, 327_680),
+    # 30 layers of 576, 9 heads of 64 over 3, MLP 1536, vocabulary 49152, in float32.
+    "smollm2-135m": ModelShape("smollm2-135m", 106_168_320, 28_311_552, 4.0, 30, 576, 46_080),
+}
+
+DEVICES = {
+    "h100": DeviceShape(
+        "h100",
+        flops_per_s=615e12,
+        attention_flops_per_s=400e12,
+        bytes_per_s=2.92e12,
+        step_overhead_s=0.6e-3,
+        memory_bytes=80e9,
+        transfer_bytes_per_s=160e9,
+        knee=0.69,
+    ),
+    "a100": DeviceShape(
+        "a100",
+        flops_per_s=250e12,
+        attention_flops_per_s=150e12,
+        bytes_per_s=1.75e12,
+        step_overhead_s=0.8e-3,
+        memory_bytes=80e9,
+        transfer_bytes_per_s=100e9,
+        knee=0.3,
+    ),
+    # Two cores of an EPYC with AVX-512.
+    "cpu": DeviceShape(
+        "cpu",
+        flops_per_s=1.0e11,
+        attention_flops_per_s=0.3e11,
+        bytes_per_s=2.0e10,
+        step_overhead_s=1e-3,
+        memory_bytes=8e9,
+        transfer_bytes_per_s=1e9,
+    ),
+}

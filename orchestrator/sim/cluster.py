@@ -1,0 +1,241 @@
+"""The processes of a simulated cluster, the controller that keeps them, and the links of the gateway to them. Pure."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from orchestrator.control.controller import ControllerConfig, ControllerState, decide
+from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
+from orchestrator.control.plan import StartWorker
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.worker_machine import WorkerMachine
+from orchestrator.gateway.links import LinkListener
+from orchestrator.sim.faults import Fault, FaultKind
+from orchestrator.sim.timers import SimTimers
+from orchestrator.sim.transfers import SimTransfers
+from orchestrator.sim.worker import SimWorker, WorkerWorld
+from workers.api import Command, Event, RequestId
+
+GATEWAY = "gateway"
+TICK_S = 0.5
+#: From the end of a process to the end of its connections.
+RESET_S = 0.01
+#: Of a message of tokens and of a command, in bytes.
+EVENT_BYTES, COMMAND_BYTES = 64, 4096
+
+
+class SimLink:
+    """The gateway's way to one process. Implements gateway.links.Link."""
+
+    def __init__(self, worker: WorkerView, process: SimWorker) -> None:
+        self.worker = worker
+        self.process = process
+        self.is_open = False
+
+
+class SimLinks:
+    """Implements gateway.links.Links."""
+
+    def __init__(self, cluster: "SimCluster", listener: LinkListener) -> None:
+        self._cluster = cluster
+        self._listener = listener
+        self._links: dict[ProcessKey, SimLink] = {}
+        #: Told whose events have been dispatched.
+        self.on_events: Callable[[Sequence[RequestId]], None] = lambda _ids: None
+
+    def use(self, view: ClusterView) -> list[tuple[WorkerView, str]]:
+        """See Links."""
+        wanted = {(w.worker_id, w.incarnation): w for w in view.workers if w.state is LifecycleState.READY}
+        lost = []
+        for key in [key for key in self._links if key not in wanted]:
+            present = view.worker(key[0])
+            lost.append(
+                (self._links.pop(key).worker, f"it is {present.state if present else 'not declared'}")
+            )
+        for key, worker in wanted.items():
+            process = self._cluster.processes.get(key)
+            if key not in self._links and process is not None:
+                self._links[key] = link = SimLink(worker, process)
+                self._cluster.send(GATEWAY, worker.address, 0, self._opened, link)
+        return lost
+
+    def _opened(self, link: SimLink) -> None:
+        if link.process.is_alive and self.has(link):
+            link.is_open = True
+            self._listener.link_opened(link)
+
+    def has(self, link: object) -> bool:
+        """See Links."""
+        return any(one is link for one in self._links.values())
+
+    def is_open(self, worker: WorkerView) -> bool:
+        """See Links."""
+        link = self._links.get((worker.worker_id, worker.incarnation))
+        return link is not None and link.is_open
+
+    def unsent_bytes(self, _worker: WorkerView) -> int:
+        """See Links."""
+        return 0
+
+    def send(self, worker: WorkerView, command: Command) -> None:
+        """See Links."""
+        link = self._links.get((worker.worker_id, worker.incarnation))
+        if link is not None and link.is_open:
+            self._cluster.send(GATEWAY, link.process.address, COMMAND_BYTES, link.process.command, command)
+
+    async def close(self) -> None:
+        """See Links."""
+
+    def events_came(self, process: SimWorker, events: Sequence[Event]) -> None:
+        """From a process; of one whose link is closed they are lost."""
+        link = self._links.get((process.spec.worker_id, process.spec.incarnation))
+        if link is not None and link.is_open:
+            self._listener.events_came(link, events)
+            self.on_events(list(dict.fromkeys(event.key.request_id for event in events)))
+
+    def broke(self, process: SimWorker) -> None:
+        """The process has ended."""
+        link = self._links.get((process.spec.worker_id, process.spec.incarnation))
+        if link is not None and link.is_open:
+            link.is_open = False
+            self._listener.link_broke(link, "its process ended")
+
+
+class SimCluster:
+    """Starts and stops processes as the controller says, and breaks them as the faults say.
+
+    rng: for the noise of all processes.
+    """
+
+    def __init__(
+        self,
+        declared: Sequence[DeclaredWorker],
+        world: WorkerWorld,
+        rng: random.Random,
+        *,
+        faults: Sequence[Fault] = (),
+    ) -> None:
+        #: Those that were ever started.
+        self.processes: dict[ProcessKey, SimWorker] = {}
+        self.links: SimLinks | None = None
+        self._world = world
+        self._timers: SimTimers = world.timers
+        self._rng = rng
+        self._config = ControllerConfig("simulated", world.model.name, tuple(declared))
+        machines = {one.worker_id: WorkerMachine(one.worker_id) for one in declared}
+        self._state = ControllerState(machines, epoch=1)
+        self._by_address: dict[str, SimWorker] = {}
+        self._on_view: Callable[[ClusterView], object] = lambda _view: None
+        for fault in faults:
+            self._timers.call_at(fault.at_s, self._break, fault)
+
+    def make_links(self, listener: LinkListener) -> SimLinks:
+        """The gateway's, one time."""
+        assert self.links is None
+        self.links = SimLinks(self, listener)
+        return self.links
+
+    def begin(self, on_view: Callable[[ClusterView], object]) -> None:
+        """Let the controller tick from now on. on_view: told of each view, as the gateway gets it."""
+        self._on_view = on_view
+        self._tick()
+
+    def send(
+        self, source: str, target: str, num_bytes: int, deliver: Callable[..., object], *args: object
+    ) -> None:
+        """Over the network."""
+        self._world.network.send(source, target, num_bytes, deliver, *args)
+
+    def transfers_at(self, address: str) -> SimTransfers | None:
+        """Of the process that listens there, while it lives."""
+        process = self._by_address.get(address)
+        return process.transfers if process is not None and process.is_alive else None
+
+    def living(self) -> list[SimWorker]:
+        """Processes that have not ended."""
+        return [process for process in self.processes.values() if process.is_alive]
+
+    def check_invariants(self) -> None:
+        """Of every living process, and of the controller."""
+        self._state.check_invariants()
+        for process in self.living():
+            process.check_invariants()
+
+    # The controller.
+
+    def _tick(self) -> None:
+        self._timers.call_later(TICK_S, self._tick)
+        network, now_s = self._world.network, self._timers.time()
+        reports = [
+            ProcessReport(*key, process.address, None if process.is_alive else "killed")
+            for key, process in self.processes.items()
+        ]
+        statuses = {
+            key: status
+            for key, process in self.processes.items()
+            if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
+        }
+        plan = decide(now_s, Observation(tuple(reports), statuses), self._state, self._config)
+        self._on_view(plan.view)
+        for action in plan.actions:
+            if isinstance(action, StartWorker):
+                self._start(action)
+            else:
+                self._end(self.processes.get((action.worker_id, action.incarnation)))
+        # Of those that have ended the newest is kept, so that its end is seen.
+        for key in [key for key, one in self.processes.items() if not one.is_alive]:
+            if key[1] < self._state.machines[key[0]].incarnation:
+                del self.processes[key]
+
+    def _start(self, start: StartWorker) -> None:
+        worker_id = start.declared.worker_id
+        address = f"{worker_id}:{start.incarnation}"
+        spec = start.declared.spec(start.incarnation, "127.0.0.1")
+        process = SimWorker(spec, address, self._world, self._publish, random.Random(self._rng.random()))
+        self.processes[worker_id, start.incarnation] = process
+        self._by_address[address] = process
+
+    def _publish(self, process: SimWorker, events: list[Event]) -> None:
+        assert self.links is not None
+        num_bytes = EVENT_BYTES * len(events)
+        self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events)
+
+    def _end(self, process: SimWorker | None) -> None:
+        if process is None or not process.is_alive:
+            return
+        process.die()
+        self._by_address.pop(process.address, None)
+        self._timers.call_later(RESET_S, self._reset, process)
+
+    def _reset(self, process: SimWorker) -> None:
+        assert self.links is not None
+        self.links.broke(process)
+        for other in self.living():
+            other.transfers.lost(process.address)
+
+    # Faults.
+
+    def _break(self, fault: Fault) -> None:
+        now_s = self._timers.time()
+        process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
+        if process is None:
+            return
+        later = self._timers.call_later
+        match fault.kind:
+            case FaultKind.CRASH:
+                self._end(process)
+            case FaultKind.PAUSE:
+                process.pause(now_s + fault.duration_s)
+            case FaultKind.SLOW:
+                process.slowdown = fault.factor
+                later(fault.duration_s, setattr, process, "slowdown", 1.0)
+            case FaultKind.CUT_FROM_GATEWAY:
+                self._cut(process.address, [GATEWAY], fault.duration_s)
+            case FaultKind.CUT_FROM_WORKERS:
+                others = [one.address for one in self.living() if one is not process]
+                self._cut(process.address, others, fault.duration_s)
+
+    def _cut(self, address: str, others: list[str], duration_s: float) -> None:
+        for other in others:
+            self._world.network.cut(address, other)
+            self._timers.call_later(duration_s, self._world.network.mend, address, other)

@@ -1,0 +1,47 @@
+"""What goes wrong in a simulation, and when. Pure."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from workers.api import WorkerId
+
+
+class FaultKind(StrEnum):
+    """Of one worker, or of the ways to it."""
+
+    #: Its process ends.
+    CRASH = "crash"
+    #: It does nothing for a while.
+    PAUSE = "pause"
+    #: Its steps take several times as long for a while.
+    SLOW = "slow"
+    #: It and the gateway cannot hear each other for a while.
+    CUT_FROM_GATEWAY = "cut_from_gateway"
+    #: It and the other workers cannot hear each other for a while.
+    CUT_FROM_WORKERS = "cut_from_workers"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """duration_s and factor: for kinds that have one."""
+
+    at_s: float
+    kind: FaultKind
+    worker_id: WorkerId
+    duration_s: float = 0.0
+    #: How many times slower.
+    factor: float = 1.0
+
+
+def random_faults(
+    rng: random.Random, worker_ids: Sequence[WorkerId], *, rate_per_s: float, until_s: float
+) -> tuple[Fault, ...]:
+    """Faults that come as a Poisson process; none lasts, or leaves a process without a successor, beyond `until_s`."""
+    faults, at_s = [], 0.0
+    while rate_per_s > 0 and (at_s := at_s + rng.expovariate(rate_per_s)) < until_s:
+        duration_s = min(rng.expovariate(1 / 2.0), until_s - at_s)
+        kind, worker_id = rng.choice(list(FaultKind)), rng.choice(worker_ids)
+        faults.append(Fault(at_s, kind, worker_id, duration_s, rng.uniform(2.0, 10.0)))
+    return tuple(faults)

@@ -1,0 +1,196 @@
+"""A load on a simulated cluster, from its first arrival to its last answer. Pure.
+
+What serves is what serves in production: controller, dispatcher, router, request machines, engines with their schedulers and block
+pools, transfers with their leases. What is simulated: time, the forward pass, the network, processes. One seed gives one result.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
+from orchestrator.bench.records import OK, LoadResult, RequestRecord
+from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.latency_model import LatencyModel
+from orchestrator.control.request_actions import Fail
+from orchestrator.errors import PhasewiseOrchestratorError
+from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.live_request import LiveRequest
+from orchestrator.gateway.validation import CheckedRequest
+from orchestrator.sim.cluster import SimCluster
+from orchestrator.sim.faults import Fault
+from orchestrator.sim.network import NetworkShape, SimNetwork
+from orchestrator.sim.timers import SimTimers
+from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
+from workers.api import RequestId, SamplingParams
+
+#: Requests arrive when the workers have loaded.
+WARM_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimConfig:
+    """What is simulated, beside the load.
+
+    noise: standard deviation of the logarithm of what a step takes. load_s: from the start of a process to READY. timeout_s: the
+    deadline of each request. check_every: events between two checks of all invariants; 0 checks at the end alone.
+    """
+
+    declared: tuple[DeclaredWorker, ...]
+    latency: LatencyModel
+    seed: int = 0
+    network: NetworkShape = field(default_factory=NetworkShape)
+    noise: float = 0.03
+    load_s: float = 5.0
+    timeout_s: float = 600.0
+    max_context_tokens: int = 131_072
+    max_waiting_requests: int = 10_000
+    max_running_requests: int = 10_000
+    faults: tuple[Fault, ...] = ()
+    check_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUse:
+    """What one process did. busy_share: of its life."""
+
+    worker_id: str
+    incarnation: int
+    num_steps: int
+    busy_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class SimResult:
+    """What became of the load, as a benchmark of a real cluster records it, and of the cluster."""
+
+    load: LoadResult
+    workers: tuple[WorkerUse, ...]
+    num_events: int
+    num_wrong_tokens: int
+
+
+class Simulation:
+    """One run. plan: by time of arrival, all within `duration_s`."""
+
+    def __init__(self, config: SimConfig, plan: Sequence[PlannedRequest], duration_s: float) -> None:
+        rng = random.Random(config.seed)
+        self.timers = SimTimers()
+        self._config = config
+        self._plan = plan
+        self._duration_s = duration_s
+        network = SimNetwork(self.timers, config.network, random.Random(rng.random()))
+        start_s = config.load_s + WARM_S
+        world = WorkerWorld(
+            config.latency.model,
+            config.latency,
+            self.timers,
+            network,
+            lambda address: self.cluster.transfers_at(address),
+            config.noise,
+            config.load_s,
+            config.max_context_tokens,
+        )
+        faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
+        self.cluster = SimCluster(config.declared, world, random.Random(rng.random()), faults=faults)
+        self.dispatcher = Dispatcher(
+            self.timers,
+            self.cluster.make_links,
+            max_waiting_requests=config.max_waiting_requests,
+            max_running_requests=config.max_running_requests,
+            learn_model=_no_model,
+        )
+        self._clients: dict[RequestId, _Client] = {}
+        self._records: dict[int, RequestRecord] = {}
+        self._num_wrong_tokens = 0
+        self._start_s = start_s
+        assert self.cluster.links is not None
+        self.cluster.links.on_events = self._read_answers
+        for index, planned in enumerate(plan):
+            self.timers.call_at(start_s + planned.arrival_s, self._arrive, index, planned)
+
+    def run(self, on_progress: Callable[[int, int], None] = lambda _done, _all: None) -> SimResult:
+        """Until every request has its end. on_progress: told how many have, of how many."""
+        self.cluster.begin(self.dispatcher.update_view)
+        latest_s = self._start_s + self._duration_s + self._config.timeout_s
+        every = self._config.check_every
+        while len(self._records) < len(self._plan):
+            if not self.timers.run_next(latest_s + 60.0):
+                raise AssertionError(f"{len(self._plan) - len(self._records)} requests have no end")
+            if every and self.timers.num_events % every == 0:
+                self.check_invariants()
+            if self.timers.num_events % 4096 == 0:
+                on_progress(len(self._records), len(self._plan))
+        self.check_invariants()
+        now_s = self.timers.time()
+        records = tuple(self._records[index] for index in range(len(self._plan)))
+        uses = tuple(
+            WorkerUse(key[0], key[1], one.num_steps, one.busy_s / (now_s - one.began_at_s))
+            for key, one in self.cluster.processes.items()
+        )
+        load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
+        return SimResult(load, uses, self.timers.num_events, self._num_wrong_tokens)
+
+    def check_invariants(self) -> None:
+        """Of all that serves."""
+        self.dispatcher.check_invariants()
+        self.cluster.check_invariants()
+
+    # Clients.
+
+    def _arrive(self, index: int, planned: PlannedRequest) -> None:
+        now_s, config = self.timers.time(), self._config
+        request_id = RequestId(f"r{index}")
+        prompt = prompt_token_ids(planned.row, planned.prompt_tokens, vocab_size=VOCAB_SIZE, seed=config.seed)
+        checked = CheckedRequest(request_id, tuple(prompt), SamplingParams(planned.output_tokens))
+        try:
+            request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
+        except PhasewiseOrchestratorError as error:
+            self._records[index] = RequestRecord(planned, type(error).__name__, str(error), 0.0)
+            return
+        self._clients[request_id] = _Client(index, planned, request, now_s)
+        self.timers.call_at(now_s + config.timeout_s, self._read_answer, request_id)
+
+    def _read_answers(self, request_ids: Sequence[RequestId]) -> None:
+        for request_id in request_ids:
+            self._read_answer(request_id)
+
+    def _read_answer(self, request_id: RequestId) -> None:
+        client = self._clients.get(request_id)
+        if client is None:
+            return
+        now_s = self.timers.time()
+        while (news := client.request.take_now()) is not None:
+            if isinstance(news, Fail):
+                self._end(client, news.kind.upper(), news.reason)
+                return
+            for position, token_id in enumerate(
+                news.token_ids, client.planned.prompt_tokens + len(client.times_s)
+            ):
+                self._num_wrong_tokens += token_id != token_of(request_id, position)
+            client.times_s += [now_s - client.arrived_at_s] * len(news.token_ids)
+            if news.finish_reason is not None:
+                self._end(client, OK, "")
+                return
+
+    def _end(self, client: "_Client", status: str, message: str) -> None:
+        request_id = client.request.request_id
+        self.dispatcher.release(client.request)
+        del self._clients[request_id]
+        times_s = tuple(client.times_s)
+        total_s = self.timers.time() - client.arrived_at_s
+        self._records[client.index] = RequestRecord(client.planned, status, message, 0.0, times_s, total_s)
+
+
+@dataclass(slots=True)
+class _Client:
+    index: int
+    planned: PlannedRequest
+    request: LiveRequest
+    arrived_at_s: float
+    #: Of each token, since it arrived.
+    times_s: list[float] = field(default_factory=list)
+
+
+async def _no_model(_worker: object, _model: object) -> None:
+    """Nothing is loaded."""

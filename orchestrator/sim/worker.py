@@ -1,0 +1,240 @@
+"""One process of a worker: the real engine, whose steps take the time that a latency model says. Pure."""
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtransfer.layout import KvLayout
+from orchestrator.control.latency_model import LatencyModel, ModelShape, StepShape
+from orchestrator.sim.network import SimNetwork
+from orchestrator.sim.timers import SimTimer, SimTimers
+from orchestrator.sim.transfers import SimTransfers
+from workers.api import Command, Encode, Event, WorkerSpec, WorkerState, WorkerStatus
+from workers.engine.engine import Engine
+from workers.engine.messages import Message, Output, TokensDecoded
+from workers.engine.pacing import LayerPacing
+from workers.engine.scheduler import StepPlan
+from workers.engine.step_result import StepResult
+
+VOCAB_SIZE = 32_000
+#: How long the engine keeps KV that has come for a request that has not, in seconds; as a worker's.
+CLAIM_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWorld:
+    """What all workers of a simulation share.
+
+    latency: how long steps really take; a policy that predicts has a model of its own. noise: the standard deviation of the
+    logarithm of what a step takes beyond that. load_s: from the start of a process to READY.
+    """
+
+    model: ModelShape
+    latency: LatencyModel
+    timers: SimTimers
+    network: SimNetwork
+    #: Transfers of the process that listens at an address, while it lives.
+    peer: Callable[[str], SimTransfers | None]
+    noise: float
+    load_s: float
+    max_context_tokens: int
+
+
+def layout_of(model: ModelShape, block_size: int) -> KvLayout:
+    """A cache of as many bytes as the model's, in float16."""
+    head_dim = model.kv_token_bytes // (model.num_layers * 4)
+    return KvLayout(model.name, "float16", block_size, model.num_layers, 1, head_dim, "rope:simulated")
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """What a step computes."""
+    context = sum(len(sequence.token_ids) for sequence in plan.decodes)
+    num_prefill = pairs = 0
+    for part in plan.chunks:
+        rows = part.num_rows
+        num_prefill += rows
+        pairs += rows * part.start + rows * (rows + 1) // 2
+    return StepShape(len(plan.decodes), context, num_prefill, pairs)
+
+
+class SimWorker:
+    """A process, from its start to its end.
+
+    publish: told what it says of requests, when it says it. rng: for the noise of its steps alone.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        address: str,
+        world: WorkerWorld,
+        publish: Callable[["SimWorker", list[Event]], None],
+        rng: random.Random,
+    ) -> None:
+        self.spec = spec
+        self.address = address
+        self.is_alive = True
+        self.began_at_s = world.timers.time()
+        self.num_steps = 0
+        #: Time in which it computed, in seconds.
+        self.busy_s = 0.0
+        #: Steps take so many times as long as they should.
+        self.slowdown = 1.0
+        self._world = world
+        self._publish_events = publish
+        self._rng = rng
+        self._timers = world.timers
+        self._ready_at_s = self._timers.time() + world.load_s
+        layout = layout_of(world.model, spec.engine.block_size)
+        self.engine = Engine(
+            spec.engine,
+            spec.phases,
+            num_blocks=spec.engine.kv_cache_bytes // layout.block_bytes,
+            max_context_tokens=world.max_context_tokens,
+            claim_s=CLAIM_S,
+            pacing=LayerPacing(
+                num_layers=layout.num_layers,
+                token_bytes=layout.token_bytes,
+                max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
+                fixed=spec.kv_transfer.layer_group_size,
+            ),
+        )
+        self.transfers = SimTransfers(
+            address,
+            spec.incarnation,
+            layout,
+            spec.kv_transfer,
+            self._timers,
+            world.network,
+            self.post,
+            world.peer,
+        )
+        self._mailbox: list[Message] = []
+        self._is_busy = False
+        self._paused_until_s = 0.0
+        self._wake: SimTimer | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """It has loaded its model."""
+        return self.is_alive and self._timers.time() >= self._ready_at_s
+
+    def status(self) -> WorkerStatus | None:
+        """What it answers when it is asked; None when it does not."""
+        if not self.is_alive or self._timers.time() < self._paused_until_s:
+            return None
+        engine, spec = self.engine, self.spec
+        return WorkerStatus(
+            spec.worker_id,
+            spec.incarnation,
+            spec.phases,
+            WorkerState.READY if self.is_ready else WorkerState.LOADING,
+            num_waiting=engine.num_waiting,
+            num_running=engine.num_running,
+            blocks=engine.block_counts(),
+            num_leases=engine.num_leases,
+            num_steps=self.num_steps,
+        )
+
+    def command(self, command: Command) -> None:
+        """From the gateway. A process that has ended hears nothing."""
+        assert not isinstance(command, Encode), "pictures are not simulated"
+        self.post(command)
+
+    def post(self, message: Message) -> None:
+        """Hand a message to the engine; it hears it between two steps."""
+        if self.is_alive:
+            self._mailbox.append(message)
+            self._turn_soon()
+
+    def pause(self, until_s: float) -> None:
+        """It does nothing until then: a machine that is suspended."""
+        self._paused_until_s = max(self._paused_until_s, until_s)
+
+    def die(self) -> None:
+        """Its process ends, and all that it holds is gone."""
+        self.is_alive = False
+        self.transfers.die()
+        if self._wake is not None:
+            self._wake.cancel()
+
+    def check_invariants(self) -> None:
+        """The engine's books are right."""
+        self.engine.check_invariants()
+        self.transfers.check_invariants()
+
+    def _turn_soon(self, delay_s: float = 0.0) -> None:
+        if self._is_busy or not self.is_alive:
+            return
+        at_s = max(self._timers.time() + delay_s, self._paused_until_s)
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = self._timers.call_at(at_s, self._turn)
+
+    def _turn(self) -> None:
+        """Drain the mailbox, schedule, run, publish: as workers.engine.step_loop."""
+        self._wake = None
+        if self._timers.time() < self._paused_until_s:
+            self._turn_soon()
+            return
+        now_s, engine = self._timers.time(), self.engine
+        messages, self._mailbox = self._mailbox, []
+        for message in messages:
+            engine.handle(message, now_s)
+        engine.expire(now_s)
+        plan = engine.schedule(now_s)
+        self._is_busy = plan is not None
+        self._publish(engine.take_outputs())
+        if plan is not None:
+            self._run(plan)
+        elif self._mailbox:
+            self._turn_soon()
+        elif (deadline_s := engine.next_deadline_s()) is not None:
+            self._turn_soon(max(0.0, deadline_s - now_s))
+
+    def _run(self, plan: StepPlan) -> None:
+        world, timers = self._world, self._timers
+        noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
+        step_s = world.latency.step_s(shape_of(plan)) * noise * self.slowdown
+        self.busy_s += step_s
+        num_layers = world.model.num_layers
+        if any(part.sequence.is_handed_off for part in plan.chunks):
+            size = plan.layer_group_size or num_layers
+            for lo in range(0, num_layers, size):
+                hi = min(lo + size, num_layers)
+                timers.call_later(step_s * hi / num_layers, self._layers_done, plan, lo, hi)
+        timers.call_later(step_s, self._step_done, plan)
+
+    def _layers_done(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> None:
+        if self.is_alive:
+            self._publish([*self.engine.kv_ready(plan, layer_lo, layer_hi)])
+
+    def _step_done(self, plan: StepPlan) -> None:
+        if not self.is_alive:
+            return
+        tokens = [
+            token_of(part.sequence.key.request_id, len(part.sequence.token_ids))
+            for part in plan.slices
+            if part.yields_token
+        ]
+        self.engine.complete(plan, StepResult(tokens), self._timers.time())
+        self.num_steps += 1
+        self._is_busy = False
+        self._publish(self.engine.take_outputs())
+        self._turn_soon()
+
+    def _publish(self, outputs: list[Output]) -> None:
+        events: list[Event] = []
+        for output in outputs:
+            if isinstance(output, TokensDecoded):
+                events.extend(output.events())
+            elif not self.transfers.handle(output):
+                events.append(output)  # type: ignore[arg-type]
+        if events:
+            self._publish_events(self, events)
+
+
+def token_of(request_id: str, position: int) -> int:
+    """The token of a request at a position, whoever computes it."""
+    return (zlib.crc32(request_id.encode()) + 7919 * position) % VOCAB_SIZE

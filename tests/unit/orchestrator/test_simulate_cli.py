@@ -1,0 +1,88 @@
+"""`phasewise simulate` as its user sees it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import exit_codes, main
+
+ROOT = Path(__file__).parents[3]
+AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
+MOONCAKE = ROOT / "tests" / "fixtures" / "traces" / "mooncake_conversation.jsonl"
+EXAMPLES = ROOT / "examples" / "simulate"
+
+
+def simulate(manifest: Path, *arguments: object, trace: Path = AZURE) -> int:
+    return main.main(["simulate", str(manifest), "--trace", str(trace), *map(str, arguments)])
+
+
+@pytest.mark.parametrize("manifest", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_simulated(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.OK
+    out = capsys.readouterr().out
+    assert "20 arrived, 20 finished, 0 failed" in out
+    assert "attainment" in out
+    assert "steps, busy" in out
+
+
+def test_a_trace_of_shared_prefixes_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(EXAMPLES / "two-full.yaml", "--rate", 2, "--duration", 5, trace=MOONCAKE) == exit_codes.OK
+    assert "10 arrived, 10 finished" in capsys.readouterr().out
+
+
+def test_several_rates_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(EXAMPLES / "one-full.yaml", "--rate", "5,10", "--duration", 2) == exit_codes.OK
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["5", "10"]
+
+
+def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    texts = []
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        path = tmp_path / name
+        arguments = ("--rate", 10, "--duration", 2, "--seed", seed, "--json", path)
+        assert simulate(EXAMPLES / "one-and-one.yaml", *arguments) == exit_codes.OK
+        texts.append(path.read_bytes())
+    assert texts[0] == texts[1] != texts[2]
+    (run,) = json.loads(texts[0])["runs"]
+    assert run["summary"]["num_finished"] == 20
+
+
+@pytest.mark.parametrize(
+    ("manifest", "arguments", "code", "said"),
+    [
+        ("deploy/manifests/images.yaml", (), exit_codes.USAGE, "without the phase encode"),
+        ("examples/simulate/missing.yaml", (), exit_codes.INVALID_MANIFEST, "missing.yaml"),
+        (
+            "examples/simulate/one-full.yaml",
+            ("--model", "llama-3-70b"),
+            exit_codes.USAGE,
+            "one h100 has 80 GB",
+        ),
+        ("examples/simulate/one-full.yaml", ("--json", "/no/such/file"), exit_codes.USAGE, "no such folder"),
+        (
+            "examples/simulate/one-full.yaml",
+            ("--first-row", 10**9),
+            exit_codes.USAGE,
+            "the trace ends at row",
+        ),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_with_the_reason(
+    manifest: str,
+    arguments: tuple[object, ...],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert simulate(ROOT / manifest, "--rate", 10, "--duration", 2, *arguments) == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "1,,2", "fast", "nan"])
+def test_a_rate_that_is_none_is_a_wrong_command_line(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        simulate(EXAMPLES / "one-full.yaml", "--rate", rate, "--duration", 2)
+    assert stop.value.code == exit_codes.USAGE
+    assert "--rate" in capsys.readouterr().err

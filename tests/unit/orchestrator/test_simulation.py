@@ -1,0 +1,147 @@
+"""A cluster in simulated time: the same for the same seed, right where the answer is known, and whole under faults."""
+
+import random
+from dataclasses import asdict, replace
+from itertools import accumulate
+from statistics import fmean
+
+import pytest
+
+from orchestrator.bench.records import OK
+from orchestrator.bench.summary import summarise
+from orchestrator.control.slo import Slo
+from orchestrator.sim.faults import Fault, FaultKind, random_faults
+from tests.support.sim import BOTH, ENGINE, SHAPES, by_token, constant, load, random_load, run, worker
+from workers.api import WorkerId
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_request_gets_all_its_tokens(shape: str) -> None:
+    plan = random_load(seed=3)
+    result, _ = run(SHAPES[shape], plan)
+    assert [record.status for record in result.load.records] == [OK] * len(plan)
+    assert [len(r.token_times_s) for r in result.load.records] == [one.output_tokens for one in plan]
+    for record in result.load.records:
+        assert list(record.token_times_s) == sorted(record.token_times_s)
+
+
+@pytest.mark.parametrize("shape", ["two", "two apart"])
+def test_one_seed_gives_one_result(shape: str) -> None:
+    faults = random_faults(
+        random.Random(5), [one.worker_id for one in SHAPES[shape]], rate_per_s=0.5, until_s=5
+    )
+    results = [run(SHAPES[shape], random_load(seed=1), seed=seed, faults=faults)[0] for seed in (7, 7, 8)]
+    assert asdict(results[0]) == asdict(results[1])
+    assert asdict(results[0]) != asdict(results[2])
+
+
+def test_a_lone_request_takes_as_long_as_its_steps() -> None:
+    # Two chunks of the prompt, of which the second gives the first token, and nine more tokens.
+    result, _ = run([worker("w0", BOTH)], load([(0.0, 600, 10)]), constant(0.1), noise=0.0)
+    (record,) = result.load.records
+    assert record.token_times_s[0] == pytest.approx(0.2, abs=0.002)
+    assert record.token_times_s[-1] == pytest.approx(1.1, abs=0.002)
+
+
+NUM_QUEUED = 8_000
+
+
+def poisson(rng: random.Random, rate: float) -> list[float]:
+    """Times of NUM_QUEUED arrivals whose mean rate is exactly this."""
+    times_s = list(accumulate(rng.expovariate(rate) for _ in range(NUM_QUEUED)))
+    return [at_s * NUM_QUEUED / rate / times_s[-1] for at_s in times_s]
+
+
+def sojourns(arrivals_s: list[float], services_s: list[float]) -> list[float]:
+    """In a queue of one server, first come first served (Lindley's recursion)."""
+    found, free_s = [], 0.0
+    for at_s, service_s in zip(arrivals_s, services_s, strict=True):
+        free_s = max(free_s, at_s) + service_s
+        found.append(free_s - at_s)
+    return found
+
+
+def test_the_wait_for_a_server_of_constant_speed_is_the_known_one() -> None:
+    """M/D/1: mean time to the first token D + R D^2 / (2 (1 - R D)), DistServe section 3."""
+    service_s, rate = 0.1, 5.0
+    arrivals_s = poisson(random.Random(11), rate)
+    engine = replace(ENGINE, token_budget=16, is_prefix_cache_on=False)
+    plan = load((at_s, 16, 1) for at_s in arrivals_s)
+    result, _ = run([worker("w0", BOTH, engine)], plan, constant(service_s), noise=0.0, check_every=0)
+    ttfts_s = [record.token_times_s[0] for record in result.load.records]
+    assert ttfts_s == pytest.approx(sojourns(arrivals_s, [service_s] * NUM_QUEUED), abs=0.002)
+    assert fmean(ttfts_s) == pytest.approx(
+        service_s + rate * service_s**2 / (2 * (1 - rate * service_s)), rel=0.03
+    )
+
+
+def test_the_wait_for_a_server_of_random_speed_is_the_known_one() -> None:
+    """M/M/1: mean sojourn 1 / (mu - r), semi-PD equation 2. One sequence at a time is one server."""
+    mean_service_s, rate, rng = 0.1, 4.0, random.Random(12)
+    arrivals_s = poisson(rng, rate)
+    lengths = [max(1, round(rng.expovariate(1 / 1000))) for _ in arrivals_s]
+    engine = replace(ENGINE, token_budget=4096, max_running_sequences=1, is_prefix_cache_on=False)
+    plan = load((at_s, length, 1) for at_s, length in zip(arrivals_s, lengths, strict=True))
+    latency = by_token(mean_service_s / 1000)
+    result, _ = run([worker("w0", BOTH, engine)], plan, latency, noise=0.0, check_every=0)
+    ttfts_s = [record.token_times_s[0] for record in result.load.records]
+    services_s = [length * mean_service_s / 1000 for length in lengths]
+    assert ttfts_s == pytest.approx(sojourns(arrivals_s, services_s), abs=0.002)
+    assert fmean(ttfts_s) == pytest.approx(1 / (1 / mean_service_s - rate), rel=0.03)
+
+
+def test_two_workers_serve_more_than_one() -> None:
+    plan = random_load(seed=4, num_requests=120, rate_rps=30.0)
+    slo = Slo(0.5, 0.03)
+    one, two = (summarise(run(SHAPES[name], plan)[0].load, slo) for name in ("one", "two"))
+    assert one.ttft_s is not None
+    assert two.ttft_s is not None
+    assert two.ttft_s.p90 < one.ttft_s.p90
+    assert (two.attainment or 0.0) >= (one.attainment or 0.0)
+
+
+# Faults.
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+@pytest.mark.parametrize("shape", ["two", "two apart"])
+def test_a_fault_costs_time_and_no_request(kind: FaultKind, shape: str) -> None:
+    for worker_id in {one.worker_id for one in SHAPES[shape]}:
+        fault = Fault(1.0, kind, worker_id, duration_s=2.0, factor=5.0)
+        result, _ = run(SHAPES[shape], random_load(seed=6), faults=(fault,))
+        assert {record.status for record in result.load.records} == {OK}, (kind, worker_id)
+
+
+@pytest.mark.parametrize("kind", FaultKind)
+def test_a_lone_worker_that_comes_back_goes_on(kind: FaultKind) -> None:
+    fault = Fault(1.0, kind, WorkerId("w0"), duration_s=2.0, factor=5.0)
+    result, _ = run(SHAPES["one"], random_load(seed=6), faults=(fault,))
+    assert {record.status for record in result.load.records} == {OK}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_breaks_every_request_has_one_end(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = SHAPES[rng.choice(list(SHAPES))]
+    worker_ids = [one.worker_id for one in shape]
+    faults = random_faults(rng, worker_ids, rate_per_s=rng.uniform(0.2, 2.0), until_s=6.0)
+    plan = random_load(seed, num_requests=60)
+    result, _ = run(shape, plan, seed=seed, faults=faults, timeout_s=30.0)
+    assert len(result.load.records) == len(plan)
+    for record in result.load.records:
+        if record.status == OK:
+            assert len(record.token_times_s) == record.planned.output_tokens
+        else:
+            assert record.message
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_once_faults_stop_everything_is_served(seed: int) -> None:
+    rng = random.Random(seed)
+    shape = SHAPES["two apart"]
+    faults = random_faults(rng, [one.worker_id for one in shape], rate_per_s=1.0, until_s=5.0)
+    # The last faults, and starts of processes, are over by then.
+    later = [(40.0 + i / 8, rng.randint(1, 3000), rng.randint(1, 60)) for i in range(30)]
+    plan = [*random_load(seed, num_requests=30), *load(later)]
+    result, _ = run(shape, plan, seed=seed, faults=faults)
+    assert {record.status for record in result.load.records[30:]} == {OK}
