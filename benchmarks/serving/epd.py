@@ -83,10 +83,10 @@ QUICK_WORKLOADS = {TUNED_ENCODER: [TUNED_ON]}
 HIGH_LOAD, LOW_LOAD, TUNING_LOAD = 0.8, 0.5, 0.7
 QUICK_DURATION_S = 3.0
 #: Those that are sent at the low load too.
-AT_BOTH_LOADS = (TUNED_ON, FAIR)
+AT_BOTH_LOADS = (*PAPERS[1:], FAIR)
 SLO_SCALE = 3.0
 #: In the mean, unless it is quick: a load lasts longer than --duration where it brings fewer.
-MIN_REQUESTS = 12
+MIN_REQUESTS = 30
 COMMON = ("--threads", "1", "--kv-cache-mib", "64", "--image-cache-mib", "64")
 
 

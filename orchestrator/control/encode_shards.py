@@ -70,6 +70,8 @@ class EncodeShards:
     records: list[EncodeRecord] = field(default_factory=list)
     #: Tiles that are with somebody, and are wanted once more after that.
     _again: set[int] = field(default_factory=set)
+    #: Attempts whose embeddings the prompt has been computed with: nothing hangs on what becomes of them.
+    _unneeded: set[int] = field(default_factory=set)
     _tries: dict[int, int] = field(default_factory=dict)
     #: Workers that could not bring embeddings to the prefill worker, since somebody could.
     _unreached: set[WorkerId] = field(default_factory=set)
@@ -140,15 +142,19 @@ class EncodeShards:
         shard = self._take(worker_id, attempt)
         if shard is None:
             return None
-        self._again -= set(_tiles(shard))
+        again = self._again & set(_tiles(shard))
+        self._again -= again
         record = self._record(attempt)
         record.ended_at_s, record.problem = now_s, reason
+        if attempt in self._unneeded:
+            self.wanted |= again
+            return None
         if code is FailureCode.OVERLOADED:
             self._refused(shard, record)
             return None
         if code is FailureCode.TRANSFER:
             self._unreached.add(worker_id)
-        said = f"{worker_id} could not encode: {reason}"
+        said = f"{worker_id} could not encode {self._name(shard)}: {reason.removeprefix('image: ')}"
         is_used_up = any(self._tries[tile] >= MAX_TRIES for tile in _tiles(shard))
         if code is FailureCode.TRANSFER and (is_used_up or len(self._unreached) >= MAX_UNREACHED):
             # They may well be able to bring them to another one.
@@ -183,6 +189,11 @@ class EncodeShards:
                 failure = failure or found
         return failure
 
+    def prompt_computed(self) -> None:
+        """The first token is there: every embedding that was wanted has come. What is wanted after this is wanted again."""
+        self._unneeded = set(self.running)
+        self.wanted.clear()
+
     def drop(self, problem: str = "") -> list[Send]:
         """Nothing is wanted any more: end what is with workers. problem: what is remembered of that."""
         sends = [
@@ -194,6 +205,7 @@ class EncodeShards:
         self.running.clear()
         self.wanted.clear()
         self._again.clear()
+        self._unneeded.clear()
         self._tries.clear()
         self._unreached.clear()
         return sends
@@ -229,6 +241,11 @@ class EncodeShards:
             cache_salt=salt,
             reduction=self.images.reduction,
         )
+
+    def _name(self, shard: Shard) -> str:
+        """Of its picture, as the client counts them."""
+        assert self.images is not None
+        return f"image {self.images.tiles[shard.first].file + 1}"
 
     def _take(self, worker_id: WorkerId, attempt: int) -> Shard | None:
         shard = self.running.get(attempt)

@@ -32,7 +32,10 @@ class Shard:
 
 @dataclass(slots=True)
 class EncoderMemory:
-    """How fast encode workers were, and what they have encoded. It may be wrong: a worker that has forgotten encodes again."""
+    """How fast encode workers were, and who has encoded what or was given it to encode.
+
+    It may be wrong: a worker that has forgotten encodes again.
+    """
 
     patch_s: dict[WorkerId, float] = field(default_factory=dict)
     _where: "OrderedDict[tuple[str, bytes], tuple[WorkerId, int]]" = field(default_factory=OrderedDict)
@@ -45,24 +48,31 @@ class EncoderMemory:
         return max(self.patch_s.values(), default=FIRST_PATCH_S)
 
     def has(self, worker: WorkerView, salt: str, key: bytes) -> bool:
-        """It has encoded this tile, and may have it still."""
+        """It has encoded this tile, and may have it still, or was given it."""
         return self._where.get((salt, key)) == (worker.worker_id, worker.incarnation)
 
-    def observe(
-        self, worker: WorkerView, salt: str, tiles: Sequence[PlacedTile], event: ImagesEncoded
-    ) -> None:
-        """The worker has encoded these tiles."""
+    def given(self, worker: WorkerView, salt: str, tiles: Sequence[PlacedTile]) -> None:
+        """The worker is to encode these tiles: who else wants them finds them there, or waits for them there."""
         for placed in tiles:
             name = salt, placed.tile.key
             self._where.pop(name, None)
             self._where[name] = worker.worker_id, worker.incarnation
         while len(self._where) > MAX_REMEMBERED:
             self._where.popitem(last=False)
+
+    def forget(self, worker: WorkerView, salt: str, tiles: Sequence[PlacedTile]) -> None:
+        """The worker did not encode these tiles."""
+        for placed in tiles:
+            if self.has(worker, salt, placed.tile.key):
+                del self._where[salt, placed.tile.key]
+
+    def observe(self, worker_id: WorkerId, tiles: Sequence[PlacedTile], event: ImagesEncoded) -> None:
+        """The worker has encoded these tiles."""
         num_patches = sum(placed.num_patches for placed in tiles)
         if event.num_cached == 0 and event.encode_s > 0 and num_patches > 0:
             seen = event.encode_s / num_patches
-            known = self.patch_s.get(worker.worker_id, seen)
-            self.patch_s[worker.worker_id] = known + RATE_GAIN * (seen - known)
+            known = self.patch_s.get(worker_id, seen)
+            self.patch_s[worker_id] = known + RATE_GAIN * (seen - known)
 
 
 def split(
@@ -76,7 +86,7 @@ def split(
     prefill: WorkerView,
     avoided: frozenset[WorkerId] = frozenset(),
 ) -> list[Shard] | Wait | Refuse:
-    """Give each tile to the worker that is predicted to be done with it first.
+    """Give each tile to the worker that is predicted to be done with it first; one that has it, or was given it, costs nothing there.
 
     tiles: (index in the prompt, tile), ascending. prefill: where the embeddings go; it wins ties, as nothing has to move
     then. avoided: used only when nobody else is there.
@@ -92,33 +102,29 @@ def split(
         one.worker_id: ledger.of(one.worker_id).encode_patches * memory.patch_seconds(one.worker_id)
         for one in workers
     }
-    given: dict[int, dict[int, int]] = {}
-    for file, members in sorted(_by_file(tiles).items(), key=lambda item: -_patches(item[1])):
-        counts = given.setdefault(file, {})
-        for _, placed in members:
-            best = min(
-                range(len(workers)),
-                key=lambda i: _done(workers[i], placed, i in counts, done_s, memory, salt),
-            )
-            worker_id = workers[best].worker_id
-            done_s[worker_id] = _done(workers[best], placed, best in counts, done_s, memory, salt)
+    #: Index of a tile -> index of its worker.
+    owners: dict[int, int] = {}
+    for members in sorted(_by_file(tiles).values(), key=lambda members: -_patches(members)):
+        counts: dict[int, int] = {}
+        unknown: list[int] = []
+        for index, placed in members:
+            known = next((i for i, one in enumerate(workers) if memory.has(one, salt, placed.tile.key)), None)
+            if known is not None:
+                owners[index] = known
+                continue
+            costs_s = [
+                (placed.num_patches + (0 if i in counts else DECODE_PATCHES))
+                * memory.patch_seconds(one.worker_id)
+                for i, one in enumerate(workers)
+            ]
+            best = min(range(len(workers)), key=lambda i: done_s[workers[i].worker_id] + costs_s[i])
+            done_s[workers[best].worker_id] += costs_s[best]
             counts[best] = counts.get(best, 0) + 1
-    return _shards(tiles, given, workers)
-
-
-def _done(
-    worker: WorkerView,
-    placed: PlacedTile,
-    has_file: bool,
-    done_s: dict[WorkerId, float],
-    memory: EncoderMemory,
-    salt: str,
-) -> float:
-    """When the worker would be done, with this tile after all that it has."""
-    if memory.has(worker, salt, placed.tile.key):
-        return done_s[worker.worker_id]
-    num_patches = placed.num_patches + (0 if has_file else DECODE_PATCHES)
-    return done_s[worker.worker_id] + num_patches * memory.patch_seconds(worker.worker_id)
+            unknown.append(index)
+        # In runs: each worker gets as many as it was given, in the picture's order.
+        runs = (owner for owner, num in counts.items() for _ in range(num))
+        owners.update(zip(unknown, runs, strict=True))
+    return _shards(tiles, owners, workers)
 
 
 def _by_file(tiles: Sequence[tuple[int, PlacedTile]]) -> dict[int, list[tuple[int, PlacedTile]]]:
@@ -133,23 +139,21 @@ def _patches(members: Sequence[tuple[int, PlacedTile]]) -> int:
 
 
 def _shards(
-    tiles: Sequence[tuple[int, PlacedTile]], given: dict[int, dict[int, int]], workers: Sequence[WorkerView]
+    tiles: Sequence[tuple[int, PlacedTile]], owners: dict[int, int], workers: Sequence[WorkerView]
 ) -> list[Shard]:
-    """Runs of neighbours: each worker of a picture gets as many of its tiles as it was given, in the picture's order."""
+    """Neighbours of one picture and one owner are one shard."""
     shards: list[Shard] = []
-    for file, members in _by_file(tiles).items():
-        owners = [worker for worker, num in given[file].items() for _ in range(num)]
-        for (index, _), owner in zip(members, owners, strict=True):
-            last = shards[-1] if shards else None
-            is_next = (
-                last is not None
-                and last.worker is workers[owner]
-                and last.first + last.num == index
-                and index != members[0][0]
-            )
-            if is_next:
-                assert last is not None
-                shards[-1] = Shard(last.worker, last.first, last.num + 1)
-            else:
-                shards.append(Shard(workers[owner], index, 1))
+    last_file = -1
+    for index, placed in tiles:
+        worker, last = workers[owners[index]], shards[-1] if shards else None
+        if (
+            last is not None
+            and last.worker is worker
+            and last_file == placed.file
+            and last.first + last.num == index
+        ):
+            shards[-1] = Shard(worker, last.first, last.num + 1)
+        else:
+            shards.append(Shard(worker, index, 1))
+        last_file = placed.file
     return shards

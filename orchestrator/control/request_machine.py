@@ -436,6 +436,7 @@ class RequestMachine:
             return [deliver, *self._abort_holders()]
         if self.state is RequestState.PREFILL:
             self._move_to(RequestState.DECODE)
+            self.encodes.prompt_computed()
         return [deliver]
 
     def _missing_if_alone(self, worker_id: WorkerId) -> list[Action]:

@@ -44,6 +44,8 @@ class Encoders:
         self._full: dict[WorkerId, _Full] = {}
         #: Samples whose shards are with workers, by the attempts of these, which are no other ones'.
         self._running: dict[int, LiveSample] = {}
+        #: Of these, the shards that are not done.
+        self._shards: dict[int, Shard] = {}
         #: Samples that want workers, in order.
         self._wanting: dict[LiveSample, None] = {}
 
@@ -89,9 +91,13 @@ class Encoders:
 
     def given(self, sample: LiveSample, now_s: float) -> None:
         """Its machine has given shards to workers."""
+        encodes, salt = sample.machine.encodes, sample.machine.cache_salt
         for attempt in sample.charge_encodes(self._ledger):
             self._running[attempt] = sample
-            full = self._full.get(sample.machine.encodes.running[attempt].worker.worker_id)
+            shard = encodes.running[attempt]
+            self._shards[attempt] = shard
+            self._memory.given(shard.worker, salt, encodes.tiles_of(shard))
+            full = self._full.get(shard.worker.worker_id)
             if full is not None:
                 full.until_s = now_s + FULL_S
 
@@ -105,25 +111,30 @@ class Encoders:
         elif isinstance(event, RequestFailed | ImagesEncoded):
             self._full.pop(worker.worker_id, None)
         if isinstance(event, ImagesEncoded):
-            self._encoded(worker, event)
+            self._encoded(worker.worker_id, event)
 
     def lost(self, worker: WorkerView) -> None:
         """The stream to it ended: it is asked anew when there is another."""
         self._full.pop(worker.worker_id, None)
 
-    def _encoded(self, worker: WorkerView, event: ImagesEncoded) -> None:
-        """Remember how fast that was, and where."""
-        sample = self._running.get(event.key.attempt)
-        shard = sample.machine.encodes.running.get(event.key.attempt) if sample is not None else None
-        if sample is not None and shard is not None and shard.worker.worker_id == worker.worker_id:
-            machine = sample.machine
-            self._memory.observe(worker, machine.cache_salt, machine.encodes.tiles_of(shard), event)
+    def _encoded(self, worker_id: WorkerId, event: ImagesEncoded) -> None:
+        """Remember how fast that was, and that it is done."""
+        shard = self._shards.get(event.key.attempt)
+        if shard is not None and shard.worker.worker_id == worker_id:
+            del self._shards[event.key.attempt]
+            tiles = self._running[event.key.attempt].machine.encodes.tiles_of(shard)
+            self._memory.observe(worker_id, tiles, event)
 
     def settle(self, sample: LiveSample) -> None:
         """Forget what its machine says is no longer with a worker, or wanted."""
+        machine = sample.machine
         for attempt in sample.settle_encodes(self._ledger):
             del self._running[attempt]
-        if not sample.machine.encodes.wanted:
+            given_up = self._shards.pop(attempt, None)
+            if given_up is not None:
+                tiles = machine.encodes.tiles_of(given_up)
+                self._memory.forget(given_up.worker, machine.cache_salt, tiles)
+        if not machine.encodes.wanted:
             self._wanting.pop(sample, None)
 
     def check_invariants(self, sample: LiveSample, ledger: LoadLedger) -> None:
@@ -131,6 +142,7 @@ class Encoders:
         encodes = sample.machine.encodes
         for attempt, shard in encodes.running.items():
             assert self._running[attempt] is sample
+            assert self._shards[attempt] is shard
             num_patches = sum(placed.num_patches for placed in encodes.tiles_of(shard))
             ledger.add(shard.worker.worker_id, encode_patches=num_patches)
         assert bool(encodes.wanted) == (sample in self._wanting)
@@ -150,4 +162,4 @@ class Encoders:
     @property
     def is_idle(self) -> bool:
         """No sample wants, or has, a worker."""
-        return not self._running and not self._wanting
+        return not self._running and not self._shards and not self._wanting

@@ -84,21 +84,25 @@ def test_positions_that_follow_pictures_survive_the_hand_off(tmp_path: Path) -> 
     assert len({tuple(tokens) for tokens in answers[0]}) == len(requests)
 
 
-def test_a_picture_that_several_send_at_once_is_encoded_once(model: Path) -> None:
+@pytest.mark.parametrize("shape", ["E+P+D", "2E+2P+D", "EPD+EPD"])
+def test_a_picture_that_several_send_at_once_is_encoded_once(model: Path, shape: str) -> None:
     async def scenario(it: ServedImages) -> None:
         text = "<image> what is it?"
-        requests = [image_request(f"{i} {text}", picture(9)) for i in range(6)]
-        answers = await asyncio.gather(*map(it.tokens, requests))
-        assert len(answers) == 6
-        (encoder,) = it.with_phase(Phase.ENCODE)
-        counts = encoder.worker.status().embeddings
-        plan_tiles = counts.num_tiles_encoded
-        assert counts.num_misses == plan_tiles
-        # One picture's tiles, whoever wanted them.
-        await it.tokens(image_request(f"again {text}", picture(9)))
-        assert encoder.worker.status().embeddings.num_tiles_encoded == plan_tiles
+        await it.tokens(image_request(text, picture(9)))
+        num_tiles = num_encoded(it)
+        # Another one, which nobody has seen before any of them asks.
+        requests = [image_request(f"{i} {text}", picture(8)) for i in range(6)]
+        await asyncio.gather(*map(it.tokens, requests))
+        assert num_encoded(it) == 2 * num_tiles
+        await it.tokens(image_request(f"again {text}", picture(8)))
+        assert num_encoded(it) == 2 * num_tiles
 
-    run(model, "E+P+D", scenario)
+    run(model, shape, scenario)
+
+
+def num_encoded(it: ServedImages) -> int:
+    """Tiles, over all encoders."""
+    return sum(one.worker.status().embeddings.num_tiles_encoded for one in it.with_phase(Phase.ENCODE))
 
 
 def test_tenants_share_no_embeddings(model: Path) -> None:

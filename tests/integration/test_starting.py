@@ -192,3 +192,16 @@ def test_the_demo_answers_about_a_picture_by_three_workers_and_leaves_nothing_ru
     assert re.search(r"^pictures +encode-0: tile 0", out, re.MULTILINE), out
     assert "prefill on prefill-0, decode on decode-0" in out
     assert _left_by(user) == []
+
+
+def test_questions_about_pictures_are_answered_on_the_command_line(tmp_path: Path) -> None:
+    answers = json.loads((EXAMPLES / "images" / "answers.json").read_text())
+    user = User(tmp_path / "state")
+    up = user.run("up", "deploy/manifests/images.yaml")
+    assert up.returncode == 0, up.stderr
+    for picture in ("red_circle.png", "five_stars.png", "word_tree.png"):
+        for question, answer in answers[picture].items():
+            chat = user.run("chat", "--image", f"examples/images/{picture}", question)
+            assert (chat.returncode, chat.stdout.strip()) == (0, answer), (picture, chat.stderr)
+    assert user.run("down").returncode == 0
+    assert _left_by(user) == []

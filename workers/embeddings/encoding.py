@@ -49,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 #: Of pictures that are decoded and not yet encoded, as pixels and as what the encoder takes.
 MAX_PIXEL_BYTES = 2**30
+#: Of a picture that is being prepared: decoded, and as Pillow has it.
+SOURCE_PIXEL_BYTES = 3 + 4
+#: Files of Encodes that have no end yet, in bytes; one more is refused as overloaded.
+MAX_FILE_BYTES = 2**29
 
 
 class Decode(Protocol):
@@ -109,6 +113,7 @@ class Encoding:
         self.loop = EncoderLoop(tools.encoder, tools.patch_budget)
         self._pixel_bytes = ByteBudget(max_pixel_bytes)
         self._tasks: dict[RequestKey, asyncio.Task[None]] = {}
+        self._num_file_bytes = 0
         self._clock = asyncio.get_running_loop().time
         self.num_encoded_tiles = 0
         self.num_cached_tiles = 0
@@ -130,7 +135,8 @@ class Encoding:
             return
         task = asyncio.create_task(self._run(encode, self._clock()))
         self._tasks[encode.key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(encode.key, None))
+        self._num_file_bytes += len(encode.image)
+        task.add_done_callback(lambda _: self._ended(encode))
 
     def abort(self, key: RequestKey) -> None:
         """Nobody wants it any more."""
@@ -150,11 +156,20 @@ class Encoding:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self.loop.close)
 
+    def _ended(self, encode: Encode) -> None:
+        del self._tasks[encode.key]
+        self._num_file_bytes -= len(encode.image)
+
     def _refusal(self, encode: Encode) -> tuple[FailureCode, str] | None:
         if encode.key in self._tasks:
             return FailureCode.INVALID, "attempt: this attempt is running here already"
         if len(self._tasks) >= self._tools.max_waiting:
             return FailureCode.OVERLOADED, f"{len(self._tasks)} pictures are being encoded already"
+        if self._num_file_bytes and self._num_file_bytes + len(encode.image) > MAX_FILE_BYTES:
+            return (
+                FailureCode.OVERLOADED,
+                f"{self._num_file_bytes} bytes of pictures are being encoded already",
+            )
         return None
 
     async def _run(self, encode: Encode, arrived_s: float) -> None:
@@ -194,7 +209,10 @@ class Encoding:
             self._host.forget(encode.key)
 
     async def _plan(self, encode: Encode) -> ImagePlan:
-        """How the picture is cut, checked against what the gateway says of it. Raises ImageRejected, _CannotEncode."""
+        """How the picture is cut, checked against what the gateway says of it and what there is room for.
+
+        Raises ImageRejected, _CannotEncode.
+        """
         plan = self._tools.plan(encode.width, encode.height)
         if not 0 <= encode.tile_lo < encode.tile_hi <= len(plan.tiles):
             raise ImageRejected(
@@ -214,7 +232,8 @@ class Encoding:
             [ImageTile(0, tile.num_embeddings, key) for tile, key in zip(tiles, keys, strict=True)]
         )
         if problem is not None:
-            raise _CannotEncode(problem)
+            # Another encode worker has as much room, or as little.
+            raise ImageRejected(problem)
         return plan
 
     async def _fill_all(self, work: EncodeWork) -> None:
@@ -247,7 +266,7 @@ class Encoding:
         encode, plan = work.encode, work.plan
         numbers = [encode.tile_lo + tile for tile in tiles]
         num_patches = [plan.tiles[number].num_patches for number in numbers]
-        num_bytes = 3 * plan.width * plan.height + sum(num_patches) * self._tools.patch_bytes
+        num_bytes = SOURCE_PIXEL_BYTES * plan.width * plan.height + sum(num_patches) * self._tools.patch_bytes
         async with self._pixel_bytes.take(num_bytes):
             if work.began_s is None:
                 work.began_s = self._clock()

@@ -126,7 +126,32 @@ def test_a_bad_picture_is_the_end_of_it() -> None:
     encodes.want((0,))
     _give(encodes, (5, Shard(E0, 0, 1)))
     failure = encodes.failed(E0.worker_id, 5, FailureCode.INVALID, "it is truncated", 2.0)
-    assert failure == ShardFailed(FailureCode.INVALID, "e-0 could not encode: it is truncated")
+    assert failure == ShardFailed(FailureCode.INVALID, "e-0 could not encode image 1: it is truncated")
+
+
+def test_an_error_says_which_picture_it_is() -> None:
+    encodes = EncodeShards(REQUEST, _images(2, 3, 1))
+    encodes.want(range(6))
+    _give(encodes, (5, Shard(E0, 3, 2)))
+    failure = encodes.failed(E0.worker_id, 5, FailureCode.INVALID, "image: this PNG ends too early", 2.0)
+    assert failure is not None
+    assert failure.reason == "e-0 could not encode image 2: this PNG ends too early"
+
+
+def test_once_the_prompt_is_computed_what_becomes_of_its_shards_is_nothing_to_it() -> None:
+    encodes = EncodeShards(REQUEST, _images(1, 1, 1))
+    encodes.want((0, 1, 2))
+    _give(encodes, (5, Shard(E0, 0, 1)), (6, Shard(E1, 1, 1)))
+    encodes.prompt_computed()
+    assert not encodes.wanted
+    # Preempted, and computed again: the first picture is wanted once more.
+    encodes.want((0,))
+    assert encodes.failed(E1.worker_id, 6, FailureCode.INVALID, "broken", 2.0) is None
+    assert encodes.lost(E0, "it died", 2.0) is None
+    assert encodes.wanted == {0}
+    encodes.check_invariants()
+    _give(encodes, (7, Shard(E1, 0, 1)))
+    assert encodes.failed(E1.worker_id, 7, FailureCode.INVALID, "broken", 3.0) is not None
 
 
 def test_a_tile_is_tried_so_often_and_no_more() -> None:
@@ -160,7 +185,7 @@ def test_two_encoders_that_cannot_reach_the_prefill_worker_are_not_at_fault() ->
     assert encodes.failed(E0.worker_id, 5, FailureCode.TRANSFER, "no answer", 2.0) is None
     _give(encodes, (6, Shard(E1, 0, 1)))
     failure = encodes.failed(E1.worker_id, 6, FailureCode.TRANSFER, "no answer", 2.0)
-    assert failure == ShardFailed(FailureCode.TRANSFER, "e-1 could not encode: no answer", True)
+    assert failure == ShardFailed(FailureCode.TRANSFER, "e-1 could not encode image 1: no answer", True)
     assert not encodes.avoided
 
 

@@ -83,14 +83,47 @@ def test_a_slow_worker_gets_less() -> None:
     assert _load(_split(_view(E0, E1, P0), _tiles(1, 1, 1, 1), memory=memory)) == {"e-0": 3, "e-1": 1}
 
 
-def test_what_a_worker_has_encoded_goes_there_again() -> None:
+def test_what_a_worker_was_given_goes_there_again() -> None:
     memory, tiles = EncoderMemory(), _tiles(1, 1, 1)
-    done = ImagesEncoded(RequestKey(RequestId("r"), 1), 3, 0, 192, 1, 0.0, 0.0, 0.1, 0.0)
-    memory.observe(E1, "", [placed for _, placed in tiles], done)
+    memory.given(E1, "", [placed for _, placed in tiles])
     assert _load(_split(_view(E0, E1, P0), tiles, memory=memory)) == {"e-1": 3}
     # Not so of another tenant, nor of a worker that was started again.
     assert not memory.has(E1, "salt", tiles[0][1].tile.key)
     assert not memory.has(WorkerView(E1.worker_id, 2, E1.phases, E1.state), "", tiles[0][1].tile.key)
+    memory.forget(E0, "", [tiles[0][1]])
+    memory.forget(E1, "", [tiles[2][1]])
+    assert [memory.has(E1, "", placed.tile.key) for _, placed in tiles] == [True, True, False]
+
+
+def test_a_busy_worker_still_gets_what_it_has() -> None:
+    memory, ledger, tiles = EncoderMemory(), LoadLedger(), _tiles(1, 2)
+    memory.given(E1, "", [tiles[1][1]])
+    ledger.add(E1.worker_id, encode_patches=10 * 256)
+    shards = _split(_view(E0, E1, P0), tiles, memory=memory, ledger=ledger)
+    assert shards == [Shard(E0, 0, 1), Shard(E1, 1, 1), Shard(E0, 2, 1)]
+
+
+def test_what_a_worker_has_makes_it_no_later_with_the_rest() -> None:
+    memory, tiles = EncoderMemory(), _tiles(4, 1, 1)
+    memory.given(E0, "", [placed for _, placed in tiles[:4]])
+    assert _load(_split(_view(E0, E1, P0), tiles, memory=memory)) == {"e-0": 5, "e-1": 1}
+
+
+def test_known_tiles_keep_their_worker_among_others_of_the_picture() -> None:
+    memory, tiles = EncoderMemory(), _tiles(6)
+    memory.given(E1, "", [tiles[1][1], tiles[2][1]])
+    shards = _split(_view(E0, E1, P0), tiles, memory=memory)
+    assert isinstance(shards, list)
+    owner = {i: one.worker for one in shards for i in range(one.first, one.first + one.num)}
+    assert owner[1] == owner[2] == E1
+    assert list(owner) == list(range(6))
+
+
+def test_workers_that_encode_alike_are_predicted_by_what_was_seen() -> None:
+    memory, tiles = EncoderMemory(), _tiles(1, 1, 1)
+    done = ImagesEncoded(RequestKey(RequestId("r"), 1), 3, 0, 192, 1, 0.0, 0.0, 192.0, 0.0)
+    memory.observe(E1.worker_id, [placed for _, placed in tiles], done)
+    assert memory.patch_seconds(E1.worker_id) == memory.patch_seconds(E0.worker_id) == 0.25
 
 
 def test_the_prefill_worker_itself_wins_ties() -> None:

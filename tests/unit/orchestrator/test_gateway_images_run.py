@@ -220,7 +220,7 @@ async def test_a_picture_that_cannot_be_decoded_fails_its_request_with_the_worke
         status, message = await error_of(it.client.Generate(request(ONE)))
         assert (status, message) == (
             "INVALID_ARGUMENT",
-            "e-0 could not encode: image: its pixels end too early",
+            "e-0 could not encode image 1: its pixels end too early",
         )
         assert len(tokens_of(await collect(other))) == 3
         await until(

@@ -26,7 +26,8 @@ from workers.api import (
     RequestKey,
     WorkerId,
 )
-from workers.embeddings.encoding import Encoding, VisionTools
+from workers.embeddings import encoding
+from workers.embeddings.encoding import SOURCE_PIXEL_BYTES, Encoding, VisionTools
 from workers.embeddings.host import EmbeddingHost
 from workers.embeddings.kept import KeptEmbeddings
 from workers.embeddings.memory import BLOCK_SIZE, EmbeddingMemory, embedding_layout
@@ -37,7 +38,7 @@ from workers.model.vision.plan import ImagePlan, TilePlan
 HIDDEN_SIZE, WIDTH, HEIGHT = 8, 100, 50
 #: Two tiles, of two blocks each.
 NUM_TILES, NUM_EMBEDDINGS = 2, BLOCK_SIZE + 3
-PICTURE_BYTES = 3 * WIDTH * HEIGHT
+PICTURE_BYTES = SOURCE_PIXEL_BYTES * WIDTH * HEIGHT
 HERE = WorkerId("here")
 
 
@@ -254,19 +255,46 @@ def test_only_so_many_pictures_are_in_memory_at_a_time() -> None:
     run(scenario, max_pixel_bytes=2 * PICTURE_BYTES)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (replace(encode(1), keys=encode(2).keys), "names its embeddings otherwise"),
-        (encode(1), "need 4 blocks"),
-    ],
-    ids=["another model", "a small pool"],
-)
-def test_what_this_worker_cannot_is_left_to_others(wrong: Encode, said: str) -> None:
+def test_what_this_worker_cannot_is_left_to_others() -> None:
     async def scenario(it: World) -> None:
-        it.encoding.submit(wrong)
+        it.encoding.submit(replace(encode(1), keys=encode(2).keys))
         answer = await it.answer()
         assert isinstance(answer, RequestFailed)
-        assert (answer.code, said in answer.reason) == (FailureCode.INTERNAL, True)
+        assert answer.code is FailureCode.INTERNAL
+        assert "names its embeddings otherwise" in answer.reason
+
+    run(scenario)
+
+
+def test_a_picture_that_never_fits_is_told_to_its_sender() -> None:
+    async def scenario(it: World) -> None:
+        it.encoding.submit(encode(1))
+        answer = await it.answer()
+        assert isinstance(answer, RequestFailed)
+        assert answer.code is FailureCode.INVALID
+        assert "need 4 blocks" in answer.reason
+        assert "send fewer or smaller pictures" in answer.reason
 
     run(scenario, num_blocks=3)
+
+
+def test_only_so_many_bytes_of_files_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The files here are of one byte.
+    monkeypatch.setattr(encoding, "MAX_FILE_BYTES", 2)
+
+    async def scenario(it: World) -> None:
+        it.encoder.gate.clear()
+        for number in range(3):
+            it.encoding.submit(encode(number))
+        refused = await it.answer()
+        assert isinstance(refused, RequestFailed)
+        assert (refused.key.request_id, refused.code) == ("r2", FailureCode.OVERLOADED)
+        it.encoder.gate.set()
+        await it.answer(3)
+        # There is room again, and one file is taken however large it is.
+        monkeypatch.setattr(encoding, "MAX_FILE_BYTES", 0)
+        await until(lambda: it.encoding.num_running == 0, "all have ended")
+        it.encoding.submit(encode(4))
+        assert isinstance(await it.answer(4), ImagesEncoded)
+
+    run(scenario)
