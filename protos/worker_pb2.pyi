@@ -794,25 +794,46 @@ class KvEvent(_message.Message):
 
     STORED_FIELD_NUMBER: _builtins.int
     REMOVED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def stored(self) -> Global___KvBlocksStored: ...
     @_builtins.property
     def removed(self) -> Global___KvBlocksRemoved: ...
+    @_builtins.property
+    def lost(self) -> Global___KvEventsLost: ...
     def __init__(
         self,
         *,
         stored: Global___KvBlocksStored | None = ...,
         removed: Global___KvBlocksRemoved | None = ...,
+        lost: Global___KvEventsLost | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "lost", b"lost", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "lost", b"lost", "removed", b"removed", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stored", "removed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stored", "removed", "lost"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___KvEvent: _TypeAlias = KvEvent  # noqa: Y015
+
+@_typing.final
+class KvEventsLost(_message.Message):
+    """More happened than could be told: what was told before is void, and nothing more is until SubscribeKvEvents is sent again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvEventsLost: _TypeAlias = KvEventsLost  # noqa: Y015
 
 @_typing.final
 class KvBlocksStored(_message.Message):
@@ -1859,6 +1880,7 @@ class Model(_message.Message):
     MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
     VISION_JSON_FIELD_NUMBER: _builtins.int
     MAX_IMAGE_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     tokenizer_json: _builtins.bytes
     """tokenizer.json of the Hugging Face tokenizers library."""
     chat_template: _builtins.str
@@ -1876,6 +1898,8 @@ class Model(_message.Message):
     """How pictures become tiles and stand in a prompt, as JSON; empty when the model takes none."""
     max_image_embeddings: _builtins.int
     """Embeddings that the pictures of one request may have; 0 from a worker that does not prefill."""
+    block_size: _builtins.int
+    """Tokens of a KV block of this worker, by which its prefix cache goes; 0 from a worker that has none."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -1893,10 +1917,11 @@ class Model(_message.Message):
         max_sequence_tokens: _builtins.int = ...,
         vision_json: _builtins.str = ...,
         max_image_embeddings: _builtins.int = ...,
+        block_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "bos_token", b"bos_token", "chat_template", b"chat_template", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_image_embeddings", b"max_image_embeddings", "max_sequence_tokens", b"max_sequence_tokens", "model_digest", b"model_digest", "tokenizer_json", b"tokenizer_json", "vision_json", b"vision_json", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "block_size", b"block_size", "bos_token", b"bos_token", "chat_template", b"chat_template", "eos_token", b"eos_token", "eos_token_ids", b"eos_token_ids", "max_context_tokens", b"max_context_tokens", "max_image_embeddings", b"max_image_embeddings", "max_sequence_tokens", b"max_sequence_tokens", "model_digest", b"model_digest", "tokenizer_json", b"tokenizer_json", "vision_json", b"vision_json", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

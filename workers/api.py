@@ -620,7 +620,12 @@ class KvBlocksRemoved:
     hashes: tuple[bytes, ...]
 
 
-KvEvent = KvBlocksStored | KvBlocksRemoved
+@dataclass(frozen=True, slots=True)
+class KvEventsLost:
+    """More happened than could be told: what was told before is void. Nothing more is until SubscribeKvEvents comes again."""
+
+
+KvEvent = KvBlocksStored | KvBlocksRemoved | KvEventsLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -839,3 +844,5 @@ class ModelInfo:
     vision_json: str = ""
     #: Embeddings that the pictures of one request may have here.
     max_image_embeddings: int = 0
+    #: Tokens of a KV block here; 0: no KV is cached here.
+    block_size: int = 0

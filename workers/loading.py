@@ -16,9 +16,9 @@ from kvtransfer.pool import KvPool
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
 from workers.api import ModelInfo, Phase, Submit, WorkerSpec
+from workers.block_hash import root_hash
 from workers.embeddings.encoding import VisionTools
 from workers.embeddings.memory import EmbeddingMemory, embedding_layout
-from workers.engine.block_hash import root_hash
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.grammar_masks import GrammarMasks
@@ -116,6 +116,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
         prepared,
         max_sequence_tokens=text.num_blocks * spec.engine.block_size if text is not None else 0,
         max_image_embeddings=embeddings.num_embeddings if embeddings is not None else 0,
+        block_size=spec.engine.block_size if text is not None and spec.engine.is_prefix_cache_on else 0,
     )
     return LoadedModel(info, text, images)
 
@@ -190,7 +191,8 @@ def _load_images(
         encoder=encoder,
         plan=vision.plan,
         processor_digest=digest,
-        patch_bytes=3 * 4 * vision.patch_size**2,
+        # Values in float64 while they are scaled, and in float32 three times, as Qwen2.5-VL's are made.
+        patch_bytes=3 * (8 + 3 * 4) * vision.patch_size**2,
         patch_budget=spec.engine.encode_patch_budget,
         max_waiting=spec.engine.max_waiting_requests,
     )
@@ -265,7 +267,9 @@ def _packer(kv_cache: torch.Tensor, spec: WorkerSpec) -> KvPacker | None:
     return packer
 
 
-def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int, max_image_embeddings: int) -> ModelInfo:
+def _model_info(
+    prepared: PreparedModel, *, max_sequence_tokens: int, max_image_embeddings: int, block_size: int
+) -> ModelInfo:
     config = prepared.config
     return ModelInfo(
         tokenizer_json=prepared.tokenizer_json,
@@ -280,4 +284,5 @@ def _model_info(prepared: PreparedModel, *, max_sequence_tokens: int, max_image_
         max_sequence_tokens=max_sequence_tokens,
         vision_json=vision_json(config.vision) if config.vision is not None else "",
         max_image_embeddings=max_image_embeddings,
+        block_size=block_size,
     )

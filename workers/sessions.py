@@ -17,6 +17,7 @@ from workers.api import (
     FailureCode,
     ImagesEncoded,
     KvEvent,
+    KvEventsLost,
     KvTransferred,
     PromptScored,
     RequestFailed,
@@ -27,9 +28,11 @@ from workers.api import (
 )
 from workers.submit_check import encode_problem, submit_problem
 
-#: Events, of requests and of the cache together, that may wait for a gateway that reads too slowly; one more
-#: ends its session. An event with logprobs counts one for each of its tokens.
+#: Events of requests that may wait for a gateway that reads too slowly; one more ends its session. An event with logprobs
+#: counts one for each of its tokens.
 MAX_PENDING_EVENTS = 65536
+#: Events of the cache that may; one more voids what it knows of the cache, and nothing else.
+MAX_PENDING_KV_EVENTS = 2**20
 #: Requests of one session at a time, in whatever state; one more is refused as overloaded.
 MAX_REQUESTS_PER_SESSION = 4096
 
@@ -50,6 +53,8 @@ class GatewaySession:
         self.keys: set[RequestKey] = set()
         #: More waited than may; the session must end, also if a write of it still hangs.
         self.overflowed = asyncio.Event()
+        #: It has been told that events of the cache are lost, or will be, and has not asked for more.
+        self.is_kv_lost = False
         self._events: list[Event] = []
         self._kv_events: list[KvEvent] = []
         self._num_pending = 0
@@ -57,16 +62,17 @@ class GatewaySession:
         self._wake = asyncio.Event()
 
     def put(self, events: Iterable[Event], kv_events: Iterable[KvEvent] = ()) -> None:
-        """More to tell. Past the limit all that waits is dropped, and the session is over."""
+        """More to tell. Past its limit all that waits is dropped, and the session, or what it knows of the cache, is over."""
         if self._is_last_batch:
             return
         for event in events:
             self._events.append(event)
             scored = event.logprobs if isinstance(event, PromptScored | TokensGenerated) else ()
             self._num_pending += max(1, len(scored))
-        num_before = len(self._kv_events)
         self._kv_events.extend(kv_events)
-        self._num_pending += len(self._kv_events) - num_before
+        if len(self._kv_events) > MAX_PENDING_KV_EVENTS:
+            self._kv_events = [KvEventsLost()]
+            self.is_kv_lost = True
         if self._num_pending > MAX_PENDING_EVENTS:
             self._events.clear()
             self._kv_events.clear()
@@ -153,6 +159,7 @@ class SessionTable:
                     self._post(command)
             case SubscribeKvEvents():
                 self._subscribed.add(session)
+                session.is_kv_lost = False
                 if self._refusal is None:
                     self._post(command)
 
@@ -177,7 +184,8 @@ class SessionTable:
         may take or leave, since what it is told then is all there is.
         """
         for session in self._subscribed:
-            session.put((), kv_events)
+            if not session.is_kv_lost:
+                session.put((), kv_events)
 
     def check_invariants(self) -> None:
         """Each request has one owner, which knows it."""

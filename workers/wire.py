@@ -19,6 +19,7 @@ from workers.api import (
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
+    KvEventsLost,
     KvTransferred,
     ModelInfo,
     Phase,
@@ -277,6 +278,8 @@ def kv_event_to_pb(event: KvEvent) -> pb.KvEvent:
             return pb.KvEvent(stored=pb.KvBlocksStored(parent=parent, hashes=hashes))
         case KvBlocksRemoved(hashes):
             return pb.KvEvent(removed=pb.KvBlocksRemoved(hashes=hashes))
+        case KvEventsLost():
+            return pb.KvEvent(lost=pb.KvEventsLost())
 
 
 def kv_event_from_pb(message: pb.KvEvent) -> KvEvent | None:
@@ -286,6 +289,8 @@ def kv_event_from_pb(message: pb.KvEvent) -> KvEvent | None:
             return KvBlocksStored(message.stored.parent, tuple(message.stored.hashes))
         case "removed":
             return KvBlocksRemoved(tuple(message.removed.hashes))
+        case "lost":
+            return KvEventsLost()
         case _:
             return None
 
@@ -370,6 +375,7 @@ def model_to_pb(model: ModelInfo) -> pb.Model:
         max_sequence_tokens=model.max_sequence_tokens,
         vision_json=model.vision_json,
         max_image_embeddings=model.max_image_embeddings,
+        block_size=model.block_size,
     )
 
 
@@ -388,4 +394,5 @@ def model_from_pb(message: pb.Model) -> ModelInfo:
         max_sequence_tokens=message.max_sequence_tokens,
         vision_json=message.vision_json,
         max_image_embeddings=message.max_image_embeddings,
+        block_size=message.block_size,
     )

@@ -203,7 +203,7 @@ class _Run:
     def lines(self, trace: Trace) -> list[str]:
         """As `phasewise bench` prints it, and what the workers did."""
         workers = [
-            f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}"
+            f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}, {use.num_cached_tokens} tokens cached"
             for use in self.result.workers
         ]
         return [*report_lines(trace, self.part, self.config, self._bench), "", *workers]

@@ -3,14 +3,36 @@
 Loads are the gateway's own account of what it has in flight: the view is up to a tick old.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
+from orchestrator.control.prefix_index import WorkerKey
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PrefixPeer, WorkerId
 
 #: Workers that are asked for the beginning of a prompt, all at once.
 MAX_PREFIX_PEERS = 8
+ENCODE_ALONE = frozenset({Phase.ENCODE})
+#: A sequence that decodes on a worker delays a prompt there as so many tokens of prompt do. Chosen by simulation
+#: (benchmarks/control/routing.py): without it a beginning that many prompts have fills one worker.
+SEQUENCE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLoad:
+    """What a prompt would cost where.
+
+    cached: tokens of its beginning that a worker has, where it has any. num_blocks: that a worker has of all prompts.
+    """
+
+    num_tokens: int = 0
+    cached: Mapping[WorkerKey, int] = field(default_factory=dict)
+    num_blocks: Mapping[WorkerKey, int] = field(default_factory=dict)
+
+    def cached_at(self, worker: WorkerView) -> int:
+        """Tokens that this worker need not compute, as far as is known."""
+        return self.cached.get((worker.worker_id, worker.incarnation), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +42,11 @@ class Route:
     prefill: WorkerView
     decode: WorkerView
     reason: str
-    #: Others that may have the KV of the beginning of its prompt, the decode worker first.
+    #: Others that may have the KV of the beginning of its prompt, those first that are known to have most of it, then the
+    #: decode worker.
     prefix_peers: tuple[PrefixPeer, ...] = ()
+    #: Tokens of the prompt that the prefill worker was known to have.
+    num_cached_tokens: int = 0
 
     @property
     def is_colocated(self) -> bool:
@@ -86,54 +111,83 @@ class LoadLedger:
 
 
 def choose_route(
-    view: ClusterView | None, ledger: LoadLedger, is_linked: Callable[[WorkerView], bool]
+    view: ClusterView | None,
+    ledger: LoadLedger,
+    is_linked: Callable[[WorkerView], bool],
+    prompt: PromptLoad | None = None,
 ) -> Route | Wait | Refuse:
-    """The least loaded workers for prefill and for decode.
+    """Prefill where least is to be computed before its first token, decode where fewest sequences are.
 
-    is_linked: whether the gateway has a working stream to that incarnation. Among equally loaded prefill
-    workers one that can also decode wins, since then no KV has to move; of several such the one with fewer
-    sequences. Ties go to the smaller id.
+    is_linked: whether the gateway has a working stream to that incarnation. What is to be computed is what waits there, the
+    prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
+    that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
+    has less in its cache, so that an idle cluster keeps as much as it can. Ties go to the smaller id.
     """
     if view is None:
         return Wait("no controller has published a view of the cluster yet")
-    prefill = _least_loaded(view, Phase.PREFILL, is_linked, lambda w: _prefill_cost(w, ledger))
+    prompt = prompt or PromptLoad()
+    prefill = _least_loaded(view, Phase.PREFILL, is_linked, lambda w: _prefill_cost(w, ledger, prompt))
     if prefill is None:
         return missing(view, Phase.PREFILL)
-    if Phase.DECODE in prefill.phases:
-        reason = f"{prefill.worker_id} serves both phases"
-        return Route(prefill, prefill, reason, _prefix_peers(view, prefill, prefill, is_linked))
-    decode = _least_loaded(
-        view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
-    )
+    decode: WorkerView | None = prefill
+    if Phase.DECODE not in prefill.phases:
+        decode = _least_loaded(
+            view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
+        )
     if decode is None:
         return missing(view, Phase.DECODE)
-    reason = (
-        f"least loaded: {prefill.worker_id} with {ledger.of(prefill.worker_id).prefill_tokens} prompt tokens, "
+    peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
+    return Route(prefill, decode, _reason(prefill, decode, ledger, prompt), peers, prompt.cached_at(prefill))
+
+
+def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
+    num_cached = prompt.cached_at(prefill)
+    cached = f", and {num_cached} of the prompt's {prompt.num_tokens} cached" if num_cached else ""
+    num_waiting = ledger.of(prefill.worker_id).prefill_tokens
+    if prefill is decode:
+        load = f" with {num_waiting} prompt tokens{cached}" if num_waiting or cached else ""
+        return f"{prefill.worker_id} serves both phases{load}"
+    return (
+        f"least loaded: {prefill.worker_id} with {num_waiting} prompt tokens{cached}, "
         f"{decode.worker_id} with {ledger.of(decode.worker_id).decode_sequences} sequences"
     )
-    return Route(prefill, decode, reason, _prefix_peers(view, prefill, decode, is_linked))
 
 
 def _prefix_peers(
-    view: ClusterView, prefill: WorkerView, decode: WorkerView, is_linked: Callable[[WorkerView], bool]
+    view: ClusterView,
+    prefill: WorkerView,
+    decode: WorkerView,
+    is_linked: Callable[[WorkerView], bool],
+    prompt: PromptLoad,
 ) -> tuple[PrefixPeer, ...]:
     """Workers beside the one that prefills: after a turn of a conversation its KV is where it was decoded."""
-    others = [
-        worker
-        for worker in view.workers
-        if worker.worker_id != prefill.worker_id
-        # Whoever only encodes has no KV.
-        and worker.phases != {Phase.ENCODE}
-        and worker.state is LifecycleState.READY
-        and is_linked(worker)
-    ]
-    others.sort(key=lambda worker: (worker.worker_id != decode.worker_id, worker.worker_id))
-    return tuple(PrefixPeer(worker.address, worker.incarnation) for worker in others[:MAX_PREFIX_PEERS])
+    known = [worker for worker in view.workers if prompt.cached_at(worker)] if prompt.cached else []
+    known.sort(key=prompt.cached_at, reverse=True)
+    found: list[PrefixPeer] = []
+    seen = {prefill.worker_id}
+    for worker in chain(known, (decode,), view.workers):
+        if (
+            worker.worker_id not in seen
+            # Whoever only encodes has no KV.
+            and worker.phases != ENCODE_ALONE
+            and worker.state is LifecycleState.READY
+            and is_linked(worker)
+        ):
+            seen.add(worker.worker_id)
+            found.append(PrefixPeer(worker.address, worker.incarnation))
+            if len(found) == MAX_PREFIX_PEERS:
+                break
+    return tuple(found)
 
 
-def _prefill_cost(worker: WorkerView, ledger: LoadLedger) -> tuple[int, ...]:
-    load = ledger.of(worker.worker_id)
-    return load.prefill_tokens, 0 if Phase.DECODE in worker.phases else 1, load.decode_sequences
+def _prefill_cost(worker: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> tuple[int, ...]:
+    load, can_decode = ledger.of(worker.worker_id), Phase.DECODE in worker.phases
+    key = worker.worker_id, worker.incarnation
+    num_tokens = load.prefill_tokens + prompt.num_tokens - prompt.cached.get(key, 0)
+    if can_decode:
+        num_tokens += SEQUENCE_TOKENS * load.decode_sequences
+    num_blocks = prompt.num_blocks.get(key, 0)
+    return num_tokens, 0 if can_decode else 1, load.decode_sequences, num_blocks
 
 
 def ready_workers(

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
+from orchestrator.control.prefix_index import PrefixIndex
 from orchestrator.control.request_actions import (
     Action,
     Deliver,
@@ -23,14 +24,22 @@ from orchestrator.control.request_actions import (
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
-from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route, no_encoders
+from orchestrator.control.router import (
+    LoadLedger,
+    PromptLoad,
+    Refuse,
+    Route,
+    Wait,
+    choose_route,
+    no_encoders,
+)
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.encoders import FULL_S, Encoders
 from orchestrator.gateway.links import Link, LinkListener, Links, Timer, Timers
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
-from workers.api import Event, KvTransferred, ModelInfo, RequestId, WorkerId
+from workers.api import Event, KvEvent, KvTransferred, ModelInfo, RequestId, SubscribeKvEvents, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +78,7 @@ class Dispatcher:
         self._view_at_s = 0.0
         self._links = make_links(self)
         self._ledger = LoadLedger()
+        self._prefixes = PrefixIndex()
         #: All that are not over.
         self._requests: dict[RequestId, LiveRequest] = {}
         #: Samples that workers have, by their attempt, which is no other one's.
@@ -145,10 +155,12 @@ class Dispatcher:
                 if machine.route is not None and not is_queued and not machine.is_over:
                     ledger.add(machine.route.decode.worker_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
-                        ledger.add(machine.route.prefill.worker_id, prefill_tokens=machine.num_prefill_tokens)
+                        num_tokens = machine.num_prefill_tokens - machine.route.num_cached_tokens
+                        ledger.add(machine.route.prefill.worker_id, prefill_tokens=num_tokens)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
+        self._prefixes.check_invariants()
 
     # Clients.
 
@@ -248,6 +260,9 @@ class Dispatcher:
             worker.incarnation,
             worker.address,
         )
+        if link.block_size > 0:
+            self._prefixes.add(worker, link.block_size)
+            self._links.send(worker, SubscribeKvEvents())
         self._changed()
 
     def link_broke(self, link: Link, reason: str) -> None:
@@ -276,6 +291,12 @@ class Dispatcher:
                 self._do(sample, actions)
         self._route_waiting()
 
+    def cache_changed(self, link: Link, events: Sequence[KvEvent]) -> None:
+        """A worker told of its prefix cache."""
+        if not self._prefixes.apply(link.worker, events):
+            logger.info("kv_events_lost worker_id=%s reason=told_too_much_at_once", link.worker.worker_id)
+            self._links.send(link.worker, SubscribeKvEvents())
+
     # Inside.
 
     def _changed(self) -> None:
@@ -284,6 +305,7 @@ class Dispatcher:
 
     def _worker_lost(self, worker: WorkerView, reason: str) -> None:
         self._encoders.lost(worker)
+        self._prefixes.remove(worker)
         # The latest first, since each goes before others of its priority: the earliest is then the next.
         for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
             if actions := sample.machine.worker_lost(worker, reason, self._timers.time()):
@@ -425,22 +447,35 @@ class Dispatcher:
         """The workers of the request's first sample, where the prompt is cached, if they can be had."""
         if sample.machine.images is not None and (refusal := no_encoders(self._view)) is not None:
             return refusal
+        prompt = self._prompt_load(sample)
         first = sample.request.samples[0].machine.route
         if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
             wanted = {first.prefill.worker_id, first.decode.worker_id}
             choice = choose_route(
-                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id in wanted
+                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id in wanted, prompt
             )
             if isinstance(choice, Route):
                 return choice
-        return self._choose(frozenset(sample.machine.avoided))
+        return self._choose(frozenset(sample.machine.avoided), prompt)
 
-    def _choose(self, avoided: frozenset[WorkerId]) -> Route | Wait | Refuse:
+    def _prompt_load(self, sample: LiveSample) -> PromptLoad:
+        """What it would cost where. A prompt whose tokens are scored is computed whole."""
+        machine = sample.machine
+        is_scored = machine.sampling.num_prompt_logprobs is not None
+        cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
+        return PromptLoad(machine.num_prefill_tokens, cached, self._prefixes.num_blocks_by_worker())
+
+    def _choose(
+        self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None
+    ) -> Route | Wait | Refuse:
         """The best route without the avoided workers, or else with them."""
         if avoided:
             choice = choose_route(
-                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id not in avoided
+                self._view,
+                self._ledger,
+                lambda w: self._links.is_open(w) and w.worker_id not in avoided,
+                prompt,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open)
+        return choose_route(self._view, self._ledger, self._links.is_open, prompt)

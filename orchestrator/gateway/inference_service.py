@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -225,7 +226,7 @@ class InferenceService(InferenceServiceServicer):
         """What to run. The message is gone after that: what is kept of it are copies."""
 
         def check() -> CheckedRequest:
-            return check_request(
+            checked = check_request(
                 unread.take(),
                 model=loaded.info,
                 texts=loaded.texts,
@@ -234,6 +235,7 @@ class InferenceService(InferenceServiceServicer):
                 vision=loaded.vision,
                 default_reduction=self._config.image_reduction,
             )
+            return replace(checked, prefix_root=loaded.prefix_root(checked.cache_salt))
 
         if not _has_pictures(unread.peek()) and unread.peek().ByteSize() <= LONG_REQUEST_BYTES:
             return check()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from orchestrator.control.view import ClusterView, WorkerView
-from workers.api import Command, Event, ModelInfo
+from workers.api import Command, Event, KvEvent, ModelInfo
 
 
 class Timer(Protocol):
@@ -34,6 +34,10 @@ class Link(Protocol):
     def worker(self) -> WorkerView:
         """Where it leads."""
 
+    @property
+    def block_size(self) -> int:
+        """Tokens of the blocks that this worker caches KV in, once the link has opened; 0 when it caches none."""
+
 
 class LinkListener(Protocol):
     """Whom a link tells. Never called from within `send`."""
@@ -49,6 +53,9 @@ class LinkListener(Protocol):
 
     def events_came(self, link: Link, events: Sequence[Event]) -> None:
         """In the order in which the worker sent them."""
+
+    def cache_changed(self, link: Link, events: Sequence[KvEvent]) -> None:
+        """Likewise, once it was asked to tell of its cache."""
 
 
 class Links(Protocol):

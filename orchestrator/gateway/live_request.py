@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.control.prefix_index import PromptChain
 from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts, DeliverPrompt, Fail
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, SampleRecord
@@ -114,7 +115,7 @@ class LiveSample:
         assert self._route is None
         assert self.machine.route is not None
         self._route = self.machine.route
-        self._prefill_tokens = self.machine.num_prefill_tokens
+        self._prefill_tokens = self.machine.num_prefill_tokens - self._route.num_cached_tokens
         ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
         ledger.add(self._route.decode.worker_id, decode_sequences=1)
 
@@ -150,9 +151,13 @@ class LiveSample:
 
 
 class LiveRequest:
-    """Filled by the dispatcher, emptied by the task that answers the client. Both live in one loop."""
+    """Filled by the dispatcher, emptied by the task that answers the client. Both live in one loop.
 
-    def __init__(self, machines: Sequence[RequestMachine]) -> None:
+    chain: names of the blocks of the prompt.
+    """
+
+    def __init__(self, machines: Sequence[RequestMachine], chain: PromptChain) -> None:
+        self.chain = chain
         self.record = RequestRecord.of(machines)
         self.samples = tuple(
             LiveSample(machine, index, self, self.record.samples[index])
@@ -169,6 +174,11 @@ class LiveRequest:
     @classmethod
     def of(cls, checked: CheckedRequest, *, arrived_at_s: float, deadline_s: float) -> "LiveRequest":
         """With a machine for each sample."""
+        images = checked.images
+        num_text_tokens = images.tiles[0].tile.start if images is not None else len(checked.prompt_ids)
+        chain = PromptChain(
+            checked.prefix_root, checked.prompt_ids[:num_text_tokens], len(checked.prompt_ids)
+        )
         return cls(
             [
                 RequestMachine(
@@ -182,7 +192,8 @@ class LiveRequest:
                     images=checked.images,
                 )
                 for sampling in checked.samplings()
-            ]
+            ],
+            chain,
         )
 
     @property

@@ -1,6 +1,7 @@
 """The model that the workers have loaded, as far as the gateway knows it."""
 
 import asyncio
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,7 @@ from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import NoModelYet, UnusableModel
 from orchestrator.gateway.model_texts import ModelTexts
 from workers.api import ModelInfo, WorkerId
+from workers.block_hash import root_hash
 from workers.model.vision.config import VisionConfig, read_vision_json
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,11 @@ class LoadedModel:
     texts: ModelTexts
     #: How pictures stand in prompts; None when the model takes none.
     vision: VisionConfig | None = None
+    tokenizer_digest: str = ""
+
+    def prefix_root(self, salt: str) -> bytes:
+        """What workers chain the first block of a prompt to; of models with dynamic RoPE scaling, of short prompts alone."""
+        return root_hash(self.info.model_digest, self.tokenizer_digest, salt)
 
 
 class ServedModel:
@@ -60,10 +67,11 @@ class ServedModel:
                 if loaded is not None:
                     self._limits.clear()
                 vision = _vision(info)
+                digest = hashlib.sha256(info.tokenizer_json).hexdigest()
             else:
-                texts, vision = loaded.texts, loaded.vision
+                texts, vision, digest = loaded.texts, loaded.vision, loaded.tokenizer_digest
             self._limits[worker.worker_id] = info.max_sequence_tokens, info.max_image_embeddings
-            self._loaded = LoadedModel(self._limited(info), texts, vision)
+            self._loaded = LoadedModel(self._limited(info), texts, vision, digest)
 
     def keep(self, view: ClusterView) -> None:
         """Forget the limits of workers that this view does not have."""
@@ -96,6 +104,6 @@ def _vision(info: ModelInfo) -> VisionConfig | None:
 
 def _is_same(one: ModelInfo, other: ModelInfo) -> bool:
     def unlimited(info: ModelInfo) -> ModelInfo:
-        return replace(info, max_sequence_tokens=0, max_image_embeddings=0)
+        return replace(info, max_sequence_tokens=0, max_image_embeddings=0, block_size=0)
 
     return unlimited(one) == unlimited(other)

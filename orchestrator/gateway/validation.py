@@ -6,7 +6,7 @@ from typing import Protocol
 
 from orchestrator.control.prompt_images import PromptImages
 from orchestrator.errors import InvalidRequest, RequestTooLarge, UnknownModel
-from orchestrator.gateway.images import place_images, plan_images
+from orchestrator.gateway.images import REDUCIBLE_FAMILY, place_images, plan_images
 from orchestrator.gateway.model_texts import ChatTurn
 from orchestrator.gateway.reduction import image_reduction
 from orchestrator.gateway.sampling import sampling_params
@@ -56,6 +56,8 @@ class CheckedRequest:
     priority: int = 0
     cache_salt: str = ""
     images: PromptImages | None = None
+    #: What the first block of its KV is chained to; see workers.block_hash.
+    prefix_root: bytes = b""
 
     def samplings(self) -> list[SamplingParams]:
         """Those of each sample: each has a seed of its own, and the prompt is scored once."""
@@ -103,6 +105,9 @@ def check_request(
         raise InvalidRequest(f"sampling.{problem.field}", problem.value, problem.allowed)
     num_samples = _num_samples(asked)
     stop_strings = _stop_strings(asked)
+    if vision is not None and vision.family != REDUCIBLE_FAMILY:
+        # Only who asks for it by himself is told that it cannot be had.
+        default_reduction = None
     reduction = image_reduction(request, default_reduction)
     prompt_ids, images = _prompt(request, model, texts, vision, reduction)
     sampling = replace(sampling, max_new_tokens=_max_new_tokens(asked, len(prompt_ids), model))

@@ -16,7 +16,7 @@ from orchestrator.gateway.links import LinkListener
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
 from workers.api import Abort, Command, Encode, RequestKey
-from workers.wire import command_to_pb, event_from_pb, model_from_pb
+from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb, model_from_pb
 
 if TYPE_CHECKING:
     SessionCall = grpc.aio.StreamStreamCall[bytes, pb.EventBatch]
@@ -56,6 +56,7 @@ class WorkerLink:
 
     def __init__(self, worker: WorkerView, listener: LinkListener) -> None:
         self.worker = worker
+        self.block_size = 0
         self._listener = listener
         self._is_open = False
         #: Both together have at most MAX_QUEUED_COMMANDS; emptied when the stream breaks. Encodes are apart, since they are
@@ -152,6 +153,7 @@ class WorkerLink:
                 return f"incarnation {status.incarnation} of {status.worker_id!r} answers at its address"
             model = await stub.GetModel(pb.GetModelRequest(), timeout=CONNECT_TIMEOUT_S)
             await self._listener.model_found(self.worker, model_from_pb(model))
+            self.block_size = model.block_size
             # It takes messages that are serialised already: those with pictures are in a thread.
             call: SessionCall = channel.stream_stream(
                 _SESSION, response_deserializer=pb.EventBatch.FromString
@@ -184,7 +186,11 @@ class WorkerLink:
                 if not isinstance(batch, pb.EventBatch):
                     return
                 events = [event for message in batch.events if (event := event_from_pb(message)) is not None]
-                self._listener.events_came(self, events)
+                if batch.kv_events:
+                    found = map(kv_event_from_pb, batch.kv_events)
+                    self._listener.cache_changed(self, [event for event in found if event is not None])
+                if events:
+                    self._listener.events_came(self, events)
         except asyncio.CancelledError:
             # So says a call that `_end` cancelled; our own task's is another.
             task = asyncio.current_task()

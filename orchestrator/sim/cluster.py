@@ -14,7 +14,7 @@ from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Event, RequestId
+from workers.api import Command, Event, KvEvent, RequestId
 
 GATEWAY = "gateway"
 TICK_S = 0.5
@@ -27,10 +27,12 @@ EVENT_BYTES, COMMAND_BYTES = 64, 4096
 class SimLink:
     """The gateway's way to one process. Implements gateway.links.Link."""
 
-    def __init__(self, worker: WorkerView, process: SimWorker) -> None:
+    def __init__(self, worker: WorkerView, process: SimWorker, *, is_cache_told: bool) -> None:
         self.worker = worker
         self.process = process
         self.is_open = False
+        engine = process.spec.engine
+        self.block_size = engine.block_size if engine.is_prefix_cache_on and is_cache_told else 0
 
 
 class SimLinks:
@@ -55,7 +57,7 @@ class SimLinks:
         for key, worker in wanted.items():
             process = self._cluster.processes.get(key)
             if key not in self._links and process is not None:
-                self._links[key] = link = SimLink(worker, process)
+                self._links[key] = link = SimLink(worker, process, is_cache_told=self._cluster.is_cache_told)
                 self._cluster.send(GATEWAY, worker.address, 0, self._opened, link)
         return lost
 
@@ -86,10 +88,12 @@ class SimLinks:
     async def close(self) -> None:
         """See Links."""
 
-    def events_came(self, process: SimWorker, events: Sequence[Event]) -> None:
+    def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
         """From a process; of one whose link is closed they are lost."""
         link = self._links.get((process.spec.worker_id, process.spec.incarnation))
         if link is not None and link.is_open:
+            if kv_events:
+                self._listener.cache_changed(link, kv_events)
             self._listener.events_came(link, events)
             self.on_events(list(dict.fromkeys(event.key.request_id for event in events)))
 
@@ -104,7 +108,7 @@ class SimLinks:
 class SimCluster:
     """Starts and stops processes as the controller says, and breaks them as the faults say.
 
-    rng: for the noise of all processes.
+    rng: for the noise of all processes. is_cache_told: workers tell the gateway of their prefix caches.
     """
 
     def __init__(
@@ -114,7 +118,9 @@ class SimCluster:
         rng: random.Random,
         *,
         faults: Sequence[Fault] = (),
+        is_cache_told: bool = True,
     ) -> None:
+        self.is_cache_told = is_cache_told
         #: Those that were ever started.
         self.processes: dict[ProcessKey, SimWorker] = {}
         self.links: SimLinks | None = None
@@ -195,10 +201,10 @@ class SimCluster:
         self.processes[worker_id, start.incarnation] = process
         self._by_address[address] = process
 
-    def _publish(self, process: SimWorker, events: list[Event]) -> None:
+    def _publish(self, process: SimWorker, events: list[Event], kv_events: list[KvEvent]) -> None:
         assert self.links is not None
-        num_bytes = EVENT_BYTES * len(events)
-        self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events)
+        num_bytes = EVENT_BYTES * (len(events) + len(kv_events))
+        self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:

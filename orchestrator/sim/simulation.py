@@ -23,6 +23,7 @@ from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
 from workers.api import RequestId, SamplingParams
+from workers.block_hash import root_hash
 
 #: Requests arrive when the workers have loaded.
 WARM_S = 1.0
@@ -48,6 +49,8 @@ class SimConfig:
     max_running_requests: int = 10_000
     faults: tuple[Fault, ...] = ()
     check_every: int = 0
+    #: Workers tell of their prefix caches, and requests are routed by that.
+    is_cache_told: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class WorkerUse:
     incarnation: int
     num_steps: int
     busy_share: float
+    #: Of prompts, whose KV was there.
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,13 @@ class Simulation:
             config.max_context_tokens,
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
-        self.cluster = SimCluster(config.declared, world, random.Random(rng.random()), faults=faults)
+        self.cluster = SimCluster(
+            config.declared,
+            world,
+            random.Random(rng.random()),
+            faults=faults,
+            is_cache_told=config.is_cache_told,
+        )
         self.dispatcher = Dispatcher(
             self.timers,
             self.cluster.make_links,
@@ -125,7 +136,13 @@ class Simulation:
         now_s = self.timers.time()
         records = tuple(self._records[index] for index in range(len(self._plan)))
         uses = tuple(
-            WorkerUse(key[0], key[1], one.num_steps, one.busy_s / (now_s - one.began_at_s))
+            WorkerUse(
+                key[0],
+                key[1],
+                one.num_steps,
+                one.busy_s / (now_s - one.began_at_s),
+                one.engine.reuse_counts().num_cached_tokens,
+            )
             for key, one in self.cluster.processes.items()
         )
         load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
@@ -142,7 +159,10 @@ class Simulation:
         now_s, config = self.timers.time(), self._config
         request_id = RequestId(f"r{index}")
         prompt = prompt_token_ids(planned.row, planned.prompt_tokens, vocab_size=VOCAB_SIZE, seed=config.seed)
-        checked = CheckedRequest(request_id, tuple(prompt), SamplingParams(planned.output_tokens))
+        sampling = SamplingParams(planned.output_tokens)
+        # As engines do that have no model.
+        root = root_hash("", "", "")
+        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root)
         try:
             request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
         except PhasewiseOrchestratorError as error:

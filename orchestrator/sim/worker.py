@@ -10,7 +10,17 @@ from orchestrator.control.latency_model import LatencyModel, ModelShape, StepSha
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
-from workers.api import Command, Encode, Event, WorkerSpec, WorkerState, WorkerStatus
+from workers.api import (
+    Command,
+    Encode,
+    Event,
+    KvBlocksRemoved,
+    KvBlocksStored,
+    KvEvent,
+    WorkerSpec,
+    WorkerState,
+    WorkerStatus,
+)
 from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
@@ -69,7 +79,7 @@ class SimWorker:
         spec: WorkerSpec,
         address: str,
         world: WorkerWorld,
-        publish: Callable[["SimWorker", list[Event]], None],
+        publish: Callable[["SimWorker", list[Event], list[KvEvent]], None],
         rng: random.Random,
     ) -> None:
         self.spec = spec
@@ -226,13 +236,16 @@ class SimWorker:
 
     def _publish(self, outputs: list[Output]) -> None:
         events: list[Event] = []
+        kv_events: list[KvEvent] = []
         for output in outputs:
             if isinstance(output, TokensDecoded):
                 events.extend(output.events())
+            elif isinstance(output, KvBlocksStored | KvBlocksRemoved):
+                kv_events.append(output)
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
-        if events:
-            self._publish_events(self, events)
+        if events or kv_events:
+            self._publish_events(self, events, kv_events)
 
 
 def token_of(request_id: str, position: int) -> int:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.support.worker_client import (
     running_worker,
     worker_spec,
 )
+from workers.api import WorkerId
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
@@ -105,5 +107,30 @@ def test_text_and_chat_go_through_the_model_s_tokenizer(model_path: Path) -> Non
                 it.client.Generate(pb.GenerateRequest(chat=chat, sampling=pb.SamplingParams(max_tokens=16)))
             )
             text_of(messages).encode()
+
+    asyncio.run(scenario())
+
+
+def test_a_prompt_goes_to_the_worker_that_has_its_beginning(model_path: Path) -> None:
+    async def scenario() -> None:
+        async with (
+            running_worker(replace(worker_spec(model_path, BOTH), worker_id=WorkerId("a"))) as first,
+            running_worker(replace(worker_spec(model_path, BOTH), worker_id=WorkerId("b"))) as second,
+            gateway() as it,
+        ):
+            await use(it, view(second))
+            await collect(it.client.Generate(request(PROMPTS[3])))
+            # What it had before the gateway was told of both is told again, and nothing else is known of the first one.
+            await use(it, view(first), view(second))
+            index = it.dispatcher._prefixes
+            await until(lambda: index.num_blocks > 0, "the cache is known")
+            for prompt, wanted, num_cached in (
+                (PROMPTS[3] + [7, 8, 9], "b", 96),
+                (PROMPTS[2] + [7, 8, 9], "a", 0),
+            ):
+                last = (await collect(it.client.Generate(request(prompt))))[-1]
+                assert last.timings.prefill_worker_id == wanted
+                assert last.usage.cached_tokens >= num_cached
+            index.check_invariants()
 
     asyncio.run(scenario())

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -25,6 +25,7 @@ from workers.api import (
     FinishReason,
     ImagesEncoded,
     ImagesWanted,
+    KvEvent,
     KvLedger,
     KvTransferred,
     ModelInfo,
@@ -33,12 +34,13 @@ from workers.api import (
     RequestFailed,
     RequestKey,
     Submit,
+    SubscribeKvEvents,
     TokensGenerated,
     WorkerId,
 )
 from workers.api import Phase as Phase
 from workers.kv_wire import ledger_to_pb
-from workers.wire import command_from_pb, event_to_pb, model_to_pb
+from workers.wire import command_from_pb, event_to_pb, kv_event_to_pb, model_to_pb
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2
@@ -92,6 +94,12 @@ def token_at(position: int) -> int:
     return 3 + (position * 7) % 256
 
 
+class KvNews(NamedTuple):
+    """What is told of a cache in one message."""
+
+    events: Sequence[KvEvent]
+
+
 class FakeWorker(WorkerServiceServicer):
     """Answers a Submit with `answer`, in one message for each event; by default with all of its part.
 
@@ -117,8 +125,10 @@ class FakeWorker(WorkerServiceServicer):
         #: What was submitted and has neither ended nor been aborted; its session's end drops it.
         self.held: dict[RequestKey, Submit | Encode] = {}
         self.num_sessions = 0
+        #: Times that it was asked to tell of its cache.
+        self.num_subscriptions = 0
         self.num_status_calls = 0
-        self._outbox: asyncio.Queue[Sequence[Event] | grpc.StatusCode] | None = None
+        self._outbox: asyncio.Queue[Sequence[Event] | KvNews | grpc.StatusCode] | None = None
         self._server: grpc.aio.Server | None = None
 
     # What tests do with it.
@@ -169,6 +179,11 @@ class FakeWorker(WorkerServiceServicer):
                 self.held.pop(event.key, None)
         self._outbox.put_nowait(events)
 
+    def say_of_cache(self, *events: KvEvent) -> None:
+        """Tell of its prefix cache, in one message."""
+        assert self._outbox is not None
+        self._outbox.put_nowait(KvNews(events))
+
     def break_session(self) -> None:
         """End the stream with an error; the worker lives on."""
         assert self._outbox is not None
@@ -203,13 +218,17 @@ class FakeWorker(WorkerServiceServicer):
         self, request_iterator: AsyncIterator[pb.CommandBatch], context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> None:
         self.num_sessions += 1
-        outbox: asyncio.Queue[Sequence[Event] | grpc.StatusCode] = asyncio.Queue()
+        outbox: asyncio.Queue[Sequence[Event] | KvNews | grpc.StatusCode] = asyncio.Queue()
         self._outbox = outbox
         reader = asyncio.create_task(self._read(request_iterator))
         try:
             while not isinstance(item := await outbox.get(), grpc.StatusCode):
-                events = [event_to_pb(event) for event in item]
-                await context.write(pb.EventBatch(incarnation=self.incarnation, events=events))
+                batch = pb.EventBatch(incarnation=self.incarnation)
+                if isinstance(item, KvNews):
+                    batch.kv_events.extend(map(kv_event_to_pb, item.events))
+                else:
+                    batch.events.extend(map(event_to_pb, item))
+                await context.write(batch)
             await context.abort(item, "the test broke it")
         finally:
             reader.cancel()
@@ -230,6 +249,8 @@ class FakeWorker(WorkerServiceServicer):
                     self.held[command.key] = command
                     for event in self.answer_encode(command):
                         self.say(event)
+                elif isinstance(command, SubscribeKvEvents):
+                    self.num_subscriptions += 1
                 elif isinstance(command, Abort):
                     self.aborts.append(command.key)
                     self.held.pop(command.key, None)

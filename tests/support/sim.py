@@ -71,7 +71,8 @@ def run(
     faults: tuple[Fault, ...] = (),
     noise: float = 0.03,
     timeout_s: float = 60.0,
-    check_every: int = 50,
+    check_every: int = 400,
+    is_cache_told: bool = True,
 ) -> tuple[SimResult, Simulation]:
     """One run, with all invariants checked now and then, and at its end that nobody holds anything."""
     config = SimConfig(
@@ -84,6 +85,7 @@ def run(
         max_context_tokens=16_384,
         faults=faults,
         check_every=check_every,
+        is_cache_told=is_cache_told,
     )
     simulation = Simulation(config, plan, plan[-1].arrival_s)
     result = simulation.run()

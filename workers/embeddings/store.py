@@ -11,7 +11,7 @@ is told. Blocks that a fill writes to are nobody else's until it says that it is
 A tile may turn out to have fewer embeddings than its place in a prompt: blocks that it does not need are free then.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -268,7 +268,8 @@ class EmbeddingStore:
             num_blocks = sum(
                 blocks_needed(tile.num_embeddings, self._block_size) for tile in missing.values()
             )
-            if not self._make_room(num_blocks, {(need.salt, tile.key) for _, tile in need.tiles}):
+            wanted = {(need.salt, tile.key) for _, tile in need.tiles}
+            if not self._make_room(num_blocks, need.salt, wanted):
                 break
             self._waiting.popleft()
             effects += self._give(need, missing)
@@ -277,20 +278,31 @@ class EmbeddingStore:
     def _missing(self, need: _Need) -> dict[bytes, ImageTile]:
         return {tile.key: tile for _, tile in need.tiles if (need.salt, tile.key) not in self._entries}
 
-    def _make_room(self, num_blocks: int, kept: set[tuple[str, bytes]]) -> bool:
-        """Evict until there are so many free blocks; False, and nothing is evicted, when that cannot be."""
-        victims: list[_Entry] = []
-        num_free = len(self._free)
+    def _make_room(self, num_blocks: int, salt: str, kept: set[tuple[str, bytes]]) -> bool:
+        """Evict until there are so many free blocks; False, and nothing is evicted, when that cannot be.
+
+        Tenants that have more than an equal share of the pool lose what they used longest ago, then whoever used his.
+        """
+        num_held = Counter({salt: 0})
         for entry in self._entries.values():
-            if num_free >= num_blocks:
-                break
-            if entry.is_ready and not entry.holders and entry.name not in kept:
-                victims.append(entry)
-                num_free += len(entry.block_ids)
+            num_held[entry.name[0]] += len(entry.block_ids)
+        share = self._num_blocks / len(num_held)
+        victims: dict[tuple[str, bytes], _Entry] = {}
+        num_free = len(self._free)
+        for is_anyone in (False, True):
+            for entry in self._entries.values():
+                if num_free >= num_blocks:
+                    break
+                owner, size = entry.name[0], len(entry.block_ids)
+                is_nobodys = entry.is_ready and not entry.holders and entry.name not in kept
+                if is_nobodys and entry.name not in victims and (is_anyone or num_held[owner] > share):
+                    victims[entry.name] = entry
+                    num_free += size
+                    num_held[owner] -= size
         if num_free < num_blocks:
             return False
-        for entry in victims:
-            del self._entries[entry.name]
+        for name, entry in victims.items():
+            del self._entries[name]
             self._free += entry.block_ids
             self._num_evictions += 1
         return True

@@ -25,9 +25,9 @@ from workers.api import (
     SubscribeKvEvents,
     SuperposedDecoding,
 )
+from workers.block_hash import root_hash
 from workers.engine.admission import reason_to_refuse
 from workers.engine.batch import Batch
-from workers.engine.block_hash import root_hash
 from workers.engine.block_pool import BlockPool
 from workers.engine.completion import Completion
 from workers.engine.drafting import Drafting

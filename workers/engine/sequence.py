@@ -18,7 +18,7 @@ from workers.api import (
     Submit,
     SuperposedDecoding,
 )
-from workers.engine.block_hash import block_hash
+from workers.block_hash import block_hash
 from workers.engine.image_inputs import ImageInputs
 
 #: Stands for the next token of a sequence whose logits are no numbers.

@@ -33,7 +33,7 @@ from tests.support.gateway import (
     tokens_of,
 )
 from tests.support.waiting import BOUND_S, until
-from workers.api import Abort, Command, Encode, Event, ModelInfo, RequestId, RequestKey, WorkerId
+from workers.api import Abort, Command, Encode, Event, KvEvent, ModelInfo, RequestId, RequestKey, WorkerId
 
 
 class Listener:
@@ -52,6 +52,9 @@ class Listener:
         self.reasons.append(reason)
 
     def events_came(self, link: worker_link.WorkerLink, events: Sequence[Event]) -> None:
+        pass
+
+    def cache_changed(self, link: worker_link.WorkerLink, events: Sequence[KvEvent]) -> None:
         pass
 
 

@@ -93,6 +93,8 @@ def test_other_families_are_refused_unless_it_changes_nothing() -> None:
     with pytest.raises(InvalidRequest, match="Idefics3 and SmolVLM"):
         check(pb.ImageReduction(merge_threshold=0.5), vision=QWEN)
     assert reduction_of(check(pb.ImageReduction(), vision=QWEN)) is None
+    # What the deployment asks for goes without saying where it cannot be had.
+    assert reduction_of(check(None, FILTER, vision=QWEN)) is None
 
 
 def test_embeddings_of_another_merging_have_other_keys_and_a_filter_alone_shares_them() -> None:

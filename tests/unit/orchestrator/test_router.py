@@ -1,6 +1,14 @@
 """Which workers a request is routed to."""
 
-from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, choose_route
+from orchestrator.control.router import (
+    SEQUENCE_TOKENS,
+    LoadLedger,
+    PromptLoad,
+    Refuse,
+    Route,
+    Wait,
+    choose_route,
+)
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PhaseSet, WorkerId
 
@@ -93,3 +101,56 @@ def test_the_ledger_forgets_idle_workers() -> None:
     assert ledger.of(WorkerId("a")).decode_sequences == 1
     ledger.add(WorkerId("a"), decode_sequences=-1)
     assert ledger.loads == {}
+
+
+# What workers have cached.
+
+
+def with_cache(ledger: LoadLedger | None = None, num_tokens: int = 1000, **cached: int) -> Route:
+    seen = view(worker("b_0", BOTH), worker("b_1", BOTH), worker("b_2", BOTH))
+    prompt = PromptLoad(num_tokens, {(WorkerId(name), 1): num for name, num in cached.items()})
+    chosen = choose_route(seen, ledger or LoadLedger(), lambda _: True, prompt)
+    assert isinstance(chosen, Route)
+    return chosen
+
+
+def test_a_prompt_goes_where_its_beginning_is_cached() -> None:
+    chosen = with_cache(b_1=512, b_2=900)
+    assert names(chosen) == ("b_2", "b_2")
+    assert chosen.num_cached_tokens == 900
+    assert chosen.reason == "b_2 serves both phases with 0 prompt tokens, and 900 of the prompt's 1000 cached"
+
+
+def test_but_not_behind_more_work_than_that_saves() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b_2"), prefill_tokens=901)
+    assert names(with_cache(ledger, b_2=900)) == ("b_0", "b_0")
+    ledger.add(WorkerId("b_2"), prefill_tokens=-2)
+    assert names(with_cache(ledger, b_2=900)) == ("b_2", "b_2")
+
+
+def test_nor_where_many_sequences_decode() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b_2"), decode_sequences=1000 // SEQUENCE_TOKENS + 1)
+    assert names(with_cache(ledger, b_2=1000)) == ("b_0", "b_0")
+
+
+def test_those_that_have_most_are_asked_first() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b_1"), prefill_tokens=5000)
+    ledger.add(WorkerId("b_2"), prefill_tokens=5000)
+    chosen = with_cache(ledger, b_1=100, b_2=900)
+    assert [peer.address for peer in chosen.prefix_peers] == ["b_2:1", "b_1:1"]
+
+
+def test_what_an_earlier_process_had_is_nothing() -> None:
+    seen = view(worker("p-0", PREFILL), worker("p-1", PREFILL), worker("d-0", DECODE))
+    prompt = PromptLoad(100, {(WorkerId("p-1"), 2): 90})
+    assert names(choose_route(seen, LoadLedger(), lambda _: True, prompt)) == ("p-0", "d-0")
+
+
+def test_an_idle_cluster_spreads_what_it_caches() -> None:
+    seen = view(worker("b-0", BOTH), worker("b-1", BOTH), worker("b-2", BOTH))
+    num_blocks = {(WorkerId("b-0"), 1): 7, (WorkerId("b-1"), 1): 3, (WorkerId("b-2"), 1): 3}
+    chosen = choose_route(seen, LoadLedger(), lambda _: True, PromptLoad(100, {}, num_blocks))
+    assert names(chosen) == ("b-1", "b-1")

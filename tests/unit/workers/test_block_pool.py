@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
-from workers.engine.block_hash import block_hash, root_hash
+from workers.block_hash import block_hash, root_hash
 from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
 
 SIZE = 2

@@ -114,6 +114,37 @@ def test_the_entry_used_longest_ago_makes_room() -> None:
     store.check_invariants()
 
 
+def _cache(store: EmbeddingStore, number: int, name: str, salt: str) -> None:
+    store.need(_key(number), [(0, _tile(name))], salt)
+    store.begin_fill(name + salt, _key(number), [0])
+    store.filled(name + salt)
+    store.release(_key(number))
+
+
+def test_a_tenant_of_many_pictures_makes_room_by_its_own() -> None:
+    store = EmbeddingStore(8, BLOCK_SIZE)
+    _cache(store, 1, "a", "small")
+    _cache(store, 2, "b", "small")
+    for number in range(3, 40):
+        _cache(store, number, f"picture {number}", "large")
+        store.check_invariants()
+    # What the small one used is older than all of the other's, and still there.
+    for number, name in ((50, "a"), (51, "b")):
+        assert isinstance(store.need(_key(number), [(0, _tile(name))], "small")[0], Ready)
+
+
+def test_a_tenant_alone_has_all_of_the_pool_and_gives_of_it_when_another_comes() -> None:
+    store = EmbeddingStore(4, BLOCK_SIZE)
+    for number in range(4):
+        _cache(store, number, f"picture {number}", "first")
+    assert store.counts().num_evictions == 0
+    for number in range(10, 14):
+        _cache(store, number, f"picture {number}", "second")
+    # An equal share each.
+    for number, name, salt in ((20, "picture 3", "first"), (21, "picture 13", "second")):
+        assert isinstance(store.need(_key(number), [(0, _tile(name))], salt)[0], Ready)
+
+
 def test_a_need_is_granted_whole_and_in_order() -> None:
     store = EmbeddingStore(3, BLOCK_SIZE)
     store.need(_key(1), [(0, _tile("a")), (1, _tile("b"))], "")

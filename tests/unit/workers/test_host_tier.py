@@ -27,8 +27,8 @@ from workers.api import (
     SuperposedDecoding,
     TokensGenerated,
 )
+from workers.block_hash import block_hash, root_hash
 from workers.engine.batch import Batch
-from workers.engine.block_hash import block_hash, root_hash
 from workers.engine.block_pool import NO_MATCH, BlockPool
 from workers.engine.engine import Engine
 from workers.engine.fetching import PrefixFetching

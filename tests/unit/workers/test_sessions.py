@@ -16,6 +16,7 @@ from workers.api import (
     FinishReason,
     KvBlocksRemoved,
     KvBlocksStored,
+    KvEventsLost,
     PrefillStarted,
     PromptScored,
     RequestFailed,
@@ -206,20 +207,26 @@ def test_logprobs_that_are_not_read_count_by_their_tokens(
     assert session.overflowed.is_set()
 
 
-def test_kv_events_that_are_not_read_end_the_session_too(
+def test_kv_events_that_are_not_read_are_lost_and_nothing_else_is(
     table: SessionTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "MAX_PENDING_EVENTS", 3)
-    Engine(table)
+    monkeypatch.setattr(sessions, "MAX_PENDING_KV_EVENTS", 2)
+    engine = Engine(table)
     session = table.open()
     table.handle(session, submit([1], request_id="a"))
     table.handle(session, SubscribeKvEvents())
     table.deliver([token("a")])
     table.deliver_kv([STORED, REMOVED])
-    assert not session.overflowed.is_set()
     table.deliver_kv([STORED])
-    assert session.overflowed.is_set()
-    assert news(session) is None
+    table.deliver_kv([REMOVED])
+    assert news(session) == News([token("a")], [KvEventsLost()])
+    # Nothing until it asks again: what comes then is all that is there.
+    table.deliver_kv([STORED])
+    table.handle(session, SubscribeKvEvents())
+    assert engine.commands[-1] == SubscribeKvEvents()
+    table.deliver_kv([REMOVED])
+    assert news(session) == News([], [REMOVED])
+    assert not session.overflowed.is_set()
 
 
 def test_drafts_end_their_request(table: SessionTable) -> None:

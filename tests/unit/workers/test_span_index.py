@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.engine.block_hash import block_hash, root_hash
+from workers.block_hash import block_hash, root_hash
 from workers.engine.span_reuse.span_index import MAX_PLACES, MIN_SPAN_TOKENS, Span, SpanIndex, window_hashes
 
 ROOT = root_hash("m", "t", "")

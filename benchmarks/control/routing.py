@@ -1,0 +1,200 @@
+"""Routing by what workers have cached: what a decision takes, and what it brings on a trace of conversations.
+
+    python benchmarks/control/routing.py [--quick] [--only decision|simulation] [--json FILE]
+
+A decision: which workers have the beginning of a prompt, from an index of 1,048,576 blocks over 256 workers, and which of them gets
+it. The names of the prompt's blocks are computed before, once for a request, and are timed apart. What it brings is simulated
+(docs/simulation.md): sixteen workers of Llama-3-8B's shape on an H100 each, with 50 GB of KV, and the Mooncake conversation trace at 8 and 12
+requests a second, two parts of it. The
+baseline routes by load alone; both have the same prefix caches, and in both a worker finds what it has.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from orchestrator.bench.machine import describe_machine  # noqa: E402
+from orchestrator.bench.plan import plan_requests, take_slice  # noqa: E402
+from orchestrator.bench.summary import summarise  # noqa: E402
+from orchestrator.bench.trace import read_trace  # noqa: E402
+from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
+from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
+from orchestrator.control.latency_model import LatencyModel  # noqa: E402
+from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
+from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
+from orchestrator.control.slo import Slo, percentile  # noqa: E402
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView  # noqa: E402
+from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
+from workers.api import (  # noqa: E402
+    EngineConfig,
+    KvBlocksStored,
+    KvTransferConfig,
+    Phase,
+    PhaseSet,
+    WorkerId,
+)
+from workers.block_hash import root_hash  # noqa: E402
+
+BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
+NUM_WORKERS, NUM_BLOCKS, BLOCK_SIZE = 256, 2**20, 16
+PROMPT_TOKENS = 8192
+SLO = Slo(3.0, 0.05)
+ENGINE = EngineConfig(
+    kv_cache_bytes=50 * 10**9,
+    token_budget=1024,
+    max_running_sequences=256,
+    max_waiting_requests=10_000,
+)
+SHAPES: dict[str, tuple[PhaseSet, ...]] = {
+    "16 x prefill and decode": (BOTH,) * 16,
+    "10 x prefill, 6 x decode": (frozenset({Phase.PREFILL}),) * 10 + (frozenset({Phase.DECODE}),) * 6,
+}
+
+
+def time_decisions(num_decisions: int) -> dict[str, float]:
+    """In seconds."""
+    rng = random.Random(1)
+    root = root_hash("model", "tokenizer", "")
+    workers = tuple(
+        WorkerView(WorkerId(f"w-{i}"), 1, BOTH, LifecycleState.READY, f"w-{i}:1") for i in range(NUM_WORKERS)
+    )
+    view, ledger, index = ClusterView("d", 1, 1, "m", workers), LoadLedger(), PrefixIndex()
+    chains = []
+    for worker in workers:
+        index.add(worker, BLOCK_SIZE)
+        ledger.add(
+            worker.worker_id, prefill_tokens=rng.randrange(8192), decode_sequences=rng.randrange(1, 64)
+        )
+    num_prompts = NUM_BLOCKS * BLOCK_SIZE // PROMPT_TOKENS
+    for number in range(num_prompts):
+        tokens = [rng.randrange(32_000) for _ in range(PROMPT_TOKENS + 1)]
+        chain = PromptChain(root, tokens, len(tokens))
+        for worker in rng.sample(workers, 1 + number % 8):
+            index.apply(worker, [KvBlocksStored(root, tuple(chain.hashes(BLOCK_SIZE)))])
+        chains.append(chain)
+        if number % 100 == 0:
+            print(f"\rindex of {index.num_blocks:,} blocks", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    naming_s, deciding_s = [], []
+    for _ in range(num_decisions):
+        known = rng.choice(chains)
+        fresh = PromptChain(root, known._token_ids, known.num_prompt_tokens)
+        began_s = time.perf_counter()
+        fresh.hashes(BLOCK_SIZE)
+        named_s = time.perf_counter()
+        cached = index.cached_tokens(fresh)
+        route = choose_route(
+            view, ledger, lambda _: True, PromptLoad(PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker())
+        )
+        deciding_s.append(time.perf_counter() - named_s)
+        naming_s.append(named_s - began_s)
+        assert isinstance(route, Route)
+    return {
+        "num_blocks": index.num_blocks,
+        "num_workers": NUM_WORKERS,
+        "prompt_tokens": PROMPT_TOKENS,
+        "decision_p50_s": statistics.median(deciding_s),
+        "decision_p99_s": percentile(sorted(deciding_s), 99),
+        "naming_p50_s": statistics.median(naming_s),
+    }
+
+
+def simulate(
+    trace: Path, phases: tuple[PhaseSet, ...], rate: float, duration_s: float, seed: int, *, by_cache: bool
+) -> dict[str, Any]:
+    """One run."""
+    part = take_slice(read_trace(trace), rate_rps=rate, duration_s=duration_s, first_row=1 + 3000 * seed)
+    plan = plan_requests(part, max_context_tokens=131_072)
+    declared = tuple(
+        DeclaredWorker(WorkerId(f"w-{i}"), one, "simulated", WorkerResources(1), ENGINE, KvTransferConfig())
+        for i, one in enumerate(phases)
+    )
+    latency = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
+    config = SimConfig(declared, latency, seed=seed, is_cache_told=by_cache)
+    result = Simulation(config, plan, duration_s).run()
+    summary = summarise(result.load, SLO)
+    assert summary.ttft_s is not None
+    assert summary.tpot_s is not None
+    assert summary.num_failed == 0
+    num_prompt = sum(one.prompt_tokens for one in plan)
+    return {
+        "ttft_p50_s": summary.ttft_s.p50,
+        "ttft_p90_s": summary.ttft_s.p90,
+        "tpot_p90_s": summary.tpot_s.p90,
+        "attainment": summary.attainment,
+        "cached_share": sum(use.num_cached_tokens for use in result.workers) / num_prompt,
+    }
+
+
+def decide(num_decisions: int) -> dict[str, float]:
+    """Time decisions, and print that."""
+    times = time_decisions(num_decisions)
+    print(
+        f"{times['num_blocks']:,} blocks over {NUM_WORKERS} workers, prompts of {PROMPT_TOKENS:,} tokens: a decision takes "
+        f"{times['decision_p50_s'] * 1e3:.3f} ms, p99 {times['decision_p99_s'] * 1e3:.3f}; naming the blocks "
+        f"{times['naming_p50_s'] * 1e3:.2f} ms"
+    )
+    return times
+
+
+def compare(trace: Path, *, is_quick: bool) -> list[dict[str, Any]]:
+    """Simulate all shapes and rates with and without, and print that."""
+    rows = []
+    is_small = len(read_trace(trace).rows) < 2000
+    seeds, duration_s = ((0,), 10.0) if is_quick or is_small else ((0, 1), 150.0)
+    heads = f"{'shape':<26}{'req/s':>6} {'routed by':<12}{'TTFT p50':>9}{'p90':>8} s{'TPOT p90':>10} ms"
+    print(f"{heads}{'met':>7}{'cached':>8}")
+    for name, phases in list(SHAPES.items())[: 1 if is_quick else None]:
+        for rate in (1.0,) if is_quick or is_small else (8.0, 12.0):
+            for by_cache in (False, True):
+                runs = [simulate(trace, phases, rate, duration_s, seed, by_cache=by_cache) for seed in seeds]
+                means = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
+                rows.append({"shape": name, "rate_rps": rate, "by_cache": by_cache, "runs": runs})
+                print(
+                    f"{name:<26}{rate:>6g} {'cache, load' if by_cache else 'load':<12}{means['ttft_p50_s']:>9.2f}"
+                    f"{means['ttft_p90_s']:>8.2f} s{means['tpot_p90_s'] * 1e3:>10.1f} ms{means['attainment']:>7.0%}"
+                    f"{means['cached_share']:>8.0%}",
+                    flush=True,
+                )
+    return rows
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer decisions, one seed and one shape")
+    parser.add_argument("--only", choices=("decision", "simulation"), help="one of the two parts")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        default=ROOT / "tests" / "fixtures" / "traces" / "mooncake_conversation.jsonl",
+        help="the whole Mooncake conversation trace (default: the few rows that tests have)",
+    )
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    if args.only != "simulation":
+        found["decision"] = decide(200 if args.quick else 5000)
+    if args.only != "decision":
+        found["rows"] = compare(args.trace, is_quick=args.quick)
+    if args.json:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        data = {"date": date, "machine": describe_machine(), **found}
+        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
