@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path)
     assert _left_by(user) == []
 
 
-@pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0: "])
+@pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0"])
 def test_ctrl_c_in_the_first_example_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
     user = User(tmp_path / "state")
     with user.start("examples/01_first_answer.py") as demo:
