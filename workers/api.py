@@ -606,11 +606,12 @@ class KvBlocksStored:
     """These blocks can be found by their hashes from now on, each the child of the one before it.
 
     parent: hash of the block before the first; where a prompt begins, that of model, tokenizer and cache salt.
-    Blocks may be told of again.
+    is_known: they were there before somebody asked to be told, and are told to those alone who have just asked.
     """
 
     parent: bytes
     hashes: tuple[bytes, ...]
+    is_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from workers.api import (
     Event,
     FailureCode,
     ImagesEncoded,
+    KvBlocksStored,
     KvEvent,
     KvEventsLost,
     KvTransferred,
@@ -33,6 +34,8 @@ from workers.submit_check import encode_problem, submit_problem
 MAX_PENDING_EVENTS = 65536
 #: Events of the cache that may; one more voids what it knows of the cache, and nothing else.
 MAX_PENDING_KV_EVENTS = 2**20
+#: In one message; more would keep a gateway's loop from all else.
+MAX_KV_EVENTS_PER_BATCH = 1024
 #: Requests of one session at a time, in whatever state; one more is refused as overloaded.
 MAX_REQUESTS_PER_SESSION = 4096
 
@@ -55,6 +58,8 @@ class GatewaySession:
         self.overflowed = asyncio.Event()
         #: It has been told that events of the cache are lost, or will be, and has not asked for more.
         self.is_kv_lost = False
+        #: It has asked for events of the cache, and has not been told yet what is there.
+        self.wants_known = False
         self._events: list[Event] = []
         self._kv_events: list[KvEvent] = []
         self._num_pending = 0
@@ -92,8 +97,9 @@ class GatewaySession:
                 return None
             self._wake.clear()
             await self._wake.wait()
-        news = News(self._events, self._kv_events)
-        self._events, self._kv_events, self._num_pending = [], [], 0
+        news = News(self._events, self._kv_events[:MAX_KV_EVENTS_PER_BATCH])
+        self._events, self._num_pending = [], 0
+        del self._kv_events[:MAX_KV_EVENTS_PER_BATCH]
         return news
 
 
@@ -159,7 +165,7 @@ class SessionTable:
                     self._post(command)
             case SubscribeKvEvents():
                 self._subscribed.add(session)
-                session.is_kv_lost = False
+                session.is_kv_lost, session.wants_known = False, True
                 if self._refusal is None:
                     self._post(command)
 
@@ -178,14 +184,21 @@ class SessionTable:
             session.put(theirs)
 
     def deliver_kv(self, kv_events: Sequence[KvEvent]) -> None:
-        """Events of the prefix cache, to every session that asked for them.
+        """Events of the prefix cache, to every session that asked for them; what was there before, to those that have just asked.
 
         One that asked when others had already hears of changes before it is told all that is cached; those it
         may take or leave, since what it is told then is all there is.
         """
+        changes = [event for event in kv_events if not (isinstance(event, KvBlocksStored) and event.is_known)]
+        has_known = len(changes) < len(kv_events)
         for session in self._subscribed:
-            if not session.is_kv_lost:
+            if session.is_kv_lost:
+                continue
+            if has_known and session.wants_known:
+                session.wants_known = False
                 session.put((), kv_events)
+            elif changes:
+                session.put((), changes)
 
     def check_invariants(self) -> None:
         """Each request has one owner, which knows it."""

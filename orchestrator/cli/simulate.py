@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kvtransfer.codecs.codec import CodecId
 from orchestrator.bench.plan import PlannedRequest, Slice, plan_requests, take_slice
 from orchestrator.bench.records import BenchConfig, ServedModel
 from orchestrator.bench.report import as_json, describe_slice
@@ -15,6 +16,7 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
+from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo
@@ -147,6 +149,9 @@ def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
     model, device = MODELS[args.model], DEVICES[args.device]
     weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
     for declared in worker_specs(deployment):
+        left_out = _left_out(declared)
+        if left_out:
+            return f"{declared.worker_id}: {left_out} is not simulated; leave it out of the manifest"
         needed = weights + declared.engine.kv_cache_bytes
         if needed > device.memory_bytes:
             return (
@@ -154,6 +159,15 @@ def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
                 f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {args.device} has {device.memory_bytes / 1e9:.0f} GB"
             )
     return None
+
+
+def _left_out(declared: DeclaredWorker) -> str:
+    """A setting that would make a difference, and does not here."""
+    if declared.engine.host_cache_bytes:
+        return "engine.hostCacheMiB"
+    if declared.engine.span_reuse is not None:
+        return "engine.spanReuse"
+    return "" if declared.kv_transfer.codec is CodecId.NONE else "kvTransfer.codec"
 
 
 class _Run:

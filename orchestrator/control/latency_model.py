@@ -89,6 +89,11 @@ class ModelShape:
     kv_token_bytes: int
 
     @property
+    def attention_tokens(self) -> float:
+        """Tokens of context at which attending to them is as much work for a token as all else; see workers.engine.scheduler."""
+        return 2.0 * self.num_weights / self.pair_flops
+
+    @property
     def pair_flops(self) -> float:
         """Of one token that attends to one other, in all layers."""
         return 4.0 * self.num_layers * self.hidden_size

@@ -5,7 +5,7 @@ wrong guess costs time and nothing else, as workers look for themselves.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from orchestrator.control.view import WorkerView
 from workers.api import KvBlocksRemoved, KvBlocksStored, KvEvent, KvEventsLost, WorkerId
@@ -28,17 +28,15 @@ class PromptChain:
         self._token_ids = array("I", token_ids)
         self._hashes: dict[int, list[bytes]] = {}
 
-    def hashes(self, block_size: int) -> list[bytes]:
-        """Of its full blocks of this size, each the child of the one before it."""
-        known = self._hashes.get(block_size)
-        if known is None:
-            known, parent = [], self._root
-            num_tokens = min(len(self._token_ids), self.num_prompt_tokens - 1)
-            for end in range(block_size, num_tokens + 1, block_size):
-                parent = block_hash(parent, self._token_ids[end - block_size : end])
-                known.append(parent)
-            self._hashes[block_size] = known
-        return known
+    def hashes(self, block_size: int) -> Iterator[bytes]:
+        """Of its full blocks of this size, each the child of the one before it. Computed as far as anybody asks."""
+        known = self._hashes.setdefault(block_size, [])
+        yield from known
+        num_tokens = min(len(self._token_ids), self.num_prompt_tokens - 1)
+        for end in range(block_size * (len(known) + 1), num_tokens + 1, block_size):
+            parent = known[-1] if known else self._root
+            known.append(block_hash(parent, self._token_ids[end - block_size : end]))
+            yield known[-1]
 
 
 class PrefixIndex:
@@ -51,6 +49,7 @@ class PrefixIndex:
         self._block_sizes: dict[WorkerKey, int] = {}
         self._blocks: dict[WorkerKey, set[bytes]] = {}
         self._free_bits: list[int] = []
+        self._keys: dict[int, WorkerKey] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -61,7 +60,8 @@ class PrefixIndex:
         """A worker will tell of its cache. What it told before is void."""
         key = worker.worker_id, worker.incarnation
         self.remove(worker)
-        self._bits[key] = 1 << (self._free_bits.pop() if self._free_bits else len(self._bits))
+        bit = 1 << (self._free_bits.pop() if self._free_bits else len(self._bits))
+        self._bits[key], self._keys[bit] = bit, key
         self._block_sizes[key] = block_size
         self._blocks[key] = set()
 
@@ -71,7 +71,7 @@ class PrefixIndex:
         bit = self._bits.pop(key, None)
         if bit is None:
             return
-        del self._block_sizes[key]
+        del self._block_sizes[key], self._keys[bit]
         for name in self._blocks.pop(key):
             self._drop(name, bit)
         self._free_bits.append(bit.bit_length() - 1)
@@ -101,21 +101,27 @@ class PrefixIndex:
     def cached_tokens(self, chain: PromptChain) -> dict[WorkerKey, int]:
         """Of each worker that has the beginning of this prompt, how many tokens of it; without those that have none."""
         found: dict[WorkerKey, int] = {}
-        for block_size in set(self._block_sizes.values()):
-            keys = [key for key, size in self._block_sizes.items() if size == block_size]
-            left, depth = sum(self._bits[key] for key in keys), 0
+        lefts: dict[int, int] = {}
+        for key, block_size in self._block_sizes.items():
+            lefts[block_size] = lefts.get(block_size, 0) | self._bits[key]
+        for block_size, left in lefts.items():
+            num_tokens = 0
             for name in chain.hashes(block_size):
                 still = left & self._have.get(name, 0)
-                if still != left and depth > 0:
-                    gone = left & ~still
-                    found |= {key: depth * block_size for key in keys if self._bits[key] & gone}
+                self._note(found, left & ~still, num_tokens)
                 left = still
                 if not left:
                     break
-                depth += 1
-            if left:
-                found |= {key: depth * block_size for key in keys if self._bits[key] & left and depth > 0}
+                num_tokens += block_size
+            self._note(found, left, num_tokens)
         return found
+
+    def _note(self, found: dict[WorkerKey, int], bits: int, num_tokens: int) -> None:
+        """These workers have so many tokens and no more."""
+        while bits and num_tokens:
+            bit = bits & -bits
+            found[self._keys[bit]] = num_tokens
+            bits ^= bit
 
     def num_blocks_by_worker(self) -> dict[WorkerKey, int]:
         """That each worker has told of."""
@@ -129,6 +135,7 @@ class PrefixIndex:
                 have[name] = have.get(name, 0) | self._bits[key]
         assert have == self._have
         assert self._bits.keys() == self._block_sizes.keys() == self._blocks.keys()
+        assert self._keys == {bit: key for key, bit in self._bits.items()}
         bits = [bit.bit_length() - 1 for bit in self._bits.values()]
         assert sorted([*bits, *self._free_bits]) == list(range(len(bits) + len(self._free_bits)))
 

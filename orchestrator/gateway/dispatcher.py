@@ -43,6 +43,9 @@ from workers.api import Event, KvEvent, KvTransferred, ModelInfo, RequestId, Sub
 
 logger = logging.getLogger(__name__)
 
+#: A worker that told more of its cache than could be read is asked again after so long, in seconds.
+ASK_AGAIN_S = 5.0
+
 
 class Dispatcher:
     """Running and waiting requests, the links to workers, and the load on them.
@@ -295,9 +298,13 @@ class Dispatcher:
         """A worker told of its prefix cache."""
         if not self._prefixes.apply(link.worker, events):
             logger.info("kv_events_lost worker_id=%s reason=told_too_much_at_once", link.worker.worker_id)
-            self._links.send(link.worker, SubscribeKvEvents())
+            self._timers.call_later(ASK_AGAIN_S, self._ask_again, link)
 
     # Inside.
+
+    def _ask_again(self, link: Link) -> None:
+        if self._links.has(link):
+            self._links.send(link.worker, SubscribeKvEvents())
 
     def _changed(self) -> None:
         self._route_waiting()

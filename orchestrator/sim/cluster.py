@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide
 from orchestrator.control.declared import DeclaredWorker
@@ -22,6 +23,30 @@ TICK_S = 0.5
 RESET_S = 0.01
 #: Of a message of tokens and of a command, in bytes.
 EVENT_BYTES, COMMAND_BYTES = 64, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUse:
+    """What one process did. busy_share: of its life."""
+
+    worker_id: str
+    incarnation: int
+    num_steps: int
+    busy_share: float
+    #: Of prompts, whose KV was there.
+    num_cached_tokens: int
+
+    @classmethod
+    def of(cls, process: SimWorker, now_s: float) -> "WorkerUse":
+        """Until its end, or now."""
+        life_s = (now_s if process.ended_at_s is None else process.ended_at_s) - process.began_at_s
+        return cls(
+            process.spec.worker_id,
+            process.spec.incarnation,
+            process.num_steps,
+            min(1.0, process.busy_s / life_s) if life_s > 0 else 0.0,
+            process.engine.reuse_counts().num_cached_tokens,
+        )
 
 
 class SimLink:
@@ -121,8 +146,10 @@ class SimCluster:
         is_cache_told: bool = True,
     ) -> None:
         self.is_cache_told = is_cache_told
-        #: Those that were ever started.
+        #: Those that live, and of each worker the last one that has ended.
         self.processes: dict[ProcessKey, SimWorker] = {}
+        #: What became of those before.
+        self.uses: list[WorkerUse] = []
         self.links: SimLinks | None = None
         self._world = world
         self._timers: SimTimers = world.timers
@@ -191,7 +218,7 @@ class SimCluster:
         # Of those that have ended the newest is kept, so that its end is seen.
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
             if key[1] < self._state.machines[key[0]].incarnation:
-                del self.processes[key]
+                self.uses.append(WorkerUse.of(self.processes.pop(key), self._timers.time()))
 
     def _start(self, start: StartWorker) -> None:
         worker_id = start.declared.worker_id
@@ -233,8 +260,8 @@ class SimCluster:
             case FaultKind.PAUSE:
                 process.pause(now_s + fault.duration_s)
             case FaultKind.SLOW:
-                process.slowdown = fault.factor
-                later(fault.duration_s, setattr, process, "slowdown", 1.0)
+                process.slowdowns.append(fault.factor)
+                later(fault.duration_s, process.slowdowns.remove, fault.factor)
             case FaultKind.CUT_FROM_GATEWAY:
                 self._cut(process.address, [GATEWAY], fault.duration_s)
             case FaultKind.CUT_FROM_WORKERS:

@@ -1,10 +1,11 @@
 """The way between processes: it takes time, loses connections, and can be cut. Pure.
 
 A message is whole and in order or does not arrive, as on the streams of gRPC. What is sent between two hosts waits for what was
-sent there before; a cut pair of hosts holds back what is sent until it is mended, as TCP does.
+sent by the one and to the other before; a cut pair of hosts holds back what is sent until it is mended, as TCP does.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,14 @@ Host = str
 
 @dataclass(frozen=True, slots=True)
 class NetworkShape:
-    """latency_s: of a message of no size, one way. jitter: its part that is random, 0 to 1. bytes_per_s: of one pair of hosts, each way."""
+    """latency_s: of a message of no size, one way. jitter: its part that is random, 0 to 1.
 
+    bytes_per_s: what a host sends, and what it receives, to and from all others together.
+    """
+
+    bytes_per_s: float
     latency_s: float = 200e-6
     jitter: float = 0.2
-    bytes_per_s: float = 10e9
 
 
 class SimNetwork:
@@ -30,10 +34,12 @@ class SimNetwork:
         self._timers = timers
         self._shape = shape
         self._rng = rng
-        #: When the way from one host to another is free again, and when the last message arrives.
-        self._free_at_s: dict[tuple[Host, Host], float] = {}
+        #: When a host can send again, and receive again, and when the last message from one to another arrives.
+        self._sends_at_s: dict[Host, float] = {}
+        self._receives_at_s: dict[Host, float] = {}
         self._last_at_s: dict[tuple[Host, Host], float] = {}
-        self._cut: set[frozenset[Host]] = set()
+        #: How often a pair was cut and not yet mended.
+        self._cut: Counter[frozenset[Host]] = Counter()
         self._held: dict[
             frozenset[Host], list[tuple[Host, Host, int, Callable[..., Any], tuple[Any, ...]]]
         ] = {}
@@ -43,12 +49,13 @@ class SimNetwork:
     ) -> None:
         """Call deliver(*args) when the message has arrived."""
         pair = frozenset((source, target))
-        if pair in self._cut:
+        if self._cut[pair]:
             self._held.setdefault(pair, []).append((source, target, num_bytes, deliver, args))
             return
         way, now_s = (source, target), self._timers.time()
-        begin_s = max(now_s, self._free_at_s.get(way, 0.0))
-        self._free_at_s[way] = end_s = begin_s + num_bytes / self._shape.bytes_per_s
+        begin_s = max(now_s, self._sends_at_s.get(source, 0.0), self._receives_at_s.get(target, 0.0))
+        end_s = begin_s + num_bytes / self._shape.bytes_per_s
+        self._sends_at_s[source] = self._receives_at_s[target] = end_s
         arrive_s = end_s + self._shape.latency_s * (1 + self._shape.jitter * self._rng.random())
         # In order, whatever the jitter.
         arrive_s = max(arrive_s, self._last_at_s.get(way, 0.0))
@@ -57,15 +64,17 @@ class SimNetwork:
 
     def is_cut(self, one: Host, other: Host) -> bool:
         """Nothing passes between them now."""
-        return frozenset((one, other)) in self._cut
+        return self._cut[frozenset((one, other))] > 0
 
     def cut(self, one: Host, other: Host) -> None:
         """Hold back what they send each other from now on."""
-        self._cut.add(frozenset((one, other)))
+        self._cut[frozenset((one, other))] += 1
 
     def mend(self, one: Host, other: Host) -> None:
-        """Let it pass, and what was held back first."""
+        """One cut less; after the last one it passes, what was held back first."""
         pair = frozenset((one, other))
-        self._cut.discard(pair)
+        self._cut[pair] -= 1
+        if self._cut[pair]:
+            return
         for source, target, num_bytes, deliver, args in self._held.pop(pair, []):
             self.send(source, target, num_bytes, deliver, *args)

@@ -17,7 +17,7 @@ from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.validation import CheckedRequest
-from orchestrator.sim.cluster import SimCluster
+from orchestrator.sim.cluster import SimCluster, WorkerUse
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.timers import SimTimers
@@ -40,7 +40,8 @@ class SimConfig:
     declared: tuple[DeclaredWorker, ...]
     latency: LatencyModel
     seed: int = 0
-    network: NetworkShape = field(default_factory=NetworkShape)
+    #: None: what the device moves, see DeviceShape.
+    network: NetworkShape | None = None
     noise: float = 0.03
     load_s: float = 5.0
     timeout_s: float = 600.0
@@ -51,18 +52,6 @@ class SimConfig:
     check_every: int = 0
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerUse:
-    """What one process did. busy_share: of its life."""
-
-    worker_id: str
-    incarnation: int
-    num_steps: int
-    busy_share: float
-    #: Of prompts, whose KV was there.
-    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +73,8 @@ class Simulation:
         self._config = config
         self._plan = plan
         self._duration_s = duration_s
-        network = SimNetwork(self.timers, config.network, random.Random(rng.random()))
+        shape = config.network or NetworkShape(config.latency.device.transfer_bytes_per_s)
+        network = SimNetwork(self.timers, shape, random.Random(rng.random()))
         start_s = config.load_s + WARM_S
         world = WorkerWorld(
             config.latency.model,
@@ -114,6 +104,7 @@ class Simulation:
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}
         self._num_wrong_tokens = 0
+        self._num_failed = 0
         self._start_s = start_s
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
@@ -128,6 +119,10 @@ class Simulation:
         while len(self._records) < len(self._plan):
             if not self.timers.run_next(latest_s + 60.0):
                 raise AssertionError(f"{len(self._plan) - len(self._records)} requests have no end")
+            if self.dispatcher.num_failed > self._num_failed:
+                # Not all failures come with an event of a worker.
+                self._num_failed = self.dispatcher.num_failed
+                self._read_answers([one for one, client in self._clients.items() if client.request.is_failed])
             if every and self.timers.num_events % every == 0:
                 self.check_invariants()
             if self.timers.num_events % 4096 == 0:
@@ -135,18 +130,9 @@ class Simulation:
         self.check_invariants()
         now_s = self.timers.time()
         records = tuple(self._records[index] for index in range(len(self._plan)))
-        uses = tuple(
-            WorkerUse(
-                key[0],
-                key[1],
-                one.num_steps,
-                one.busy_s / (now_s - one.began_at_s),
-                one.engine.reuse_counts().num_cached_tokens,
-            )
-            for key, one in self.cluster.processes.items()
-        )
+        uses = [WorkerUse.of(process, now_s) for process in self.cluster.processes.values()]
         load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
-        return SimResult(load, uses, self.timers.num_events, self._num_wrong_tokens)
+        return SimResult(load, (*self.cluster.uses, *uses), self.timers.num_events, self._num_wrong_tokens)
 
     def check_invariants(self) -> None:
         """Of all that serves."""
@@ -169,7 +155,6 @@ class Simulation:
             self._records[index] = RequestRecord(planned, type(error).__name__, str(error), 0.0)
             return
         self._clients[request_id] = _Client(index, planned, request, now_s)
-        self.timers.call_at(now_s + config.timeout_s, self._read_answer, request_id)
 
     def _read_answers(self, request_ids: Sequence[RequestId]) -> None:
         for request_id in request_ids:

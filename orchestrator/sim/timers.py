@@ -16,8 +16,13 @@ class SimTimer:
         self.is_cancelled = False
 
     def cancel(self) -> None:
-        """It does not happen."""
+        """It does not happen, and keeps nothing alive that it would have been about."""
         self.is_cancelled = True
+        self.callback, self.args = _nothing, ()
+
+
+def _nothing() -> None:
+    """What was to happen."""
 
 
 class SimTimers:

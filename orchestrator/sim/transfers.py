@@ -78,6 +78,7 @@ class SimTransfers:
         self._sending: dict[str, _Side] = {}
         self._receiving: dict[str, _Side] = {}
         self._is_dead = False
+        self._paused_until_s = 0.0
 
     # The engine.
 
@@ -144,6 +145,12 @@ class SimTransfers:
         """From the other side of a transfer. sender: its address."""
         if self._is_dead:
             return
+        if self._timers.time() < self._paused_until_s:
+            self._timers.call_at(
+                self._paused_until_s,
+                lambda: self.frame_came(sender, transfer_id, frame, is_for_receiver=is_for_receiver),
+            )
+            return
         sides = self._receiving if is_for_receiver else self._sending
         side = sides.get(transfer_id)
         if side is None and isinstance(frame, Reserve):
@@ -167,6 +174,10 @@ class SimTransfers:
         for side in [*self._sending.values(), *self._receiving.values()]:
             if side.peer_address == address:
                 side.post(StreamBroke(f"{address} is gone"))
+
+    def pause(self, until_s: float) -> None:
+        """The process does nothing until then: what comes waits."""
+        self._paused_until_s = until_s
 
     def die(self) -> None:
         """The process has ended."""
@@ -322,5 +333,9 @@ class _Side:
             self._timer = self._owner._timers.call_at(due_s, self._on_timer)
 
     def _on_timer(self) -> None:
+        owner = self._owner
+        if owner._timers.time() < owner._paused_until_s:
+            self._timer = owner._timers.call_at(owner._paused_until_s, self._on_timer)
+            return
         self._timer_at_s = math.inf
         self.post(TimePassed())

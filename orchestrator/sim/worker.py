@@ -1,5 +1,6 @@
 """One process of a worker: the real engine, whose steps take the time that a latency model says. Pure."""
 
+import math
 import random
 import zlib
 from collections.abc import Callable
@@ -28,8 +29,6 @@ from workers.engine.scheduler import StepPlan
 from workers.engine.step_result import StepResult
 
 VOCAB_SIZE = 32_000
-#: How long the engine keeps KV that has come for a request that has not, in seconds; as a worker's.
-CLAIM_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,9 @@ class SimWorker:
         self.num_steps = 0
         #: Time in which it computed, in seconds.
         self.busy_s = 0.0
-        #: Steps take so many times as long as they should.
-        self.slowdown = 1.0
+        #: Steps take so many times as long as they should, for each reason that there is now.
+        self.slowdowns: list[float] = []
+        self.ended_at_s: float | None = None
         self._world = world
         self._publish_events = publish
         self._rng = rng
@@ -102,7 +102,8 @@ class SimWorker:
             spec.phases,
             num_blocks=spec.engine.kv_cache_bytes // layout.block_bytes,
             max_context_tokens=world.max_context_tokens,
-            claim_s=CLAIM_S,
+            claim_s=spec.kv_transfer.lease_s,
+            attention_tokens=world.model.attention_tokens,
             pacing=LayerPacing(
                 num_layers=layout.num_layers,
                 token_bytes=layout.token_bytes,
@@ -161,10 +162,12 @@ class SimWorker:
     def pause(self, until_s: float) -> None:
         """It does nothing until then: a machine that is suspended."""
         self._paused_until_s = max(self._paused_until_s, until_s)
+        self.transfers.pause(self._paused_until_s)
 
     def die(self) -> None:
         """Its process ends, and all that it holds is gone."""
         self.is_alive = False
+        self.ended_at_s = self._timers.time()
         self.transfers.die()
         if self._wake is not None:
             self._wake.cancel()
@@ -206,7 +209,7 @@ class SimWorker:
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
         noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
-        step_s = world.latency.step_s(shape_of(plan)) * noise * self.slowdown
+        step_s = world.latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
         self.busy_s += step_s
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):
@@ -216,12 +219,19 @@ class SimWorker:
                 timers.call_later(step_s * hi / num_layers, self._layers_done, plan, lo, hi)
         timers.call_later(step_s, self._step_done, plan)
 
+    def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
+        """Whether it does nothing now; this is then called when it goes on."""
+        if self._timers.time() >= self._paused_until_s:
+            return False
+        self._timers.call_at(self._paused_until_s, callback, *args)
+        return True
+
     def _layers_done(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> None:
-        if self.is_alive:
+        if self.is_alive and not self._is_paused(self._layers_done, plan, layer_lo, layer_hi):
             self._publish([*self.engine.kv_ready(plan, layer_lo, layer_hi)])
 
     def _step_done(self, plan: StepPlan) -> None:
-        if not self.is_alive:
+        if not self.is_alive or self._is_paused(self._step_done, plan):
             return
         tokens = [
             token_of(part.sequence.key.request_id, len(part.sequence.token_ids))

@@ -347,7 +347,15 @@ class BlockPool:
         self._is_watched = True
         known = self._tier.parents() if self._tier is not None else {}
         known |= {one.hash: one.parent for i, one in self._stored.items() if i not in self._pending}
-        self._events.extend(KvBlocksStored(parent, (name,)) for name, parent in known.items())
+        #: By the last block of each: what comes before its first, and all of it.
+        chains: dict[bytes, tuple[bytes, list[bytes]]] = {}
+        for name, parent in known.items():
+            first, names = chains.pop(parent, (parent, []))
+            names.append(name)
+            chains[name] = first, names
+        self._events.extend(
+            KvBlocksStored(first, tuple(names), is_known=True) for first, names in chains.values()
+        )
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order."""

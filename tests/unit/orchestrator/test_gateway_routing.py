@@ -3,7 +3,10 @@
 import hashlib
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from orchestrator.control.prefix_index import PromptChain
+from orchestrator.gateway import dispatcher
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import BOTH, FakeWorker, byte_ids, byte_model
 from tests.support.gateway import Gateway, collect, gateway, run
@@ -72,7 +75,11 @@ def test_a_prompt_that_is_scored_is_computed_whole_wherever_it_goes() -> None:
     with_two(scenario)
 
 
-def test_a_worker_that_lost_events_is_asked_again_and_nothing_is_known_of_it_until_it_answers() -> None:
+def test_a_worker_that_lost_events_is_asked_again_and_nothing_is_known_of_it_until_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatcher, "ASK_AGAIN_S", 0.01)
+
     async def scenario(it: Gateway, first: FakeWorker, second: FakeWorker) -> None:
         await tell(it, second)
         second.say_of_cache(KvEventsLost())

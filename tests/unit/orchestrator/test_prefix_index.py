@@ -22,8 +22,12 @@ def chain(*token_ids: int) -> PromptChain:
     return PromptChain(ROOT, token_ids, len(token_ids))
 
 
+def names(prompt: PromptChain, block_size: int) -> list[bytes]:
+    return list(prompt.hashes(block_size))
+
+
 def stored(prompt: PromptChain, block_size: int, lo: int = 0, hi: int | None = None) -> KvBlocksStored:
-    hashes = prompt.hashes(block_size)
+    hashes = names(prompt, block_size)
     parent = hashes[lo - 1] if lo else ROOT
     return KvBlocksStored(parent, tuple(hashes[lo:hi]))
 
@@ -34,12 +38,12 @@ def key(number: int, incarnation: int = 1) -> WorkerKey:
 
 def test_a_chain_names_full_blocks_and_leaves_out_the_last_token() -> None:
     first = block_hash(ROOT, [1, 2])
-    assert chain(1, 2, 3).hashes(2) == [first]
-    assert chain(1, 2, 3, 4).hashes(2) == [first]
-    assert chain(1, 2, 3, 4, 5).hashes(2) == [first, block_hash(first, [3, 4])]
-    assert chain(1).hashes(1) == chain().hashes(4) == []
+    assert names(chain(1, 2, 3), 2) == [first]
+    assert names(chain(1, 2, 3, 4), 2) == [first]
+    assert names(chain(1, 2, 3, 4, 5), 2) == [first, block_hash(first, [3, 4])]
+    assert names(chain(1), 1) == names(chain(), 4) == []
     # A prompt that goes on with a picture has its blocks of text whole.
-    assert PromptChain(ROOT, (1, 2), 70).hashes(2) == [first]
+    assert names(PromptChain(ROOT, (1, 2), 70), 2) == [first]
 
 
 def test_each_worker_is_found_with_as_much_as_it_has() -> None:
@@ -56,7 +60,7 @@ def test_each_worker_is_found_with_as_much_as_it_has() -> None:
 def test_blocks_behind_a_missing_one_are_of_no_use() -> None:
     index, prompt = PrefixIndex(), chain(*range(9))
     index.add(worker(0), 2)
-    index.apply(worker(0), [stored(prompt, 2), KvBlocksRemoved((prompt.hashes(2)[1],))])
+    index.apply(worker(0), [stored(prompt, 2), KvBlocksRemoved((names(prompt, 2)[1],))])
     assert index.cached_tokens(prompt) == {key(0): 2}
 
 
@@ -97,6 +101,16 @@ def test_a_worker_that_lost_events_is_asked_anew() -> None:
     index.check_invariants()
 
 
+def test_names_are_computed_as_far_as_they_are_asked_for() -> None:
+    prompt = chain(*range(100))
+    first = next(prompt.hashes(2))
+    assert len(prompt._hashes[2]) == 1
+    both = prompt.hashes(2), prompt.hashes(2)
+    assert next(both[0]) == next(both[1]) == first
+    assert list(both[0]) == list(both[1]) == names(prompt, 2)[1:]
+    assert len(prompt._hashes[2]) == 49
+
+
 def test_another_salt_shares_nothing() -> None:
     index = PrefixIndex()
     index.add(worker(0), 2)
@@ -124,7 +138,7 @@ def test_it_finds_what_a_naive_index_finds(seed: int) -> None:
             case 2:
                 hashes = tuple(
                     rng.sample(
-                        prompt.hashes(sizes[number]), rng.randint(0, len(prompt.hashes(sizes[number])))
+                        names(prompt, sizes[number]), rng.randint(0, len(names(prompt, sizes[number])))
                     )
                 )
                 index.apply(worker(number), [KvBlocksRemoved(hashes)])
@@ -136,7 +150,7 @@ def test_it_finds_what_a_naive_index_finds(seed: int) -> None:
         index.check_invariants()
         expected = {}
         for other, blocks in naive.items():
-            hashes = prompt.hashes(sizes[other])
+            hashes = names(prompt, sizes[other])
             depth = next((i for i, name in enumerate(hashes) if name not in blocks), len(hashes))
             if depth:
                 expected[key(other)] = depth * sizes[other]

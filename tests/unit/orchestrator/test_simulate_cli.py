@@ -80,6 +80,28 @@ def test_what_cannot_be_simulated_is_refused_with_the_reason(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "tokenBudget: 2048",
+            "tokenBudget: 2048, hostCacheMiB: 1000",
+            "engine.hostCacheMiB is not simulated",
+        ),
+        ("  slo:", "  kvTransfer: {codec: fp8}\n  slo:", "kvTransfer.codec is not simulated"),
+    ],
+)
+def test_a_setting_that_is_not_simulated_is_refused(
+    old: str, new: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.yaml"
+    text = (EXAMPLES / "one-full.yaml").read_text()
+    assert old in text
+    manifest.write_text(text.replace(old, new))
+    assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rate", ["0", "-1", "1,,2", "fast", "nan"])
 def test_a_rate_that_is_none_is_a_wrong_command_line(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

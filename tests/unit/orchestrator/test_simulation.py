@@ -177,9 +177,52 @@ def test_prompts_follow_their_beginning_to_where_it_is_cached(shape: str) -> Non
     assert cached[False] < 0.9 * most
 
 
-def test_a_worker_that_is_started_anew_is_known_to_have_nothing() -> None:
+def test_what_is_known_of_caches_is_what_is_in_them() -> None:
     plan = conversations(num=4, num_turns=6)
     fault = Fault(9.0, FaultKind.CRASH, WorkerId("w0"))
-    result, _ = run(SHAPES["two"], plan, faults=(fault,))
+    result, simulation = run(SHAPES["two"], plan, faults=(fault,))
     assert {record.status for record in result.load.records} == {OK}
-    assert sum(use.num_cached_tokens for use in result.workers) > 0
+    index = simulation.dispatcher._prefixes
+    assert index.num_blocks_by_worker().keys() == {("w0", 2), ("w1", 1)}
+    for key, process in simulation.cluster.processes.items():
+        if process.is_alive:
+            stored = {one.hash for one in process.engine.pool._stored.values()}
+            assert index._blocks[key] == stored
+            assert key == ("w0", 2) or stored
+
+
+def test_a_failure_is_told_when_it_happens() -> None:
+    shape = [worker(f"w{i}", BOTH) for i in range(8)]
+    # Whichever it goes to next dies too, until it has been tried often enough.
+    faults = tuple(Fault(0.5 + 0.3 * i, FaultKind.CRASH, WorkerId(f"w{i}")) for i in range(8))
+    result, _ = run(shape, load([(0.0, 100, 3000)]), constant(0.05), faults=faults)
+    (record,) = result.load.records
+    assert record.status == "UNAVAILABLE"
+    assert record.total_s is not None
+    assert record.total_s < 5.0
+
+
+def test_a_process_that_is_suspended_says_nothing() -> None:
+    fault = Fault(0.15, FaultKind.PAUSE, WorkerId("w0"), duration_s=1.5)
+    result, _ = run(SHAPES["one"], load([(0.0, 16, 5)]), constant(0.1), faults=(fault,), noise=0.0)
+    (record,) = result.load.records
+    assert record.token_times_s[0] == pytest.approx(0.1, abs=0.01)
+    assert record.token_times_s[1] == pytest.approx(1.65, abs=0.01)
+
+
+def test_faults_that_overlap_add_up() -> None:
+    faults = (
+        Fault(0.0, FaultKind.SLOW, WorkerId("w0"), duration_s=1.0, factor=2.0),
+        Fault(0.5, FaultKind.SLOW, WorkerId("w0"), duration_s=60.0, factor=10.0),
+    )
+    result, _ = run(SHAPES["one"], load([(0.0, 16, 12)]), constant(0.1), faults=faults, noise=0.0)
+    (record,) = result.load.records
+    assert record.token_times_s[-1] > 8.0
+
+
+def test_what_is_over_is_kept_by_nothing() -> None:
+    _, simulation = run(SHAPES["one"], random_load(seed=2))
+    assert not simulation._clients
+    waiting = [timer for _, _, timer in simulation.timers._heap if not timer.is_cancelled]
+    assert len(waiting) < 5
+    assert all(not timer.args for _, _, timer in simulation.timers._heap if timer.is_cancelled)

@@ -225,7 +225,7 @@ def test_changes_are_told_from_when_somebody_watches() -> None:
     assert pool.take_events() == []
     pool.watch()
     name = hashes([1, 2])[1]
-    assert pool.take_events() == [KvBlocksStored(ROOT, (name,))]
+    assert pool.take_events() == [KvBlocksStored(ROOT, (name,), is_known=True)]
     [second] = pool.allocate(1)
     store(pool, [second], [3, 4], is_pending=True)
     assert pool.take_events() == []

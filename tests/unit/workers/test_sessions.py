@@ -229,6 +229,33 @@ def test_kv_events_that_are_not_read_are_lost_and_nothing_else_is(
     assert not session.overflowed.is_set()
 
 
+def test_what_was_there_before_goes_to_who_has_just_asked(table: SessionTable) -> None:
+    Engine(table)
+    known = KvBlocksStored(b"", (b"a", b"b"), is_known=True)
+    first, second = table.open(), table.open()
+    table.handle(first, SubscribeKvEvents())
+    table.deliver_kv([known])
+    table.handle(second, SubscribeKvEvents())
+    table.deliver_kv([REMOVED, known])
+    table.deliver_kv([known])
+    assert news(first) == News([], [known, REMOVED])
+    assert news(second) == News([], [REMOVED, known])
+
+
+def test_a_large_cache_is_told_in_several_messages(
+    table: SessionTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_KV_EVENTS_PER_BATCH", 2)
+    Engine(table)
+    session = table.open()
+    table.handle(session, submit([1], request_id="a"))
+    table.handle(session, SubscribeKvEvents())
+    table.deliver_kv([STORED, REMOVED, STORED])
+    table.deliver([token("a")])
+    assert news(session) == News([token("a")], [STORED, REMOVED])
+    assert news(session) == News([], [STORED])
+
+
 def test_drafts_end_their_request(table: SessionTable) -> None:
     engine = Engine(table)
     session = table.open()
