@@ -6,7 +6,8 @@ One process sends, the other receives, over gRPC on loopback, with checksums, le
 hand-off is 2,048 tokens of SmolLM2-135M's KV in fp16, 47 MB, and then 16,384 tokens, 377 MB, reserved before the
 clock starts; the clock stops when the receiver has committed. Blocks lie in order, as in a pool that is new, and shuffled, as
 in one that has been used for long. Plain gRPC is what gRPC itself costs: a stream of ready messages as large and as many as the chunks,
-with as many unanswered, which the receiver answers with a byte each and drops. The TCP socket sends as many bytes with
+with as many unanswered, which the receiver answers with a byte each and drops. Bare gRPC gathers, checks and scatters them as a hand-off
+does, and has nothing else of it: no leases, credits, digests or commits. The TCP socket sends as many bytes with
 `sendall` and takes them with `recv_into`, both in place; memcpy is `numpy.copyto` out of shared memory of the other
 process. All take turns, so that the ratios are of one run. Processor time is that of all threads of a process, for each
 GB of KV: on two cores both together are what bounds the rate.
@@ -21,9 +22,10 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,6 +43,8 @@ from kvtransfer.host import CachedKv
 from kvtransfer.host_pool import HostPool, pool_shape
 from kvtransfer.kv_range import KvRange, split
 from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.pool import KvSpan, span_bytes, span_of
+from kvtransfer.raw_bytes import filled
 from kvtransfer.server import add_kvtransfer_service
 from kvtransfer.shared_memory import MappedMemory, SharedMemory
 from kvtransfer.stream import MessageChannel, MessageStream
@@ -53,8 +57,10 @@ LENGTHS = (2048, 16384)
 ORDERS = ("in order", "shuffled")
 NUM_BLOCKS = blocks_needed(max(LENGTHS), LAYOUT.block_size)
 TCP_CHUNK_BYTES = 2**21
-#: A method beside Transfer.
-PLAIN_METHOD = "Plain"
+#: Methods beside Transfer.
+PLAIN_METHOD, BARE_METHOD = "Plain", "Bare"
+#: What stands before the payload of a bare message, as a chunk has a header.
+HEADER_BYTES = 64
 #: Rounds before those that count.
 NUM_WARM = 2
 CHANNEL_OPTIONS = (*GRPC_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -110,6 +116,7 @@ async def _receive(pipe: Connection) -> None:
     server = grpc.aio.server(options=GRPC_OPTIONS)
     receiver = add_kvtransfer_service(server, host, KvTransferConfig())
     add_handler(server, _answer_each, PLAIN_METHOD)
+    add_handler(server, partial(_scatter_each, host), BARE_METHOD)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     with socket.create_server(("127.0.0.1", 0)) as plain:
@@ -124,6 +131,19 @@ async def _answer_each(stream: MessageStream) -> None:
     """A byte for each message, until the sender closes."""
     while await stream.read() is not None:
         await stream.write(b"!")
+
+
+async def _scatter_each(host: Host, stream: MessageStream) -> None:
+    """The first message says what comes; a byte for each after that, once it is in the pool."""
+    first = await stream.read()
+    assert first is not None
+    order, _, num_tokens = first.decode().partition(":")
+    for span in spans_of(host, order, int(num_tokens)):
+        message = await stream.read()
+        assert message is not None
+        host.pool.write(span, memoryview(message)[HEADER_BYTES:], LAYOUT.dtype)
+        await stream.write(b"!")
+    await stream.read()
 
 
 def _receive_plainly(plain: socket.socket) -> None:
@@ -177,30 +197,71 @@ async def hand_off(
     return time.perf_counter() - began_s, report.transport
 
 
-async def send_plain_messages(channel: MessageChannel, num_tokens: int) -> float:
-    """Seconds until the last of as many messages as a hand-off has chunks was answered."""
+def parts_of(num_tokens: int) -> list[KvRange]:
+    """The chunks of a hand-off whose KV is all there."""
     config = KvTransferConfig()
-    whole = KvRange(0, LAYOUT.num_layers, 0, num_tokens)
-    parts = split(
-        whole,
-        token_bytes=LAYOUT.token_bytes,
-        token_step=LAYOUT.block_size,
-        max_bytes=config.max_chunk_bytes,
+    return list(
+        split(
+            KvRange(0, LAYOUT.num_layers, 0, num_tokens),
+            token_bytes=LAYOUT.token_bytes,
+            token_step=LAYOUT.block_size,
+            max_bytes=config.max_chunk_bytes,
+        )
     )
-    sizes = [part.num_layers * part.num_tokens * LAYOUT.token_bytes for part in parts]
-    messages = {size: bytes(size) for size in set(sizes)}
-    stream = channel.open()
+
+
+def spans_of(host: Host, order: str, num_tokens: int) -> list[KvSpan]:
+    """Where they lie in a pool."""
+    blocks = host.blocks(order, num_tokens)
+    return [
+        span_of(
+            blocks,
+            LAYOUT.block_size,
+            tokens=(part.token_lo, part.token_hi),
+            layers=(part.layer_lo, part.layer_hi),
+            heads=LAYOUT.heads,
+        )
+        for part in parts_of(num_tokens)
+    ]
+
+
+async def send_messages(stream: MessageStream, messages: Iterable[bytes]) -> float:
+    """Seconds until the last of these was answered, with as many unanswered as a hand-off has credits."""
+    max_unanswered, num_sent, num_answered = KvTransferConfig().credits, 0, 0
     began_s = time.perf_counter()
-    for number, size in enumerate(sizes):
-        if number >= config.credits:
+    for message in messages:
+        if num_sent - num_answered >= max_unanswered:
             await stream.read()
-        await stream.write(messages[size])
-    for _ in sizes[-config.credits :]:
+            num_answered += 1
+        await stream.write(message)
+        num_sent += 1
+    for _ in range(num_sent - num_answered):
         await stream.read()
     duration_s = time.perf_counter() - began_s
     await stream.close()
     assert await stream.read() is None
     return duration_s
+
+
+async def send_plain_messages(channel: MessageChannel, num_tokens: int) -> float:
+    """Seconds for as many messages, as large, as a hand-off has chunks; all of one size are the same bytes."""
+    sizes = [part.num_layers * part.num_tokens * LAYOUT.token_bytes for part in parts_of(num_tokens)]
+    messages = {size: bytes(size) for size in set(sizes)}
+    return await send_messages(channel.open(), (messages[size] for size in sizes))
+
+
+async def send_bare_messages(channel: MessageChannel, host: Host, order: str, num_tokens: int) -> float:
+    """Seconds for the same bytes as a hand-off, out of one pool and into the other."""
+    stream = channel.open()
+    await stream.write(f"{order}:{num_tokens}".encode())
+
+    def gathered(span: KvSpan) -> bytes:
+        def fill(message: memoryview) -> None:
+            host.pool.read(span, message[HEADER_BYTES:])
+
+        return filled(HEADER_BYTES + span_bytes(span, LAYOUT), fill)
+
+    return await send_messages(stream, map(gathered, spans_of(host, order, num_tokens)))
 
 
 class ProcessorTime:
@@ -261,6 +322,8 @@ async def measure(
             assert taken == transport, taken
             note(name, duration_s)
         note("plain gRPC", await send_plain_messages(GrpcChannel(grpc_channels[0], PLAIN_METHOD), num_tokens))
+        bare = GrpcChannel(grpc_channels[0], BARE_METHOD)
+        note("bare gRPC", await send_bare_messages(bare, host, order, num_tokens))
         note("TCP socket", send_by_socket(other.plain, memoryview(target)))
         began_s = time.perf_counter()
         np.copyto(target, source)
