@@ -230,8 +230,8 @@ Global___Command: _TypeAlias = Command  # noqa: Y015
 
 @_typing.final
 class SubscribeKvEvents(_message.Message):
-    """From now on this stream gets KV events: first all that is cached now as stored, then each change. What is
-    stored may be told again, for another stream's sake.
+    """From now on this stream gets KV events: all that is cached now, as stored, and each change. Changes may come before it,
+    and are part of it then.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,7 +1,8 @@
 """Models and devices that the latency model knows without measuring. Pure.
 
-Sources. H100: docs/simulation.md, measured on one H100 80GB HBM3 (615 TFLOP/s over the layers of a model, reads of
-2.92 TB/s). A100: NVIDIA's data sheet (312 TFLOP/s, 2.04 TB/s) at the same parts of the peak. Models: the config.json of each.
+Sources. H100: the steps in docs/simulation.md, measured on one H100 80GB HBM3, which these figures fit; KV to another process
+in docs/performance.md (268 MB in 1.66 ms). A100: not measured; NVIDIA's data sheets (312 TFLOP/s and 2.04 TB/s beside 989 and 3.35) at the same
+parts of the peaks, and memory at full rate from 30 of its 108 SMs on (Bullet, ASPLOS'26). Models: the config.json of each.
 """
 
 from orchestrator.control.latency_model import DeviceShape, ModelShape
@@ -28,22 +29,12 @@ DEVICES = {
     ),
     "a100": DeviceShape(
         "a100",
-        flops_per_s=250e12,
-        attention_flops_per_s=150e12,
-        bytes_per_s=1.75e12,
-        step_overhead_s=0.8e-3,
+        flops_per_s=194e12,
+        attention_flops_per_s=126e12,
+        bytes_per_s=1.78e12,
+        step_overhead_s=0.6e-3,
         memory_bytes=80e9,
-        transfer_bytes_per_s=100e9,
-        knee=0.3,
-    ),
-    # Two cores of an EPYC with AVX-512.
-    "cpu": DeviceShape(
-        "cpu",
-        flops_per_s=1.0e11,
-        attention_flops_per_s=0.3e11,
-        bytes_per_s=2.0e10,
-        step_overhead_s=1e-3,
-        memory_bytes=8e9,
-        transfer_bytes_per_s=1e9,
+        transfer_bytes_per_s=97e9,
+        knee=0.28,
     ),
 }

@@ -14,7 +14,6 @@ Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over
 its SM-scaling roofline; two linear fits: DistServe's simulator.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +25,7 @@ MEMORY_STEPS = 500
 PRIOR_DEVIATION = (1.0, 0.5, 0.5, 0.5)
 #: A step counts for at most so many times what was expected, or so little of it: a machine that was suspended.
 MAX_RATIO = 10.0
-#: Errors are averaged over about so many steps.
+#: Weight of the last step in the mean error.
 ERROR_GAIN = 0.01
 
 Vector = npt.NDArray[np.float64]
@@ -133,16 +132,12 @@ def roofline(shape: StepShape, model: ModelShape, device: DeviceShape, share: fl
 
 
 class LatencyModel:
-    """Predicts, learns, and knows its error. factors: c0 to c3, as calibration found them.
-
-    is_learning: off, it is a fixed function of its factors.
-    """
+    """Predicts, learns, and knows its error. is_learning: off, it is the roofline."""
 
     def __init__(
         self,
         model: ModelShape,
         device: DeviceShape,
-        factors: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         *,
         is_learning: bool = True,
     ) -> None:
@@ -153,7 +148,7 @@ class LatencyModel:
         self.mean_error: float | None = None
         #: A step takes longer than predicted times this in about a tenth of all cases.
         self.upper_ratio = 1.0
-        self._factors: Vector = np.array(factors, np.float64)
+        self._factors: Vector = np.ones(4)
         self._covariance: Vector = np.diag(np.square(PRIOR_DEVIATION))
         self._is_learning = is_learning
 
@@ -165,10 +160,6 @@ class LatencyModel:
     def step_s(self, shape: StepShape, share: float = 1.0) -> float:
         """Seconds; 0 for no step."""
         return max(0.0, float(self._factors @ roofline(shape, self.model, self.device, share)))
-
-    def transfer_s(self, num_tokens: int) -> float:
-        """Seconds to move the KV of so many tokens to another worker, without what waits before it."""
-        return num_tokens * self.model.kv_token_bytes / self.device.transfer_bytes_per_s
 
     def prefill_s(self, num_new: int, num_before: int = 0, *, chunk_tokens: int) -> float:
         """Seconds for a prompt in chunks, alone, of which `num_before` tokens are known."""

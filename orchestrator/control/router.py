@@ -14,8 +14,8 @@ from workers.api import Phase, PrefixPeer, WorkerId
 #: Workers that are asked for the beginning of a prompt, all at once.
 MAX_PREFIX_PEERS = 8
 ENCODE_ALONE = frozenset({Phase.ENCODE})
-#: A sequence that decodes on a worker delays a prompt there as so many tokens of prompt do. Chosen by simulation
-#: (benchmarks/control/routing.py): without it a beginning that many prompts have fills one worker.
+#: A sequence that decodes on a worker delays a prompt there as so many tokens of prompt do: an estimate that has not been tuned.
+#: Without any a beginning that many prompts have would fill one worker.
 SEQUENCE_TOKENS = 32
 
 

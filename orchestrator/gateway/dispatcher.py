@@ -50,7 +50,8 @@ ASK_AGAIN_S = 5.0
 class Dispatcher:
     """Running and waiting requests, the links to workers, and the load on them.
 
-    timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given. learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
+    timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given.
+    learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's.
     """

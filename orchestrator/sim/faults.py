@@ -38,7 +38,7 @@ class Fault:
 def random_faults(
     rng: random.Random, worker_ids: Sequence[WorkerId], *, rate_per_s: float, until_s: float
 ) -> tuple[Fault, ...]:
-    """Faults that come as a Poisson process; none lasts, or leaves a process without a successor, beyond `until_s`."""
+    """Faults that come as a Poisson process; none begins, or lasts, beyond `until_s`."""
     faults, at_s = [], 0.0
     while rate_per_s > 0 and (at_s := at_s + rng.expovariate(rate_per_s)) < until_s:
         duration_s = min(rng.expovariate(1 / 2.0), until_s - at_s)

@@ -1,6 +1,6 @@
-"""The way between processes: it takes time, loses connections, and can be cut. Pure.
+"""The way between processes: it takes time, and can be cut. Pure.
 
-A message is whole and in order or does not arrive, as on the streams of gRPC. What is sent between two hosts waits for what was
+Messages are whole and in order, as on the streams of gRPC. What is sent between two hosts waits for what was
 sent by the one and to the other before; a cut pair of hosts holds back what is sent until it is mended, as TCP does.
 """
 

@@ -40,8 +40,6 @@ class SimConfig:
     declared: tuple[DeclaredWorker, ...]
     latency: LatencyModel
     seed: int = 0
-    #: None: what the device moves, see DeviceShape.
-    network: NetworkShape | None = None
     noise: float = 0.03
     load_s: float = 5.0
     timeout_s: float = 600.0
@@ -73,7 +71,7 @@ class Simulation:
         self._config = config
         self._plan = plan
         self._duration_s = duration_s
-        shape = config.network or NetworkShape(config.latency.device.transfer_bytes_per_s)
+        shape = NetworkShape(config.latency.device.transfer_bytes_per_s)
         network = SimNetwork(self.timers, shape, random.Random(rng.random()))
         start_s = config.load_s + WARM_S
         world = WorkerWorld(

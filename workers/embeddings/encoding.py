@@ -232,7 +232,7 @@ class Encoding:
             [ImageTile(0, tile.num_embeddings, key) for tile, key in zip(tiles, keys, strict=True)]
         )
         if problem is not None:
-            # Another encode worker has as much room, or as little.
+            # Encode workers are taken to have as much room, each.
             raise ImageRejected(problem)
         return plan
 
