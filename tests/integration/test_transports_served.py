@@ -108,6 +108,10 @@ def test_a_way_that_the_other_worker_does_not_offer_is_refused_by_name(model_pat
         to_prefill, _ = handed_off(greedy_submit(NUM_TOKENS), decode)
         await prefill.send(to_prefill)
         failure = await prefill.failure_of(REQUEST_ID)
+        # The engine tells of it as soon as its blocks are back, maybe before the transfer has counted itself.
+        await prefill.wait_for_status(
+            lambda status: status.transfers.num_refused > 0, "the refusal is counted"
+        )
         status = await prefill.status()
         assert status.transfers.num_refused == 1
         assert "kvTransfer.transport is shm" in status.peers[0].last_problem
