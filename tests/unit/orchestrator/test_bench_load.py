@@ -36,15 +36,15 @@ class FakeService(pb_grpc.InferenceServiceServicer):
         self.num_cancelled = 0
         self.arrived = asyncio.Condition()
 
-    async def Generate(  # noqa: N802
+    async def Generate(  # type: ignore[override] # noqa: N802 - a coroutine that writes, as the gateway's
         self, request: pb.GenerateRequest, context: "grpc.aio.ServicerContext[Any, Any]"
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> None:
         async with self.arrived:
             self.requests.append(request)
             self.arrived.notify_all()
         try:
             async for response in self.answer(self, request):
-                yield response
+                await context.write(response)
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
