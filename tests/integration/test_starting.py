@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,9 +50,12 @@ def _being_prepared(model: Path) -> Iterator[None]:
     digest = source_digest(model, model.parent / "digests", lambda _: None)
     cache = default_cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    lock = cache / f"{digest}-v{FORMAT_VERSION}.lock"
+    folder = cache / f"{digest}-v{FORMAT_VERSION}"
+    lock = folder.with_suffix(".lock")
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        # An earlier run of the tests may have converted it.
+        shutil.rmtree(folder, ignore_errors=True)
         yield
     lock.unlink()
 
