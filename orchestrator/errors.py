@@ -25,6 +25,7 @@
     └── PeerError               the other side is at fault
         ├── UnusableModel       a worker has loaded a model whose texts the gateway cannot handle
         ├── GatewayUnreachable  no gateway answers at an address
+        ├── WorkerUnreachable   no worker answers at an address
         └── BrokenAnswer        an answer ended without a finish reason
 
 A leaf passes its fields to `Exception`, so that it survives pickling; its message is built from them.
@@ -153,6 +154,18 @@ class GatewayUnreachable(PeerError):
 
     def __str__(self) -> str:
         return f"no gateway answers at {self.address}: {self.problem}"
+
+
+class WorkerUnreachable(PeerError):
+    """No worker answers at `address`."""
+
+    def __init__(self, address: str, problem: str) -> None:
+        super().__init__(address, problem)
+        self.address = address
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"no worker answers at {self.address}: {self.problem}"
 
 
 class BrokenAnswer(PeerError):

@@ -22,6 +22,39 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SwitchState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SwitchStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SwitchState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SWITCH_STATE_UNSPECIFIED: _SwitchState.ValueType  # 0
+    SWITCH_STATE_LEAVING: _SwitchState.ValueType  # 1
+    """What it gives up goes elsewhere."""
+    SWITCH_STATE_CHANGING: _SwitchState.ValueType  # 2
+    """It has been told, or a new process takes its place."""
+    SWITCH_STATE_CHANGED: _SwitchState.ValueType  # 3
+    """It has them."""
+    SWITCH_STATE_PROVEN: _SwitchState.ValueType  # 4
+    """It has computed a step in a phase that it had not before."""
+    SWITCH_STATE_UNDONE: _SwitchState.ValueType  # 5
+    """It keeps those that it had."""
+
+class SwitchState(_SwitchState, metaclass=_SwitchStateEnumTypeWrapper): ...
+
+SWITCH_STATE_UNSPECIFIED: SwitchState.ValueType  # 0
+SWITCH_STATE_LEAVING: SwitchState.ValueType  # 1
+"""What it gives up goes elsewhere."""
+SWITCH_STATE_CHANGING: SwitchState.ValueType  # 2
+"""It has been told, or a new process takes its place."""
+SWITCH_STATE_CHANGED: SwitchState.ValueType  # 3
+"""It has them."""
+SWITCH_STATE_PROVEN: SwitchState.ValueType  # 4
+"""It has computed a step in a phase that it had not before."""
+SWITCH_STATE_UNDONE: SwitchState.ValueType  # 5
+"""It keeps those that it had."""
+Global___SwitchState: _TypeAlias = SwitchState  # noqa: Y015
+
 class _LifecycleState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -93,20 +126,196 @@ class PublishViewResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     IS_SUPERSEDED_FIELD_NUMBER: _builtins.int
+    WANTED_SWITCHES_FIELD_NUMBER: _builtins.int
     is_superseded: _builtins.bool
     """The gateway has a view of a later controller. The one that asked must not act any more."""
+    @_builtins.property
+    def wanted_switches(self) -> _containers.RepeatedCompositeFieldContainer[Global___WantedSwitch]:
+        """What somebody has asked this gateway for, until a view tells of it."""
+
     def __init__(
         self,
         *,
         is_superseded: _builtins.bool = ...,
+        wanted_switches: _abc.Iterable[Global___WantedSwitch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_superseded", b"is_superseded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_superseded", b"is_superseded", "wanted_switches", b"wanted_switches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishViewResponse: _TypeAlias = PublishViewResponse  # noqa: Y015
+
+@_typing.final
+class WantedSwitch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SWITCH_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    switch_id: _builtins.str
+    """A name that no other one has."""
+    worker_id: _builtins.str
+    reason: _builtins.str
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        switch_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        phases: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phases", b"phases", "reason", b"reason", "switch_id", b"switch_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WantedSwitch: _TypeAlias = WantedSwitch  # noqa: Y015
+
+@_typing.final
+class SwitchPhasesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    IS_DRY_RUN_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    is_dry_run: _builtins.bool
+    reason: _builtins.str
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        phases: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        is_dry_run: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_dry_run", b"is_dry_run", "phases", b"phases", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchPhasesRequest: _TypeAlias = SwitchPhasesRequest  # noqa: Y015
+
+@_typing.final
+class SwitchProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORECAST_FIELD_NUMBER: _builtins.int
+    SWITCH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def forecast(self) -> Global___SwitchForecast:
+        """Of a dry run."""
+
+    @_builtins.property
+    def switch(self) -> Global___SwitchView: ...
+    def __init__(
+        self,
+        *,
+        forecast: Global___SwitchForecast | None = ...,
+        switch: Global___SwitchView | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "switch", b"switch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecast", b"forecast", "switch", b"switch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchProgress: _TypeAlias = SwitchProgress  # noqa: Y015
+
+@_typing.final
+class SwitchForecast(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GIVES_UP_FIELD_NUMBER: _builtins.int
+    GAINS_FIELD_NUMBER: _builtins.int
+    NUM_PROMPTS_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    num_prompts: _builtins.int
+    """Prompts that would go back and be computed elsewhere, and sequences that would move with their KV."""
+    num_sequences: _builtins.int
+    problem: _builtins.str
+    """Why it must not be; empty when it may."""
+    @_builtins.property
+    def gives_up(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    @_builtins.property
+    def gains(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        gives_up: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        gains: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        num_prompts: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gains", b"gains", "gives_up", b"gives_up", "num_prompts", b"num_prompts", "num_sequences", b"num_sequences", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchForecast: _TypeAlias = SwitchForecast  # noqa: Y015
+
+@_typing.final
+class SwitchView(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SWITCH_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CHANGE_S_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_S_FIELD_NUMBER: _builtins.int
+    switch_id: _builtins.str
+    worker_id: _builtins.str
+    state: Global___SwitchState.ValueType
+    reason: _builtins.str
+    change_s: _builtins.float
+    """Seconds from its beginning until it had them, and to its first step in one that it had not before."""
+    first_step_s: _builtins.float
+    @_builtins.property
+    def before(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        switch_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        before: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        phases: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        state: Global___SwitchState.ValueType = ...,
+        reason: _builtins.str = ...,
+        change_s: _builtins.float | None = ...,
+        first_step_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "change_s", b"change_s", "first_step_s", b"first_step_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "before", b"before", "change_s", b"change_s", "first_step_s", b"first_step_s", "phases", b"phases", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__change_s: _TypeAlias = _typing.Literal["change_s"]  # noqa: Y015
+    _WhichOneofArgType__change_s: _TypeAlias = _typing.Literal["_change_s", b"_change_s"]  # noqa: Y015
+    _WhichOneofReturnType__first_step_s: _TypeAlias = _typing.Literal["first_step_s"]  # noqa: Y015
+    _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__change_s) -> _WhichOneofReturnType__change_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
+
+Global___SwitchView: _TypeAlias = SwitchView  # noqa: Y015
 
 @_typing.final
 class GetViewRequest(_message.Message):
@@ -172,6 +381,7 @@ class ClusterView(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
+    SWITCHES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     controller_epoch: _builtins.int
     """Grows with each start of the controller; version counts its views."""
@@ -181,6 +391,10 @@ class ClusterView(_message.Message):
     controller_pid: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerView]: ...
+    @_builtins.property
+    def switches(self) -> _containers.RepeatedCompositeFieldContainer[Global___SwitchView]:
+        """The last changes of phases, in the order in which they began."""
+
     def __init__(
         self,
         *,
@@ -190,10 +404,11 @@ class ClusterView(_message.Message):
         model: _builtins.str = ...,
         workers: _abc.Iterable[Global___WorkerView] | None = ...,
         controller_pid: _builtins.int = ...,
+        switches: _abc.Iterable[Global___SwitchView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "switches", b"switches", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,6 +426,7 @@ class WorkerView(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     NUM_RESTARTS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___LifecycleState.ValueType
@@ -224,6 +440,10 @@ class WorkerView(_message.Message):
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
     def status(self) -> _worker_pb2.WorkerStatus: ...
+    @_builtins.property
+    def leaving(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]:
+        """Phases that it still has and gives up: nothing new, and what is there goes elsewhere."""
+
     def __init__(
         self,
         *,
@@ -235,10 +455,11 @@ class WorkerView(_message.Message):
         reason: _builtins.str = ...,
         num_restarts: _builtins.int = ...,
         status: _worker_pb2.WorkerStatus | None = ...,
+        leaving: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "num_restarts", b"num_restarts", "phases", b"phases", "reason", b"reason", "state", b"state", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "incarnation", b"incarnation", "leaving", b"leaving", "num_restarts", b"num_restarts", "phases", b"phases", "reason", b"reason", "state", b"state", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,6 +625,7 @@ class SampleRecord(_message.Message):
     PREFIX_FETCH_S_FIELD_NUMBER: _builtins.int
     NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     IMAGES_REDUCED_FIELD_NUMBER: _builtins.int
+    MIGRATIONS_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Of the attempt that gave the first token, as are queue_s and prefill_s."""
@@ -429,6 +651,10 @@ class SampleRecord(_message.Message):
     def images_reduced(self) -> _worker_pb2.ImagesReduced:
         """When its pictures were reduced."""
 
+    @_builtins.property
+    def migrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___MigrationRecord]:
+        """Times that it went on at another worker."""
+
     def __init__(
         self,
         *,
@@ -445,10 +671,11 @@ class SampleRecord(_message.Message):
         prefix_fetch_s: _builtins.float = ...,
         num_reused_tokens: _builtins.int = ...,
         images_reduced: _worker_pb2.ImagesReduced | None = ...,
+        migrations: _abc.Iterable[Global___MigrationRecord] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "migrations", b"migrations", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_at_s: _TypeAlias = _typing.Literal["first_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_at_s: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s"]  # noqa: Y015
@@ -468,6 +695,54 @@ class SampleRecord(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__second_token_at_s) -> _WhichOneofReturnType__second_token_at_s | None: ...
 
 Global___SampleRecord: _TypeAlias = SampleRecord  # noqa: Y015
+
+@_typing.final
+class MigrationRecord(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    SOURCE_WORKER_ID_FIELD_NUMBER: _builtins.int
+    TARGET_WORKER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    PAUSE_S_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    attempt: _builtins.int
+    at_s: _builtins.float
+    """When it was asked for."""
+    source_worker_id: _builtins.str
+    target_worker_id: _builtins.str
+    reason: _builtins.str
+    num_tokens: _builtins.int
+    """That the client had then."""
+    pause_s: _builtins.float
+    """From the last token of the one worker to the first of the other; absent until that."""
+    @_builtins.property
+    def transfer(self) -> _worker_pb2.KvTransferred:
+        """Absent until it was reported."""
+
+    def __init__(
+        self,
+        *,
+        attempt: _builtins.int = ...,
+        at_s: _builtins.float = ...,
+        source_worker_id: _builtins.str = ...,
+        target_worker_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        pause_s: _builtins.float | None = ...,
+        transfer: _worker_pb2.KvTransferred | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pause_s", b"_pause_s", "pause_s", b"pause_s", "transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pause_s", b"_pause_s", "at_s", b"at_s", "attempt", b"attempt", "num_tokens", b"num_tokens", "pause_s", b"pause_s", "reason", b"reason", "source_worker_id", b"source_worker_id", "target_worker_id", b"target_worker_id", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pause_s: _TypeAlias = _typing.Literal["pause_s"]  # noqa: Y015
+    _WhichOneofArgType__pause_s: _TypeAlias = _typing.Literal["_pause_s", b"_pause_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pause_s) -> _WhichOneofReturnType__pause_s | None: ...
+
+Global___MigrationRecord: _TypeAlias = MigrationRecord  # noqa: Y015
 
 @_typing.final
 class StateRecord(_message.Message):

@@ -49,6 +49,11 @@ class GatewayControlServiceStub:
                 request_serializer=protos_dot_control__pb2.GetKvLedgerRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.GetKvLedgerResponse.FromString,
                 _registered_method=True)
+        self.SwitchPhases = channel.unary_stream(
+                '/phasewise.control.v1.GatewayControlService/SwitchPhases',
+                request_serializer=protos_dot_control__pb2.SwitchPhasesRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.SwitchProgress.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/phasewise.control.v1.GatewayControlService/Explain',
                 request_serializer=protos_dot_control__pb2.ExplainRequest.SerializeToString,
@@ -80,6 +85,14 @@ class GatewayControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwitchPhases(self, request, context):
+        """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
+        on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id.
         """
@@ -104,6 +117,11 @@ def add_GatewayControlServiceServicer_to_server(servicer, server):
                     servicer.GetKvLedger,
                     request_deserializer=protos_dot_control__pb2.GetKvLedgerRequest.FromString,
                     response_serializer=protos_dot_control__pb2.GetKvLedgerResponse.SerializeToString,
+            ),
+            'SwitchPhases': grpc.unary_stream_rpc_method_handler(
+                    servicer.SwitchPhases,
+                    request_deserializer=protos_dot_control__pb2.SwitchPhasesRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.SwitchProgress.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -192,6 +210,33 @@ class GatewayControlService:
             '/phasewise.control.v1.GatewayControlService/GetKvLedger',
             protos_dot_control__pb2.GetKvLedgerRequest.SerializeToString,
             protos_dot_control__pb2.GetKvLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchPhases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/phasewise.control.v1.GatewayControlService/SwitchPhases',
+            protos_dot_control__pb2.SwitchPhasesRequest.SerializeToString,
+            protos_dot_control__pb2.SwitchProgress.FromString,
             options,
             channel_credentials,
             insecure,

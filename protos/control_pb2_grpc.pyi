@@ -40,6 +40,10 @@ class GatewayControlServiceStub:
     GetView: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]
     GetKvLedger: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetKvLedgerRequest, _control_pb2.GetKvLedgerResponse]
     """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+    SwitchPhases: _grpc.UnaryStreamMultiCallable[_control_pb2.SwitchPhasesRequest, _control_pb2.SwitchProgress]
+    """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
+    on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
+    """
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]
     """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
@@ -53,6 +57,10 @@ class GatewayControlServiceAsyncStub(GatewayControlServiceStub):
     GetView: _aio.UnaryUnaryMultiCallable[_control_pb2.GetViewRequest, _control_pb2.GetViewResponse]  # type: ignore[assignment]
     GetKvLedger: _aio.UnaryUnaryMultiCallable[_control_pb2.GetKvLedgerRequest, _control_pb2.GetKvLedgerResponse]  # type: ignore[assignment]
     """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+    SwitchPhases: _aio.UnaryStreamMultiCallable[_control_pb2.SwitchPhasesRequest, _control_pb2.SwitchProgress]  # type: ignore[assignment]
+    """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
+    on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
+    """
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]  # type: ignore[assignment]
     """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
@@ -81,6 +89,16 @@ class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.GetKvLedgerResponse, _abc.Awaitable[_control_pb2.GetKvLedgerResponse]]:
         """Asks workers who holds their KV blocks. NOT_FOUND for a worker that is not declared."""
+
+    @_abc_1.abstractmethod
+    def SwitchPhases(
+        self,
+        request: _control_pb2.SwitchPhasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.SwitchProgress], _abc.AsyncIterator[_control_pb2.SwitchProgress]]:
+        """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
+        on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
+        """
 
     @_abc_1.abstractmethod
     def Explain(

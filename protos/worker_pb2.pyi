@@ -202,6 +202,7 @@ class Command(_message.Message):
     ABORT_FIELD_NUMBER: _builtins.int
     SUBSCRIBE_KV_EVENTS_FIELD_NUMBER: _builtins.int
     ENCODE_FIELD_NUMBER: _builtins.int
+    MIGRATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def submit(self) -> Global___Submit: ...
     @_builtins.property
@@ -210,6 +211,8 @@ class Command(_message.Message):
     def subscribe_kv_events(self) -> Global___SubscribeKvEvents: ...
     @_builtins.property
     def encode(self) -> Global___Encode: ...
+    @_builtins.property
+    def migrate(self) -> Global___Migrate: ...
     def __init__(
         self,
         *,
@@ -217,16 +220,49 @@ class Command(_message.Message):
         abort: Global___Abort | None = ...,
         subscribe_kv_events: Global___SubscribeKvEvents | None = ...,
         encode: Global___Encode | None = ...,
+        migrate: Global___Migrate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "migrate", b"migrate", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "command", b"command", "encode", b"encode", "migrate", b"migrate", "submit", b"submit", "subscribe_kv_events", b"subscribe_kv_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "abort", "subscribe_kv_events", "encode"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["submit", "abort", "subscribe_kv_events", "encode", "migrate"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___Command: _TypeAlias = Command  # noqa: Y015
+
+@_typing.final
+class Migrate(_message.Message):
+    """A sequence that is decoded here goes on elsewhere: its KV leaves by this hand-off, and then it ends here with KvTransferred."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    HANDOFF_FIELD_NUMBER: _builtins.int
+    NUM_KNOWN_TOKENS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    attempt: _builtins.int
+    num_known_tokens: _builtins.int
+    """Of its tokens from the first on, that the other worker's Submit has."""
+    @_builtins.property
+    def handoff(self) -> Global___Handoff: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        handoff: Global___Handoff | None = ...,
+        num_known_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "handoff", b"handoff", "num_known_tokens", b"num_known_tokens", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Migrate: _TypeAlias = Migrate  # noqa: Y015
 
 @_typing.final
 class SubscribeKvEvents(_message.Message):
@@ -1374,6 +1410,9 @@ class WorkerStatus(_message.Message):
     PEERS_FIELD_NUMBER: _builtins.int
     REUSE_FIELD_NUMBER: _builtins.int
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    PHASE_EPOCH_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___WorkerState.ValueType
@@ -1391,6 +1430,10 @@ class WorkerStatus(_message.Message):
     """Blocks that no owner names, as of the last look at the ledger; always 0."""
     num_invariant_failures: _builtins.int
     """Idle checks that found the engine's state wrong; always 0."""
+    phase_epoch: _builtins.int
+    """Number of the last SetPhases that it carried out; 0 before the first."""
+    first_step_s: _builtins.float
+    """Seconds from then to its first step in a phase that it had not before; absent until that."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]: ...
     @_builtins.property
@@ -1403,6 +1446,8 @@ class WorkerStatus(_message.Message):
     def reuse(self) -> Global___KvReuseCounts: ...
     @_builtins.property
     def embeddings(self) -> Global___EmbeddingCounts: ...
+    @_builtins.property
+    def work(self) -> Global___PhaseWork: ...
     def __init__(
         self,
         *,
@@ -1424,14 +1469,101 @@ class WorkerStatus(_message.Message):
         peers: _abc.Iterable[Global___KvPeer] | None = ...,
         reuse: Global___KvReuseCounts | None = ...,
         embeddings: Global___EmbeddingCounts | None = ...,
+        work: Global___PhaseWork | None = ...,
+        phase_epoch: _builtins.int = ...,
+        first_step_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "embeddings", b"embeddings", "reuse", b"reuse", "transfers", b"transfers"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s", "blocks", b"blocks", "embeddings", b"embeddings", "first_step_s", b"first_step_s", "reuse", b"reuse", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "embeddings", b"embeddings", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "transfers", b"transfers", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s", "blocks", b"blocks", "embeddings", b"embeddings", "first_step_s", b"first_step_s", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_step_s: _TypeAlias = _typing.Literal["first_step_s"]  # noqa: Y015
+    _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
+
+Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class PhaseWork(_message.Message):
+    """Requests that still need a phase here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_ENCODES_FIELD_NUMBER: _builtins.int
+    NUM_PREFILLS_FIELD_NUMBER: _builtins.int
+    NUM_DECODES_FIELD_NUMBER: _builtins.int
+    num_encodes: _builtins.int
+    num_prefills: _builtins.int
+    num_decodes: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_encodes: _builtins.int = ...,
+        num_prefills: _builtins.int = ...,
+        num_decodes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_decodes", b"num_decodes", "num_encodes", b"num_encodes", "num_prefills", b"num_prefills"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+Global___PhaseWork: _TypeAlias = PhaseWork  # noqa: Y015
+
+@_typing.final
+class SetPhasesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    PHASE_EPOCH_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    phase_epoch: _builtins.int
+    """Grows with every switch of this worker. One that is not above the last one carried out changes nothing."""
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        phases: _abc.Iterable[Global___Phase.ValueType] | None = ...,
+        phase_epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "phase_epoch", b"phase_epoch", "phases", b"phases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPhasesRequest: _TypeAlias = SetPhasesRequest  # noqa: Y015
+
+@_typing.final
+class SetPhasesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    IS_BUSY_FIELD_NUMBER: _builtins.int
+    NEEDS_NEW_PROCESS_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """Why nothing was changed; empty when these are its phases now."""
+    is_busy: _builtins.bool
+    """Requests there need what it would give up."""
+    needs_new_process: _builtins.bool
+    """It would need other weights, or memory for pictures: a new process can serve them."""
+    def __init__(
+        self,
+        *,
+        problem: _builtins.str = ...,
+        is_busy: _builtins.bool = ...,
+        needs_new_process: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_busy", b"is_busy", "needs_new_process", b"needs_new_process", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetPhasesResponse: _TypeAlias = SetPhasesResponse  # noqa: Y015
 
 @_typing.final
 class EmbeddingCounts(_message.Message):

@@ -59,6 +59,11 @@ class WorkerServiceStub:
                 request_serializer=protos_dot_worker__pb2.FindPrefixRequest.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.FindPrefixResponse.FromString,
                 _registered_method=True)
+        self.SetPhases = channel.unary_unary(
+                '/phasewise.worker.v1.WorkerService/SetPhases',
+                request_serializer=protos_dot_worker__pb2.SetPhasesRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.SetPhasesResponse.FromString,
+                _registered_method=True)
         self.Shutdown = channel.unary_unary(
                 '/phasewise.worker.v1.WorkerService/Shutdown',
                 request_serializer=protos_dot_worker__pb2.ShutdownRequest.SerializeToString,
@@ -105,6 +110,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetPhases(self, request, context):
+        """Serve these phases from now on. Refused while a request here needs a phase that would be given up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Shutdown(self, request, context):
         """Ends the process after answering.
         """
@@ -139,6 +151,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.FindPrefix,
                     request_deserializer=protos_dot_worker__pb2.FindPrefixRequest.FromString,
                     response_serializer=protos_dot_worker__pb2.FindPrefixResponse.SerializeToString,
+            ),
+            'SetPhases': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPhases,
+                    request_deserializer=protos_dot_worker__pb2.SetPhasesRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.SetPhasesResponse.SerializeToString,
             ),
             'Shutdown': grpc.unary_unary_rpc_method_handler(
                     servicer.Shutdown,
@@ -281,6 +298,33 @@ class WorkerService:
             '/phasewise.worker.v1.WorkerService/FindPrefix',
             protos_dot_worker__pb2.FindPrefixRequest.SerializeToString,
             protos_dot_worker__pb2.FindPrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPhases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.worker.v1.WorkerService/SetPhases',
+            protos_dot_worker__pb2.SetPhasesRequest.SerializeToString,
+            protos_dot_worker__pb2.SetPhasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class WorkerServiceStub:
     """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
     FAILED_PRECONDITION until loaded, and when the engine has ended.
     """
+    SetPhases: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetPhasesRequest, _worker_pb2.SetPhasesResponse]
+    """Serve these phases from now on. Refused while a request here needs a phase that would be given up."""
     Shutdown: _grpc.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]
     """Ends the process after answering."""
 
@@ -63,6 +65,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
     FAILED_PRECONDITION until loaded, and when the engine has ended.
     """
+    SetPhases: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetPhasesRequest, _worker_pb2.SetPhasesResponse]  # type: ignore[assignment]
+    """Serve these phases from now on. Refused while a request here needs a phase that would be given up."""
     Shutdown: _aio.UnaryUnaryMultiCallable[_worker_pb2.ShutdownRequest, _worker_pb2.ShutdownResponse]  # type: ignore[assignment]
     """Ends the process after answering."""
 
@@ -109,6 +113,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """How much of the KV of a prompt's beginning is cached here. Takes as long as the engine's present step.
         FAILED_PRECONDITION until loaded, and when the engine has ended.
         """
+
+    @_abc_1.abstractmethod
+    def SetPhases(
+        self,
+        request: _worker_pb2.SetPhasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SetPhasesResponse, _abc.Awaitable[_worker_pb2.SetPhasesResponse]]:
+        """Serve these phases from now on. Refused while a request here needs a phase that would be given up."""
 
     @_abc_1.abstractmethod
     def Shutdown(

@@ -416,12 +416,25 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Migrate:
+    """A sequence that is decoded here goes on elsewhere: its KV leaves by this hand-off between two steps, and then it ends here.
+
+    num_known_tokens: of its tokens from the first on, that the other worker's Submit has; it is sent the others. One that does not
+    decode now goes as soon as it does. When it cannot be brought there it fails here. Unknown keys are ignored.
+    """
+
+    key: RequestKey
+    handoff: Handoff
+    num_known_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class SubscribeKvEvents:
     """Tell from now on what is stored in the prefix cache and removed from it, beginning with all that is there."""
 
 
 #: What the engine is told.
-EngineCommand = Submit | Abort | SubscribeKvEvents
+EngineCommand = Submit | Abort | Migrate | SubscribeKvEvents
 Command = EngineCommand | Encode
 
 
@@ -797,6 +810,39 @@ class KvPeer:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseWork:
+    """Requests here that still need a phase: pictures to encode, prompts to compute, sequences to decode.
+
+    KV that is promised to this worker, and KV that has come and whose request has not, count as sequences to decode.
+    """
+
+    num_encodes: int = 0
+    num_prefills: int = 0
+    num_decodes: int = 0
+
+    def of(self, phases: PhaseSet) -> int:
+        """Those that need any of these phases, as far as they are different requests."""
+        counts = {
+            Phase.ENCODE: self.num_encodes,
+            Phase.PREFILL: self.num_prefills,
+            Phase.DECODE: self.num_decodes,
+        }
+        return sum(counts[phase] for phase in phases)
+
+
+@dataclass(frozen=True, slots=True)
+class PhasesRefused:
+    """Why a worker did not take other phases.
+
+    is_busy: requests there need what it would give up. needs_new_process: for want of other weights, or of memory for pictures.
+    """
+
+    reason: str
+    is_busy: bool = False
+    needs_new_process: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker reports to whoever asks."""
 
@@ -821,6 +867,11 @@ class WorkerStatus:
     peers: tuple[KvPeer, ...] = ()
     reuse: KvReuseCounts = KvReuseCounts()
     embeddings: EmbeddingCounts = EmbeddingCounts()
+    work: PhaseWork = PhaseWork()
+    #: Number of the last SetPhases that it carried out; 0 before the first.
+    phase_epoch: int = 0
+    #: From then to its first step in a phase that it had not before, in seconds; None until that.
+    first_step_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

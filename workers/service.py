@@ -15,6 +15,8 @@ from workers.api import (
     FailureCode,
     KvLedger,
     ModelInfo,
+    PhaseSet,
+    PhasesRefused,
     RequestFailed,
     RequestId,
     RequestKey,
@@ -58,8 +60,8 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
     """WorkerService over the sessions of one worker.
 
     status: what to report now. model: what is loaded, None until then. ledger: who holds which KV blocks, None while there
-    is no engine; raises TimeoutError when it does not answer. find_prefix: looks a chain of blocks up for the worker at an address, likewise. shut_down: begins
-    to end the process.
+    is no engine; raises TimeoutError when it does not answer. find_prefix: looks a chain of blocks up for the worker at an address, likewise. set_phases: see
+    Worker. shut_down: begins to end the process.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         model: Callable[[], ModelInfo | None],
         ledger: Callable[[], Awaitable[KvLedger | None]],
         find_prefix: Callable[[tuple[bytes, ...], str], Awaitable[PrefixFound | None]],
+        set_phases: Callable[[int, PhaseSet, int], Awaitable[PhasesRefused | None]],
         shut_down: Callable[[], None],
     ) -> None:
         self._sessions = sessions
@@ -79,6 +82,7 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
         self._model = model
         self._ledger = ledger
         self._find_prefix = find_prefix
+        self._set_phases = set_phases
         self._shut_down = shut_down
 
     # The stubs know answers by iteration only; a coroutine that writes them is the faster other way.
@@ -162,6 +166,22 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
             num_blocks=found.num_blocks,
             num_host_blocks=found.num_host_blocks,
             link_bytes_per_s=found.link_bytes_per_s,
+        )
+
+    async def SetPhases(  # noqa: N802
+        self, request: pb.SetPhasesRequest, context: Context
+    ) -> pb.SetPhasesResponse:
+        """See the proto."""
+        try:
+            refused = await self._set_phases(
+                request.incarnation, phases_from_pb(request.phases), request.phase_epoch
+            )
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, BUSY)
+        if refused is None:
+            return pb.SetPhasesResponse()
+        return pb.SetPhasesResponse(
+            problem=refused.reason, is_busy=refused.is_busy, needs_new_process=refused.needs_new_process
         )
 
     async def Shutdown(self, _request: pb.ShutdownRequest, context: Context) -> pb.ShutdownResponse:  # noqa: N802

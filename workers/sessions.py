@@ -20,6 +20,7 @@ from workers.api import (
     KvEvent,
     KvEventsLost,
     KvTransferred,
+    Migrate,
     PromptScored,
     RequestFailed,
     RequestKey,
@@ -27,7 +28,7 @@ from workers.api import (
     SubscribeKvEvents,
     TokensGenerated,
 )
-from workers.submit_check import encode_problem, submit_problem
+from workers.submit_check import encode_problem, migrate_problem, submit_problem
 
 #: Events of requests that may wait for a gateway that reads too slowly; one more ends its session. An event with logprobs
 #: counts one for each of its tokens.
@@ -163,6 +164,8 @@ class SessionTable:
                     session.keys.remove(key)
                     del self._owners[key]
                     self._post(command)
+            case Migrate(key):
+                self._migrate(session, command, key)
             case SubscribeKvEvents():
                 self._subscribed.add(session)
                 session.is_kv_lost, session.wants_known = False, True
@@ -204,6 +207,16 @@ class SessionTable:
         """Each request has one owner, which knows it."""
         assert self._subscribed <= self._sessions
         assert {key: session for session in self._sessions for key in session.keys} == self._owners
+
+    def _migrate(self, session: GatewaySession, migrate: Migrate, key: RequestKey) -> None:
+        if key not in session.keys:
+            return
+        problem = migrate_problem(migrate)
+        if problem is None:
+            self._post(migrate)
+        else:
+            self._post(Abort(key))
+            self.deliver([RequestFailed(key, FailureCode.INVALID, problem)])
 
     def _submit(self, session: GatewaySession, submit: Submit | Encode, problem: str | None) -> None:
         refusal: tuple[FailureCode, str] | None = None

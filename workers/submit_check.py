@@ -10,6 +10,7 @@ from workers.api import (
     Encode,
     Handoff,
     ImageReduction,
+    Migrate,
     Phase,
     PhaseSet,
     Submit,
@@ -71,6 +72,13 @@ def encode_problem(encode: Encode) -> str | None:
     if not _is_address(encode.prefill_address):
         return f"prefill_address: {encode.prefill_address!r} is not host:port"
     return _reduction_problem(encode.reduction)
+
+
+def migrate_problem(migrate: Migrate) -> str | None:
+    """The same of a Migrate."""
+    if migrate.num_known_tokens < 1:
+        return f"num_known_tokens: is {migrate.num_known_tokens}; a prompt has at least one token"
+    return _handoff_problem(migrate.handoff, frozenset({Phase.PREFILL}))
 
 
 def _reduction_problem(reduction: ImageReduction | None) -> str | None:

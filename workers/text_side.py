@@ -13,6 +13,7 @@ from workers.api import (
     KvEvent,
     KvLedger,
     KvTransferCounts,
+    PhaseSet,
     WorkerSpec,
     WorkerStatus,
 )
@@ -116,6 +117,8 @@ class TextSide:
             transfers=self._transfers(engine.num_wrong_prefixes),
             peers=self.kv_host.peers(),
             reuse=self.kv_host.with_fetches(engine.reuse),
+            work=replace(engine.work, num_encodes=status.work.num_encodes),
+            first_step_s=engine.first_step_s,
         )
 
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:
@@ -130,6 +133,11 @@ class TextSide:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             ledger = await asyncio.wrap_future(self.step_loop.ledger())
         return with_leases(ledger, self.kv_host.lease_ids())
+
+    async def set_phases(self, phases: PhaseSet) -> str | None:
+        """Serve these from now on; why not, when a request here needs one that would go. Raises TimeoutError."""
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return await asyncio.wrap_future(self.step_loop.set_phases(phases))
 
     async def find_prefix(self, block_hashes: tuple[bytes, ...], address: str) -> PrefixFound | None:
         """What is cached of this chain of blocks, for the worker at this address; None when the engine has ended.

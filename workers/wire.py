@@ -21,9 +21,11 @@ from workers.api import (
     KvEvent,
     KvEventsLost,
     KvTransferred,
+    Migrate,
     ModelInfo,
     Phase,
     PhaseSet,
+    PhaseWork,
     PrefillStarted,
     PrefixPeer,
     PromptScored,
@@ -113,6 +115,15 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
             return pb.Command(subscribe_kv_events=pb.SubscribeKvEvents())
         case Encode():
             return pb.Command(encode=encode_to_pb(command, incarnation))
+        case Migrate():
+            return pb.Command(
+                migrate=pb.Migrate(
+                    request_id=command.key.request_id,
+                    attempt=command.key.attempt,
+                    handoff=_handoff_to_pb(command.handoff),
+                    num_known_tokens=command.num_known_tokens,
+                )
+            )
     submit = pb.Submit(
         request_id=command.key.request_id,
         attempt=command.key.attempt,
@@ -131,9 +142,7 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
         reduction=reduction_to_pb(command.reduction),
     )
     if command.handoff is not None:
-        submit.handoff.transfer_id = command.handoff.transfer_id
-        submit.handoff.decode_address = command.handoff.decode_address
-        submit.handoff.decode_incarnation = command.handoff.decode_incarnation
+        submit.handoff.CopyFrom(_handoff_to_pb(command.handoff))
     return pb.Command(submit=submit)
 
 
@@ -148,23 +157,36 @@ def command_from_pb(command: pb.Command) -> Command | None:
             return SubscribeKvEvents()
         case "encode":
             return encode_from_pb(command.encode)
+        case "migrate":
+            return Migrate(
+                RequestKey(RequestId(command.migrate.request_id), command.migrate.attempt),
+                _handoff_from_pb(command.migrate.handoff),
+                command.migrate.num_known_tokens,
+            )
         case _:
             return None
 
 
+def _handoff_to_pb(handoff: Handoff) -> pb.Handoff:
+    return pb.Handoff(
+        transfer_id=handoff.transfer_id,
+        decode_address=handoff.decode_address,
+        decode_incarnation=handoff.decode_incarnation,
+    )
+
+
+def _handoff_from_pb(message: pb.Handoff) -> Handoff:
+    return Handoff(message.transfer_id, message.decode_address, message.decode_incarnation)
+
+
 def _submit_from_pb(submit: pb.Submit) -> Submit:
-    handoff = None
-    if submit.HasField("handoff"):
-        handoff = Handoff(
-            submit.handoff.transfer_id, submit.handoff.decode_address, submit.handoff.decode_incarnation
-        )
     return Submit(
         key=RequestKey(RequestId(submit.request_id), submit.attempt),
         phases=phases_from_pb(submit.phases),
         token_ids=tuple(submit.token_ids),
         sampling=sampling_from_pb(submit.sampling),
         timeout_s=submit.timeout_s,
-        handoff=handoff,
+        handoff=_handoff_from_pb(submit.handoff) if submit.HasField("handoff") else None,
         num_delivered=submit.num_delivered,
         priority=submit.priority,
         cache_salt=submit.cache_salt,
@@ -332,6 +354,13 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         peers=map(peer_to_pb, status.peers),
         reuse=reuse_counts_to_pb(status.reuse),
         embeddings=embedding_counts_to_pb(status.embeddings),
+        work=pb.PhaseWork(
+            num_encodes=status.work.num_encodes,
+            num_prefills=status.work.num_prefills,
+            num_decodes=status.work.num_decodes,
+        ),
+        phase_epoch=status.phase_epoch,
+        first_step_s=status.first_step_s,
     )
 
 
@@ -357,6 +386,9 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         peers=tuple(peer for peer in peers if peer is not None),
         reuse=reuse_counts_from_pb(message.reuse),
         embeddings=embedding_counts_from_pb(message.embeddings),
+        work=PhaseWork(message.work.num_encodes, message.work.num_prefills, message.work.num_decodes),
+        phase_epoch=message.phase_epoch,
+        first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
     )
 
 

@@ -30,6 +30,9 @@ from workers.api import (
     KvLedger,
     ModelInfo,
     Phase,
+    PhaseSet,
+    PhasesRefused,
+    PhaseWork,
     RequestFailed,
     RequestKey,
     Submit,
@@ -40,7 +43,7 @@ from workers.api import (
 from workers.engine.messages import Message
 from workers.errors import AddressUnavailable, PhasewiseWorkerError
 from workers.image_side import ImageSide
-from workers.loading import LoadedModel, load
+from workers.loading import TEXT_PHASES, LoadedModel, load
 from workers.service import PrefixFound, WorkerService
 from workers.sessions import SessionTable
 from workers.text_side import TextSide
@@ -81,6 +84,9 @@ class Worker:
         self, spec: WorkerSpec, *, on_state: Callable[[WorkerState, str], None] | None = None
     ) -> None:
         self.spec = spec
+        #: What it serves; that of the spec until the first switch.
+        self.phases = spec.phases
+        self._phase_epoch = 0
         self.text: TextSide | None = None
         self.images: ImageSide | None = None
         self._on_state = on_state
@@ -105,6 +111,7 @@ class Worker:
             model=lambda: self._info,
             ledger=self.ledger,
             find_prefix=self.find_prefix,
+            set_phases=self.set_phases,
             shut_down=stop.set,
         )
         pb_grpc.add_WorkerServiceServicer_to_server(service, server)
@@ -133,16 +140,20 @@ class Worker:
         status = WorkerStatus(
             worker_id=self.spec.worker_id,
             incarnation=self.spec.incarnation,
-            phases=self.spec.phases,
+            phases=self.phases,
             state=self._state,
             message=self._message,
             pid=os.getpid(),
             memory_bytes=self._process.memory_info().rss,
+            phase_epoch=self._phase_epoch,
         )
+        if self.images is not None:
+            counts = self.images.counts()
+            status = replace(
+                status, embeddings=counts, work=PhaseWork(num_encodes=counts.num_encodes_running)
+            )
         if self.text is not None:
             status = self.text.with_status(status)
-        if self.images is not None:
-            status = replace(status, embeddings=self.images.counts())
         return status
 
     async def ledger(self) -> KvLedger | None:
@@ -152,6 +163,48 @@ class Worker:
     async def find_prefix(self, block_hashes: tuple[bytes, ...], address: str) -> PrefixFound | None:
         """See TextSide; None when there is no engine (any more)."""
         return await self.text.find_prefix(block_hashes, address) if self.text is not None else None
+
+    async def set_phases(self, incarnation: int, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
+        """Serve these from now on: None, or why not, and nothing has changed. A repeated call changes nothing either.
+
+        Raises TimeoutError when the engine does not answer; it may change them then.
+        """
+        refusal = self._phases_refusal(incarnation, phases, phase_epoch)
+        if refusal is not None:
+            return refusal
+        if phases != self.phases:
+            assert self.text is not None
+            problem = await self.text.set_phases(phases)
+            if problem is not None:
+                return PhasesRefused(problem, is_busy=True)
+        if phase_epoch > self._phase_epoch:
+            logger.info(
+                "phases_set worker_id=%s incarnation=%d phase_epoch=%d from=%s to=%s",
+                self.spec.worker_id,
+                self.spec.incarnation,
+                phase_epoch,
+                "+".join(sorted(self.phases)),
+                "+".join(sorted(phases)),
+            )
+            self.phases, self._phase_epoch = phases, phase_epoch
+        return None
+
+    def _phases_refusal(self, incarnation: int, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
+        if incarnation != self.spec.incarnation:
+            return PhasesRefused(f"this is incarnation {self.spec.incarnation}, not {incarnation}")
+        if self._state is not WorkerState.READY or self._info is None:
+            return PhasesRefused(f"the worker is {self._state}: {self._message}")
+        if not phases:
+            return PhasesRefused("phases: is empty; name one at least")
+        if phase_epoch < self._phase_epoch or (phase_epoch == self._phase_epoch and phases != self.phases):
+            return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
+        if Phase.ENCODE in phases and not self._info.vision_json:
+            return PhasesRefused("phases: this model takes no pictures, which encode is about")
+        is_text = bool(phases & TEXT_PHASES)
+        of_images = {Phase.ENCODE, Phase.PREFILL} if self._info.vision_json else set()
+        if is_text != (self.text is not None) or phases & of_images != self.phases & of_images:
+            return PhasesRefused("it would need weights or memory that it has not", needs_new_process=True)
+        return None
 
     async def check_invariants(self) -> None:
         """Those of sessions, transfers, embeddings and engine. The worker must be READY."""
@@ -214,7 +267,7 @@ class Worker:
             else:
                 self.text.pass_on(command)
         elif key is not None:
-            phases = ", ".join(sorted(self.spec.phases))
+            phases = ", ".join(sorted(self.phases))
             self._refuse(key, f"phases: this worker serves {phases}")
 
     def _refuse(self, key: RequestKey, reason: str) -> None:

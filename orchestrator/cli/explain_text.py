@@ -31,7 +31,18 @@ def _sample(sample: pb.SampleRecord, age_s: float) -> list[str]:
         found.append(f"  {seconds(state.at_s):>9}  {state_name(state.state):<8}{reason}".rstrip())
     for number, attempt in enumerate(sample.attempts, start=1):
         found += ["", *_attempt(attempt, number)]
+        found += [_migration(one) for one in sample.migrations if one.attempt == attempt.attempt]
     return found
+
+
+def _migration(migration: pb.MigrationRecord) -> str:
+    where = f"from {migration.source_worker_id} to {migration.target_worker_id}"
+    found = [f"at {seconds(migration.at_s)} {where}", f"after {counted(migration.num_tokens, 'token')}"]
+    if migration.HasField("pause_s"):
+        found.append(f"next token {seconds(migration.pause_s)} later")
+    if migration.HasField("transfer"):
+        found.append(f"KV in {seconds(migration.transfer.transfer_s)} by {migration.transfer.transport}")
+    return f"    moved        {', '.join(found)}: {migration.reason}"
 
 
 def _summary(sample: pb.SampleRecord, age_s: float) -> str:

@@ -35,6 +35,7 @@ VERBS = {
     "status": Verb("orchestrator.cli.status", "show the workers of the deployments that run"),
     "explain": Verb("orchestrator.cli.explain", "tell what became of a request, and why"),
     "kv": Verb("orchestrator.cli.kv", "show who holds the KV blocks of the workers"),
+    "switch": Verb("orchestrator.cli.switch", "have a worker serve other phases, while requests run"),
     "chat": Verb("orchestrator.cli.chat", "talk to the model, with its chat template"),
     "generate": Verb("orchestrator.cli.generate", "continue a text or token ids as they are"),
     "validate": Verb("orchestrator.cli.validate", "check a manifest without starting anything"),

@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.cli import table
+from orchestrator.cli.switch_text import switch_text
 from orchestrator.cli.transfer_text import counted
+from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.runtime.registry import RunningDeployment
 from workers.api import (
@@ -21,6 +23,8 @@ from workers.api import (
 MIB = 2**20
 #: A controller that has not spoken for so long is called silent; it speaks at every tick.
 SILENT_AFTER_S = 5.0
+#: Changes of phases that are shown.
+MAX_SWITCHES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ def lines(status: DeploymentStatus) -> list[str]:
         *_reasons(view),
         "",
         *table.lines(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], left=_LEFT),
+        *_switches(view),
         *_wrongs(view),
         *_transfers(view),
         *_reuse(view),
@@ -83,10 +88,7 @@ def as_json(status: DeploymentStatus) -> dict[str, Any]:
     view = status.report.view
     if view is not None:
         report["view"]["is_ready"] = view.is_ready
-        for worker, source in zip(report["view"]["workers"], view.workers, strict=True):
-            worker["phases"] = _phases(source)
-            if worker["status"] is not None:
-                worker["status"]["phases"] = [p.value for p in Phase if p in worker["status"]["phases"]]
+        report["view"] = _plain(report["view"])
     return {**found, "report": report}
 
 
@@ -132,7 +134,7 @@ _NO_BLOCKS = BlockCounts(0, 0, 0, 0, 0)
 def _life_row(worker: WorkerView) -> tuple[str, ...]:
     return (
         worker.worker_id,
-        "+".join(_phases(worker)),
+        _phases(worker),
         worker.state.value,
         str(worker.incarnation),
         str(worker.num_restarts),
@@ -168,8 +170,23 @@ def _reasons(view: ClusterView) -> list[str]:
     return found
 
 
-def _phases(worker: WorkerView) -> list[str]:
-    return [phase.value for phase in Phase if phase in worker.phases]
+def _phases(worker: WorkerView) -> str:
+    kept, leaving = phase_text(worker.phases), phase_text(worker.leaving)
+    return " ".join(text for text in (kept, leaving and f"(leaving {leaving})") if text)
+
+
+def _plain(found: Any) -> Any:
+    """With phases as lists, in the order in which requests pass them."""
+    if isinstance(found, frozenset):
+        return [phase.value for phase in Phase if phase in found]
+    if isinstance(found, dict):
+        return {name: _plain(value) for name, value in found.items()}
+    return [_plain(one) for one in found] if isinstance(found, list | tuple) else found
+
+
+def _switches(view: ClusterView) -> list[str]:
+    """The last changes of phases, the latest last."""
+    return [f"  switch {switch_text(one)}" for one in view.switches[-MAX_SWITCHES:]]
 
 
 def _wrongs(view: ClusterView) -> list[str]:

@@ -7,14 +7,15 @@ while it starts or is ready. Every other living process is stopped, whoever star
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Plan, StartWorker, StopWorker
+from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
+from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
-from workers.api import WorkerId, WorkerState, WorkerStatus
+from workers.api import PhaseSet, WorkerId, WorkerState, WorkerStatus
 
 #: A stop that has not ended its process is asked for again after this, in seconds.
 STOP_RETRY_S = 5.0
@@ -46,6 +47,7 @@ class ControllerState:
     epoch: int
     version: int = 0
     decided_at_s: float | None = None
+    switching: Switching = field(default_factory=lambda: Switching({}))
     #: When the stop of a process that still lives was last asked for.
     stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
 
@@ -54,6 +56,8 @@ class ControllerState:
         for worker_id, machine in self.machines.items():
             assert machine.worker_id == worker_id
             machine.check_invariants()
+        assert self.switching.wanted.keys() == self.machines.keys()
+        self.switching.check_invariants()
 
 
 def recover(
@@ -73,6 +77,9 @@ def recover(
     state = ControllerState(
         machines={declared.worker_id: WorkerMachine(declared.worker_id) for declared in config.declared},
         epoch=1 + (config.used_up if last_view is None else last_view.controller_epoch),
+        switching=Switching(
+            {declared.worker_id: _last_phases(last_view, declared) for declared in config.declared}
+        ),
     )
     for machine in state.machines.values():
         if last_view is None:
@@ -85,6 +92,12 @@ def recover(
         if newest > 0:
             _recover_worker(machine, newest, last, own, now_s)
     return state
+
+
+def _last_phases(last_view: ClusterView | None, declared: DeclaredWorker) -> PhaseSet:
+    """Those that it had, or had before a switch that nobody follows any more."""
+    last = last_view.worker(declared.worker_id) if last_view is not None else None
+    return (last.phases | last.leaving if last is not None else None) or declared.phases
 
 
 def _recover_worker(
@@ -119,19 +132,21 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     for report in observation.processes:
         by_worker.setdefault(report.worker_id, []).append(report)
 
-    starts = []
+    actions: list[Action] = []
     for declared in config.declared:
         machine = state.machines[declared.worker_id]
         _follow_processes(machine, by_worker.get(machine.worker_id, []), now_s)
         status = observation.statuses.get((machine.worker_id, machine.incarnation))
         _follow_status(machine, status, listened_s, config, now_s)
-        start = _start_if_due(machine, declared, now_s)
-        if start is not None:
-            starts.append(start)
+        refusal = observation.refusals.get((machine.worker_id, machine.incarnation))
+        change = state.switching.follow(machine, status, refusal, now_s)
+        start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
+        actions += [one for one in (change, start) if one is not None]
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
-    return Plan((*stops, *starts), _view(state, config))
+    state.switching.begin(observation.wanted_switches, _view(state, config), now_s)
+    return Plan((*stops, *actions), _view(state, config))
 
 
 def _follow_processes(machine: WorkerMachine, reports: list[ProcessReport], now_s: float) -> None:
@@ -197,13 +212,15 @@ def _follow_status(
         machine.handle(WorkerEvent.SILENT, f"silent for {machine.silent_s:.1f} s{doing}", now_s)
 
 
-def _start_if_due(machine: WorkerMachine, declared: DeclaredWorker, now_s: float) -> StartWorker | None:
+def _start_if_due(
+    machine: WorkerMachine, declared: DeclaredWorker, phases: PhaseSet, now_s: float
+) -> StartWorker | None:
     if now_s >= machine.retry_at_s:
         machine.handle(WorkerEvent.RETRY_DUE, f"starts again: {machine.reason}", now_s)
     if machine.state is not LifecycleState.PENDING:
         return None
     machine.handle(WorkerEvent.PLACEMENT_ASKED, machine.reason, now_s)
-    return StartWorker(declared, machine.incarnation, machine.reason)
+    return StartWorker(replace(declared, phases=phases), machine.incarnation, machine.reason)
 
 
 def _stop_unwanted(
@@ -240,22 +257,24 @@ def _view(state: ControllerState, config: ControllerConfig) -> ClusterView:
         version=state.version,
         model=config.model,
         workers=tuple(
-            _worker_view(state.machines[declared.worker_id], declared) for declared in config.declared
+            _worker_view(machine, *state.switching.phases(machine)) for machine in state.machines.values()
         ),
         controller_pid=config.controller_pid,
+        switches=state.switching.views(),
     )
 
 
-def _worker_view(machine: WorkerMachine, declared: DeclaredWorker) -> WorkerView:
+def _worker_view(machine: WorkerMachine, phases: PhaseSet, leaving: PhaseSet) -> WorkerView:
     # A ready worker that missed the last look is still used; the view says how old its status is.
     is_silent = machine.state is LifecycleState.READY and machine.silent_s > 0
     return WorkerView(
         worker_id=machine.worker_id,
         incarnation=machine.incarnation,
-        phases=declared.phases,
+        phases=phases,
         state=machine.state,
         address=machine.address,
         reason=f"silent for {machine.silent_s:.1f} s" if is_silent else machine.reason,
         num_restarts=machine.num_restarts,
         status=machine.status,
+        leaving=leaving,
     )

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from workers.api import WorkerId, WorkerStatus
+from orchestrator.control.role_switch import SwitchRequest
+from workers.api import PhasesRefused, WorkerId, WorkerStatus
 
 #: One process: which worker, and which of its incarnations.
 ProcessKey = tuple[WorkerId, int]
@@ -39,3 +40,7 @@ class Observation:
 
     processes: tuple[ProcessReport, ...] = ()
     statuses: Mapping[ProcessKey, WorkerStatus] = field(default_factory=dict)
+    #: Changes of phases that somebody asked for. One that was seen before is ignored.
+    wanted_switches: tuple[SwitchRequest, ...] = ()
+    #: Of workers that were told to take other phases since the last look, and did not.
+    refusals: Mapping[ProcessKey, PhasesRefused] = field(default_factory=dict)

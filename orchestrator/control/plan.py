@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.view import ClusterView
-from workers.api import WorkerId
+from workers.api import PhaseSet, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,19 @@ class StopWorker:
     reason: str
 
 
-Action = StartWorker | StopWorker
+@dataclass(frozen=True, slots=True)
+class SetPhases:
+    """Tell a worker to serve these phases from now on. phase_epoch: the number of the switch among those of this worker."""
+
+    worker_id: WorkerId
+    incarnation: int
+    address: str
+    phases: PhaseSet
+    phase_epoch: int
+    reason: str
+
+
+Action = StartWorker | StopWorker | SetPhases
 
 
 @dataclass(frozen=True, slots=True)

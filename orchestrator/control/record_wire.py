@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.control.encode_shards import EncodeRecord
+from orchestrator.control.migration import Migration
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import AttemptRecord, RequestRecord, SampleRecord
 from protos import control_pb2 as pb
@@ -43,6 +44,7 @@ def _sample_to_pb(sample: SampleRecord, since_s: float) -> pb.SampleRecord:
             for one in sample.states
         ],
         attempts=[_attempt_to_pb(attempt, sample.encodes, since_s) for attempt in sample.attempts],
+        migrations=[_migration_to_pb(one, since_s) for one in sample.migrations],
         num_tokens=sample.num_tokens,
         num_cached_tokens=sample.num_cached_tokens,
         num_fetched_tokens=sample.num_fetched_tokens,
@@ -76,6 +78,20 @@ def _attempt_to_pb(
             for one in encodes
             if one.prefill_attempt == attempt.attempt
         ],
+    )
+
+
+def _migration_to_pb(migration: Migration, since_s: float) -> pb.MigrationRecord:
+    transfer = migration.transfer
+    return pb.MigrationRecord(
+        attempt=migration.attempt,
+        at_s=migration.at_s - since_s,
+        source_worker_id=migration.source,
+        target_worker_id=migration.target,
+        reason=migration.reason,
+        num_tokens=migration.num_tokens,
+        pause_s=migration.pause_s,
+        transfer=kv_transferred_to_pb(transfer) if transfer is not None else None,
     )
 
 

@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from orchestrator.control.encode_shards import GIVEN_UP, EncodeShards, ShardFailed
 from orchestrator.control.encode_split import Shard
+from orchestrator.control.migration import Migration
 from orchestrator.control.prompt_images import PromptImages
 from orchestrator.control.request_actions import (
     Action,
@@ -39,6 +40,7 @@ from workers.api import (
     ImagesReduced,
     ImagesWanted,
     KvTransferred,
+    Migrate,
     Phase,
     PrefillStarted,
     PromptScored,
@@ -47,6 +49,7 @@ from workers.api import (
     RequestKey,
     SamplingParams,
     Submit,
+    SuperposedDecoding,
     TokenLogprobs,
     TokensGenerated,
     WorkerId,
@@ -142,6 +145,8 @@ class RequestMachine:
     images_reduced: ImagesReduced | None = None
     #: Of the last attempt, once its worker has reported.
     decoding_report: DecodingReport | None = None
+    #: Of all attempts.
+    migrations: list[Migration] = field(default_factory=list)
     #: What is encoded for the present attempt.
     encodes: EncodeShards = field(init=False)
     #: The first position of the prompt whose logprobs the client does not have; the first token has none.
@@ -152,6 +157,9 @@ class RequestMachine:
     _end: tuple[int, FinishReason] | None = None
     #: Workers that still hold something of this attempt, or will send something of it.
     _holders: set[WorkerId] = field(default_factory=set)
+    #: Who decoded it before, while its KV goes from there to the route's decode worker.
+    _moving_from: WorkerView | None = None
+    _is_prefill_started: bool = False
 
     def __post_init__(self) -> None:
         self.encodes = EncodeShards(self.request_id, self.images)
@@ -186,44 +194,85 @@ class RequestMachine:
         self.route = route
         self._early.clear()
         self._end = None
+        self._moving_from, self._is_prefill_started = None, False
         self.times.kv_transfer = None
         self.decoding_report = None
         if not self.delivered:
             self.times.submitted_at_s = now_s
             self.times.images_wanted_at_s = self.times.images_encoded_at_s = None
-        sampling = self._sampling_left()
-        token_ids = self.prompt_ids + tuple(self.delivered)
-        timeout_s = self.deadline_s - now_s
-
-        def submit(worker: WorkerView, phases: frozenset[Phase], handoff: Handoff | None) -> Action:
-            self._holders.add(worker.worker_id)
-            submit = Submit(
-                self.key,
-                phases,
-                token_ids,
-                sampling,
-                timeout_s,
-                handoff,
-                num_delivered=len(self.delivered),
-                priority=self.priority,
-                cache_salt=self.cache_salt,
-                prefix_peers=route.prefix_peers if Phase.PREFILL in phases else (),
-                images=self.images.api_tiles if self.images is not None else (),
-                reduction=self.images.reduction if self.images is not None else None,
-            )
-            return Send(worker, submit)
-
         if route.is_colocated:
-            return [submit(route.prefill, frozenset({Phase.PREFILL, Phase.DECODE}), None)]
+            return [self._submit(route.prefill, frozenset({Phase.PREFILL, Phase.DECODE}), None, now_s)]
         transfer_id = f"{self.request_id}/{self.attempt}"
+        to_decode = Handoff(transfer_id, route.decode.address, route.decode.incarnation)
         return [
-            submit(route.decode, frozenset({Phase.DECODE}), Handoff(transfer_id)),
-            submit(
-                route.prefill,
-                frozenset({Phase.PREFILL}),
-                Handoff(transfer_id, route.decode.address, route.decode.incarnation),
-            ),
+            self._submit(route.decode, frozenset({Phase.DECODE}), Handoff(transfer_id), now_s),
+            self._submit(route.prefill, frozenset({Phase.PREFILL}), to_decode, now_s),
         ]
+
+    def _submit(
+        self, worker: WorkerView, phases: frozenset[Phase], handoff: Handoff | None, now_s: float
+    ) -> Action:
+        assert self.route is not None
+        self._holders.add(worker.worker_id)
+        submit = Submit(
+            self.key,
+            phases,
+            self.prompt_ids + tuple(self.delivered),
+            self._sampling_left(),
+            self.deadline_s - now_s,
+            handoff,
+            num_delivered=len(self.delivered),
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            prefix_peers=self.route.prefix_peers if Phase.PREFILL in phases else (),
+            images=self.images.api_tiles if self.images is not None else (),
+            reduction=self.images.reduction if self.images is not None else None,
+        )
+        return Send(worker, submit)
+
+    @property
+    def can_migrate(self) -> bool:
+        """It decodes, and no KV of it is on its way. A superposed decoding is more than its tokens, and ends soon."""
+        return (
+            self.state is RequestState.DECODE
+            and self.route is not None
+            and self._holders == {self.route.decode.worker_id}
+            and not isinstance(self.sampling.decoding, SuperposedDecoding)
+        )
+
+    def migrated(self, decode: WorkerView, reason: str, now_s: float) -> list[Action]:
+        """It goes on at this worker, with its KV. `can_migrate` must hold."""
+        if now_s >= self.deadline_s:
+            return self.deadline_passed()
+        assert self.can_migrate
+        assert self.route is not None
+        source = self.route.decode
+        assert decode.worker_id != source.worker_id
+        num_before = sum(one.attempt == self.attempt for one in self.migrations)
+        transfer_id = f"{self.request_id}/{self.attempt}.{num_before + 1}"
+        num_delivered = len(self.delivered)
+        self.migrations.append(
+            Migration(self.attempt, source.worker_id, decode.worker_id, reason, now_s, num_delivered)
+        )
+        self._moving_from = source
+        self.route = replace(self.route, decode=decode)
+        handoff = Handoff(transfer_id, decode.address, decode.incarnation)
+        return [
+            self._submit(decode, frozenset({Phase.DECODE}), Handoff(transfer_id), now_s),
+            Send(source, Migrate(self.key, handoff, len(self.prompt_ids) + num_delivered)),
+        ]
+
+    @property
+    def is_prefill_waiting(self) -> bool:
+        """It is with its workers, and none has begun to compute its prompt."""
+        return self.state is RequestState.PREFILL and not self._is_prefill_started
+
+    def sent_back(self, reason: str) -> list[Action]:
+        """It goes to other workers, before its prefill has begun. That is nobody's failure, and no attempt."""
+        assert self.is_prefill_waiting
+        self.num_attempts -= 1
+        self._move_to(RequestState.QUEUED)
+        return [*self._abort_holders(), WantRoute(reason)]
 
     def no_route(self, reason: str) -> list[Action]:
         """No worker can run it, or encode its pictures, and none is coming."""
@@ -268,9 +317,16 @@ class RequestMachine:
                     self.images_reduced = event
                 return []
             case PrefillStarted():
+                self._is_prefill_started = True
                 if not self.delivered:
                     self.times.worker_queue_s = event.queue_s
                 return []
+            case KvTransferred() if self._moving_from is not None:
+                if worker_id != self._moving_from.worker_id:
+                    return []
+                self.migrations[-1].transfer, self._moving_from = event, None
+                self._holders.discard(worker_id)
+                return self._missing_if_alone(worker_id)
             case KvTransferred():
                 if self.route.is_colocated or worker_id != self.route.prefill.worker_id:
                     return []
@@ -289,7 +345,11 @@ class RequestMachine:
             case RequestFailed():
                 self._holders.discard(worker_id)
                 self.avoided.add(self._at_fault(worker_id, event.code))
-                return self._attempt_failed(event.code, f"{worker_id}: {event.reason}")
+                code = event.code
+                if self._moving_from is not None and code is FailureCode.INVALID:
+                    # Another worker took it, so it can be run.
+                    code = FailureCode.INTERNAL
+                return self._attempt_failed(code, f"{worker_id}: {event.reason}")
 
     def worker_lost(self, worker: WorkerView, reason: str, now_s: float) -> list[Action]:
         """The stream to that incarnation of a worker ended: it has dropped what it held."""
@@ -330,7 +390,8 @@ class RequestMachine:
         self.encodes.check_invariants()
         assert is_running or not (self.encodes.running or self.encodes.wanted), self.state
         if self.route is not None:
-            assert self._holders <= {self.route.prefill.worker_id, self.route.decode.worker_id}
+            assert self._holders <= self._workers().keys(), self._holders
+        assert self._moving_from is None or self._moving_from.worker_id in self._holders or self.is_over
         assert self.num_attempts <= MAX_ATTEMPTS
         assert len(self.delivered) <= self.sampling.max_new_tokens
         assert self.times.first_token_at_s is None or self.delivered or self.drafts
@@ -395,6 +456,8 @@ class RequestMachine:
             self.num_fetched_tokens = event.num_fetched_tokens
             self.prefix_fetch_s = event.prefix_fetch_s
             self.num_reused_tokens = event.num_reused_tokens
+        if self.migrations:
+            self._note_pause(worker_id, now_s)
         index = event.first_position - len(self.prompt_ids)
         for i, token_id in enumerate(event.token_ids, start=index):
             if len(self.delivered) <= i < self.sampling.max_new_tokens:
@@ -404,8 +467,17 @@ class RequestMachine:
             end = min(index + len(event.token_ids), self.sampling.max_new_tokens)
             self._end = (end, event.finish_reason)
             self._holders.discard(worker_id)
+            if self._moving_from is not None and self._moving_from.worker_id == worker_id:
+                self._moving_from = None
         actions = self._deliver(now_s)
         return actions if self.is_over else actions + self._missing_if_alone(worker_id)
+
+    def _note_pause(self, worker_id: WorkerId, now_s: float) -> None:
+        """Tokens of this worker have come."""
+        last, since_s = self.migrations[-1], self.times.last_token_at_s
+        is_first = last.pause_s is None and last.attempt == self.attempt and worker_id == last.target
+        if is_first and since_s is not None:
+            last.pause_s = now_s - since_s
 
     def _deliver(self, now_s: float) -> list[Action]:
         """Hand over what is next in order, and end the request if that was all."""
@@ -445,20 +517,28 @@ class RequestMachine:
             return []
         return self._attempt_failed(FailureCode.INTERNAL, f"{worker_id}: tokens are missing")
 
-    def _is_routed_to(self, worker: WorkerView) -> bool:
+    def _workers(self) -> dict[WorkerId, WorkerView]:
+        """Those that may hold something of the present attempt."""
         assert self.route is not None
-        return any(
-            (used.worker_id, used.incarnation) == (worker.worker_id, worker.incarnation)
-            for used in (self.route.prefill, self.route.decode)
-        )
+        used = (self.route.prefill, self._moving_from, self.route.decode)
+        return {worker.worker_id: worker for worker in used if worker is not None}
+
+    def _is_routed_to(self, worker: WorkerView) -> bool:
+        used = self._workers().get(worker.worker_id)
+        return used is not None and used.incarnation == worker.incarnation
 
     def _at_fault(self, worker_id: WorkerId, code: FailureCode) -> WorkerId:
         """Who the next attempt should do without: of a broken transfer the one that did not report it."""
         assert self.route is not None
-        pair = (self.route.prefill.worker_id, self.route.decode.worker_id)
-        return pair[1 - pair.index(worker_id)] if code is FailureCode.TRANSFER else worker_id
+        sender, receiver = (self._moving_from or self.route.prefill).worker_id, self.route.decode.worker_id
+        if code is not FailureCode.TRANSFER:
+            return worker_id
+        return receiver if worker_id == sender else sender
 
     def _attempt_failed(self, code: FailureCode, reason: str) -> list[Action]:
+        if self._moving_from is not None and code.is_retryable:
+            # It was well where it was: what went wrong on the way takes none of its attempts.
+            self.num_attempts -= 1
         if not code.is_retryable or self.num_attempts >= MAX_ATTEMPTS:
             return self._fail(_KIND_OF_CODE[code], reason)
         self._move_to(RequestState.QUEUED)
@@ -477,8 +557,9 @@ class RequestMachine:
         if self.route is None:
             return encodes
         # A decode worker that only waits for its KV, too: a first token that ends it all sends none.
-        workers = {worker.worker_id: worker for worker in (self.route.prefill, self.route.decode)}
-        aborts = [Send(worker, Abort(self.key)) for worker in workers.values() if worker.worker_id in holders]
+        workers = self._workers()
+        aborts = [Send(worker, Abort(self.key)) for name, worker in workers.items() if name in holders]
+        self._moving_from = None
         return [*encodes, *aborts]
 
     def _move_to(self, state: RequestState) -> None:

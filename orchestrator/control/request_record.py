@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.control.encode_shards import EncodeRecord
+from orchestrator.control.migration import Migration
 from orchestrator.control.request_actions import Action, Fail, WantRoute
 from orchestrator.control.request_machine import RequestMachine, RequestState
 from orchestrator.control.router import Route
@@ -47,7 +48,7 @@ class SampleRecord:
     """
 
     states: list[StateRecord]
-    #: At most MAX_ATTEMPTS.
+    #: At most MAX_ATTEMPTS, beside those that workers gave back since they changed their phases.
     attempts: list[AttemptRecord] = field(default_factory=list)
     num_tokens: int = 0
     #: Of the attempt that gave the first token, as are the next three, worker_queue_s and prefill_s.
@@ -61,6 +62,8 @@ class SampleRecord:
     last_token_at_s: float | None = None
     worker_queue_s: float = 0.0
     prefill_s: float = 0.0
+    #: Times that it went on at another worker, of all attempts.
+    migrations: list[Migration] = field(default_factory=list)
     #: Shards of pictures, of all attempts; at most MAX_TRIES for each tile and attempt.
     encodes: list[EncodeRecord] = field(default_factory=list)
 
@@ -75,10 +78,20 @@ class SampleRecord:
         if reason and self.state in (RequestState.PREFILL, RequestState.DECODE):
             self.attempts[-1].problem = reason
         self.states.append(StateRecord(machine.state, now_s, reason))
-        if machine.num_attempts > len(self.attempts):
+        is_given = machine.state is RequestState.PREFILL and machine.route is not None
+        if is_given and not (self.attempts and self.attempts[-1].attempt == machine.attempt):
             assert machine.route is not None
             self.attempts.append(AttemptRecord(machine.attempt, now_s, machine.route))
         self.refresh(machine)
+
+    def transferred(self, attempt: AttemptRecord, event: KvTransferred) -> None:
+        """KV of this attempt has come to where it was sent: that of its prompt, then of each migration."""
+        if attempt.transfer is None and not attempt.route.is_colocated:
+            attempt.transfer = event
+            return
+        waiting = [one for one in self.migrations if one.attempt == attempt.attempt and one.transfer is None]
+        if waiting:
+            waiting[0].transfer = event
 
     def refresh(self, machine: RequestMachine) -> None:
         """Take the machine's numbers."""
@@ -94,8 +107,9 @@ class SampleRecord:
         self.last_token_at_s = times.last_token_at_s
         self.worker_queue_s = times.worker_queue_s
         self.prefill_s = times.prefill_s
-        # The list itself, which its machine goes on with.
+        # The lists themselves, which its machine goes on with.
         self.encodes = machine.encodes.records
+        self.migrations = machine.migrations
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +170,7 @@ class RequestRecords:
         for sample in record.samples if record is not None else ():
             for attempt in sample.attempts:
                 if attempt.attempt == event.key.attempt:
-                    attempt.transfer = event
+                    sample.transferred(attempt, event)
 
     def __len__(self) -> int:
         return len(self._running) + len(self._ended)

@@ -131,13 +131,18 @@ def choose_route(
         return missing(view, Phase.PREFILL)
     decode: WorkerView | None = prefill
     if Phase.DECODE not in prefill.phases:
-        decode = _least_loaded(
-            view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,)
-        )
+        decode = choose_decode(view, ledger, is_linked)
     if decode is None:
         return missing(view, Phase.DECODE)
     peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
     return Route(prefill, decode, _reason(prefill, decode, ledger, prompt), peers, prompt.cached_at(prefill))
+
+
+def choose_decode(
+    view: ClusterView, ledger: LoadLedger, is_linked: Callable[[WorkerView], bool]
+) -> WorkerView | None:
+    """Where fewest sequences are; None when no worker can decode now. Ties go to the smaller id."""
+    return _least_loaded(view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,))
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:

@@ -20,6 +20,45 @@ class LifecycleState(StrEnum):
     FAILED = "failed"
 
 
+class SwitchState(StrEnum):
+    """Where a worker is that takes other phases."""
+
+    #: What it gives up goes elsewhere.
+    LEAVING = "leaving"
+    #: It has been told, or a new process takes its place.
+    CHANGING = "changing"
+    #: It has them.
+    CHANGED = "changed"
+    #: It has computed a step in a phase that it had not before.
+    PROVEN = "proven"
+    #: It keeps those that it had.
+    UNDONE = "undone"
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchView:
+    """One change of a worker's phases.
+
+    change_s: from its beginning until it had them; first_step_s: from its beginning to its first step in a phase that it had not
+    before; None until then.
+    """
+
+    switch_id: str
+    worker_id: WorkerId
+    before: PhaseSet
+    phases: PhaseSet
+    state: SwitchState
+    #: Why it is in this state.
+    reason: str
+    change_s: float | None = None
+    first_step_s: float | None = None
+
+    @property
+    def is_under_way(self) -> bool:
+        """It has not come to an end, whichever."""
+        return self.state in (SwitchState.LEAVING, SwitchState.CHANGING)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """One declared worker as the controller last saw it."""
@@ -34,6 +73,8 @@ class WorkerView:
     reason: str = ""
     num_restarts: int = 0
     status: WorkerStatus | None = None
+    #: Phases that it still has and gives up: nothing new for these, and what is there goes elsewhere.
+    leaving: PhaseSet = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +88,8 @@ class ClusterView:
     model: str
     workers: tuple[WorkerView, ...] = ()
     controller_pid: int = 0
+    #: The last changes of phases, in the order in which they began.
+    switches: tuple[SwitchView, ...] = ()
 
     def worker(self, worker_id: WorkerId) -> WorkerView | None:
         """The worker of this id, if it is declared."""

@@ -1,6 +1,6 @@
 """Messages of phasewise.control.v1 to and from `control.view`; protobuf objects go no further. Pure."""
 
-from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
 from protos import control_pb2 as pb
 from workers.api import WorkerId
 from workers.wire import phases_from_pb, phases_to_pb, status_from_pb, status_to_pb
@@ -13,6 +13,14 @@ _STATES = {
     LifecycleState.FAILED: pb.LIFECYCLE_STATE_FAILED,
 }
 _STATE_OF = {value: key for key, value in _STATES.items()}
+_SWITCH_STATES = {
+    SwitchState.LEAVING: pb.SWITCH_STATE_LEAVING,
+    SwitchState.CHANGING: pb.SWITCH_STATE_CHANGING,
+    SwitchState.CHANGED: pb.SWITCH_STATE_CHANGED,
+    SwitchState.PROVEN: pb.SWITCH_STATE_PROVEN,
+    SwitchState.UNDONE: pb.SWITCH_STATE_UNDONE,
+}
+_SWITCH_STATE_OF = {value: key for key, value in _SWITCH_STATES.items()}
 
 
 def view_to_pb(view: ClusterView) -> pb.ClusterView:
@@ -24,6 +32,7 @@ def view_to_pb(view: ClusterView) -> pb.ClusterView:
         model=view.model,
         workers=[_worker_to_pb(worker) for worker in view.workers],
         controller_pid=view.controller_pid,
+        switches=map(switch_to_pb, view.switches),
     )
 
 
@@ -36,6 +45,35 @@ def view_from_pb(message: pb.ClusterView) -> ClusterView:
         model=message.model,
         workers=tuple(_worker_from_pb(worker) for worker in message.workers),
         controller_pid=message.controller_pid,
+        switches=tuple(map(switch_from_pb, message.switches)),
+    )
+
+
+def switch_to_pb(switch: SwitchView) -> pb.SwitchView:
+    """One change of phases."""
+    return pb.SwitchView(
+        switch_id=switch.switch_id,
+        worker_id=switch.worker_id,
+        before=phases_to_pb(switch.before),
+        phases=phases_to_pb(switch.phases),
+        state=_SWITCH_STATES[switch.state],
+        reason=switch.reason,
+        change_s=switch.change_s,
+        first_step_s=switch.first_step_s,
+    )
+
+
+def switch_from_pb(message: pb.SwitchView) -> SwitchView:
+    """One change of phases. A state of a newer version counts as changing."""
+    return SwitchView(
+        switch_id=message.switch_id,
+        worker_id=WorkerId(message.worker_id),
+        before=phases_from_pb(message.before),
+        phases=phases_from_pb(message.phases),
+        state=_SWITCH_STATE_OF.get(message.state, SwitchState.CHANGING),
+        reason=message.reason,
+        change_s=message.change_s if message.HasField("change_s") else None,
+        first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
     )
 
 
@@ -49,6 +87,7 @@ def _worker_to_pb(worker: WorkerView) -> pb.WorkerView:
         reason=worker.reason,
         num_restarts=worker.num_restarts,
         status=None if worker.status is None else status_to_pb(worker.status),
+        leaving=phases_to_pb(worker.leaving),
     )
 
 
@@ -62,4 +101,5 @@ def _worker_from_pb(message: pb.WorkerView) -> WorkerView:
         reason=message.reason,
         num_restarts=message.num_restarts,
         status=status_from_pb(message.status) if message.HasField("status") else None,
+        leaving=phases_from_pb(message.leaving),
     )

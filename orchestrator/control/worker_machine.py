@@ -37,6 +37,8 @@ class WorkerEvent(StrEnum):
     EXITED = "exited"
     #: The wait before the next start is over.
     RETRY_DUE = "retry_due"
+    #: A new process is to take the place of one that serves, with other phases.
+    REPLACE = "replace"
 
 
 _PENDING = LifecycleState.PENDING
@@ -57,6 +59,7 @@ _ROWS: dict[WorkerEvent, tuple[LifecycleState | None, ...]] = {
     WorkerEvent.SILENT:             (None,      _LOST,     _LOST,     None,      None),
     WorkerEvent.EXITED:             (None,      _LOST,     _LOST,     None,      None),
     WorkerEvent.RETRY_DUE:          (None,      None,      None,      _PENDING,  _PENDING),
+    WorkerEvent.REPLACE:            (None,      None,      _PENDING,  None,      None),
 }  # fmt: skip
 
 #: Next state by (state, event), for every pair; None: the event changes nothing there. A worker that was
@@ -117,6 +120,8 @@ class WorkerMachine:
             self.retry_at_s = now_s + self._backoff_s(now_s)
         elif next_state is LifecycleState.FAILED:
             self.retry_at_s = now_s + FAILED_RETRY_S
+        if event is WorkerEvent.REPLACE:
+            self.address, self.status, self.silent_s = "", None, 0.0
         self.state = next_state
         self.reason = reason
         if next_state in (LifecycleState.LOST, LifecycleState.FAILED):

@@ -1,19 +1,23 @@
 """phasewise.control.v1.GatewayControlService: what the controller and the command line call."""
 
 import asyncio
+import uuid
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from orchestrator.control.record_wire import record_to_pb
-from orchestrator.control.view_wire import view_from_pb, view_to_pb
+from orchestrator.control.role_switch import SwitchRequest, forecast
+from orchestrator.control.view_wire import switch_to_pb, view_from_pb, view_to_pb
 from orchestrator.errors import PhasewiseOrchestratorError, UnknownRequest, UnknownWorker
 from orchestrator.gateway.dispatcher import Dispatcher
+from orchestrator.gateway.wanted_switches import TAKEN_WITHIN_S, WantedSwitches
 from orchestrator.gateway.worker_ledgers import ask_ledgers
 from protos import control_pb2 as pb
 from protos.control_pb2_grpc import GatewayControlServiceServicer
-from workers.api import RequestId
+from workers.api import RequestId, WorkerId
+from workers.wire import phases_from_pb, phases_to_pb
 
 
 class ControlService(GatewayControlServiceServicer):
@@ -22,6 +26,7 @@ class ControlService(GatewayControlServiceServicer):
     def __init__(self, deployment: str, dispatcher: Dispatcher) -> None:
         self._deployment = deployment
         self._dispatcher = dispatcher
+        self._switches = WantedSwitches()
 
     async def PublishView(  # noqa: N802
         self, request: pb.PublishViewRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -39,7 +44,19 @@ class ControlService(GatewayControlServiceServicer):
         is_of_another = present is not None and (
             (present.controller_epoch, present.controller_pid) != (view.controller_epoch, view.controller_pid)
         )
-        return pb.PublishViewResponse(is_superseded=not is_used and is_of_another)
+        if not is_used:
+            return pb.PublishViewResponse(is_superseded=is_of_another)
+        self._switches.view_came(view)
+        wanted = [
+            pb.WantedSwitch(
+                switch_id=one.switch_id,
+                worker_id=one.worker_id,
+                phases=phases_to_pb(one.phases),
+                reason=one.reason,
+            )
+            for one in self._switches.untold()
+        ]
+        return pb.PublishViewResponse(wanted_switches=wanted)
 
     async def GetView(  # noqa: N802
         self, _request: pb.GetViewRequest, _context: "grpc.aio.ServicerContext[Any, Any]"
@@ -69,6 +86,41 @@ class ControlService(GatewayControlServiceServicer):
             if not workers:
                 await _not_found(context, UnknownWorker(request.worker_id, declared))
         return pb.GetKvLedgerResponse(workers=await ask_ledgers(workers))
+
+    async def SwitchPhases(  # type: ignore[override] # noqa: N802 - a coroutine that writes is the third kind of handler
+        self, request: pb.SwitchPhasesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> None:
+        """See the .proto."""
+        view, phases = self._dispatcher.view, phases_from_pb(request.phases)
+        worker_id = WorkerId(request.worker_id)
+        if view is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no controller has published a view yet")
+        assert view is not None
+        if view.worker(worker_id) is None:
+            declared = tuple(worker.worker_id for worker in view.workers)
+            await _not_found(context, UnknownWorker(worker_id, declared))
+        if request.is_dry_run:
+            found = forecast(view, worker_id, phases)
+            message = pb.SwitchForecast(
+                gives_up=phases_to_pb(found.gives_up),
+                gains=phases_to_pb(found.gains),
+                num_prompts=found.num_prompts,
+                num_sequences=found.num_sequences,
+                problem=found.problem,
+            )
+            await context.write(pb.SwitchProgress(forecast=message))
+            return
+        if self._switches.is_full:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many switches wait for the controller"
+            )
+        wanted = SwitchRequest(uuid.uuid4().hex[:12], worker_id, phases, request.reason or "asked for")
+        try:
+            async for switch in self._switches.follow(wanted):
+                await context.write(pb.SwitchProgress(switch=switch_to_pb(switch)))
+        except TimeoutError:
+            reason = f"no controller has taken it within {TAKEN_WITHIN_S:g} s"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
     async def Explain(  # noqa: N802
         self, request: pb.ExplainRequest, context: "grpc.aio.ServicerContext[Any, Any]"

@@ -30,6 +30,7 @@ from orchestrator.control.router import (
     Refuse,
     Route,
     Wait,
+    choose_decode,
     choose_route,
     no_encoders,
 )
@@ -39,7 +40,17 @@ from orchestrator.gateway.encoders import FULL_S, Encoders
 from orchestrator.gateway.links import Link, LinkListener, Links, Timer, Timers
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
 from orchestrator.gateway.validation import CheckedRequest
-from workers.api import Event, KvEvent, KvTransferred, ModelInfo, RequestId, SubscribeKvEvents, WorkerId
+from workers.api import (
+    Event,
+    KvEvent,
+    KvTransferred,
+    ModelInfo,
+    Phase,
+    PhaseSet,
+    RequestId,
+    SubscribeKvEvents,
+    WorkerId,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +91,8 @@ class Dispatcher:
         self._timers = timers
         self._view: ClusterView | None = None
         self._view_at_s = 0.0
+        #: Workers that give up phases, and which.
+        self._leaving: dict[WorkerId, PhaseSet] = {}
         self._links = make_links(self)
         self._ledger = LoadLedger()
         self._prefixes = PrefixIndex()
@@ -225,6 +238,8 @@ class Dispatcher:
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
+        self._leaving = {worker.worker_id: worker.leaving for worker in view.workers if worker.leaving}
+        self._leave_workers()
         self._changed()
         return True
 
@@ -293,6 +308,7 @@ class Dispatcher:
                 actions := sample.machine.worker_event(worker_id, event, now_s)
             ):
                 self._do(sample, actions)
+        self._leave_workers()
         self._route_waiting()
 
     def cache_changed(self, link: Link, events: Sequence[KvEvent]) -> None:
@@ -306,6 +322,35 @@ class Dispatcher:
     def _ask_again(self, link: Link) -> None:
         if self._links.has(link):
             self._links.send(link.worker, SubscribeKvEvents())
+
+    def _leave_workers(self) -> None:
+        """Requests go elsewhere from workers that give up the phase for which they are there."""
+        if not self._leaving:
+            return
+        for sample in list(self._running.values()):
+            machine, route, now_s = sample.machine, sample.machine.route, self._timers.time()
+            if route is None or machine.is_over:
+                continue
+            prefill_id, decode_id = route.prefill.worker_id, route.decode.worker_id
+            is_decode_leaving = Phase.DECODE in self._leaving.get(decode_id, ())
+            if machine.is_prefill_waiting:
+                if Phase.PREFILL in self._leaving.get(prefill_id, ()):
+                    self._do(sample, machine.sent_back(f"{prefill_id} gives up prefill"))
+                elif is_decode_leaving:
+                    self._do(sample, machine.sent_back(f"{decode_id} gives up decode"))
+            elif is_decode_leaving and machine.can_migrate:
+                self._migrate(sample, f"{decode_id} gives up decode", now_s)
+
+    def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
+        assert self._view is not None
+        target = choose_decode(self._view, self._ledger, self._links.is_open)
+        if target is None:
+            # It stays where it is until there is one.
+            return
+        actions = sample.machine.migrated(target, reason, now_s)
+        if not sample.machine.is_over:
+            sample.move_charge(self._ledger)
+        self._do(sample, actions)
 
     def _changed(self) -> None:
         self._route_waiting()

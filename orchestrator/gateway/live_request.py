@@ -119,6 +119,14 @@ class LiveSample:
         ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
         ledger.add(self._route.decode.worker_id, decode_sequences=1)
 
+    def move_charge(self, ledger: LoadLedger) -> None:
+        """It goes on at the decode worker that its machine's route has now."""
+        assert self._route is not None
+        assert self.machine.route is not None
+        ledger.add(self._route.decode.worker_id, decode_sequences=-1)
+        self._route = self.machine.route
+        ledger.add(self._route.decode.worker_id, decode_sequences=1)
+
     def charge_encodes(self, ledger: LoadLedger) -> list[int]:
         """Count what has just been given to encode workers; returns the attempts of these shards."""
         encodes = self.machine.encodes

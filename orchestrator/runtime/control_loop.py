@@ -14,15 +14,18 @@ from typing import Protocol
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Action, StartWorker, StopWorker
+from orchestrator.control.plan import Action, SetPhases, StartWorker, StopWorker
+from orchestrator.control.role_switch import SwitchRequest, phase_text
 from orchestrator.control.view import ClusterView
 from orchestrator.errors import ControllerSuperseded, PhasewiseOrchestratorError
-from workers.api import WorkerId, WorkerStatus
+from workers.api import PhaseSet, PhasesRefused, WorkerId, WorkerStatus
 
 logger = logging.getLogger(__name__)
 
 #: Longest that one call to the cluster may take, in seconds.
 CLUSTER_TIMEOUT_S = 30.0
+#: Between two ticks while a worker takes other phases, if that is less than a tick, in seconds.
+SWITCH_TICK_S = 0.02
 #: Least time for which a view may be on its way to the gateway, in seconds.
 MIN_PUBLISH_TIMEOUT_S = 1.0
 #: Longest wait after ticks that failed, in seconds.
@@ -56,12 +59,21 @@ class StatusProbe(Protocol):
         """Forget all other addresses."""
         ...
 
+    async def set_phases(
+        self, address: str, incarnation: int, phases: PhaseSet, phase_epoch: int
+    ) -> PhasesRefused | None:
+        """Tell the worker at this address what to serve; why it does not, if it says so. Raises WorkerUnreachable."""
+        ...
+
 
 class ViewPublisher(Protocol):
     """The way to the gateway."""
 
-    async def publish(self, view: ClusterView) -> None:
-        """Replace the gateway's view. Raises GatewayUnreachable or ControllerSuperseded."""
+    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
+        """Replace the gateway's view; returns what somebody has asked the gateway for that no view has told of yet.
+
+        Raises GatewayUnreachable or ControllerSuperseded.
+        """
         ...
 
     async def last_view(self) -> ClusterView | None:
@@ -132,6 +144,9 @@ class ControlLoop:
         self._last_view: ClusterView | None = None
         #: Starts that could not even be asked for, until the next `decide` has seen them.
         self._failed_starts: list[ProcessReport] = []
+        #: What the next `decide` is to know beside what it looks at.
+        self._wanted_switches: tuple[SwitchRequest, ...] = ()
+        self._refusals: dict[ProcessKey, PhasesRefused] = {}
 
     async def run(self) -> None:
         """Until `stop` is set. Lives through every exception but one, and waits longer after each in a row.
@@ -153,8 +168,13 @@ class ControlLoop:
                 self.failures.succeeded("tick")
                 num_failed = 0
                 # A tick that took too long is followed by a rest all the same.
-                pause_s = max(self._tick_s / 10, self._tick_s - (self._clock() - began_s))
+                tick_s = min(self._tick_s, SWITCH_TICK_S) if self._is_switching else self._tick_s
+                pause_s = max(tick_s / 10, tick_s - (self._clock() - began_s))
             await self._pause(pause_s)
+
+    @property
+    def _is_switching(self) -> bool:
+        return bool(self._wanted_switches) or (self.state is not None and self.state.switching.is_under_way)
 
     async def tick(self) -> None:
         """Look, decide, act: once."""
@@ -170,6 +190,7 @@ class ControlLoop:
             )
         plan = decide(now_s, observation, self.state, self._config)
         self._failed_starts.clear()
+        self._refusals.clear()
         _log_changes(self._last_view, plan.view)
         self._last_view = plan.view
         # The view goes first. It keeps requests off a worker that is about to be stopped, and keeps the
@@ -189,7 +210,9 @@ class ControlLoop:
             # An address may have passed to another process since: each speaks for itself alone.
             if (status.worker_id, status.incarnation) in address_of:
                 statuses[status.worker_id, status.incarnation] = status
-        return Observation((*listed, *self._failed_starts), statuses)
+        return Observation(
+            (*listed, *self._failed_starts), statuses, self._wanted_switches, dict(self._refusals)
+        )
 
     async def _probe_all(self, addresses: frozenset[str]) -> list[WorkerStatus]:
         """The answers that came, all asked at once. A probe that breaks is one that heard nothing."""
@@ -207,14 +230,18 @@ class ControlLoop:
         return [answer for answer in answers if isinstance(answer, WorkerStatus)]
 
     async def _publish(self, view: ClusterView) -> None:
+        self._wanted_switches = ()
         async with self._tolerate("publish", max(MIN_PUBLISH_TIMEOUT_S, self._tick_s)):
-            await self._publisher.publish(view)
+            self._wanted_switches = await self._publisher.publish(view)
 
     async def _apply(self, action: Action) -> None:
-        if isinstance(action, StartWorker):
-            await self._start(action)
-        else:
-            await self._end(action)
+        match action:
+            case StartWorker():
+                await self._start(action)
+            case StopWorker():
+                await self._end(action)
+            case SetPhases():
+                await self._set_phases(action)
 
     async def _start(self, action: StartWorker) -> None:
         worker_id, incarnation = action.declared.worker_id, action.incarnation
@@ -227,6 +254,22 @@ class ControlLoop:
         # It failed. The machine hears of it as of a process that has ended.
         reason = f"could not be started: {self.failures.last['start']}"
         self._failed_starts.append(ProcessReport(worker_id, incarnation, exit_reason=reason))
+
+    async def _set_phases(self, action: SetPhases) -> None:
+        logger.info(
+            "worker_phases_asked worker_id=%s incarnation=%d phase_epoch=%d phases=%s reason=%r",
+            action.worker_id,
+            action.incarnation,
+            action.phase_epoch,
+            phase_text(action.phases),
+            action.reason,
+        )
+        async with self._tolerate("set_phases", CLUSTER_TIMEOUT_S):
+            refused = await self._probe.set_phases(
+                action.address, action.incarnation, action.phases, action.phase_epoch
+            )
+            if refused is not None:
+                self._refusals[action.worker_id, action.incarnation] = refused
 
     async def _end(self, action: StopWorker) -> None:
         logger.info(
@@ -275,4 +318,18 @@ def _log_changes(before: ClusterView | None, after: ClusterView) -> None:
                 "none" if old is None else old.state,
                 worker.state,
                 worker.reason,
+            )
+    for switch in after.switches:
+        old_switch = (
+            next((o for o in before.switches if o.switch_id == switch.switch_id), None) if before else None
+        )
+        if old_switch is None or old_switch.state is not switch.state:
+            logger.info(
+                "worker_switch_changed worker_id=%s switch_id=%s from=%s to=%s state=%s reason=%r",
+                switch.worker_id,
+                switch.switch_id,
+                phase_text(switch.before),
+                phase_text(switch.phases),
+                switch.state,
+                switch.reason,
             )

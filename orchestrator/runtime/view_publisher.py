@@ -5,12 +5,15 @@ from contextlib import contextmanager
 
 import grpc.aio
 
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView
 from orchestrator.control.view_wire import view_from_pb, view_to_pb
 from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
 from orchestrator.runtime.channel import open_channel
 from protos import control_pb2 as pb
 from protos.control_pb2_grpc import GatewayControlServiceStub
+from workers.api import WorkerId
+from workers.wire import phases_from_pb
 
 PUBLISH_TIMEOUT_S = 1.0
 #: The gateway may be starting itself.
@@ -28,14 +31,18 @@ class GatewayPublisher:
         self._channel = open_channel(control_address)
         self._stub = GatewayControlServiceStub(self._channel)
 
-    async def publish(self, view: ClusterView) -> None:
-        """Replace the gateway's view. Raises GatewayUnreachable or ControllerSuperseded."""
+    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
+        """See ViewPublisher."""
         with self._map_errors():
             answer = await self._stub.PublishView(
                 pb.PublishViewRequest(view=view_to_pb(view)), timeout=PUBLISH_TIMEOUT_S
             )
         if answer.is_superseded:
             raise ControllerSuperseded(view.controller_epoch)
+        return tuple(
+            SwitchRequest(one.switch_id, WorkerId(one.worker_id), phases_from_pb(one.phases), one.reason)
+            for one in answer.wanted_switches
+        )
 
     async def last_view(self) -> ClusterView | None:
         """The view that the gateway has; waits a while for a gateway to come. Raises GatewayUnreachable."""

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from orchestrator.errors import WorkerUnreachable
 from orchestrator.runtime.channel import open_channel
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
-from workers.api import WorkerStatus
-from workers.wire import status_from_pb
+from workers.api import PhaseSet, PhasesRefused, WorkerStatus
+from workers.wire import phases_to_pb, status_from_pb
 
 #: A question that was not answered after this is asked anew, in seconds.
 ANSWER_TIMEOUT_S = 5.0
@@ -49,6 +50,24 @@ class WorkerProbe:
         if line.question is question:
             line.question = None
         return None if question.cancelled() else question.result()
+
+    async def set_phases(
+        self, address: str, incarnation: int, phases: PhaseSet, phase_epoch: int
+    ) -> PhasesRefused | None:
+        """Tell the worker at this address what to serve; why it does not, if it says so. Raises WorkerUnreachable."""
+        line = self._lines.get(address)
+        if line is None:
+            line = self._lines[address] = _Line(open_channel(address))
+        request = pb.SetPhasesRequest(
+            incarnation=incarnation, phases=phases_to_pb(phases), phase_epoch=phase_epoch
+        )
+        try:
+            answer = await WorkerServiceStub(line.channel).SetPhases(request, timeout=ANSWER_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise WorkerUnreachable(address, error.details() or error.code().name) from error
+        if not answer.problem:
+            return None
+        return PhasesRefused(answer.problem, answer.is_busy, answer.needs_new_process)
 
     async def keep_only(self, addresses: frozenset[str]) -> None:
         """Drop the lines to all other addresses."""

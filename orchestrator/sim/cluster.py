@@ -4,21 +4,23 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.control.controller import ControllerConfig, ControllerState, decide
+from orchestrator.control.controller import ControllerConfig, decide, recover
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import StartWorker
-from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
-from orchestrator.control.worker_machine import WorkerMachine
+from orchestrator.control.plan import SetPhases, StartWorker, StopWorker
+from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.view import ClusterView, LifecycleState, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Event, KvEvent, RequestId
+from workers.api import Command, Event, KvEvent, PhasesRefused, RequestId
 
 GATEWAY = "gateway"
 TICK_S = 0.5
+#: While a worker takes other phases.
+SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
 #: Of a message of tokens and of a command, in bytes.
@@ -155,8 +157,11 @@ class SimCluster:
         self._timers: SimTimers = world.timers
         self._rng = rng
         self._config = ControllerConfig("simulated", world.model.name, tuple(declared))
-        machines = {one.worker_id: WorkerMachine(one.worker_id) for one in declared}
-        self._state = ControllerState(machines, epoch=1)
+        self._state = recover(None, (), self._config, self._timers.time())
+        self._wanted: list[SwitchRequest] = []
+        self._refusals: dict[ProcessKey, PhasesRefused] = {}
+        #: As the last view has them.
+        self.switches: tuple[SwitchView, ...] = ()
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
         for fault in faults:
@@ -197,7 +202,6 @@ class SimCluster:
     # The controller.
 
     def _tick(self) -> None:
-        self._timers.call_later(TICK_S, self._tick)
         network, now_s = self._world.network, self._timers.time()
         reports = [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
@@ -208,17 +212,37 @@ class SimCluster:
             for key, process in self.processes.items()
             if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
         }
-        plan = decide(now_s, Observation(tuple(reports), statuses), self._state, self._config)
+        observation = Observation(tuple(reports), statuses, tuple(self._wanted), self._refusals)
+        self._wanted, self._refusals = [], {}
+        plan = decide(now_s, observation, self._state, self._config)
+        is_switching = self._state.switching.is_under_way
+        self._timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
         self._on_view(plan.view)
+        self.switches = plan.view.switches
         for action in plan.actions:
-            if isinstance(action, StartWorker):
-                self._start(action)
-            else:
-                self._end(self.processes.get((action.worker_id, action.incarnation)))
+            match action:
+                case StartWorker():
+                    self._start(action)
+                case StopWorker():
+                    self._end(self.processes.get((action.worker_id, action.incarnation)))
+                case SetPhases():
+                    self._set_phases(action)
         # Of those that have ended the newest is kept, so that its end is seen.
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
             if key[1] < self._state.machines[key[0]].incarnation:
                 self.uses.append(WorkerUse.of(self.processes.pop(key), self._timers.time()))
+
+    def want_switch(self, request: SwitchRequest) -> None:
+        """Somebody wants a worker to serve other phases; the next tick hears of it."""
+        self._wanted.append(request)
+
+    def _set_phases(self, action: SetPhases) -> None:
+        process = self.processes.get((action.worker_id, action.incarnation))
+        if process is None or not process.is_alive or self._world.network.is_cut(GATEWAY, process.address):
+            return
+        refused = process.set_phases(action.phases, action.phase_epoch)
+        if refused is not None:
+            self._refusals[action.worker_id, action.incarnation] = refused
 
     def _start(self, start: StartWorker) -> None:
         worker_id = start.declared.worker_id

@@ -13,6 +13,8 @@ from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.request_actions import Fail
+from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.view import SwitchView
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
@@ -47,6 +49,8 @@ class SimConfig:
     max_waiting_requests: int = 10_000
     max_running_requests: int = 10_000
     faults: tuple[Fault, ...] = ()
+    #: Changes of phases that somebody asks for, each with its time after the first arrival.
+    switches: tuple[tuple[float, SwitchRequest], ...] = ()
     check_every: int = 0
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
@@ -58,6 +62,7 @@ class SimResult:
 
     load: LoadResult
     workers: tuple[WorkerUse, ...]
+    switches: tuple[SwitchView, ...]
     num_events: int
     num_wrong_tokens: int
 
@@ -106,6 +111,8 @@ class Simulation:
         self._start_s = start_s
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
+        for at_s, request in config.switches:
+            self.timers.call_at(start_s + at_s, self.cluster.want_switch, request)
         for index, planned in enumerate(plan):
             self.timers.call_at(start_s + planned.arrival_s, self._arrive, index, planned)
 
@@ -130,7 +137,13 @@ class Simulation:
         records = tuple(self._records[index] for index in range(len(self._plan)))
         uses = [WorkerUse.of(process, now_s) for process in self.cluster.processes.values()]
         load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
-        return SimResult(load, (*self.cluster.uses, *uses), self.timers.num_events, self._num_wrong_tokens)
+        return SimResult(
+            load,
+            (*self.cluster.uses, *uses),
+            self.cluster.switches,
+            self.timers.num_events,
+            self._num_wrong_tokens,
+        )
 
     def check_invariants(self) -> None:
         """Of all that serves."""

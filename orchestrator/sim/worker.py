@@ -18,6 +18,8 @@ from workers.api import (
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
+    PhaseSet,
+    PhasesRefused,
     WorkerSpec,
     WorkerState,
     WorkerStatus,
@@ -85,6 +87,9 @@ class SimWorker:
         self.address = address
         self.is_alive = True
         self.began_at_s = world.timers.time()
+        #: What it serves; that of the spec until the first switch.
+        self.phases = spec.phases
+        self._phase_epoch = 0
         self.num_steps = 0
         #: Time in which it computed, in seconds.
         self.busy_s = 0.0
@@ -139,14 +144,30 @@ class SimWorker:
         return WorkerStatus(
             spec.worker_id,
             spec.incarnation,
-            spec.phases,
+            self.phases,
             WorkerState.READY if self.is_ready else WorkerState.LOADING,
             num_waiting=engine.num_waiting,
             num_running=engine.num_running,
             blocks=engine.block_counts(),
             num_leases=engine.num_leases,
             num_steps=self.num_steps,
+            work=engine.work(),
+            phase_epoch=self._phase_epoch,
+            first_step_s=engine.first_step_s,
         )
+
+    def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
+        """As workers.worker: between two steps, and at once when it is in one."""
+        if not self.is_ready or self._timers.time() < self._paused_until_s:
+            return PhasesRefused("it does not answer", is_busy=True)
+        if phase_epoch < self._phase_epoch:
+            return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
+        if phases != self.phases:
+            problem = self.engine.set_phases(phases, self._timers.time())
+            if problem is not None:
+                return PhasesRefused(problem, is_busy=True)
+        self.phases, self._phase_epoch = phases, phase_epoch
+        return None
 
     def command(self, command: Command) -> None:
         """From the gateway. A process that has ended hears nothing."""

@@ -9,9 +9,20 @@ from dataclasses import dataclass, field
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.observation import ProcessKey, ProcessReport
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView
-from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
-from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId, WorkerState, WorkerStatus
+from orchestrator.errors import ControllerSuperseded, GatewayUnreachable, WorkerUnreachable
+from workers.api import (
+    EngineConfig,
+    KvTransferConfig,
+    Phase,
+    PhaseSet,
+    PhasesRefused,
+    PhaseWork,
+    WorkerId,
+    WorkerState,
+    WorkerStatus,
+)
 
 
 def declare(worker_id: str, *phases: Phase) -> DeclaredWorker:
@@ -38,6 +49,9 @@ def controller_config(*worker_ids: str) -> ControllerConfig:
     )
 
 
+NO_WORK = PhaseWork()
+
+
 @dataclass(slots=True)
 class FakeProcess:
     """One process. Tests change what it says and whether it says anything."""
@@ -49,6 +63,23 @@ class FakeProcess:
     state: WorkerState = WorkerState.LOADING
     message: str = ""
     is_mute: bool = False
+    phases: PhaseSet = frozenset()
+    phase_epoch: int = 0
+    work: PhaseWork = NO_WORK
+    first_step_s: float | None = None
+    #: What it says when it is told to take other phases.
+    refusal: PhasesRefused | None = None
+
+    def __post_init__(self) -> None:
+        self.phases = self.declared.phases
+
+    def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
+        if self.refusal is not None:
+            return self.refusal
+        if self.work.of(self.phases - phases):
+            return PhasesRefused("requests here need it", is_busy=True)
+        self.phases, self.phase_epoch = phases, phase_epoch
+        return None
 
     @property
     def is_alive(self) -> bool:
@@ -62,7 +93,14 @@ class FakeProcess:
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(
-            self.declared.worker_id, self.incarnation, self.declared.phases, self.state, self.message
+            self.declared.worker_id,
+            self.incarnation,
+            self.phases,
+            self.state,
+            self.message,
+            work=self.work,
+            phase_epoch=self.phase_epoch,
+            first_step_s=self.first_step_s,
         )
 
 
@@ -168,6 +206,15 @@ class FakeProbe:
                 return process.status()
         return None
 
+    async def set_phases(
+        self, address: str, incarnation: int, phases: PhaseSet, phase_epoch: int
+    ) -> PhasesRefused | None:
+        await asyncio.sleep(0)
+        for process in self.machines.processes.values():
+            if process.address == address and process.is_alive and process.incarnation == incarnation:
+                return process.set_phases(phases, phase_epoch)
+        raise WorkerUnreachable(address, "connection refused")
+
     async def keep_only(self, addresses: frozenset[str]) -> None:
         self.addresses = addresses
 
@@ -178,14 +225,18 @@ class FakeGateway:
     def __init__(self) -> None:
         self.view: ClusterView | None = None
         self.is_reachable = True
+        self.wanted: list[SwitchRequest] = []
 
-    async def publish(self, view: ClusterView) -> None:
+    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
         await self._answer()
         old = self.view
         if old is None or (old.controller_epoch, old.version) <= (view.controller_epoch, view.version):
             self.view = view
         elif old.controller_epoch > view.controller_epoch:
             raise ControllerSuperseded(view.controller_epoch)
+        told = {switch.switch_id for switch in view.switches}
+        self.wanted = [request for request in self.wanted if request.switch_id not in told]
+        return tuple(self.wanted)
 
     async def last_view(self) -> ClusterView | None:
         await self._answer()

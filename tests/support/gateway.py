@@ -42,6 +42,7 @@ class Gateway:
     """What tests need of one."""
 
     address: str
+    control_address: str
     channel: grpc.aio.Channel
     client: "InferenceServiceAsyncStub"
     control: "GatewayControlServiceAsyncStub"
@@ -108,6 +109,7 @@ async def gateway(
     ):
         it = Gateway(
             address,
+            control_address,
             channel,
             inference_pb2_grpc.InferenceServiceStub(channel),
             control_pb2_grpc.GatewayControlServiceStub(control_channel),

@@ -8,6 +8,7 @@ from orchestrator.bench.trace import TraceRow
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.latency_model import DeviceShape, LatencyModel, ModelShape
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId
@@ -73,6 +74,7 @@ def run(
     timeout_s: float = 60.0,
     check_every: int = 400,
     is_cache_told: bool = True,
+    switches: tuple[tuple[float, SwitchRequest], ...] = (),
 ) -> tuple[SimResult, Simulation]:
     """One run, with all invariants checked now and then, and at its end that nobody holds anything."""
     config = SimConfig(
@@ -86,6 +88,7 @@ def run(
         faults=faults,
         check_every=check_every,
         is_cache_told=is_cache_told,
+        switches=switches,
     )
     simulation = Simulation(config, plan, plan[-1].arrival_s)
     result = simulation.run()

@@ -16,8 +16,10 @@ from workers.api import (
     FailureCode,
     KvLedger,
     KvReuseCounts,
+    Migrate,
     Phase,
     PhaseSet,
+    PhaseWork,
     PrefillStarted,
     RequestFailed,
     RequestKey,
@@ -26,7 +28,7 @@ from workers.api import (
     SuperposedDecoding,
 )
 from workers.block_hash import root_hash
-from workers.engine.admission import reason_to_refuse
+from workers.engine.admission import phase_names, reason_to_refuse
 from workers.engine.batch import Batch
 from workers.engine.block_pool import BlockPool
 from workers.engine.completion import Completion
@@ -41,6 +43,7 @@ from workers.engine.messages import (
     CommitTransfer,
     EndTransfer,
     FindCached,
+    FinishTransfer,
     ImageReady,
     ImagesGranted,
     ImagesLost,
@@ -54,6 +57,7 @@ from workers.engine.messages import (
     TransferFailed,
     TransferSent,
 )
+from workers.engine.migration import Migrations, can_migrate
 from workers.engine.outgoing import OutgoingKv, kv_ready
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import Scheduler, StepPlan
@@ -104,6 +108,11 @@ class Engine:
         self.num_preemptions = 0
         self._config = config
         self._phases = phases
+        #: From the last change of phases to the first step in a phase that was new then, in seconds; None until that.
+        self.first_step_s: float | None = None
+        #: Phases that were new then and have not been served yet.
+        self._gained: PhaseSet = frozenset()
+        self._phases_since_s = 0.0
         self._max_context_tokens = max_context_tokens
         self._root_of = root_of
         max_blocks = min(num_blocks, blocks_needed(max_context_tokens, config.block_size))
@@ -114,6 +123,8 @@ class Engine:
         #: Those whose state is AWAITING_KV, and FETCHING.
         self._num_awaiting_kv = 0
         self._num_fetching = 0
+        #: Those that are to be decoded here, wherever they are before that.
+        self._num_to_decode = 0
         self._by_transfer: dict[str, Sequence] = {}
         self._outgoing = OutgoingKv()
         self._fetching = PrefixFetching(self.pool)
@@ -139,8 +150,9 @@ class Engine:
             attention_tokens=attention_tokens,
             send_late=self._send_late,
         )
+        self._migrations = Migrations()
         #: Of the model, as the runner tells of them.
-        self._num_layers = 0
+        self._num_layers = pacing.num_layers if pacing is not None else 0
         self._step_began_s = 0.0
 
     # What others ask.
@@ -159,6 +171,21 @@ class Engine:
     def num_leases(self) -> int:
         """Transfers that hold blocks, sending and receiving, and KV that nobody has claimed yet."""
         return self._outgoing.num_held + self._incoming.num_held + self._fetching.num_held
+
+    def work(self) -> PhaseWork:
+        """Requests that still need prefill or decode here. KV that is being sent needs neither."""
+        num_prefills = len(self._batch.waiting) + len(self._batch.prefills) + self._num_fetching
+        num_unasked = sum(name not in self._by_transfer for name in self._incoming.transfer_ids())
+        return PhaseWork(num_prefills=num_prefills, num_decodes=self._num_to_decode + num_unasked)
+
+    def set_phases(self, phases: PhaseSet, now_s: float) -> str | None:
+        """Serve these from now on; why not, when a request here needs one that would go."""
+        num_left = self.work().of(self._phases - phases)
+        if num_left > 0:
+            return f"{num_left} requests here still need {phase_names(self._phases - phases)}"
+        self._gained, self._phases_since_s, self.first_step_s = phases - self._phases, now_s, None
+        self._phases = self._incoming.phases = phases
+        return None
 
     def block_counts(self) -> BlockCounts:
         """Free, cached, in use, leased."""
@@ -216,6 +243,8 @@ class Engine:
                 self._submit(message, now_s)
             case Abort():
                 self._drop(message.key, now_s, reason="aborted")
+            case Migrate():
+                self._migrate(message, now_s)
             case SubscribeKvEvents():
                 self.pool.watch()
             case ReserveBlocks():
@@ -275,10 +304,19 @@ class Engine:
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
         self._step_began_s = now_s
+        if self._gained:
+            self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)
         if self._pacing is not None and num_leaving > 0:
             plan.layer_group_size = self._pacing.group_size(num_leaving)
         return plan if plan.decodes or plan.chunks else None
+
+    def _note_first_step(self, plan: StepPlan, now_s: float) -> None:
+        served = {Phase.PREFILL} if plan.chunks else set()
+        served |= {Phase.DECODE} if plan.decodes else set()
+        if served & self._gained:
+            self.first_step_s = now_s - self._phases_since_s
+            self._gained = frozenset()
 
     def kv_ready(self, plan: StepPlan, layer_lo: int, layer_hi: int) -> list[KvReady]:
         """What can be sent once these layers of the step are computed."""
@@ -299,6 +337,8 @@ class Engine:
                 self._drop(ended.sequence.key, now_s, reason=ended.reason)
             else:
                 self._fail(ended.sequence.key, ended.code, ended.reason, now_s)
+        for migrate in self._migrations.asked() if self._migrations else ():
+            self._leave_if_possible(migrate, now_s)
         self._grant_reservations(now_s)
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
@@ -332,6 +372,7 @@ class Engine:
         assert self.num_waiting == sum(
             s in (SequenceState.WAITING, SequenceState.FETCHING, SequenceState.AWAITING_KV) for s in states
         )
+        assert self._num_to_decode == sum(map(_is_to_decode, self._sequences.values()))
         deadlines_s = [sequence.deadline_s for sequence in self._sequences.values()]
         assert self._next_expiry_s <= min([*deadlines_s, self._incoming.next_expiry_s()])
 
@@ -345,6 +386,7 @@ class Engine:
         self._num_arrived += 1
         sequence = Sequence.from_submit(submit, now_s, root=self._root_of(submit), number=self._num_arrived)
         self._sequences[submit.key] = sequence
+        self._num_to_decode += Phase.DECODE in submit.phases
         self._drafting.begin(sequence, submit.cache_salt)
         self._expire_by(sequence.deadline_s)
         if submit.handoff is not None:
@@ -379,7 +421,7 @@ class Engine:
 
     def _find_cached(self, wanted: FindCached, now_s: float) -> None:
         name = wanted.transfer_id
-        if name in self._by_transfer or self._outgoing.holds(name) or self._incoming.knows(name):
+        if self._is_transfer_known(name):
             # Another worker chose it: its blocks must not be taken for those of a hand-off.
             self._outputs.append(ReservationRefused(name, "this transfer id is in use here already", False))
         else:
@@ -474,6 +516,8 @@ class Engine:
         state = sequence.state
         self._completion.forget(sequence)
         self._drafting.forget(sequence)
+        self._migrations.forget(key)
+        self._num_to_decode -= _is_to_decode(sequence)
         if state is SequenceState.WAITING:
             self._batch.waiting.remove(sequence)
         elif state is SequenceState.FETCHING:
@@ -495,6 +539,57 @@ class Engine:
                 self._outputs.extend(self._incoming.give_up(transfer_id, now_s))
                 self._expire_by(now_s + self._claim_s)
         return True
+
+    # Sequences that go on elsewhere.
+
+    def _migrate(self, migrate: Migrate, now_s: float) -> None:
+        if migrate.key in self._sequences:
+            self._migrations.ask(migrate)
+            self._leave_if_possible(migrate, now_s)
+
+    def _leave_if_possible(self, migrate: Migrate, now_s: float) -> None:
+        """Between two steps: its KV is whole, and its transfer holds its blocks when it leaves the batch."""
+        sequence = self._sequences[migrate.key]
+        if not can_migrate(sequence):
+            return
+        self._migrations.forget(migrate.key)
+        num_known = migrate.num_known_tokens
+        problem = self._migration_problem(sequence, migrate)
+        if problem is not None:
+            self._fail(migrate.key, FailureCode.INVALID, problem, now_s)
+            return
+        if sequence.handoff is not None:
+            del self._by_transfer[sequence.handoff.transfer_id]
+        sequence.handoff = migrate.handoff
+        transfer_id = migrate.handoff.transfer_id
+        self._by_transfer[transfer_id] = sequence
+        block_size = self._config.block_size
+        num_blocks = blocks_needed(sequence.num_computed_tokens, block_size)
+        block_ids = tuple(sequence.block_table[:num_blocks])
+        self.pool.hold(block_ids)
+        self._outputs.append(self._outgoing.migrate(sequence, block_ids, num_known, now_s))
+        self._outputs.append(KvReady(transfer_id, 0, self._num_layers, 0, sequence.num_computed_tokens))
+        new = sequence.token_ids[num_known - sequence.num_dropped_tokens :]
+        self._batch.leave(sequence)
+        self._num_to_decode -= 1
+        sequence.move_to(SequenceState.HANDOFF)
+        self._outputs.append(FinishTransfer(transfer_id, tuple(new)))
+
+    def _migration_problem(self, sequence: Sequence, migrate: Migrate) -> str | None:
+        if self._is_transfer_known(migrate.handoff.transfer_id):
+            return f"transfer {migrate.handoff.transfer_id} is in use here"
+        num_dropped = sequence.num_dropped_tokens
+        lowest, highest = sequence.num_prompt_tokens + num_dropped, len(sequence.token_ids) + num_dropped
+        if not lowest <= migrate.num_known_tokens <= highest:
+            return f"num_known_tokens: is {migrate.num_known_tokens}; allowed: {lowest} to {highest}"
+        return None
+
+    def _is_transfer_known(self, transfer_id: str) -> bool:
+        return (
+            transfer_id in self._by_transfer
+            or self._outgoing.holds(transfer_id)
+            or self._incoming.knows(transfer_id)
+        )
 
     def _expire_by(self, time_s: float) -> None:
         self._next_expiry_s = min(self._next_expiry_s, time_s)
@@ -547,11 +642,11 @@ class Engine:
         self.pool.adopt(arrived.block_ids)
         self._num_awaiting_kv -= 1
         sequence.holds_since_s = arrived.since_s
-        if sequence.images is not None and arrived.num_tokens < sequence.num_prompt_tokens:
+        num_dropped = sequence.num_prompt_tokens - (arrived.num_tokens + 1 - len(arrived.token_ids))
+        if sequence.images is not None and num_dropped > 0:
             # Which of them have left does not matter: they are all alike, and their KV is here.
-            num_dropped = sequence.num_prompt_tokens - arrived.num_tokens
             sequence.drop_tokens(sequence.images.first_places(num_dropped))
-        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        sequence.num_computed_tokens = arrived.num_tokens
         if is_approximate(sequence, arrived):
             # Nothing of it is stored for others.
             sequence.num_exact_tokens = 0
@@ -593,3 +688,8 @@ class Engine:
             self._pacing.observe_transfer(ended.report)
         self._outputs.append(ended.event(sequence.key))
         self._drop(sequence.key, now_s, reason="handed off")
+
+
+def _is_to_decode(sequence: Sequence) -> bool:
+    """Its next tokens are to be generated here."""
+    return Phase.DECODE in sequence.phases and sequence.state is not SequenceState.HANDOFF

@@ -33,7 +33,7 @@ class ArrivedKv:
     block_ids: tuple[int, ...]
     #: Tokens whose KV is in the blocks.
     num_tokens: int
-    #: What prefill sampled.
+    #: Those that follow on what the request here knows: one that prefill sampled, or what another worker decoded.
     token_ids: tuple[int, ...]
     #: Of the tokens whose KV it is, as the sender knows them.
     token_digest: bytes
@@ -76,7 +76,8 @@ class IncomingKv:
     ) -> None:
         self._pool = pool
         self._max_blocks = max_blocks
-        self._phases = phases
+        #: Of the worker.
+        self.phases = phases
         self._max_waiting = max_waiting
         self._claim_s = claim_s
         self._waiting: deque[_Waiting] = deque()
@@ -89,6 +90,12 @@ class IncomingKv:
     def num_held(self) -> int:
         """Transfers that hold blocks. Each may become a running sequence."""
         return len(self._receiving) + len(self._unclaimed)
+
+    def transfer_ids(self) -> Iterator[str]:
+        """Those that wait, receive or are unclaimed."""
+        yield from (one.request.transfer_id for one in self._waiting)
+        yield from self._receiving
+        yield from self._unclaimed
 
     @property
     def waits_since_s(self) -> float:
@@ -121,8 +128,8 @@ class IncomingKv:
         """
         num_blocks = blocks_needed(request.max_tokens, self._pool.block_size)
         refusal: tuple[str, bool] | None = None
-        if Phase.DECODE not in self._phases:
-            refusal = f"this worker serves {phase_names(self._phases)}, not decode", False
+        if Phase.DECODE not in self.phases:
+            refusal = f"this worker serves {phase_names(self.phases)}, not decode", False
         elif self.is_given_up(request.transfer_id):
             refusal = "the request was aborted here", False
         elif num_blocks > self._pool.num_blocks:
@@ -277,22 +284,24 @@ class IncomingKv:
 
 def misfit(sequence: Sequence, arrived: ArrivedKv, block_size: int) -> str | None:
     """Why this KV is not what the request needs; None when it is."""
-    num_dropped = sequence.num_prompt_tokens - arrived.num_tokens
+    # What prefill sampled, or what was generated since the request here was told of it, is not in its prompt.
+    num_known = arrived.num_tokens + 1 - len(arrived.token_ids)
+    num_dropped = sequence.num_prompt_tokens - num_known
     most = sequence.images.num_left if sequence.images is not None and sequence.reduction is not None else 0
     if not 0 <= num_dropped <= most:
-        return f"KV of {arrived.num_tokens} tokens came for a prompt of {sequence.num_prompt_tokens}"
+        came = f"KV of {arrived.num_tokens} tokens and {len(arrived.token_ids)} new ones came"
+        return f"{came} for a prompt of {sequence.num_prompt_tokens}"
     digest = sequence.prompt_digest()
     if arrived.token_digest not in (digest, approximate_digest(digest)):
         return "the KV that came is of other tokens than the request's"
     max_tokens = sequence.max_tokens - num_dropped
     if len(arrived.block_ids) < blocks_needed(max_tokens, block_size):
         return f"{len(arrived.block_ids)} blocks were reserved; {max_tokens} tokens need more"
-    if len(arrived.token_ids) != 1:
-        return f"prefill handed over {len(arrived.token_ids)} tokens, not 1"
-    if sequence.sampling.max_new_tokens == 1 and not isinstance(
-        sequence.sampling.decoding, SuperposedDecoding
-    ):
-        return "prefill handed over the only token that was asked for"
+    if isinstance(sequence.sampling.decoding, SuperposedDecoding):
+        num_new = len(arrived.token_ids)
+        return None if num_new == 1 else f"{num_new} tokens came with its KV; a superposed decoding takes 1"
+    if len(arrived.token_ids) >= sequence.sampling.max_new_tokens:
+        return f"all {len(arrived.token_ids)} tokens that were asked for came with its KV"
     return None
 
 

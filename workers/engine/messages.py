@@ -13,6 +13,7 @@ from workers.api import (
     ImageTile,
     KvEvent,
     KvTransferred,
+    Migrate,
     PrefixPeer,
     RequestKey,
     Submit,
@@ -46,7 +47,7 @@ class CancelReservation:
 
 @dataclass(frozen=True, slots=True)
 class CommitTransfer:
-    """All KV has arrived and is verified; `token_ids` are what prefill sampled.
+    """All KV has arrived and is verified; `token_ids` are those that follow on what the request here knows.
 
     token_digest: of the tokens whose KV it is (kvtransfer.digest); of a fetched prefix the hash of its last block.
     is_lossy: it came through a codec that changes it.
@@ -156,6 +157,7 @@ class ImagesLost:
 Message = (
     Submit
     | Abort
+    | Migrate
     | SubscribeKvEvents
     | ImagesGranted
     | ImageReady
@@ -190,9 +192,9 @@ class ReservationRefused:
 
 @dataclass(frozen=True, slots=True)
 class StartTransfer:
-    """Begin to send: prefill of the sequence starts with this step.
+    """Begin to send: prefill of the sequence starts with this step, or all its KV is there and it goes on elsewhere.
 
-    block_ids hold the prompt, in order; from now on they return by ReleaseTransfer alone.
+    block_ids hold `num_tokens` tokens, in order; from now on they return by ReleaseTransfer alone.
     """
 
     key: RequestKey
@@ -220,7 +222,7 @@ class KvReady:
 
 @dataclass(frozen=True, slots=True)
 class FinishTransfer:
-    """Prefill has ended with these tokens; commit when all KV has arrived."""
+    """No more KV comes, and the other side has yet to hear of these tokens; commit when all KV has arrived."""
 
     transfer_id: str
     token_ids: tuple[int, ...]

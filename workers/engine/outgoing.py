@@ -36,10 +36,22 @@ class OutgoingKv:
 
     def start(self, sequence: Sequence, now_s: float) -> StartTransfer:
         """Prefill of a sequence that is decoded elsewhere begins; its blocks are known to the transfer now."""
+        return self._start(
+            sequence, tuple(sequence.block_table), sequence.num_prompt_tokens, sequence.prompt_digest(), now_s
+        )
+
+    def migrate(
+        self, sequence: Sequence, block_ids: tuple[int, ...], num_known_tokens: int, now_s: float
+    ) -> StartTransfer:
+        """A sequence goes on elsewhere, where its first `num_known_tokens` tokens are known; its KV is in these blocks."""
+        digest = sequence.digest(num_known_tokens)
+        return self._start(sequence, block_ids, sequence.num_computed_tokens, digest, now_s)
+
+    def _start(
+        self, sequence: Sequence, block_ids: tuple[int, ...], num_tokens: int, digest: bytes, now_s: float
+    ) -> StartTransfer:
         handoff = sequence.handoff
         assert handoff is not None
-        block_ids = tuple(sequence.block_table)
-        digest = sequence.prompt_digest()
         if sequence.num_exact_tokens is not None or sequence.num_lossless_tokens is not None:
             digest = approximate_digest(digest)
         self._sending[handoff.transfer_id] = _Sending(
@@ -51,7 +63,7 @@ class OutgoingKv:
             decode_address=handoff.decode_address,
             decode_incarnation=handoff.decode_incarnation,
             block_ids=block_ids,
-            num_tokens=sequence.num_prompt_tokens,
+            num_tokens=num_tokens,
             max_tokens=sequence.max_tokens,
             timeout_s=sequence.deadline_s - now_s,
             token_digest=digest,

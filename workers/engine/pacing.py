@@ -35,7 +35,7 @@ class LayerPacing:
     def __init__(
         self, *, num_layers: int, token_bytes: int, max_chunk_bytes: int, fixed: int | None = None
     ) -> None:
-        self._num_layers = num_layers
+        self.num_layers = num_layers
         self._token_bytes = token_bytes
         self._max_chunk_bytes = max_chunk_bytes
         self._fixed = fixed
@@ -46,7 +46,7 @@ class LayerPacing:
     def observe_step(self, num_tokens: int, step_s: float) -> None:
         """A step that mostly prefilled took this long."""
         if num_tokens > 0 and step_s > 0:
-            measured_s = _clamped(step_s / (num_tokens * self._num_layers), TOKEN_S)
+            measured_s = _clamped(step_s / (num_tokens * self.num_layers), TOKEN_S)
             self._token_s += GAIN * (measured_s - self._token_s)
 
     def observe_transfer(self, report: TransferReport) -> None:
@@ -62,9 +62,9 @@ class LayerPacing:
     def group_size(self, num_tokens: int) -> int:
         """Layers between two departures, for `num_tokens` tokens of a step that are handed off: 1 to num_layers."""
         if self._fixed is not None:
-            return max(1, min(self._fixed, self._num_layers))
+            return max(1, min(self._fixed, self.num_layers))
         return best_group_size(
-            self._num_layers,
+            self.num_layers,
             layer_s=_rounded(self._token_s * num_tokens),
             layer_bytes=self._token_bytes * num_tokens,
             max_chunk_bytes=self._max_chunk_bytes,

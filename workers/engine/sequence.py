@@ -37,7 +37,7 @@ class SequenceState(StrEnum):
     DECODE = "decode"
     #: Split into branches, of which one will be kept; the branches decode, it does not.
     BRANCHED = "branched"
-    #: Prefilled here; its KV is on the way to the decode worker.
+    #: Its KV is on the way to the worker that decodes it, or goes on decoding it.
     HANDOFF = "handoff"
     #: To be decoded here; its KV is on the way from the prefill worker.
     AWAITING_KV = "awaiting_kv"
@@ -50,7 +50,9 @@ TRANSITIONS: dict[SequenceState, frozenset[SequenceState]] = {
     SequenceState.PREFILL: frozenset(
         {SequenceState.DECODE, SequenceState.HANDOFF, SequenceState.WAITING, SequenceState.FINISHED}
     ),
-    SequenceState.DECODE: frozenset({SequenceState.BRANCHED, SequenceState.WAITING, SequenceState.FINISHED}),
+    SequenceState.DECODE: frozenset(
+        {SequenceState.BRANCHED, SequenceState.WAITING, SequenceState.HANDOFF, SequenceState.FINISHED}
+    ),
     SequenceState.BRANCHED: frozenset({SequenceState.DECODE, SequenceState.WAITING, SequenceState.FINISHED}),
     SequenceState.HANDOFF: frozenset({SequenceState.FINISHED}),
     SequenceState.AWAITING_KV: frozenset(
@@ -203,7 +205,13 @@ class Sequence:
 
     def prompt_digest(self) -> bytes:
         """See kvtransfer.digest: of the whole prompt's tokens and pictures, and of how these are reduced."""
-        digest = token_digest(self.whole_prompt or self.token_ids[: self.num_prompt_tokens])
+        return self.digest(self.num_prompt_tokens + self.num_dropped_tokens)
+
+    def digest(self, num_tokens: int) -> bytes:
+        """That of a sequence whose whole prompt is the first `num_tokens` tokens of this one, not fewer than its own."""
+        generated = self.token_ids[self.num_prompt_tokens :]
+        whole = (self.whole_prompt or self.token_ids[: self.num_prompt_tokens]) + generated
+        digest = token_digest(whole[:num_tokens])
         if self.images is None:
             return digest
         keys = [tile.key for tile in self.images.tiles]

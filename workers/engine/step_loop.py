@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from workers.api import BlockCounts, KvLedger, KvReuseCounts
+from workers.api import BlockCounts, KvLedger, KvReuseCounts, PhaseSet, PhaseWork
 from workers.engine.engine import Engine
 from workers.engine.idle_check import IdleCheck
 from workers.engine.messages import Message, Output
@@ -23,6 +23,7 @@ MAX_IDLE_S = 0.5
 MAX_BROKEN_STEPS = 3
 
 NO_REUSE = KvReuseCounts()
+NO_WORK = PhaseWork()
 
 Result = TypeVar("Result")
 
@@ -52,6 +53,8 @@ class EngineSnapshot:
     reuse: KvReuseCounts = NO_REUSE
     #: See Engine.
     num_wrong_prefixes: int = 0
+    work: PhaseWork = NO_WORK
+    first_step_s: float | None = None
 
 
 class StepLoop:
@@ -116,6 +119,16 @@ class StepLoop:
     def ledger(self) -> "Future[KvLedger]":
         """Who holds which blocks, between two steps; the snapshot then knows of leaked ones too."""
         return self.call(lambda: self._idle_check.ledger(self._clock()))
+
+    def set_phases(self, phases: PhaseSet) -> "Future[str | None]":
+        """See Engine."""
+
+        def change() -> str | None:
+            problem = self.engine.set_phases(phases, self._clock())
+            self._snapshot = self._take_snapshot()
+            return problem
+
+        return self.call(change)
 
     def stop(self) -> None:
         """Make `run` return after the step it is in."""
@@ -208,6 +221,8 @@ class StepLoop:
             self._idle_check.num_failures,
             engine.reuse_counts(),
             engine.num_wrong_prefixes,
+            engine.work(),
+            engine.first_step_s,
         )
 
     def _publish_outputs(self) -> None:

@@ -58,6 +58,7 @@ ready    heard_ready        ready
 ready    heard_failed       lost
 ready    silent             lost
 ready    exited             lost
+ready    replace            pending
 lost     adopted            starting
 lost     retry_due          pending
 failed   adopted            starting

@@ -517,11 +517,13 @@ def test_kv_that_nobody_claims_is_freed_and_its_request_is_told_when_it_comes() 
 @pytest.mark.parametrize(
     ("num_tokens", "max_tokens", "token_ids", "max_new", "reason"),
     [
-        (4, 8, (50,), 3, "KV of 4 tokens came for a prompt of 5"),
+        (4, 8, (50,), 3, "KV of 4 tokens and 1 new ones came for a prompt of 5"),
         (5, 8, (50,), 4, "2 blocks were reserved; 9 tokens need more"),
-        (5, 8, (), 3, "prefill handed over 0 tokens, not 1"),
-        (5, 8, (50, 51), 3, "prefill handed over 2 tokens, not 1"),
-        (5, 8, (50,), 1, "prefill handed over the only token that was asked for"),
+        (5, 8, (), 3, "KV of 5 tokens and 0 new ones came for a prompt of 5"),
+        (5, 8, (50, 51), 3, "KV of 5 tokens and 2 new ones came for a prompt of 5"),
+        (6, 8, (50,), 3, "KV of 6 tokens and 1 new ones came for a prompt of 5"),
+        (5, 8, (50,), 1, "all 1 tokens that were asked for came with its KV"),
+        (6, 8, (50, 51), 2, "all 2 tokens that were asked for came with its KV"),
     ],
 )
 def test_kv_that_does_not_fit_its_request_is_never_used(

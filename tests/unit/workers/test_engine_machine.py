@@ -35,7 +35,9 @@ from workers.api import (
     DecodingMethod,
     DraftsGenerated,
     EngineConfig,
+    Handoff,
     KvTransferred,
+    Migrate,
     NgramDrafts,
     PhaseSet,
     PrefillOrder,
@@ -111,6 +113,11 @@ class Sending:
 
     block_ids: tuple[int, ...]
     num_tokens: int
+    #: Those that its sequence had when it began.
+    token_ids: tuple[int, ...]
+    root: bytes
+    #: Of one that goes on elsewhere: tokens that are known there.
+    num_known: int | None = None
     #: Tokens named so far, in order.
     num_ready: int = 0
     is_finished: bool = False
@@ -156,6 +163,8 @@ class AnyOrder(RuleBasedStateMachine):
         #: Withdrawn, perhaps after the engine had granted it.
         self.receiving: dict[str, tuple[int, ...]] = {}
         self.sending: dict[str, Sending] = {}
+        #: Of those that were asked to go elsewhere: tokens that are known there, as was said last.
+        self.known: dict[RequestKey, int] = {}
 
     # Requests.
 
@@ -252,6 +261,25 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def abort_unknown(self) -> None:
         self.engine.handle(Abort(key("nobody")), self.now_s)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), transfer_id=TRANSFER_IDS, num_behind=st.sampled_from([0, 0, 1, 2]))
+    def migrate(self, data: st.DataObject, transfer_id: str, num_behind: int) -> None:
+        migrating = data.draw(st.sampled_from(sorted(self.open, key=str)))
+        self._read_outputs()
+        if migrating not in self.open or transfer_id in self.sending:
+            return
+        num_known = max(1, self.open[migrating] - num_behind)
+        self.known[migrating] = num_known
+        handoff = Handoff(transfer_id, "peer:1", 7)
+        self.engine.handle(Migrate(migrating, handoff, num_known), self.now_s)
+
+    @rule(phases=st.sampled_from([PREFILL, DECODE, BOTH]))
+    def set_phases(self, phases: PhaseSet) -> None:
+        if self.engine.set_phases(phases, self.now_s) is None:
+            self.phases = phases
+        for sequence in self.engine._sequences.values():
+            assert sequence.state is SequenceState.HANDOFF or sequence.phases <= self.phases
 
     # Receiving transfers.
 
@@ -374,8 +402,9 @@ class AnyOrder(RuleBasedStateMachine):
         self._check_sending(one)
 
     def _check_sending(self, one: Sending) -> None:
-        """What is ready to be sent holds the prompt, until the transfer has let go of it."""
-        assert self.memory.read(one.block_ids, one.num_ready) == text_facts(one.num_ready)
+        """What is ready to be sent holds the sequence's tokens, until the transfer has let go of it."""
+        facts = [(one.root, *one.token_ids[: i + 1]) for i in range(one.num_ready)]
+        assert self.memory.read(one.block_ids, one.num_ready) == facts
 
     @rule(duration_s=st.sampled_from([0.5, 2.0, 6.0]))
     def wait(self, duration_s: float) -> None:
@@ -411,15 +440,33 @@ class AnyOrder(RuleBasedStateMachine):
                 self.asked.discard(output.transfer_id)
             case StartTransfer():
                 assert output.transfer_id not in self.sending or self.sending[output.transfer_id].is_released
-                self.sending[output.transfer_id] = Sending(output.block_ids, output.num_tokens)
-                assert output.timeout_s > 0
+                self._starts(output)
+            case KvReady():
+                self._kv_is_ready(output)
             case FinishTransfer():
                 one = self.sending[output.transfer_id]
                 assert one.num_ready == one.num_tokens
-                assert len(output.token_ids) == 1
+                if one.num_known is None:
+                    assert len(output.token_ids) == 1
+                else:
+                    assert output.token_ids == one.token_ids[one.num_known :]
+                    assert len(one.token_ids) == one.num_tokens + 1
                 one.is_finished = True
             case EndTransfer():
                 assert output.reason
+
+    def _starts(self, start: StartTransfer) -> None:
+        # It may have ended since, of an abort for example.
+        sequence = self.engine._by_transfer.get(start.transfer_id)
+        is_migrated = sequence is not None and sequence.state is SequenceState.HANDOFF
+        num_known = self.known.get(start.key) if is_migrated else None
+        token_ids = tuple(sequence.token_ids) if sequence is not None else TEXTS[0]
+        root = sequence.block_hashes[0] if sequence is not None else plain_root(submit())
+        self.sending[start.transfer_id] = Sending(
+            start.block_ids, start.num_tokens, token_ids, root, num_known
+        )
+        assert start.timeout_s > 0
+        assert start.token_digest == token_digest(token_ids[: num_known or start.num_tokens])
 
     def _ends(self, ended: RequestKey) -> None:
         del self.open[ended]

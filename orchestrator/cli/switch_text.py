@@ -1,0 +1,66 @@
+"""What `phasewise switch` and `phasewise status` print of a change of phases, for people and as JSON. Pure."""
+
+from typing import Any
+
+from orchestrator.cli.transfer_text import counted, seconds
+from orchestrator.control.role_switch import phase_text
+from orchestrator.control.view import SwitchState, SwitchView
+from protos import control_pb2 as pb
+from workers.api import Phase, PhaseSet
+from workers.wire import phases_from_pb
+
+
+def switch_text(switch: SwitchView) -> str:
+    """One line, of the state in which it is."""
+    what = f"{switch.worker_id}: {phase_text(switch.before)} -> {phase_text(switch.phases)}"
+    match switch.state:
+        case SwitchState.UNDONE:
+            return f"{what}: not done: {switch.reason}"
+        case SwitchState.CHANGED | SwitchState.PROVEN:
+            took = f" in {seconds(switch.change_s)}" if switch.change_s is not None else ""
+            first = switch.first_step_s
+            proof = f", first step after {seconds(first)}" if first is not None else ""
+            return f"{what}: done{took}{proof}: {switch.reason}"
+        case _:
+            return f"{what}: {switch.state}: {switch.reason}"
+
+
+def switch_json(switch: SwitchView) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "switch_id": switch.switch_id,
+        "worker_id": switch.worker_id,
+        "before": _names(switch.before),
+        "phases": _names(switch.phases),
+        "state": switch.state.value,
+        "reason": switch.reason,
+        "change_s": switch.change_s,
+        "first_step_s": switch.first_step_s,
+    }
+
+
+def forecast_text(forecast: pb.SwitchForecast) -> str:
+    """What a dry run found."""
+    if forecast.problem:
+        return f"it may not: {forecast.problem}"
+    gives_up, gains = (phase_text(phases_from_pb(one)) for one in (forecast.gives_up, forecast.gains))
+    parts = (gains and f"gains {gains}", gives_up and f"gives up {gives_up}")
+    changes = ", ".join(text for text in parts if text)
+    prompts = counted(forecast.num_prompts, "waiting prompt")
+    sequences = counted(forecast.num_sequences, "sequence")
+    return f"it may: it {changes}; {prompts} would go to others, {sequences} would move with their KV"
+
+
+def forecast_json(forecast: pb.SwitchForecast) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "gives_up": _names(phases_from_pb(forecast.gives_up)),
+        "gains": _names(phases_from_pb(forecast.gains)),
+        "num_prompts": forecast.num_prompts,
+        "num_sequences": forecast.num_sequences,
+        "problem": forecast.problem,
+    }
+
+
+def _names(phases: PhaseSet) -> list[str]:
+    return [phase.value for phase in Phase if phase in phases]

@@ -1,0 +1,232 @@
+"""Drives the switches of all workers in a controller's tick: what was seen becomes events, states become actions. Pure."""
+
+from collections.abc import Sequence
+
+from orchestrator.control.plan import SetPhases
+from orchestrator.control.role_switch import (
+    TELL_AGAIN_S,
+    RoleSwitch,
+    SwitchEvent,
+    SwitchRequest,
+    phase_text,
+    why_not,
+)
+from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
+from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
+from workers.api import PhaseSet, PhasesRefused, WorkerId, WorkerStatus
+
+#: Switches that are remembered, those under way not counted.
+MAX_REMEMBERED = 32
+
+
+class Switching:
+    """The phases that each worker is to have, and the switches between them.
+
+    wanted: of each declared worker; a process is started with these.
+    """
+
+    def __init__(self, wanted: dict[WorkerId, PhaseSet]) -> None:
+        self.wanted = wanted
+        self._switches: dict[WorkerId, RoleSwitch] = {}
+        self._ended: list[SwitchView] = []
+        self._seen: dict[str, None] = {}
+
+    def of(self, worker_id: WorkerId) -> RoleSwitch | None:
+        """The last switch of a worker; None when it had none, or was started anew since."""
+        return self._switches.get(worker_id)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Some worker is between two sets of phases."""
+        return any(switch.is_under_way for switch in self._switches.values())
+
+    def views(self) -> tuple[SwitchView, ...]:
+        """The last ones, in the order in which they began."""
+        present = sorted(self._switches.values(), key=lambda switch: switch.began_at_s)
+        return (*self._ended[-MAX_REMEMBERED:], *(switch.view() for switch in present))
+
+    def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
+        """What a worker may be used for, and what it is giving up."""
+        switch, status = self._switches.get(machine.worker_id), machine.status
+        if switch is not None and switch.is_under_way:
+            return switch.usable, switch.leaving
+        wanted = self.wanted[machine.worker_id]
+        if switch is not None and status is not None and machine.state is LifecycleState.READY:
+            # One that was undone may have changed all the same, until it has changed back.
+            wanted &= status.phases
+        return wanted, frozenset()
+
+    def begin(self, requests: Sequence[SwitchRequest], view: ClusterView, now_s: float) -> None:
+        """Begin what may begin; what may not is remembered as undone, with the reason. view: as of this tick."""
+        for request in requests:
+            if request.switch_id in self._seen:
+                continue
+            self._remember(request.switch_id)
+            problem = why_not(view, request.worker_id, request.phases)
+            last = self._switches.get(request.worker_id)
+            if problem is None and last is not None and last.is_under_way:
+                problem = f"{request.worker_id} is changing its phases already"
+            if problem is None and self._is_last_of_a_phase(request, view):
+                problem = "another worker is giving up the same phase"
+            if problem is not None:
+                before = self.wanted.get(request.worker_id, frozenset())
+                refused = SwitchView(
+                    request.switch_id, request.worker_id, before, request.phases, SwitchState.UNDONE, problem
+                )
+                self._end(refused)
+                continue
+            worker = view.worker(request.worker_id)
+            assert worker is not None
+            number = 1 + (worker.status.phase_epoch if worker.status is not None else 0)
+            if last is not None:
+                # One that was undone may have used the next one too.
+                number = max(number, last.phase_epoch + 2)
+                self._end(last.view())
+            before = self.wanted[request.worker_id]
+            self._switches[request.worker_id] = RoleSwitch.begin(request, before, number, now_s)
+
+    def follow(
+        self, machine: WorkerMachine, status: WorkerStatus | None, refusal: PhasesRefused | None, now_s: float
+    ) -> SetPhases | None:
+        """Tell the worker's switch what was seen of it, and what to tell the worker. May have its process replaced."""
+        switch = self._switches.get(machine.worker_id)
+        if switch is None:
+            if status is not None and machine.state is LifecycleState.READY and status.phases:
+                # An earlier controller has changed them.
+                self.wanted[machine.worker_id] = status.phases
+            return None
+        self._follow(switch, machine, status, refusal, now_s)
+        if machine.state is not LifecycleState.READY:
+            return None
+        if switch.needs_new_process or switch.state is SwitchState.LEAVING:
+            return None
+        wanted = (
+            switch.request.phases if switch.state is SwitchState.CHANGING else self.wanted[machine.worker_id]
+        )
+        return self._tell(switch, machine, status, wanted, now_s)
+
+    def check_invariants(self) -> None:
+        """Of each switch."""
+        for worker_id, switch in self._switches.items():
+            assert switch.request.worker_id == worker_id
+            switch.check_invariants()
+        assert all(self.wanted.values())
+
+    def _follow(
+        self,
+        switch: RoleSwitch,
+        machine: WorkerMachine,
+        status: WorkerStatus | None,
+        refusal: PhasesRefused | None,
+        now_s: float,
+    ) -> None:
+        if switch.is_under_way and self._is_lost(switch, machine):
+            switch.handle(
+                SwitchEvent.LOST, f"{machine.worker_id} is {machine.state}: {machine.reason}", now_s
+            )
+        if refusal is not None and switch.state is SwitchState.CHANGING:
+            self._refused(switch, refusal, now_s)
+        if status is not None:
+            self._heard(switch, machine, status, now_s)
+        if switch.is_late(now_s):
+            switch.handle(SwitchEvent.LATE, f"{switch.state} took too long: {_left(switch, status)}", now_s)
+        if switch.state is SwitchState.UNDONE and switch.needs_new_process:
+            self._replace_back(switch, machine, status)
+
+    def _heard(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus, now_s: float) -> None:
+        if switch.state is SwitchState.LEAVING and status.work.of(switch.leaving) == 0:
+            left = phase_text(switch.leaving)
+            reason = f"nothing needs {left} there any more" if left else "it gives nothing up"
+            switch.handle(SwitchEvent.EMPTY, reason, now_s)
+            if switch.needs_new_process:
+                self.wanted[machine.worker_id] = switch.request.phases
+                machine.handle(WorkerEvent.REPLACE, f"to serve {phase_text(switch.request.phases)}", now_s)
+        elif switch.state is SwitchState.CHANGING and self._has_changed(switch, machine, status):
+            switch.handle(SwitchEvent.CHANGED, switch.request.reason, now_s)
+            self.wanted[machine.worker_id] = switch.request.phases
+        elif switch.state is SwitchState.CHANGED and status.first_step_s is not None:
+            assert switch.changed_at_s is not None
+            # The worker counts from when it changed, a little before we heard of it.
+            changed_s = (switch.told_at_s or switch.changed_at_s) - switch.began_at_s
+            switch.first_step_s = changed_s + status.first_step_s
+            switch.handle(SwitchEvent.FIRST_STEP, switch.request.reason, now_s)
+
+    def _replace_back(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus | None) -> None:
+        """Its next process has the phases of before; one that has others already goes."""
+        self.wanted[machine.worker_id] = switch.before
+        if status is not None and status.phases != switch.before:
+            reason = f"to serve {phase_text(switch.before)} again: {switch.reason}"
+            machine.handle(WorkerEvent.REPLACE, reason, switch.state_since_s)
+
+    def _is_lost(self, switch: RoleSwitch, machine: WorkerMachine) -> bool:
+        is_being_replaced = switch.needs_new_process and switch.state is SwitchState.CHANGING
+        if is_being_replaced:
+            return machine.state in (LifecycleState.LOST, LifecycleState.FAILED)
+        return machine.state is not LifecycleState.READY
+
+    def _has_changed(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus) -> bool:
+        if switch.needs_new_process:
+            return machine.state is LifecycleState.READY and status.phases == switch.request.phases
+        return status.phase_epoch == switch.phase_epoch and status.phases == switch.request.phases
+
+    def _refused(self, switch: RoleSwitch, refusal: PhasesRefused, now_s: float) -> None:
+        if refusal.needs_new_process:
+            switch.handle(SwitchEvent.NEEDS_NEW_PROCESS, refusal.reason, now_s)
+        elif refusal.is_busy:
+            switch.handle(SwitchEvent.NOT_EMPTY, refusal.reason, now_s)
+        else:
+            switch.handle(SwitchEvent.REFUSED, refusal.reason, now_s)
+
+    def _tell(
+        self,
+        switch: RoleSwitch,
+        machine: WorkerMachine,
+        status: WorkerStatus | None,
+        wanted: PhaseSet,
+        now_s: float,
+    ) -> SetPhases | None:
+        """Also when a switch was undone and the worker had changed: it is to change back."""
+        if status is None or status.phases == wanted:
+            return None
+        if switch.told_at_s is not None and now_s - switch.told_at_s < TELL_AGAIN_S:
+            return None
+        switch.told_at_s = now_s
+        epoch = switch.phase_epoch + (switch.state is SwitchState.UNDONE)
+        return SetPhases(
+            machine.worker_id, machine.incarnation, machine.address, wanted, epoch, switch.reason
+        )
+
+    def _is_last_of_a_phase(self, request: SwitchRequest, view: ClusterView) -> bool:
+        """With those that began in this very tick, which the view does not show yet."""
+        for phase in self.wanted[request.worker_id] - request.phases:
+            keeps = [
+                worker.worker_id
+                for worker in view.workers
+                if worker.worker_id != request.worker_id
+                and worker.state is LifecycleState.READY
+                and phase in self._kept(worker)
+            ]
+            if not keeps:
+                return True
+        return False
+
+    def _kept(self, worker: WorkerView) -> PhaseSet:
+        switch = self._switches.get(worker.worker_id)
+        return switch.usable if switch is not None and switch.is_under_way else worker.phases
+
+    def _end(self, switch: SwitchView) -> None:
+        self._ended.append(switch)
+        del self._ended[:-MAX_REMEMBERED]
+
+    def _remember(self, switch_id: str) -> None:
+        self._seen[switch_id] = None
+        if len(self._seen) > 4 * MAX_REMEMBERED:
+            del self._seen[next(iter(self._seen))]
+
+
+def _left(switch: RoleSwitch, status: WorkerStatus | None) -> str:
+    if status is None:
+        return "the worker says nothing"
+    if switch.state is SwitchState.LEAVING:
+        return f"{status.work.of(switch.leaving)} requests there still need {phase_text(switch.leaving)}"
+    return f"it serves {phase_text(status.phases)}"

@@ -1,0 +1,305 @@
+"""A worker that takes other phases, as the controller sees it: its machine, the checks, and ticks over fake processes."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
+from orchestrator.control.observation import Observation, ProcessKey
+from orchestrator.control.plan import Plan, SetPhases, StartWorker, StopWorker
+from orchestrator.control.role_switch import (
+    CHANGE_TIMEOUT_S,
+    TRANSITIONS,
+    RoleSwitch,
+    SwitchEvent,
+    SwitchRequest,
+    forecast,
+)
+from orchestrator.control.view import LifecycleState, SwitchState, SwitchView, WorkerView
+from tests.support.fake_cluster import FakeMachines, FakeProcess, controller_config, declare
+from workers.api import Phase, PhaseSet, PhasesRefused, PhaseWork, WorkerId
+
+E, P, D = (frozenset({phase}) for phase in Phase)
+S = SwitchState
+NAMES = ("p-0", "p-1", "d-0", "d-1")
+
+
+def config_of(**phases: PhaseSet) -> ControllerConfig:
+    declared = tuple(declare(name.replace("_", "-"), *sorted(of)) for name, of in phases.items())
+    return replace(controller_config(), declared=declared)
+
+
+APART = config_of(p_0=P, p_1=P, d_0=D, d_1=D)
+
+
+def wanted(worker_id: str, phases: PhaseSet, switch_id: str = "s1") -> SwitchRequest:
+    return SwitchRequest(switch_id, WorkerId(worker_id), phases, "more prompts")
+
+
+@dataclass
+class World:
+    """A controller over fake machines."""
+
+    config: ControllerConfig = field(default_factory=lambda: APART)
+    machines: FakeMachines = field(default_factory=FakeMachines)
+    now_s: float = 0.0
+    state: ControllerState = field(init=False)
+    plan: Plan = field(init=False)
+    refusals: dict[ProcessKey, PhasesRefused] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = recover(None, (), self.config, 0.0)
+        for _ in range(4):
+            self.tick()
+        assert all(worker.state is LifecycleState.READY for worker in self.plan.view.workers)
+
+    def tick(self, *requests: SwitchRequest, elapsed_s: float = 0.1) -> Plan:
+        self.now_s += elapsed_s
+        self.machines.advance()
+        observation = Observation(
+            self.machines.reports(), self.machines.statuses(), requests, dict(self.refusals)
+        )
+        self.refusals.clear()
+        self.plan = decide(self.now_s, observation, self.state, self.config)
+        self.state.check_invariants()
+        for action in self.plan.actions:
+            key = (
+                action.declared.worker_id if isinstance(action, StartWorker) else action.worker_id,
+                action.incarnation,
+            )
+            match action:
+                case StartWorker():
+                    self.machines.start(action.declared, action.incarnation)
+                case StopWorker():
+                    self.machines.stop(key)
+                case SetPhases():
+                    refused = self.machines.processes[key].set_phases(action.phases, action.phase_epoch)
+                    if refused is not None:
+                        self.refusals[key] = refused
+        return self.plan
+
+    def worker(self, worker_id: str) -> WorkerView:
+        found = self.plan.view.worker(WorkerId(worker_id))
+        assert found is not None
+        return found
+
+    def process(self, worker_id: str) -> FakeProcess:
+        return self.machines.newest(worker_id)
+
+    @property
+    def switch(self) -> SwitchView:
+        return self.plan.view.switches[-1]
+
+
+def test_the_table_names_every_state_and_every_event() -> None:
+    assert set(TRANSITIONS) == {(state, event) for state in SwitchState for event in SwitchEvent}
+
+
+def test_a_switch_that_has_ended_changes_no_more() -> None:
+    for state in (S.PROVEN, S.UNDONE):
+        assert all(TRANSITIONS[state, event] is None for event in SwitchEvent)
+
+
+@given(st.lists(st.sampled_from(SwitchEvent), max_size=12), st.sampled_from([P, D, P | D]))
+def test_any_events_leave_a_switch_sound(events: list[SwitchEvent], phases: PhaseSet) -> None:
+    switch = RoleSwitch.begin(wanted("d-0", phases), D | E, 1, 0.0)
+    for now_s, event in enumerate(events):
+        was = switch.state
+        switch.handle(event, "why", float(now_s))
+        switch.check_invariants()
+        assert switch.state in (was, TRANSITIONS[was, event])
+        # It is never used for what it does not have, or is giving up.
+        if switch.is_under_way:
+            assert switch.usable <= switch.before & (phases | switch.before - switch.leaving)
+            assert not switch.usable & switch.leaving
+
+
+def test_a_worker_leaves_then_changes_then_serves() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P))
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (frozenset(), D)
+    assert (world.switch.state, world.switch.before, world.switch.phases) == (S.LEAVING, D, P)
+    world.tick()
+    assert world.switch.state is S.LEAVING
+    world.process("d-1").work = PhaseWork()
+    [action] = world.tick().actions
+    assert action == SetPhases(WorkerId("d-1"), 1, "d-1.1:1", P, 1, "nothing needs decode there any more")
+    # Until it says so it is used for nothing.
+    assert (world.switch.state, world.worker("d-1").phases) == (S.CHANGING, frozenset())
+    assert world.tick().actions == ()
+    assert (world.switch.state, world.switch.reason) == (S.CHANGED, "more prompts")
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (P, frozenset())
+    assert world.switch.change_s == pytest.approx(0.3)
+    world.process("d-1").first_step_s = 0.05
+    world.tick()
+    assert world.switch.state is S.PROVEN
+    assert world.switch.first_step_s == pytest.approx(0.25)
+
+
+def test_a_worker_that_only_gains_a_phase_keeps_serving_the_other() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P | D))
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
+    world.tick()
+    world.tick()
+    assert (world.switch.state, world.worker("d-1").phases) == (S.CHANGED, P | D)
+
+
+def test_a_request_that_came_after_all_is_waited_for() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.process("d-1").refusal = PhasesRefused("1 requests here still need {decode}", is_busy=True)
+    for _ in range(5):
+        # It is asked again in each tick, and used for nothing meanwhile.
+        assert isinstance(world.tick().actions[0], SetPhases)
+        assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (frozenset(), D)
+    world.process("d-1").refusal = None
+    for _ in range(3):
+        world.tick()
+    assert world.switch.state is S.CHANGED
+
+
+def test_a_refusal_leaves_it_as_it_was() -> None:
+    world = World()
+    world.process("d-1").refusal = PhasesRefused("phases: this model takes no pictures")
+    for _ in range(3):
+        world.tick(wanted("d-1", D | E))
+    assert (world.switch.state, world.switch.reason) == (S.UNDONE, "phases: this model takes no pictures")
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
+    assert world.tick().actions == ()
+
+
+def test_one_that_needs_other_weights_is_drained_and_replaced() -> None:
+    world = World(config_of(e_0=E, e_1=E, p_0=P, p_1=P, d_0=D))
+    world.process("p-1").refusal = PhasesRefused("it would need weights", needs_new_process=True)
+    world.tick(wanted("p-1", E))
+    world.process("p-1").work = PhaseWork(num_prefills=1)
+    world.tick()
+    assert (world.switch.state, world.worker("p-1").leaving) == (S.LEAVING, P)
+    world.process("p-1").work = PhaseWork()
+    for _ in range(2):
+        world.tick()
+    stop, start = world.plan.actions if len(world.plan.actions) == 2 else world.tick().actions
+    assert isinstance(stop, StopWorker)
+    assert isinstance(start, StartWorker)
+    assert (start.declared.phases, start.incarnation) == (E, 2)
+    for _ in range(4):
+        world.tick()
+    assert (world.switch.state, world.worker("p-1").phases) == (S.CHANGED, E)
+    assert world.worker("p-1").incarnation == 2
+    # It keeps them when it is lost.
+    world.machines.crash((WorkerId("p-1"), 2))
+    for _ in range(5):
+        world.tick()
+    assert (world.worker("p-1").incarnation, world.process("p-1").phases) == (3, E)
+
+
+def test_a_worker_that_is_lost_on_the_way_keeps_its_phases() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P))
+    world.machines.crash((WorkerId("d-1"), 1))
+    for _ in range(5):
+        world.tick()
+    assert world.switch.state is S.UNDONE
+    assert "d-1 is lost" in world.switch.reason
+    assert (world.worker("d-1").phases, world.worker("d-1").incarnation) == (D, 2)
+
+
+def test_one_that_cannot_be_emptied_is_used_again() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P))
+    world.tick(elapsed_s=CHANGE_TIMEOUT_S + 1)
+    assert world.switch.state is S.UNDONE
+    assert world.switch.reason == "leaving took too long: 2 requests there still need decode"
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
+
+
+def test_one_that_changed_too_late_is_told_to_change_back() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    process = world.process("d-1")
+    process.is_mute = True
+    world.tick()
+    world.tick(elapsed_s=4.0)
+    process.is_mute = False
+    process.refusal = PhasesRefused("later", is_busy=True)
+    world.tick()
+    world.tick(elapsed_s=CHANGE_TIMEOUT_S + 1)
+    assert world.switch.state is S.UNDONE
+    process.refusal, process.phases = None, P
+    world.tick(elapsed_s=2.0)
+    assert process.phases == D
+
+
+def test_a_new_controller_undoes_what_nobody_follows() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P))
+    again = recover(world.plan.view, world.machines.reports(), world.config, world.now_s)
+    world.state = again
+    world.tick()
+    assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
+    assert world.plan.view.switches == ()
+
+
+def test_a_new_controller_believes_a_worker_that_has_changed() -> None:
+    world = World()
+    for _ in range(4):
+        world.tick(wanted("d-1", P))
+    world.state = recover(None, world.machines.reports(), world.config, world.now_s)
+    world.tick()
+    assert world.worker("d-1").phases == P
+
+
+def test_one_request_is_carried_out_once() -> None:
+    world = World()
+    for _ in range(6):
+        world.tick(wanted("d-1", P))
+    assert [switch.switch_id for switch in world.plan.view.switches] == ["s1"]
+    world.tick(wanted("d-1", D, "s2"))
+    for _ in range(3):
+        world.tick()
+    assert [switch.state for switch in world.plan.view.switches] == [S.CHANGED, S.CHANGED]
+    assert world.process("d-1").phase_epoch == 3
+
+
+def test_what_a_switch_would_do() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick()
+    found = forecast(world.plan.view, WorkerId("d-1"), P)
+    assert (found.gives_up, found.gains, found.num_sequences, found.num_prompts, found.problem) == (
+        D,
+        P,
+        2,
+        0,
+        "",
+    )
+    assert forecast(world.plan.view, WorkerId("d-1"), D).problem == "d-1 serves decode already"
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_every_phase_keeps_a_worker_whatever_is_asked_for(data: st.DataObject) -> None:
+    world = World()
+    for number in range(data.draw(st.integers(1, 30))):
+        for name in NAMES:
+            num = data.draw(st.sampled_from([0, 0, 1]))
+            world.process(name).work = PhaseWork(num_prefills=num, num_decodes=num)
+        requests = []
+        if data.draw(st.booleans()):
+            phases = data.draw(st.sampled_from([P, D, P | D]))
+            requests.append(wanted(data.draw(st.sampled_from(NAMES)), phases, f"s{number}"))
+        world.tick(*requests, elapsed_s=data.draw(st.sampled_from([0.1, 3.0, 200.0])))
+        workers = world.plan.view.workers
+        assert {phase for worker in workers for phase in worker.phases} >= P | D
+        for worker in workers:
+            assert not worker.phases & worker.leaving
+            # Nobody is used for what its process does not have.
+            assert worker.phases <= world.process(worker.worker_id).phases or worker.leaving

@@ -1,0 +1,148 @@
+"""Workers that take other phases while requests run, in the code that serves, with and without faults."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.bench.records import OK
+from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.view import SwitchState
+from orchestrator.sim.faults import Fault, FaultKind
+from tests.support.sim import BOTH, SHAPES, D, P, load, random_load, run
+from workers.api import PhaseSet, WorkerId
+
+#: Long enough to be there when a worker changes.
+LONG = load([(0.1 * i, 800, 400) for i in range(12)])
+
+
+def wanted(worker_id: str, phases: PhaseSet, number: int = 1) -> SwitchRequest:
+    return SwitchRequest(f"s{number}", WorkerId(worker_id), phases, "the test wants it")
+
+
+def test_sequences_move_with_their_kv_when_decode_is_given_up() -> None:
+    result, simulation = run(SHAPES["two apart"], LONG, switches=((2.0, wanted("d1", P)),))
+    assert {record.status for record in result.load.records} == {OK}
+    [switch] = result.switches
+    assert switch.state in (SwitchState.CHANGED, SwitchState.PROVEN), switch
+    assert switch.change_s is not None
+    assert switch.change_s < 0.3
+    records = [simulation.dispatcher.records.get(f"r{i}") for i in range(12)]
+    moved = [one for record in records if record for sample in record.samples for one in sample.migrations]
+    assert moved
+    for migration in moved:
+        assert (migration.source, migration.target) == ("d1", "d0")
+        assert migration.transfer is not None
+        assert migration.pause_s is not None
+        assert migration.pause_s < 0.2
+    # Nothing was computed twice.
+    assert all(len(sample.attempts) == 1 for record in records if record for sample in record.samples)
+
+
+def test_prompts_that_wait_go_to_others_when_prefill_is_given_up() -> None:
+    burst = load([(0.001 * i, 3000, 20) for i in range(30)])
+    result, simulation = run(SHAPES["two apart"], burst, switches=((0.01, wanted("p1", D)),))
+    assert {record.status for record in result.load.records} == {OK}
+    assert result.switches[0].state is not SwitchState.UNDONE
+    records = [simulation.dispatcher.records.get(f"r{i}") for i in range(30)]
+    given_back = [
+        sample
+        for record in records
+        if record
+        for sample in record.samples
+        if any(attempt.problem == "p1 gives up prefill" for attempt in sample.attempts)
+    ]
+    assert given_back
+    for sample in given_back:
+        assert [attempt.route.prefill.worker_id for attempt in sample.attempts] == ["p1", "p0"]
+
+
+def test_a_worker_that_does_all_keeps_what_it_keeps() -> None:
+    result, _ = run(SHAPES["two"], LONG, switches=((1.0, wanted("w1", P)), (2.2, wanted("w1", BOTH, 2))))
+    assert {record.status for record in result.load.records} == {OK}
+    assert [switch.state is SwitchState.UNDONE for switch in result.switches] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "worker_id", "phases", "reason"),
+    [
+        ("apart", "d0", P, "no other worker that is ready serves decode; d0 must keep it"),
+        ("one", "w0", D, "no other worker that is ready serves prefill; w0 must keep it"),
+        ("two", "w0", BOTH, "w0 serves prefill+decode already"),
+        ("two", "w0", frozenset(), "no phase is named; a worker serves one at least"),
+        ("two", "x", P, "no worker 'x' is declared; there are w0, w1"),
+    ],
+)
+def test_what_must_not_be_is_refused_with_the_reason(
+    shape: str, worker_id: str, phases: PhaseSet, reason: str
+) -> None:
+    result, _ = run(SHAPES[shape], LONG, switches=((1.0, wanted(worker_id, phases)),))
+    [switch] = result.switches
+    assert (switch.state, switch.reason) == (SwitchState.UNDONE, reason)
+    assert {record.status for record in result.load.records} == {OK}
+
+
+def test_two_at_once_do_not_both_give_up_the_last_of_a_phase() -> None:
+    both = ((1.0, wanted("d0", P)), (1.0, wanted("d1", P, 2)))
+    result, _ = run(SHAPES["two apart"], LONG, switches=both)
+    assert {record.status for record in result.load.records} == {OK}
+    states = sorted(switch.state is SwitchState.UNDONE for switch in result.switches)
+    assert states == [False, True]
+
+
+def test_a_worker_that_dies_while_it_leaves_comes_back_as_it_was() -> None:
+    crash = (Fault(2.001, FaultKind.CRASH, "d1"),)
+    result, simulation = run(SHAPES["two apart"], LONG, switches=((2.0, wanted("d1", P)),), faults=crash)
+    assert {record.status for record in result.load.records} == {OK}
+    assert simulation.dispatcher.view is not None
+    d1 = simulation.dispatcher.view.worker(WorkerId("d1"))
+    assert d1 is not None
+    undone = result.switches[0].state is SwitchState.UNDONE
+    assert d1.phases == (D if undone else P)
+
+
+SWITCHES = st.lists(
+    st.tuples(
+        st.floats(0.0, 6.0),
+        st.sampled_from(["w0", "w1", "p0", "p1", "d0", "d1"]),
+        st.sampled_from([P, D, BOTH]),
+    ),
+    max_size=6,
+)
+FAULTS = st.lists(
+    st.tuples(
+        st.floats(0.0, 6.0),
+        st.sampled_from(FaultKind),
+        st.sampled_from(["w0", "w1", "p0", "p1", "d0", "d1"]),
+        st.floats(0.1, 3.0),
+    ),
+    max_size=2,
+)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from(["two", "two apart", "mixed"]), SWITCHES, FAULTS)
+def test_whatever_is_asked_for_every_request_has_its_answer(
+    seed: int,
+    shape: str,
+    switches: list[tuple[float, str, PhaseSet]],
+    faults: list[tuple[float, FaultKind, str, float]],
+) -> None:
+    asked = tuple((at_s, wanted(name, phases, i)) for i, (at_s, name, phases) in enumerate(switches))
+    broken = tuple(Fault(at_s, kind, name, duration_s, 3.0) for at_s, kind, name, duration_s in faults)
+    result, simulation = run(SHAPES[shape], random_load(seed, 30), seed=seed, switches=asked, faults=broken)
+    # A request may have used all its attempts on faults; without any nothing fails.
+    if not broken:
+        assert {record.status for record in result.load.records} == {OK}
+    view = simulation.dispatcher.view
+    assert view is not None
+    served = {phase for one in view.workers for phase in one.phases}
+    assert served >= BOTH
+    assert not any(switch.is_under_way for switch in view.switches)
+
+
+def test_one_seed_gives_the_same_switches_and_times() -> None:
+    def once() -> tuple[object, object]:
+        result, _ = run(SHAPES["two apart"], LONG, seed=3, switches=((2.0, wanted("d1", P)),))
+        return result.switches, result.load
+
+    assert once() == once()
