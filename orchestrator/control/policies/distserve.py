@@ -81,7 +81,7 @@ class DecodeFits:
         )
 
 
-#: OPT-13B on one A100-80G.
+#: OPT-13B on one A100-80G. The repository's history has other numbers too, and none for a stage of a pipeline.
 OPT_13B_PREFILL = PrefillFit(18.10, 0.1019, 7.12e-6)
 OPT_13B_DECODE = DecodeFits(DecodeFit(19.93, 6.27e-4, 0.0385), DecodeFit(7.17, 5.80e-4, 0.158), threshold=95)
 

@@ -102,7 +102,8 @@ def choose(
     new = adjust(goal, now, cost, best_s=best_s, least=least)
     if 0 not in (now.prefill, now.decode) and abs(new.prefill - now.prefill) <= delta:
         return Choice(now, f"{goal} first: {new.of(goal)} % is within {delta} of {now.of(goal)} %")
-    return Choice(new, f"{goal} first: {new.of(goal)} % for it keeps the slack of {other(goal)}")
+    limit = ", the least" if new.of(goal) == least else f", as far as the slack of {other(goal)} reaches"
+    return Choice(new, f"{goal} first: {now.of(goal)} to {new.of(goal)} %{limit}")
 
 
 def layouts(num_sms: int, *, least: int, multiple: int) -> tuple[int, ...]:

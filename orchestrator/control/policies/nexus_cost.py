@@ -57,7 +57,8 @@ class Peaks:
 class Law(StrEnum):
     """How much of the bandwidth decode attention gets beside prefill."""
 
-    #: By the bytes of a decode step and of a chunk. Source: the paper's prose.
+    #: By the bytes of a decode step and of a chunk. Source: the paper's prose. Where a chunk has more bytes of weights than of KV, decode may
+    #: be predicted to slow down with a larger share; the search then depends on where it starts.
     BYTE_SHARE = "byte_share"
     #: By the bytes a second that each asks for. Not in the paper.
     RATE_SHARE = "rate_share"
@@ -124,7 +125,7 @@ class CostModel:
     prefill: Sequence[Operator]
     decode: Sequence[Operator]
     peaks: Peaks
-    law: Law = Law.RATE_SHARE
+    law: Law
 
     def prefill_s(self, percent: float) -> float:
         """Of a chunk; infinite at 0, unless there is none."""
