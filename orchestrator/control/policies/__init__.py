@@ -1,1 +1,1 @@
-"""Scheduling policies behind one protocol (policy.py), each a small class named after where it comes from. Pure."""
+"""Scheduling policies: the protocol (policy.py), its own and its published parts, and the published algorithms that they call. Pure."""
