@@ -21,6 +21,7 @@ from orchestrator.control.policies.policy import (
     Switch,
     WorkerLoad,
 )
+from orchestrator.sim.cluster import WorkerUse
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_device import CoarseDevice
 from orchestrator.sim.coarse_request import CoarseRecord, CoarseRequest, Live
@@ -57,7 +58,7 @@ class CoarseResult:
 
     records: tuple[CoarseRecord, ...]
     switches: tuple[SwitchDone, ...]
-    busy_shares: tuple[float, ...]
+    workers: tuple[WorkerUse, ...]
     num_preempted: int
     num_events: int
     elapsed_s: float
@@ -99,16 +100,15 @@ class CoarseSimulation:
         self._records: dict[int, CoarseRecord] = {}
         self._switching: dict[WorkerId, _Switching] = {}
         self._promised: set[Live] = set()
+        self._until_s = (requests[-1].arrival_s if requests else 0.0) + MAX_TAIL_S
+        if requests:
+            self.timers.call_at(requests[0].arrival_s, self._arrive, 0)
+        self.timers.call_later(config.tick_s, self._tick)
 
     def run(self, on_progress: Callable[[int, int], None] = lambda _done, _all: None) -> CoarseResult:
         """Until every request has its end."""
-        if self._requests:
-            self.timers.call_at(self._requests[0].arrival_s, self._arrive, 0)
-        self.timers.call_later(self.config.tick_s, self._tick)
-        until_s = (self._requests[-1].arrival_s if self._requests else 0.0) + MAX_TAIL_S
         while len(self._records) < len(self._requests):
-            if not self.timers.run_next(until_s):
-                raise AssertionError(f"{len(self._requests) - len(self._records)} requests have no end")
+            self._run_next()
             if self.timers.num_events % 4096 == 0:
                 on_progress(len(self._records), len(self._requests))
         now_s = self.timers.time()
@@ -116,11 +116,26 @@ class CoarseSimulation:
         return CoarseResult(
             tuple(self._records[i] for i in range(len(self._requests))),
             tuple(self.switches),
-            tuple(min(1.0, device.busy_s / now_s) if now_s else 0.0 for device in devices),
+            tuple(device.use(now_s) for device in devices),
             sum(device.num_preempted for device in devices),
             self.timers.num_events,
             now_s,
         )
+
+    def reaches(self, attainment: float) -> bool:
+        """Whether so many requests of all, 0 to 1, meet their targets; runs no further than until that is known."""
+        num, num_met, num_seen = len(self._requests), 0, 0
+        while True:
+            if num_met >= attainment * num:
+                return True
+            if num_seen - num_met > (1 - attainment) * num + 1e-9:
+                return False
+            self._run_next()
+            num_met, num_seen = self.cluster.totals.num_met, len(self._records)
+
+    def _run_next(self) -> None:
+        if not self.timers.run_next(self._until_s):
+            raise AssertionError(f"{len(self._requests) - len(self._records)} requests have no end")
 
     def check_invariants(self) -> None:
         """Of all devices; at the end that nobody holds anything."""
@@ -150,6 +165,7 @@ class CoarseSimulation:
         prefill, decode = self._device(placed.prefill), self._device(placed.decode)
         deadline_s = request.arrival_s + request.slo.ttft_s
         num_cached, fetch_s = self._num_cached(request, placed)
+        prefill.num_cached_tokens += num_cached
         num_left = request.prompt_tokens - num_cached
         totals.prompt_tokens += num_left
         job = Job(index, request.arrival_s, deadline_s, request.tenant, num_left, num_cached)

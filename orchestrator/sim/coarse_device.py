@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orchestrator.control.policies.policy import Exclusive, Mixed, Order, Split, Step, WorkerLoad
+from orchestrator.sim.cluster import WorkerUse
 from orchestrator.sim.coarse_batch import DecodeBatch
 from orchestrator.sim.coarse_costs import DECODE_ALONE, PREFILL_ALONE, CoarseCosts, at, rates
 from orchestrator.sim.coarse_queue import Front, FrontQueue
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Part of what running sequences may still grow to that is kept free when one more is admitted: EngineConfig.growth_reserve.
 GROWTH_RESERVE = 0.25
-#: Steps of decode before a policy that let prompts wait for them is asked again.
-EXCLUSIVE_STEPS = 1
 
 
 @dataclass(slots=True)
@@ -44,7 +43,7 @@ class CoarseDevice:
         self.load = load
         self.cache = PrefixBlocks()
         self.busy_s = 0.0
-        self.num_preempted = 0
+        self.num_steps = self.num_cached_tokens = self.num_preempted = 0
         self._world = world
         self._costs: CoarseCosts = world.config.costs
         self._timers = world.timers
@@ -73,6 +72,11 @@ class CoarseDevice:
         self._is_turning = False
         self.kv_link_free_at_s = 0.0
 
+    def use(self, now_s: float) -> WorkerUse:
+        """What it did."""
+        busy = min(1.0, self.busy_s / now_s) if now_s else 0.0
+        return WorkerUse(self.load.worker_id, 1, self.num_steps, busy, self.num_cached_tokens)
+
     @property
     def is_empty(self) -> bool:
         """Nothing waits, runs, comes or is held."""
@@ -83,8 +87,8 @@ class CoarseDevice:
         front = self._front
         if Phase.ENCODE in phases and (self.queue.has_tiles or (front and front.tiles)):
             return False
-        is_asking = self._unheard or self._num_asking
-        if Phase.PREFILL in phases and (self.queue.has_prompts or is_asking or (front and front.chunks)):
+        has_prompts = self.queue.has_prompts or self._unheard or self._num_asking
+        if Phase.PREFILL in phases and (has_prompts or (front and front.chunks)):
             return False
         is_decoding = self.load.num_decoding or self._joining or self._incoming or self._num_arriving
         return not (Phase.DECODE in phases and is_decoding)
@@ -152,10 +156,6 @@ class CoarseDevice:
         self._num_arriving -= 1
         self.join(live)
 
-    def hold(self) -> None:
-        """KV of a sequence stays until its next worker has it."""
-        self._num_held += 1
-
     def release_held(self, num_tokens: int) -> None:
         """It has it."""
         self._num_held -= 1
@@ -184,7 +184,7 @@ class CoarseDevice:
             self._joining.append(live)
         for live in self._joining:
             self._future -= live.num_to_come
-            self.hold()
+            self._num_held += 1
             self._world.hand_off(live, self)
         self._joining.clear()
 
@@ -192,11 +192,12 @@ class CoarseDevice:
 
     def _wake(self) -> None:
         """Something came: begin with it if nothing runs, at the end of the step otherwise."""
-        if self._is_turning or (self._front is not None and not self._front.is_beside):
+        front = self._front
+        if self._is_turning or (front is not None and not front.is_beside):
             return
         if self._run is None:
             self._turn()
-        elif self._joining or self._front is None:
+        elif self._joining or front is None:
             self._cut()
 
     def _turn(self) -> None:
@@ -213,9 +214,7 @@ class CoarseDevice:
                 self._batch.add(live)
             self._joining.clear()
             self._make_room()
-        horizon = 0
-        if self._front is None:
-            horizon = self._begin_front(now_s)
+        horizon = self._begin_front(now_s) if self._front is None else 0
         front = self._front
         if self._run is not None:
             if self._run.is_beside != (front is not None):
@@ -234,7 +233,7 @@ class CoarseDevice:
         step = self._stepping.step(now_s, self.load, head)
         self._bound_share = step.decode_share if isinstance(step, Split) and step.is_binding else None
         if isinstance(step, Exclusive) and step.phase is Phase.DECODE and self.load.num_decoding:
-            return EXCLUSIVE_STEPS
+            return 1
         is_beside = isinstance(step, Split)
         if self._run is not None and not is_beside:
             # At the end of its step this is asked again.
@@ -243,7 +242,7 @@ class CoarseDevice:
         front = self._make_front(step, now_s)
         if not front.chunks and not front.tiles:
             assert self.load.num_decoding, step
-            return EXCLUSIVE_STEPS
+            return 1
         self._front = front
         rate = 1.0
         if isinstance(step, Split):
@@ -291,6 +290,7 @@ class CoarseDevice:
     def _front_done(self) -> None:
         front, self._front = self._front, None
         assert front is not None
+        self.num_steps += 1
         now_s = self._timers.time()
         self._is_turning = True
         if front.num_decodes:
@@ -326,7 +326,7 @@ class CoarseDevice:
             if live.decode is self:
                 self._future -= live.num_to_come + 1
             if live.num_to_come:
-                self.hold()
+                self._num_held += 1
                 self._world.hand_off(live, self)
         if not live.num_to_come:
             self.load.kv_tokens -= live.context
@@ -350,15 +350,14 @@ class CoarseDevice:
 
     def _cut(self) -> None:
         """Let the run end with the step that it is in."""
-        run, now_s, load, cost = self._run, self._timers.time(), self.load, self._costs.step
+        run, now_s, cost = self._run, self._timers.time(), self._costs.step
         assert run is not None
-        num = load.num_decoding
-        elapsed_s = (now_s - run.began_at_s) * run.rate
-        num_steps = cost.steps_until(num, load.decode_context, elapsed_s)
+        num, context = self.load.num_decoding, self.load.decode_context
+        num_steps = cost.steps_until(num, context, (now_s - run.began_at_s) * run.rate)
         if num_steps < run.num_steps:
             run.timer.cancel()
             run.num_steps = num_steps
-            ends_at_s = run.began_at_s + cost.run_s(num, load.decode_context, num_steps) / run.rate
+            ends_at_s = run.began_at_s + cost.run_s(num, context, num_steps) / run.rate
             run.timer = self._timers.call_at(max(ends_at_s, now_s), self._run_done)
 
     def _run_done(self) -> None:
@@ -366,6 +365,7 @@ class CoarseDevice:
         assert run is not None
         now_s = self._timers.time()
         self.busy_s += 0.0 if run.is_beside else now_s - run.began_at_s
+        self.num_steps += run.num_steps
         self._advance(run.num_steps, now_s)
         self._turn()
 

@@ -131,6 +131,8 @@ class PredictedPlacing:
 
     def __init__(self, config: PhasewiseConfig) -> None:
         self._config = config
+        self._cost = config.cost
+        self._tpot_s = config.slo.tpot_s
 
     def place(self, now_s: float, prompt: Prompt, cluster: ClusterLoad) -> Placement | Reject:
         """See Placing."""
@@ -167,20 +169,21 @@ class PredictedPlacing:
 
     def _ttft_s(self, worker: WorkerLoad, prompt: Prompt, encoded_s: float) -> float:
         """Predicted, on this worker: what waits there, or its pictures, and then itself, at the speed that the decodes leave."""
-        config, cost = self._config, self._config.cost
+        cost, tile_s = self._cost, self._config.tile_s
         num_cached = prompt.cached_at(worker)
         own = prompt.num_tokens - num_cached
         own_s = cost.token_s * own + cost.pair_s * own * (num_cached + own / 2)
-        waiting_s = cost.token_s * worker.prefill_tokens + config.tile_s * worker.encode_tiles
+        waiting_s = cost.token_s * worker.prefill_tokens + tile_s * worker.encode_tiles
         free = self._free(worker)
-        return max(waiting_s / free, encoded_s) + own_s / free + cost.overhead_s
+        before_s = waiting_s / free
+        return (before_s if before_s > encoded_s else encoded_s) + own_s / free + cost.overhead_s
 
     def _free(self, worker: WorkerLoad) -> float:
         """Part of its time that the sequences leave which decode there, or will, at their target."""
         num = worker.num_decoding + worker.num_promised
         if not num or Phase.DECODE not in worker.phases:
             return 1.0
-        cost = self._config.cost
+        cost = self._cost
         context = worker.decode_context + worker.promised_context
         step_s = cost.overhead_s + num * cost.token_s + cost.context_s * context
-        return max(MIN_FREE, 1 - step_s / self._config.slo.tpot_s)
+        return max(MIN_FREE, 1.0 - step_s / self._tpot_s)

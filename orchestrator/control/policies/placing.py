@@ -7,7 +7,7 @@ from orchestrator.control.router import SEQUENCE_TOKENS
 from workers.api import Phase
 
 #: So many workers are looked at for one request; of more, those that come next in turn (power of d choices, Mitzenmacher 2001).
-MAX_CANDIDATES = 24
+MAX_CANDIDATES = 16
 #: Seconds after which a phase that nobody serves is asked for again.
 RETRY_S = 1.0
 

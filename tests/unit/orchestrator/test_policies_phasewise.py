@@ -104,7 +104,7 @@ def test_a_flood_of_one_tenant_leaves_the_other_its_targets() -> None:
 def test_of_many_workers_a_few_in_turn_are_looked_at() -> None:
     workers = [worker(f"w{i}") for i in range(1000)]
     seen: set[str] = set()
-    for number in range(42):
+    for number in range(63):
         found = candidates(workers, number)
         assert len(found) == MAX_CANDIDATES
         seen |= {one.worker_id for one in found}
