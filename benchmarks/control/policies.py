@@ -44,7 +44,9 @@ TRACES = ROOT / "tests" / "fixtures" / "traces"
 NUM_DEVICES, KV_TOKENS, MAX_SEQUENCES = 8, 400_000, 256
 SEEDS, SEARCH_SEED = range(5), 1000
 ATTAINMENTS = (0.90, 0.99)
-STEPS, QUICK_STEPS = 6, 5
+STEPS, QUICK_STEPS = 6, 4
+#: Once a capacity is known: the factor within which the next is looked for first, and the steps of that.
+NEAR, NEAR_STEPS = 1.25, 4
 #: Of shifting loads.
 DURATION_S = 40.0
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
@@ -123,36 +125,62 @@ def setting_of(load: Load, split: tuple[Any, ...]) -> Setting:
     )
 
 
-def simulation(
-    load: Load, split: tuple[Any, ...], policy: str, order: str, seed: int, rate_rps: float
-) -> CoarseSimulation:
-    one = POLICIES[policy](setting_of(load, split), orders(COSTS.step)[order])
-    requests = load.make(random.Random(seed), rate_rps)
-    return CoarseSimulation(CoarseConfig(COSTS, KV_TOKENS, MAX_SEQUENCES), one, requests)
+@dataclass(frozen=True)
+class Case:
+    """One policy with one order on one load."""
 
+    load: Load
+    split: tuple[Any, ...]
+    policy: str
+    order: str
 
-def capacity_rps(
-    load: Load,
-    split: tuple[Any, ...],
-    policy: str,
-    order: str,
-    seed: int,
-    attainment: float,
-    num_steps: int,
-    most_rps: float = math.inf,
-) -> float:
-    """Between two rates of a geometric bisection, below `most_rps`; 0 when the lowest is too much."""
-    low, high = load.rates_rps
-    high = min(high, most_rps)
-    if high <= low or not simulation(load, split, policy, order, seed, low).reaches(attainment):
-        return 0.0
-    for _ in range(num_steps):
-        rate = math.sqrt(low * high)
-        if simulation(load, split, policy, order, seed, rate).reaches(attainment):
-            low = rate
-        else:
-            high = rate
-    return math.sqrt(low * high)
+    def simulation(self, seed: int, rate_rps: float) -> CoarseSimulation:
+        one = POLICIES[self.policy](setting_of(self.load, self.split), orders(COSTS.step)[self.order])
+        requests = self.load.make(random.Random(seed), rate_rps)
+        return CoarseSimulation(CoarseConfig(COSTS, KV_TOKENS, MAX_SEQUENCES), one, requests)
+
+    def reaches(self, seed: int, attainment: float, rate_rps: float) -> bool:
+        found = self.simulation(seed, rate_rps).reaches(attainment)
+        gc.collect()
+        return found
+
+    def capacity_rps(
+        self, seed: int, attainment: float, num_steps: int, near: tuple[float, float] | None
+    ) -> float:
+        """By geometric bisection, between the rates of `near` if it is there; 0 when the lowest of the load is too much."""
+        if near is not None and self.reaches(seed, attainment, near[0]):
+            found = self._bisect(seed, attainment, near, NEAR_STEPS)
+            if found < 0.99 * near[1]:
+                return found
+        lowest, highest = self.load.rates_rps
+        if not self.reaches(seed, attainment, lowest):
+            return 0.0
+        return self._bisect(seed, attainment, (lowest, highest), num_steps)
+
+    def _bisect(self, seed: int, attainment: float, between: tuple[float, float], num_steps: int) -> float:
+        low, high = between
+        for _ in range(num_steps):
+            rate = math.sqrt(low * high)
+            if self.reaches(seed, attainment, rate):
+                low = rate
+            else:
+                high = rate
+        return math.sqrt(low * high)
+
+    def capacities(self, seeds: range, num_steps: int) -> dict[float, list[float]]:
+        """By attainment, for each seed; looked for near that of the first seed, and that of 99 % below that of 90 %."""
+        found: dict[float, list[float]] = {attainment: [] for attainment in ATTAINMENTS}
+        for seed in seeds:
+            above = math.inf
+            for attainment in ATTAINMENTS:
+                near = None
+                if found[attainment] and found[attainment][0]:
+                    near = (found[attainment][0] / NEAR, found[attainment][0] * NEAR)
+                elif above < math.inf:
+                    near = (above / NEAR**2, above * 1.05)
+                above = self.capacity_rps(seed, attainment, num_steps, near)
+                found[attainment].append(above)
+        return found
 
 
 def best_split(load: Load, num_steps: int) -> tuple[Any, ...]:
@@ -164,7 +192,7 @@ def best_split(load: Load, num_steps: int) -> tuple[Any, ...]:
         for p in range(1, NUM_DEVICES - e)
     ]
     found = [
-        (capacity_rps(load, one, "static_split", "fcfs", SEARCH_SEED, 0.9, num_steps), -i)
+        (Case(load, one, "static_split", "fcfs").capacity_rps(SEARCH_SEED, 0.9, num_steps, None), -i)
         for i, one in enumerate(shapes)
     ]
     return shapes[-max(found)[1]]
@@ -178,19 +206,13 @@ def variants() -> list[tuple[str, str]]:
     return [*both, ("phasewise", "slack"), ("phasewise_apart", "slack")]
 
 
-def cell(job: tuple[Load, tuple[Any, ...], str, str, range, int]) -> dict[str, Any]:
-    """One policy with one order on one load."""
-    # Nothing here has cycles that matter, and looking for them takes a third of the time.
+def cell(case: Case, seeds: range, num_steps: int) -> dict[str, Any]:
+    """A row of the table."""
+    # The objects of a simulation refer to each other, and are looked for once after each.
     gc.disable()
-    load, split, policy, order, seeds, num_steps = job
-    row: dict[str, Any] = {"load": load.name, "policy": policy, "order": order}
-    most = [math.inf] * len(seeds)
-    for attainment in ATTAINMENTS:
-        found = [
-            capacity_rps(load, split, policy, order, seed, attainment, num_steps, 1.02 * limit)
-            for seed, limit in zip(seeds, most, strict=True)
-        ]
-        most = found
+    load = case.load
+    row: dict[str, Any] = {"load": load.name, "policy": case.policy, "order": case.order}
+    for attainment, found in case.capacities(seeds, num_steps).items():
         half = STUDENT[len(found) - 1] * statistics.stdev(found) / math.sqrt(len(found))
         row[f"capacity_{attainment * 100:.0f}"] = {
             "mean_rps": statistics.fmean(found),
@@ -199,7 +221,7 @@ def cell(job: tuple[Load, tuple[Any, ...], str, str, range, int]) -> dict[str, A
         }
     row["attainment"] = {}
     for rate in load.shown_rps:
-        result = simulation(load, split, policy, order, 0, rate).run()
+        result = case.simulation(0, rate).run()
         row["attainment"][f"{rate:g}"] = result.attainment
         row["switches_per_min"] = 60 * len(result.switches) / result.elapsed_s
     return row
@@ -247,8 +269,8 @@ def main() -> int:
             all_loads, pool.map(partial(best_split, num_steps=QUICK_STEPS), all_loads), strict=True
         ):
             splits[load.name] = shape_text(split)
-            jobs = [(load, split, policy, order, seeds, num_steps) for policy, order in variants()]
-            found = list(pool.map(cell, jobs))
+            cases = [Case(load, split, policy, order) for policy, order in variants()]
+            found = list(pool.map(partial(cell, seeds=seeds, num_steps=num_steps), cases))
             print_load(load, split, found)
             rows += found
     print(f"\n{time.monotonic() - began_s:.0f} s")

@@ -26,6 +26,7 @@ from orchestrator.control.policies.policy import (
 )
 from orchestrator.control.slo import Slo, percentile, tpot_s
 from orchestrator.control.step_cost import StepCost
+from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts, rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support import sim
@@ -123,6 +124,18 @@ def test_what_fits_no_worker_is_refused() -> None:
     result, _ = run(policy([P | D]), [CoarseRequest(0.0, 900, 200, SLO)], kv_tokens=1000)
     assert result.records[0].status == "REJECTED"
     assert result.attainment == 0.0
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), wanted=st.floats(0.05, 1.0))
+def test_whether_so_many_meet_their_targets_is_known_before_the_end(seed: int, wanted: float) -> None:
+    requests = random_load(seed, rate_rps=30.0)
+    one = policy(SHAPES["one"])
+    result, simulation = run(one, requests)
+    config = CoarseConfig(COSTS, 400_000)
+    early = CoarseSimulation(config, policy(SHAPES["one"]), requests)
+    assert early.reaches(wanted) == (result.attainment >= wanted)
+    assert early.timers.num_events <= simulation.timers.num_events
 
 
 # Known answers.

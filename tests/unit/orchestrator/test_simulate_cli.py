@@ -41,6 +41,14 @@ def test_the_coarse_mode_prints_the_same_report(capsys: pytest.CaptureFixture[st
     assert "50 arrived, 50 finished, 0 failed" in coarse[2]
 
 
+def test_the_coarse_mode_takes_one_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "two.yaml"
+    text = (EXAMPLES / "one-and-one.yaml").read_text()
+    manifest.write_text(text.replace("tokenBudget: 2048", "tokenBudget: 1024", 1))
+    assert simulate(manifest, "--rate", 10, "--duration", 2, "--mode", "coarse") == exit_codes.USAGE
+    assert "one engine for all workers" in capsys.readouterr().err
+
+
 def test_several_rates_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(EXAMPLES / "one-full.yaml", "--rate", "5,10", "--duration", 2) == exit_codes.OK
     rows = capsys.readouterr().out.splitlines()[-2:]
