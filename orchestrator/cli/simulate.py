@@ -24,6 +24,7 @@ from orchestrator.errors import ManifestError, TraceError
 from orchestrator.manifest.declare import worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
+from orchestrator.sim import coarse_replay
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
@@ -68,6 +69,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--duration", type=arguments.number, required=True, metavar="S", help="seconds of arrivals"
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("fine", "coarse"),
+        default="fine",
+        help="fine: the code that serves, token by token; coarse: requests and runs of steps, for many workers "
+        "(default: fine)",
     )
     parser.add_argument(
         "--model",
@@ -146,6 +154,8 @@ def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
         return f"{args.manifest}: pictures are not simulated yet; take a manifest without the phase encode"
     if args.json and not args.json.absolute().parent.is_dir():
         return f"--json {args.json}: there is no such folder"
+    if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
+        return f"{args.manifest}: {refusal}"
     model, device = MODELS[args.model], DEVICES[args.device]
     weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
     for declared in worker_specs(deployment):
@@ -176,6 +186,7 @@ class _Run:
     def __init__(self, args: argparse.Namespace, deployment: Deployment, rate: float, part: Slice) -> None:
         slo, gateway = deployment.spec.slo, deployment.spec.gateway
         self.part = part
+        self._mode: str = args.mode
         self.config = BenchConfig(
             rate_rps=rate,
             duration_s=args.duration,
@@ -207,7 +218,12 @@ class _Run:
                 told_s = time.monotonic()
                 print(f"{self.config.rate_rps:g}/s: {num_done}/{num_all} answered", file=sys.stderr)
 
-        self.result: SimResult = Simulation(self._sim, self._plan, self.config.duration_s).run(tell)
+        duration_s = self.config.duration_s
+        self.result: SimResult = (
+            coarse_replay.replay(self._sim, self._plan, duration_s, self.config.slo, tell)
+            if self._mode == "coarse"
+            else Simulation(self._sim, self._plan, duration_s).run(tell)
+        )
         self.summary = summarise(self.result.load, self.config.slo)
 
     @property

@@ -31,6 +31,24 @@ def test_a_trace_of_shared_prefixes_is_simulated(capsys: pytest.CaptureFixture[s
     assert "10 arrived, 10 finished" in capsys.readouterr().out
 
 
+def test_the_coarse_mode_prints_the_same_report(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--rate", 10, "--duration", 5)
+    assert simulate(EXAMPLES / "one-and-one.yaml", *arguments) == exit_codes.OK
+    fine = capsys.readouterr().out.splitlines()
+    assert simulate(EXAMPLES / "one-and-one.yaml", *arguments, "--mode", "coarse") == exit_codes.OK
+    coarse = capsys.readouterr().out.splitlines()
+    assert [line.split()[:1] for line in coarse] == [line.split()[:1] for line in fine]
+    assert "50 arrived, 50 finished, 0 failed" in coarse[2]
+
+
+def test_the_coarse_mode_takes_one_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "two.yaml"
+    text = (EXAMPLES / "one-and-one.yaml").read_text()
+    manifest.write_text(text.replace("tokenBudget: 2048", "tokenBudget: 1024", 1))
+    assert simulate(manifest, "--rate", 10, "--duration", 2, "--mode", "coarse") == exit_codes.USAGE
+    assert "one engine for all workers" in capsys.readouterr().err
+
+
 def test_several_rates_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(EXAMPLES / "one-full.yaml", "--rate", "5,10", "--duration", 2) == exit_codes.OK
     rows = capsys.readouterr().out.splitlines()[-2:]

@@ -1,0 +1,138 @@
+"""Policies whose workers have one phase each: DistServe's shape, EPD's role switching, Mooncake's conductor. Pure.
+
+The algorithms are distserve.py, epd_queue.py and mooncake.py; here is what calls them for a cluster's requests and workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.control.policies import distserve, epd_queue, mooncake
+from orchestrator.control.policies.placing import encoders, missing
+from orchestrator.control.policies.policy import ClusterLoad, Placement, Prompt, Reject, Switch, WorkerLoad
+from orchestrator.control.slo import Slo
+from orchestrator.control.step_cost import StepCost
+from workers.api import Phase, PhaseSet, WorkerId
+
+E, P, D = (frozenset({phase}) for phase in Phase)
+#: Seconds between two decisions of EPD's code.
+EPD_DECIDES_S = 5.0
+#: Mooncake: how many times more of a prompt another worker must have for it to be fetched; the paper has no value.
+BALANCING_THRESHOLD = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Means of a load that a placement is searched for."""
+
+    prompt_tokens: float
+    output_tokens: float
+    num_tiles: float
+
+
+def distserve_shape(
+    num_workers: int, load: Workload, *, slo: Slo, cost: StepCost, tile_s: float, max_sequences: int
+) -> tuple[PhaseSet, ...]:
+    """Workers of prefill, which encode too, and of decode, by the goodput of one of each: Algorithm 1 on whole devices.
+
+    Goodput of prefill: the rate at which an M/D/1 queue has the target as its mean. Of decode: the largest batch whose steps take the
+    target. The numbers of each are to each other as the rate needs them, and fill the cluster.
+    """
+    prefill_s = cost.prompt_s(round(load.prompt_tokens)) + tile_s * load.num_tiles
+    low_rps, high_rps = 0.0, 1.0 / prefill_s
+    for _ in range(40):
+        rps = (low_rps + high_rps) / 2
+        if distserve.ttft_s(prefill_s, rps) <= slo.ttft_s:
+            low_rps = rps
+        else:
+            high_rps = rps
+    context = load.prompt_tokens + load.output_tokens / 2
+    batch = 1
+    while batch < max_sequences and cost.step_s(batch + 1, round((batch + 1) * context)) <= slo.tpot_s:
+        batch += 1
+    decode_rps = batch / (max(1.0, load.output_tokens) * cost.step_s(batch, round(batch * context)))
+    best = max(range(1, num_workers), key=lambda num: min(num * low_rps, (num_workers - num) * decode_rps))
+    prefill = E | P if load.num_tiles else P
+    return (prefill,) * best + (D,) * (num_workers - best)
+
+
+class EpdQueue:
+    """EPD's published trigger, every five seconds, on requests that wait inside each phase, as its code counts them."""
+
+    def __init__(self) -> None:
+        self._next_at_s = EPD_DECIDES_S
+
+    def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
+        """What Policy.tick asks for."""
+        if now_s < self._next_at_s or any(worker.is_switching for worker in cluster.workers):
+            return ()
+        self._next_at_s = now_s + EPD_DECIDES_S
+        totals = cluster.totals
+        tiles = max(1.0, totals.tiles / max(1, totals.num_requests))
+        num_encoding = round(sum(one.encode_tiles for one in cluster.workers) / tiles)
+        num_prefills = sum(one.num_prefills for one in cluster.workers)
+        # What decode has no room for waits in front of it, where this trigger does not look.
+        queued = {
+            Phase.ENCODE: num_encoding,
+            Phase.PREFILL: max(0, num_prefills - num_encoding),
+            Phase.DECODE: 0,
+        }
+        num = {phase: sum(phase in one.phases for one in cluster.workers) for phase in Phase}
+        found = epd_queue.published_switch(queued, num)
+        if found is None or not num[found.target]:
+            return ()
+        donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
+        if not donors:
+            return ()
+        donor = min(
+            donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+        )
+        return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
+
+
+class Conductor:
+    """Mooncake's: prefill by queue, cached prefix and what fetching one takes; decode by predicted time of a token; else refused."""
+
+    def __init__(self, cost: StepCost, slo: Slo, *, kv_token_s: float, tile_s: float) -> None:
+        self._cost = cost
+        self._slo = slo
+        self._kv_token_s = kv_token_s
+        self._tile_s = tile_s
+
+    def place(self, now_s: float, prompt: Prompt, cluster: ClusterLoad) -> Placement | Reject:
+        """See Placing."""
+        refusal = missing(now_s, cluster, prompt)
+        if refusal is not None:
+            return refusal
+        cost = self._cost
+        by_id = {worker.worker_id: worker for worker in cluster.prefill}
+        instances = [
+            mooncake.PrefillInstance(worker.worker_id, self._queue_s(worker), prompt.cached_at(worker))
+            for worker in cluster.prefill
+        ]
+        chosen = mooncake.choose_prefill(
+            instances,
+            prompt.num_tokens,
+            balancing_threshold=BALANCING_THRESHOLD,
+            prefill_s=lambda tokens, known: cost.prompt_s(tokens - known, known),
+            transfer_s=self._transfer_s,
+        )
+        decode = min(cluster.decode, key=self._token_s)
+        why = mooncake.refusal(
+            chosen.ttft_s + self._tile_s * prompt.num_tiles, self._token_s(decode), self._slo
+        )
+        if why is not None:
+            return Reject(why, now_s + max(0.0, chosen.ttft_s - self._slo.ttft_s))
+        fetch_from = by_id[chosen.fetched_from] if chosen.fetched_from is not None else None
+        prefill = by_id[chosen.worker_id]
+        encode = (prefill,) if Phase.ENCODE in prefill.phases else encoders(cluster, prompt, most=1)
+        return Placement(prefill, decode, encode if prompt.num_tiles else (), fetch_from)
+
+    def _queue_s(self, worker: WorkerLoad) -> float:
+        return self._cost.token_s * worker.prefill_tokens + self._tile_s * worker.encode_tiles
+
+    def _transfer_s(self, _source: WorkerId, _target: WorkerId, num_tokens: int) -> float:
+        return self._kv_token_s * num_tokens
+
+    def _token_s(self, worker: WorkerLoad) -> float:
+        num = worker.num_decoding + worker.num_promised
+        return self._cost.step_s(num + 1, worker.decode_context + worker.promised_context)

@@ -1,0 +1,233 @@
+"""Which phases workers serve, by how busy each phase would be. Pure.
+
+A phase asks for so many workers: its work of a second over what one worker does in one. Workers that serve several phases go
+where they are needed, so of any phases S together no more can be done than the workers do that serve one of them, and that is the only
+limit (Hall's theorem, as a flow). The load of a shape is the largest of asked(S) / workers(S); goodput is what makes it 1. Workers are moved
+while that falls by enough to pay for the move.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
+
+from orchestrator.control.policies.policy import ClusterLoad, Switch, Totals, WorkerLoad
+from orchestrator.control.slo import Slo
+from orchestrator.control.step_cost import StepCost
+from workers.api import Phase, PhaseSet
+
+#: Every set of phases, none left out.
+SUBSETS: tuple[PhaseSet, ...] = tuple(
+    frozenset(one) for one in chain.from_iterable(combinations(Phase, size) for size in (1, 2, 3))
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSetsConfig:
+    """allowed: sets that a worker may serve. floors: workers that a phase keeps whatever happens.
+
+    busy: load from which on a move is thought of. gain: part by which it must fall. memory_s: after which a rate that was seen counts for
+    a third. drain_s: in which a queue is to be worked off. cooldown_s: between moves. settle_s: after a move its effect is looked
+    at; one that did harm is taken back and not tried again for blocked_s. batch: part of all workers that one tick may move.
+    """
+
+    slo: Slo
+    cost: StepCost
+    tile_s: float
+    allowed: tuple[PhaseSet, ...]
+    floors: Mapping[Phase, int] = field(default_factory=lambda: {Phase.PREFILL: 1, Phase.DECODE: 1})
+    busy: float = 0.7
+    gain: float = 0.05
+    memory_s: float = 5.0
+    drain_s: float = 4.0
+    cooldown_s: float = 2.0
+    settle_s: float = 8.0
+    blocked_s: float = 60.0
+    batch: float = 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Workers that each phase would keep busy."""
+
+    encode: float
+    prefill: float
+    decode: float
+
+    def of(self, phases: PhaseSet) -> float:
+        """Of these together."""
+        return (
+            (self.encode if Phase.ENCODE in phases else 0.0)
+            + (self.prefill if Phase.PREFILL in phases else 0.0)
+            + (self.decode if Phase.DECODE in phases else 0.0)
+        )
+
+
+Shape = Mapping[PhaseSet, int]
+
+
+def load_of(shape: Shape, asked: Asked) -> float:
+    """The load of the phases that are busiest; infinity when some are asked for and served by nobody."""
+    worst = 0.0
+    for phases in SUBSETS:
+        wanted = asked.of(phases)
+        if wanted > 1e-9:
+            num = sum(count for one, count in shape.items() if one & phases)
+            worst = max(worst, wanted / num if num else float("inf"))
+    return worst
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    source: PhaseSet
+    target: PhaseSet
+
+    @property
+    def back(self) -> "_Move":
+        return _Move(self.target, self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A move, and what was before it."""
+
+    move: _Move
+    at_s: float
+    load: float
+    met_before: float
+    totals: Totals
+
+
+class PhaseSets:
+    """One cluster's. `tick` is what the protocol asks for."""
+
+    def __init__(self, config: PhaseSetsConfig) -> None:
+        self._config = config
+        self._seen: tuple[float, Totals] | None = None
+        #: Seconds of work of encode and prefill that come in a second.
+        self._encode = self._prefill = 0.0
+        self._met = 1.0
+        self._last: _Done | None = None
+        self._next_at_s = 0.0
+        self._blocked: dict[_Move, float] = {}
+
+    def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
+        """The moves to make now."""
+        asked = self._look(now_s, cluster)
+        if asked is None or now_s < self._next_at_s or any(one.is_switching for one in cluster.workers):
+            return ()
+        shape = Counter(worker.phases for worker in cluster.workers)
+        load = load_of(shape, asked)
+        undone = self._undo(now_s, cluster, load)
+        if undone:
+            return undone
+        if load < self._config.busy:
+            return ()
+        return self._best(now_s, cluster, shape, asked, load)
+
+    def _look(self, now_s: float, cluster: ClusterLoad) -> Asked | None:
+        """Follow the rates; None at the first look."""
+        config, totals = self._config, cluster.totals
+        before, self._seen = self._seen, (now_s, replace(totals))
+        if before is None or now_s <= before[0]:
+            return None
+        elapsed_s, last = now_s - before[0], before[1]
+        gain = min(1.0, elapsed_s / config.memory_s)
+        tiles, tokens = totals.tiles - last.tiles, totals.prompt_tokens - last.prompt_tokens
+        self._encode += gain * (config.tile_s * tiles / elapsed_s - self._encode)
+        self._prefill += gain * (config.cost.token_s * tokens / elapsed_s - self._prefill)
+        num_finished = totals.num_finished - last.num_finished
+        if num_finished:
+            self._met += gain * ((totals.num_met - last.num_met) / num_finished - self._met)
+        return self._asked(cluster.workers)
+
+    def _asked(self, workers: Iterable[WorkerLoad]) -> Asked:
+        tiles = tokens = sequences = context = capacity = num = 0
+        for worker in workers:
+            num += 1
+            capacity += worker.kv_capacity
+            tiles += worker.encode_tiles
+            tokens += worker.prefill_tokens
+            sequences += worker.num_decoding + worker.num_promised
+            context += worker.decode_context + worker.promised_context
+        cost, config = self._config.cost, self._config
+        # Decodes are there as long as they take: those of one moment, at the target, are what is asked for.
+        step_s = max(config.slo.tpot_s - cost.overhead_s, 1e-6)
+        decode = (cost.token_s * sequences + cost.context_s * context) / step_s
+        # Their KV has to have its place as well.
+        decode = max(decode, context * num / capacity)
+        return Asked(
+            self._encode + config.tile_s * tiles / config.drain_s,
+            self._prefill + cost.token_s * tokens / config.drain_s,
+            decode,
+        )
+
+    def _best(
+        self, now_s: float, cluster: ClusterLoad, shape: Shape, asked: Asked, load: float
+    ) -> Sequence[Switch]:
+        """The move after which the load is least, of as many workers as make it so, within the batch."""
+        most = max(1, int(self._config.batch * len(cluster.workers)))
+        best, best_load = None, load * (1 - self._config.gain)
+        for move in self._moves(now_s, shape):
+            for num in {1, most}:
+                after = _after(shape, move, num)
+                if after is None or not self._keeps_floors(after):
+                    continue
+                then = load_of(after, asked)
+                if then < best_load - 1e-9:
+                    best, best_load = (move, num), then
+        if best is None:
+            return ()
+        move, num = best
+        self._last = _Done(move, now_s, load, self._met, replace(cluster.totals))
+        self._next_at_s = now_s + self._config.cooldown_s
+        reason = f"load {load:.2f} would be {best_load:.2f}: encode {asked.encode:.1f}, prefill {asked.prefill:.1f}, decode {asked.decode:.1f} workers"
+        return _switches(cluster, move, num, reason, load / best_load)
+
+    def _moves(self, now_s: float, shape: Shape) -> Iterable[_Move]:
+        for source in sorted(shape, key=sorted):
+            for target in self._config.allowed:
+                move = _Move(source, target)
+                if target != source and self._blocked.get(move, 0.0) <= now_s:
+                    yield move
+
+    def _keeps_floors(self, shape: Shape) -> bool:
+        return all(
+            sum(num for one, num in shape.items() if phase in one) >= floor
+            for phase, floor in self._config.floors.items()
+        )
+
+    def _undo(self, now_s: float, cluster: ClusterLoad, load: float) -> Sequence[Switch]:
+        """Take back a move after which neither the load fell nor as many requests met their targets."""
+        last = self._last
+        if last is None or now_s < last.at_s + self._config.settle_s:
+            return ()
+        self._last = None
+        num = cluster.totals.num_finished - last.totals.num_finished
+        met = (cluster.totals.num_met - last.totals.num_met) / num if num else 1.0
+        if load < last.load or met >= last.met_before - 0.05:
+            return ()
+        self._blocked[last.move] = now_s + self._config.blocked_s
+        after = _after(Counter(worker.phases for worker in cluster.workers), last.move.back, 1)
+        if after is None or not self._keeps_floors(after):
+            return ()
+        self._next_at_s = now_s + self._config.cooldown_s
+        reason = f"reversed: load {last.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {last.met_before:.0%}"
+        return _switches(cluster, last.move.back, 1, reason, 1.0)
+
+
+def _after(shape: Shape, move: _Move, num: int) -> Shape | None:
+    """None when there are not so many to move."""
+    if shape.get(move.source, 0) < num:
+        return None
+    after = Counter(shape)
+    after[move.source] -= num
+    after[move.target] += num
+    return +after
+
+
+def _switches(cluster: ClusterLoad, move: _Move, num: int, reason: str, predicted: float) -> Sequence[Switch]:
+    """Of those that serve it, the ones with least to move or to wait for."""
+    found = [worker for worker in cluster.workers if worker.phases == move.source]
+    found.sort(key=lambda w: (w.num_decoding + w.num_prefills, w.worker_id))
+    return [Switch(worker.worker_id, move.target, reason, predicted) for worker in found[:num]]

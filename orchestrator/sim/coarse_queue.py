@@ -1,0 +1,133 @@
+"""Prompts and tiles of pictures that wait on one device of a coarse simulation, in the order of a policy. Pure."""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.control.policies.policy import Head, Order
+from orchestrator.sim.coarse_costs import CoarseCosts
+from orchestrator.sim.coarse_request import Live
+
+#: What of requests one step computes: tokens or tiles of each.
+Parts = list[tuple[Live, int]]
+
+
+@dataclass(slots=True)
+class Front:
+    """A step of prompts and pictures. num_decodes: that are in it; is_beside: decodes go on meanwhile."""
+
+    chunks: Parts
+    tiles: Parts
+    num_decodes: int
+    is_beside: bool
+
+    def seconds(self, costs: CoarseCosts, decode_context: int) -> float:
+        """On the whole device."""
+        step_s = 0.0
+        if self.tiles:
+            step_s = costs.encode_overhead_s + costs.tile_s * sum(num for _, num in self.tiles)
+            if not self.chunks and not self.num_decodes:
+                return step_s
+        num_tokens, pairs = 0, 0.0
+        for live, size in self.chunks:
+            num_tokens += size
+            pairs += size * (live.job.num_done + (size + 1) / 2)
+        context = decode_context if self.num_decodes else 0
+        return step_s + costs.step.step_s(self.num_decodes, context, num_tokens, pairs)
+
+
+@dataclass(slots=True)
+class FrontQueue:
+    """may_begin: whether a prompt that has not begun has place and memory now; begin: it takes them."""
+
+    order: Order
+    attention_tokens: float
+    may_begin: Callable[[Live], bool]
+    begin: Callable[[Live], None]
+    _waiting: list[tuple[float, int, Live]] = field(default_factory=list)
+    _begun: list[tuple[float, int, Live]] = field(default_factory=list)
+    _tiles: list[tuple[float, int, Live, int]] = field(default_factory=list)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Some wait, or have begun and are not in a step."""
+        return bool(self._waiting or self._begun)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Some wait."""
+        return bool(self._tiles)
+
+    def add(self, live: Live) -> None:
+        """A prompt, or what is left of it."""
+        prompts = self._begun if live.job.is_begun else self._waiting
+        heapq.heappush(prompts, (self.order.key(live.job), live.number, live))
+
+    def add_tiles(self, live: Live, num_tiles: int) -> None:
+        """Of the pictures of a request."""
+        heapq.heappush(self._tiles, (self.order.key(live.job), live.number, live, num_tiles))
+
+    def take_waiting(self) -> tuple[list[Live], Parts]:
+        """Give away the prompts that have not begun, and all tiles."""
+        away = [live for _, _, live in self._waiting]
+        tiles = [(live, num) for _, _, live, num in self._tiles]
+        self._waiting, self._tiles = [], []
+        return away, tiles
+
+    def head(self, now_s: float, num_tiles: int) -> Head | None:
+        """What may begin; None for nothing. num_tiles: that wait."""
+        live = self._first(now_s)
+        if live is None and not self._tiles:
+            return None
+        num_left, num_done, deadline_s = 0, 0, math.inf
+        if live is not None:
+            job = live.job
+            num_left, num_done, deadline_s = job.num_left, job.num_done, job.deadline_s
+        if not self._tiles:
+            return Head(0, num_left, num_done, deadline_s, math.inf)
+        return Head(num_tiles, num_left, num_done, deadline_s, self._tiles[0][2].job.deadline_s)
+
+    def take_tiles(self, budget: int) -> Parts:
+        """The first, as many as the budget has."""
+        found = []
+        while self._tiles and budget > 0:
+            key, number, live, num_tiles = heapq.heappop(self._tiles)
+            taken = min(num_tiles, budget)
+            budget -= taken
+            found.append((live, taken))
+            if taken < num_tiles:
+                heapq.heappush(self._tiles, (key, number, live, num_tiles - taken))
+        return found
+
+    def take_chunks(self, now_s: float, num_tokens: int) -> Parts:
+        """Of the first prompts, as far as the budget reaches; one late in its prompt costs more, as in the engine's scheduler."""
+        found: Parts = []
+        budget = float(num_tokens)
+        while budget >= 1 and (live := self._first(now_s)) is not None:
+            job = live.job
+            if job.is_begun:
+                heapq.heappop(self._begun)
+            else:
+                heapq.heappop(self._waiting)
+                job.is_begun = True
+                self.begin(live)
+            rate = 1 + job.num_done / self.attention_tokens
+            size = min(job.num_left, max(1, int(budget / rate)))
+            budget -= size * rate
+            found.append((live, size))
+        return found
+
+    def _first(self, now_s: float) -> Live | None:
+        """Who has begun or may begin; those that are too late are put back where the order wants that."""
+        waiting, begun = self._waiting, self._begun
+        while waiting:
+            key, number, live = waiting[0]
+            late_key = self.order.late_key(now_s, live.job)
+            if late_key is not None:
+                heapq.heapreplace(waiting, (late_key, number, live))
+            elif (not begun or (key, number) < begun[0][:2]) and self.may_begin(live):
+                return live
+            else:
+                break
+        return begun[0][2] if begun else None

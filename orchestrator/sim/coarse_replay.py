@@ -1,0 +1,62 @@
+"""A plan of requests on the workers of a manifest, in the coarse mode, with the result that the fine one gives. Pure."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from orchestrator.bench.plan import PlannedRequest
+from orchestrator.bench.records import OK, LoadResult, RequestRecord
+from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.policies.aggregated import StallFree
+from orchestrator.control.policies.orders import Fcfs, ShortestFirst
+from orchestrator.control.policies.placing import LeastLoaded
+from orchestrator.control.policies.policy import Policy
+from orchestrator.control.slo import Slo
+from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
+from orchestrator.sim.coarse_costs import CoarseCosts
+from orchestrator.sim.coarse_request import CoarseRecord, CoarseRequest
+from orchestrator.sim.simulation import SimConfig, SimResult
+from workers.api import PrefillOrder
+
+
+def reason_to_refuse(declared: Sequence[DeclaredWorker]) -> str:
+    """Why these workers cannot be simulated coarsely; empty when they can."""
+    engines = {worker.engine for worker in declared}
+    return "" if len(engines) == 1 else "--mode coarse takes one engine for all workers"
+
+
+def replay(
+    config: SimConfig,
+    plan: Sequence[PlannedRequest],
+    duration_s: float,
+    slo: Slo,
+    on_progress: Callable[[int, int], None],
+) -> SimResult:
+    """Placing, order and steps are those of the engine and the gateway. Noise, deadlines and faults are left out.
+
+    Tokens between the first and the last of a request are taken as evenly spaced: its ITL is its TPOT.
+    """
+    engine = config.declared[0].engine
+    order = Fcfs if engine.prefill_order is PrefillOrder.FCFS else ShortestFirst
+    shape = tuple(worker.phases for worker in config.declared)
+    policy = Policy("as declared", shape, order, LeastLoaded(), StallFree(engine.token_budget))
+    coarse = CoarseConfig(
+        CoarseCosts.of(config.latency),
+        engine.kv_cache_bytes // config.latency.model.kv_token_bytes,
+        engine.max_running_sequences,
+        engine.is_prefix_cache_on,
+    )
+    requests = [CoarseRequest.of(one, slo) for one in plan]
+    result = CoarseSimulation(coarse, policy, requests).run(on_progress)
+    records = tuple(_record(one, record) for one, record in zip(plan, result.records, strict=True))
+    load = LoadResult(records, duration_s, result.elapsed_s, was_interrupted=False)
+    names = [worker.worker_id for worker in config.declared]
+    workers = tuple(replace(use, worker_id=name) for use, name in zip(result.workers, names, strict=True))
+    return SimResult(load, workers, result.num_events, 0)
+
+
+def _record(planned: PlannedRequest, record: CoarseRecord) -> RequestRecord:
+    if record.status != OK:
+        return RequestRecord(planned, record.status, record.message, 0.0)
+    gap_s = record.tpot_s or 0.0
+    times = tuple(record.first_s + gap_s * index for index in range(planned.output_tokens))
+    return RequestRecord(planned, OK, "", 0.0, times, record.last_s)

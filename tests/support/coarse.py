@@ -1,0 +1,61 @@
+"""Small coarse simulations."""
+
+import random
+from collections.abc import Callable, Sequence
+
+from orchestrator.control.known_shapes import DEVICES, MODELS
+from orchestrator.control.latency_model import LatencyModel
+from orchestrator.control.policies.aggregated import StallFree
+from orchestrator.control.policies.orders import Fcfs
+from orchestrator.control.policies.placing import LeastLoaded
+from orchestrator.control.policies.policy import ClusterLoad, Order, Placing, Policy, Stepping, Switch
+from orchestrator.control.policies.policy import no_switches as never
+from orchestrator.control.slo import Slo
+from orchestrator.sim.coarse import CoarseConfig, CoarseResult, CoarseSimulation
+from orchestrator.sim.coarse_costs import CoarseCosts
+from orchestrator.sim.coarse_request import CoarseRequest
+from workers.api import Phase, PhaseSet
+
+E, P, D = (frozenset({phase}) for phase in Phase)
+SLO = Slo(0.5, 0.03)
+COSTS = CoarseCosts.of(LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False))
+
+
+def policy(
+    shape: Sequence[PhaseSet],
+    *,
+    stepping: Stepping | None = None,
+    placing: Placing | None = None,
+    order: Callable[[], Order] = Fcfs,
+    tick: Callable[[float, ClusterLoad], Sequence[Switch]] = never,
+) -> Policy:
+    return Policy("tested", tuple(shape), order, placing or LeastLoaded(), stepping or StallFree(512), tick)
+
+
+def run(
+    one: Policy,
+    requests: Sequence[CoarseRequest],
+    *,
+    kv_tokens: int = 400_000,
+    costs: CoarseCosts = COSTS,
+    max_sequences: int = 256,
+) -> tuple[CoarseResult, CoarseSimulation]:
+    """One run, and at its end nobody holds anything."""
+    simulation = CoarseSimulation(CoarseConfig(costs, kv_tokens, max_sequences), one, requests)
+    result = simulation.run()
+    simulation.check_invariants()
+    return result, simulation
+
+
+def random_load(
+    seed: int, num_requests: int = 60, rate_rps: float = 20.0, *, has_images: bool = False
+) -> list[CoarseRequest]:
+    rng = random.Random(seed)
+    at_s, found = 0.0, []
+    for _ in range(num_requests):
+        at_s += rng.expovariate(rate_rps)
+        num_tiles = rng.choice((0, 3, 20)) if has_images else 0
+        blocks = tuple(rng.randint(0, 3) * 100 + i for i in range(6))
+        prompt, output = rng.randint(1, 3000), rng.randint(1, 120)
+        found.append(CoarseRequest(at_s, prompt, output, SLO, blocks, num_tiles, rng.choice("ab")))
+    return found

@@ -1,0 +1,160 @@
+"""Every policy by its name on small clusters: what it is made of, and that it serves."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from orchestrator.bench.trace import Trace, TraceRow
+from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
+from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
+from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
+from orchestrator.control.policies.policy import (
+    ClusterLoad,
+    Ended,
+    Exclusive,
+    Head,
+    Placement,
+    Prompt,
+    Reject,
+    Split,
+    WorkerLoad,
+)
+from orchestrator.sim.coarse_loads import Kind, of_trace, shifting
+from tests.support.coarse import COSTS, SLO, random_load, run
+from tests.support.sim import LLAMA_ON_H100
+from workers.api import Phase, WorkerId
+
+SETTING = Setting(
+    4,
+    LLAMA_ON_H100,
+    SLO,
+    Workload(1500.0, 60.0, 8.0),
+    (E, P, P, D),
+    COSTS.kv_token_s,
+    COSTS.tile_s,
+    256,
+)
+
+
+@pytest.mark.parametrize("order", ["fcfs", "spf", "slack"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
+    one = POLICIES[name](SETTING, orders(COSTS.step)[order])
+    assert one.name == name
+    assert len(one.shape) == SETTING.num_workers
+    result, _ = run(one, random_load(7, 80, 10.0, has_images=True))
+    served = [record for record in result.records if record.status == "OK"]
+    assert len(served) >= (1 if name in {"mooncake", "phasewise", "phasewise_apart"} else len(result.records))
+    for record in result.records:
+        assert record.status == "OK" or "earliest in" in record.message
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_meets_the_targets_of_a_light_load(name: str) -> None:
+    one = POLICIES[name](
+        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D)), orders(COSTS.step)["fcfs"]
+    )
+    result, _ = run(one, random_load(3, 60, 4.0))
+    assert result.attainment >= 0.95
+
+
+def worker(name: str, phases: frozenset[Phase], **load: int) -> WorkerLoad:
+    found = WorkerLoad(WorkerId(name), phases, 400_000)
+    for key, value in load.items():
+        setattr(found, key, value)
+    return found
+
+
+def test_a_search_gives_the_phase_that_needs_more_the_workers() -> None:
+    def shape(load: Workload) -> tuple[int, int]:
+        found = distserve_shape(8, load, slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256)
+        return found.count(P) + found.count(E | P), found.count(D)
+
+    assert shape(Workload(6000, 50, 0)) == (7, 1)
+    assert shape(Workload(200, 1000, 0)) == (1, 7)
+    assert E | P in distserve_shape(
+        8, Workload(500, 100, 10), slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256
+    )
+
+
+def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None:
+    trigger = EpdQueue()
+    cluster = ClusterLoad(
+        (worker("e0", E), worker("p0", P), worker("p1", P), worker("d0", D, num_promised=500))
+    )
+    assert not trigger.tick(5.0, cluster)
+    cluster.totals.num_requests, cluster.totals.tiles = 10, 100
+    cluster.workers[0].encode_tiles = 300
+    (switch,) = trigger.tick(10.0, cluster)
+    assert (switch.worker_id, switch.phases) == ("p0", E)
+    assert not trigger.tick(12.0, cluster)
+
+
+def conductor() -> Conductor:
+    return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s)
+
+
+def test_the_conductor_fetches_a_prefix_or_refuses() -> None:
+    cached = worker("cached", P, prefill_tokens=15_000)
+    idle, decode = worker("idle", P), worker("d", D)
+    cluster = ClusterLoad((cached, idle, decode))
+    prompt = Prompt(0, 0.0, 9000, 0, SLO, "", lambda one: 8000 if one is cached else 0)
+    placed = conductor().place(0.0, prompt, cluster)
+    assert placed == Placement(idle, decode, (), cached)
+    decode.num_decoding, decode.decode_context = 250, 900_000
+    refused = conductor().place(0.0, prompt, cluster)
+    assert isinstance(refused, Reject)
+    assert "a token would take" in refused.reason
+
+
+def head() -> Head:
+    return Head(0, 4000, 0, 1.0, float("inf"))
+
+
+def test_semi_pd_gives_the_phase_that_misses_more_after_a_window() -> None:
+    steps = SemiPdSteps(COSTS.step, SLO)
+    device = worker("w", FULL, num_decoding=20, decode_context=20_000)
+    assert steps.step(0.0, device, head()) == Split(1.0, 1.0, 2048, 8, is_binding=True)
+    for _ in range(40):
+        steps.told(0.0, Ended(WorkerId("w"), WorkerId("w"), 0.1, 0.05, SLO))
+    found = [steps.step(0.6, device, head()) for _ in range(WINDOW_STEPS)][-1]
+    assert isinstance(found, Split)
+    assert found.prefill_share < 1.0 == found.decode_share
+
+
+def test_nexus_gives_decode_no_more_than_its_slack_asks() -> None:
+    steps, device = NexusSteps(LLAMA_ON_H100), worker("w", FULL)
+    assert steps.step(0.0, device, head()) == Exclusive(Phase.PREFILL, 2048)
+    device.num_decoding, device.decode_context = 64, 130_000
+    found = steps.step(0.0, device, head())
+    assert isinstance(found, Split)
+    assert found.prefill_share + found.decode_share == pytest.approx(1.0)
+    # Reading memory does not need many SMs, as it has it.
+    assert 0.6 < found.prefill_share < 0.9
+
+
+# Loads.
+
+
+def test_a_trace_goes_on_at_its_beginning_with_other_prefixes() -> None:
+    rows = tuple(TraceRow(n, n * 1.0, 1000, 10, (n,)) for n in range(1, 6))
+    found = of_trace(Trace("t", "mooncake", rows), SLO, random.Random(1), rate_rps=2.0, duration_s=6.0)
+    assert len(found) == 12
+    assert len({one.hash_ids for one in found}) == 12
+    assert found[0].arrival_s == 0.0
+    assert found[-1].arrival_s < 6.0
+    gaps = [later.arrival_s - one.arrival_s for one, later in pairwise(found)]
+    assert gaps == pytest.approx([gaps[0]] * 11)
+
+
+def test_a_load_shifts_where_it_should_and_is_the_same_at_another_rate() -> None:
+    kinds = Kind(100, 20), Kind(200, 50, 1.0, 2)
+    slow, fast = (
+        shifting(*kinds, SLO, random.Random(3), rate_rps=rate, duration_s=200 / rate, first_share=0.25)
+        for rate in (10.0, 20.0)
+    )
+    assert [one.num_tiles for one in slow] == [0] * 50 + [20] * 150
+    assert [one.prompt_tokens for one in slow] == [one.prompt_tokens for one in fast]
+    assert [one.arrival_s for one in slow] == pytest.approx([2 * one.arrival_s for one in fast])
