@@ -18,7 +18,6 @@ from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, TraceError
 from orchestrator.manifest.declare import worker_specs
@@ -27,6 +26,7 @@ from orchestrator.manifest.models import Deployment
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
+from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
 #: Seconds between two lines of progress.

@@ -5,7 +5,7 @@ in docs/performance.md (268 MB in 1.66 ms). A100: not measured; NVIDIA's data sh
 parts of the peaks, and memory at full rate from 30 of its 108 SMs on (Bullet, ASPLOS'26). Models: the config.json of each.
 """
 
-from orchestrator.control.latency_model import DeviceShape, ModelShape
+from workers.latency_model import DeviceShape, ModelShape
 
 MODELS = {
     # 32 layers of 4096, 32 heads of 128 over 8 of KV, MLP 14336, vocabulary 128256.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.request_actions import Fail
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
@@ -24,6 +23,7 @@ from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
 from workers.api import RequestId, SamplingParams
 from workers.block_hash import root_hash
+from workers.latency_model import LatencyModel
 
 #: Requests arrive when the workers have loaded.
 WARM_S = 1.0

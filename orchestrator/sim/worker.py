@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtransfer.layout import KvLayout
-from orchestrator.control.latency_model import LatencyModel, ModelShape, StepShape
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -27,6 +26,7 @@ from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel, ModelShape, StepShape
 
 VOCAB_SIZE = 32_000
 

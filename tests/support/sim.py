@@ -7,10 +7,10 @@ from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.trace import TraceRow
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import DeviceShape, LatencyModel, ModelShape
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId
+from workers.latency_model import DeviceShape, LatencyModel, ModelShape
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = P | D

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import (
+from workers.latency_model import (
     LatencyModel,
     StepShape,
     chunk,
