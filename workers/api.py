@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NewType
 
 from kvtransfer.config import KvTransferConfig as KvTransferConfig
+from workers.step_shape import EncodeCosts, StepCosts
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -821,6 +822,9 @@ class WorkerStatus:
     peers: tuple[KvPeer, ...] = ()
     reuse: KvReuseCounts = KvReuseCounts()
     embeddings: EmbeddingCounts = EmbeddingCounts()
+    #: How long its steps, and its batches of pictures, take; None where there are none.
+    step_costs: StepCosts | None = None
+    encode_costs: EncodeCosts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,20 +4,22 @@ The prediction is a roofline of device and model whose parts are scaled by what 
 
     step = c0 + c1 * dense + c2 * decode attention + c3 * prefill attention        (seconds)
 
-dense: the weights over all tokens of the step, the slower of computing them and of reading the weights. Decode attention
-reads the KV of all contexts; prefill attention is computed. The parts do not hide each other: on an H100 they come one
-after the other (docs/simulation.md has the figures). c0 is what a step costs whatever it computes. The four factors follow
-the steps that are observed, by recursive least squares that forgets; they start from a prior, so that a model that has
-seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
+dense: the weights over all tokens of the step, and those of the logits over its decodes: on a GPU the slower of computing and of
+reading the weights, on a CPU both. Decode attention reads the KV of all contexts; prefill attention is computed. The parts do not
+hide each other: on an H100 they come one after the other (docs/simulation.md has the figures). c0 is what a step costs whatever
+it computes. The four factors follow the steps that are observed, by recursive least squares that forgets; they start from a prior, so
+that a model that has seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
 
-Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline: Bullet (ASPLOS'26), section on
-its SM-scaling roofline; two linear fits: DistServe's simulator.
+Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
+Bullet (ASPLOS'26); two linear fits: DistServe's simulator.
 """
 
-from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+
+from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, StepCosts, StepShape, chunk
 
 #: Steps of the past that count: the weight of one halves after about 0.7 times as many.
 MEMORY_STEPS = 500
@@ -27,156 +29,76 @@ PRIOR_DEVIATION = (1.0, 0.5, 0.5, 0.5)
 MAX_RATIO = 10.0
 #: Weight of the last step in the mean error.
 ERROR_GAIN = 0.01
+#: What a batch of pictures and each of its patches take before any was seen, in seconds; the factors of both may be anything.
+FIRST_BATCH_S, FIRST_PATCH_S = 1e-3, 1e-3
+ENCODE_PRIOR_DEVIATION = (10.0, 10.0)
 
 Vector = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What one step computes; zero of everything is no step.
+def rate_at(share: float, curve: Curve) -> float:
+    """Share of the whole device's rate that `share` of its SMs reach, 0 < share <= 1: on a line through the curve."""
+    shares, rates = [0.0, *(s for s, _ in curve), 1.0], [0.0, *(r for _, r in curve), 1.0]
+    return float(np.interp(share, shares, rates))
 
-    decode_context: tokens that the decodes attend to, over all of them. prefill_pairs: of a token of a chunk and one that it
-    attends to.
+
+def roofline(
+    shape: StepShape,
+    model: ModelShape,
+    device: DeviceShape,
+    share: float = 1.0,
+    *,
+    is_contended: bool = False,
+) -> Vector:
+    """[4] float64: what c0 to c3 are multiplied with, in seconds; zeros for no step.
+
+    share: of the SMs, 0 < share <= 1. is_contended: another stream computes on the others.
     """
-
-    num_decodes: int = 0
-    decode_context: int = 0
-    num_prefill_tokens: int = 0
-    prefill_pairs: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """That go through the weights."""
-        return self.num_decodes + self.num_prefill_tokens
-
-    def __add__(self, other: "StepShape") -> "StepShape":
-        """Both in one step."""
-        return StepShape(
-            self.num_decodes + other.num_decodes,
-            self.decode_context + other.decode_context,
-            self.num_prefill_tokens + other.num_prefill_tokens,
-            self.prefill_pairs + other.prefill_pairs,
-        )
-
-
-def decodes(num_sequences: int, context_tokens: int) -> StepShape:
-    """One token each of sequences that have `context_tokens` tokens together."""
-    return StepShape(num_decodes=num_sequences, decode_context=context_tokens)
-
-
-def chunk(num_new: int, num_before: int = 0) -> StepShape:
-    """A chunk of one prompt, of which `num_before` tokens are known."""
-    return StepShape(
-        num_prefill_tokens=num_new, prefill_pairs=num_new * num_before + num_new * (num_new + 1) // 2
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """What of a transformer its speed depends on.
-
-    num_weights: of all matrices that each token passes. num_head_weights: of the one that gives logits, which few tokens
-    pass. weight_bytes: of one. kv_token_bytes: of one token, all layers. hidden_size: of the heads that ask, of one layer.
-    """
-
-    name: str
-    num_weights: int
-    num_head_weights: int
-    weight_bytes: float
-    num_layers: int
-    hidden_size: int
-    kv_token_bytes: int
-
-    @property
-    def attention_tokens(self) -> float:
-        """Tokens of context at which attending to them is as much work for a token as all else; see workers.engine.scheduler."""
-        return 2.0 * self.num_weights / self.pair_flops
-
-    @property
-    def pair_flops(self) -> float:
-        """Of one token that attends to one other, in all layers."""
-        return 4.0 * self.num_layers * self.hidden_size
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceShape:
-    """What a device reaches, at best, on the three parts of a step.
-
-    bytes_per_s: reading weights, and KV. transfer_bytes_per_s: of KV to another worker. step_overhead_s: see c0. knee: the share of the
-    SMs that already reads memory at full rate; below it the rate grows with the share.
-    """
-
-    name: str
-    flops_per_s: float
-    attention_flops_per_s: float
-    bytes_per_s: float
-    step_overhead_s: float
-    memory_bytes: float
-    transfer_bytes_per_s: float
-    knee: float = 1.0
-
-
-def roofline(shape: StepShape, model: ModelShape, device: DeviceShape, share: float = 1.0) -> Vector:
-    """[4] float64: what c0 to c3 are multiplied with, in seconds; zeros for no step. share: of the SMs, 0 < share <= 1."""
     if shape.num_tokens == 0:
         return np.zeros(4)
-    bandwidth = device.bytes_per_s * min(1.0, share / device.knee)
-    computing_s = 2.0 * model.num_weights * shape.num_tokens / (device.flops_per_s * share)
-    reading_s = (model.num_weights + model.num_head_weights) * model.weight_bytes / bandwidth
+    compute, memory = 1.0, 1.0
+    if share < 1.0:
+        compute, memory = rate_at(share, device.compute_curve), rate_at(share, device.memory_curve)
+    if is_contended:
+        compute, memory = compute / device.contention.compute, memory / device.contention.memory
+    flops_per_s, bytes_per_s = device.flops_per_s * compute, device.bytes_per_s * memory
+    attention_flops_per_s = device.attention_flops_per_s * compute
+    products = model.num_weights * shape.num_tokens + model.num_head_weights * shape.num_decodes
+    computing_s = 2.0 * products / flops_per_s
+    reading_s = (model.num_weights + model.num_head_weights) * model.weight_bytes / bytes_per_s
     decoding_s = max(
-        shape.decode_context * model.kv_token_bytes / bandwidth,
-        shape.decode_context * model.pair_flops / (device.attention_flops_per_s * share),
+        shape.decode_context * model.kv_token_bytes / bytes_per_s,
+        shape.decode_context * model.pair_flops / attention_flops_per_s,
     )
-    prefilling_s = shape.prefill_pairs * model.pair_flops / (device.attention_flops_per_s * share)
-    return np.array([device.step_overhead_s, max(computing_s, reading_s), decoding_s, prefilling_s])
+    prefilling_s = shape.prefill_pairs * model.pair_flops / attention_flops_per_s
+    dense_s = max(computing_s, reading_s) if device.is_reading_hidden else computing_s + reading_s
+    return np.array([device.step_overhead_s, dense_s, decoding_s, prefilling_s])
 
 
-class LatencyModel:
-    """Predicts, learns, and knows its error. is_learning: off, it is the roofline."""
+class Factors:
+    """What the parts of a prediction are multiplied with: they learn, and know how far off they are.
 
-    def __init__(
-        self,
-        model: ModelShape,
-        device: DeviceShape,
-        *,
-        is_learning: bool = True,
-    ) -> None:
-        self.model = model
-        self.device = device
+    Each starts at 1, with a standard deviation of `deviation`. is_learning: off, they stay.
+    """
+
+    def __init__(self, deviation: tuple[float, ...], *, is_learning: bool = True) -> None:
         self.num_observed = 0
-        #: Mean of |predicted - measured| / measured, over the last steps; None before the first.
+        #: Mean of |predicted - measured| / measured, over the last ones; None before the first.
         self.mean_error: float | None = None
-        #: A step takes longer than predicted times this in about a tenth of all cases.
+        #: What is measured is more than predicted times this in about a tenth of all cases.
         self.upper_ratio = 1.0
-        self._factors: Vector = np.ones(4)
-        self._covariance: Vector = np.diag(np.square(PRIOR_DEVIATION))
+        self.values: Vector = np.ones(len(deviation))
+        self._limit: Vector = np.square(np.array(deviation))
+        self._covariance: Vector = np.diag(self._limit)
         self._is_learning = is_learning
 
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """c0 to c3."""
-        return tuple(float(factor) for factor in self._factors)
+    def predict_s(self, row: Vector) -> float:
+        """Seconds."""
+        return max(0.0, float(self.values @ row))
 
-    def step_s(self, shape: StepShape, share: float = 1.0) -> float:
-        """Seconds; 0 for no step."""
-        return max(0.0, float(self._factors @ roofline(shape, self.model, self.device, share)))
-
-    def prefill_s(self, num_new: int, num_before: int = 0, *, chunk_tokens: int) -> float:
-        """Seconds for a prompt in chunks, alone, of which `num_before` tokens are known."""
-        total_s, done = 0.0, num_before
-        end = num_before + num_new
-        while done < end:
-            size = min(chunk_tokens, end - done)
-            total_s += self.step_s(chunk(size, done))
-            done += size
-        return total_s
-
-    def observe(self, shape: StepShape, measured_s: float) -> None:
-        """A step on the whole device took so long."""
-        if measured_s <= 0 or shape.num_tokens == 0:
-            return
-        row = roofline(shape, self.model, self.device)
-        predicted_s = max(float(self._factors @ row), 1e-9)
+    def observe(self, row: Vector, measured_s: float) -> None:
+        """What has these parts took so long."""
+        predicted_s = max(float(self.values @ row), 1e-9)
         ratio = min(max(measured_s / predicted_s, 1 / MAX_RATIO), MAX_RATIO)
         self._note_error(ratio)
         if self._is_learning:
@@ -194,14 +116,126 @@ class LatencyModel:
         self.upper_ratio = min(max(self.upper_ratio, 1.0), MAX_RATIO)
 
     def _learn(self, row: Vector, measured_s: float) -> None:
-        # Each step counts alike, long or short: the row is divided by its time.
+        # Each counts alike, long or short: the row is divided by its time.
         row, target = row / measured_s, 1.0
         forgetting = 1 - 1 / MEMORY_STEPS
         covariance = self._covariance / forgetting
-        gain = covariance @ row / (1.0 / MEMORY_STEPS + row @ covariance @ row)
-        self._factors = np.maximum(self._factors + gain * (target - row @ self._factors), 0.0)
-        self._covariance = covariance - np.outer(gain, row @ covariance)
-        # What no step tells anything of must not become arbitrarily unsure.
-        limit = np.square(PRIOR_DEVIATION)
-        scale = np.sqrt(np.minimum(1.0, limit / np.maximum(np.diag(self._covariance), 1e-300)))
-        self._covariance = self._covariance * np.outer(scale, scale)
+        seen = covariance @ row
+        gain = seen / (1.0 / MEMORY_STEPS + row @ seen)
+        self.values = np.maximum(self.values + gain * (target - row @ self.values), 0.0)
+        covariance = covariance - gain[:, None] * seen
+        # What nothing was told of must not become arbitrarily unsure.
+        scale = np.sqrt(np.minimum(1.0, self._limit / np.maximum(covariance.diagonal(), 1e-300)))
+        self._covariance = covariance * scale[:, None] * scale
+
+
+class LatencyModel:
+    """Predicts steps and transfers, learns from steps, and knows its error. is_learning: off, it is the roofline."""
+
+    def __init__(self, model: ModelShape, device: DeviceShape, *, is_learning: bool = True) -> None:
+        self.model = model
+        self.device = device
+        self._factors = Factors(PRIOR_DEVIATION, is_learning=is_learning)
+
+    @classmethod
+    def fitted(cls, costs: StepCosts) -> Self:
+        """As it was when it told these. It learns no more."""
+        found = cls(costs.model, costs.device, is_learning=False)
+        factors = found._factors
+        factors.values = np.array(costs.factors)
+        factors.num_observed, factors.mean_error = costs.num_steps, costs.mean_error
+        factors.upper_ratio = costs.upper_ratio
+        return found
+
+    def costs(self) -> StepCosts:
+        """All of it, as of now."""
+        c0, c1, c2, c3 = self.factors
+        return StepCosts(
+            self.model, self.device, (c0, c1, c2, c3), self.num_observed, self.mean_error, self.upper_ratio
+        )
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """c0 to c3."""
+        return tuple(self._factors.values.tolist())
+
+    @property
+    def num_observed(self) -> int:
+        """Steps so far."""
+        return self._factors.num_observed
+
+    @property
+    def mean_error(self) -> float | None:
+        """See StepCosts."""
+        return self._factors.mean_error
+
+    @property
+    def upper_ratio(self) -> float:
+        """See StepCosts."""
+        return self._factors.upper_ratio
+
+    def step_s(self, shape: StepShape, share: float = 1.0) -> float:
+        """Seconds, alone on the device; 0 for no step."""
+        return self._factors.predict_s(roofline(shape, self.model, self.device, share))
+
+    def prefill_s(self, num_new: int, num_before: int = 0, *, chunk_tokens: int) -> float:
+        """Seconds for a prompt in chunks, alone, of which `num_before` tokens are known."""
+        total_s, done = 0.0, num_before
+        end = num_before + num_new
+        while done < end:
+            size = min(chunk_tokens, end - done)
+            total_s += self.step_s(chunk(size, done))
+            done += size
+        return total_s
+
+    def stream_s(self, shape: StepShape, share: float, beside: StepShape | None) -> float:
+        """Seconds of a step on `share` of the SMs while another stream computes steps like `beside` on the others, or with a
+        share of 1 on the same ones. None, or no step: alone.
+        """
+        if beside is None or beside.num_tokens == 0:
+            return self.step_s(shape, share)
+        if share >= 1.0:
+            return self.step_s(shape) * self.device.contention.sliced
+        row = roofline(shape, self.model, self.device, share, is_contended=True)
+        return self._factors.predict_s(row)
+
+    def upper_stream_s(self, shape: StepShape, share: float, beside: StepShape | None) -> float:
+        """What a tenth of all such steps takes longer than, in seconds."""
+        is_alone = beside is None or beside.num_tokens == 0
+        upper = self.upper_ratio if is_alone else max(self.upper_ratio, self.device.contention.upper)
+        return self.stream_s(shape, share, beside) * upper
+
+    def transfer_s(self, num_tokens: int, bytes_per_s: float = 0.0) -> float:
+        """Seconds for the KV of so many tokens to another worker. bytes_per_s: of KvPeer; 0: what the device's shape says."""
+        return num_tokens * self.model.kv_token_bytes / (bytes_per_s or self.device.transfer_bytes_per_s)
+
+    def observe(self, shape: StepShape, measured_s: float) -> None:
+        """A step on the whole device, alone, took so long."""
+        if measured_s > 0 and shape.num_tokens > 0:
+            self._factors.observe(roofline(shape, self.model, self.device), measured_s)
+
+
+class EncodeModel:
+    """The same for batches of pictures, whose time is a line through their patches."""
+
+    def __init__(self) -> None:
+        self._factors = Factors(ENCODE_PRIOR_DEVIATION)
+
+    def encode_s(self, num_patches: int) -> float:
+        """Seconds of a batch."""
+        return self._factors.predict_s(_encode_row(num_patches))
+
+    def observe(self, num_patches: int, measured_s: float) -> None:
+        """A batch took so long."""
+        if measured_s > 0 and num_patches > 0:
+            self._factors.observe(_encode_row(num_patches), measured_s)
+
+    def costs(self) -> EncodeCosts:
+        """All of it, as of now."""
+        found = self._factors
+        batch_s, patch_s = (found.values * (FIRST_BATCH_S, FIRST_PATCH_S)).tolist()
+        return EncodeCosts(batch_s, patch_s, found.num_observed, found.mean_error, found.upper_ratio)
+
+
+def _encode_row(num_patches: int) -> Vector:
+    return np.array([FIRST_BATCH_S, FIRST_PATCH_S * num_patches])

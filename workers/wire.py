@@ -38,6 +38,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.cost_wire import encode_costs_from_pb, encode_costs_to_pb, step_costs_from_pb, step_costs_to_pb
 from workers.image_wire import (
     embedding_counts_from_pb,
     embedding_counts_to_pb,
@@ -332,6 +333,8 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         peers=map(peer_to_pb, status.peers),
         reuse=reuse_counts_to_pb(status.reuse),
         embeddings=embedding_counts_to_pb(status.embeddings),
+        step_costs=step_costs_to_pb(status.step_costs),
+        encode_costs=encode_costs_to_pb(status.encode_costs),
     )
 
 
@@ -357,6 +360,8 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         peers=tuple(peer for peer in peers if peer is not None),
         reuse=reuse_counts_from_pb(message.reuse),
         embeddings=embedding_counts_from_pb(message.embeddings),
+        step_costs=step_costs_from_pb(message.step_costs),
+        encode_costs=encode_costs_from_pb(message.encode_costs),
     )
 
 

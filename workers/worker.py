@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import grpc.aio
 import psutil
@@ -142,7 +141,7 @@ class Worker:
         if self.text is not None:
             status = self.text.with_status(status)
         if self.images is not None:
-            status = replace(status, embeddings=self.images.counts())
+            status = self.images.with_status(status)
         return status
 
     async def ledger(self) -> KvLedger | None:

@@ -25,8 +25,10 @@ from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_records import shape_of
 from workers.engine.step_result import StepResult
-from workers.latency_model import LatencyModel, ModelShape, StepShape
+from workers.latency_model import LatencyModel
+from workers.step_shape import ModelShape
 
 VOCAB_SIZE = 32_000
 
@@ -54,17 +56,6 @@ def layout_of(model: ModelShape, block_size: int) -> KvLayout:
     """A cache of as many bytes as the model's, in float16."""
     head_dim = model.kv_token_bytes // (model.num_layers * 4)
     return KvLayout(model.name, "float16", block_size, model.num_layers, 1, head_dim, "rope:simulated")
-
-
-def shape_of(plan: StepPlan) -> StepShape:
-    """What a step computes."""
-    context = sum(len(sequence.token_ids) for sequence in plan.decodes)
-    num_prefill = pairs = 0
-    for part in plan.chunks:
-        rows = part.num_rows
-        num_prefill += rows
-        pairs += rows * part.start + rows * (rows + 1) // 2
-    return StepShape(len(plan.decodes), context, num_prefill, pairs)
 
 
 class SimWorker:

@@ -10,7 +10,8 @@ from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId
-from workers.latency_model import DeviceShape, LatencyModel, ModelShape
+from workers.latency_model import LatencyModel
+from workers.step_shape import DeviceShape, ModelShape
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = P | D

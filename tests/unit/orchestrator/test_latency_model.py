@@ -7,13 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from workers.latency_model import (
-    LatencyModel,
-    StepShape,
-    chunk,
-    decodes,
-    roofline,
-)
+from workers.latency_model import LatencyModel, roofline
+from workers.step_shape import StepShape, chunk, decodes
 
 LLAMA, H100 = MODELS["llama-3-8b"], DEVICES["h100"]
 #: docs/simulation.md: what was measured, in seconds.
