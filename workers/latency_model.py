@@ -5,9 +5,9 @@ The prediction is a roofline of device and model whose parts are scaled by what 
     step = c0 + c1 * dense + c2 * decode attention + c3 * prefill attention        (seconds)
 
 dense: the weights over all tokens of the step, and those of the logits over its decodes: on a GPU the slower of computing and of
-reading the weights, on a CPU both. Decode attention reads the KV of all contexts; prefill attention is computed. The parts do not
-hide each other: on an H100 they come one after the other (docs/simulation.md has the figures). c0 is what a step costs whatever
-it computes. The four factors follow the steps that are observed, by recursive least squares that forgets; they start from a prior, so
+reading the weights; on a CPU, where one waits for the other, computing alone. Decode attention reads the KV of all contexts; prefill
+attention is computed. The parts do not hide each other: on an H100 they come one after the other (docs/simulation.md has the
+figures). c0 is what a step costs whatever it computes; on a CPU that is, most of all, reading the weights. The four factors follow the steps that are observed, by recursive least squares that forgets; they start from a prior, so
 that a model that has seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
 
 Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
@@ -71,8 +71,9 @@ def roofline(
         shape.decode_context * model.pair_flops / attention_flops_per_s,
     )
     prefilling_s = shape.prefill_pairs * model.pair_flops / attention_flops_per_s
-    dense_s = max(computing_s, reading_s) if device.is_reading_hidden else computing_s + reading_s
-    return np.array([device.step_overhead_s, dense_s, decoding_s, prefilling_s])
+    if device.is_reading_hidden:
+        return np.array([device.step_overhead_s, max(computing_s, reading_s), decoding_s, prefilling_s])
+    return np.array([device.step_overhead_s + reading_s, computing_s, decoding_s, prefilling_s])
 
 
 class Factors:
