@@ -7,8 +7,10 @@ The prediction is a roofline of device and model whose parts are scaled by what 
 dense: the weights over all tokens of the step, and those of the logits over its decodes: on a GPU the slower of computing and of
 reading the weights; on a CPU, where one waits for the other, computing alone. Decode attention reads the KV of all contexts; prefill
 attention is computed. The parts do not hide each other: on an H100 they come one after the other (docs/simulation.md has the
-figures). c0 is what a step costs whatever it computes; on a CPU that is, most of all, reading the weights. The four factors follow the steps that are observed, by recursive least squares that forgets; they start from a prior, so
-that a model that has seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
+figures). c0 is what a step costs whatever it computes; on a CPU that is, most of all, reading the weights.
+
+The four factors follow the steps that are observed, by least squares that forget, beside a prior that does not: a model that has
+seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
 
 Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
 Bullet (ASPLOS'26); two linear fits: DistServe's simulator.
@@ -25,8 +27,12 @@ from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, Step
 MEMORY_STEPS = 500
 #: Standard deviation of the prior: of c0 as a part of one typical step, and of the other factors.
 PRIOR_DEVIATION = (1.0, 0.5, 0.5, 0.5)
+#: Of one step, as a part of it: the prior is weighed by it.
+NOISE_VARIANCE = 0.002
 #: A step counts for at most so many times what was expected, or so little of it: a machine that was suspended.
 MAX_RATIO = 10.0
+#: Below this a ratio is noise; above it, the prediction is wrong or the step was no usual one.
+FAR_RATIO = 2.0
 #: Weight of the last step in the mean error.
 ERROR_GAIN = 0.01
 #: What a batch of pictures and each of its patches take before any was seen, in seconds; the factors of both may be anything.
@@ -89,8 +95,10 @@ class Factors:
         #: What is measured is more than predicted times this in about a tenth of all cases.
         self.upper_ratio = 1.0
         self.values: Vector = np.ones(len(deviation))
-        self._limit: Vector = np.square(np.array(deviation))
-        self._covariance: Vector = np.diag(self._limit)
+        #: What the prior weighs, beside one for each thing that was seen.
+        self._prior: Vector = NOISE_VARIANCE / np.square(np.array(deviation))
+        self._products: Vector = np.zeros((len(deviation), len(deviation)))
+        self._targets: Vector = np.zeros(len(deviation))
         self._is_learning = is_learning
 
     def predict_s(self, row: Vector) -> float:
@@ -103,7 +111,12 @@ class Factors:
         ratio = min(max(measured_s / predicted_s, 1 / MAX_RATIO), MAX_RATIO)
         self._note_error(ratio)
         if self._is_learning:
-            self._learn(row, ratio * predicted_s)
+            # Each counts alike, long or short, as a part of what was predicted: then the factors give the mean. What is far off,
+            # at the start or once, is a part of itself, or it would count for more than all others.
+            if 1 / FAR_RATIO < ratio < FAR_RATIO:
+                self._learn(row / predicted_s, ratio)
+            else:
+                self._learn(row / (ratio * predicted_s), 1.0)
 
     def _note_error(self, ratio: float) -> None:
         self.num_observed += 1
@@ -116,18 +129,22 @@ class Factors:
         self.upper_ratio *= 1 + (0.9 if ratio > self.upper_ratio else -0.1) * ERROR_GAIN
         self.upper_ratio = min(max(self.upper_ratio, 1.0), MAX_RATIO)
 
-    def _learn(self, row: Vector, measured_s: float) -> None:
-        # Each counts alike, long or short: the row is divided by its time.
-        row, target = row / measured_s, 1.0
+    def _learn(self, row: Vector, target: float) -> None:
         forgetting = 1 - 1 / MEMORY_STEPS
-        covariance = self._covariance / forgetting
-        seen = covariance @ row
-        gain = seen / (1.0 / MEMORY_STEPS + row @ seen)
-        self.values = np.maximum(self.values + gain * (target - row @ self.values), 0.0)
-        covariance = covariance - gain[:, None] * seen
-        # What nothing was told of must not become arbitrarily unsure.
-        scale = np.sqrt(np.minimum(1.0, self._limit / np.maximum(covariance.diagonal(), 1e-300)))
-        self._covariance = covariance * scale[:, None] * scale
+        self._products = self._products * forgetting + row[:, None] * row
+        self._targets = self._targets * forgetting + row * target
+        self.values = self._solve()
+
+    def _solve(self) -> Vector:
+        """Least squares with the prior. Who would be negative is 0, and the others are found without it."""
+        products, targets = self._products + np.diag(self._prior), self._targets + self._prior
+        is_kept = np.ones(len(targets), np.bool_)
+        while True:
+            values: Vector = np.zeros(len(targets))
+            values[is_kept] = np.linalg.solve(products[np.ix_(is_kept, is_kept)], targets[is_kept])
+            if (values >= 0).all():
+                return values
+            is_kept &= values >= 0
 
 
 class LatencyModel:
