@@ -3,8 +3,8 @@
 import math
 import random
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from kvtransfer.layout import KvLayout
 from orchestrator.sim.network import SimNetwork
@@ -17,6 +17,7 @@ from workers.api import (
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
+    WorkerId,
     WorkerSpec,
     WorkerState,
     WorkerStatus,
@@ -37,7 +38,7 @@ VOCAB_SIZE = 32_000
 class WorkerWorld:
     """What all workers of a simulation share.
 
-    latency: how long steps really take; a policy that predicts has a model of its own. noise: the standard deviation of the
+    latency: how long steps really take, of workers without one in `latency_of`; a policy that predicts has a model of its own. noise: the standard deviation of the
     logarithm of what a step takes beyond that. load_s: from the start of a process to READY.
     """
 
@@ -50,6 +51,7 @@ class WorkerWorld:
     noise: float
     load_s: float
     max_context_tokens: int
+    latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
 
 
 def layout_of(model: ModelShape, block_size: int) -> KvLayout:
@@ -83,6 +85,7 @@ class SimWorker:
         self.slowdowns: list[float] = []
         self.ended_at_s: float | None = None
         self._world = world
+        self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._publish_events = publish
         self._rng = rng
         self._timers = world.timers
@@ -200,7 +203,7 @@ class SimWorker:
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
         noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
-        step_s = world.latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
+        step_s = self._latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
         self.busy_s += step_s
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):
