@@ -4,8 +4,8 @@
 
 Each shape is started with the embedded model and warmed up with rows of the trace; then it serves two rates, of rows of their own.
 The simulator gets the same requests, and from the status of each worker its latency model: once as it was when the rate began
-(forecast), once as it was when it had ended (fitted). The time of a message is a quarter of what requests of the warm-up took beside
-waiting and computing, at the median: from client to gateway, to the worker, and back. Times are taken at the client, so two of them
+(forecast), once as it was when it had ended (fitted). The time of a message is a quarter of what short requests to the idle cluster took
+beside waiting and computing, at the median: from client to gateway, to the worker, and back. Times are taken at the client, so two of them
 are added to what the simulator says, which is of the gateway. Other work on the machine makes the two differ: it wants an idle one.
 """
 
@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,9 @@ spec:
 """
 #: What one core computes in about a second, or less.
 MAX_PROMPT_TOKENS, MAX_OUTPUT_TOKENS = 160, 40
-RATES_RPS = (0.4, 0.9)
+RATES_RPS = (0.3, 0.6)
 WARM_RPS, WARM_S = 0.5, 30.0
+SHORT_RPS, SHORT_S = 2.0, 6.0
 #: Statuses come with every tick of the controller.
 STATUS_AGE_S = 1.5
 SLO = Slo(2.0, 0.1)
@@ -172,10 +173,12 @@ def measure(shape: str, trace: Trace, duration_s: float) -> list[Row]:
     rows: list[Row] = []
     with local_deployment(deployment, shown_progress) as running:
         address = running.address
-        warm = bench_config(WARM_RPS, WARM_S, first_row=1, seed=1)
-        message_s = message_s_of(asyncio.run(replay(address, trace, warm)))
+        asyncio.run(replay(address, trace, bench_config(WARM_RPS, WARM_S, first_row=1, seed=1)))
+        short = bench_config(SHORT_RPS, SHORT_S, first_row=1, seed=2)
+        short = replace(short, max_prompt_tokens=8, max_output_tokens=1)
+        message_s = message_s_of(asyncio.run(replay(address, trace, short)))
         first_row = 1 + round(WARM_RPS * WARM_S)
-        for seed, rate_rps in enumerate(RATES_RPS, 2):
+        for seed, rate_rps in enumerate(RATES_RPS, 3):
             config = bench_config(rate_rps, duration_s, first_row=first_row, seed=seed)
             first_row += round(rate_rps * duration_s)
             load_average = os.getloadavg()[0]
