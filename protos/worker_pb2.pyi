@@ -1413,6 +1413,8 @@ class WorkerStatus(_message.Message):
     WORK_FIELD_NUMBER: _builtins.int
     PHASE_EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_STEP_S_FIELD_NUMBER: _builtins.int
+    STEP_COSTS_FIELD_NUMBER: _builtins.int
+    ENCODE_COSTS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___WorkerState.ValueType
@@ -1448,6 +1450,12 @@ class WorkerStatus(_message.Message):
     def embeddings(self) -> Global___EmbeddingCounts: ...
     @_builtins.property
     def work(self) -> Global___PhaseWork: ...
+    @_builtins.property
+    def step_costs(self) -> Global___StepCosts:
+        """Absent from a worker without an engine, and from one without an encoder."""
+
+    @_builtins.property
+    def encode_costs(self) -> Global___EncodeCosts: ...
     def __init__(
         self,
         *,
@@ -1472,14 +1480,25 @@ class WorkerStatus(_message.Message):
         work: Global___PhaseWork | None = ...,
         phase_epoch: _builtins.int = ...,
         first_step_s: _builtins.float | None = ...,
+        step_costs: Global___StepCosts | None = ...,
+        encode_costs: Global___EncodeCosts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s", "blocks", b"blocks", "embeddings", b"embeddings", "first_step_s", b"first_step_s", "reuse", b"reuse", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s", "blocks", b"blocks", "embeddings", b"embeddings", "first_step_s", b"first_step_s", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__encode_costs: _TypeAlias = _typing.Literal["encode_costs"]  # noqa: Y015
+    _WhichOneofArgType__encode_costs: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs"]  # noqa: Y015
     _WhichOneofReturnType__first_step_s: _TypeAlias = _typing.Literal["first_step_s"]  # noqa: Y015
     _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
+    _WhichOneofReturnType__step_costs: _TypeAlias = _typing.Literal["step_costs"]  # noqa: Y015
+    _WhichOneofArgType__step_costs: _TypeAlias = _typing.Literal["_step_costs", b"_step_costs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encode_costs) -> _WhichOneofReturnType__encode_costs | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_costs) -> _WhichOneofReturnType__step_costs | None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
 
@@ -1564,6 +1583,227 @@ class SetPhasesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetPhasesResponse: _TypeAlias = SetPhasesResponse  # noqa: Y015
+
+@_typing.final
+class StepCosts(_message.Message):
+    """A latency model of steps, fitted to those of one worker. What the numbers mean is told in workers/step_shape.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    MEAN_ERROR_FIELD_NUMBER: _builtins.int
+    UPPER_RATIO_FIELD_NUMBER: _builtins.int
+    num_steps: _builtins.int
+    mean_error: _builtins.float
+    """Mean of |predicted - measured| / measured; absent before the first step."""
+    upper_ratio: _builtins.float
+    """A tenth of all steps takes longer than so many times what was predicted."""
+    @_builtins.property
+    def model(self) -> Global___ModelShape: ...
+    @_builtins.property
+    def device(self) -> Global___DeviceShape: ...
+    @_builtins.property
+    def factors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """c0 to c3."""
+
+    def __init__(
+        self,
+        *,
+        model: Global___ModelShape | None = ...,
+        device: Global___DeviceShape | None = ...,
+        factors: _abc.Iterable[_builtins.float] | None = ...,
+        num_steps: _builtins.int = ...,
+        mean_error: _builtins.float | None = ...,
+        upper_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "mean_error", b"mean_error", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "factors", b"factors", "mean_error", b"mean_error", "model", b"model", "num_steps", b"num_steps", "upper_ratio", b"upper_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mean_error: _TypeAlias = _typing.Literal["mean_error"]  # noqa: Y015
+    _WhichOneofArgType__mean_error: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_error) -> _WhichOneofReturnType__mean_error | None: ...
+
+Global___StepCosts: _TypeAlias = StepCosts  # noqa: Y015
+
+@_typing.final
+class ModelShape(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_WEIGHTS_FIELD_NUMBER: _builtins.int
+    NUM_HEAD_WEIGHTS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    num_weights: _builtins.int
+    num_head_weights: _builtins.int
+    weight_bytes: _builtins.float
+    num_layers: _builtins.int
+    hidden_size: _builtins.int
+    kv_token_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_weights: _builtins.int = ...,
+        num_head_weights: _builtins.int = ...,
+        weight_bytes: _builtins.float = ...,
+        num_layers: _builtins.int = ...,
+        hidden_size: _builtins.int = ...,
+        kv_token_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hidden_size", b"hidden_size", "kv_token_bytes", b"kv_token_bytes", "name", b"name", "num_head_weights", b"num_head_weights", "num_layers", b"num_layers", "num_weights", b"num_weights", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelShape: _TypeAlias = ModelShape  # noqa: Y015
+
+@_typing.final
+class DeviceShape(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_S_FIELD_NUMBER: _builtins.int
+    ATTENTION_FLOPS_PER_S_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    STEP_OVERHEAD_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    IS_READING_HIDDEN_FIELD_NUMBER: _builtins.int
+    COMPUTE_CURVE_FIELD_NUMBER: _builtins.int
+    MEMORY_CURVE_FIELD_NUMBER: _builtins.int
+    CONTENTION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    flops_per_s: _builtins.float
+    attention_flops_per_s: _builtins.float
+    bytes_per_s: _builtins.float
+    step_overhead_s: _builtins.float
+    memory_bytes: _builtins.float
+    transfer_bytes_per_s: _builtins.float
+    is_reading_hidden: _builtins.bool
+    @_builtins.property
+    def compute_curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]: ...
+    @_builtins.property
+    def memory_curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___CurvePoint]: ...
+    @_builtins.property
+    def contention(self) -> Global___Contention: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        flops_per_s: _builtins.float = ...,
+        attention_flops_per_s: _builtins.float = ...,
+        bytes_per_s: _builtins.float = ...,
+        step_overhead_s: _builtins.float = ...,
+        memory_bytes: _builtins.float = ...,
+        transfer_bytes_per_s: _builtins.float = ...,
+        is_reading_hidden: _builtins.bool = ...,
+        compute_curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+        memory_curve: _abc.Iterable[Global___CurvePoint] | None = ...,
+        contention: Global___Contention | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contention", b"contention"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention_flops_per_s", b"attention_flops_per_s", "bytes_per_s", b"bytes_per_s", "compute_curve", b"compute_curve", "contention", b"contention", "flops_per_s", b"flops_per_s", "is_reading_hidden", b"is_reading_hidden", "memory_bytes", b"memory_bytes", "memory_curve", b"memory_curve", "name", b"name", "step_overhead_s", b"step_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceShape: _TypeAlias = DeviceShape  # noqa: Y015
+
+@_typing.final
+class CurvePoint(_message.Message):
+    """A share of the SMs, and the share of the whole device's rate that it reaches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    rate: _builtins.float
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rate", b"rate", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CurvePoint: _TypeAlias = CurvePoint  # noqa: Y015
+
+@_typing.final
+class Contention(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPUTE_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
+    SLICED_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    compute: _builtins.float
+    memory: _builtins.float
+    sliced: _builtins.float
+    upper: _builtins.float
+    def __init__(
+        self,
+        *,
+        compute: _builtins.float = ...,
+        memory: _builtins.float = ...,
+        sliced: _builtins.float = ...,
+        upper: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "memory", b"memory", "sliced", b"sliced", "upper", b"upper"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Contention: _TypeAlias = Contention  # noqa: Y015
+
+@_typing.final
+class EncodeCosts(_message.Message):
+    """Of batches of pictures: seconds of each, and of each patch in it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_S_FIELD_NUMBER: _builtins.int
+    PATCH_S_FIELD_NUMBER: _builtins.int
+    NUM_BATCHES_FIELD_NUMBER: _builtins.int
+    MEAN_ERROR_FIELD_NUMBER: _builtins.int
+    UPPER_RATIO_FIELD_NUMBER: _builtins.int
+    batch_s: _builtins.float
+    patch_s: _builtins.float
+    num_batches: _builtins.int
+    mean_error: _builtins.float
+    upper_ratio: _builtins.float
+    def __init__(
+        self,
+        *,
+        batch_s: _builtins.float = ...,
+        patch_s: _builtins.float = ...,
+        num_batches: _builtins.int = ...,
+        mean_error: _builtins.float | None = ...,
+        upper_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "mean_error", b"mean_error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "batch_s", b"batch_s", "mean_error", b"mean_error", "num_batches", b"num_batches", "patch_s", b"patch_s", "upper_ratio", b"upper_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mean_error: _TypeAlias = _typing.Literal["mean_error"]  # noqa: Y015
+    _WhichOneofArgType__mean_error: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_error) -> _WhichOneofReturnType__mean_error | None: ...
+
+Global___EncodeCosts: _TypeAlias = EncodeCosts  # noqa: Y015
 
 @_typing.final
 class EmbeddingCounts(_message.Message):

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NewType
 
 from kvtransfer.config import KvTransferConfig as KvTransferConfig
+from workers.step_shape import EncodeCosts, StepCosts
 
 RequestId = NewType("RequestId", str)
 WorkerId = NewType("WorkerId", str)
@@ -872,6 +873,9 @@ class WorkerStatus:
     phase_epoch: int = 0
     #: From then to its first step in a phase that it had not before, in seconds; None until that.
     first_step_s: float | None = None
+    #: How long its steps, and its batches of pictures, take; None where there are none.
+    step_costs: StepCosts | None = None
+    encode_costs: EncodeCosts | None = None
 
 
 @dataclass(frozen=True, slots=True)

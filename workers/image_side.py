@@ -1,6 +1,7 @@
 """Pictures on one worker: its embeddings, and, where it encodes, the encode phase."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from workers.api import (
     Abort,
@@ -10,6 +11,7 @@ from workers.api import (
     Phase,
     RequestFailed,
     WorkerSpec,
+    WorkerStatus,
 )
 from workers.embeddings.encoding import Encoding
 from workers.embeddings.host import EmbeddingHost
@@ -97,7 +99,14 @@ class ImageSide:
         if self._encoding is not None:
             await self._encoding.run()
 
-    def counts(self) -> EmbeddingCounts:
+    def with_status(self, status: WorkerStatus) -> WorkerStatus:
+        """With the part of it that is about pictures."""
+        costs = self._encoding.loop.latency.costs() if self._encoding is not None else None
+        counts = self._counts()
+        work = replace(status.work, num_encodes=counts.num_encodes_running)
+        return replace(status, embeddings=counts, encode_costs=costs, work=work)
+
+    def _counts(self) -> EmbeddingCounts:
         """As of now, of both stores together."""
         stores, encoding = [host.store.counts() for host in self._hosts], self._encoding
         return EmbeddingCounts(

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 from tokenizers import Tokenizer
 
@@ -27,6 +28,8 @@ from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.pacing import LayerPacing
 from workers.engine.runner import GrammarTools, ModelRunner
 from workers.errors import HostCacheTooSmall, ImageCacheTooSmall, KvCacheTooSmall, UnsupportedModel
+from workers.latency_model import LatencyModel
+from workers.loaded_shapes import cpu_shape, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
 from workers.model.prepare import Part, PreparedModel, load_weights, prepare
@@ -49,6 +52,7 @@ class LoadedText:
     #: The memory of its KV blocks.
     pool: KvPool
     pacing: LayerPacing
+    latency: LatencyModel
     num_blocks: int
     compiler: GrammarCompiler
     model_digest: str
@@ -151,6 +155,10 @@ def _load_text(
             token_bytes=layout.token_bytes,
             max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
             fixed=spec.kv_transfer.layer_group_size,
+        ),
+        latency=LatencyModel(
+            model_shape(config, spec.model_source, spec.engine.weight_dtype),
+            cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total),
         ),
         num_blocks=kv_cache.shape[2],
         compiler=compiler,

@@ -73,6 +73,7 @@ class TextSide:
             loaded.runner,
             publish=self._publish,
             on_broken=lambda reason: self._call_soon(on_broken, reason),
+            latency=loaded.latency,
         )
         self.kv_host = EngineKvHost(
             loaded.pool, spec.incarnation, self.step_loop.post, spec.kv_transfer, address=address
@@ -117,8 +118,9 @@ class TextSide:
             transfers=self._transfers(engine.num_wrong_prefixes),
             peers=self.kv_host.peers(),
             reuse=self.kv_host.with_fetches(engine.reuse),
-            work=replace(engine.work, num_encodes=status.work.num_encodes),
+            work=engine.work,
             first_step_s=engine.first_step_s,
+            step_costs=engine.step_costs,
         )
 
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:

@@ -40,6 +40,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.cost_wire import encode_costs_from_pb, encode_costs_to_pb, step_costs_from_pb, step_costs_to_pb
 from workers.image_wire import (
     embedding_counts_from_pb,
     embedding_counts_to_pb,
@@ -361,6 +362,8 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         ),
         phase_epoch=status.phase_epoch,
         first_step_s=status.first_step_s,
+        step_costs=step_costs_to_pb(status.step_costs),
+        encode_costs=encode_costs_to_pb(status.encode_costs),
     )
 
 
@@ -389,6 +392,8 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         work=PhaseWork(message.work.num_encodes, message.work.num_prefills, message.work.num_decodes),
         phase_epoch=message.phase_epoch,
         first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
+        step_costs=step_costs_from_pb(message.step_costs),
+        encode_costs=encode_costs_from_pb(message.encode_costs),
     )
 
 

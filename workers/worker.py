@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import grpc.aio
 import psutil
@@ -32,7 +31,6 @@ from workers.api import (
     Phase,
     PhaseSet,
     PhasesRefused,
-    PhaseWork,
     RequestFailed,
     RequestKey,
     Submit,
@@ -147,13 +145,10 @@ class Worker:
             memory_bytes=self._process.memory_info().rss,
             phase_epoch=self._phase_epoch,
         )
-        if self.images is not None:
-            counts = self.images.counts()
-            status = replace(
-                status, embeddings=counts, work=PhaseWork(num_encodes=counts.num_encodes_running)
-            )
         if self.text is not None:
             status = self.text.with_status(status)
+        if self.images is not None:
+            status = self.images.with_status(status)
         return status
 
     async def ledger(self) -> KvLedger | None:

@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.latency_model import LatencyModel  # noqa: E402
 from orchestrator.control.policies.catalogue import POLICIES, D, P, Setting, orders  # noqa: E402
 from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
 from orchestrator.sim.coarse_costs import CoarseCosts  # noqa: E402
 from orchestrator.sim.coarse_request import CoarseRequest  # noqa: E402
+from workers.latency_model import LatencyModel  # noqa: E402
 
 TRACE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
 RATES_RPS, NUM_TICKS = (5.0, 10.0), 50

@@ -29,7 +29,6 @@ from orchestrator.bench.summary import summarise  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.latency_model import LatencyModel  # noqa: E402
 from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
 from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
 from orchestrator.control.slo import Slo, percentile  # noqa: E402
@@ -44,6 +43,7 @@ from workers.api import (  # noqa: E402
     WorkerId,
 )
 from workers.block_hash import root_hash  # noqa: E402
+from workers.latency_model import LatencyModel  # noqa: E402
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 NUM_WORKERS, NUM_BLOCKS, BLOCK_SIZE = 256, 2**20, 16

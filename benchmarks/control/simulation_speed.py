@@ -21,9 +21,9 @@ from orchestrator.bench.plan import plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.latency_model import LatencyModel  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId  # noqa: E402
+from workers.latency_model import LatencyModel  # noqa: E402
 
 TRACE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
 RATE_RPS = 20.0

@@ -40,6 +40,7 @@ VERBS = {
     "generate": Verb("orchestrator.cli.generate", "continue a text or token ids as they are"),
     "validate": Verb("orchestrator.cli.validate", "check a manifest without starting anything"),
     "bench": Verb("orchestrator.cli.bench", "replay a request trace and measure TTFT, TPOT, ITL and goodput"),
+    "calibrate": Verb("orchestrator.cli.calibrate", "measure how long steps take on this machine"),
     "simulate": Verb("orchestrator.cli.simulate", "replay a request trace on a simulated cluster"),
 }
 

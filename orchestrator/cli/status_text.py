@@ -76,6 +76,7 @@ def lines(status: DeploymentStatus) -> list[str]:
         *_transfers(view),
         *_reuse(view),
         *_pictures(view),
+        *_latency(view),
     ]
 
 
@@ -234,6 +235,23 @@ def _pictures(view: ClusterView) -> list[str]:
         if worker.status is not None and worker.status.embeddings.num_blocks
     ]
     return ["", *found] if found else []
+
+
+def _latency(view: ClusterView) -> list[str]:
+    """A line for each worker that has learned how long its work takes."""
+    known = [(worker.worker_id, worker.status) for worker in view.workers if worker.status is not None]
+    found = [f"  {worker_id}: {text}" for worker_id, status in known if (text := _learned(status))]
+    return ["", *found] if found else []
+
+
+def _learned(status: WorkerStatus) -> str:
+    found = []
+    steps, batches = status.step_costs, status.encode_costs
+    if steps is not None and steps.mean_error is not None:
+        found.append(f"step model: {steps.mean_error:.0%} off, {steps.num_steps:,} steps")
+    if batches is not None and batches.mean_error is not None:
+        found.append(f"encode model: {batches.mean_error:.0%} off, {batches.num_batches:,} batches")
+    return ", ".join(found)
 
 
 def _embeddings(counts: EmbeddingCounts, can_encode: bool) -> str:

@@ -1,23 +1,24 @@
-"""The latency model as five numbers, and what runs of decode steps take in closed form. Pure."""
+"""The latency model as six numbers, and what runs of decode steps take in closed form. Pure."""
 
 import math
 from dataclasses import dataclass
 
-from orchestrator.control.latency_model import LatencyModel
+from workers.latency_model import LatencyModel
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """A step on a whole device takes, in seconds,
 
-        overhead_s + max(token_s * tokens, weights_s) + context_s * decode context + pair_s * prefill pairs
+        overhead_s + max(token_s * prompt tokens + decode_s * decodes, weights_s) + context_s * decode context + pair_s * prefill pairs
 
-    with tokens, context and pairs as in latency_model.StepShape. It is what the latency model says, without an array: k steps of
+    with context and pairs as in latency_model.StepShape. It is what the latency model says, without an array: k steps of
     one batch, whose context grows by a token for each sequence and step, are a sum in closed form.
     """
 
     overhead_s: float
     token_s: float
+    decode_s: float
     weights_s: float
     context_s: float
     pair_s: float
@@ -27,17 +28,21 @@ class StepCost:
         """As the model predicts now."""
         model, device, (c0, c1, c2, c3) = latency.model, latency.device, latency.factors
         pair_s = model.pair_flops / device.attention_flops_per_s
+        reading_s = (model.num_weights + model.num_head_weights) * model.weight_bytes / device.bytes_per_s
+        is_hidden = device.is_reading_hidden
         return cls(
-            c0 * device.step_overhead_s,
+            c0 * (device.step_overhead_s + (0.0 if is_hidden else reading_s)),
             c1 * 2.0 * model.num_weights / device.flops_per_s,
-            c1 * (model.num_weights + model.num_head_weights) * model.weight_bytes / device.bytes_per_s,
+            # Logits are of decodes alone.
+            c1 * 2.0 * (model.num_weights + model.num_head_weights) / device.flops_per_s,
+            c1 * reading_s if is_hidden else 0.0,
             c2 * max(model.kv_token_bytes / device.bytes_per_s, pair_s),
             c3 * pair_s,
         )
 
     def step_s(self, num_decodes: int, context: int, num_tokens: int = 0, pairs: float = 0.0) -> float:
         """One step; num_tokens are of prompts."""
-        dense_s = self.token_s * (num_decodes + num_tokens)
+        dense_s = self.decode_s * num_decodes + self.token_s * num_tokens
         return self.overhead_s + max(dense_s, self.weights_s) + self.context_s * context + self.pair_s * pairs
 
     def run_s(self, num_decodes: int, context: int, num_steps: int) -> float:
@@ -68,7 +73,7 @@ class StepCost:
 
         The chunk's own pairs are counted as if it had the length that it would have without them.
         """
-        left_s = limit_s - self.overhead_s - self.context_s * context - self.token_s * num_decodes
+        left_s = limit_s - self.overhead_s - self.context_s * context - self.decode_s * num_decodes
         each_s = self.token_s + self.pair_s * num_before
         if left_s <= 0 or self.overhead_s + self.weights_s + self.context_s * context > limit_s:
             return 0

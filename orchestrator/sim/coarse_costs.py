@@ -8,9 +8,9 @@ whole device alone. Alone: GEMMs in a green context of so many SMs; reading memo
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.stage_cost import Device, full, transformer
 from orchestrator.control.step_cost import StepCost
+from workers.latency_model import LatencyModel
 
 Curve = tuple[tuple[float, float], ...]
 

@@ -51,7 +51,7 @@ def replay(
     load = LoadResult(records, duration_s, result.elapsed_s, was_interrupted=False)
     names = [worker.worker_id for worker in config.declared]
     workers = tuple(replace(use, worker_id=name) for use, name in zip(result.workers, names, strict=True))
-    return SimResult(load, workers, result.num_events, 0)
+    return SimResult(load, workers, (), result.num_events, 0)
 
 
 def _record(planned: PlannedRequest, record: CoarseRecord) -> RequestRecord:

@@ -5,13 +5,12 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import SwitchView
@@ -24,8 +23,9 @@ from orchestrator.sim.faults import Fault
 from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
-from workers.api import RequestId, SamplingParams
+from workers.api import RequestId, SamplingParams, WorkerId
 from workers.block_hash import root_hash
+from workers.latency_model import LatencyModel
 
 #: Requests arrive when the workers have loaded.
 WARM_S = 1.0
@@ -52,6 +52,10 @@ class SimConfig:
     #: Changes of phases that somebody asks for, each with its time after the first arrival.
     switches: tuple[tuple[float, SwitchRequest], ...] = ()
     check_every: int = 0
+    #: Of workers that are slower or faster than `latency` says.
+    latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
+    #: Of a message between two processes, one way.
+    message_s: float = 200e-6
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
 
@@ -76,7 +80,7 @@ class Simulation:
         self._config = config
         self._plan = plan
         self._duration_s = duration_s
-        shape = NetworkShape(config.latency.device.transfer_bytes_per_s)
+        shape = NetworkShape(config.latency.device.transfer_bytes_per_s, config.message_s)
         network = SimNetwork(self.timers, shape, random.Random(rng.random()))
         start_s = config.load_s + WARM_S
         world = WorkerWorld(
@@ -88,6 +92,7 @@ class Simulation:
             config.noise,
             config.load_s,
             config.max_context_tokens,
+            config.latency_of,
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
         self.cluster = SimCluster(

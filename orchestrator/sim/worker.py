@@ -3,11 +3,10 @@
 import math
 import random
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from kvtransfer.layout import KvLayout
-from orchestrator.control.latency_model import LatencyModel, ModelShape, StepShape
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -20,6 +19,7 @@ from workers.api import (
     KvEvent,
     PhaseSet,
     PhasesRefused,
+    WorkerId,
     WorkerSpec,
     WorkerState,
     WorkerStatus,
@@ -28,7 +28,10 @@ from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_records import shape_of
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel
+from workers.step_shape import ModelShape
 
 VOCAB_SIZE = 32_000
 
@@ -37,7 +40,7 @@ VOCAB_SIZE = 32_000
 class WorkerWorld:
     """What all workers of a simulation share.
 
-    latency: how long steps really take; a policy that predicts has a model of its own. noise: the standard deviation of the
+    latency: how long steps really take, of workers without one in `latency_of`; a policy that predicts has a model of its own. noise: the standard deviation of the
     logarithm of what a step takes beyond that. load_s: from the start of a process to READY.
     """
 
@@ -50,23 +53,13 @@ class WorkerWorld:
     noise: float
     load_s: float
     max_context_tokens: int
+    latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
 
 
 def layout_of(model: ModelShape, block_size: int) -> KvLayout:
     """A cache of as many bytes as the model's, in float16."""
     head_dim = model.kv_token_bytes // (model.num_layers * 4)
     return KvLayout(model.name, "float16", block_size, model.num_layers, 1, head_dim, "rope:simulated")
-
-
-def shape_of(plan: StepPlan) -> StepShape:
-    """What a step computes."""
-    context = sum(len(sequence.token_ids) for sequence in plan.decodes)
-    num_prefill = pairs = 0
-    for part in plan.chunks:
-        rows = part.num_rows
-        num_prefill += rows
-        pairs += rows * part.start + rows * (rows + 1) // 2
-    return StepShape(len(plan.decodes), context, num_prefill, pairs)
 
 
 class SimWorker:
@@ -97,6 +90,7 @@ class SimWorker:
         self.slowdowns: list[float] = []
         self.ended_at_s: float | None = None
         self._world = world
+        self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._publish_events = publish
         self._rng = rng
         self._timers = world.timers
@@ -230,7 +224,7 @@ class SimWorker:
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
         noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
-        step_s = world.latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
+        step_s = self._latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
         self.busy_s += step_s
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):

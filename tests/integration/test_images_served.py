@@ -114,6 +114,9 @@ def test_tenants_share_no_embeddings(model: Path) -> None:
         num_tiles = encoder.worker.status().embeddings.num_tiles_encoded
         assert await it.tokens(two) == first
         assert encoder.worker.status().embeddings.num_tiles_encoded == 2 * num_tiles
+        costs = encoder.worker.status().encode_costs
+        assert costs is not None
+        assert costs.num_batches > 0
 
     run(model, "E+P+D", scenario)
 

@@ -69,7 +69,10 @@ def test_blocks_that_a_peer_has_are_not_computed(model_path: Path) -> None:
             assert here.token_ids == there.token_ids
             assert here.num_fetched_tokens == 96
             assert here.prefix_fetch_s > 0
-            reuse = (await wants.status()).reuse
+            status = await wants.status()
+            assert status.step_costs is not None
+            assert status.step_costs.device.name == "cpu"
+            reuse = status.reuse
             assert (reuse.num_prefixes_asked, reuse.num_prefixes_fetched, reuse.num_fetched_tokens) == (
                 1,
                 1,

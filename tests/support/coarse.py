@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Sequence
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.policies.aggregated import StallFree
 from orchestrator.control.policies.orders import Fcfs
 from orchestrator.control.policies.placing import LeastLoaded
@@ -15,6 +14,7 @@ from orchestrator.sim.coarse import CoarseConfig, CoarseResult, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import CoarseRequest
 from workers.api import Phase, PhaseSet
+from workers.latency_model import LatencyModel
 
 E, P, D = (frozenset({phase}) for phase in Phase)
 SLO = Slo(0.5, 0.03)

@@ -7,11 +7,12 @@ from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.trace import TraceRow
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import DeviceShape, LatencyModel, ModelShape
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId
+from workers.latency_model import LatencyModel
+from workers.step_shape import DeviceShape, ModelShape
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = P | D

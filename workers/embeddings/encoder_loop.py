@@ -12,6 +12,7 @@ import torch
 from workers.api import ImageReduction
 from workers.embeddings.batching import next_batch
 from workers.embeddings.kept import KeptEmbeddings
+from workers.latency_model import EncodeModel
 from workers.model.vision.encoder import VisionEncoder
 
 
@@ -54,6 +55,8 @@ class EncoderLoop:
         #: Batches and their patches so far.
         self.num_batches = 0
         self.num_patches = 0
+        #: Learns from each batch.
+        self.latency = EncodeModel()
 
     @property
     def num_waiting(self) -> int:
@@ -128,6 +131,9 @@ class EncoderLoop:
         self.num_batches += 1
         num_patches = sum(job.num_patches for job in batch)
         self.num_patches += num_patches
+        if not any(job.reduction for job in batch):
+            # Those that are reduced take another way, one by one.
+            self.latency.observe(num_patches, batch_s)
         for job, (embeddings, kept) in zip(batch, found, strict=True):
             if not job.done.done():
                 job.done.set_result((embeddings, kept, batch_s * job.num_patches / num_patches))

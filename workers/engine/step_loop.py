@@ -13,7 +13,10 @@ from workers.engine.engine import Engine
 from workers.engine.idle_check import IdleCheck
 from workers.engine.messages import Message, Output
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel
+from workers.step_shape import StepCosts
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +58,16 @@ class EngineSnapshot:
     num_wrong_prefixes: int = 0
     work: PhaseWork = NO_WORK
     first_step_s: float | None = None
+    #: None in a loop that was given no latency model.
+    step_costs: StepCosts | None = None
 
 
 class StepLoop:
     """Runs an engine in a thread of its own.
 
     `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
-    `on_broken` once, when steps keep failing.
+    `on_broken` once, when steps keep failing. latency: learns from each step what it took, from its planning until its tokens were
+    published.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class StepLoop:
         publish: Callable[[list[Output]], None],
         on_broken: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        latency: LatencyModel | None = None,
     ) -> None:
         self.engine = engine
         self.num_steps = 0
@@ -78,6 +86,7 @@ class StepLoop:
         self._publish = publish
         self._on_broken = on_broken
         self._clock = clock
+        self._latency = latency
         # Not bounded here: the engine refuses requests past its limits, and a transfer's messages must
         # never be lost. Each is a few hundred bytes.
         self._mailbox: queue.SimpleQueue[Message | Callable[[], None] | None] = queue.SimpleQueue()
@@ -167,15 +176,20 @@ class StepLoop:
                 self._snapshot = self._take_snapshot()
             return False
         self._idle_check.busy()
+        # Before it runs: its sequences are longer afterwards.
+        shape = shape_of(plan) if self._latency is not None and is_described(plan) else None
         try:
             result = self._runner.run(plan, lambda lo, hi: self._publish_kv(plan, lo, hi))
         except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
+            shape = None
             self._step_broke(plan, error)
         else:
             self.engine.complete(plan, result, self._clock())
             self._num_broken_steps = 0
         self.num_steps += 1
         self._publish_outputs()
+        if shape is not None and self._latency is not None:
+            self._latency.observe(shape, self._clock() - now_s)
         return True
 
     def _idle_s(self) -> float:
@@ -223,6 +237,7 @@ class StepLoop:
             engine.num_wrong_prefixes,
             engine.work(),
             engine.first_step_s,
+            self._latency.costs() if self._latency is not None else None,
         )
 
     def _publish_outputs(self) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
 from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
@@ -16,6 +15,7 @@ from orchestrator.control.policies.sarathi import token_budget
 from orchestrator.control.slo import Slo
 from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, PhaseSet
+from workers.latency_model import LatencyModel
 
 FULL = frozenset(Phase)
 E, P, D = (frozenset({phase}) for phase in Phase)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orchestrator.control.latency_model import ModelShape, StepShape
+from workers.step_shape import ModelShape, StepShape
 
 
 @dataclass(frozen=True, slots=True)

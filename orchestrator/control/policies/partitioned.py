@@ -6,7 +6,6 @@ The algorithms are semi_pd.py and nexus.py; here is what calls them at a device'
 import math
 from dataclasses import dataclass, field
 
-from orchestrator.control.latency_model import LatencyModel, chunk, decodes
 from orchestrator.control.policies import nexus, semi_pd
 from orchestrator.control.policies.nexus_cost import (
     CostModel,
@@ -19,6 +18,8 @@ from orchestrator.control.policies.policy import Ended, Exclusive, Head, Split, 
 from orchestrator.control.slo import Slo, percentile
 from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, WorkerId
+from workers.latency_model import LatencyModel
+from workers.step_shape import chunk, decodes
 
 #: Tokens of one chunk, and tiles.
 CHUNK_TOKENS, TILES = 2048, 8

@@ -153,7 +153,7 @@ class PhaseSets:
         cost, config = self._config.cost, self._config
         # Decodes are there as long as they take: those of one moment, at the target, are what is asked for.
         step_s = max(config.slo.tpot_s - cost.overhead_s, 1e-6)
-        decode = (cost.token_s * sequences + cost.context_s * context) / step_s
+        decode = (cost.decode_s * sequences + cost.context_s * context) / step_s
         # Their KV has to have its place as well.
         decode = max(decode, context * num / capacity)
         return Asked(

@@ -185,5 +185,5 @@ class PredictedPlacing:
             return 1.0
         cost = self._cost
         context = worker.decode_context + worker.promised_context
-        step_s = cost.overhead_s + num * cost.token_s + cost.context_s * context
+        step_s = cost.overhead_s + num * cost.decode_s + cost.context_s * context
         return max(MIN_FREE, 1.0 - step_s / self._tpot_s)

@@ -9,7 +9,7 @@ script.
 import math
 from collections.abc import Callable
 
-from orchestrator.control.latency_model import StepShape, chunk, decodes
+from workers.step_shape import StepShape, chunk, decodes
 
 
 def max_batch(*, device_bytes: float, model_bytes: float, max_tokens: int, kv_token_bytes: float) -> int:

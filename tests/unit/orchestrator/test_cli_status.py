@@ -14,6 +14,7 @@ import pytest
 from orchestrator.cli import exit_codes, status
 from orchestrator.cli.main import main
 from orchestrator.cli.status_text import DeploymentStatus, GatewayReport, as_json, lines
+from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.view_wire import view_to_pb
 from orchestrator.runtime.registry import Registry, RunningDeployment
@@ -31,6 +32,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.step_shape import EncodeCosts, StepCosts
 
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 PREFILL_0 = WorkerView(
@@ -223,6 +225,22 @@ def test_pictures_are_shown_of_workers_that_have_any() -> None:
     ]
     told = as_json(DeploymentStatus(RUNNING, replace(REPORT, view=replace(VIEW, workers=(encode,)))))
     assert told["report"]["view"]["workers"][0]["status"]["embeddings"]["num_patches"] == 640
+
+
+def test_models_of_latency_are_shown_with_their_error_once_they_have_seen_something() -> None:
+    steps = StepCosts(MODELS["smollm2-135m"], DEVICES["h100"], (1.0, 0.9, 1.2, 1.0), 1234, 0.038, 1.1)
+    batches = EncodeCosts(1e-3, 2e-3, 7, 0.12, 1.3)
+    learned = with_status(PREFILL_0, step_costs=steps, encode_costs=batches)
+    fresh = with_status(DECODE_0, step_costs=replace(steps, num_steps=0, mean_error=None))
+    report = replace(REPORT, view=replace(VIEW, workers=(learned, fresh)))
+    shown = lines(DeploymentStatus(RUNNING, report))
+    assert [line for line in shown if " model: " in line] == [
+        "  prefill-0: step model: 4% off, 1,234 steps, encode model: 12% off, 7 batches"
+    ]
+    told = as_json(DeploymentStatus(RUNNING, report))["report"]["view"]["workers"][0]["status"]
+    assert told["step_costs"]["factors"] == (1.0, 0.9, 1.2, 1.0)
+    assert told["step_costs"]["model"]["name"] == "smollm2-135m"
+    assert json.dumps(told["encode_costs"])
 
 
 def test_leaked_blocks_are_shown_where_there_are_any() -> None:

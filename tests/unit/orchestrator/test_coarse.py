@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.bench.plan import PlannedRequest
-from orchestrator.control.latency_model import LatencyModel, chunk, decodes
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
 from orchestrator.control.policies.orders import LeastSlack, ShortestFirst
 from orchestrator.control.policies.policy import (
@@ -33,6 +32,8 @@ from tests.support import sim
 from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import EngineConfig, Phase
+from workers.latency_model import LatencyModel
+from workers.step_shape import chunk, decodes
 
 SHAPES = {
     "one": (E | P | D,),
@@ -142,7 +143,7 @@ def test_whether_so_many_meet_their_targets_is_known_before_the_end(seed: int, w
 
 
 def constant_cost(step_s: float) -> CoarseCosts:
-    return CoarseCosts(StepCost(step_s, 0.0, 0.0, 0.0, 0.0), 1e9, 0.0, message_s=0.0)
+    return CoarseCosts(StepCost(step_s, 0.0, 0.0, 0.0, 0.0, 0.0), 1e9, 0.0, message_s=0.0)
 
 
 def test_a_lone_request_takes_as_long_as_its_steps() -> None:
@@ -177,7 +178,7 @@ def test_a_run_in_closed_form_is_its_steps() -> None:
     tokens=st.integers(0, 4096),
     before=st.integers(0, 30_000),
 )
-def test_five_numbers_say_what_the_latency_model_says(
+def test_six_numbers_say_what_the_latency_model_says(
     num: int, context: int, tokens: int, before: int
 ) -> None:
     shape = decodes(num, context) + chunk(tokens, before)

@@ -1,11 +1,14 @@
 """`phasewise simulate` as its user sees it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cli import exit_codes, main
+from orchestrator.control import profile
+from tests.support.profile import PROFILE
 
 ROOT = Path(__file__).parents[3]
 AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
@@ -118,6 +121,35 @@ def test_a_setting_that_is_not_simulated_is_refused(
     manifest.write_text(text.replace(old, new))
     assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
     assert said in capsys.readouterr().err
+
+
+def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.json").write_text(profile.to_json(PROFILE))
+    manifest = tmp_path / "manifest.yaml"
+    text = (EXAMPLES / "one-full.yaml").read_text()
+    manifest.write_text(re.sub(r"kvCacheMiB: \d+", "kvCacheMiB: 4096", text))
+    arguments = ("--rate", 1, "--duration", 2, "--profile", tmp_path / "p.json")
+    assert simulate(manifest, *arguments) == exit_codes.OK
+    assert "smollm2-135m" in capsys.readouterr().out
+    assert simulate(manifest, *arguments, "--device", "h100") == exit_codes.USAGE
+    assert "leave out --model and --device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "cannot be read"), ("{}", "costs: Field required"), ("no", "Invalid JSON")],
+)
+def test_a_profile_that_is_none_is_refused(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.json"
+    if text is not None:
+        path.write_text(text)
+    code = simulate(EXAMPLES / "one-full.yaml", "--rate", 1, "--duration", 2, "--profile", path)
+    assert code == exit_codes.USAGE
+    err = capsys.readouterr().err
+    assert said in err
+    assert str(path) in err
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "1,,2", "fast", "nan"])

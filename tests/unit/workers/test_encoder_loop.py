@@ -66,6 +66,7 @@ def test_tiles_of_several_requests_share_a_batch_within_the_budget() -> None:
         assert [float(one) for one in second.embeddings] == [8, 10]
         assert encoder.batches == [[1, 2], [3, 4], [5]]
         assert (loop.num_batches, loop.num_patches, loop.num_waiting) == (3, 20, 0)
+        assert loop.latency.costs().num_batches == 3
 
     run(scenario)
 

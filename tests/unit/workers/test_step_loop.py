@@ -1,5 +1,6 @@
 """The main loop: what it does with its mailbox, with steps that break, and with an engine that breaks."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,14 @@ from tests.support.waiting import until_in_thread
 from workers.api import Abort, FailureCode, FinishReason, RequestFailed, TokensGenerated
 from workers.engine.messages import KvReady, Output, ReservationRefused, ReserveBlocks, StartTransfer
 from workers.engine.step_loop import MAX_BROKEN_STEPS, StepLoop
+from workers.latency_model import LatencyModel
+from workers.step_shape import DeviceShape, ModelShape, decodes
+
+#: Its roofline says a second for each step, whatever is in it.
+A_SECOND_A_STEP = (
+    ModelShape("slow", 1, 0, 0.0, 1, 1, 1),
+    DeviceShape("slow", 1e30, 1e30, 1e30, 1.0, 1e30, 1e30),
+)
 
 
 class Harness:
@@ -140,6 +149,38 @@ def test_steps_that_keep_breaking_are_told_once(harness: Harness) -> None:
     for i in range(MAX_BROKEN_STEPS):
         harness.steps(submit(f"s{i}"))
     assert harness.broken == ["3 steps in a row failed, the last with: no memory"]
+
+
+def test_steps_teach_the_latency_model_what_they_took() -> None:
+    harness = Harness()
+    latency = LatencyModel(*A_SECOND_A_STEP)
+    times_s = itertools.count(step=0.25)
+    loop = StepLoop(
+        harness.engine,
+        harness.runner,
+        harness.published.append,
+        harness.broken.append,
+        clock=lambda: next(times_s),
+        latency=latency,
+    )
+    harness.engine.handle(submit(max_new=40), 0.0)
+    assert loop.snapshot.step_costs == latency.costs()
+    while loop.step():
+        pass
+    # The clock is read at a step's beginning, when its tokens are known, and when they are published.
+    assert latency.num_observed == 40
+    assert latency.step_s(decodes(1, 10)) == pytest.approx(0.5, rel=0.01)
+    assert loop.snapshot.step_costs == latency.costs()
+
+
+def test_a_step_that_breaks_teaches_nothing(harness: Harness) -> None:
+    latency = LatencyModel(*A_SECOND_A_STEP)
+    harness.loop = StepLoop(
+        harness.engine, harness.runner, harness.published.append, harness.broken.append, latency=latency
+    )
+    harness.runner.failure = RuntimeError("no memory")
+    harness.steps(submit())
+    assert latency.num_observed == 0
 
 
 def test_a_good_step_between_broken_ones_starts_the_count_anew(harness: Harness) -> None:

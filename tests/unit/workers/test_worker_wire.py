@@ -58,6 +58,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.kv_wire import ledger_from_pb, ledger_to_pb
+from workers.step_shape import Contention, DeviceShape, EncodeCosts, ModelShape, StepCosts
 from workers.wire import (
     command_from_pb,
     command_to_pb,
@@ -225,6 +226,27 @@ ENTRIES = st.builds(
     peer=TEXT,
 )
 LEDGERS = st.builds(KvLedger, st.lists(ENTRIES, max_size=4).map(tuple), COUNTS, TOKEN_IDS)
+RATIOS = st.floats(1.0, 10.0)
+ERRORS = st.none() | st.floats(0.0, 9.0)
+CURVES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=3).map(tuple)
+STEP_COSTS = st.builds(
+    StepCosts,
+    st.builds(ModelShape, TEXT, INT32, INT32, st.floats(0, 1e9), INT32, INT32, INT32),
+    st.builds(
+        DeviceShape,
+        TEXT,
+        *[st.floats(0, 1e18)] * 6,
+        st.booleans(),
+        CURVES,
+        CURVES,
+        st.builds(Contention, RATIOS, RATIOS, RATIOS, RATIOS),
+    ),
+    st.tuples(*[st.floats(0, 1e6)] * 4),
+    INT32,
+    ERRORS,
+    RATIOS,
+)
+ENCODE_COSTS = st.builds(EncodeCosts, st.floats(0, 1e6), st.floats(0, 1e6), INT32, ERRORS, RATIOS)
 STATUSES = st.builds(
     WorkerStatus,
     worker_id=TEXT.map(WorkerId),
@@ -245,6 +267,8 @@ STATUSES = st.builds(
     reuse=REUSE_COUNTS,
     embeddings=EMBEDDING_COUNTS,
     peers=st.lists(PEERS, max_size=3).map(tuple),
+    step_costs=st.none() | STEP_COSTS,
+    encode_costs=st.none() | ENCODE_COSTS,
 )
 MODELS = st.builds(
     ModelInfo,
@@ -357,6 +381,8 @@ def test_values_of_another_version_are_taken_for_the_careful_one() -> None:
 def test_what_a_newer_version_tells_of_kv_is_left_out_or_taken_for_the_careful_one() -> None:
     newer = pb.WorkerStatus(peers=[pb.KvPeer(address="a:1", direction=99)])  # type: ignore[arg-type]
     assert status_from_pb(newer).peers == ()
+    newer = pb.WorkerStatus(step_costs=pb.StepCosts(factors=[1.0] * 5, upper_ratio=1.0))
+    assert status_from_pb(newer).step_costs is None
     ledger = ledger_from_pb(pb.KvLedger(entries=[pb.LedgerEntry(owner="x", kind=99, num_blocks=3)]))  # type: ignore[arg-type]
     assert ledger.entries == (LedgerEntry("x", LedgerKind.SEQUENCE, 3),)
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import chunk, decodes
 from orchestrator.control.policies.nexus import Split, adjust
 from orchestrator.control.policies.nexus_cost import (
     CostModel,
@@ -23,6 +22,7 @@ from orchestrator.control.policies.nexus_cost import (
     stage_s,
 )
 from workers.api import Phase
+from workers.step_shape import chunk, decodes
 
 LLAMA = MODELS["llama-3-8b"]
 H100 = Peaks(DEVICES["h100"].flops_per_s, DEVICES["h100"].bytes_per_s)

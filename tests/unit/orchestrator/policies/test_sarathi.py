@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel, StepShape, chunk, decodes
 from orchestrator.control.policies.sarathi import best_prompt_ratio, max_batch, token_budget
+from workers.latency_model import LatencyModel
+from workers.step_shape import StepShape, chunk, decodes
 
 H100 = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"])
 

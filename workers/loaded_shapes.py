@@ -1,0 +1,45 @@
+"""Shapes of what a worker has loaded and of where it computes, for its latency model. Pure."""
+
+from pathlib import PurePath
+
+from workers.api import WeightDtype
+from workers.model.config import ModelConfig
+from workers.step_shape import DeviceShape, ModelShape
+
+WEIGHT_BYTES = {WeightDtype.FLOAT32: 4.0, WeightDtype.BFLOAT16: 2.0, WeightDtype.INT8: 1.0}
+#: Of KV in the pool.
+KV_VALUE_BYTES = 4
+#: Of one thread, and of memory: what the factors start from. Steps tell soon how far off they are.
+THREAD_FLOPS_PER_S, THREAD_ATTENTION_FLOPS_PER_S = 80e9, 20e9
+BYTES_PER_S, TRANSFER_BYTES_PER_S = 12e9, 1e9
+STEP_OVERHEAD_S = 2e-3
+
+
+def model_shape(config: ModelConfig, model_source: str, dtype: WeightDtype) -> ModelShape:
+    """Of the text model. The name is the source's, without its folders."""
+    query_size = config.num_heads * config.head_dim
+    layer = config.hidden_size * (config.qkv_size + query_size + 3 * config.intermediate_size)
+    kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return ModelShape(
+        PurePath(model_source).name,
+        num_weights=config.num_layers * layer,
+        num_head_weights=config.vocab_size * config.hidden_size,
+        weight_bytes=WEIGHT_BYTES[dtype],
+        num_layers=config.num_layers,
+        hidden_size=query_size,
+        kv_token_bytes=kv_values * KV_VALUE_BYTES,
+    )
+
+
+def cpu_shape(num_threads: int, memory_bytes: int) -> DeviceShape:
+    """Of any CPU, before it was measured."""
+    return DeviceShape(
+        "cpu",
+        flops_per_s=num_threads * THREAD_FLOPS_PER_S,
+        attention_flops_per_s=num_threads * THREAD_ATTENTION_FLOPS_PER_S,
+        bytes_per_s=BYTES_PER_S,
+        step_overhead_s=STEP_OVERHEAD_S,
+        memory_bytes=memory_bytes,
+        transfer_bytes_per_s=TRANSFER_BYTES_PER_S,
+        is_reading_hidden=False,
+    )
