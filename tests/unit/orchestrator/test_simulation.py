@@ -13,6 +13,7 @@ from orchestrator.bench.summary import summarise
 from orchestrator.bench.trace import TraceRow
 from orchestrator.control.slo import Slo
 from orchestrator.sim.faults import Fault, FaultKind, random_faults
+from orchestrator.sim.simulation import SimConfig, Simulation
 from tests.support.sim import BOTH, ENGINE, SHAPES, by_token, constant, load, random_load, run, worker
 from workers.api import WorkerId
 
@@ -218,6 +219,18 @@ def test_faults_that_overlap_add_up() -> None:
     result, _ = run(SHAPES["one"], load([(0.0, 16, 12)]), constant(0.1), faults=faults, noise=0.0)
     (record,) = result.load.records
     assert record.token_times_s[-1] > 8.0
+
+
+def test_a_worker_may_be_slower_than_the_others_and_messages_slower_than_the_network() -> None:
+    plan = load([(0.0, 16, 5)])
+    config = SimConfig(SHAPES["one"], constant(0.1), noise=0.0)
+    slower = replace(config, latency_of={WorkerId("w0"): constant(0.25)}, message_s=0.05)
+    (plain,) = Simulation(config, plan, 1.0).run().load.records
+    (slow,) = Simulation(slower, plan, 1.0).run().load.records
+    assert plain.token_times_s == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], abs=0.001)
+    # There and back again, each up to a fifth slower.
+    assert 0.35 <= slow.token_times_s[0] <= 0.37
+    assert slow.token_times_s[-1] - slow.token_times_s[0] == pytest.approx(1.0, abs=0.01)
 
 
 def test_what_is_over_is_kept_by_nothing() -> None:
