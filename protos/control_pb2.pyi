@@ -127,21 +127,25 @@ class PublishViewResponse(_message.Message):
 
     IS_SUPERSEDED_FIELD_NUMBER: _builtins.int
     WANTED_SWITCHES_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
     is_superseded: _builtins.bool
     """The gateway has a view of a later controller. The one that asked must not act any more."""
     @_builtins.property
     def wanted_switches(self) -> _containers.RepeatedCompositeFieldContainer[Global___WantedSwitch]:
         """What somebody has asked this gateway for, until a view tells of it."""
 
+    @_builtins.property
+    def totals(self) -> Global___Totals: ...
     def __init__(
         self,
         *,
         is_superseded: _builtins.bool = ...,
         wanted_switches: _abc.Iterable[Global___WantedSwitch] | None = ...,
+        totals: Global___Totals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_superseded", b"is_superseded", "wanted_switches", b"wanted_switches"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_superseded", b"is_superseded", "totals", b"totals", "wanted_switches", b"wanted_switches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,6 +283,11 @@ class SwitchView(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     CHANGE_S_FIELD_NUMBER: _builtins.int
     FIRST_STEP_S_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_S_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    MET_BEFORE_FIELD_NUMBER: _builtins.int
+    MET_AFTER_FIELD_NUMBER: _builtins.int
     switch_id: _builtins.str
     worker_id: _builtins.str
     state: Global___SwitchState.ValueType
@@ -286,6 +295,14 @@ class SwitchView(_message.Message):
     change_s: _builtins.float
     """Seconds from its beginning until it had them, and to its first step in one that it had not before."""
     first_step_s: _builtins.float
+    began_at_s: _builtins.float
+    """On the controller's clock."""
+    predicted: _builtins.float
+    """Goodput after it over that before, where a policy wanted it, and what the policy saw."""
+    digest: _builtins.str
+    met_before: _builtins.float
+    """Part of the requests that met their targets, for a while before and after it; absent until then, and where none finished."""
+    met_after: _builtins.float
     @_builtins.property
     def before(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -301,21 +318,75 @@ class SwitchView(_message.Message):
         reason: _builtins.str = ...,
         change_s: _builtins.float | None = ...,
         first_step_s: _builtins.float | None = ...,
+        began_at_s: _builtins.float = ...,
+        predicted: _builtins.float | None = ...,
+        digest: _builtins.str = ...,
+        met_before: _builtins.float | None = ...,
+        met_after: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "change_s", b"change_s", "first_step_s", b"first_step_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "change_s", b"change_s", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "before", b"before", "change_s", b"change_s", "first_step_s", b"first_step_s", "phases", b"phases", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__change_s: _TypeAlias = _typing.Literal["change_s"]  # noqa: Y015
     _WhichOneofArgType__change_s: _TypeAlias = _typing.Literal["_change_s", b"_change_s"]  # noqa: Y015
     _WhichOneofReturnType__first_step_s: _TypeAlias = _typing.Literal["first_step_s"]  # noqa: Y015
     _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
+    _WhichOneofReturnType__met_after: _TypeAlias = _typing.Literal["met_after"]  # noqa: Y015
+    _WhichOneofArgType__met_after: _TypeAlias = _typing.Literal["_met_after", b"_met_after"]  # noqa: Y015
+    _WhichOneofReturnType__met_before: _TypeAlias = _typing.Literal["met_before"]  # noqa: Y015
+    _WhichOneofArgType__met_before: _TypeAlias = _typing.Literal["_met_before", b"_met_before"]  # noqa: Y015
+    _WhichOneofReturnType__predicted: _TypeAlias = _typing.Literal["predicted"]  # noqa: Y015
+    _WhichOneofArgType__predicted: _TypeAlias = _typing.Literal["_predicted", b"_predicted"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__change_s) -> _WhichOneofReturnType__change_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met_after) -> _WhichOneofReturnType__met_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met_before) -> _WhichOneofReturnType__met_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted) -> _WhichOneofReturnType__predicted | None: ...
 
 Global___SwitchView: _TypeAlias = SwitchView  # noqa: Y015
+
+@_typing.final
+class Totals(_message.Message):
+    """What a gateway has served since it began."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TILES_FIELD_NUMBER: _builtins.int
+    NUM_FINISHED_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_MET_FIELD_NUMBER: _builtins.int
+    num_requests: _builtins.int
+    prompt_tokens: _builtins.int
+    """Without those that were cached."""
+    tiles: _builtins.int
+    num_finished: _builtins.int
+    output_tokens: _builtins.int
+    num_met: _builtins.int
+    def __init__(
+        self,
+        *,
+        num_requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        tiles: _builtins.int = ...,
+        num_finished: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        num_met: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_finished", b"num_finished", "num_met", b"num_met", "num_requests", b"num_requests", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "tiles", b"tiles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Totals: _TypeAlias = Totals  # noqa: Y015
 
 @_typing.final
 class GetViewRequest(_message.Message):

@@ -1511,19 +1511,30 @@ class PhaseWork(_message.Message):
     NUM_ENCODES_FIELD_NUMBER: _builtins.int
     NUM_PREFILLS_FIELD_NUMBER: _builtins.int
     NUM_DECODES_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DECODING_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
     num_encodes: _builtins.int
     num_prefills: _builtins.int
     num_decodes: _builtins.int
+    prefill_tokens: _builtins.int
+    """Of the prompts, that are not computed yet."""
+    num_decoding: _builtins.int
+    """Of the sequences, those that get a token in each step, and the tokens that they attend to."""
+    decode_context: _builtins.int
     def __init__(
         self,
         *,
         num_encodes: _builtins.int = ...,
         num_prefills: _builtins.int = ...,
         num_decodes: _builtins.int = ...,
+        prefill_tokens: _builtins.int = ...,
+        num_decoding: _builtins.int = ...,
+        decode_context: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_decodes", b"num_decodes", "num_encodes", b"num_encodes", "num_prefills", b"num_prefills"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "num_decodes", b"num_decodes", "num_decoding", b"num_decoding", "num_encodes", b"num_encodes", "num_prefills", b"num_prefills", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

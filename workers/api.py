@@ -820,6 +820,11 @@ class PhaseWork:
     num_encodes: int = 0
     num_prefills: int = 0
     num_decodes: int = 0
+    #: Of the prompts, that are not computed yet.
+    prefill_tokens: int = 0
+    #: Of the sequences, those that get a token in each step, and the tokens that they attend to.
+    num_decoding: int = 0
+    decode_context: int = 0
 
     def of(self, phases: PhaseSet) -> int:
         """Those that need any of these phases, as far as they are different requests."""

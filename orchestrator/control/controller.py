@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from orchestrator.control.auto_switch import AutoSwitch, SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
@@ -36,6 +38,9 @@ class ControllerConfig:
     controller_pid: int = 0
     #: Epochs and incarnations up to this one may have been used, even where no view tells of them.
     used_up: int = 0
+    #: Of every request, for switches that the controller wants itself.
+    slo: Slo = NO_SLO
+    switch_mode: SwitchMode = SwitchMode.OFF
 
 
 @dataclass(slots=True)
@@ -48,6 +53,8 @@ class ControllerState:
     version: int = 0
     decided_at_s: float | None = None
     switching: Switching = field(default_factory=lambda: Switching({}))
+    #: None in switch mode off.
+    auto: AutoSwitch | None = None
     #: When the stop of a process that still lives was last asked for.
     stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
 
@@ -80,6 +87,7 @@ def recover(
         switching=Switching(
             {declared.worker_id: _last_phases(last_view, declared) for declared in config.declared}
         ),
+        auto=_auto_switch(config),
     )
     for machine in state.machines.values():
         if last_view is None:
@@ -92,6 +100,12 @@ def recover(
         if newest > 0:
             _recover_worker(machine, newest, last, own, now_s)
     return state
+
+
+def _auto_switch(config: ControllerConfig) -> AutoSwitch | None:
+    if config.switch_mode is SwitchMode.OFF:
+        return None
+    return AutoSwitch(config.slo, {one.worker_id: one.engine.block_size for one in config.declared})
 
 
 def _last_phases(last_view: ClusterView | None, declared: DeclaredWorker) -> PhaseSet:
@@ -145,7 +159,13 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
-    state.switching.begin(observation.wanted_switches, _view(state, config), now_s)
+    view, gateway = _view(state, config), observation.gateway
+    state.switching.observe(gateway.totals, now_s)
+    state.switching.begin(gateway.wanted_switches, view, now_s)
+    if state.auto is not None:
+        wanted = state.auto.tick(now_s, view, gateway.totals)
+        is_dry_run = config.switch_mode is SwitchMode.DRY_RUN
+        state.switching.begin(wanted, view, now_s, is_dry_run=is_dry_run)
     return Plan((*stops, *actions), _view(state, config))
 
 

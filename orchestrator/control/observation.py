@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
 from workers.api import PhasesRefused, WorkerId, WorkerStatus
 
@@ -35,12 +36,23 @@ class ProcessReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayNews:
+    """What a gateway answers to a view.
+
+    wanted_switches: that somebody has asked it for and no view has told of yet. totals: what it has served; None before its first answer.
+    """
+
+    wanted_switches: tuple[SwitchRequest, ...] = ()
+    totals: Totals | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """All processes of the deployment, and what was heard from them in this tick."""
 
     processes: tuple[ProcessReport, ...] = ()
     statuses: Mapping[ProcessKey, WorkerStatus] = field(default_factory=dict)
-    #: Changes of phases that somebody asked for. One that was seen before is ignored.
-    wanted_switches: tuple[SwitchRequest, ...] = ()
+    #: As of the last view. A switch that was seen before is ignored.
+    gateway: GatewayNews = GatewayNews()
     #: Of workers that were told to take other phases since the last look, and did not.
     refusals: Mapping[ProcessKey, PhasesRefused] = field(default_factory=dict)

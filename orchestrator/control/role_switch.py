@@ -14,6 +14,8 @@ from workers.api import Phase, PhaseSet, WorkerId
 #: How long it may take until a worker has changed, and how long a new process may take to be ready, in seconds.
 CHANGE_TIMEOUT_S = 60.0
 REPLACE_TIMEOUT_S = 300.0
+#: The effect of a switch is looked at so long after it, in seconds.
+OBSERVED_S = 15.0
 #: A worker that was told and has not changed is told again after this, in seconds.
 TELL_AGAIN_S = 1.0
 
@@ -63,12 +65,17 @@ TRANSITIONS: dict[tuple[SwitchState, SwitchEvent], SwitchState | None] = {
 
 @dataclass(frozen=True, slots=True)
 class SwitchRequest:
-    """Somebody wants a worker to serve these phases. switch_id: a name that no other one has."""
+    """Somebody wants a worker to serve these phases. switch_id: a name that no other one has.
+
+    predicted: goodput after it over that before, where a policy wants it; digest: of what the policy saw.
+    """
 
     switch_id: str
     worker_id: WorkerId
     phases: PhaseSet
     reason: str
+    predicted: float | None = None
+    digest: str = ""
 
 
 @dataclass(slots=True)
@@ -90,6 +97,9 @@ class RoleSwitch:
     changed_at_s: float | None = None
     #: From the beginning to its first step in a phase that it had not before.
     first_step_s: float | None = None
+    #: Part of the requests that met their targets, in OBSERVED_S before and after it; None where none finished.
+    met_before: float | None = None
+    met_after: float | None = None
 
     @classmethod
     def begin(cls, request: SwitchRequest, before: PhaseSet, phase_epoch: int, now_s: float) -> "RoleSwitch":
@@ -144,6 +154,11 @@ class RoleSwitch:
             reason=self.reason,
             change_s=None if changed_at_s is None else changed_at_s - self.began_at_s,
             first_step_s=self.first_step_s,
+            began_at_s=self.began_at_s,
+            predicted=self.request.predicted,
+            digest=self.request.digest,
+            met_before=self.met_before,
+            met_after=self.met_after,
         )
 
     def check_invariants(self) -> None:

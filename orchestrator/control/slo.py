@@ -22,6 +22,10 @@ class Slo:
         return ttft_s <= self.ttft_s and (tpot_s is None or tpot_s <= self.tpot_s)
 
 
+#: No target, which everything meets.
+NO_SLO = Slo(math.inf, math.inf)
+
+
 def tpot_s(token_times_s: Sequence[float]) -> float | None:
     """(last token - first token) / (tokens - 1); None below 2 tokens."""
     if len(token_times_s) < 2:

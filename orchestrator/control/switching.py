@@ -1,9 +1,12 @@
 """Drives the switches of all workers in a controller's tick: what was seen becomes events, states become actions. Pure."""
 
+from collections import deque
 from collections.abc import Sequence
 
 from orchestrator.control.plan import SetPhases
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import (
+    OBSERVED_S,
     TELL_AGAIN_S,
     RoleSwitch,
     SwitchEvent,
@@ -30,6 +33,8 @@ class Switching:
         self._switches: dict[WorkerId, RoleSwitch] = {}
         self._ended: list[SwitchView] = []
         self._seen: dict[str, None] = {}
+        #: Time, requests that had finished, and those of them that met their targets.
+        self._served: deque[tuple[float, int, int]] = deque()
 
     def of(self, worker_id: WorkerId) -> RoleSwitch | None:
         """The last switch of a worker; None when it had none, or was started anew since."""
@@ -56,7 +61,33 @@ class Switching:
             wanted &= status.phases
         return wanted, frozenset()
 
-    def begin(self, requests: Sequence[SwitchRequest], view: ClusterView, now_s: float) -> None:
+    def observe(self, totals: Totals | None, now_s: float) -> None:
+        """Follow what was served, and give each switch the part of the requests that met their targets before and after it."""
+        if totals is None:
+            return
+        self._served.append((now_s, totals.num_finished, totals.num_met))
+        while len(self._served) > 2 and self._served[1][0] <= now_s - OBSERVED_S:
+            self._served.popleft()
+        for switch in self._switches.values():
+            is_due = switch.met_after is None and now_s >= switch.began_at_s + OBSERVED_S
+            if is_due and now_s < switch.began_at_s + 2 * OBSERVED_S:
+                switch.met_after = self._met()
+
+    def _met(self) -> float | None:
+        """Of the requests that finished in the last OBSERVED_S."""
+        if not self._served:
+            return None
+        (_, finished_before, met_before), (_, finished, met) = self._served[0], self._served[-1]
+        return (met - met_before) / (finished - finished_before) if finished > finished_before else None
+
+    def begin(
+        self,
+        requests: Sequence[SwitchRequest],
+        view: ClusterView,
+        now_s: float,
+        *,
+        is_dry_run: bool = False,
+    ) -> None:
         """Begin what may begin; what may not is remembered as undone, with the reason. view: as of this tick."""
         for request in requests:
             if request.switch_id in self._seen:
@@ -68,10 +99,21 @@ class Switching:
                 problem = f"{request.worker_id} is changing its phases already"
             if problem is None and self._is_last_of_a_phase(request, view):
                 problem = "another worker is giving up the same phase"
+            if problem is None and is_dry_run:
+                problem = f"dry run: {request.reason}"
             if problem is not None:
                 before = self.wanted.get(request.worker_id, frozenset())
                 refused = SwitchView(
-                    request.switch_id, request.worker_id, before, request.phases, SwitchState.UNDONE, problem
+                    request.switch_id,
+                    request.worker_id,
+                    before,
+                    request.phases,
+                    SwitchState.UNDONE,
+                    problem,
+                    began_at_s=now_s,
+                    predicted=request.predicted,
+                    digest=request.digest,
+                    met_before=self._met(),
                 )
                 self._end(refused)
                 continue
@@ -83,7 +125,9 @@ class Switching:
                 number = max(number, last.phase_epoch + 2)
                 self._end(last.view())
             before = self.wanted[request.worker_id]
-            self._switches[request.worker_id] = RoleSwitch.begin(request, before, number, now_s)
+            switch = RoleSwitch.begin(request, before, number, now_s)
+            switch.met_before = self._met()
+            self._switches[request.worker_id] = switch
 
     def follow(
         self, machine: WorkerMachine, status: WorkerStatus | None, refusal: PhasesRefused | None, now_s: float

@@ -40,7 +40,8 @@ class SwitchView:
     """One change of a worker's phases.
 
     change_s: from its beginning until it had them; first_step_s: from its beginning to its first step in a phase that it had not
-    before; None until then.
+    before; None until then. began_at_s: on the controller's clock. predicted, digest: see SwitchRequest. met_before, met_after: part of
+    the requests that met their targets, for a while before and after it; None until then, and where none finished.
     """
 
     switch_id: str
@@ -52,6 +53,11 @@ class SwitchView:
     reason: str
     change_s: float | None = None
     first_step_s: float | None = None
+    began_at_s: float = 0.0
+    predicted: float | None = None
+    digest: str = ""
+    met_before: float | None = None
+    met_after: float | None = None
 
     @property
     def is_under_way(self) -> bool:

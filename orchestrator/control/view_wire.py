@@ -1,5 +1,8 @@
 """Messages of phasewise.control.v1 to and from `control.view`; protobuf objects go no further. Pure."""
 
+from dataclasses import asdict
+
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
 from protos import control_pb2 as pb
 from workers.api import WorkerId
@@ -60,6 +63,11 @@ def switch_to_pb(switch: SwitchView) -> pb.SwitchView:
         reason=switch.reason,
         change_s=switch.change_s,
         first_step_s=switch.first_step_s,
+        began_at_s=switch.began_at_s,
+        predicted=switch.predicted,
+        digest=switch.digest,
+        met_before=switch.met_before,
+        met_after=switch.met_after,
     )
 
 
@@ -74,6 +82,28 @@ def switch_from_pb(message: pb.SwitchView) -> SwitchView:
         reason=message.reason,
         change_s=message.change_s if message.HasField("change_s") else None,
         first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
+        began_at_s=message.began_at_s,
+        predicted=message.predicted if message.HasField("predicted") else None,
+        digest=message.digest,
+        met_before=message.met_before if message.HasField("met_before") else None,
+        met_after=message.met_after if message.HasField("met_after") else None,
+    )
+
+
+def totals_to_pb(totals: Totals) -> pb.Totals:
+    """What a gateway has served."""
+    return pb.Totals(**asdict(totals))
+
+
+def totals_from_pb(message: pb.Totals) -> Totals:
+    """What a gateway has served."""
+    return Totals(
+        message.num_requests,
+        message.prompt_tokens,
+        message.tiles,
+        message.num_finished,
+        message.output_tokens,
+        message.num_met,
     )
 
 

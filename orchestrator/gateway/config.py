@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from orchestrator.control.slo import NO_SLO, Slo
 from workers.api import ImageReduction
 
 
@@ -27,3 +28,5 @@ class GatewayConfig:
     max_image_bytes: int = 1024 * 2**20
     #: Of pictures, where a request says nothing of it.
     image_reduction: ImageReduction | None = None
+    #: Targets of every request.
+    slo: Slo = NO_SLO

@@ -9,7 +9,7 @@ import grpc.aio
 
 from orchestrator.control.record_wire import record_to_pb
 from orchestrator.control.role_switch import SwitchRequest, forecast
-from orchestrator.control.view_wire import switch_to_pb, view_from_pb, view_to_pb
+from orchestrator.control.view_wire import switch_to_pb, totals_to_pb, view_from_pb, view_to_pb
 from orchestrator.errors import PhasewiseOrchestratorError, UnknownRequest, UnknownWorker
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.wanted_switches import TAKEN_WITHIN_S, WantedSwitches
@@ -56,7 +56,7 @@ class ControlService(GatewayControlServiceServicer):
             )
             for one in self._switches.untold()
         ]
-        return pb.PublishViewResponse(wanted_switches=wanted)
+        return pb.PublishViewResponse(wanted_switches=wanted, totals=totals_to_pb(self._dispatcher.totals))
 
     async def GetView(  # noqa: N802
         self, _request: pb.GetViewRequest, _context: "grpc.aio.ServicerContext[Any, Any]"

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.prefix_index import PrefixIndex
 from orchestrator.control.request_actions import (
     Action,
@@ -34,6 +35,8 @@ from orchestrator.control.router import (
     choose_route,
     no_encoders,
 )
+from orchestrator.control.served_totals import ServedTotals
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.encoders import FULL_S, Encoders
@@ -64,7 +67,7 @@ class Dispatcher:
     timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given.
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
-    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's.
+    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`.
     """
 
     def __init__(
@@ -78,10 +81,12 @@ class Dispatcher:
         on_change: Callable[[], None] = lambda: None,
         on_view: Callable[[ClusterView], None] = lambda _view: None,
         first_attempt: int = 1,
+        slo: Slo = NO_SLO,
     ) -> None:
         self.num_finished = 0
         self.num_failed = 0
         self.records = RequestRecords()
+        self._served = ServedTotals(slo)
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -138,6 +143,11 @@ class Dispatcher:
     def can_serve(self) -> bool:
         """A request that came now could go to workers."""
         return not self._is_stopping and isinstance(self._choose(frozenset()), Route)
+
+    @property
+    def totals(self) -> Totals:
+        """What was served."""
+        return self._served.totals
 
     def why_not(self) -> str:
         """Why `can_serve` is false."""
@@ -437,6 +447,7 @@ class Dispatcher:
         # Its last sample is over, and so is the request.
         del self._requests[request.request_id]
         self.records.end(request.record)
+        self._served.ended([sample.machine for sample in request.samples])
         if request.deadline is not None:
             request.deadline.cancel()
         if request.is_failed:
@@ -472,6 +483,7 @@ class Dispatcher:
             if not sample.machine.is_over:
                 self._running[sample.machine.attempt] = sample
                 sample.charge(self._ledger)
+                self._served.routed(sample.machine)
             self._do(sample, actions)
 
     def _give_encoders(self) -> None:

@@ -4,7 +4,9 @@ import math
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import TransportChoice
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
 from orchestrator.manifest.image_reduction import ImageReductionSection
@@ -56,7 +58,20 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         max_running_requests=gateway.max_running_requests,
         max_image_bytes=gateway.max_image_mib * MIB,
         image_reduction=_image_reduction(gateway.image_reduction),
+        slo=slo_of(deployment),
     )
+
+
+def slo_of(deployment: Deployment) -> Slo:
+    """Targets of every request."""
+    slo = deployment.spec.slo
+    return Slo(slo.ttft_ms / 1000, slo.tpot_ms / 1000)
+
+
+def switch_mode_of(deployment: Deployment) -> SwitchMode:
+    """Whether the controller switches phases itself."""
+    modes = {"off": SwitchMode.OFF, "dryRun": SwitchMode.DRY_RUN, "on": SwitchMode.ON}
+    return modes[deployment.spec.controller.role_switch]
 
 
 def thread_warnings(deployment: Deployment, num_machine_cpus: int | None = None) -> list[str]:

@@ -330,6 +330,11 @@ class Controller(Section):
         le=600000,
         description="A worker silent for this long is lost and is started again.",
     )
+    role_switch: Literal["off", "dryRun", "on"] = Field(
+        default="off",
+        description="Whether the controller has workers take prefill, decode or both as the load asks for: on does it, dryRun "
+        "only tells what it would do. Workers that encode stay as they are.",
+    )
 
     @model_validator(mode="after")
     def _check_timeout(self) -> Self:

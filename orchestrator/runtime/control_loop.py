@@ -9,13 +9,14 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
+from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, SetPhases, StartWorker, StopWorker
-from orchestrator.control.role_switch import SwitchRequest, phase_text
+from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ClusterView
 from orchestrator.errors import ControllerSuperseded, PhasewiseOrchestratorError
 from workers.api import PhaseSet, PhasesRefused, WorkerId, WorkerStatus
@@ -69,8 +70,8 @@ class StatusProbe(Protocol):
 class ViewPublisher(Protocol):
     """The way to the gateway."""
 
-    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
-        """Replace the gateway's view; returns what somebody has asked the gateway for that no view has told of yet.
+    async def publish(self, view: ClusterView) -> GatewayNews:
+        """Replace the gateway's view; returns what the gateway has to tell.
 
         Raises GatewayUnreachable or ControllerSuperseded.
         """
@@ -145,7 +146,7 @@ class ControlLoop:
         #: Starts that could not even be asked for, until the next `decide` has seen them.
         self._failed_starts: list[ProcessReport] = []
         #: What the next `decide` is to know beside what it looks at.
-        self._wanted_switches: tuple[SwitchRequest, ...] = ()
+        self._gateway = GatewayNews()
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
 
     async def run(self) -> None:
@@ -174,7 +175,9 @@ class ControlLoop:
 
     @property
     def _is_switching(self) -> bool:
-        return bool(self._wanted_switches) or (self.state is not None and self.state.switching.is_under_way)
+        return bool(self._gateway.wanted_switches) or (
+            self.state is not None and self.state.switching.is_under_way
+        )
 
     async def tick(self) -> None:
         """Look, decide, act: once."""
@@ -210,9 +213,7 @@ class ControlLoop:
             # An address may have passed to another process since: each speaks for itself alone.
             if (status.worker_id, status.incarnation) in address_of:
                 statuses[status.worker_id, status.incarnation] = status
-        return Observation(
-            (*listed, *self._failed_starts), statuses, self._wanted_switches, dict(self._refusals)
-        )
+        return Observation((*listed, *self._failed_starts), statuses, self._gateway, dict(self._refusals))
 
     async def _probe_all(self, addresses: frozenset[str]) -> list[WorkerStatus]:
         """The answers that came, all asked at once. A probe that breaks is one that heard nothing."""
@@ -230,9 +231,10 @@ class ControlLoop:
         return [answer for answer in answers if isinstance(answer, WorkerStatus)]
 
     async def _publish(self, view: ClusterView) -> None:
-        self._wanted_switches = ()
+        # What was told before stands, but for what has been asked for: that is told again.
+        self._gateway = replace(self._gateway, wanted_switches=())
         async with self._tolerate("publish", max(MIN_PUBLISH_TIMEOUT_S, self._tick_s)):
-            self._wanted_switches = await self._publisher.publish(view)
+            self._gateway = await self._publisher.publish(view)
 
     async def _apply(self, action: Action) -> None:
         match action:

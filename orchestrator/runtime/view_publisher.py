@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 import grpc.aio
 
+from orchestrator.control.observation import GatewayNews
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView
-from orchestrator.control.view_wire import view_from_pb, view_to_pb
+from orchestrator.control.view_wire import totals_from_pb, view_from_pb, view_to_pb
 from orchestrator.errors import ControllerSuperseded, GatewayUnreachable
 from orchestrator.runtime.channel import open_channel
 from protos import control_pb2 as pb
@@ -31,7 +32,7 @@ class GatewayPublisher:
         self._channel = open_channel(control_address)
         self._stub = GatewayControlServiceStub(self._channel)
 
-    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
+    async def publish(self, view: ClusterView) -> GatewayNews:
         """See ViewPublisher."""
         with self._map_errors():
             answer = await self._stub.PublishView(
@@ -39,10 +40,11 @@ class GatewayPublisher:
             )
         if answer.is_superseded:
             raise ControllerSuperseded(view.controller_epoch)
-        return tuple(
+        wanted = tuple(
             SwitchRequest(one.switch_id, WorkerId(one.worker_id), phases_from_pb(one.phases), one.reason)
             for one in answer.wanted_switches
         )
+        return GatewayNews(wanted, totals_from_pb(answer.totals))
 
     async def last_view(self) -> ClusterView | None:
         """The view that the gateway has; waits a while for a gateway to come. Raises GatewayUnreachable."""

@@ -4,11 +4,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, decide, recover
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
+from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import SetPhases, StartWorker, StopWorker
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, LifecycleState, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
@@ -135,7 +138,8 @@ class SimLinks:
 class SimCluster:
     """Starts and stops processes as the controller says, and breaks them as the faults say.
 
-    rng: for the noise of all processes. is_cache_told: workers tell the gateway of their prefix caches.
+    rng: for the noise of all processes. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
+    served.
     """
 
     def __init__(
@@ -146,7 +150,11 @@ class SimCluster:
         *,
         faults: Sequence[Fault] = (),
         is_cache_told: bool = True,
+        slo: Slo = NO_SLO,
+        switch_mode: SwitchMode = SwitchMode.OFF,
+        totals: Callable[[], Totals | None] = lambda: None,
     ) -> None:
+        self._totals = totals
         self.is_cache_told = is_cache_told
         #: Those that live, and of each worker the last one that has ended.
         self.processes: dict[ProcessKey, SimWorker] = {}
@@ -156,7 +164,9 @@ class SimCluster:
         self._world = world
         self._timers: SimTimers = world.timers
         self._rng = rng
-        self._config = ControllerConfig("simulated", world.model.name, tuple(declared))
+        self._config = ControllerConfig(
+            "simulated", world.model.name, tuple(declared), slo=slo, switch_mode=switch_mode
+        )
         self._state = recover(None, (), self._config, self._timers.time())
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
@@ -212,7 +222,8 @@ class SimCluster:
             for key, process in self.processes.items()
             if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
         }
-        observation = Observation(tuple(reports), statuses, tuple(self._wanted), self._refusals)
+        news = GatewayNews(tuple(self._wanted), self._totals())
+        observation = Observation(tuple(reports), statuses, news, self._refusals)
         self._wanted, self._refusals = [], {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import SwitchView
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
@@ -51,6 +53,9 @@ class SimConfig:
     faults: tuple[Fault, ...] = ()
     #: Changes of phases that somebody asks for, each with its time after the first arrival.
     switches: tuple[tuple[float, SwitchRequest], ...] = ()
+    #: Targets of every request, and whether the controller switches phases by them.
+    slo: Slo = NO_SLO
+    switch_mode: SwitchMode = SwitchMode.OFF
     check_every: int = 0
     #: Of workers that are slower or faster than `latency` says.
     latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
@@ -101,6 +106,9 @@ class Simulation:
             random.Random(rng.random()),
             faults=faults,
             is_cache_told=config.is_cache_told,
+            slo=config.slo,
+            switch_mode=config.switch_mode,
+            totals=lambda: self.dispatcher.totals,
         )
         self.dispatcher = Dispatcher(
             self.timers,
@@ -108,6 +116,7 @@ class Simulation:
             max_waiting_requests=config.max_waiting_requests,
             max_running_requests=config.max_running_requests,
             learn_model=_no_model,
+            slo=config.slo,
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}

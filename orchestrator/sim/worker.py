@@ -4,7 +4,7 @@ import math
 import random
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvtransfer.layout import KvLayout
 from orchestrator.sim.network import SimNetwork
@@ -148,6 +148,7 @@ class SimWorker:
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
+            step_costs=replace(self._world.latency.costs(), num_steps=self.num_steps),
         )
 
     def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:

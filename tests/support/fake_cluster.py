@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
-from orchestrator.control.observation import ProcessKey, ProcessReport
+from orchestrator.control.observation import GatewayNews, ProcessKey, ProcessReport
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView
 from orchestrator.errors import ControllerSuperseded, GatewayUnreachable, WorkerUnreachable
@@ -227,7 +227,7 @@ class FakeGateway:
         self.is_reachable = True
         self.wanted: list[SwitchRequest] = []
 
-    async def publish(self, view: ClusterView) -> tuple[SwitchRequest, ...]:
+    async def publish(self, view: ClusterView) -> GatewayNews:
         await self._answer()
         old = self.view
         if old is None or (old.controller_epoch, old.version) <= (view.controller_epoch, view.version):
@@ -236,7 +236,7 @@ class FakeGateway:
             raise ControllerSuperseded(view.controller_epoch)
         told = {switch.switch_id for switch in view.switches}
         self.wanted = [request for request in self.wanted if request.switch_id not in told]
-        return tuple(self.wanted)
+        return GatewayNews(tuple(self.wanted))
 
     async def last_view(self) -> ClusterView | None:
         await self._answer()

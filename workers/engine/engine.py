@@ -174,9 +174,15 @@ class Engine:
 
     def work(self) -> PhaseWork:
         """Requests that still need prefill or decode here. KV that is being sent needs neither."""
-        num_prefills = len(self._batch.waiting) + len(self._batch.prefills) + self._num_fetching
+        batch = self._batch
         num_unasked = sum(name not in self._by_transfer for name in self._incoming.transfer_ids())
-        return PhaseWork(num_prefills=num_prefills, num_decodes=self._num_to_decode + num_unasked)
+        return PhaseWork(
+            num_prefills=len(batch.waiting) + len(batch.prefills) + self._num_fetching,
+            num_decodes=self._num_to_decode + num_unasked,
+            prefill_tokens=sum(one.num_uncomputed_tokens for one in (*batch.waiting, *batch.prefills)),
+            num_decoding=len(batch.decodes),
+            decode_context=sum(one.num_computed_tokens for one in batch.decodes),
+        )
 
     def set_phases(self, phases: PhaseSet, now_s: float) -> str | None:
         """Serve these from now on; why not, when a request here needs one that would go."""

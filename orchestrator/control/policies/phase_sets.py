@@ -111,6 +111,10 @@ class PhaseSets:
         self._next_at_s = 0.0
         self._blocked: dict[_Move, float] = {}
 
+    def learn(self, cost: StepCost) -> None:
+        """Steps take so long, as is known now."""
+        self._config = replace(self._config, cost=cost)
+
     def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
         """The moves to make now."""
         asked = self._look(now_s, cluster)

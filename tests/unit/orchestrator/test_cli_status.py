@@ -238,7 +238,7 @@ def test_models_of_latency_are_shown_with_their_error_once_they_have_seen_someth
         "  prefill-0: step model: 4% off, 1,234 steps, encode model: 12% off, 7 batches"
     ]
     told = as_json(DeploymentStatus(RUNNING, report))["report"]["view"]["workers"][0]["status"]
-    assert told["step_costs"]["factors"] == (1.0, 0.9, 1.2, 1.0)
+    assert told["step_costs"]["factors"] == [1.0, 0.9, 1.2, 1.0]
     assert told["step_costs"]["model"]["name"] == "smollm2-135m"
     assert json.dumps(told["encode_costs"])
 

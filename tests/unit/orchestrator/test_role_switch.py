@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
-from orchestrator.control.observation import Observation, ProcessKey
+from orchestrator.control.observation import GatewayNews, Observation, ProcessKey
 from orchestrator.control.plan import Plan, SetPhases, StartWorker, StopWorker
 from orchestrator.control.role_switch import (
     CHANGE_TIMEOUT_S,
@@ -59,7 +59,7 @@ class World:
         self.now_s += elapsed_s
         self.machines.advance()
         observation = Observation(
-            self.machines.reports(), self.machines.statuses(), requests, dict(self.refusals)
+            self.machines.reports(), self.machines.statuses(), GatewayNews(requests), dict(self.refusals)
         )
         self.refusals.clear()
         self.plan = decide(self.now_s, observation, self.state, self.config)

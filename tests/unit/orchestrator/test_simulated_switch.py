@@ -1,14 +1,21 @@
 """Workers that take other phases while requests run, in the code that serves, with and without faults."""
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.slo import Slo
 from orchestrator.control.view import SwitchState
 from orchestrator.sim.faults import Fault, FaultKind
-from tests.support.sim import BOTH, SHAPES, D, P, load, random_load, run
+from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
+from tests.support.sim import BOTH, ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, run, worker
 from workers.api import PhaseSet, WorkerId
 
 #: Long enough to be there when a worker changes.
@@ -146,3 +153,53 @@ def test_one_seed_gives_the_same_switches_and_times() -> None:
         return result.switches, result.load
 
     assert once() == once()
+
+
+def shifting(seed: int = 1) -> list[PlannedRequest]:
+    """Long prompts and short answers, then short prompts and long answers."""
+    rng, at_s, found = random.Random(seed), 0.0, []
+    while at_s < 12.0:
+        at_s += rng.expovariate(22.0)
+        found.append((at_s, rng.randint(3000, 5000), rng.randint(5, 15)))
+    while at_s < 20.0:
+        at_s += rng.expovariate(20.0)
+        found.append((at_s, rng.randint(50, 100), rng.randint(100, 300)))
+    return load(found)
+
+
+def run_by_itself(mode: SwitchMode) -> tuple[SimResult, Simulation]:
+    engine = replace(ENGINE, kv_cache_bytes=20 * 10**9, token_budget=2048, max_running_sequences=256)
+    shape = [worker(f"{name}{i}", phases, engine) for name, phases in (("p", P), ("d", D)) for i in range(2)]
+    config = SimConfig(
+        tuple(shape), LLAMA_ON_H100, slo=Slo(0.6, 0.03), switch_mode=mode, load_s=1.0, check_every=2000
+    )
+    plan = shifting()
+    simulation = Simulation(config, plan, plan[-1].arrival_s)
+    result = simulation.run()
+    assert result.num_wrong_tokens == 0
+    assert {record.status for record in result.load.records} == {OK}
+    return result, simulation
+
+
+def test_the_controller_switches_by_itself_when_the_load_shifts() -> None:
+    _, as_it_is = run_by_itself(SwitchMode.OFF)
+    result, by_itself = run_by_itself(SwitchMode.ON)
+    done = [switch for switch in result.switches if switch.state is not SwitchState.UNDONE]
+    assert done
+    first = done[0]
+    assert first.worker_id in ("d0", "d1")
+    assert first.predicted is not None
+    assert first.predicted > 1.0
+    assert first.digest
+    assert first.met_after is not None
+    assert by_itself.dispatcher.totals.num_met > as_it_is.dispatcher.totals.num_met
+
+
+def test_a_dry_run_tells_what_it_would_do_and_does_nothing() -> None:
+    as_it_is, _ = run_by_itself(SwitchMode.OFF)
+    result, _ = run_by_itself(SwitchMode.DRY_RUN)
+    assert result.switches
+    for switch in result.switches:
+        assert switch.state is SwitchState.UNDONE
+        assert switch.reason.startswith("dry run: load ")
+    assert result.load == as_it_is.load

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub, add_WorkerServiceServicer_to_server
@@ -20,6 +21,9 @@ from workers.api import (
     KvLedger,
     LedgerEntry,
     LedgerKind,
+    Phase,
+    PhaseSet,
+    PhasesRefused,
     SubscribeKvEvents,
     WorkerId,
     WorkerState,
@@ -48,6 +52,19 @@ async def find_prefix(block_hashes: tuple[bytes, ...], address: str) -> PrefixFo
     return PrefixFound(len(block_hashes), 1, 5e8)
 
 
+async def set_phases(incarnation: int, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
+    """The epoch decides."""
+    assert (incarnation, phases) == (INCARNATION, frozenset({Phase.DECODE}))
+    match phase_epoch:
+        case 1:
+            return PhasesRefused("1 requests here still need {prefill}", is_busy=True)
+        case 2:
+            return PhasesRefused("it would need weights", needs_new_process=True)
+        case 3:
+            raise TimeoutError
+    return None
+
+
 @asynccontextmanager
 async def serving(
     table: SessionTable, ledger: Callable[[], Awaitable[KvLedger | None]] = no_ledger
@@ -62,6 +79,7 @@ async def serving(
         model=lambda: None,
         ledger=ledger,
         find_prefix=find_prefix,
+        set_phases=set_phases,
         shut_down=lambda: None,
     )
     add_WorkerServiceServicer_to_server(service, server)
@@ -179,3 +197,23 @@ def test_more_than_anybody_fetches_is_not_looked_up() -> None:
 def test_an_engine_that_cannot_look_says_why() -> None:
     assert asyncio.run(_find(1, "busy:1")) == "DEADLINE_EXCEEDED"
     assert asyncio.run(_find(1, "early:1")) == "FAILED_PRECONDITION"
+
+
+def test_other_phases_are_taken_or_refused_with_the_reason() -> None:
+    async def scenario() -> None:
+        def request(phase_epoch: int) -> pb.SetPhasesRequest:
+            return pb.SetPhasesRequest(
+                incarnation=INCARNATION, phases=[pb.PHASE_DECODE], phase_epoch=phase_epoch
+            )
+
+        async with serving(SessionTable()) as stub:
+            assert await stub.SetPhases(request(4)) == pb.SetPhasesResponse()
+            busy = await stub.SetPhases(request(1))
+            assert (busy.problem, busy.is_busy) == ("1 requests here still need {prefill}", True)
+            other = await stub.SetPhases(request(2))
+            assert (other.problem, other.needs_new_process) == ("it would need weights", True)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.SetPhases(request(3))
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    asyncio.run(scenario())

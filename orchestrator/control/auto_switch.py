@@ -1,0 +1,130 @@
+"""Switches that the controller wants itself: what workers and gateway tell becomes a policy's load, its moves become requests. Pure."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+
+from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
+from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
+from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.slo import Slo
+from orchestrator.control.step_cost import StepCost
+from orchestrator.control.view import ClusterView, LifecycleState
+from workers.api import Phase, PhaseSet, WorkerId
+from workers.latency_model import LatencyModel
+
+#: Steps after which a worker's own latency model is believed.
+ENOUGH_STEPS = 30
+PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+ALLOWED: tuple[PhaseSet, ...] = (PREFILL | DECODE, PREFILL, DECODE)
+
+
+class SwitchMode(StrEnum):
+    """What becomes of the moves that the policy wants."""
+
+    OFF = "off"
+    #: They are told, with their reasons, and not made.
+    DRY_RUN = "dry_run"
+    ON = "on"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock."""
+
+    at_s: float
+    load: ClusterLoad
+    cost: StepCost
+    slo: Slo
+
+    @property
+    def digest(self) -> str:
+        """Names it among all looks."""
+        parts = [f"{asdict(one)!r}" for one in self.load.workers]
+        text = "|".join((*parts, repr(self.load.totals), repr(self.cost)))
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+class AutoSwitch:
+    """The policy of one cluster. block_sizes: tokens of a KV block of each declared worker.
+
+    Workers that encode are left as they are: what a picture costs is not known here.
+    """
+
+    def __init__(self, slo: Slo, block_sizes: Mapping[WorkerId, int]) -> None:
+        self.last: Look | None = None
+        self._slo = slo
+        self._block_sizes = block_sizes
+        self._sets: PhaseSets | None = None
+
+    def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
+        """The switches to make now; none while no worker has learnt how long its steps take."""
+        cost = step_cost(view)
+        if cost is None or totals is None:
+            return ()
+        load = cluster_load(view, totals, self._block_sizes)
+        self.last = look = Look(now_s, load, cost, self._slo)
+        if self._sets is None:
+            floors = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 1)
+            self._sets = PhaseSets(PhaseSetsConfig(self._slo, cost, 0.0, ALLOWED, floors))
+        self._sets.learn(cost)
+        digest = look.digest
+        return tuple(
+            SwitchRequest(
+                f"{digest}-{switch.worker_id}",
+                switch.worker_id,
+                switch.phases,
+                switch.reason,
+                switch.predicted,
+                digest,
+            )
+            for switch in self._sets.tick(now_s, load)
+        )
+
+
+def step_cost(view: ClusterView) -> StepCost | None:
+    """That of the worker that has seen most steps; None while none has seen enough."""
+    found = [
+        worker.status.step_costs
+        for worker in view.workers
+        if worker.status is not None and worker.status.step_costs is not None
+    ]
+    best = max(found, key=lambda costs: costs.num_steps, default=None)
+    if best is None or best.num_steps < ENOUGH_STEPS:
+        return None
+    return StepCost.of(LatencyModel.fitted(best))
+
+
+def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerId, int]) -> ClusterLoad:
+    """Of the workers that are ready and do not encode, as they last said."""
+    workers = []
+    for worker in view.workers:
+        status = worker.status
+        if worker.state is not LifecycleState.READY or status is None:
+            continue
+        phases = worker.phases | worker.leaving
+        if Phase.ENCODE in phases or not phases:
+            continue
+        work, size = status.work, block_sizes[worker.worker_id]
+        blocks = status.blocks
+        workers.append(
+            WorkerLoad(
+                worker.worker_id,
+                phases,
+                kv_capacity=max(1, blocks.total * size),
+                is_switching=bool(worker.leaving) or _is_switching(view, worker.worker_id),
+                prefill_tokens=work.prefill_tokens,
+                num_prefills=work.num_prefills,
+                num_decoding=work.num_decoding,
+                decode_context=work.decode_context,
+                num_promised=max(0, work.num_decodes - work.num_decoding),
+                kv_tokens=(blocks.in_use + blocks.leased) * size,
+                num_decode_steps=status.num_steps,
+            )
+        )
+    return ClusterLoad(tuple(workers), replace(totals))
+
+
+def _is_switching(view: ClusterView, worker_id: WorkerId) -> bool:
+    return any(one.worker_id == worker_id and one.is_under_way for one in view.switches)
