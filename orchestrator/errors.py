@@ -14,6 +14,7 @@
     │   ├── AddressUnusable     the gateway cannot listen at its address
     │   ├── TraceError          a request trace: a line that is none, or too few rows
     │   ├── ProfileError        a profile file: fields that are missing or wrong
+    │   ├── LooksError          a file of what a policy saw: a line that is none
     │   ├── AlreadyRunning      a deployment of that name runs already
     │   └── DeploymentNotFound  no deployment of that name runs, or it is not clear which one is meant
     ├── OwnError                we could not do our part
@@ -78,6 +79,20 @@ class ManifestError(CallerError):
 
 class TraceError(CallerError):
     """The trace in `file` cannot be used; `line` counts from 1 and is None when it is the whole file."""
+
+    def __init__(self, file: str, line: int | None, problem: str) -> None:
+        super().__init__(file, line, problem)
+        self.file = file
+        self.line = line
+        self.problem = problem
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.problem}"
+
+
+class LooksError(CallerError):
+    """The looks in `file` cannot be used; `line` counts from 1 and is None when it is the whole file."""
 
     def __init__(self, file: str, line: int | None, problem: str) -> None:
         super().__init__(file, line, problem)

@@ -106,20 +106,193 @@ class PublishViewRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VIEW_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def view(self) -> Global___ClusterView: ...
+    @_builtins.property
+    def look(self) -> Global___Look:
+        """What the controller's policy saw in this tick; absent while it decides nothing by itself."""
+
     def __init__(
         self,
         *,
         view: Global___ClusterView | None = ...,
+        look: Global___Look | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["look", b"look", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishViewRequest: _TypeAlias = PublishViewRequest  # noqa: Y015
+
+@_typing.final
+class Look(_message.Message):
+    """What a policy for phases saw at one moment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_S_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    TOTALS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    TTFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_S_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    at_s: _builtins.float
+    """On the controller's clock."""
+    ttft_s: _builtins.float
+    tpot_s: _builtins.float
+    digest: _builtins.str
+    """Names it in the decisions that were made from it."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LookWorker]: ...
+    @_builtins.property
+    def totals(self) -> Global___Totals: ...
+    @_builtins.property
+    def cost(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How long steps take: overhead_s, token_s, decode_s, weights_s, context_s, pair_s of orchestrator.control.step_cost."""
+
+    def __init__(
+        self,
+        *,
+        at_s: _builtins.float = ...,
+        workers: _abc.Iterable[Global___LookWorker] | None = ...,
+        totals: Global___Totals | None = ...,
+        cost: _abc.Iterable[_builtins.float] | None = ...,
+        ttft_s: _builtins.float = ...,
+        tpot_s: _builtins.float = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "cost", b"cost", "digest", b"digest", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Look: _TypeAlias = Look  # noqa: Y015
+
+@_typing.final
+class LookWorker(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    KV_CAPACITY_FIELD_NUMBER: _builtins.int
+    IS_SWITCHING_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFILLS_FIELD_NUMBER: _builtins.int
+    NUM_DECODING_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    NUM_PROMISED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    kv_capacity: _builtins.int
+    is_switching: _builtins.bool
+    prefill_tokens: _builtins.int
+    num_prefills: _builtins.int
+    num_decoding: _builtins.int
+    decode_context: _builtins.int
+    num_promised: _builtins.int
+    kv_tokens: _builtins.int
+    num_decode_steps: _builtins.int
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        phases: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        kv_capacity: _builtins.int = ...,
+        is_switching: _builtins.bool = ...,
+        prefill_tokens: _builtins.int = ...,
+        num_prefills: _builtins.int = ...,
+        num_decoding: _builtins.int = ...,
+        decode_context: _builtins.int = ...,
+        num_promised: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
+        num_decode_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookWorker: _TypeAlias = LookWorker  # noqa: Y015
+
+@_typing.final
+class GetDecisionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITH_LOOKS_FIELD_NUMBER: _builtins.int
+    with_looks: _builtins.bool
+    def __init__(
+        self,
+        *,
+        with_looks: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["with_looks", b"with_looks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDecisionsRequest: _TypeAlias = GetDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class GetDecisionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    LOOKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Decision]:
+        """In the order in which they began."""
+
+    @_builtins.property
+    def looks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Look]:
+        """In order, one a second at most."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[Global___Decision] | None = ...,
+        looks: _abc.Iterable[Global___Look] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "looks", b"looks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDecisionsResponse: _TypeAlias = GetDecisionsResponse  # noqa: Y015
+
+@_typing.final
+class Decision(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SWITCH_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    """Seconds since the gateway heard of it first."""
+    @_builtins.property
+    def switch(self) -> Global___SwitchView: ...
+    def __init__(
+        self,
+        *,
+        switch: Global___SwitchView | None = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["switch", b"switch"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "switch", b"switch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class PublishViewResponse(_message.Message):

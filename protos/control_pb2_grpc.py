@@ -54,6 +54,11 @@ class GatewayControlServiceStub:
                 request_serializer=protos_dot_control__pb2.SwitchPhasesRequest.SerializeToString,
                 response_deserializer=protos_dot_control__pb2.SwitchProgress.FromString,
                 _registered_method=True)
+        self.GetDecisions = channel.unary_unary(
+                '/phasewise.control.v1.GatewayControlService/GetDecisions',
+                request_serializer=protos_dot_control__pb2.GetDecisionsRequest.SerializeToString,
+                response_deserializer=protos_dot_control__pb2.GetDecisionsResponse.FromString,
+                _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/phasewise.control.v1.GatewayControlService/Explain',
                 request_serializer=protos_dot_control__pb2.ExplainRequest.SerializeToString,
@@ -93,6 +98,13 @@ class GatewayControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDecisions(self, request, context):
+        """Changes of phases that the controller decided on, and what it saw, as far as this gateway remembers them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Explain(self, request, context):
         """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id.
         """
@@ -122,6 +134,11 @@ def add_GatewayControlServiceServicer_to_server(servicer, server):
                     servicer.SwitchPhases,
                     request_deserializer=protos_dot_control__pb2.SwitchPhasesRequest.FromString,
                     response_serializer=protos_dot_control__pb2.SwitchProgress.SerializeToString,
+            ),
+            'GetDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDecisions,
+                    request_deserializer=protos_dot_control__pb2.GetDecisionsRequest.FromString,
+                    response_serializer=protos_dot_control__pb2.GetDecisionsResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -237,6 +254,33 @@ class GatewayControlService:
             '/phasewise.control.v1.GatewayControlService/SwitchPhases',
             protos_dot_control__pb2.SwitchPhasesRequest.SerializeToString,
             protos_dot_control__pb2.SwitchProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/phasewise.control.v1.GatewayControlService/GetDecisions',
+            protos_dot_control__pb2.GetDecisionsRequest.SerializeToString,
+            protos_dot_control__pb2.GetDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -44,6 +44,8 @@ class GatewayControlServiceStub:
     """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
     on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
     """
+    GetDecisions: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetDecisionsRequest, _control_pb2.GetDecisionsResponse]
+    """Changes of phases that the controller decided on, and what it saw, as far as this gateway remembers them."""
     Explain: _grpc.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]
     """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
@@ -61,6 +63,8 @@ class GatewayControlServiceAsyncStub(GatewayControlServiceStub):
     """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
     on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
     """
+    GetDecisions: _aio.UnaryUnaryMultiCallable[_control_pb2.GetDecisionsRequest, _control_pb2.GetDecisionsResponse]  # type: ignore[assignment]
+    """Changes of phases that the controller decided on, and what it saw, as far as this gateway remembers them."""
     Explain: _aio.UnaryUnaryMultiCallable[_control_pb2.ExplainRequest, _control_pb2.ExplainResponse]  # type: ignore[assignment]
     """What is remembered of a request: of all that run, and of the last ones that ended. NOT_FOUND for another id."""
 
@@ -99,6 +103,14 @@ class GatewayControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """A worker takes other phases while requests run. Answers with each state that the switch comes to, the last one included; it goes
         on when nobody listens any more. A dry run answers once, with what it would do. UNAVAILABLE without a controller.
         """
+
+    @_abc_1.abstractmethod
+    def GetDecisions(
+        self,
+        request: _control_pb2.GetDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.GetDecisionsResponse, _abc.Awaitable[_control_pb2.GetDecisionsResponse]]:
+        """Changes of phases that the controller decided on, and what it saw, as far as this gateway remembers them."""
 
     @_abc_1.abstractmethod
     def Explain(

@@ -36,6 +36,12 @@ VERBS = {
     "explain": Verb("orchestrator.cli.explain", "tell what became of a request, and why"),
     "kv": Verb("orchestrator.cli.kv", "show who holds the KV blocks of the workers"),
     "switch": Verb("orchestrator.cli.switch", "have a worker serve other phases, while requests run"),
+    "decisions": Verb(
+        "orchestrator.cli.decisions", "show what the controller decided about phases, and what came of it"
+    ),
+    "replay-decisions": Verb(
+        "orchestrator.cli.replay_decisions", "tell what another policy would have decided"
+    ),
     "chat": Verb("orchestrator.cli.chat", "talk to the model, with its chat template"),
     "generate": Verb("orchestrator.cli.generate", "continue a text or token ids as they are"),
     "validate": Verb("orchestrator.cli.validate", "check a manifest without starting anything"),

@@ -36,6 +36,10 @@ def switch_json(switch: SwitchView) -> dict[str, Any]:
         "reason": switch.reason,
         "change_s": switch.change_s,
         "first_step_s": switch.first_step_s,
+        "predicted": switch.predicted,
+        "digest": switch.digest,
+        "met_before": switch.met_before,
+        "met_after": switch.met_after,
     }
 
 

@@ -66,8 +66,7 @@ class AutoSwitch:
         load = cluster_load(view, totals, self._block_sizes)
         self.last = look = Look(now_s, load, cost, self._slo)
         if self._sets is None:
-            floors = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 1)
-            self._sets = PhaseSets(PhaseSetsConfig(self._slo, cost, 0.0, ALLOWED, floors))
+            self._sets = phase_sets(cost, self._slo)
         self._sets.learn(cost)
         digest = look.digest
         return tuple(
@@ -81,6 +80,12 @@ class AutoSwitch:
             )
             for switch in self._sets.tick(now_s, load)
         )
+
+
+def phase_sets(cost: StepCost, slo: Slo) -> PhaseSets:
+    """The policy, at its beginning."""
+    floors = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 1)
+    return PhaseSets(PhaseSetsConfig(slo, cost, 0.0, ALLOWED, floors))
 
 
 def step_cost(view: ClusterView) -> StepCost | None:

@@ -166,7 +166,8 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         wanted = state.auto.tick(now_s, view, gateway.totals)
         is_dry_run = config.switch_mode is SwitchMode.DRY_RUN
         state.switching.begin(wanted, view, now_s, is_dry_run=is_dry_run)
-    return Plan((*stops, *actions), _view(state, config))
+    look = state.auto.last if state.auto is not None else None
+    return Plan((*stops, *actions), _view(state, config), look)
 
 
 def _follow_processes(machine: WorkerMachine, reports: list[ProcessReport], now_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from orchestrator.control.auto_switch import Look
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.view import ClusterView
 from workers.api import PhaseSet, WorkerId
@@ -46,3 +47,5 @@ class Plan:
 
     actions: tuple[Action, ...]
     view: ClusterView
+    #: What the policy for phases saw; None while there is none.
+    look: Look | None = None

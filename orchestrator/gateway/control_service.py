@@ -11,6 +11,7 @@ from orchestrator.control.record_wire import record_to_pb
 from orchestrator.control.role_switch import SwitchRequest, forecast
 from orchestrator.control.view_wire import switch_to_pb, totals_to_pb, view_from_pb, view_to_pb
 from orchestrator.errors import PhasewiseOrchestratorError, UnknownRequest, UnknownWorker
+from orchestrator.gateway.decision_log import DecisionLog
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.wanted_switches import TAKEN_WITHIN_S, WantedSwitches
 from orchestrator.gateway.worker_ledgers import ask_ledgers
@@ -27,6 +28,7 @@ class ControlService(GatewayControlServiceServicer):
         self._deployment = deployment
         self._dispatcher = dispatcher
         self._switches = WantedSwitches()
+        self._decisions = DecisionLog()
 
     async def PublishView(  # noqa: N802
         self, request: pb.PublishViewRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -47,6 +49,8 @@ class ControlService(GatewayControlServiceServicer):
         if not is_used:
             return pb.PublishViewResponse(is_superseded=is_of_another)
         self._switches.view_came(view)
+        look = request.look if request.HasField("look") else None
+        self._decisions.came(view, look, asyncio.get_running_loop().time())
         wanted = [
             pb.WantedSwitch(
                 switch_id=one.switch_id,
@@ -121,6 +125,13 @@ class ControlService(GatewayControlServiceServicer):
         except TimeoutError:
             reason = f"no controller has taken it within {TAKEN_WITHIN_S:g} s"
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+
+    async def GetDecisions(  # noqa: N802
+        self, request: pb.GetDecisionsRequest, _context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetDecisionsResponse:
+        """See the .proto."""
+        now_s = asyncio.get_running_loop().time()
+        return self._decisions.answer(now_s, with_looks=request.with_looks)
 
     async def Explain(  # noqa: N802
         self, request: pb.ExplainRequest, context: "grpc.aio.ServicerContext[Any, Any]"

@@ -12,10 +12,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
+from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Action, SetPhases, StartWorker, StopWorker
+from orchestrator.control.plan import Action, Plan, SetPhases, StartWorker, StopWorker
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ClusterView
 from orchestrator.errors import ControllerSuperseded, PhasewiseOrchestratorError
@@ -70,8 +71,8 @@ class StatusProbe(Protocol):
 class ViewPublisher(Protocol):
     """The way to the gateway."""
 
-    async def publish(self, view: ClusterView) -> GatewayNews:
-        """Replace the gateway's view; returns what the gateway has to tell.
+    async def publish(self, view: ClusterView, look: Look | None) -> GatewayNews:
+        """Replace the gateway's view; returns what the gateway has to tell. look: what the policy for phases saw.
 
         Raises GatewayUnreachable or ControllerSuperseded.
         """
@@ -199,7 +200,7 @@ class ControlLoop:
         # The view goes first. It keeps requests off a worker that is about to be stopped, and keeps the
         # new incarnation from being used again should we die in the middle. And it ends us here if another
         # controller has taken over.
-        await self._publish(plan.view)
+        await self._publish(plan)
         async with asyncio.TaskGroup() as group:
             for action in plan.actions:
                 group.create_task(self._apply(action))
@@ -230,11 +231,11 @@ class ControlLoop:
             self.failures.failed("probe", broken[0])
         return [answer for answer in answers if isinstance(answer, WorkerStatus)]
 
-    async def _publish(self, view: ClusterView) -> None:
+    async def _publish(self, plan: Plan) -> None:
         # What was told before stands, but for what has been asked for: that is told again.
         self._gateway = replace(self._gateway, wanted_switches=())
         async with self._tolerate("publish", max(MIN_PUBLISH_TIMEOUT_S, self._tick_s)):
-            self._gateway = await self._publisher.publish(view)
+            self._gateway = await self._publisher.publish(plan.view, plan.look)
 
     async def _apply(self, action: Action) -> None:
         match action:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import grpc.aio
 
+from orchestrator.control.auto_switch import Look
+from orchestrator.control.look_wire import look_to_pb
 from orchestrator.control.observation import GatewayNews
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView
@@ -32,12 +34,13 @@ class GatewayPublisher:
         self._channel = open_channel(control_address)
         self._stub = GatewayControlServiceStub(self._channel)
 
-    async def publish(self, view: ClusterView) -> GatewayNews:
+    async def publish(self, view: ClusterView, look: Look | None = None) -> GatewayNews:
         """See ViewPublisher."""
         with self._map_errors():
-            answer = await self._stub.PublishView(
-                pb.PublishViewRequest(view=view_to_pb(view)), timeout=PUBLISH_TIMEOUT_S
+            request = pb.PublishViewRequest(
+                view=view_to_pb(view), look=look_to_pb(look) if look is not None else None
             )
+            answer = await self._stub.PublishView(request, timeout=PUBLISH_TIMEOUT_S)
         if answer.is_superseded:
             raise ControllerSuperseded(view.controller_epoch)
         wanted = tuple(

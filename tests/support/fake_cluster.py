@@ -6,6 +6,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.observation import GatewayNews, ProcessKey, ProcessReport
@@ -227,7 +228,7 @@ class FakeGateway:
         self.is_reachable = True
         self.wanted: list[SwitchRequest] = []
 
-    async def publish(self, view: ClusterView) -> GatewayNews:
+    async def publish(self, view: ClusterView, look: Look | None = None) -> GatewayNews:
         await self._answer()
         old = self.view
         if old is None or (old.controller_epoch, old.version) <= (view.controller_epoch, view.version):

@@ -1,0 +1,113 @@
+"""`phasewise decisions`: what the controller decided about phases, from what, and what came of it."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+
+from orchestrator import interruptible
+from orchestrator.cli import exit_codes, table, target
+from orchestrator.cli.switch_text import switch_json
+from orchestrator.cli.transfer_text import seconds
+from orchestrator.control.role_switch import phase_text
+from orchestrator.control.view import SwitchView
+from orchestrator.control.view_wire import switch_from_pb
+from orchestrator.errors import DeploymentNotFound
+from orchestrator.runtime.registry import Registry
+from protos import control_pb2 as pb
+from protos.control_pb2_grpc import GatewayControlServiceStub
+
+ANSWER_TIMEOUT_S = 10.0
+
+EXAMPLES = """\
+examples:
+  phasewise decisions
+  phasewise decisions --looks looks.jsonl
+  phasewise replay-decisions looks.jsonl --policy epd_queue
+
+PREDICTED is goodput after the switch over that before, as the policy expected it. MET is the part of the requests that met their
+targets for 15 s before the switch and after it. SEEN names what the policy saw, in the file that --looks writes.
+
+exit codes: 0 it was told, 2 wrong command line, 4 no such deployment, or its gateway does not answer
+"""
+_HEADER = ("AGO", "WORKER", "FROM", "TO", "STATE", "PREDICTED", "MET", "SEEN", "WHY")
+_LEFT = ("WORKER", "FROM", "TO", "STATE", "MET", "SEEN", "WHY")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "decisions",
+        help="show what the controller decided about phases, and what came of it",
+        description="Show what the controller decided about the phases of workers, from what, and what came of it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    target.add_control_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="a line for each decision, for programs")
+    parser.add_argument(
+        "--looks", type=Path, metavar="FILE", help="write what the policy saw, for replay-decisions"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit code."""
+    if args.looks and not args.looks.absolute().parent.is_dir():
+        print(f"--looks {args.looks}: there is no such folder", file=sys.stderr)
+        return exit_codes.USAGE
+    try:
+        address = target.control_address(args, Registry())
+    except DeploymentNotFound as error:
+        print(error, file=sys.stderr)
+        return exit_codes.UNREACHABLE
+    try:
+        answer = interruptible.run(ask(address, with_looks=args.looks is not None))
+    except grpc.RpcError as error:
+        return target.failed(address, error)
+    if args.looks:
+        lines = [json.dumps(MessageToDict(look, preserving_proto_field_name=True)) for look in answer.looks]
+        args.looks.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        print(f"{len(lines)} looks are in {args.looks}", file=sys.stderr)
+    if args.json:
+        for one in answer.decisions:
+            print(json.dumps({"age_s": one.age_s, **switch_json(switch_from_pb(one.switch))}))
+    else:
+        print("\n".join(text_lines(answer)))
+    return exit_codes.OK
+
+
+async def ask(address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
+    """What the gateway remembers. Raises grpc.RpcError."""
+    async with target.connect(address) as channel:
+        request = pb.GetDecisionsRequest(with_looks=with_looks)
+        return await GatewayControlServiceStub(channel).GetDecisions(request, timeout=ANSWER_TIMEOUT_S)
+
+
+def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
+    """A table, the latest last."""
+    rows = [_row(one.age_s, switch_from_pb(one.switch)) for one in answer.decisions]
+    if not rows:
+        return ["no worker has changed its phases"]
+    return table.lines(_HEADER, rows, left=_LEFT)
+
+
+def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
+    return (
+        seconds(age_s),
+        switch.worker_id,
+        phase_text(switch.before),
+        phase_text(switch.phases),
+        switch.state.value,
+        "-" if switch.predicted is None else f"{switch.predicted:.2f}x",
+        f"{_share(switch.met_before)} -> {_share(switch.met_after)}",
+        switch.digest or "-",
+        switch.reason,
+    )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

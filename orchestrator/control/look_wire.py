@@ -1,0 +1,65 @@
+"""What a policy saw to and from phasewise.control.v1. Pure."""
+
+from dataclasses import astuple
+
+from orchestrator.control.auto_switch import Look
+from orchestrator.control.policies.policy import ClusterLoad, WorkerLoad
+from orchestrator.control.slo import Slo
+from orchestrator.control.step_cost import StepCost
+from orchestrator.control.view_wire import totals_from_pb, totals_to_pb
+from protos import control_pb2 as pb
+from workers.api import WorkerId
+from workers.wire import phases_from_pb, phases_to_pb
+
+
+def look_to_pb(look: Look) -> pb.Look:
+    """All of it, with its digest."""
+    return pb.Look(
+        at_s=look.at_s,
+        workers=map(_worker_to_pb, look.load.workers),
+        totals=totals_to_pb(look.load.totals),
+        cost=astuple(look.cost),
+        ttft_s=look.slo.ttft_s,
+        tpot_s=look.slo.tpot_s,
+        digest=look.digest,
+    )
+
+
+def look_from_pb(message: pb.Look) -> Look:
+    """All of it. Raises ValueError when its costs are not six numbers."""
+    if len(message.cost) != 6:
+        raise ValueError(f"cost: has {len(message.cost)} numbers; a look has 6")
+    load = ClusterLoad(tuple(map(_worker_from_pb, message.workers)), totals_from_pb(message.totals))
+    return Look(message.at_s, load, StepCost(*message.cost), Slo(message.ttft_s, message.tpot_s))
+
+
+def _worker_to_pb(worker: WorkerLoad) -> pb.LookWorker:
+    return pb.LookWorker(
+        worker_id=worker.worker_id,
+        phases=phases_to_pb(worker.phases),
+        kv_capacity=worker.kv_capacity,
+        is_switching=worker.is_switching,
+        prefill_tokens=worker.prefill_tokens,
+        num_prefills=worker.num_prefills,
+        num_decoding=worker.num_decoding,
+        decode_context=worker.decode_context,
+        num_promised=worker.num_promised,
+        kv_tokens=worker.kv_tokens,
+        num_decode_steps=worker.num_decode_steps,
+    )
+
+
+def _worker_from_pb(message: pb.LookWorker) -> WorkerLoad:
+    return WorkerLoad(
+        WorkerId(message.worker_id),
+        phases_from_pb(message.phases),
+        kv_capacity=message.kv_capacity,
+        is_switching=message.is_switching,
+        prefill_tokens=message.prefill_tokens,
+        num_prefills=message.num_prefills,
+        num_decoding=message.num_decoding,
+        decode_context=message.decode_context,
+        num_promised=message.num_promised,
+        kv_tokens=message.kv_tokens,
+        num_decode_steps=message.num_decode_steps,
+    )
