@@ -1,0 +1,240 @@
+"""Seeded simulations with faults and switches of phases: whatever happens, nothing is lost, doubled or held for ever.
+
+    python benchmarks/control/safety.py [--quick] [--count N] [--first SEED] [--json FILE]
+
+Each seed draws a shape of two to four workers, a small load, up to three faults (crashes, pauses, slow steps, cuts), up to four switches that
+somebody asks for, and whether the controller switches by itself. It is simulated with the code that serves (docs/simulation.md). What must
+hold, at every view, at moments in between, and at the end:
+
+    - every phase that is needed has a worker that is declared for it, and no worker is used for a phase that it is giving up;
+    - the controller itself makes no more switches a minute than its cooldown allows;
+    - every request has one end, with tokens that are right and in order; without faults that end is its last token;
+    - no block, lease or transfer is held when all requests are over;
+    - what arrives once the faults are over is served.
+
+A seed that fails is printed, and `--first SEED --count 1` runs it again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from orchestrator.bench.machine import describe_machine  # noqa: E402
+from orchestrator.bench.plan import PlannedRequest  # noqa: E402
+from orchestrator.bench.records import OK  # noqa: E402
+from orchestrator.bench.trace import TraceRow  # noqa: E402
+from orchestrator.control.auto_switch import SwitchMode  # noqa: E402
+from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
+from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
+from orchestrator.control.role_switch import SwitchRequest  # noqa: E402
+from orchestrator.control.slo import Slo  # noqa: E402
+from orchestrator.control.view import ClusterView, SwitchState  # noqa: E402
+from orchestrator.sim.faults import Fault, FaultKind  # noqa: E402
+from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
+from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId  # noqa: E402
+from workers.latency_model import LatencyModel  # noqa: E402
+
+P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+BOTH = P | D
+SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
+    (BOTH, BOTH),
+    (P, P, D, D),
+    (BOTH, P, D),
+    (P, D, D),
+    (BOTH, BOTH, BOTH),
+)
+ENGINE = EngineConfig(
+    kv_cache_bytes=10**9, token_budget=512, max_running_sequences=16, max_waiting_requests=100
+)
+LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
+#: Faults and switches happen in so many seconds; requests that must be served arrive so long after them.
+TROUBLE_S, CALM_S = 3.0, 75.0
+NUM_AFTER = 2
+TIMEOUT_S = 60.0
+#: One every two seconds, and those that are taken back.
+MOST_SWITCHES_A_MINUTE = 31
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one seed draws."""
+
+    config: SimConfig
+    plan: tuple[PlannedRequest, ...]
+    num_after: int
+
+
+def draw(seed: int) -> Case:
+    """One case."""
+    rng = random.Random(seed)
+    shape = rng.choice(SHAPES)
+    names = [f"w{i}" for i in range(len(shape))]
+    declared = tuple(
+        DeclaredWorker(
+            WorkerId(name),
+            phases,
+            "simulated",
+            WorkerResources(1),
+            ENGINE,
+            KvTransferConfig(lease_s=5.0, resume_s=1.0),
+        )
+        for name, phases in zip(names, shape, strict=True)
+    )
+    faults = tuple(
+        Fault(
+            rng.uniform(0, TROUBLE_S),
+            rng.choice(list(FaultKind)),
+            rng.choice(names),
+            rng.uniform(0.1, 3.0),
+            3.0,
+        )
+        for _ in range(rng.choice((0, 1, 1, 2, 3)))
+    )
+    switches = tuple(
+        (
+            rng.uniform(0, TROUBLE_S),
+            SwitchRequest(f"s{i}", WorkerId(rng.choice(names)), rng.choice((P, D, BOTH)), "asked for"),
+        )
+        for i in range(rng.choice((0, 1, 2, 4)))
+    )
+    # Every fifth case is a rush, in which the controller has a reason to act.
+    is_rush = rng.random() < 0.2
+    num_requests = rng.randint(60, 90) if is_rush else rng.randint(4, 12)
+    arrivals = sorted(rng.uniform(0, TROUBLE_S) for _ in range(num_requests))
+    arrivals += [CALM_S + i for i in range(NUM_AFTER)]
+    plan = tuple(
+        PlannedRequest(TraceRow(n, at_s, prompt, output), at_s, prompt, output)
+        for n, at_s in enumerate(arrivals, 1)
+        for prompt, output in ((rng.randint(1, 3000 if is_rush else 1500), rng.randint(1, 60)),)
+    )
+    config = SimConfig(
+        declared,
+        LATENCY,
+        seed=seed,
+        load_s=1.0,
+        timeout_s=TIMEOUT_S,
+        max_context_tokens=16_384,
+        faults=faults,
+        switches=switches,
+        slo=Slo(0.05, 0.02),
+        switch_mode=SwitchMode.ON if rng.random() < 0.5 else SwitchMode.OFF,
+        check_every=200,
+    )
+    return Case(config, plan, NUM_AFTER)
+
+
+def check_view(view: ClusterView) -> None:
+    """What holds of each."""
+    served = {phase for worker in view.workers for phase in worker.phases}
+    assert served >= BOTH, view
+    for worker in view.workers:
+        assert not worker.phases & worker.leaving, worker
+
+
+def run(seed: int) -> tuple[int, str, Counter[str]]:
+    """The seed, what went wrong if anything did, and what happened."""
+    counts: Counter[str] = Counter()
+    try:
+        case = draw(seed)
+        simulation = Simulation(case.config, case.plan, case.plan[-1].arrival_s)
+        update = simulation.dispatcher.update_view
+
+        def checked(view: ClusterView) -> bool:
+            check_view(view)
+            return update(view)
+
+        simulation.dispatcher.update_view = checked  # type: ignore[method-assign]
+        result = simulation.run()
+        assert result.num_wrong_tokens == 0, "tokens are wrong"
+        records = result.load.records
+        assert len(records) == len(case.plan), "requests without an end"
+        late = [record.status for record in records[-case.num_after :]]
+        assert late == [OK] * case.num_after, f"not served once the faults were over: {late}"
+        if not case.config.faults:
+            assert {record.status for record in records} == {OK}, "a request failed without a fault"
+        _check_nothing_held(simulation)
+        own = [switch for switch in result.switches if switch.digest]
+        done = [switch for switch in own if switch.state is not SwitchState.UNDONE]
+        for first in done:
+            in_minute = sum(0 <= one.began_at_s - first.began_at_s < 60 for one in done)
+            assert in_minute <= MOST_SWITCHES_A_MINUTE, "flapping"
+        counts.update(
+            requests=len(records),
+            served=sum(record.status == OK for record in records),
+            faults=len(case.config.faults),
+            switches_done=sum(switch.state is not SwitchState.UNDONE for switch in result.switches),
+            switches_undone=sum(switch.state is SwitchState.UNDONE for switch in result.switches),
+            switches_by_itself=len(done),
+            events=result.num_events,
+        )
+    except Exception:  # noqa: BLE001 - told with its seed
+        return seed, traceback.format_exc(), counts
+    return seed, "", counts
+
+
+def _check_nothing_held(simulation: Simulation) -> None:
+    until_s = simulation.timers.time() + 2 * TIMEOUT_S
+    while simulation.timers.run_next(until_s):
+        pass
+    simulation.check_invariants()
+    for process in simulation.cluster.living():
+        counts = process.engine.block_counts()
+        assert counts.in_use == counts.leased == 0, (process.spec.worker_id, counts)
+        assert process.engine.num_leases == process.engine.num_waiting == process.engine.num_running == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="200 seeds instead of 10,000")
+    parser.add_argument("--count", type=int, metavar="N", help="so many seeds")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first of them (default: 0)")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="at a time (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    args = parser.parse_args()
+    count = args.count or (200 if args.quick else 10_000)
+    began_s = time.monotonic()
+    total: Counter[str] = Counter()
+    failed: list[int] = []
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        seeds = range(args.first, args.first + count)
+        for done, (seed, problem, counts) in enumerate(pool.imap_unordered(run, seeds, chunksize=8), 1):
+            total += counts
+            if problem:
+                failed.append(seed)
+                print(f"seed {seed}:\n{problem}", file=sys.stderr)
+            if done % 100 == 0:
+                print(f"{done} of {count}, {len(failed)} failed", file=sys.stderr)
+    result = {
+        "machine": describe_machine(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "num_seeds": count,
+        "first_seed": args.first,
+        "failed_seeds": sorted(failed),
+        "took_s": round(time.monotonic() - began_s, 1),
+        **total,
+    }
+    print(
+        f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, "
+        f"{total['faults']:,} faults, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
+        f"controller itself), {total['switches_undone']:,} refused or undone, {total['events']:,} events"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
