@@ -1,6 +1,6 @@
 """Capacity of every policy, with every order of the queue, on loads that stay and loads that shift.
 
-    python benchmarks/control/policies.py [--quick] [--azure FILE] [--mooncake FILE] [--json FILE]
+    python benchmarks/control/policies.py [--quick] [--only NAME[,NAME]] [--azure FILE] [--mooncake FILE] [--json FILE]
 
 Eight H100 that serve Llama-3-8B's shape, with SigLIP for pictures, in the coarse simulator (docs/simulation.md). Capacity is the highest
 rate at which 90 or 99 % of all requests meet both targets, by bisection; refused requests have not met them. Mean of the seeds and half of the
@@ -255,12 +255,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two seeds and a coarser search")
+    parser.add_argument("--only", default=",".join(POLICIES), metavar="NAME[,NAME]", help="of the policies")
     parser.add_argument("--azure", type=Path, default=TRACES / "azure_llm_2023_conv.csv", metavar="FILE")
     parser.add_argument(
         "--mooncake", type=Path, default=TRACES / "mooncake_conversation.jsonl", metavar="FILE"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
+    only = set(args.only.split(","))
     seeds, num_steps = (range(2), QUICK_STEPS) if args.quick else (SEEDS, STEPS)
     began_s, rows, splits = time.monotonic(), [], {}
     all_loads = loads(args.azure, args.mooncake)
@@ -269,7 +271,7 @@ def main() -> int:
             all_loads, pool.map(partial(best_split, num_steps=QUICK_STEPS), all_loads), strict=True
         ):
             splits[load.name] = shape_text(split)
-            cases = [Case(load, split, policy, order) for policy, order in variants()]
+            cases = [Case(load, split, policy, order) for policy, order in variants() if policy in only]
             found = list(pool.map(partial(cell, seeds=seeds, num_steps=num_steps), cases))
             print_load(load, split, found)
             rows += found

@@ -140,7 +140,7 @@ def _phasewise(
     name: str, setting: Setting, order: MakeOrder, shape: tuple[PhaseSet, ...], allowed: tuple[PhaseSet, ...]
 ) -> Policy:
     cost = setting.cost
-    config = PhasewiseConfig(setting.slo, cost, setting.tile_s, setting.layouts)
+    config = PhasewiseConfig(setting.slo, cost, setting.tile_s, setting.kv_token_s, setting.layouts)
     sets = PhaseSets(PhaseSetsConfig(setting.slo, cost, setting.tile_s, allowed, floors=_floors(shape)))
     return Policy(name, shape, order, PredictedPlacing(config), PredictedSteps(config), sets.tick)
 

@@ -4,6 +4,7 @@ Budget of each step, order of the queue, admission, where a request prefills and
 what phases workers serve. All from one latency model and two targets; docs/policies.md has the argument.
 """
 
+import math
 from dataclasses import dataclass
 
 from orchestrator.control.policies.placing import candidates, encoders, least_decoding, missing
@@ -25,6 +26,8 @@ from workers.api import Phase, WorkerId
 
 #: However many decode, some time is left.
 MIN_FREE = 0.05
+#: A split has to be so much better than a mixed batch: its speeds are means over batches, and changing it is not free.
+SPLIT_GAIN = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ class Layout:
 class PhasewiseConfig:
     """What it knows, and its limits.
 
-    slo: the deployment's. tile_s: to encode one tile; 0 where there are no pictures. layouts: measured, none where the device cannot be
+    slo: the deployment's. tile_s: to encode one tile; 0 where there are no pictures. kv_token_s: to fetch one token's KV from another worker;
+    infinite where none is fetched. layouts: measured, none where the device cannot be
     divided. margin: part of the TPOT target that steps are planned to take; max_credit: planned steps that short ones may save for a
     long one. max_prefill_tokens: of a step without decodes. most_encoders: that share the pictures of one request. admission: part of the
     TTFT target up to which a request is taken.
@@ -50,9 +54,10 @@ class PhasewiseConfig:
     slo: Slo
     cost: StepCost
     tile_s: float = 0.0
+    kv_token_s: float = math.inf
     layouts: tuple[Layout, ...] = ()
     margin: float = 0.95
-    max_credit: float = 2.0
+    max_credit: float = 1.0
     max_prefill_tokens: int = 2048
     min_chunk_tokens: int = 64
     max_tiles: int = 8
@@ -96,6 +101,8 @@ class PredictedSteps:
             if head.num_tiles and not head.num_left:
                 return Exclusive(Phase.ENCODE, config.max_tiles)
             return Mixed(config.max_prefill_tokens, config.max_tiles)
+        if config.layouts and (split := self._split(device)) is not None:
+            return split
         cost = config.cost
         left_s = limit_s - cost.step_s(num, device.decode_context)
         num_tiles = 0
@@ -108,20 +115,24 @@ class PredictedSteps:
         if head.num_left:
             limit_s -= num_tiles * config.tile_s
             budget = cost.tokens_within(num, device.decode_context, head.num_done, limit_s)
-            split = self._split(device, budget / limit_s if limit_s > 0 else 0.0)
-            if split is not None:
-                return split
         if budget >= config.min_chunk_tokens:
             return Mixed(num + budget, num_tiles)
         return Mixed(num, num_tiles) if num_tiles else Exclusive(Phase.DECODE, 0)
 
-    def _split(self, device: WorkerLoad, mixed_tokens_per_s: float) -> Split | None:
-        """Streams side by side, where prompts get further so than in a mixed batch and the decodes still meet their target."""
-        config = self._config
-        step_s = config.cost.step_s(device.num_decoding, device.decode_context)
-        fit = [one for one in config.layouts if step_s <= config.margin * config.slo.tpot_s * one.decode_rate]
+    def _split(self, device: WorkerLoad) -> Split | None:
+        """Streams side by side, where prompts get further so than in mixed batches and the decodes still meet their target.
+
+        In a mixed batch prompts have the time that the decodes leave, whose weights are read with theirs.
+        """
+        config, cost, num = self._config, self._config.cost, device.num_decoding
+        planned_s = config.margin * config.slo.tpot_s
+        alone_s = cost.step_s(num, device.decode_context)
+        fit = [one for one in config.layouts if alone_s <= planned_s * one.decode_rate]
         best = max(fit, key=lambda one: one.prefill_rate, default=None)
-        if best is None or best.prefill_rate / config.cost.token_s <= mixed_tokens_per_s:
+        if best is None:
+            return None
+        beside_s = cost.overhead_s + cost.token_s * num + cost.context_s * device.decode_context
+        if best.prefill_rate <= SPLIT_GAIN * (1 - beside_s / planned_s):
             return None
         return Split(best.prefill_share, best.decode_share, config.max_prefill_tokens, config.max_tiles)
 
@@ -141,19 +152,25 @@ class PredictedPlacing:
             return refusal
         chosen = encoders(cluster, prompt, most=self._config.most_encoders)
         encoded_s = self._encoded_s(chosen, prompt)
-        best, best_s = None, 0.0
-        for worker in candidates(cluster.prefill, prompt.number):
-            ttft_s = self._ttft_s(worker, prompt, encoded_s)
-            if best is None or ttft_s < best_s:
-                best, best_s = worker, ttft_s
-        assert best is not None
+        looked_at = [(one, prompt.cached_at(one)) for one in candidates(cluster.prefill, prompt.number)]
+        holder, most = max(looked_at, key=lambda one: one[1])
+        best, best_s, fetch_from = holder, math.inf, None
+        for worker, num_cached in looked_at:
+            ttft_s = self._ttft_s(worker, prompt, num_cached, encoded_s)
+            if ttft_s < best_s:
+                best, best_s, fetch_from = worker, ttft_s, None
+            if most > num_cached:
+                come_s = max(encoded_s, (most - num_cached) * self._config.kv_token_s)
+                ttft_s = self._ttft_s(worker, prompt, most, come_s)
+                if ttft_s < best_s:
+                    best, best_s, fetch_from = worker, ttft_s, holder
         predicted_s = now_s - prompt.arrived_at_s + best_s
         limit_s = self._config.admission * prompt.slo.ttft_s
         if predicted_s > limit_s:
             reason = f"predicted TTFT {predicted_s:.2f} s, target {prompt.slo.ttft_s:.2f} s"
             return Reject(reason, now_s + predicted_s - limit_s)
         decode = best if Phase.DECODE in best.phases else least_decoding(cluster, prompt.number)
-        return Placement(best, decode, chosen)
+        return Placement(best, decode, chosen, fetch_from)
 
     def _encoded_s(self, chosen: tuple[WorkerLoad, ...], prompt: Prompt) -> float:
         """Until its pictures are encoded; 0 without any."""
@@ -167,16 +184,15 @@ class PredictedPlacing:
             found = max(found, work_s / self._free(worker))
         return found
 
-    def _ttft_s(self, worker: WorkerLoad, prompt: Prompt, encoded_s: float) -> float:
-        """Predicted, on this worker: what waits there, or its pictures, and then itself, at the speed that the decodes leave."""
+    def _ttft_s(self, worker: WorkerLoad, prompt: Prompt, num_cached: int, come_s: float) -> float:
+        """Predicted, on this worker: what waits there, or what is to come, and then itself, at the speed that the decodes leave."""
         cost, tile_s = self._cost, self._config.tile_s
-        num_cached = prompt.cached_at(worker)
         own = prompt.num_tokens - num_cached
         own_s = cost.token_s * own + cost.pair_s * own * (num_cached + own / 2)
         waiting_s = cost.token_s * worker.prefill_tokens + tile_s * worker.encode_tiles
         free = self._free(worker)
         before_s = waiting_s / free
-        return (before_s if before_s > encoded_s else encoded_s) + own_s / free + cost.overhead_s
+        return (before_s if before_s > come_s else come_s) + own_s / free + cost.overhead_s
 
     def _free(self, worker: WorkerLoad) -> float:
         """Part of its time that the sequences leave which decode there, or will, at their target."""

@@ -25,6 +25,7 @@ from orchestrator.control.policies.policy import (
     WorkerLoad,
 )
 from orchestrator.control.slo import Slo
+from orchestrator.sim.coarse_costs import rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
 from workers.api import Phase, WorkerId
@@ -139,6 +140,19 @@ def test_a_prompt_that_cannot_make_it_is_refused_with_the_time_when_it_could() -
     assert isinstance(PredictedPlacing(CONFIG).place(0.0, prompt(1000), ClusterLoad((full,))), Placement)
 
 
+def test_a_prefix_is_fetched_where_that_is_sooner_than_waiting_for_who_has_it() -> None:
+    holder, idle = worker("holder", prefill_tokens=15_000), worker("idle")
+    cluster = ClusterLoad((holder, idle))
+    asked = Prompt(0, 0.0, 9000, 0, SLO, "", lambda one: 8000 if one is holder else 0)
+    near = PredictedPlacing(replace(CONFIG, kv_token_s=COSTS.kv_token_s)).place(0.0, asked, cluster)
+    assert near == Placement(idle, idle, (), holder)
+    # Computing is sooner than a slow way, and waiting than both.
+    slow = replace(CONFIG, kv_token_s=1e-3, admission=10.0)
+    assert PredictedPlacing(slow).place(0.0, asked, cluster) == Placement(idle, idle)
+    holder.prefill_tokens = 0
+    assert PredictedPlacing(CONFIG).place(0.0, asked, cluster) == Placement(holder, holder)
+
+
 def test_pictures_are_spread_over_those_that_encode_least() -> None:
     workers = [worker("a", encode_tiles=50), worker("b"), worker("c", encode_tiles=5)]
     config = replace(CONFIG, most_encoders=2, admission=10.0)
@@ -184,7 +198,7 @@ def test_without_decodes_a_prompt_gets_the_device() -> None:
     assert PredictedSteps(CONFIG).step(0.0, worker("w"), head(num_tiles=9)) == Exclusive(Phase.ENCODE, 8)
 
 
-def test_short_steps_save_time_for_a_long_one_and_no_more_than_two() -> None:
+def test_short_steps_save_time_for_a_long_one_and_no_more() -> None:
     steps, device = PredictedSteps(CONFIG), worker("w", num_decoding=50, decode_context=50_000)
     budgets = []
     for now_s, num_steps in ((0.0, 0), (0.05, 2), (0.5, 50), (5.0, 600)):
@@ -201,6 +215,15 @@ def test_a_split_is_taken_where_prompts_get_further_in_it() -> None:
     wanted = head(num_left=5000)
     assert isinstance(PredictedSteps(replace(CONFIG, layouts=(slow,))).step(0.0, device, wanted), Mixed)
     assert isinstance(PredictedSteps(replace(CONFIG, layouts=(fast,))).step(0.0, device, wanted), Split)
+
+
+@given(num=st.integers(1, 256), context=st.integers(1, 400_000), left=st.integers(1, 20_000))
+def test_on_an_h100_a_mixed_batch_is_never_worse_than_a_split(num: int, context: int, left: int) -> None:
+    shares = [sms / 132 for sms in range(16, 120, 8)]
+    layouts = tuple(Layout(1 - share, share, *rates(1 - share, share)) for share in shares)
+    device = worker("w", num_decoding=num, decode_context=context)
+    step = PredictedSteps(replace(CONFIG, layouts=layouts)).step(0.0, device, head(num_left=left))
+    assert not isinstance(step, Split)
 
 
 # Phase sets.
