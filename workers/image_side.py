@@ -7,9 +7,6 @@ from workers.api import (
     Abort,
     EmbeddingCounts,
     Encode,
-    FailureCode,
-    Phase,
-    RequestFailed,
     WorkerSpec,
     WorkerStatus,
 )
@@ -70,13 +67,9 @@ class ImageSide:
             )
 
     def encode(self, encode: Encode) -> None:
-        """What a gateway asks for."""
-        if self._encoding is None:
-            phases = ", ".join(sorted(self._spec.phases))
-            reason = f"phases: this worker serves {phases}, and does not {Phase.ENCODE}"
-            self._sessions.deliver([RequestFailed(encode.key, FailureCode.INVALID, reason)])
-        else:
-            self._encoding.submit(encode)
+        """What a gateway asks for, on a worker that serves encode."""
+        assert self._encoding is not None
+        self._encoding.submit(encode)
 
     def abort(self, abort: Abort) -> bool:
         """Nobody wants it any more; False when it is not about a picture."""
@@ -99,11 +92,16 @@ class ImageSide:
         if self._encoding is not None:
             await self._encoding.run()
 
+    @property
+    def num_encodes(self) -> int:
+        """Encodes that have not ended."""
+        return self._encoding.num_running if self._encoding is not None else 0
+
     def with_status(self, status: WorkerStatus) -> WorkerStatus:
         """With the part of it that is about pictures."""
         costs = self._encoding.loop.latency.costs() if self._encoding is not None else None
         counts = self._counts()
-        work = replace(status.work, num_encodes=counts.num_encodes_running)
+        work = replace(status.work, num_encodes=self.num_encodes)
         return replace(status, embeddings=counts, encode_costs=costs, work=work)
 
     def _counts(self) -> EmbeddingCounts:

@@ -195,10 +195,13 @@ class Worker:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
         if Phase.ENCODE in phases and not self._info.vision_json:
             return PhasesRefused("phases: this model takes no pictures, which encode is about")
-        is_text = bool(phases & TEXT_PHASES)
+        # What the process has loaded stays, so that it can take back what it gave up.
         of_images = {Phase.ENCODE, Phase.PREFILL} if self._info.vision_json else set()
-        if is_text != (self.text is not None) or phases & of_images != self.phases & of_images:
+        if self.text is None or not phases & TEXT_PHASES or not phases & of_images <= self.spec.phases:
             return PhasesRefused("it would need weights or memory that it has not", needs_new_process=True)
+        if self.images is not None and Phase.ENCODE in self.phases - phases:
+            num_left = self.images.num_encodes
+            return PhasesRefused(f"{num_left} pictures are encoded here", is_busy=True) if num_left else None
         return None
 
     async def check_invariants(self) -> None:
@@ -250,7 +253,7 @@ class Worker:
     def _take(self, command: Command) -> None:
         """A command that came by a session, to whom it is for."""
         key = command.key if isinstance(command, Submit | Encode) else None
-        if isinstance(command, Encode) and self.images is not None:
+        if isinstance(command, Encode) and self.images is not None and Phase.ENCODE in self.phases:
             self.images.encode(command)
         elif isinstance(command, Abort) and self.images is not None and self.images.abort(command):
             return
@@ -258,15 +261,16 @@ class Worker:
             needs_images = isinstance(command, Submit) and command.images and Phase.PREFILL in command.phases
             if needs_images and self.images is None:
                 assert key is not None
-                self._refuse(key, "images: the model of this worker takes no pictures")
+                self._refuse(key, FailureCode.INVALID, "images: the model of this worker takes no pictures")
             else:
                 self.text.pass_on(command)
         elif key is not None:
             phases = ", ".join(sorted(self.phases))
-            self._refuse(key, f"phases: this worker serves {phases}")
+            # It may have served more when this was sent; another worker does.
+            self._refuse(key, FailureCode.INTERNAL, f"phases: this worker serves {phases}")
 
-    def _refuse(self, key: RequestKey, reason: str) -> None:
-        self._sessions.deliver([RequestFailed(key, FailureCode.INVALID, reason)])
+    def _refuse(self, key: RequestKey, code: FailureCode, reason: str) -> None:
+        self._sessions.deliver([RequestFailed(key, code, reason)])
 
     # What happens.
 
