@@ -461,6 +461,7 @@ class SwitchView(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     MET_BEFORE_FIELD_NUMBER: _builtins.int
     MET_AFTER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
     switch_id: _builtins.str
     worker_id: _builtins.str
     state: Global___SwitchState.ValueType
@@ -476,6 +477,8 @@ class SwitchView(_message.Message):
     met_before: _builtins.float
     """Part of the requests that met their targets, for a while before and after it; absent until then, and where none finished."""
     met_after: _builtins.float
+    why: _builtins.str
+    """Why it was wanted; reason is why it is in its state."""
     @_builtins.property
     def before(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -496,10 +499,11 @@ class SwitchView(_message.Message):
         digest: _builtins.str = ...,
         met_before: _builtins.float | None = ...,
         met_after: _builtins.float | None = ...,
+        why: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "change_s", b"change_s", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "why", b"why", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__change_s: _TypeAlias = _typing.Literal["change_s"]  # noqa: Y015
     _WhichOneofArgType__change_s: _TypeAlias = _typing.Literal["_change_s", b"_change_s"]  # noqa: Y015

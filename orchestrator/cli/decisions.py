@@ -105,7 +105,7 @@ def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
         "-" if switch.predicted is None else f"{switch.predicted:.2f}x",
         f"{_share(switch.met_before)} -> {_share(switch.met_after)}",
         switch.digest or "-",
-        switch.reason,
+        "; ".join(dict.fromkeys(text for text in (switch.why, switch.reason) if text)),
     )
 
 

@@ -11,16 +11,31 @@ from orchestrator.cli import exit_codes
 from orchestrator.control.auto_switch import Look, phase_sets
 from orchestrator.control.look_wire import look_from_pb
 from orchestrator.control.policies.disaggregated import EpdQueue
-from orchestrator.control.policies.policy import ClusterLoad, Switch
+from orchestrator.control.policies.policy import Switch
 from orchestrator.control.role_switch import phase_text
 from orchestrator.errors import LooksError
 from protos import control_pb2 as pb
 
-Tick = Callable[[float, ClusterLoad], Sequence[Switch]]
-POLICIES: dict[str, Callable[[Look], Tick]] = {
-    "phasewise": lambda look: phase_sets(look.cost, look.slo).tick,
-    "epd_queue": lambda _look: EpdQueue().tick,
-}
+Tick = Callable[[Look], Sequence[Switch]]
+
+
+def _phasewise(first: Look) -> Tick:
+    sets = phase_sets(first.cost, first.slo)
+
+    def tick(look: Look) -> Sequence[Switch]:
+        sets.learn(look.cost)
+        return sets.tick(look.at_s, look.load)
+
+    return tick
+
+
+def _epd_queue(_first: Look) -> Tick:
+    policy = EpdQueue()
+    return lambda look: policy.tick(look.at_s, look.load)
+
+
+#: Each made for the first look.
+POLICIES: dict[str, Callable[[Look], Tick]] = {"phasewise": _phasewise, "epd_queue": _epd_queue}
 
 EXAMPLES = """\
 examples:
@@ -75,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 def replay(looks: Sequence[Look], tick: Tick) -> Iterator[tuple[Look, Switch]]:
     """Each decision, with what it was made from."""
     for look in looks:
-        for switch in tick(look.at_s, look.load):
+        for switch in tick(look):
             yield look, switch
 
 

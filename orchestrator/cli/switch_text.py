@@ -34,6 +34,7 @@ def switch_json(switch: SwitchView) -> dict[str, Any]:
         "phases": _names(switch.phases),
         "state": switch.state.value,
         "reason": switch.reason,
+        "why": switch.why,
         "change_s": switch.change_s,
         "first_step_s": switch.first_step_s,
         "predicted": switch.predicted,

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
-from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.role_switch import SwitchRequest, phase_text
 from orchestrator.control.slo import Slo
 from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, LifecycleState
@@ -41,7 +41,11 @@ class Look:
     @property
     def digest(self) -> str:
         """Names it among all looks."""
-        parts = [f"{asdict(one)!r}" for one in self.load.workers]
+        # A set has no order of its own.
+        parts = [
+            f"{phase_text(one.phases)}{asdict(replace(one, phases=frozenset()))!r}"
+            for one in self.load.workers
+        ]
         text = "|".join((*parts, repr(self.load.totals), repr(self.cost)))
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
@@ -80,6 +84,11 @@ class AutoSwitch:
             )
             for switch in self._sets.tick(now_s, load)
         )
+
+    def not_made(self, now_s: float) -> None:
+        """What the last tick wanted was not done."""
+        if self._sets is not None:
+            self._sets.not_made(now_s)
 
 
 def phase_sets(cost: StepCost, slo: Slo) -> PhaseSets:

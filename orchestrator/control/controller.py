@@ -153,7 +153,7 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         status = observation.statuses.get((machine.worker_id, machine.incarnation))
         _follow_status(machine, status, listened_s, config, now_s)
         refusal = observation.refusals.get((machine.worker_id, machine.incarnation))
-        change = state.switching.follow(machine, status, refusal, now_s)
+        change = state.switching.follow(machine, state.machines.values(), status, refusal, now_s)
         start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
         actions += [one for one in (change, start) if one is not None]
     stops = _stop_unwanted(observation.processes, state, now_s)
@@ -165,7 +165,8 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     if state.auto is not None:
         wanted = state.auto.tick(now_s, view, gateway.totals)
         is_dry_run = config.switch_mode is SwitchMode.DRY_RUN
-        state.switching.begin(wanted, view, now_s, is_dry_run=is_dry_run)
+        if wanted and not state.switching.begin(wanted, view, now_s, is_dry_run=is_dry_run):
+            state.auto.not_made(now_s)
     look = state.auto.last if state.auto is not None else None
     return Plan((*stops, *actions), _view(state, config), look)
 

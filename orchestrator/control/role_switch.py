@@ -14,7 +14,7 @@ from workers.api import Phase, PhaseSet, WorkerId
 #: How long it may take until a worker has changed, and how long a new process may take to be ready, in seconds.
 CHANGE_TIMEOUT_S = 60.0
 REPLACE_TIMEOUT_S = 300.0
-#: The effect of a switch is looked at so long after it, in seconds.
+#: The effect of a switch is looked at so long after the worker has changed, in seconds.
 OBSERVED_S = 15.0
 #: A worker that was told and has not changed is told again after this, in seconds.
 TELL_AGAIN_S = 1.0
@@ -36,6 +36,8 @@ class SwitchEvent(StrEnum):
     #: It has computed a step in a phase that it had not before.
     FIRST_STEP = "first_step"
     LATE = "late"
+    #: No other worker serves what it gives up any more.
+    NEEDED = "needed"
     #: Its process is gone, and was not ended by the switch.
     LOST = "lost"
 
@@ -53,6 +55,7 @@ _ROWS: dict[SwitchEvent, tuple[SwitchState | None, ...]] = {
     SwitchEvent.FIRST_STEP:        (None,      None,      _PROVEN,  None,   None),
     SwitchEvent.LATE:              (_UNDONE,   _UNDONE,   None,     None,   None),
     SwitchEvent.LOST:              (_UNDONE,   _UNDONE,   None,     None,   None),
+    SwitchEvent.NEEDED:            (_UNDONE,   _UNDONE,   None,     None,   None),
 }  # fmt: skip
 
 #: Next state by (state, event), for every pair; None: the event changes nothing there.
@@ -97,7 +100,7 @@ class RoleSwitch:
     changed_at_s: float | None = None
     #: From the beginning to its first step in a phase that it had not before.
     first_step_s: float | None = None
-    #: Part of the requests that met their targets, in OBSERVED_S before and after it; None where none finished.
+    #: Part of the requests that met their targets, in OBSERVED_S before it and after the worker had changed; None where none finished.
     met_before: float | None = None
     met_after: float | None = None
 
@@ -152,6 +155,7 @@ class RoleSwitch:
             phases=self.request.phases,
             state=self.state,
             reason=self.reason,
+            why=self.request.reason,
             change_s=None if changed_at_s is None else changed_at_s - self.began_at_s,
             first_step_s=self.first_step_s,
             began_at_s=self.began_at_s,

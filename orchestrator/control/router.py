@@ -218,7 +218,7 @@ def _least_loaded(
 
 def missing(view: ClusterView, phase: Phase) -> Wait | Refuse:
     """No worker can serve the phase now: is one coming?"""
-    declared = [worker for worker in view.workers if phase in worker.phases]
+    declared = [worker for worker in view.workers if phase in worker.phases | worker.leaving]
     coming = [worker for worker in declared if worker.state is not LifecycleState.FAILED]
     states = "; ".join(_describe(worker) for worker in declared)
     text = f"no worker can {phase} now ({states or 'none is declared'})"

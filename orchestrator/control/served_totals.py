@@ -15,9 +15,7 @@ class ServedTotals:
         self._slo = slo
 
     def routed(self, machine: RequestMachine) -> None:
-        """A sample got workers; its first time counts."""
-        if machine.num_attempts > 1 or machine.delivered:
-            return
+        """A sample got workers for the first time."""
         assert machine.route is not None
         totals = self.totals
         totals.num_requests += 1

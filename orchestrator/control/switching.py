@@ -1,7 +1,7 @@
 """Drives the switches of all workers in a controller's tick: what was seen becomes events, states become actions. Pure."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from orchestrator.control.plan import SetPhases
 from orchestrator.control.policies.policy import Totals
@@ -62,15 +62,20 @@ class Switching:
         return wanted, frozenset()
 
     def observe(self, totals: Totals | None, now_s: float) -> None:
-        """Follow what was served, and give each switch the part of the requests that met their targets before and after it."""
+        """Follow what was served, and give each switch the part of the requests that met their targets after it."""
         if totals is None:
             return
+        if self._served and totals.num_finished < self._served[-1][1]:
+            # A new gateway counts anew.
+            self._served.clear()
         self._served.append((now_s, totals.num_finished, totals.num_met))
         while len(self._served) > 2 and self._served[1][0] <= now_s - OBSERVED_S:
             self._served.popleft()
         for switch in self._switches.values():
-            is_due = switch.met_after is None and now_s >= switch.began_at_s + OBSERVED_S
-            if is_due and now_s < switch.began_at_s + 2 * OBSERVED_S:
+            changed_at_s = switch.changed_at_s
+            if changed_at_s is None or switch.met_after is not None:
+                continue
+            if changed_at_s + OBSERVED_S <= now_s < changed_at_s + 2 * OBSERVED_S:
                 switch.met_after = self._met()
 
     def _met(self) -> float | None:
@@ -87,8 +92,12 @@ class Switching:
         now_s: float,
         *,
         is_dry_run: bool = False,
-    ) -> None:
-        """Begin what may begin; what may not is remembered as undone, with the reason. view: as of this tick."""
+    ) -> int:
+        """Begin what may begin; what may not is remembered as undone, with the reason. view: as of this tick.
+
+        Returns how many began.
+        """
+        num_begun = 0
         for request in requests:
             if request.switch_id in self._seen:
                 continue
@@ -110,6 +119,7 @@ class Switching:
                     request.phases,
                     SwitchState.UNDONE,
                     problem,
+                    why=request.reason,
                     began_at_s=now_s,
                     predicted=request.predicted,
                     digest=request.digest,
@@ -128,9 +138,16 @@ class Switching:
             switch = RoleSwitch.begin(request, before, number, now_s)
             switch.met_before = self._met()
             self._switches[request.worker_id] = switch
+            num_begun += 1
+        return num_begun
 
     def follow(
-        self, machine: WorkerMachine, status: WorkerStatus | None, refusal: PhasesRefused | None, now_s: float
+        self,
+        machine: WorkerMachine,
+        others: Iterable[WorkerMachine],
+        status: WorkerStatus | None,
+        refusal: PhasesRefused | None,
+        now_s: float,
     ) -> SetPhases | None:
         """Tell the worker's switch what was seen of it, and what to tell the worker. May have its process replaced."""
         switch = self._switches.get(machine.worker_id)
@@ -139,7 +156,7 @@ class Switching:
                 # An earlier controller has changed them.
                 self.wanted[machine.worker_id] = status.phases
             return None
-        self._follow(switch, machine, status, refusal, now_s)
+        self._follow(switch, machine, status, refusal, self._kept_by(others, machine), now_s)
         if machine.state is not LifecycleState.READY:
             return None
         if switch.needs_new_process or switch.state is SwitchState.LEAVING:
@@ -162,14 +179,20 @@ class Switching:
         machine: WorkerMachine,
         status: WorkerStatus | None,
         refusal: PhasesRefused | None,
+        kept: PhaseSet,
         now_s: float,
     ) -> None:
+        """kept: phases that other workers serve."""
         if switch.is_under_way and self._is_lost(switch, machine):
             switch.handle(
                 SwitchEvent.LOST, f"{machine.worker_id} is {machine.state}: {machine.reason}", now_s
             )
         if refusal is not None and switch.state is SwitchState.CHANGING:
             self._refused(switch, refusal, now_s)
+        missing = switch.leaving - kept
+        if switch.is_under_way and missing and not self._is_being_replaced(switch):
+            reason = f"no other worker that is ready serves {phase_text(missing)}"
+            switch.handle(SwitchEvent.NEEDED, f"{reason}; {machine.worker_id} must keep it", now_s)
         if status is not None:
             self._heard(switch, machine, status, now_s)
         if switch.is_late(now_s):
@@ -178,7 +201,9 @@ class Switching:
             self._replace_back(switch, machine, status)
 
     def _heard(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus, now_s: float) -> None:
-        if switch.state is SwitchState.LEAVING and status.work.of(switch.leaving) == 0:
+        # A process that is to end has to bring away what it sends as well.
+        num_left = status.work.of(switch.leaving) + (status.num_leases if switch.needs_new_process else 0)
+        if switch.state is SwitchState.LEAVING and num_left == 0:
             left = phase_text(switch.leaving)
             reason = f"nothing needs {left} there any more" if left else "it gives nothing up"
             switch.handle(SwitchEvent.EMPTY, reason, now_s)
@@ -203,10 +228,16 @@ class Switching:
             machine.handle(WorkerEvent.REPLACE, reason, switch.state_since_s)
 
     def _is_lost(self, switch: RoleSwitch, machine: WorkerMachine) -> bool:
-        is_being_replaced = switch.needs_new_process and switch.state is SwitchState.CHANGING
-        if is_being_replaced:
+        if self._is_being_replaced(switch):
             return machine.state in (LifecycleState.LOST, LifecycleState.FAILED)
         return machine.state is not LifecycleState.READY
+
+    def _is_being_replaced(self, switch: RoleSwitch) -> bool:
+        return switch.needs_new_process and switch.state is SwitchState.CHANGING
+
+    def _kept_by(self, machines: Iterable[WorkerMachine], without: WorkerMachine) -> PhaseSet:
+        ready = [one for one in machines if one is not without and one.state is LifecycleState.READY]
+        return frozenset(phase for one in ready for phase in self.phases(one)[0])
 
     def _has_changed(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus) -> bool:
         if switch.needs_new_process:
@@ -230,7 +261,10 @@ class Switching:
         now_s: float,
     ) -> SetPhases | None:
         """Also when a switch was undone and the worker had changed: it is to change back."""
-        if status is None or status.phases == wanted:
+        has_epoch = switch.state is not SwitchState.CHANGING or (
+            status is not None and status.phase_epoch == switch.phase_epoch
+        )
+        if status is None or (status.phases == wanted and has_epoch):
             return None
         if switch.told_at_s is not None and now_s - switch.told_at_s < TELL_AGAIN_S:
             return None

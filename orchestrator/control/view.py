@@ -51,6 +51,8 @@ class SwitchView:
     state: SwitchState
     #: Why it is in this state.
     reason: str
+    #: Why it was wanted.
+    why: str = ""
     change_s: float | None = None
     first_step_s: float | None = None
     began_at_s: float = 0.0

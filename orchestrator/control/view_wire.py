@@ -68,6 +68,7 @@ def switch_to_pb(switch: SwitchView) -> pb.SwitchView:
         digest=switch.digest,
         met_before=switch.met_before,
         met_after=switch.met_after,
+        why=switch.why,
     )
 
 
@@ -87,6 +88,7 @@ def switch_from_pb(message: pb.SwitchView) -> SwitchView:
         digest=message.digest,
         met_before=message.met_before if message.HasField("met_before") else None,
         met_after=message.met_after if message.HasField("met_after") else None,
+        why=message.why,
     )
 
 

@@ -123,8 +123,11 @@ class ControlService(GatewayControlServiceServicer):
             async for switch in self._switches.follow(wanted):
                 await context.write(pb.SwitchProgress(switch=switch_to_pb(switch)))
         except TimeoutError:
-            reason = f"no controller has taken it within {TAKEN_WITHIN_S:g} s"
+            reason = f"no controller has spoken of it for {TAKEN_WITHIN_S:g} s"
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+        except LookupError:
+            reason = "a new controller came and does not know of it; the status shows what the worker serves"
+            await context.abort(grpc.StatusCode.ABORTED, reason)
 
     async def GetDecisions(  # noqa: N802
         self, request: pb.GetDecisionsRequest, _context: "grpc.aio.ServicerContext[Any, Any]"

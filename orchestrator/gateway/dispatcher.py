@@ -483,7 +483,9 @@ class Dispatcher:
             if not sample.machine.is_over:
                 self._running[sample.machine.attempt] = sample
                 sample.charge(self._ledger)
-                self._served.routed(sample.machine)
+                if not sample.is_counted:
+                    sample.is_counted = True
+                    self._served.routed(sample.machine)
             self._do(sample, actions)
 
     def _give_encoders(self) -> None:

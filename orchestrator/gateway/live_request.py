@@ -50,6 +50,8 @@ class LiveSample:
         self._drafts: DeliverDrafts | None = None
         self._num_taken = 0
         self._finish_reason: FinishReason | None = None
+        #: Among what was served.
+        self.is_counted = False
         self._route: Route | None = None
         self._prefill_tokens = 0
         #: Shards that are charged: by attempt, the worker and the patches.

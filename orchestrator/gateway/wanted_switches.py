@@ -40,7 +40,8 @@ class WantedSwitches:
     async def follow(self, request: SwitchRequest) -> AsyncIterator[SwitchView]:
         """Ask for it; then each state that it comes to, until it has ended or is forgotten.
 
-        Raises TimeoutError when no controller takes it; it is then not asked for any more.
+        Raises TimeoutError when no controller takes it, which is then not asked for any more, or none speaks while it is under way;
+        LookupError when it is forgotten before it has ended, by a new controller.
         """
         self._wanted[request.switch_id] = request
         try:
@@ -48,19 +49,19 @@ class WantedSwitches:
                 last = await self._next(request.switch_id, None)
         finally:
             self._wanted.pop(request.switch_id, None)
-        while last is not None:
-            yield last
-            if not last.is_under_way:
-                return
+        yield last
+        while last.is_under_way:
             last = await self._next(request.switch_id, last)
+            yield last
 
-    async def _next(self, switch_id: str, last: SwitchView | None) -> SwitchView | None:
-        """The next state that is another one; None when it is forgotten."""
+    async def _next(self, switch_id: str, last: SwitchView | None) -> SwitchView:
+        """The next state that is another one."""
         while True:
-            await self._came.wait()
+            async with asyncio.timeout(TAKEN_WITHIN_S):
+                await self._came.wait()
             switches = self._view.switches if self._view is not None else ()
             found = next((one for one in switches if one.switch_id == switch_id), None)
             if found is None and last is not None:
-                return None
+                raise LookupError(switch_id)
             if found is not None and (last is None or found.state is not last.state):
                 return found

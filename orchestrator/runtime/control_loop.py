@@ -267,7 +267,8 @@ class ControlLoop:
             phase_text(action.phases),
             action.reason,
         )
-        async with self._tolerate("set_phases", CLUSTER_TIMEOUT_S):
+        # It is told again, and the others must not wait for it.
+        async with self._tolerate("set_phases", max(MIN_PUBLISH_TIMEOUT_S, self._tick_s)):
             refused = await self._probe.set_phases(
                 action.address, action.incarnation, action.phases, action.phase_epoch
             )

@@ -68,6 +68,7 @@ class FakeProcess:
     phase_epoch: int = 0
     work: PhaseWork = NO_WORK
     first_step_s: float | None = None
+    num_leases: int = 0
     #: What it says when it is told to take other phases.
     refusal: PhasesRefused | None = None
 
@@ -102,6 +103,7 @@ class FakeProcess:
             work=self.work,
             phase_epoch=self.phase_epoch,
             first_step_s=self.first_step_s,
+            num_leases=self.num_leases,
         )
 
 

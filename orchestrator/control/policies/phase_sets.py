@@ -115,6 +115,12 @@ class PhaseSets:
         """Steps take so long, as is known now."""
         self._config = replace(self._config, cost=cost)
 
+    def not_made(self, now_s: float) -> None:
+        """The moves of the last tick were not made: they have no effect to look at, and are not wanted again soon."""
+        if self._last is not None:
+            self._blocked[self._last.move] = now_s + self._config.blocked_s
+            self._last = None
+
     def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
         """The moves to make now."""
         asked = self._look(now_s, cluster)
@@ -136,6 +142,9 @@ class PhaseSets:
         if before is None or now_s <= before[0]:
             return None
         elapsed_s, last = now_s - before[0], before[1]
+        if totals.num_requests < last.num_requests or totals.num_finished < last.num_finished:
+            # Who counts has begun anew.
+            return self._asked(cluster.workers)
         gain = min(1.0, elapsed_s / config.memory_s)
         tiles, tokens = totals.tiles - last.tiles, totals.prompt_tokens - last.prompt_tokens
         self._encode += gain * (config.tile_s * tiles / elapsed_s - self._encode)

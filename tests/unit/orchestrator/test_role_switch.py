@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey
 from orchestrator.control.plan import Plan, SetPhases, StartWorker, StopWorker
+from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import (
     CHANGE_TIMEOUT_S,
+    OBSERVED_S,
     TRANSITIONS,
     RoleSwitch,
     SwitchEvent,
@@ -55,11 +57,14 @@ class World:
             self.tick()
         assert all(worker.state is LifecycleState.READY for worker in self.plan.view.workers)
 
-    def tick(self, *requests: SwitchRequest, elapsed_s: float = 0.1) -> Plan:
+    def tick(self, *requests: SwitchRequest, elapsed_s: float = 0.1, totals: Totals | None = None) -> Plan:
         self.now_s += elapsed_s
         self.machines.advance()
         observation = Observation(
-            self.machines.reports(), self.machines.statuses(), GatewayNews(requests), dict(self.refusals)
+            self.machines.reports(),
+            self.machines.statuses(),
+            GatewayNews(requests, replace(totals) if totals else None),
+            dict(self.refusals),
         )
         self.refusals.clear()
         self.plan = decide(self.now_s, observation, self.state, self.config)
@@ -303,3 +308,98 @@ def test_every_phase_keeps_a_worker_whatever_is_asked_for(data: st.DataObject) -
             assert not worker.phases & worker.leaving
             # Nobody is used for what its process does not have.
             assert worker.phases <= world.process(worker.worker_id).phases or worker.leaving
+
+
+def test_one_that_needs_a_new_process_keeps_the_last_of_another_phase() -> None:
+    world = World(config_of(a_0=P | D, b_0=P))
+    world.process("a-0").refusal = PhasesRefused("it would need memory for pictures", needs_new_process=True)
+    world.process("a-0").work = PhaseWork(num_decodes=1)
+    for _ in range(4):
+        world.tick(wanted("a-0", D))
+        assert world.worker("a-0").phases >= D
+    assert (world.switch.state, world.switch.why) == (S.UNDONE, "more prompts")
+    assert world.switch.reason == "no other worker that is ready serves decode; a-0 must keep it"
+
+
+def test_one_whose_last_sibling_is_lost_on_the_way_stays() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    world.tick(wanted("d-1", P))
+    world.machines.crash((WorkerId("d-0"), 1))
+    world.tick()
+    assert (world.switch.state, world.worker("d-1").phases) == (S.UNDONE, D)
+    assert world.switch.reason == "no other worker that is ready serves decode; d-1 must keep it"
+
+
+def test_one_that_had_changed_when_its_last_sibling_was_lost_changes_back() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.tick()
+    # It has been told, and its status has not been seen.
+    world.machines.crash((WorkerId("d-0"), 1))
+    for _ in range(2):
+        world.process("d-1").is_mute = not world.process("d-1").is_mute
+        world.tick()
+    if world.switch.state is S.UNDONE:
+        world.tick(elapsed_s=2.0)
+        assert world.process("d-1").phases == D
+    else:
+        assert world.switch.state is S.CHANGED
+
+
+def test_a_process_that_still_sends_is_not_replaced() -> None:
+    world = World(config_of(e_0=E, e_1=E, p_0=P, p_1=P, d_0=D))
+    world.process("p-1").refusal = PhasesRefused("it would need weights", needs_new_process=True)
+    world.process("p-1").num_leases = 1
+    world.tick(wanted("p-1", E))
+    for _ in range(4):
+        world.tick()
+    assert world.switch.state is S.LEAVING
+    world.process("p-1").num_leases = 0
+    for _ in range(6):
+        world.tick()
+    assert (world.switch.state, world.worker("p-1").incarnation) == (S.CHANGED, 2)
+
+
+def test_a_worker_that_has_the_phases_already_is_told_the_new_epoch() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    process = world.process("d-1")
+    world.tick()
+    process.is_mute = True
+    world.tick(elapsed_s=4.0)
+    world.tick(elapsed_s=CHANGE_TIMEOUT_S + 1)
+    process = world.process("d-1")
+    process.is_mute = False
+    for _ in range(6):
+        world.tick()
+    assert world.worker("d-1").phases in (P, D)
+    world.tick(wanted("d-1", P, "s2"))
+    for _ in range(5):
+        world.tick()
+    assert world.worker("d-1").phases == P
+
+
+def test_the_effect_is_that_after_the_change() -> None:
+    world = World()
+    world.process("d-1").work = PhaseWork(num_decodes=2)
+    totals = Totals(num_finished=100, num_met=50)
+    world.tick(totals=totals)
+    totals.num_finished, totals.num_met = 110, 55
+    world.tick(wanted("d-1", P), totals=totals)
+    assert world.switch.met_before == 0.5
+    world.tick(elapsed_s=20.0, totals=totals)
+    assert world.switch.met_after is None
+    world.process("d-1").work = PhaseWork()
+    world.tick(totals=totals)
+    world.tick(totals=totals)
+    totals.num_finished, totals.num_met = 120, 65
+    world.tick(elapsed_s=OBSERVED_S, totals=totals)
+    assert world.switch.met_after == 1.0
+
+
+def test_a_gateway_that_counts_anew_is_no_effect() -> None:
+    world = World()
+    world.tick(totals=Totals(num_finished=100, num_met=90))
+    world.tick(wanted("d-1", P), totals=Totals(num_finished=2, num_met=1))
+    assert world.switch.met_before is None
