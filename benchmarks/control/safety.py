@@ -59,7 +59,9 @@ ENGINE = EngineConfig(
 )
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 #: Faults and switches happen in so many seconds; requests that must be served arrive so long after them.
-TROUBLE_S, CALM_S = 3.0, 75.0
+TROUBLE_S, CALM_S = 3.0, 45.0
+#: After the last request nothing may be held any more.
+HELD_S = 15.0
 NUM_AFTER = 2
 TIMEOUT_S = 60.0
 #: One every two seconds, and those that are taken back.
@@ -108,8 +110,8 @@ def draw(seed: int) -> Case:
         )
         for i in range(rng.choice((0, 1, 2, 4)))
     )
-    # Every fifth case is a rush, in which the controller has a reason to act.
-    is_rush = rng.random() < 0.2
+    # Every twentieth case is a rush, in which the controller has a reason to act.
+    is_rush = rng.random() < 0.05
     num_requests = rng.randint(60, 90) if is_rush else rng.randint(4, 12)
     arrivals = sorted(rng.uniform(0, TROUBLE_S) for _ in range(num_requests))
     arrivals += [CALM_S + i for i in range(NUM_AFTER)]
@@ -129,7 +131,7 @@ def draw(seed: int) -> Case:
         switches=switches,
         slo=Slo(0.05, 0.02),
         switch_mode=SwitchMode.ON if rng.random() < 0.5 else SwitchMode.OFF,
-        check_every=200,
+        check_every=500,
     )
     return Case(config, plan, NUM_AFTER)
 
@@ -184,7 +186,7 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
 
 
 def _check_nothing_held(simulation: Simulation) -> None:
-    until_s = simulation.timers.time() + 2 * TIMEOUT_S
+    until_s = simulation.timers.time() + HELD_S
     while simulation.timers.run_next(until_s):
         pass
     simulation.check_invariants()

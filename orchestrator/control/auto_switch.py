@@ -1,6 +1,7 @@
 """Switches that the controller wants itself: what workers and gateway tell becomes a policy's load, its moves become requests. Pure."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -14,6 +15,8 @@ from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
 from workers.latency_model import LatencyModel
 
+#: A look that led to nothing is told so often, in seconds.
+LOOK_EVERY_S = 1.0
 #: Steps after which a worker's own latency model is believed.
 ENOUGH_STEPS = 30
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
@@ -57,22 +60,30 @@ class AutoSwitch:
     """
 
     def __init__(self, slo: Slo, block_sizes: Mapping[WorkerId, int]) -> None:
+        #: What the last tick saw, if it is to be told.
         self.last: Look | None = None
+        self._told_at_s = -math.inf
         self._slo = slo
         self._block_sizes = block_sizes
         self._sets: PhaseSets | None = None
 
     def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
         """The switches to make now; none while no worker has learnt how long its steps take."""
+        self.last = None
         cost = step_cost(view)
         if cost is None or totals is None:
             return ()
         load = cluster_load(view, totals, self._block_sizes)
-        self.last = look = Look(now_s, load, cost, self._slo)
+        look = Look(now_s, load, cost, self._slo)
         if self._sets is None:
             self._sets = phase_sets(cost, self._slo)
         self._sets.learn(cost)
-        digest = look.digest
+        wanted = self._sets.tick(now_s, load)
+        is_told = bool(wanted) or now_s - self._told_at_s >= LOOK_EVERY_S
+        self.last = look if is_told else None
+        if is_told:
+            self._told_at_s = now_s
+        digest = look.digest if wanted else ""
         return tuple(
             SwitchRequest(
                 f"{digest}-{switch.worker_id}",
@@ -82,7 +93,7 @@ class AutoSwitch:
                 switch.predicted,
                 digest,
             )
-            for switch in self._sets.tick(now_s, load)
+            for switch in wanted
         )
 
     def not_made(self, now_s: float) -> None:
@@ -112,6 +123,7 @@ def step_cost(view: ClusterView) -> StepCost | None:
 
 def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerId, int]) -> ClusterLoad:
     """Of the workers that are ready and do not encode, as they last said."""
+    switching = {one.worker_id for one in view.switches if one.is_under_way}
     workers = []
     for worker in view.workers:
         status = worker.status
@@ -127,7 +139,7 @@ def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerI
                 worker.worker_id,
                 phases,
                 kv_capacity=max(1, blocks.total * size),
-                is_switching=bool(worker.leaving) or _is_switching(view, worker.worker_id),
+                is_switching=worker.worker_id in switching,
                 prefill_tokens=work.prefill_tokens,
                 num_prefills=work.num_prefills,
                 num_decoding=work.num_decoding,
@@ -138,7 +150,3 @@ def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerI
             )
         )
     return ClusterLoad(tuple(workers), replace(totals))
-
-
-def _is_switching(view: ClusterView, worker_id: WorkerId) -> bool:
-    return any(one.worker_id == worker_id and one.is_under_way for one in view.switches)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.control.auto_switch import AutoSwitch, SwitchMode
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.observation import Observation, ProcessKey, ProcessReport
+from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.switching import Switching
@@ -146,29 +146,41 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     for report in observation.processes:
         by_worker.setdefault(report.worker_id, []).append(report)
 
-    actions: list[Action] = []
-    for declared in config.declared:
-        machine = state.machines[declared.worker_id]
+    for machine in state.machines.values():
         _follow_processes(machine, by_worker.get(machine.worker_id, []), now_s)
         status = observation.statuses.get((machine.worker_id, machine.incarnation))
         _follow_status(machine, status, listened_s, config, now_s)
-        refusal = observation.refusals.get((machine.worker_id, machine.incarnation))
-        change = state.switching.follow(machine, state.machines.values(), status, refusal, now_s)
+    actions: list[Action] = []
+    served = state.switching.served(state.machines.values())
+    for declared in config.declared:
+        machine = state.machines[declared.worker_id]
+        key = machine.worker_id, machine.incarnation
+        status, refusal = observation.statuses.get(key), observation.refusals.get(key)
+        change = state.switching.follow(machine, served, status, refusal, now_s)
         start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
         actions += [one for one in (change, start) if one is not None]
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
-    view, gateway = _view(state, config), observation.gateway
-    state.switching.observe(gateway.totals, now_s)
-    state.switching.begin(gateway.wanted_switches, view, now_s)
-    if state.auto is not None:
-        wanted = state.auto.tick(now_s, view, gateway.totals)
-        is_dry_run = config.switch_mode is SwitchMode.DRY_RUN
-        if wanted and not state.switching.begin(wanted, view, now_s, is_dry_run=is_dry_run):
-            state.auto.not_made(now_s)
+    view = _view(state, config)
+    wanted = _begin_switches(now_s, view, observation.gateway, state, config)
     look = state.auto.last if state.auto is not None else None
-    return Plan((*stops, *actions), _view(state, config), look)
+    return Plan((*stops, *actions), _view(state, config) if wanted else view, look)
+
+
+def _begin_switches(
+    now_s: float, view: ClusterView, gateway: GatewayNews, state: ControllerState, config: ControllerConfig
+) -> bool:
+    """What somebody asked for, then what the controller wants itself; whether there was any of it."""
+    switching = state.switching
+    switching.observe(gateway.totals, now_s)
+    switching.begin(gateway.wanted_switches, view, now_s)
+    wanted = state.auto.tick(now_s, view, gateway.totals) if state.auto is not None else ()
+    if wanted and state.auto is not None:
+        is_dry_run = config.switch_mode is SwitchMode.DRY_RUN
+        if not switching.begin(wanted, view, now_s, is_dry_run=is_dry_run):
+            state.auto.not_made(now_s)
+    return bool(gateway.wanted_switches or wanted)
 
 
 def _follow_processes(machine: WorkerMachine, reports: list[ProcessReport], now_s: float) -> None:

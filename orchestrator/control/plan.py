@@ -47,5 +47,5 @@ class Plan:
 
     actions: tuple[Action, ...]
     view: ClusterView
-    #: What the policy for phases saw; None while there is none.
+    #: What the policy for phases saw, when it is to be told.
     look: Look | None = None

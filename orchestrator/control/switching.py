@@ -1,7 +1,7 @@
 """Drives the switches of all workers in a controller's tick: what was seen becomes events, states become actions. Pure."""
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.control.plan import SetPhases
 from orchestrator.control.policies.policy import Totals
@@ -16,7 +16,7 @@ from orchestrator.control.role_switch import (
 )
 from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
-from workers.api import PhaseSet, PhasesRefused, WorkerId, WorkerStatus
+from workers.api import Phase, PhaseSet, PhasesRefused, WorkerId, WorkerStatus
 
 #: Switches that are remembered, those under way not counted.
 MAX_REMEMBERED = 32
@@ -60,6 +60,11 @@ class Switching:
             # One that was undone may have changed all the same, until it has changed back.
             wanted &= status.phases
         return wanted, frozenset()
+
+    def served(self, machines: Iterable[WorkerMachine]) -> Mapping[Phase, int]:
+        """How many workers which are ready serve each phase, and are not giving it up."""
+        sets = Counter(self.phases(one)[0] for one in machines if one.state is LifecycleState.READY)
+        return {phase: sum(num for phases, num in sets.items() if phase in phases) for phase in Phase}
 
     def observe(self, totals: Totals | None, now_s: float) -> None:
         """Follow what was served, and give each switch the part of the requests that met their targets after it."""
@@ -144,19 +149,24 @@ class Switching:
     def follow(
         self,
         machine: WorkerMachine,
-        others: Iterable[WorkerMachine],
+        served: Mapping[Phase, int],
         status: WorkerStatus | None,
         refusal: PhasesRefused | None,
         now_s: float,
     ) -> SetPhases | None:
-        """Tell the worker's switch what was seen of it, and what to tell the worker. May have its process replaced."""
+        """Tell the worker's switch what was seen of it, and what to tell the worker. May have its process replaced.
+
+        served: see there.
+        """
         switch = self._switches.get(machine.worker_id)
         if switch is None:
             if status is not None and machine.state is LifecycleState.READY and status.phases:
                 # An earlier controller has changed them.
                 self.wanted[machine.worker_id] = status.phases
             return None
-        self._follow(switch, machine, status, refusal, self._kept_by(others, machine), now_s)
+        own = self.phases(machine)[0] if machine.state is LifecycleState.READY else frozenset()
+        others = frozenset(phase for phase, num in served.items() if num > (phase in own))
+        self._follow(switch, machine, status, refusal, others, now_s)
         if machine.state is not LifecycleState.READY:
             return None
         if switch.needs_new_process or switch.state is SwitchState.LEAVING:
@@ -179,17 +189,17 @@ class Switching:
         machine: WorkerMachine,
         status: WorkerStatus | None,
         refusal: PhasesRefused | None,
-        kept: PhaseSet,
+        others: PhaseSet,
         now_s: float,
     ) -> None:
-        """kept: phases that other workers serve."""
+        """others: phases that other workers serve."""
         if switch.is_under_way and self._is_lost(switch, machine):
             switch.handle(
                 SwitchEvent.LOST, f"{machine.worker_id} is {machine.state}: {machine.reason}", now_s
             )
         if refusal is not None and switch.state is SwitchState.CHANGING:
             self._refused(switch, refusal, now_s)
-        missing = switch.leaving - kept
+        missing = switch.leaving - others
         if switch.is_under_way and missing and not self._is_being_replaced(switch):
             reason = f"no other worker that is ready serves {phase_text(missing)}"
             switch.handle(SwitchEvent.NEEDED, f"{reason}; {machine.worker_id} must keep it", now_s)
@@ -234,10 +244,6 @@ class Switching:
 
     def _is_being_replaced(self, switch: RoleSwitch) -> bool:
         return switch.needs_new_process and switch.state is SwitchState.CHANGING
-
-    def _kept_by(self, machines: Iterable[WorkerMachine], without: WorkerMachine) -> PhaseSet:
-        ready = [one for one in machines if one is not without and one.state is LifecycleState.READY]
-        return frozenset(phase for one in ready for phase in self.phases(one)[0])
 
     def _has_changed(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus) -> bool:
         if switch.needs_new_process:

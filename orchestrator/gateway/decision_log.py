@@ -9,7 +9,6 @@ from protos import control_pb2 as pb
 MAX_DECISIONS = 1000
 #: An hour of looks, if there is one a second.
 MAX_LOOKS = 3600
-LOOK_EVERY_S = 1.0
 
 
 class DecisionLog:
@@ -17,19 +16,17 @@ class DecisionLog:
 
     def __init__(self) -> None:
         self._switches: dict[str, tuple[SwitchView, float]] = {}
-        self._looks: deque[tuple[float, pb.Look]] = deque(maxlen=MAX_LOOKS)
+        self._looks: deque[pb.Look] = deque(maxlen=MAX_LOOKS)
 
     def came(self, view: ClusterView, look: pb.Look | None, now_s: float) -> None:
-        """The controller has decided once more. A look that a switch of this view was made from is kept whenever it comes."""
-        is_named = False
+        """The controller has decided once more."""
         for switch in view.switches:
             _, first_at_s = self._switches.get(switch.switch_id, (switch, now_s))
-            is_named |= look is not None and switch.digest == look.digest
             self._switches[switch.switch_id] = switch, first_at_s
         while len(self._switches) > MAX_DECISIONS:
             del self._switches[next(iter(self._switches))]
-        if look is not None and (is_named or not self._looks or now_s - self._looks[-1][0] >= LOOK_EVERY_S):
-            self._looks.append((now_s, look))
+        if look is not None:
+            self._looks.append(look)
 
     def answer(self, now_s: float, *, with_looks: bool) -> pb.GetDecisionsResponse:
         """As the message."""
@@ -38,5 +35,5 @@ class DecisionLog:
                 pb.Decision(switch=switch_to_pb(switch), age_s=now_s - first_at_s)
                 for switch, first_at_s in self._switches.values()
             ],
-            looks=[look for _, look in self._looks] if with_looks else [],
+            looks=self._looks if with_looks else [],
         )

@@ -87,15 +87,6 @@ def test_what_is_remembered_is_bounded() -> None:
     assert (len(answer.decisions), len(answer.looks)) == (MAX_DECISIONS, MAX_LOOKS)
 
 
-def test_looks_are_kept_once_a_second_but_for_those_that_led_to_a_decision() -> None:
-    log = DecisionLog()
-    log.came(view(), pb.Look(digest="a"), 0.0)
-    log.came(view(), pb.Look(digest="b"), 0.5)
-    log.came(view(switch(1, digest="c")), pb.Look(digest="c"), 0.6)
-    log.came(view(switch(1, digest="c")), pb.Look(digest="d"), 1.7)
-    assert [one.digest for one in log.answer(2.0, with_looks=True).looks] == ["a", "c", "d"]
-
-
 def test_the_table_says_what_was_expected_and_what_came() -> None:
     log = DecisionLog()
     log.came(view(switch(1, digest="c0ffee")), None, 10.0)

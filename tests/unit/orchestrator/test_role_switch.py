@@ -394,7 +394,7 @@ def test_the_effect_is_that_after_the_change() -> None:
     world.tick(totals=totals)
     world.tick(totals=totals)
     totals.num_finished, totals.num_met = 120, 65
-    world.tick(elapsed_s=OBSERVED_S, totals=totals)
+    world.tick(elapsed_s=OBSERVED_S + 0.1, totals=totals)
     assert world.switch.met_after == 1.0
 
 
