@@ -162,6 +162,7 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
+    state.switching.observe(observation.gateway.totals, now_s)
     view = _view(state, config)
     wanted = _begin_switches(now_s, view, observation.gateway, state, config)
     look = state.auto.last if state.auto is not None else None
@@ -173,7 +174,6 @@ def _begin_switches(
 ) -> bool:
     """What somebody asked for, then what the controller wants itself; whether there was any of it."""
     switching = state.switching
-    switching.observe(gateway.totals, now_s)
     switching.begin(gateway.wanted_switches, view, now_s)
     wanted = state.auto.tick(now_s, view, gateway.totals) if state.auto is not None else ()
     if wanted and state.auto is not None:
