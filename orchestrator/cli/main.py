@@ -41,6 +41,7 @@ VERBS = {
     "validate": Verb("orchestrator.cli.validate", "check a manifest without starting anything"),
     "bench": Verb("orchestrator.cli.bench", "replay a request trace and measure TTFT, TPOT, ITL and goodput"),
     "simulate": Verb("orchestrator.cli.simulate", "replay a request trace on a simulated cluster"),
+    "plan": Verb("orchestrator.cli.plan", "find the shape of a cluster that serves a load best"),
 }
 
 EXAMPLES = """\
