@@ -158,11 +158,12 @@ def _draw(grid: Grid, known: dict[Candidate, float], judge: Judge, seeds: Sequen
 
 
 def _suggest(trial: "optuna.Trial", grid: Grid) -> Candidate:
-    layout = grid.layouts[trial.suggest_int("layout", 0, len(grid.layouts) - 1)]
+    index = trial.suggest_int("layout", 0, len(grid.layouts) - 1)
+    layout = grid.layouts[index]
     num_left, groups = grid.num_devices, []
     for i, phases in enumerate(layout):
         num_after = len(layout) - i - 1
-        num = trial.suggest_int(f"{len(layout)}.{i}", 1, num_left - num_after) if num_after else num_left
+        num = trial.suggest_int(f"{index}.{i}", 1, num_left - num_after) if num_after else num_left
         groups.append((phases, num))
         num_left -= num
     order = PrefillOrder(trial.suggest_categorical("order", [str(one) for one in grid.orders]))
