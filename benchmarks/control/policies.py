@@ -34,6 +34,7 @@ from orchestrator.control.policies.catalogue import POLICIES, D, E, P, Setting, 
 from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
 from orchestrator.control.policies.phasewise import Layout  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
+from orchestrator.sim.capacity import NEAR, capacity_rps, estimate  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
 from orchestrator.sim.coarse_costs import CoarseCosts, rates  # noqa: E402
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting  # noqa: E402
@@ -45,8 +46,6 @@ NUM_DEVICES, KV_TOKENS, MAX_SEQUENCES = 8, 400_000, 256
 SEEDS, SEARCH_SEED = range(5), 1000
 ATTAINMENTS = (0.90, 0.99)
 STEPS, QUICK_STEPS = 6, 4
-#: Once a capacity is known: the factor within which the next is looked for first, and the steps of that.
-NEAR, NEAR_STEPS = 1.25, 4
 #: Of shifting loads.
 DURATION_S = 40.0
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
@@ -55,8 +54,6 @@ COSTS = CoarseCosts.of(LATENCY)
 LAYOUTS = tuple(
     Layout(1 - sms / 132, sms / 132, *rates(1 - sms / 132, sms / 132)) for sms in range(16, 120, 8)
 )
-#: Student's t of 97.5 % by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 Make = Callable[[random.Random, float], list[CoarseRequest]]
 
 
@@ -147,25 +144,9 @@ class Case:
     def capacity_rps(
         self, seed: int, attainment: float, num_steps: int, near: tuple[float, float] | None
     ) -> float:
-        """By geometric bisection, between the rates of `near` if it is there; 0 when the lowest of the load is too much."""
-        if near is not None and self.reaches(seed, attainment, near[0]):
-            found = self._bisect(seed, attainment, near, NEAR_STEPS)
-            if found < 0.99 * near[1]:
-                return found
-        lowest, highest = self.load.rates_rps
-        if not self.reaches(seed, attainment, lowest):
-            return 0.0
-        return self._bisect(seed, attainment, (lowest, highest), num_steps)
-
-    def _bisect(self, seed: int, attainment: float, between: tuple[float, float], num_steps: int) -> float:
-        low, high = between
-        for _ in range(num_steps):
-            rate = math.sqrt(low * high)
-            if self.reaches(seed, attainment, rate):
-                low = rate
-            else:
-                high = rate
-        return math.sqrt(low * high)
+        """See orchestrator.sim.capacity; 0 when the lowest rate of the load is too much."""
+        reaches = partial(self.reaches, seed, attainment)
+        return capacity_rps(reaches, between=self.load.rates_rps, num_steps=num_steps, near=near)
 
     def capacities(self, seeds: range, num_steps: int) -> dict[float, list[float]]:
         """By attainment, for each seed; looked for near that of the first seed, and that of 99 % below that of 90 %."""
@@ -213,10 +194,10 @@ def cell(case: Case, seeds: range, num_steps: int) -> dict[str, Any]:
     load = case.load
     row: dict[str, Any] = {"load": load.name, "policy": case.policy, "order": case.order}
     for attainment, found in case.capacities(seeds, num_steps).items():
-        half = STUDENT[len(found) - 1] * statistics.stdev(found) / math.sqrt(len(found))
+        capacity = estimate(found)
         row[f"capacity_{attainment * 100:.0f}"] = {
-            "mean_rps": statistics.fmean(found),
-            "half_interval_rps": half,
+            "mean_rps": capacity.mean,
+            "half_interval_rps": capacity.half,
             "by_seed": found,
         }
     row["attainment"] = {}

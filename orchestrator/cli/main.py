@@ -48,6 +48,7 @@ VERBS = {
     "bench": Verb("orchestrator.cli.bench", "replay a request trace and measure TTFT, TPOT, ITL and goodput"),
     "calibrate": Verb("orchestrator.cli.calibrate", "measure how long steps take on this machine"),
     "simulate": Verb("orchestrator.cli.simulate", "replay a request trace on a simulated cluster"),
+    "plan": Verb("orchestrator.cli.plan", "find the shape of a cluster that serves a load best"),
 }
 
 EXAMPLES = """\

@@ -140,7 +140,7 @@ class CoarseDevice:
         self._wake()
 
     def _pull(self) -> None:
-        """Take the KV that there is room for, in order of asking."""
+        """Take the KV that there are place and room for, in order of asking."""
         while self._incoming:
             live, sender = self._incoming[0]
             if not self._has_room(live.context, live.num_to_come):
@@ -254,9 +254,6 @@ class CoarseDevice:
         return 0
 
     def _may_begin(self, live: Live) -> bool:
-        num_here = self.load.num_decoding + len(self._joining) + self._num_begun + self._num_arriving
-        if num_here >= self._max_sequences:
-            return False
         return self._has_room(live.context, live.num_to_come if live.decode is self else 0)
 
     def _begin(self, live: Live) -> None:
@@ -267,6 +264,9 @@ class CoarseDevice:
 
     def _has_room(self, num_tokens: int, num_future: int) -> bool:
         load = self.load
+        num_here = load.num_decoding + len(self._joining) + self._num_begun + self._num_arriving
+        if num_here >= self._max_sequences:
+            return False
         if load.kv_tokens == 0:
             return True
         reserved = GROWTH_RESERVE * (self._future + num_future)
@@ -300,6 +300,7 @@ class CoarseDevice:
             self._world.encoded(live, num_tiles)
         for live, size in front.chunks:
             self._computed(live, size, now_s)
+        self._pull()
         self._turn()
 
     def _computed(self, live: Live, size: int, now_s: float) -> None:
@@ -375,8 +376,7 @@ class CoarseDevice:
         for live in self._batch.advance(num_steps):
             self.load.kv_tokens -= live.context
             self._world.finished(live, self, now_s)
-        if self._incoming:
-            self._pull()
+        self._pull()
 
     def _make_room(self) -> None:
         """For one token of each: the newest sequences give up their KV and begin again."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.policies.aggregated import StallFree
 from orchestrator.control.policies.orders import Fcfs, ShortestFirst
 from orchestrator.control.policies.placing import LeastLoaded
@@ -15,13 +16,33 @@ from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import CoarseRecord, CoarseRequest
 from orchestrator.sim.simulation import SimConfig, SimResult
-from workers.api import PrefillOrder
+from workers.api import EngineConfig, Phase, PhaseSet, PrefillOrder
 
 
 def reason_to_refuse(declared: Sequence[DeclaredWorker]) -> str:
     """Why these workers cannot be simulated coarsely; empty when they can."""
     engines = {worker.engine for worker in declared}
     return "" if len(engines) == 1 else "--mode coarse takes one engine for all workers"
+
+
+def simulation(
+    shape: tuple[PhaseSet, ...],
+    engine: EngineConfig,
+    latency: LatencyModel,
+    requests: Sequence[CoarseRequest],
+) -> CoarseSimulation:
+    """Of workers of these phases with one engine. Pictures of a request are spread over all that encode, as the gateway does."""
+    order = Fcfs if engine.prefill_order is PrefillOrder.FCFS else ShortestFirst
+    num_encoders = sum(Phase.ENCODE in phases for phases in shape)
+    placing = LeastLoaded(most_encoders=max(1, num_encoders))
+    policy = Policy("as declared", shape, order, placing, StallFree(engine.token_budget))
+    config = CoarseConfig(
+        CoarseCosts.of(latency),
+        engine.kv_cache_bytes // latency.model.kv_token_bytes,
+        engine.max_running_sequences,
+        engine.is_prefix_cache_on,
+    )
+    return CoarseSimulation(config, policy, requests)
 
 
 def replay(
@@ -35,18 +56,9 @@ def replay(
 
     Tokens between the first and the last of a request are taken as evenly spaced: its ITL is its TPOT.
     """
-    engine = config.declared[0].engine
-    order = Fcfs if engine.prefill_order is PrefillOrder.FCFS else ShortestFirst
     shape = tuple(worker.phases for worker in config.declared)
-    policy = Policy("as declared", shape, order, LeastLoaded(), StallFree(engine.token_budget))
-    coarse = CoarseConfig(
-        CoarseCosts.of(config.latency),
-        engine.kv_cache_bytes // config.latency.model.kv_token_bytes,
-        engine.max_running_sequences,
-        engine.is_prefix_cache_on,
-    )
     requests = [CoarseRequest.of(one, slo) for one in plan]
-    result = CoarseSimulation(coarse, policy, requests).run(on_progress)
+    result = simulation(shape, config.declared[0].engine, config.latency, requests).run(on_progress)
     records = tuple(_record(one, record) for one, record in zip(plan, result.records, strict=True))
     load = LoadResult(records, duration_s, result.elapsed_s, was_interrupted=False)
     names = [worker.worker_id for worker in config.declared]

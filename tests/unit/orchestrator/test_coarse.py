@@ -225,6 +225,18 @@ def test_prompts_first_stall_the_decodes_and_a_budget_does_not() -> None:
     assert gaps[0] > gaps[1]
 
 
+def test_sequences_that_come_from_elsewhere_count_against_the_batch_limit() -> None:
+    requests = [CoarseRequest(0.001 * i, 100, 400, SLO) for i in range(12)]
+    apart = policy((P, D))
+    ends = {
+        limit: [record.last_s for record in run(apart, requests, max_sequences=limit)[0].records]
+        for limit in (3, 12)
+    }
+    # Four batches of three, one after the other, each about as fast as one of twelve.
+    assert max(ends[3]) > 3.5 * max(ends[12])
+    assert sorted(ends[3])[2] < 1.1 * max(ends[12])
+
+
 def test_a_prefix_that_was_seen_costs_nothing_again() -> None:
     blocks = tuple(range(8))
     requests = [CoarseRequest(0.0, 4096, 2, SLO, blocks), CoarseRequest(2.0, 4096, 2, SLO, blocks)]
