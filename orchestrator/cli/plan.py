@@ -10,7 +10,6 @@ from pathlib import Path
 from orchestrator.bench.trace import read_trace
 from orchestrator.cli import arguments, exit_codes, table
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo
 from orchestrator.errors import TraceError
 from orchestrator.manifest.engine import MIB
@@ -22,6 +21,7 @@ from orchestrator.planner.report import LONGER, Row, Verdict, as_json, chosen, i
 from orchestrator.planner.search import Found, search
 from orchestrator.planner.shapes import Family, grids
 from orchestrator.sim.capacity import MAX_SEEDS, Estimate
+from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-plan/v1"
 #: Seconds between two lines of progress.

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from orchestrator.bench.trace import HASH_BLOCK_TOKENS, Trace, TraceRow
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo, percentile
 from orchestrator.errors import TraceError
 from orchestrator.manifest.engine import MIB
@@ -17,6 +16,7 @@ from orchestrator.sim.coarse import CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS, of_trace
 from orchestrator.sim.coarse_request import CoarseRequest
+from workers.latency_model import LatencyModel
 
 #: Fewer say nothing of a load.
 MIN_ROWS = 100

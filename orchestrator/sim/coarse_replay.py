@@ -6,7 +6,6 @@ from dataclasses import replace
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.policies.aggregated import StallFree
 from orchestrator.control.policies.orders import Fcfs, ShortestFirst
 from orchestrator.control.policies.placing import LeastLoaded
@@ -17,6 +16,7 @@ from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import CoarseRecord, CoarseRequest
 from orchestrator.sim.simulation import SimConfig, SimResult
 from workers.api import EngineConfig, Phase, PhaseSet, PrefillOrder
+from workers.latency_model import LatencyModel
 
 
 def reason_to_refuse(declared: Sequence[DeclaredWorker]) -> str:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from orchestrator.bench.trace import read_trace
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.latency_model import LatencyModel
 from orchestrator.control.slo import Slo
 from orchestrator.errors import TraceError
 from orchestrator.manifest.declare import worker_specs
@@ -30,6 +29,7 @@ from orchestrator.planner.report import Row, chosen, row, verdict
 from orchestrator.planner.search import Found, bayesian, exhaustive, search
 from orchestrator.planner.shapes import Candidate, D, E, Family, Grid, Knobs, P, Shape, grids
 from workers.api import Phase, PrefillOrder
+from workers.latency_model import LatencyModel
 
 ROOT = Path(__file__).parents[3]
 TRACE = clipped(read_trace(ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"), 32_768)
