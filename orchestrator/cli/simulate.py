@@ -16,12 +16,14 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
-from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.declare import switch_mode_of, worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
 from orchestrator.sim import coarse_replay
@@ -178,6 +180,8 @@ def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyM
         return f"--json {args.json}: there is no such folder"
     if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
         return f"{args.manifest}: {refusal}"
+    if args.mode == "coarse" and switch_mode_of(deployment) is not SwitchMode.OFF:
+        return f"{args.manifest}: --mode coarse has no controller; leave out controller.roleSwitch"
     model, device = latency.model, latency.device
     weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
     for declared in worker_specs(deployment):
@@ -238,6 +242,8 @@ class _Run:
             max_context_tokens=args.max_context_tokens,
             max_waiting_requests=gateway.max_waiting_requests,
             max_running_requests=gateway.max_running_requests,
+            slo=self.config.slo,
+            switch_mode=switch_mode_of(deployment),
         )
         self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
 
@@ -269,7 +275,11 @@ class _Run:
             f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}, {use.num_cached_tokens} tokens cached"
             for use in self.result.workers
         ]
-        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers]
+        switches = [
+            f"{one.began_at_s - self.result.start_s:7.2f} s {switch_text(one)}"
+            for one in self.result.switches
+        ]
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *switches]
 
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
