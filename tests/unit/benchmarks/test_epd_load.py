@@ -98,5 +98,5 @@ def test_the_comparison_says_where_epd_loses() -> None:
 def test_the_picture_has_a_bar_for_each_row() -> None:
     rows = [row(EPD, seen(0, 0.1)), row("EP + D", seen(0, 0.2)), row(EPD, seen(0, 0.3), load=0.8)]
     tree = ElementTree.fromstring(plot(rows))
-    assert len(tree.findall("{*}line")) == len(rows)
+    assert len(tree.findall("{*}polyline")) == len(rows)
     assert any("2 <pictures>" in (text.text or "") for text in tree.findall("{*}text"))

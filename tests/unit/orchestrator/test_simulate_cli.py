@@ -2,7 +2,9 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -58,6 +60,44 @@ def test_several_rates_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row.split()[0] for row in rows] == ["5", "10"]
 
 
+@pytest.mark.parametrize("mode", ["fine", "coarse"])
+def test_pictures_are_drawn_and_the_same_each_time(mode: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    folders[1].mkdir()
+    for folder in folders:
+        arguments = ("--rate", "10,20", "--duration", 2, "--mode", mode, "--plot", folder)
+        assert simulate(EXAMPLES / "one-and-one.yaml", *arguments) == exit_codes.OK
+    names = ["attainment.svg", "phases.svg", "requests.svg"]
+    assert sorted(path.name for path in folders[0].iterdir()) == names
+    for name in names:
+        picture = (folders[0] / name).read_bytes()
+        assert picture == (folders[1] / name).read_bytes()
+        assert ElementTree.fromstring(picture).tag.endswith("svg")
+    assert (">hand-off that decode waits for<" in (folders[0] / "requests.svg").read_text()) == (
+        mode == "fine"
+    )
+
+
+def test_the_manifest_says_whether_workers_take_other_phases(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    off = tmp_path / "off.yaml"
+    text = (EXAMPLES / "shifting.yaml").read_text()
+    assert 'roleSwitch: "on"' in text
+    for mode, said in (("on", ": done in "), ("dryRun", ": not done: dry run: "), ("off", "")):
+        off.write_text(text.replace('roleSwitch: "on"', f'roleSwitch: "{mode}"'))
+        arguments = ("--rate", 10, "--duration", 5)
+        assert simulate(off, *arguments, trace=EXAMPLES / "shifting.csv") == exit_codes.OK
+        out = capsys.readouterr().out
+        assert (" s decode-0: decode -> prefill+decode" in out) == (mode != "off")
+        assert said in out
+
+
+def test_the_shifting_trace_is_what_its_script_makes() -> None:
+    made = runpy.run_path(str(EXAMPLES / "shifting_trace.py"))["lines"]()
+    assert "\n".join(made) + "\n" == (EXAMPLES / "shifting.csv").read_text()
+
+
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     texts = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
@@ -82,6 +122,9 @@ def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
             "one h100 has 80 GB",
         ),
         ("examples/simulate/one-full.yaml", ("--json", "/no/such/file"), exit_codes.USAGE, "no such folder"),
+        ("examples/simulate/one-full.yaml", ("--plot", "/no/such/file"), exit_codes.USAGE, "no such folder"),
+        ("examples/simulate/one-full.yaml", ("--plot", __file__), exit_codes.USAGE, "no such folder"),
+        ("examples/simulate/shifting.yaml", ("--mode", "coarse"), exit_codes.USAGE, "controller.roleSwitch"),
         (
             "examples/simulate/one-full.yaml",
             ("--first-row", 10**9),

@@ -13,6 +13,7 @@ from orchestrator.bench.records import OK
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.slo import Slo
+from orchestrator.control.switching import MAX_REMEMBERED
 from orchestrator.control.view import SwitchState
 from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
@@ -202,3 +203,10 @@ def test_a_dry_run_tells_what_it_would_do_and_does_nothing() -> None:
         assert switch.state is SwitchState.UNDONE
         assert switch.reason.startswith("dry run: load ")
     assert result.load == as_it_is.load
+
+
+def test_a_result_has_all_switches_not_the_last_ones_alone() -> None:
+    phases = (P, D)
+    switches = tuple((0.5 * i, wanted("d1", phases[i % 2], i)) for i in range(2 * MAX_REMEMBERED))
+    result, _ = run(SHAPES["two apart"], load([(0.5 * i, 100, 20) for i in range(70)]), switches=switches)
+    assert [switch.switch_id for switch in result.switches] == [f"s{i}" for i in range(len(switches))]

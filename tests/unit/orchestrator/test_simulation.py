@@ -239,3 +239,17 @@ def test_what_is_over_is_kept_by_nothing() -> None:
     waiting = [timer for _, _, timer in simulation.timers._heap if not timer.is_cancelled]
     assert len(waiting) < 5
     assert all(not timer.args for _, _, timer in simulation.timers._heap if timer.is_cancelled)
+
+
+def test_a_record_says_where_the_time_of_a_request_went() -> None:
+    result, _ = run(SHAPES["two apart"], load([(0.001 * i, 3000, 20) for i in range(20)]))
+    for record in result.load.records:
+        gateway = record.gateway
+        assert gateway is not None
+        assert gateway.prefill_worker_id.startswith("p")
+        assert gateway.decode_worker_id.startswith("d")
+        assert gateway.queue_s + gateway.prefill_s <= gateway.ttft_s <= record.token_times_s[0]
+        assert gateway.kv_exposed_s is not None
+        assert gateway.attempts == 1
+    waits_s = [record.gateway.queue_s for record in result.load.records if record.gateway]
+    assert max(waits_s) > 10 * min(waits_s)
