@@ -221,7 +221,14 @@ def test_every_switch_is_on_the_picture_of_phases(
     workers = {WorkerId(f"w{i}"): BOTH for i in range(3)}
     switches = [
         SwitchView(
-            f"s{n}", WorkerId(f"w{i}"), BOTH, phases, SwitchState.CHANGED, "", change_s, began_at_s=at_s
+            f"s{n}",
+            WorkerId(f"w{i}"),
+            BOTH,
+            phases,
+            SwitchState.CHANGED,
+            "",
+            change_s=change_s,
+            began_at_s=at_s,
         )  # type: ignore[arg-type]
         for n, (at_s, i, phases, change_s) in enumerate(sorted(changes, key=lambda change: change[0]))
     ]
@@ -235,7 +242,7 @@ def test_every_switch_is_on_the_picture_of_phases(
 
 def test_a_worker_changes_its_colour_when_it_has_its_new_phases() -> None:
     worker = WorkerId("w")
-    switch = SwitchView("s", worker, P, D, SwitchState.PROVEN, "", 1.0, began_at_s=10.0)
+    switch = SwitchView("s", worker, P, D, SwitchState.PROVEN, "", change_s=1.0, began_at_s=10.0)
     refused = replace(switch, switch_id="t", state=SwitchState.UNDONE)
     picture = phases_picture(Course({worker: P}, (switch, refused), 6.0, (), 10.0))
     lanes = next(one for one in elements(picture) if one.tag.endswith("}g"))
