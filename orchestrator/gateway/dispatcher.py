@@ -9,9 +9,10 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from orchestrator.control.policies.policy import Totals
+from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds
 from orchestrator.control.prefix_index import PrefixIndex
 from orchestrator.control.request_actions import (
     Action,
@@ -68,6 +69,7 @@ class Dispatcher:
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`.
+    token_budgets: of a step of each worker's engine.
     """
 
     def __init__(
@@ -82,11 +84,15 @@ class Dispatcher:
         on_view: Callable[[ClusterView], None] = lambda _view: None,
         first_attempt: int = 1,
         slo: Slo = NO_SLO,
+        token_budgets: Mapping[WorkerId, int] | None = None,
     ) -> None:
         self.num_finished = 0
         self.num_failed = 0
         self.records = RequestRecords()
         self._served = ServedTotals(slo)
+        self._token_budgets = token_budgets or {}
+        #: As of the view; None while no worker has learnt how long its steps take.
+        self._speeds: dict[WorkerId, PrefillSpeed] | None = None
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -245,6 +251,7 @@ class Dispatcher:
             return False
         self._view = view
         self._view_at_s = self._timers.time()
+        self._speeds = prefill_speeds(view, self._token_budgets)
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
@@ -517,7 +524,11 @@ class Dispatcher:
         if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
             wanted = {first.prefill.worker_id, first.decode.worker_id}
             choice = choose_route(
-                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id in wanted, prompt
+                self._view,
+                self._ledger,
+                lambda w: self._links.is_open(w) and w.worker_id in wanted,
+                prompt,
+                self._speeds,
             )
             if isinstance(choice, Route):
                 return choice
@@ -540,7 +551,8 @@ class Dispatcher:
                 self._ledger,
                 lambda w: self._links.is_open(w) and w.worker_id not in avoided,
                 prompt,
+                self._speeds,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open, prompt)
+        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.slo import NO_SLO, Slo
@@ -117,6 +117,7 @@ class Simulation:
             max_running_requests=config.max_running_requests,
             learn_model=_no_model,
             slo=config.slo,
+            token_budgets=token_budgets(config.declared),
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}
