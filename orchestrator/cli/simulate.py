@@ -17,6 +17,7 @@ from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.control import profile
+from orchestrator.control.admission import Admission
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
@@ -238,6 +239,8 @@ class _Run:
             max_context_tokens=args.max_context_tokens,
             max_waiting_requests=gateway.max_waiting_requests,
             max_running_requests=gateway.max_running_requests,
+            slo=self.config.slo,
+            admission=Admission(gateway.admission),
         )
         self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
 

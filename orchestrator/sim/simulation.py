@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
+from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
@@ -56,6 +57,8 @@ class SimConfig:
     #: Targets of every request, and whether the controller switches phases by them.
     slo: Slo = NO_SLO
     switch_mode: SwitchMode = SwitchMode.OFF
+    #: Which requests the gateway takes.
+    admission: Admission = Admission.OFF
     check_every: int = 0
     #: Of workers that are slower or faster than `latency` says.
     latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class Simulation:
             max_running_requests=config.max_running_requests,
             learn_model=_no_model,
             slo=config.slo,
+            admission=config.admission,
             token_budgets=token_budgets(config.declared),
         )
         self._clients: dict[RequestId, _Client] = {}
