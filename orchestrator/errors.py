@@ -19,6 +19,7 @@
     │   └── DeploymentNotFound  no deployment of that name runs, or it is not clear which one is meant
     ├── OwnError                we could not do our part
     │   ├── GatewayFull         too many requests wait already
+    │   ├── TooLate             the first token would come after its target
     │   ├── ImagesFull          too many bytes of pictures are here already
     │   ├── GatewayStopping     the gateway takes no more requests
     │   ├── NoModelYet          no worker has loaded the model yet
@@ -348,6 +349,24 @@ class GatewayFull(OwnError):
     def __str__(self) -> str:
         return (
             f"{self.num_waiting} requests are waiting already (gateway.maxWaitingRequests); try again later"
+        )
+
+
+class TooLate(OwnError):
+    """The first token of a request is predicted to come after its target; one like it would be taken in `retry_after_s`."""
+
+    retryable: ClassVar[bool] = True
+
+    def __init__(self, predicted_s: float, target_s: float, retry_after_s: float) -> None:
+        super().__init__(predicted_s, target_s, retry_after_s)
+        self.predicted_s = predicted_s
+        self.target_s = target_s
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return (
+            f"predicted TTFT {self.predicted_s:.2g} s, target {self.target_s:.2g} s (slo.ttftMs); one like it would be "
+            f"taken in about {self.retry_after_s:.2g} s (gateway.admission)"
         )
 
 

@@ -590,6 +590,7 @@ class GetViewResponse(_message.Message):
     NUM_WAITING_REQUESTS_FIELD_NUMBER: _builtins.int
     NUM_FINISHED_REQUESTS_FIELD_NUMBER: _builtins.int
     NUM_FAILED_REQUESTS_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_REQUESTS_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     """Seconds since it arrived."""
     num_running_requests: _builtins.int
@@ -597,6 +598,8 @@ class GetViewResponse(_message.Message):
     num_waiting_requests: _builtins.int
     num_finished_requests: _builtins.int
     num_failed_requests: _builtins.int
+    num_refused_requests: _builtins.int
+    """That would have been too late; they are not among the failed ones."""
     @_builtins.property
     def view(self) -> Global___ClusterView:
         """Absent until a controller has published one."""
@@ -610,10 +613,11 @@ class GetViewResponse(_message.Message):
         num_waiting_requests: _builtins.int = ...,
         num_finished_requests: _builtins.int = ...,
         num_failed_requests: _builtins.int = ...,
+        num_refused_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "num_failed_requests", b"num_failed_requests", "num_finished_requests", b"num_finished_requests", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "num_failed_requests", b"num_failed_requests", "num_finished_requests", b"num_finished_requests", "num_refused_requests", b"num_refused_requests", "num_running_requests", b"num_running_requests", "num_waiting_requests", b"num_waiting_requests", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

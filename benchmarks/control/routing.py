@@ -3,7 +3,8 @@
     python benchmarks/control/routing.py [--quick] [--only decision|simulation] [--json FILE]
 
 A decision: which workers have the beginning of a prompt, from an index of 1,048,576 blocks over 256 workers, and which of them gets
-it. The names of the prompt's blocks are computed before, once for a request, and are timed apart. What it brings is simulated
+it, by tokens and by seconds that are predicted from what workers have learnt of their steps; what these cost a worker is computed once for
+each view, and timed. The names of the prompt's blocks are computed before, once for a request, and are timed apart. What it brings is simulated
 (docs/simulation.md): sixteen workers of Llama-3-8B's shape on an H100 each, with 50 GB of KV, and the Mooncake conversation trace at 8 and 12
 requests a second, two parts of it. The
 baseline routes by load alone; both have the same prefix caches, and in both a worker finds what it has.
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from orchestrator.bench.summary import summarise  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
+from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds  # noqa: E402
 from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
 from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
 from orchestrator.control.slo import Slo, percentile  # noqa: E402
@@ -40,7 +43,10 @@ from workers.api import (  # noqa: E402
     KvTransferConfig,
     Phase,
     PhaseSet,
+    PhaseWork,
     WorkerId,
+    WorkerState,
+    WorkerStatus,
 )
 from workers.block_hash import root_hash  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
@@ -61,13 +67,21 @@ SHAPES: dict[str, tuple[PhaseSet, ...]] = {
 }
 
 
+def worker_view(name: str, rng: random.Random) -> WorkerView:
+    """A worker with sequences, that has learnt what its steps take: a little else than others have."""
+    latency = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
+    c0, c1, c2, c3 = (rng.uniform(0.9, 1.1) * factor for factor in latency.factors)
+    work = PhaseWork(num_decoding=32, decode_context=32 * rng.randrange(100, 8000))
+    costs = replace(latency.costs(), factors=(c0, c1, c2, c3), num_steps=1000)
+    status = WorkerStatus(WorkerId(name), 1, BOTH, WorkerState.READY, step_costs=costs, work=work)
+    return WorkerView(WorkerId(name), 1, BOTH, LifecycleState.READY, f"{name}:1", status=status)
+
+
 def time_decisions(num_decisions: int) -> dict[str, float]:
     """In seconds."""
     rng = random.Random(1)
     root = root_hash("model", "tokenizer", "")
-    workers = tuple(
-        WorkerView(WorkerId(f"w-{i}"), 1, BOTH, LifecycleState.READY, f"w-{i}:1") for i in range(NUM_WORKERS)
-    )
+    workers = tuple(worker_view(f"w-{i}", rng) for i in range(NUM_WORKERS))
     view, ledger, index = ClusterView("d", 1, 1, "m", workers), LoadLedger(), PrefixIndex()
     chains = []
     for worker in workers:
@@ -90,26 +104,36 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
         if number % 100 == 0:
             print(f"\rindex of {index.num_blocks:,} blocks", end="", file=sys.stderr)
     print(file=sys.stderr)
-    naming_s, deciding_s = [], []
+    began_s = time.perf_counter()
+    speeds = prefill_speeds(view, {})
+    speeds_s = time.perf_counter() - began_s
+    naming_s = []
+    deciding_s: dict[str, list[float]] = {"tokens": [], "seconds": []}
+    by: tuple[tuple[str, dict[WorkerId, PrefillSpeed] | None], ...] = (("tokens", None), ("seconds", speeds))
     for _ in range(num_decisions):
         known = rng.choice(chains)
         fresh = PromptChain(root, known._token_ids, known.num_prompt_tokens)
         began_s = time.perf_counter()
         deque(fresh.hashes(BLOCK_SIZE), maxlen=0)
         named_s = time.perf_counter()
-        cached = index.cached_tokens(fresh)
-        route = choose_route(
-            view, ledger, lambda _: True, PromptLoad(PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker())
-        )
-        deciding_s.append(time.perf_counter() - named_s)
         naming_s.append(named_s - began_s)
-        assert isinstance(route, Route)
+        for name, known_speeds in by:
+            began_s = time.perf_counter()
+            cached = index.cached_tokens(fresh)
+            prompt = PromptLoad(PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker())
+            route = choose_route(view, ledger, lambda _: True, prompt, known_speeds)
+            deciding_s[name].append(time.perf_counter() - began_s)
+            assert isinstance(route, Route)
+            assert (route.predicted is None) == (known_speeds is None)
     return {
         "num_blocks": index.num_blocks,
         "num_workers": NUM_WORKERS,
         "prompt_tokens": PROMPT_TOKENS,
-        "decision_p50_s": statistics.median(deciding_s),
-        "decision_p99_s": percentile(sorted(deciding_s), 99),
+        "speeds_s": speeds_s,
+        "tokens_p50_s": statistics.median(deciding_s["tokens"]),
+        "tokens_p99_s": percentile(sorted(deciding_s["tokens"]), 99),
+        "seconds_p50_s": statistics.median(deciding_s["seconds"]),
+        "seconds_p99_s": percentile(sorted(deciding_s["seconds"]), 99),
         "naming_p50_s": statistics.median(naming_s),
     }
 
@@ -145,9 +169,10 @@ def decide(num_decisions: int) -> dict[str, float]:
     """Time decisions, and print that."""
     times = time_decisions(num_decisions)
     print(
-        f"{times['num_blocks']:,} blocks over {NUM_WORKERS} workers, prompts of {PROMPT_TOKENS:,} tokens: a decision takes "
-        f"{times['decision_p50_s'] * 1e3:.3f} ms, p99 {times['decision_p99_s'] * 1e3:.3f}; naming the blocks "
-        f"{times['naming_p50_s'] * 1e3:.2f} ms"
+        f"{times['num_blocks']:,} blocks over {NUM_WORKERS} workers, prompts of {PROMPT_TOKENS:,} tokens: a decision by tokens "
+        f"takes {times['tokens_p50_s'] * 1e3:.3f} ms, p99 {times['tokens_p99_s'] * 1e3:.3f}; by seconds "
+        f"{times['seconds_p50_s'] * 1e3:.3f} ms, p99 {times['seconds_p99_s'] * 1e3:.3f}, and {times['speeds_s'] * 1e3:.2f} ms for each "
+        f"view; naming the blocks {times['naming_p50_s'] * 1e3:.2f} ms"
     )
     return times
 

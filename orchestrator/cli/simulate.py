@@ -18,6 +18,7 @@ from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
+from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
@@ -264,6 +265,7 @@ class _Run:
             max_running_requests=gateway.max_running_requests,
             slo=self.config.slo,
             switch_mode=switch_mode_of(deployment),
+            admission=Admission(gateway.admission),
         )
         self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
 

@@ -95,6 +95,7 @@ async def ask(running: RunningDeployment) -> DeploymentStatus:
         num_waiting=answer.num_waiting_requests,
         num_finished=answer.num_finished_requests,
         num_failed=answer.num_failed_requests,
+        num_refused=answer.num_refused_requests,
     )
     return DeploymentStatus(running, report)
 

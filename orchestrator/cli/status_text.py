@@ -39,6 +39,8 @@ class GatewayReport:
     num_waiting: int
     num_finished: int
     num_failed: int
+    #: As too late, before they ran.
+    num_refused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ def _readiness(view: ClusterView) -> str:
 def _requests(running: RunningDeployment, report: GatewayReport) -> list[str]:
     now = f"{report.num_running} running, {report.num_waiting} waiting"
     so_far = f"{report.num_finished} finished, {report.num_failed} failed"
+    if report.num_refused:
+        so_far += f", {report.num_refused} refused"
     return [f"  gateway     {running.address}", f"  requests    {now}, {so_far}"]
 
 

@@ -8,17 +8,15 @@ from enum import StrEnum
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
+from orchestrator.control.prefill_speed import most_learnt
 from orchestrator.control.role_switch import SwitchRequest, phase_text
 from orchestrator.control.slo import Slo
 from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
-from workers.latency_model import LatencyModel
 
 #: A look that led to nothing is told so often, in seconds.
 LOOK_EVERY_S = 1.0
-#: Steps after which a worker's own latency model is believed.
-ENOUGH_STEPS = 30
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 ALLOWED: tuple[PhaseSet, ...] = (PREFILL | DECODE, PREFILL, DECODE)
 
@@ -70,9 +68,10 @@ class AutoSwitch:
     def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
         """The switches to make now; none while no worker has learnt how long its steps take."""
         self.last = None
-        cost = step_cost(view)
-        if cost is None or totals is None:
+        learnt = most_learnt(view)
+        if learnt is None or totals is None:
             return ()
+        cost = StepCost.learnt(learnt)
         load = cluster_load(view, totals, self._block_sizes)
         look = Look(now_s, load, cost, self._slo)
         if self._sets is None:
@@ -106,19 +105,6 @@ def phase_sets(cost: StepCost, slo: Slo) -> PhaseSets:
     """The policy, at its beginning."""
     floors = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 1)
     return PhaseSets(PhaseSetsConfig(slo, cost, 0.0, ALLOWED, floors))
-
-
-def step_cost(view: ClusterView) -> StepCost | None:
-    """That of the worker that has seen most steps; None while none has seen enough."""
-    found = [
-        worker.status.step_costs
-        for worker in view.workers
-        if worker.status is not None and worker.status.step_costs is not None
-    ]
-    best = max(found, key=lambda costs: costs.num_steps, default=None)
-    if best is None or best.num_steps < ENOUGH_STEPS:
-        return None
-    return StepCost.of(LatencyModel.fitted(best))
 
 
 def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerId, int]) -> ClusterLoad:

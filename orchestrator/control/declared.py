@@ -1,5 +1,6 @@
 """A worker as the manifest declares it, before any process of it exists. Pure."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.api import EngineConfig, KvTransferConfig, PhaseSet, WorkerId, WorkerSpec
@@ -36,3 +37,8 @@ class DeclaredWorker:
             engine=self.engine,
             kv_transfer=self.kv_transfer,
         )
+
+
+def token_budgets(workers: Sequence[DeclaredWorker]) -> Mapping[WorkerId, int]:
+    """Tokens of one step of each worker's engine."""
+    return {worker.worker_id: worker.engine.token_budget for worker in workers}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
+from orchestrator.control.prefill_speed import PrefillSpeed
 from orchestrator.control.prefix_index import WorkerKey
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PrefixPeer, WorkerId
@@ -17,6 +18,9 @@ ENCODE_ALONE = frozenset({Phase.ENCODE})
 #: A sequence that decodes on a worker delays a prompt there as so many tokens of prompt do: an estimate that has not been tuned.
 #: Without any a beginning that many prompts have would fill one worker.
 SEQUENCE_TOKENS = 32
+#: Of the shortest predicted time: whoever is within it counts as equal. What equal workers have learnt differs by some percent, and one
+#: of them must not get all prompts of an idle cluster for that.
+NEAR = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,14 @@ class PromptLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """From now to a first token, in seconds. wait_s: the part of it that is others' prompts."""
+
+    ttft_s: float
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Prefill and decode on these incarnations; one worker may do both."""
 
@@ -47,6 +59,8 @@ class Route:
     prefix_peers: tuple[PrefixPeer, ...] = ()
     #: Tokens of the prompt that the prefill worker was known to have.
     num_cached_tokens: int = 0
+    #: None while no worker has learnt how long its steps take.
+    predicted: Predicted | None = None
 
     @property
     def is_colocated(self) -> bool:
@@ -115,10 +129,12 @@ def choose_route(
     ledger: LoadLedger,
     is_linked: Callable[[WorkerView], bool],
     prompt: PromptLoad | None = None,
+    speeds: Mapping[WorkerId, PrefillSpeed] | None = None,
 ) -> Route | Wait | Refuse:
-    """Prefill where least is to be computed before its first token, decode where fewest sequences are.
+    """Prefill where the first token is predicted to come first, decode where fewest sequences are.
 
-    is_linked: whether the gateway has a working stream to that incarnation. What is to be computed is what waits there, the
+    is_linked: whether the gateway has a working stream to that incarnation. speeds: of all workers that prefill; without them,
+    and among workers that are near each other, that one is first where least is to be computed: what waits there, the
     prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
     that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
     has less in its cache, so that an idle cluster keeps as much as it can. Ties go to the smaller id.
@@ -126,7 +142,10 @@ def choose_route(
     if view is None:
         return Wait("no controller has published a view of the cluster yet")
     prompt = prompt or PromptLoad()
-    prefill = _least_loaded(view, Phase.PREFILL, is_linked, lambda w: _prefill_cost(w, ledger, prompt))
+    candidates = ready_workers(view, Phase.PREFILL, is_linked)
+    if speeds is not None:
+        candidates = _soonest(candidates, ledger, prompt, speeds)
+    prefill = _least(candidates, lambda w: _prefill_cost(w, ledger, prompt))
     if prefill is None:
         return missing(view, Phase.PREFILL)
     decode: WorkerView | None = prefill
@@ -135,14 +154,19 @@ def choose_route(
     if decode is None:
         return missing(view, Phase.DECODE)
     peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
-    return Route(prefill, decode, _reason(prefill, decode, ledger, prompt), peers, prompt.cached_at(prefill))
+    predicted = None if speeds is None else _predict(prefill, ledger, prompt, speeds)
+    reason = _reason(prefill, decode, ledger, prompt)
+    if predicted is not None:
+        reason += f"; first token in about {predicted.ttft_s:.2g} s"
+    return Route(prefill, decode, reason, peers, prompt.cached_at(prefill), predicted)
 
 
 def choose_decode(
     view: ClusterView, ledger: LoadLedger, is_linked: Callable[[WorkerView], bool]
 ) -> WorkerView | None:
     """Where fewest sequences are; None when no worker can decode now. Ties go to the smaller id."""
-    return _least_loaded(view, Phase.DECODE, is_linked, lambda w: (ledger.of(w.worker_id).decode_sequences,))
+    candidates = ready_workers(view, Phase.DECODE, is_linked)
+    return _least(candidates, lambda w: (ledger.of(w.worker_id).decode_sequences,))
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -206,13 +230,38 @@ def ready_workers(
     ]
 
 
-def _least_loaded(
-    view: ClusterView,
-    phase: Phase,
-    is_linked: Callable[[WorkerView], bool],
-    cost: Callable[[WorkerView], tuple[int, ...]],
-) -> WorkerView | None:
-    candidates = ready_workers(view, phase, is_linked)
+def _soonest(
+    candidates: list[WorkerView],
+    ledger: LoadLedger,
+    prompt: PromptLoad,
+    speeds: Mapping[WorkerId, PrefillSpeed],
+) -> list[WorkerView]:
+    """Those at which the prompt is predicted to be computed first, or nearly."""
+    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    times_s = []
+    for worker in candidates:
+        worker_id = worker.worker_id
+        load = loads.get(worker_id, idle)
+        num_before = cached.get((worker_id, worker.incarnation), 0)
+        times_s.append(
+            speeds[worker_id].prefill_s(
+                load.prefill_tokens, num_tokens - num_before, num_before, load.decode_sequences
+            )
+        )
+    limit_s = NEAR * min(times_s, default=0.0)
+    return [worker for worker, time_s in zip(candidates, times_s, strict=True) if time_s <= limit_s]
+
+
+def _predict(
+    worker: WorkerView, ledger: LoadLedger, prompt: PromptLoad, speeds: Mapping[WorkerId, PrefillSpeed]
+) -> Predicted:
+    load, num_before = ledger.of(worker.worker_id), prompt.cached_at(worker)
+    speed, num_new = speeds[worker.worker_id], prompt.num_tokens - num_before
+    ttft_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)
+    return Predicted(ttft_s, ttft_s - speed.prefill_s(0, num_new, num_before, load.decode_sequences))
+
+
+def _least(candidates: list[WorkerView], cost: Callable[[WorkerView], tuple[int, ...]]) -> WorkerView | None:
     return min(candidates, key=lambda worker: (*cost(worker), worker.worker_id), default=None)
 
 

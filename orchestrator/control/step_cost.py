@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from workers.latency_model import LatencyModel
+from workers.step_shape import StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,12 @@ class StepCost:
     @classmethod
     def of(cls, latency: LatencyModel) -> "StepCost":
         """As the model predicts now."""
-        model, device, (c0, c1, c2, c3) = latency.model, latency.device, latency.factors
+        return cls.learnt(latency.costs())
+
+    @classmethod
+    def learnt(cls, costs: StepCosts) -> "StepCost":
+        """As a worker's model predicted when it told these."""
+        model, device, (c0, c1, c2, c3) = costs.model, costs.device, costs.factors
         pair_s = model.pair_flops / device.attention_flops_per_s
         reading_s = (model.num_weights + model.num_head_weights) * model.weight_bytes / device.bytes_per_s
         is_hidden = device.is_reading_hidden

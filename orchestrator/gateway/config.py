@@ -1,9 +1,11 @@
 """What a gateway is started with. Pure."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from orchestrator.control.admission import Admission
 from orchestrator.control.slo import NO_SLO, Slo
-from workers.api import ImageReduction
+from workers.api import ImageReduction, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,3 +32,7 @@ class GatewayConfig:
     image_reduction: ImageReduction | None = None
     #: Targets of every request.
     slo: Slo = NO_SLO
+    #: Which new requests are taken.
+    admission: Admission = Admission.OFF
+    #: Of each declared worker, the tokens of one step of its engine.
+    token_budgets: Mapping[WorkerId, int] = field(default_factory=dict)

@@ -72,6 +72,7 @@ class ControlService(GatewayControlServiceServicer):
             num_waiting_requests=dispatcher.num_waiting,
             num_finished_requests=dispatcher.num_finished,
             num_failed_requests=dispatcher.num_failed,
+            num_refused_requests=dispatcher.num_refused,
         )
         if dispatcher.view is not None:
             response.view.CopyFrom(view_to_pb(dispatcher.view))

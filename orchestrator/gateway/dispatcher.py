@@ -9,9 +9,11 @@ import asyncio
 import itertools
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from orchestrator.control.admission import Admission, refusal
 from orchestrator.control.policies.policy import Totals
+from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds
 from orchestrator.control.prefix_index import PrefixIndex
 from orchestrator.control.request_actions import (
     Action,
@@ -67,7 +69,8 @@ class Dispatcher:
     timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given.
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
-    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`.
+    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`
+    and `admission`. token_budgets: of a step of each worker's engine.
     """
 
     def __init__(
@@ -82,11 +85,20 @@ class Dispatcher:
         on_view: Callable[[ClusterView], None] = lambda _view: None,
         first_attempt: int = 1,
         slo: Slo = NO_SLO,
+        admission: Admission = Admission.OFF,
+        token_budgets: Mapping[WorkerId, int] | None = None,
     ) -> None:
         self.num_finished = 0
         self.num_failed = 0
+        #: That would have been too late, and are not among those that failed.
+        self.num_refused = 0
         self.records = RequestRecords()
         self._served = ServedTotals(slo)
+        self._slo = slo
+        self._admission = admission
+        self._token_budgets = token_budgets or {}
+        #: As of the view; None while no worker has learnt how long its steps take.
+        self._speeds: dict[WorkerId, PrefillSpeed] | None = None
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -194,12 +206,13 @@ class Dispatcher:
     def submit(self, checked: CheckedRequest, *, arrived_at_s: float, deadline_s: float) -> LiveRequest:
         """Run a request; times are the loop's. Every submitted request must be released.
 
-        Raises DuplicateRequest, GatewayFull or GatewayStopping.
+        Raises DuplicateRequest, GatewayFull, GatewayStopping or TooLate.
         """
         self.check_room()
         if checked.request_id in self._requests:
             raise DuplicateRequest(checked.request_id)
         request = LiveRequest.of(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+        self._check_lateness(request)
         self._requests[checked.request_id] = request
         self.records.begin(request.record, [sample.machine for sample in request.samples])
         self._is_idle.clear()
@@ -245,6 +258,7 @@ class Dispatcher:
             return False
         self._view = view
         self._view_at_s = self._timers.time()
+        self._speeds = prefill_speeds(view, self._token_budgets)
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
@@ -328,6 +342,20 @@ class Dispatcher:
             self._timers.call_later(ASK_AGAIN_S, self._ask_again, link)
 
     # Inside.
+
+    def _check_lateness(self, request: LiveRequest) -> None:
+        """Raises TooLate when it is predicted to be; where nothing is known it is not."""
+        if self._admission is Admission.OFF:
+            return
+        first = request.samples[0]
+        choice = self._choose_for(first)
+        predicted = choice.predicted if isinstance(choice, Route) else None
+        waited_s = self._timers.time() - first.machine.times.arrived_at_s
+        problem = refusal(predicted, waited_s, self._slo.ttft_s)
+        if problem is not None:
+            self.num_refused += 1
+            logger.info("request_refused request_id=%s reason=%s", request.request_id, problem)
+            raise problem
 
     def _ask_again(self, link: Link) -> None:
         if self._links.has(link):
@@ -519,7 +547,11 @@ class Dispatcher:
         if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
             wanted = {first.prefill.worker_id, first.decode.worker_id}
             choice = choose_route(
-                self._view, self._ledger, lambda w: self._links.is_open(w) and w.worker_id in wanted, prompt
+                self._view,
+                self._ledger,
+                lambda w: self._links.is_open(w) and w.worker_id in wanted,
+                prompt,
+                self._speeds,
             )
             if isinstance(choice, Route):
                 return choice
@@ -542,7 +574,8 @@ class Dispatcher:
                 self._ledger,
                 lambda w: self._links.is_open(w) and w.worker_id not in avoided,
                 prompt,
+                self._speeds,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open, prompt)
+        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds)

@@ -21,6 +21,7 @@ from orchestrator.errors import (
     NoModelYet,
     PhasewiseOrchestratorError,
     RequestTooLarge,
+    TooLate,
     UnknownModel,
 )
 from orchestrator.gateway.answer import Answer
@@ -45,6 +46,8 @@ DEADLINE_MARGIN_S = 0.1
 #: Of a status: gRPC writes a byte as three at worst, and a client that gets more than 8 KiB of metadata sees
 #: RESOURCE_EXHAUSTED in the status's place.
 MAX_STATUS_MESSAGE_BYTES = 2000
+#: Metadata at the end of a refusal: seconds after which the same request would be taken, as far as is known now.
+RETRY_AFTER_S = "retry-after-s"
 
 _STATUS_OF_KIND = {
     FailureKind.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,6 +63,7 @@ _STATUS_OF_REFUSAL: dict[type[PhasewiseOrchestratorError], grpc.StatusCode] = {
     MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
     GatewayFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooLate: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ImagesFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     GatewayStopping: grpc.StatusCode.UNAVAILABLE,
     NoModelYet: grpc.StatusCode.UNAVAILABLE,
@@ -134,7 +138,8 @@ class InferenceService(InferenceServiceServicer):
                 FailureKind.DEADLINE, f"the deadline passed: {timeout_s:.3g} s after the request came"
             )
         except PhasewiseOrchestratorError as error:
-            await context.abort(_STATUS_OF_REFUSAL[type(error)], _status_message(str(error)))
+            metadata = ((RETRY_AFTER_S, f"{error.retry_after_s:.3f}"),) if isinstance(error, TooLate) else ()
+            await context.abort(_STATUS_OF_REFUSAL[type(error)], _status_message(str(error)), metadata)
         if failure is not None:
             await context.abort(_STATUS_OF_KIND[failure.kind], _status_message(failure.reason))
 

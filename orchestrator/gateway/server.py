@@ -62,6 +62,8 @@ async def serve(
         on_view=served.keep,
         first_attempt=random_source.randrange(1, 2**31),
         slo=config.slo,
+        admission=config.admission,
+        token_budgets=config.token_budgets,
     )
     server = _server(MAX_CLIENT_MESSAGE_BYTES)
     control_server = _server(MAX_CONTROL_MESSAGE_BYTES)

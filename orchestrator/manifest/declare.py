@@ -4,8 +4,9 @@ import math
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import TransportChoice
+from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.declared import DeclaredWorker, WorkerResources, token_budgets
 from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
@@ -59,6 +60,8 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         max_image_bytes=gateway.max_image_mib * MIB,
         image_reduction=_image_reduction(gateway.image_reduction),
         slo=slo_of(deployment),
+        admission=Admission(gateway.admission),
+        token_budgets=token_budgets(worker_specs(deployment)),
     )
 
 

@@ -286,6 +286,11 @@ class Gateway(Section):
     max_running_requests: int = Field(
         default=256, ge=1, le=MIB, description="Requests that the gateway has on workers at a time."
     )
+    admission: Literal["off", "predicted"] = Field(
+        default="off",
+        description="Which new requests are taken, as long as there is room. predicted: one whose first token is predicted to "
+        "come after slo.ttftMs is refused at once, with the time in which one like it would be taken.",
+    )
     max_image_mib: int = Field(
         default=1024,
         alias="maxImageMiB",

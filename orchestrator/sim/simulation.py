@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, GatewayTimings, LoadResult, RequestRecord
+from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
@@ -57,6 +58,8 @@ class SimConfig:
     #: Targets of every request, and whether the controller switches phases by them.
     slo: Slo = NO_SLO
     switch_mode: SwitchMode = SwitchMode.OFF
+    #: Which requests the gateway takes.
+    admission: Admission = Admission.OFF
     check_every: int = 0
     #: Of workers that are slower or faster than `latency` says.
     latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
@@ -122,6 +125,8 @@ class Simulation:
             max_running_requests=config.max_running_requests,
             learn_model=_no_model,
             slo=config.slo,
+            admission=config.admission,
+            token_budgets=token_budgets(config.declared),
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.trace import TraceRow
+from orchestrator.control.admission import Admission
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId
@@ -76,6 +78,8 @@ def run(
     check_every: int = 400,
     is_cache_told: bool = True,
     switches: tuple[tuple[float, SwitchRequest], ...] = (),
+    slo: Slo = NO_SLO,
+    admission: Admission = Admission.OFF,
 ) -> tuple[SimResult, Simulation]:
     """One run, with all invariants checked now and then, and at its end that nobody holds anything."""
     config = SimConfig(
@@ -90,6 +94,8 @@ def run(
         check_every=check_every,
         is_cache_told=is_cache_told,
         switches=switches,
+        slo=slo,
+        admission=admission,
     )
     simulation = Simulation(config, plan, plan[-1].arrival_s)
     result = simulation.run()

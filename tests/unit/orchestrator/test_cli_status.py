@@ -120,6 +120,12 @@ def gateway() -> Iterator[FakeGateway]:
 
 def test_everything_is_shown_in_80_columns_but_the_reasons() -> None:
     assert "\n".join(lines(DeploymentStatus(RUNNING, REPORT))) == TEXT
+    (requests,) = [
+        line
+        for line in lines(DeploymentStatus(RUNNING, replace(REPORT, num_refused=7)))
+        if "requests" in line
+    ]
+    assert requests.endswith("2 failed, 7 refused")
     tables = [line for line in TEXT.splitlines() if "converting" not in line]
     assert max(len(line) for line in tables) <= 80
 
