@@ -251,7 +251,7 @@ class _Progress:
 
 
 def _lines(args: argparse.Namespace, load: Load, rows: list[Row], verdicts: list[Verdict]) -> list[str]:
-    images = f", {args.images} pictures each" if args.images else ""
+    images = f", {args.images} picture{'s' if args.images > 1 else ''} each" if args.images else ""
     target = f"TTFT {args.slo_ttft_ms:g} ms, TPOT {args.slo_tpot_ms:g} ms, met by {100 * args.attainment:g} %"
     found = [
         f"load       {load.trace.file}, {len(load.trace.rows)} requests{images}; loads of {load.duration_s:.0f} s, of {LONGER * load.duration_s:.0f} s for the best",

@@ -11,7 +11,7 @@ from orchestrator.errors import TraceError
 from orchestrator.manifest.engine import MIB
 from orchestrator.planner.shapes import Candidate
 from orchestrator.sim import coarse_replay
-from orchestrator.sim.capacity import NEAR, capacity_rps
+from orchestrator.sim.capacity import NEAR, NEAR_STEPS, capacity_rps
 from orchestrator.sim.coarse import CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS, of_trace
@@ -109,13 +109,16 @@ class Load:
         """Enough requests meet their targets at this rate."""
         return self.simulation(candidate, seed, rate_rps).reaches(self.attainment)
 
-    def capacity_rps(self, candidate: Candidate, seed: int, near_rps: float = 0.0) -> float:
-        """The highest rate that it bears. near_rps: what is expected, 0 for nothing."""
+    def capacity_rps(
+        self, candidate: Candidate, seed: int, near_rps: float = 0.0, *, more_steps: int = 0
+    ) -> float:
+        """The highest rate that it bears. near_rps: what is expected, 0 for nothing. more_steps: of bisection, than a search takes."""
         return capacity_rps(
             lambda rate_rps: self.reaches(candidate, seed, rate_rps),
             between=(self.lowest_rps, self.highest_rps),
-            num_steps=NUM_STEPS,
+            num_steps=NUM_STEPS + more_steps,
             near=(near_rps / NEAR, near_rps * NEAR) if near_rps else None,
+            near_steps=NEAR_STEPS + more_steps,
         )
 
     def misses(self, candidate: Candidate, seed: int, rate_rps: float) -> Misses:

@@ -13,6 +13,8 @@ from orchestrator.sim.capacity import Estimate, estimate
 TOO_MUCH = 1.05
 #: Loads that the best are judged by last so many times longer than those of the search: an idle cluster has to fill first.
 LONGER = 3
+#: Steps of bisection more than in the search: to 0.4 % or 0.7 %, as the expected rate was near or not, so that the interval is of the loads.
+MORE_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def row(
     load = replace(load, duration_s=LONGER * load.duration_s)
     by_seed: list[float] = []
     for seed in seeds:
-        by_seed.append(load.capacity_rps(found.candidate, seed, found.capacity_rps))
+        near_rps = found.capacity_rps
+        by_seed.append(load.capacity_rps(found.candidate, seed, near_rps, more_steps=MORE_STEPS))
         tell(len(by_seed))
     too_much_rps = TOO_MUCH * (by_seed[0] or load.lowest_rps)
     return Row(family, found, tuple(by_seed), load.misses(found.candidate, seeds[0], too_much_rps))

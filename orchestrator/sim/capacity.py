@@ -36,12 +36,13 @@ def capacity_rps(
     between: tuple[float, float],
     num_steps: int,
     near: tuple[float, float] | None = None,
+    near_steps: int = NEAR_STEPS,
 ) -> float:
-    """The highest rate that `reaches` holds for, by geometric bisection: first between the rates of `near`, which take NEAR_STEPS,
+    """The highest rate that `reaches` holds for, by geometric bisection: first in `near_steps` between the rates of `near`,
     if they are there, and where it is not there in `num_steps` between those of `between`. 0 when the lowest of these is too much.
     """
     if near is not None and reaches(near[0]):
-        low, high = _bisect(reaches, near, NEAR_STEPS)
+        low, high = _bisect(reaches, near, near_steps)
         if high < near[1]:
             return math.sqrt(low * high)
     if not reaches(between[0]):
