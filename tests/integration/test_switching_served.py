@@ -143,7 +143,9 @@ def test_sequences_go_on_elsewhere_and_no_token_changes(model_path: Path) -> Non
             assert moved
             assert {(one.source, one.target) for one in moved} == {("d1", "d0")}
             assert all(one.transfer is not None and one.pause_s is not None for one in moved)
-            # It computes prompts now, and there is one worker that decodes.
+            # It computes all prompts, once the other one has given that up.
+            [*_, last] = await it.switch("prefill", DECODE)
+            assert last.state is SwitchState.CHANGED, last
             assert await it.answers(requests()) == expected
             status = it.workers["d1"].worker.status()
             assert status.phases == PREFILL
