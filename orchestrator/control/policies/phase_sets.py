@@ -136,10 +136,10 @@ class PhaseSets:
         return self._best(now_s, cluster, shape, asked, load)
 
     def _look(self, now_s: float, cluster: ClusterLoad) -> Asked | None:
-        """Follow the rates; None at the first look."""
+        """Follow the rates; None at the first look, and while there are no workers."""
         config, totals = self._config, cluster.totals
         before, self._seen = self._seen, (now_s, replace(totals))
-        if before is None or now_s <= before[0]:
+        if before is None or now_s <= before[0] or not cluster.workers:
             return None
         elapsed_s, last = now_s - before[0], before[1]
         if totals.num_requests < last.num_requests or totals.num_finished < last.num_finished:
