@@ -54,7 +54,7 @@ examples:
 The workers are the manifest's, and so are the targets. Devices and models that are known: --help of --device and --model.
 Nothing is started and no model is read: how long a step takes is predicted (docs/simulation.md). One seed gives one result.
 
-exit codes: 0 simulated, 2 wrong command line or trace, 3 manifest not valid, 130 interrupted
+exit codes: 0 simulated, 1 a file cannot be written, 2 wrong command line or trace, 3 manifest not valid, 130 interrupted
 """
 
 
@@ -153,15 +153,22 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"trace      {describe_slice(trace, parts[0])} and on")
         print("\n".join(_table(runs)))
-    if args.json:
-        data = {"format": FORMAT, "runs": [one.as_json(trace) for one in runs]}
-        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        print(f"saved      {args.json}")
-    if args.plot:
-        args.plot.mkdir(exist_ok=True)
-        for name, picture in _pictures(runs).items():
-            (args.plot / name).write_text(picture, encoding="utf-8")
-            print(f"drawn      {args.plot / name}")
+    return _save(args, runs, trace)
+
+
+def _save(args: argparse.Namespace, runs: list["_Run"], trace: Trace) -> int:
+    try:
+        if args.json:
+            data = {"format": FORMAT, "runs": [one.as_json(trace) for one in runs]}
+            args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            print(f"saved      {args.json}")
+        if args.plot:
+            args.plot.mkdir(exist_ok=True)
+            for name, picture in _pictures(runs).items():
+                (args.plot / name).write_text(picture, encoding="utf-8")
+                print(f"drawn      {args.plot / name}")
+    except OSError as error:
+        return _failed(f"{error.filename} cannot be written: {error.strerror}", exit_codes.FAILURE)
     return exit_codes.OK
 
 

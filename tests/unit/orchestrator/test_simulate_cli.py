@@ -78,6 +78,21 @@ def test_pictures_are_drawn_and_the_same_each_time(mode: str, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_place_that_cannot_be_written_is_named(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Where a file is to be there is a folder.
+    path = tmp_path / "taken"
+    blocked = path if option == "--json" else path / "phases.svg"
+    blocked.mkdir(parents=True)
+    arguments = ("--rate", 5, "--duration", 2, option, path)
+    assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.FAILURE
+    printed = capsys.readouterr()
+    assert "attainment" in printed.out
+    assert f"{blocked} cannot be written" in printed.err
+
+
 def test_the_manifest_says_whether_workers_take_other_phases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
