@@ -36,10 +36,6 @@ class Switching:
         #: Time, requests that had finished, and those of them that met their targets.
         self._served: deque[tuple[float, int, int]] = deque()
 
-    def of(self, worker_id: WorkerId) -> RoleSwitch | None:
-        """The last switch of a worker; None when it had none, or was started anew since."""
-        return self._switches.get(worker_id)
-
     @property
     def is_under_way(self) -> bool:
         """Some worker is between two sets of phases."""
