@@ -160,6 +160,8 @@ class RequestMachine:
     #: Who decoded it before, while its KV goes from there to the route's decode worker.
     _moving_from: WorkerView | None = None
     _is_prefill_started: bool = False
+    #: The route's decode worker has computed something, so it has all KV that was sent to it.
+    _is_kv_there: bool = False
 
     def __post_init__(self) -> None:
         self.encodes = EncodeShards(self.request_id, self.images)
@@ -194,7 +196,7 @@ class RequestMachine:
         self.route = route
         self._early.clear()
         self._end = None
-        self._moving_from, self._is_prefill_started = None, False
+        self._moving_from, self._is_prefill_started, self._is_kv_there = None, False, False
         self.times.kv_transfer = None
         self.decoding_report = None
         if not self.delivered:
@@ -254,7 +256,7 @@ class RequestMachine:
         self.migrations.append(
             Migration(self.attempt, source.worker_id, decode.worker_id, reason, now_s, num_delivered)
         )
-        self._moving_from = source
+        self._moving_from, self._is_kv_there = source, False
         self.route = replace(self.route, decode=decode)
         handoff = Handoff(transfer_id, decode.address, decode.incarnation)
         return [
@@ -444,6 +446,7 @@ class RequestMachine:
 
     def _drafts(self, worker_id: WorkerId, event: DraftsGenerated, now_s: float) -> list[Action]:
         self._holders.discard(worker_id)
+        self._note_kv(worker_id)
         self.drafts = event.drafts
         self.times.first_token_at_s = self.times.last_token_at_s = now_s
         self._move_to(RequestState.FINISHED)
@@ -458,6 +461,7 @@ class RequestMachine:
             self.num_reused_tokens = event.num_reused_tokens
         if self.migrations:
             self._note_pause(worker_id, now_s)
+        self._note_kv(worker_id)
         index = event.first_position - len(self.prompt_ids)
         for i, token_id in enumerate(event.token_ids, start=index):
             if len(self.delivered) <= i < self.sampling.max_new_tokens:
@@ -471,6 +475,11 @@ class RequestMachine:
                 self._moving_from = None
         actions = self._deliver(now_s)
         return actions if self.is_over else actions + self._missing_if_alone(worker_id)
+
+    def _note_kv(self, worker_id: WorkerId) -> None:
+        """Something that this worker computed has come."""
+        assert self.route is not None
+        self._is_kv_there |= worker_id == self.route.decode.worker_id
 
     def _note_pause(self, worker_id: WorkerId, now_s: float) -> None:
         """Tokens of this worker have come."""
@@ -556,8 +565,11 @@ class RequestMachine:
         encodes: list[Action] = [*self.encodes.drop(problem)]
         if self.route is None:
             return encodes
-        # A decode worker that only waits for its KV, too: a first token that ends it all sends none.
         workers = self._workers()
+        if self.state is RequestState.FINISHED and self._is_kv_there:
+            # Who sent the KV is done but for its report, which an Abort would take from us.
+            holders &= {self.route.decode.worker_id}
+        # A decode worker that only waits for its KV, too: a first token that ends it all sends none.
         aborts = [Send(worker, Abort(self.key)) for name, worker in workers.items() if name in holders]
         self._moving_from = None
         return [*encodes, *aborts]

@@ -35,6 +35,7 @@ from workers.api import (
     FinishReason,
     Handoff,
     KvTransferred,
+    Migrate,
     Phase,
     PrefillStarted,
     PromptScored,
@@ -57,6 +58,7 @@ def worker(name: str, *phases: Phase, incarnation: int = 1) -> WorkerView:
 
 P = worker("p-0", Phase.PREFILL)
 D = worker("d-0", Phase.DECODE)
+E = worker("d-1", Phase.DECODE)
 B = worker("b-0", Phase.PREFILL, Phase.DECODE)
 SPLIT = Route(P, D, "test")
 TOGETHER = Route(B, B, "test")
@@ -148,7 +150,7 @@ def test_an_end_that_overtakes_the_first_token_ends_it_when_that_has_come() -> N
     assert request.worker_lost(D, "gone after its last word", 1.0) == []
     actions = request.worker_event(P.worker_id, tokens(request, 0, 11), 2.0)
     assert actions[0] == Deliver((11, 12), 0, FinishReason.STOP)
-    assert aborted(actions) == {"p-0"}
+    assert aborted(actions) == set()
     request.check_invariants()
 
 
@@ -172,15 +174,17 @@ def test_a_first_token_that_ends_it_after_a_failover_frees_the_decode_worker_too
     assert aborted(actions) == {"d-0"}
 
 
-def test_the_decode_worker_that_ended_it_is_not_aborted_and_prefill_is_unless_it_is_done() -> None:
-    for is_done in (False, True):
-        request = machine(2)
-        request.routed(SPLIT, 1, 0.0)
-        request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
-        if is_done:
-            request.worker_event(P.worker_id, transferred(request), 1.0)
-        actions = request.worker_event(D.worker_id, tokens(request, 1, 12, end=FinishReason.LENGTH), 2.0)
-        assert aborted(actions) == (set() if is_done else {"p-0"})
+@pytest.mark.parametrize("is_reported", [False, True])
+def test_an_end_from_decode_aborts_nobody_since_prefill_has_only_its_report_to_give(
+    is_reported: bool,
+) -> None:
+    request = machine(2)
+    request.routed(SPLIT, 1, 0.0)
+    request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
+    if is_reported:
+        request.worker_event(P.worker_id, transferred(request), 1.0)
+    actions = request.worker_event(D.worker_id, tokens(request, 1, 12, end=FinishReason.LENGTH), 2.0)
+    assert aborted(actions) == set()
 
 
 def test_after_a_loss_the_next_attempt_prefills_what_was_delivered_and_goes_on() -> None:
@@ -383,7 +387,7 @@ def test_drafts_are_all_there_is_and_end_it() -> None:
         D.worker_id, DraftsGenerated(request.key, ((1, 2), (3,)), (-1.0, -2.0)), 1.0
     )
     assert actions[0] == DeliverDrafts(((1, 2), (3,)), (-1.0, -2.0))
-    assert aborted(actions) == {"p-0"}
+    assert aborted(actions) == set()
     assert (request.state, request.decoding_report) == (RequestState.FINISHED, report)
     request.check_invariants()
 
@@ -402,7 +406,7 @@ def test_text_that_stops_ends_it_with_the_tokens_that_count() -> None:
     request.routed(SPLIT, 1, 0.0)
     request.worker_event(P.worker_id, tokens(request, 0, 11), 1.0)
     request.worker_event(D.worker_id, tokens(request, 1, 12, 13), 1.0)
-    assert aborted(request.text_stopped(2)) == {"p-0", "d-0"}
+    assert aborted(request.text_stopped(2)) == {"d-0"}
     assert (request.state, request.delivered) == (RequestState.FINISHED, [11, 12])
     assert request.cancelled("late") == []
     request.check_invariants()
@@ -422,6 +426,60 @@ def test_text_may_stop_while_it_waits_for_a_route_and_after_its_end() -> None:
     assert request.delivered == [11]
 
 
+def decoding_on(worker_of_route: Route) -> RequestMachine:
+    """A request for four tokens that decodes, with two of them delivered and no KV on its way."""
+    request = machine()
+    request.routed(worker_of_route, 1, 0.0)
+    request.worker_event(worker_of_route.prefill.worker_id, tokens(request, 0, 11), 1.0)
+    if not worker_of_route.is_colocated:
+        request.worker_event(worker_of_route.prefill.worker_id, transferred(request), 1.0)
+    request.worker_event(worker_of_route.decode.worker_id, tokens(request, 1, 12), 1.0)
+    assert request.can_migrate
+    return request
+
+
+@pytest.mark.parametrize("route", [SPLIT, TOGETHER], ids=["apart", "together"])
+def test_a_sequence_that_moves_ends_where_it_went_and_nobody_is_aborted(route: Route) -> None:
+    request = decoding_on(route)
+    submit, migrate = request.migrated(E, "test", 2.0)
+    assert isinstance(submit, Send)
+    assert isinstance(migrate, Send)
+    assert (submit.worker, migrate.worker) == (E, route.decode)
+    assert migrate.command == Migrate(request.key, Handoff("r/1.1", "d-1:1", 1), len(PROMPT) + 2)
+    request.check_invariants()
+    # The end overtakes the report of the worker that it came from, which then tells on its own.
+    last = tokens(request, 2, 13, 14, end=FinishReason.LENGTH)
+    assert request.worker_event(E.worker_id, last, 3.0) == [Deliver((13, 14), 2, FinishReason.LENGTH)]
+    assert request.migrations[-1].pause_s == 2.0
+    request.check_invariants()
+
+
+def test_a_sequence_that_ends_before_it_moves_frees_where_it_was_to_go() -> None:
+    request = decoding_on(SPLIT)
+    request.migrated(E, "test", 2.0)
+    actions = request.worker_event(D.worker_id, tokens(request, 2, 13, 14, end=FinishReason.LENGTH), 3.0)
+    assert actions[0] == Deliver((13, 14), 2, FinishReason.LENGTH)
+    assert aborted(actions) == {"d-1"}
+    request.check_invariants()
+
+
+def test_text_that_stops_while_it_moves_frees_both_sides() -> None:
+    request = decoding_on(SPLIT)
+    request.migrated(E, "test", 2.0)
+    assert aborted(request.text_stopped(2)) == {"d-0", "d-1"}
+
+
+@pytest.mark.parametrize("lost", [D, E], ids=["from", "to"])
+def test_a_move_that_breaks_takes_no_attempt_and_frees_the_other_side(lost: WorkerView) -> None:
+    request = decoding_on(SPLIT)
+    request.migrated(E, "test", 2.0)
+    actions = request.worker_lost(lost, "gone", 3.0)
+    assert actions[-1] == WantRoute(f"{lost.worker_id}: gone")
+    assert aborted(actions) == {"d-0", "d-1"} - {lost.worker_id}
+    assert request.num_attempts == 0
+    request.check_invariants()
+
+
 class World:
     """Workers that hold requests, and a client; any schedule of events must leave them consistent."""
 
@@ -436,12 +494,16 @@ class World:
         self.received: list[int] = []
         self.ends: list[object] = []
         self.wants_route = True
+        #: Tokens that a sequence still gets where it was, once it has been told to move.
+        self.num_before_leaving = 0
 
     def apply(self, actions: Sequence[Action]) -> None:
         for action in actions:
             match action:
                 case Send(to, Submit() as submit):
                     self.held[to.worker_id, submit.key.attempt] = self.script(submit)
+                case Send(to, Migrate() as migrate):
+                    self.move(to, migrate)
                 case Send(to, Abort(key)):
                     assert (to.worker_id, key.attempt) in self.held
                     del self.held[to.worker_id, key.attempt]
@@ -475,6 +537,23 @@ class World:
         elif is_handed_off:
             first += 1
         return events + [token(i) for i in range(first, self.length)]
+
+    def move(self, source: WorkerView, migrate: Migrate) -> None:
+        """It may compute more before it leaves, or all; what it leaves is the other one's to say."""
+        assert self.request.route is not None
+        attempt, target = migrate.key.attempt, self.request.route.decode.worker_id
+        said_here = self.held[source.worker_id, attempt]
+        self.held[target, attempt] = said_here[self.num_before_leaving :]
+        del said_here[self.num_before_leaving :]
+        if self.held[target, attempt]:
+            said_here.append(KvTransferred(migrate.key, 1, 1, 0.1, 0.1))
+
+    def migrate(self, num_before_leaving: int) -> None:
+        route = self.request.route
+        if route is not None and self.request.can_migrate:
+            self.num_before_leaving = num_before_leaving
+            target = next(one for one in (D, E, B) if one != route.decode)
+            self.apply(self.request.migrated(target, "test", 1.0))
 
     def hear(self, choice: int, is_doubled: bool) -> None:
         holders = sorted(holder for holder, events in self.held.items() if events)
@@ -521,7 +600,9 @@ steps = st.one_of(
     st.tuples(st.just("hear"), st.integers(0, 3), st.booleans()),
     st.tuples(st.just("hear"), st.integers(0, 3), st.booleans()),
     st.tuples(st.just("route"), st.sampled_from([SPLIT, TOGETHER])),
-    st.tuples(st.just("lose"), st.sampled_from([P, D, B])),
+    st.tuples(st.just("migrate"), st.integers(0, 3)),
+    st.tuples(st.just("migrate"), st.integers(0, 3)),
+    st.tuples(st.just("lose"), st.sampled_from([P, D, E, B])),
     st.tuples(st.just("fail"), st.integers(0, 3), st.sampled_from(FailureCode)),
     st.tuples(st.just("cancel")),
     st.tuples(st.just("stop")),
@@ -540,6 +621,8 @@ def test_on_any_schedule_tokens_come_once_in_order_and_nobody_is_left_holding(
                 world.hear(choice, is_doubled)
             case "route", Route() as route:
                 world.route(route)
+            case "migrate", int(num_before_leaving):
+                world.migrate(num_before_leaving)
             case "lose", WorkerView() as lost:
                 world.lose(lost)
             case "fail", int(choice), FailureCode() as code:
@@ -555,7 +638,11 @@ def test_on_any_schedule_tokens_come_once_in_order_and_nobody_is_left_holding(
         world.route(SPLIT if goes_on else TOGETHER)
         world.hear(0, False)
     assert len(world.ends) == 1
-    assert world.held == {}
+    # Who sent KV may still report it, unless it was told to stop; nothing else is held.
+    left = [event for (event,) in world.held.values()]
+    assert all(isinstance(event, KvTransferred) for event in left)
+    while world.held:
+        world.hear(0, False)
     assert world.received == [100 + i for i in range(len(world.received))]
     if isinstance(world.ends[0], FinishReason):
         assert len(world.received) == world.length
