@@ -1,9 +1,10 @@
 """Workers that take other phases under load: how long it takes, how long sequences pause, and that no token changes.
 
-    python benchmarks/control/role_switch.py [--quick] [--json FILE]
+    python benchmarks/control/role_switch.py [--quick] [--json FILE] [--short-clients N]
 
 A local cluster with two prefill and two decode workers of the embedded model on the CPU (`phasewise up`). Six clients ask for long answers and
-two for short ones, each one after the other. Switches follow each other, of a decode worker to prefill and back and of a prefill worker to decode and back. From the controller's decision to the
+two or more for short ones, each one after the other: the first step in a new phase waits until somebody wants it, so it takes as many as the
+cores can serve. Switches follow each other, of a decode worker to prefill and back and of a prefill worker to decode and back. From the controller's decision to the
 first step in the new phase is what the controller and the worker measured; the pause of a sequence is what the gateway saw between the last
 token of the one worker and the first of the other, and stands beside the longest gap of as many sequences that were not moved. Every answer
 is compared with that of the same request without a switch.
@@ -32,7 +33,7 @@ from orchestrator.control.slo import percentile  # noqa: E402
 from orchestrator.control.view import SwitchState  # noqa: E402
 from orchestrator.control.view_wire import view_from_pb  # noqa: E402
 from orchestrator.runtime.registry import Registry, RunningDeployment  # noqa: E402
-from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc  # noqa: E402
+from protos import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc, worker_pb2  # noqa: E402
 from protos.worker_pb2 import PHASE_DECODE, PHASE_PREFILL  # noqa: E402
 
 MANIFEST = """\
@@ -46,7 +47,7 @@ spec:
     - {name: decode, phases: [decode], replicas: 2, engine: {kvCacheMiB: 256}, resources: {cpus: 0.5}}
   gateway: {address: "127.0.0.1:0", controlAddress: "127.0.0.1:0"}
 """
-NUM_CLIENTS, NUM_SHORT_CLIENTS = 6, 2
+NUM_CLIENTS = 6
 PROMPTS = [f"Tell me what happened on day {day} of the long journey to the north." for day in range(12)]
 NUM_TOKENS, NUM_SHORT_TOKENS = 96, 3
 #: (worker, its phases, in turn).
@@ -115,7 +116,9 @@ class Load:
                 self.gaps_s.append(max(b - a for a, b in pairwise(times)))
 
 
-async def switch(control: grpc.aio.Channel, worker_id: str, phase: int) -> tuple[float, float | None]:
+async def switch(
+    control: grpc.aio.Channel, worker_id: str, phase: "worker_pb2.Phase.ValueType"
+) -> tuple[float, float | None]:
     """Seconds until it had the phase, and to its first step in it, if one came."""
     stub = control_pb2_grpc.GatewayControlServiceStub(control)
     request = control_pb2.SwitchPhasesRequest(worker_id=worker_id, phases=[phase], reason="benchmark")
@@ -134,7 +137,7 @@ async def switch(control: grpc.aio.Channel, worker_id: str, phase: int) -> tuple
     return last.change_s, None
 
 
-async def measure(running: RunningDeployment, num_rounds: int) -> dict[str, Any]:
+async def measure(running: RunningDeployment, num_rounds: int, num_short_clients: int) -> dict[str, Any]:
     """All switches, `num_rounds` times."""
     async with (
         grpc.aio.insecure_channel(running.address) as channel,
@@ -144,7 +147,7 @@ async def measure(running: RunningDeployment, num_rounds: int) -> dict[str, Any]
         for prompt in PROMPTS:
             load.expected[prompt] = (await load.ask(prompt))[0]
         clients = [asyncio.create_task(load.client(number)) for number in range(NUM_CLIENTS)]
-        clients += [asyncio.create_task(load.short_client(number)) for number in range(NUM_SHORT_CLIENTS)]
+        clients += [asyncio.create_task(load.short_client(number)) for number in range(num_short_clients)]
         changes_s: list[float] = []
         firsts_s: list[float] = []
         for done in range(num_rounds):
@@ -181,6 +184,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two rounds of four switches instead of fifteen")
+    parser.add_argument("--short-clients", type=int, default=2, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -192,13 +196,14 @@ def main() -> None:
         try:
             running = Registry(Path(folder) / "phasewise" / "deployments").get("role-switch")
             assert running is not None
-            found = asyncio.run(measure(running, 2 if args.quick else 15))
+            found = asyncio.run(measure(running, 2 if args.quick else 15, args.short_clients))
         finally:
             subprocess.run([*command, "down", "role-switch"], env=environment, cwd=ROOT, check=True)
     result = {
         "machine": describe_machine(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_clients": NUM_CLIENTS,
+        "num_short_clients": args.short_clients,
         **found,
     }
     for name in ("change_s", "first_step_s", "pause_s", "longest_gap_not_moved_s"):

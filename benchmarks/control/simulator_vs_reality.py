@@ -1,6 +1,6 @@
 """The same requests to a cluster of this machine's CPU and to the simulator, with the model that the workers have fitted.
 
-    python benchmarks/control/simulator_vs_reality.py [--quick] [--json FILE] [--plot FILE.svg]
+    python benchmarks/control/simulator_vs_reality.py [--quick] [--json FILE] [--plot FILE.svg] [--shape NAME] [--duration S]
 
 Each shape is started with the embedded model and warmed up with rows of the trace; then it serves two rates, of rows of their own.
 The simulator gets the same requests, and from the status of each worker its latency model: once as it was when the rate began
@@ -248,14 +248,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="20 seconds for each rate, and not 75")
+    parser.add_argument("--quick", action="store_true", help="20 seconds for each rate")
+    parser.add_argument("--duration", type=float, default=75.0, metavar="S", help="of each rate")
+    parser.add_argument(
+        "--shape",
+        choices=WORKERS,
+        help="this one alone, as when another run has the others on cores of its own",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="both curves, as SVG")
     args = parser.parse_args()
     trace = read_trace(TRACE)
     rows: list[Row] = []
-    for shape in WORKERS:
-        rows += measure(shape, trace, 20.0 if args.quick else 75.0)
+    for shape in [args.shape] if args.shape else WORKERS:
+        rows += measure(shape, trace, 20.0 if args.quick else args.duration)
     if args.plot:
         args.plot.write_text(picture(rows), encoding="utf-8")
     if args.json:
