@@ -74,10 +74,14 @@ class Load:
         #: The longest gap between two tokens of each request that was not moved.
         self.gaps_s: list[float] = []
 
-    async def ask(self, prompt: str, num_tokens: int = NUM_TOKENS) -> tuple[list[int], list[float], str, int]:
+    async def ask(
+        self, prompt: str, num_tokens: int = NUM_TOKENS, cache_salt: str = ""
+    ) -> tuple[list[int], list[float], str, int]:
         """Tokens, when they came, the id, the attempts."""
         request = inference_pb2.GenerateRequest(
-            text=prompt, sampling=inference_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+            text=prompt,
+            sampling=inference_pb2.SamplingParams(max_tokens=num_tokens, ignore_eos=True),
+            cache_salt=cache_salt,
         )
         tokens: list[int] = []
         times: list[float] = []
@@ -90,10 +94,11 @@ class Load:
         return tokens, times, request_id, attempts
 
     async def short_client(self, number: int) -> None:
-        """There is always somebody who wants both phases soon."""
+        """There is always somebody who wants both phases soon, of any worker: nobody has their prompts in its cache."""
+        salt = f"{number}"
         while not self.stop.is_set():
             prompt = PROMPTS[number % len(PROMPTS)]
-            tokens, _, _, attempts = await self.ask(prompt, NUM_SHORT_TOKENS)
+            tokens, _, _, attempts = await self.ask(prompt, NUM_SHORT_TOKENS, f"{salt}.{number}")
             self.num_answers += 1
             self.num_wrong += tokens != self.expected[prompt][:NUM_SHORT_TOKENS]
             self.num_attempts += attempts
