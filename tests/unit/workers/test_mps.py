@@ -1,0 +1,56 @@
+"""The MPS daemon as a child, with a double of it."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.fake_mps import write_fake
+from workers.device import mps
+from workers.device.mps import MpsDaemon
+from workers.errors import MpsFailed, SharingUnsupported
+
+
+def test_a_daemon_listens_answers_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "10")
+    with MpsDaemon(command=write_fake(tmp_path)) as daemon:
+        folder = Path(daemon.environment()["CUDA_MPS_PIPE_DIRECTORY"])
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "environment").read_text() == "none"
+        assert daemon.client_pids() == [110, 120]
+        assert daemon.environment(62.5) == {
+            "CUDA_MPS_PIPE_DIRECTORY": str(folder),
+            "CUDA_MPS_LOG_DIRECTORY": str(folder),
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "62.5",
+        }
+        with pytest.raises(MpsFailed, match="no such command"):
+            daemon.ask("dance")
+    assert not folder.exists()
+    daemon.stop()
+
+
+@pytest.mark.parametrize("percentage", [0.0, -1.0, 100.5])
+def test_a_share_that_cannot_be_is_refused(tmp_path: Path, percentage: float) -> None:
+    with (
+        MpsDaemon(command=write_fake(tmp_path)) as daemon,
+        pytest.raises(ValueError, match="above 0, and 100"),
+    ):
+        daemon.environment(percentage)
+
+
+def test_a_daemon_that_does_not_start_is_told_of_in_its_words(tmp_path: Path) -> None:
+    with pytest.raises(MpsFailed, match="does not listen: cannot listen"):
+        MpsDaemon(command=write_fake(tmp_path, is_broken=True))
+
+
+def test_a_daemon_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mps, "END_S", 0.1)
+    daemon = MpsDaemon(command=write_fake(tmp_path, is_deaf=True))
+    folder = Path(daemon.environment()["CUDA_MPS_PIPE_DIRECTORY"])
+    daemon.stop()
+    assert daemon._process.returncode == -9
+    assert not folder.exists()
+
+
+def test_without_the_command_it_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SharingUnsupported, match="not on the PATH; install the driver's compute utilities"):
+        MpsDaemon(command="no-such-command-here")

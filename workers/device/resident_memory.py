@@ -1,0 +1,153 @@
+"""Tensors of a GPU that one process owns and others map: weights and the KV pool, which outlive the processes that compute.
+
+The owner computes nothing. A worker whose share of the SMs changes is a new process: it maps the same memory in milliseconds where
+loading takes seconds (semi-PD, resident process). Several tensors of one allocation share a handle, which is opened once.
+
+When a process that mapped them dies, nothing happens to the others: its mappings go with it. When the owner dies, what is mapped stays
+readable until the last mapping is closed, and nobody can map it any more: `AttachedMemory.is_owner_gone` tells; its workers go on
+with what they have until a new owner is there, and are started anew then.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from kvtransfer.transports import cuda_driver
+from kvtransfer.transports.cuda_driver import Allocation, CudaDriverError
+from kvtransfer.transports.cuda_mapping import ProcessIdentity, bytes_at, device_uuid, this_process
+from workers.errors import ResidentMemoryGone, SharingUnsupported
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+
+
+class ResidentMemory:
+    """Tensors that other processes may map, as long as this one lives and keeps this. Of one GPU.
+
+    manifest: what `attach` takes; any bytes that reach the other process. Raises SharingUnsupported when CUDA does not share them,
+    and ValueError for none, or for tensors of a CPU or of several GPUs.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        devices = {tensor.device for tensor in tensors.values()}
+        if len(devices) != 1 or next(iter(devices)).type != "cuda":
+            raise ValueError(f"tensors are of {sorted(map(str, devices))}; all are to be of one GPU")
+        self._tensors = dict(tensors)
+        index = next(iter(self._tensors.values())).get_device()
+        torch.cuda.synchronize(index)
+        allocations: dict[Allocation, str] = {}
+        described = {}
+        try:
+            for name, tensor in self._tensors.items():
+                allocation = cuda_driver.allocation_of(index, tensor.data_ptr())
+                if allocation not in allocations:
+                    allocations[allocation] = cuda_driver.ipc_handle(index, allocation).hex()
+                described[name] = _describe(tensor, allocation, list(allocations).index(allocation))
+        except CudaDriverError as error:
+            remedy = (
+                "run it without expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
+            )
+            raise SharingUnsupported("CUDA IPC", str(error), remedy) from error
+        about = {
+            "version": _VERSION,
+            "device_uuid": device_uuid(index),
+            "owner": asdict(this_process()),
+            "handles": list(allocations.values()),
+            "tensors": described,
+        }
+        self.manifest = json.dumps(about, separators=(",", ":")).encode()
+
+
+class AttachedMemory:
+    """The tensors of another process, mapped here; made by `attach`. Views of them must be gone before `close`."""
+
+    def __init__(
+        self, owner: ProcessIdentity, tensors: dict[str, torch.Tensor], close: Callable[[], None]
+    ) -> None:
+        self.tensors = tensors
+        self._owner = owner
+        self._close: Callable[[], None] | None = close
+
+    @property
+    def is_owner_gone(self) -> bool:
+        """Whether its process has ended. False where that cannot be seen, as in another container."""
+        return self._owner.has_ended
+
+    def close(self) -> None:
+        """Wait for this process's work on the GPU, and unmap. Closing twice does nothing."""
+        if self._close is not None:
+            self.tensors.clear()
+            self._close()
+            self._close = None
+
+
+def attach(manifest: bytes) -> AttachedMemory:
+    """Map what `ResidentMemory` of another process described. Raises ResidentMemoryGone."""
+    about = _parse(manifest)
+    owner = ProcessIdentity(**about["owner"])
+    if owner.is_this_process:
+        raise ResidentMemoryGone(owner.pid, "it is this same process, which CUDA does not map")
+    if owner.has_ended:
+        raise ResidentMemoryGone(owner.pid, "it has ended")
+    visible = [device_uuid(index) for index in range(torch.cuda.device_count())]
+    if about["device_uuid"] not in visible:
+        raise ResidentMemoryGone(owner.pid, f"its GPU {about['device_uuid']} is not visible here")
+    index = visible.index(about["device_uuid"])
+    mapped: list[Allocation] = []
+
+    def close() -> None:
+        torch.cuda.synchronize(index)
+        for allocation in mapped:
+            try:
+                cuda_driver.close_ipc_handle(index, allocation.address)
+            except CudaDriverError as error:
+                # Nothing that anybody could do: it goes with the process.
+                logger.warning("resident_memory_unmap_failed reason=%s", error)
+
+    try:
+        for handle in about["handles"]:
+            mapped.append(cuda_driver.open_ipc_handle(index, bytes.fromhex(handle)))  # noqa: PERF401 - closed one by one
+        tensors = {
+            name: _tensor(one, mapped[one["allocation"]], index) for name, one in about["tensors"].items()
+        }
+    except (CudaDriverError, ValueError, RuntimeError) as error:
+        close()
+        raise ResidentMemoryGone(owner.pid, str(error)) from error
+    return AttachedMemory(owner, tensors, close)
+
+
+def _describe(tensor: torch.Tensor, allocation: Allocation, number: int) -> dict[str, Any]:
+    return {
+        "allocation": number,
+        "offset": tensor.data_ptr() - allocation.address,
+        "shape": list(tensor.shape),
+        "stride": list(tensor.stride()),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+
+
+def _parse(manifest: bytes) -> Any:
+    about = json.loads(manifest)
+    if about["version"] != _VERSION:
+        raise ResidentMemoryGone(
+            about["owner"]["pid"], f"it speaks version {about['version']}, not {_VERSION}"
+        )
+    return about
+
+
+def _tensor(about: Mapping[str, Any], allocation: Allocation, device_index: int) -> torch.Tensor:
+    """Raises ValueError when it does not lie within its allocation."""
+    dtype = getattr(torch, about["dtype"])
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(about["shape"], about["stride"], strict=True))
+    num_bytes = 0 if 0 in about["shape"] else reach * dtype.itemsize
+    if about["offset"] < 0 or about["offset"] + num_bytes > allocation.num_bytes:
+        raise ValueError(
+            f"{num_bytes} bytes from {about['offset']} on of an allocation of {allocation.num_bytes}"
+        )
+    flat = bytes_at(allocation.address + about["offset"], num_bytes, device_index).view(dtype)
+    return torch.as_strided(flat, about["shape"], about["stride"])
