@@ -62,6 +62,10 @@ class GraphWork:
         stream.synchronize()
         with torch.cuda.graph(self._graph):
             self._compute()
+        self._graph.replay()
+        # Of the KV's dtype: the kernel that `step` uses is loaded now.
+        torch.zeros(BLOCK_VALUES, device="cuda", dtype=torch.bfloat16).add_(1)
+        torch.cuda.synchronize()
 
     def adopt(self, state: Any) -> None:
         """Blocks and time."""
@@ -115,12 +119,13 @@ class Pair:
         for one in (self.prefill, self.decode):
             one.settle(BOUND_S)
 
-    def wait_for_spare(self, seconds: float) -> None:
-        """Let processes that wait come up, and those that end go."""
-        give_up_s = time.monotonic() + seconds
-        while (left_s := give_up_s - time.monotonic()) > 0:
-            self.decode.tick(left_s / 2)
-            self.prefill.tick(0)
+    def wait_for_spares(self) -> None:
+        """Until the interpreter of the next process waits, for both."""
+        give_up_s = time.monotonic() + BOUND_S
+        while not (self.prefill.is_spare_ready and self.decode.is_spare_ready):
+            assert time.monotonic() < give_up_s, "no spare came up"
+            self.decode.tick(0.05)
+            self.prefill.tick(0.05)
 
     def close(self) -> None:
         """Both."""
@@ -145,9 +150,11 @@ def measure_mps(folder: Path, num: int) -> dict[str, Any]:
                     "owner_start_s": owner_s,
                     "daemon_start_s": daemon_s,
                     "switch_with_spare": _switches(pair, num, has_spare=True),
-                    "switch_without_spare": _switches(pair, max(2, num // 3), has_spare=False),
-                    "killed_while_it_computes": _deaths(pair, max(2, num // 2), _kill),
-                    "terminated_by_the_daemon": _deaths(pair, 2, lambda pid: _terminate(daemon, pid)),
+                    "switch_without_spare": _switches(pair, max(1, num // 2), has_spare=False),
+                    "killed_while_it_computes": _deaths(pair, num - 1, _kill),
+                    "terminated_by_the_daemon": _deaths(
+                        pair, num - 2 or 1, lambda pid: _terminate(daemon, pid)
+                    ),
                 }
             finally:
                 pair.close()
@@ -159,11 +166,10 @@ def _switches(pair: Pair, num: int, *, has_spare: bool) -> dict[str, Any]:
     decode = pair.decode
     for index in range(num):
         if has_spare:
-            # Until the interpreter of the next process waits.
-            pair.wait_for_spare(6.0)
+            pair.wait_for_spares()
         elif decode._spare is not None:
             decode._spare.end()
-            decode._spare = None
+            decode._spare, decode.is_spare_ready = None, False
         percentage = SHARES[(index + 1) % len(SHARES)]
         assert decode.switch.serving is not None
         if decode.switch.serving.percentage == percentage:
@@ -201,7 +207,7 @@ def _deaths(pair: Pair, num: int, end: Callable[[int], None]) -> dict[str, Any]:
     """Of prefill while both compute; what became of decode within a second, and how long until prefill computed again."""
     rows = []
     for _ in range(num):
-        pair.wait_for_spare(6.0)
+        pair.wait_for_spares()
         decode_pid, began_s = pair.decode.pid(), time.monotonic()
         num_steps = len(pair.prefill.steps)
         end(pair.prefill.pid())

@@ -27,8 +27,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import itertools
-
 import torch  # noqa: E402
 
 from benchmarks.kernels.mps_share_gpu import measure_mps  # noqa: E402
@@ -92,7 +90,7 @@ def seconds_of(work: Callable[[], None], stream: torch.cuda.Stream, num: int) ->
             work()
             mark.record(stream)
     stream.synchronize()
-    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+    return statistics.median(a.elapsed_time(b) / 1e3 for a, b in pairwise(marks))
 
 
 def curve(contexts: GreenContexts, load: Load, num: int) -> dict[str, Any]:
@@ -127,7 +125,12 @@ def curve(contexts: GreenContexts, load: Load, num: int) -> dict[str, Any]:
             for row in rows[:-1]
         ]
 
-    return {"rows": rows, "compute_curve": curve_of("gemm_tflops"), "memory_curve": curve_of("read_tb_per_s")}
+    return {
+        "rows": rows,
+        "compute_curve": curve_of("gemm_tflops"),
+        "memory_curve": curve_of("read_tb_per_s"),
+        "copy_curve": curve_of("copy_tb_per_s"),
+    }
 
 
 def both_at_once(
@@ -218,7 +221,7 @@ def switching(shares: SmShares, num: int) -> dict[str, Any]:
                 to = (
                     shares.current(Phase.DECODE)
                     if how == "stay"
-                    else layouts[(number + (kind == "graph")) % len(layouts)]
+                    else layouts[(2 * number + (kind == "graph")) % len(layouts)]
                 )
                 if how == "switch" and to is shares.current(Phase.DECODE):
                     continue
@@ -382,8 +385,8 @@ def main() -> int:
         return 1
     results = {**describe(args.commit), "is_quick": args.quick}
     with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        # First: processes of MPS compute beside this one, which then has nothing on the GPU yet.
-        results["mps"] = guarded("MPS", lambda: measure_mps(Path(folder), 3 if args.quick else 10))
+        # First: this process has nothing on the GPU yet.
+        results["mps"] = guarded("MPS", lambda: measure_mps(Path(folder), 2 if args.quick else 6))
     load = Load()
     results["curve"] = guarded("curve", lambda: curve(GreenContexts(0), load, 5 if args.quick else 20))
     shares = open_sm_shares(0, PHASES)

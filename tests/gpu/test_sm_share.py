@@ -103,14 +103,16 @@ def test_work_after_a_switch_sees_what_was_written_before(two: SmShares) -> None
 
 
 @needs_green_contexts
-def test_closing_gives_the_memory_back() -> None:
+def test_closing_leaves_what_the_driver_keeps_of_each_context_and_no_more() -> None:
     open_sm_shares(0, (Phase.PREFILL, Phase.DECODE)).close()
-    before = free_bytes()
+    before, num_contexts = free_bytes(), 0
     for _ in range(3):
         shares = open_sm_shares(0, (Phase.PREFILL, Phase.DECODE))
+        num_contexts += 2 * (len(shares.layouts) - 1)
         assert free_bytes() < before
         shares.close()
-    assert before - free_bytes() < 16 << 20
+    # Seen: 4 MiB, with driver 580.159. The products of the check took far more.
+    assert before - free_bytes() <= num_contexts * (6 << 20)
 
 
 @needs_green_contexts

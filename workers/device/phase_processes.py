@@ -66,6 +66,8 @@ class PhaseProcesses:
         self._leaving: dict[int, ShareProcess] = {}
         self._states: dict[int, Any] = {}
         self._spare: ShareProcess | None = ShareProcess(make, opener)
+        #: Whether its interpreter is up, as far as was heard.
+        self.is_spare_ready = False
 
     def ask(self, percentage: float, reason: str) -> None:
         """Go to this share of the SMs; `tick` until it is there."""
@@ -75,13 +77,16 @@ class PhaseProcesses:
         """Take what processes say, waiting for so long at most for the first of it."""
         pipes: dict[Any, int] = {process.pipe: number for number, process in self._processes.items()}
         ends: dict[Any, int] = {process.sentinel: number for number, process in self._leaving.items()}
-        for one in wait([*pipes, *ends], timeout_s):
-            if one in ends:
+        spares = [self._spare.pipe] if self._spare is not None and not self.is_spare_ready else []
+        for one in wait([*pipes, *ends, *spares], timeout_s):
+            if one in spares:
+                self._spare_told()
+            elif one in ends:
                 self._left(ends[one])
             elif pipes[one] in self._processes:
                 self._told(pipes[one], self._processes[pipes[one]])
         if self.switch.state is SwitchState.SERVING and self._spare is None:
-            self._spare = ShareProcess(self._make, self._opener)
+            self._spare, self.is_spare_ready = ShareProcess(self._make, self._opener), False
 
     def settle(self, timeout_s: float) -> None:
         """Tick until the share is the one that was asked for last. Raises TimeoutError."""
@@ -117,6 +122,14 @@ class PhaseProcesses:
     def _left(self, number: int) -> None:
         self._leaving.pop(number).end()
         self._blocks.reap(self.owner(number))
+
+    def _spare_told(self) -> None:
+        # Taken meanwhile, it is a process like any other, which says so first.
+        if self._spare is not None:
+            self.is_spare_ready = isinstance(self._spare.receive(), Spare)
+            if not self.is_spare_ready:
+                self._spare.end()
+                self._spare = None
 
     def _told(self, number: int, process: ShareProcess) -> None:
         match process.receive():
@@ -169,6 +182,7 @@ class PhaseProcesses:
 
     def _start(self, action: ShareAction) -> None:
         process, self._spare = self._spare or ShareProcess(self._make, self._opener), None
+        self.is_spare_ready = False
         environment = self._daemon.environment(action.percentage) if self._daemon is not None else {}
         self._processes[action.number] = process
         process.send(Begin(self.owner(action.number), environment, self._manifest, self._blocks_path))

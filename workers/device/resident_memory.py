@@ -10,7 +10,7 @@ with what they have until a new owner is there, and are started anew then.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,10 +44,14 @@ class ResidentMemory:
         described = {}
         try:
             for name, tensor in self._tensors.items():
-                allocation = cuda_driver.allocation_of(index, tensor.data_ptr())
-                if allocation not in allocations:
-                    allocations[allocation] = cuda_driver.ipc_handle(index, allocation).hex()
-                described[name] = _describe(tensor, allocation, list(allocations).index(allocation))
+                place = (0, 0)
+                # One without values lies nowhere.
+                if tensor.numel():
+                    allocation = cuda_driver.allocation_of(index, tensor.data_ptr())
+                    if allocation not in allocations:
+                        allocations[allocation] = cuda_driver.ipc_handle(index, allocation).hex()
+                    place = (list(allocations).index(allocation), tensor.data_ptr() - allocation.address)
+                described[name] = _describe(tensor, place)
         except CudaDriverError as error:
             remedy = (
                 "run it without expandable_segments:True in PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF)"
@@ -112,19 +116,18 @@ def attach(manifest: bytes) -> AttachedMemory:
     try:
         for handle in about["handles"]:
             mapped.append(cuda_driver.open_ipc_handle(index, bytes.fromhex(handle)))  # noqa: PERF401 - closed one by one
-        tensors = {
-            name: _tensor(one, mapped[one["allocation"]], index) for name, one in about["tensors"].items()
-        }
+        tensors = {name: _tensor(one, mapped, index) for name, one in about["tensors"].items()}
     except (CudaDriverError, ValueError, RuntimeError) as error:
         close()
         raise ResidentMemoryGone(owner.pid, str(error)) from error
     return AttachedMemory(owner, tensors, close)
 
 
-def _describe(tensor: torch.Tensor, allocation: Allocation, number: int) -> dict[str, Any]:
+def _describe(tensor: torch.Tensor, place: tuple[int, int]) -> dict[str, Any]:
+    """place: number of its allocation, and bytes from there."""
     return {
-        "allocation": number,
-        "offset": tensor.data_ptr() - allocation.address,
+        "allocation": place[0],
+        "offset": place[1],
         "shape": list(tensor.shape),
         "stride": list(tensor.stride()),
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -140,14 +143,15 @@ def _parse(manifest: bytes) -> Any:
     return about
 
 
-def _tensor(about: Mapping[str, Any], allocation: Allocation, device_index: int) -> torch.Tensor:
+def _tensor(about: Mapping[str, Any], mapped: Sequence[Allocation], device_index: int) -> torch.Tensor:
     """Raises ValueError when it does not lie within its allocation."""
-    dtype = getattr(torch, about["dtype"])
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(about["shape"], about["stride"], strict=True))
-    num_bytes = 0 if 0 in about["shape"] else reach * dtype.itemsize
-    if about["offset"] < 0 or about["offset"] + num_bytes > allocation.num_bytes:
-        raise ValueError(
-            f"{num_bytes} bytes from {about['offset']} on of an allocation of {allocation.num_bytes}"
-        )
-    flat = bytes_at(allocation.address + about["offset"], num_bytes, device_index).view(dtype)
-    return torch.as_strided(flat, about["shape"], about["stride"])
+    dtype, shape, stride = getattr(torch, about["dtype"]), about["shape"], about["stride"]
+    if 0 in shape:
+        return torch.empty_strided(shape, stride, dtype=dtype, device=torch.device("cuda", device_index))
+    allocation, offset = mapped[about["allocation"]], about["offset"]
+    reach = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    num_bytes = reach * dtype.itemsize
+    if offset < 0 or offset + num_bytes > allocation.num_bytes:
+        raise ValueError(f"{num_bytes} bytes from {offset} on of an allocation of {allocation.num_bytes}")
+    flat = bytes_at(allocation.address + offset, num_bytes, device_index).view(dtype)
+    return torch.as_strided(flat, shape, stride)
