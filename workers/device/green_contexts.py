@@ -46,7 +46,6 @@ class GreenContexts:
 
         self._driver = driver
         self._device_index = device_index
-        torch.cuda.init()
         # The primary context is to be there before, or each green context makes it anew.
         torch.cuda.synchronize(device_index)
         self._device = self._call("cuDeviceGet", device_index)
@@ -80,7 +79,8 @@ class GreenContexts:
         except GreenContextError:
             self._call("cuGreenCtxDestroy", context)
             raise
-        return GreenContext(torch.cuda.ExternalStream(int(stream), self._device_index), num_sms, context)
+        wrapped = torch.cuda.ExternalStream(int(stream), self._device_index)  # type: ignore[no-untyped-call]
+        return GreenContext(wrapped, num_sms, context)
 
     def destroy(self, context: GreenContext) -> None:
         """Waits for what was put on its stream. Graphs captured on it are to be gone."""

@@ -181,5 +181,10 @@ def _make(contexts: Contexts, layout: SmLayout, check: Check) -> list[GreenConte
 
 
 def _shared(device_index: int, num_sms: int, phases: Sequence[Phase]) -> LiveLayout:
-    streams = {phase: torch.cuda.Stream(device_index, priority=PRIORITIES[phase]) for phase in phases}
-    return LiveLayout(shared_layout(num_sms, phases), streams)
+    return LiveLayout(
+        shared_layout(num_sms, phases), {phase: _plain_stream(device_index, phase) for phase in phases}
+    )
+
+
+def _plain_stream(device_index: int, phase: Phase) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device_index, priority=PRIORITIES[phase])  # type: ignore[no-untyped-call]
