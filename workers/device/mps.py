@@ -31,8 +31,18 @@ START_S, ANSWER_S, END_S = 10.0, 10.0, 10.0
 POLL_S = 0.005
 
 
+#: $0 is the command, $1 the folder. Runs the daemon in the foreground; when the standard input ends, which it also does when its
+#: writer dies, tells it to quit and clears away.
+_SCRIPT = """
+exec 3<&0
+(cat <&3 >/dev/null; echo quit -t 1 | "$0"; rm -rf "$1") &
+exec 3<&-
+exec "$0" -f </dev/null
+"""
+
+
 class MpsDaemon:
-    """A daemon that is this process's child, in the foreground, so that it can be waited for and ended.
+    """A daemon that is this process's child, in the foreground, so that it can be waited for, and that ends when this process does.
 
     Raises SharingUnsupported when the command is not there, MpsFailed when it does not start or end.
     """
@@ -52,9 +62,9 @@ class MpsDaemon:
         environment.pop(PERCENTAGE, None)
         with (self._folder / "output").open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - no shell, and a path that was looked up
-                [path, "-f"],
+                ["/bin/sh", "-c", _SCRIPT, path, str(self._folder)],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 # The servers that it starts end with the group.
@@ -111,10 +121,10 @@ class MpsDaemon:
 
     def stop(self) -> None:
         """End it and its servers, and remove its folder. Its clients should have ended; those that have not lose the GPU."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
-            if self._process.poll() is None:
-                self.ask("quit -t 1")
-                self._wait(lambda: self._process.poll() is not None, END_S, "does not end")
+            self._wait(lambda: self._process.poll() is not None, END_S, "does not end")
         except MpsFailed as error:
             logger.warning("mps_killed reason=%s", error)
             self._kill()
@@ -125,11 +135,19 @@ class MpsDaemon:
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def _wait(self, is_done: Callable[[], bool], bound_s: float, problem: str) -> None:
         give_up_s = time.monotonic() + bound_s
         while not is_done():
             if self._process.poll() is not None or time.monotonic() > give_up_s:
-                said = (self._folder / "output").read_text(errors="replace").strip().splitlines()[-3:]
-                raise MpsFailed(f"{COMMAND} {problem}: {' / '.join(said) or 'it said nothing'}")
+                raise MpsFailed(f"{COMMAND} {problem}: {self._said()}")
             self._sleep(POLL_S)
+
+    def _said(self) -> str:
+        try:
+            said = (self._folder / "output").read_text(errors="replace").strip().splitlines()[-3:]
+        except OSError:
+            said = []
+        return " / ".join(said) or "it said nothing"

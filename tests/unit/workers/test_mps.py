@@ -1,13 +1,21 @@
 """The MPS daemon as a child, with a double of it."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.fake_mps import write_fake
+from tests.support.waiting import until_in_thread
 from workers.device import mps
 from workers.device.mps import MpsDaemon
 from workers.errors import MpsFailed, SharingUnsupported
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_daemon_listens_answers_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,6 +57,33 @@ def test_a_daemon_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytes
     daemon.stop()
     assert daemon._process.returncode == -9
     assert not folder.exists()
+
+
+def test_a_daemon_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from workers.device.mps import MpsDaemon; "
+        "daemon = MpsDaemon(command=sys.argv[1]); "
+        "print(daemon._process.pid, daemon.environment()['CUDA_MPS_PIPE_DIRECTORY'], flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, write_fake(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    pid, folder = killed.stdout.split()
+    until_in_thread(lambda: not is_running(int(pid)), "the end of the daemon")
+    until_in_thread(lambda: not Path(folder).exists(), "the end of its folder")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_without_the_command_it_is_refused_with_what_to_do() -> None:

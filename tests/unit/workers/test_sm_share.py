@@ -1,11 +1,13 @@
 """Layouts made of contexts, without a GPU: what is made, dropped, switched and given back; and what a device refuses."""
 
 import logging
+import runpy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from workers.api import Phase
 from workers.device.capability import DeviceFacts, capability_of, report
@@ -187,3 +189,11 @@ def test_a_percentage_of_mps_that_caps_green_contexts_is_noted() -> None:
         "client of the MPS daemon"
         in capability_of(replace(FACTS, environment={"CUDA_MPS_PIPE_DIRECTORY": "/x"})).notes[0]
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_report_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("workers.device", run_name="__main__")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == ["green contexts", "MPS"]
+    assert all("sees no NVIDIA GPU; name one in CUDA_VISIBLE_DEVICES" in line for line in said)
