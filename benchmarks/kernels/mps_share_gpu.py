@@ -151,9 +151,9 @@ def measure_mps(folder: Path, num: int) -> dict[str, Any]:
                     "daemon_start_s": daemon_s,
                     "switch_with_spare": _switches(pair, num, has_spare=True),
                     "switch_without_spare": _switches(pair, max(1, num // 2), has_spare=False),
-                    "killed_while_it_computes": _deaths(pair, num - 1, _kill),
+                    "killed_while_it_computes": _deaths(pair, max(1, num - 2), _kill),
                     "terminated_by_the_daemon": _deaths(
-                        pair, num - 2 or 1, lambda pid: _terminate(daemon, pid)
+                        pair, max(1, num - 3), lambda pid: _terminate(daemon, pid)
                     ),
                 }
             finally:
@@ -168,6 +168,7 @@ def _switches(pair: Pair, num: int, *, has_spare: bool) -> dict[str, Any]:
         if has_spare:
             pair.wait_for_spares()
         elif decode._spare is not None:
+            decode._spare.kill()
             decode._spare.end()
             decode._spare, decode.is_spare_ready = None, False
         percentage = SHARES[(index + 1) % len(SHARES)]

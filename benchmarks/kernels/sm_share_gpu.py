@@ -386,7 +386,7 @@ def main() -> int:
     results = {**describe(args.commit), "is_quick": args.quick}
     with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         # First: this process has nothing on the GPU yet.
-        results["mps"] = guarded("MPS", lambda: measure_mps(Path(folder), 2 if args.quick else 6))
+        results["mps"] = guarded("MPS", lambda: measure_mps(Path(folder), 2 if args.quick else 5))
     load = Load()
     results["curve"] = guarded("curve", lambda: curve(GreenContexts(0), load, 5 if args.quick else 20))
     shares = open_sm_shares(0, PHASES)

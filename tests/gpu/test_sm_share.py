@@ -170,7 +170,7 @@ def make_nothing() -> Mapping[str, torch.Tensor]:
     raise RuntimeError("there is no such model")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def owner() -> Iterator[ResidentOwner]:
     with ResidentOwner(make_tensors) as found:
         yield found
@@ -231,6 +231,9 @@ class Phases:
     def __init__(self, folder: Path, owner: ResidentOwner, daemon: MpsDaemon | None) -> None:
         self.path = folder / "blocks"
         SharedBlocks.create(self.path, NUM_BLOCKS).close()
+        memory = attach(owner.manifest)
+        memory.tensors["kv"].zero_()
+        memory.close()
         self.prefill, self.decode = (
             PhaseProcesses(phase, make_product, owner.manifest, self.path, daemon)
             for phase in (Phase.PREFILL, Phase.DECODE)
@@ -292,8 +295,8 @@ def test_one_process_is_killed_and_the_other_goes_on(phases: Phases, owner: Resi
     assert len(phases.prefill.steps) == num_prefills + 1
     owned = phases.owned()
     wait_for_steps(kv, owned["prefill"], 5)
-    assert owned["decode"] == mine
-    assert not set(owned["prefill"]) & set(mine)
+    assert set(mine) <= set(owned["decode"])
+    assert not set(owned["prefill"]) & set(owned["decode"])
     del kv
     memory.close()
 

@@ -115,6 +115,8 @@ class PhaseProcesses:
         for number in list(self._leaving):
             self._left(number)
         if self._spare is not None:
+            # It holds nothing, and may be in the middle of its imports.
+            self._spare.kill()
             self._spare.end()
             self._spare = None
         self._blocks.close()
