@@ -3,18 +3,23 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.share_works import make_counting, make_failing, open_nothing
-from tests.support.waiting import BOUND_S
+from tests.support.waiting import BOUND_S, until_in_thread
 from workers.api import Phase
 from workers.device.phase_processes import PhaseProcesses
 from workers.device.share_process import WorkMaker
 from workers.device.share_switch import SwitchState
 from workers.device.shared_blocks import SharedBlocks
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -85,3 +90,31 @@ def test_a_new_process_that_cannot_start_leaves_the_old_one_serving(path: Path) 
         decode.settle(0)
     decode.close()
     assert multiprocessing.active_children() == []
+
+
+def test_they_end_when_the_process_that_started_them_is_killed(path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.unit.workers import test_phase_processes as t\n"
+        "if __name__ == '__main__':\n"
+        "    decode = t.processes_of(Path(sys.argv[1]), t.make_counting); decode.ask(40, 'start'); decode.settle(t.BOUND_S)\n"
+        "    print(decode.pid(), decode._spare.pid if decode._spare else 0, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script = path.parent / "starts.py"
+    script.write_text(code)
+    killed = subprocess.run(
+        [sys.executable, str(script), str(path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for pid in map(int, killed.stdout.split()):
+        until_in_thread(lambda pid=pid: not is_running(pid), f"the end of process {pid}")  # type: ignore[misc]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
