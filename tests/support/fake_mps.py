@@ -8,7 +8,7 @@ folder = os.environ["CUDA_MPS_PIPE_DIRECTORY"]
 if "-f" in sys.argv:
     if {is_broken}:
         print("cannot listen"); sys.exit(1)
-    open(folder + "/environment", "w").write(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "none"))
+    open(folder + "/environment", "w").write(str(sorted(set(os.environ) & {{"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_VISIBLE_DEVICES"}})))
     open(folder + "/control", "w").close()
     while not os.path.exists(folder + "/quit") or {is_deaf}:
         time.sleep(0.005)

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from workers.device.nvml import NvmlUnavailable, open_nvml
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
+#: A GPU that is lost can hold a call for ever; the thread is left behind then.
+STOP_S = 5.0
 #: XIDs that are kept, and those that one look takes: more tell nothing new.
 MAX_XIDS = 32
 
@@ -54,28 +57,31 @@ class GpuTelemetry:
 
     def start(self) -> None:
         """Take a sample now, and one every period from then on."""
-        if self._reader is not None:
-            self.sample()
+        if self._reader is not None and self._sample_or_give_up():
             self._thread.start()
 
     def stop(self) -> None:
         """End the thread, if it was started."""
         self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join()
-        if self._reader is not None:
+            self._thread.join(STOP_S)
+        if self._reader is not None and not self._thread.is_alive():
             self._reader.close()
 
     def run(self) -> None:
         """Sample until stopped."""
-        while not self._stop.wait(self._period_s):
-            try:
-                self.sample()
-            except Exception:
-                # Our own bug; the GPU and the worker are none the worse for it.
-                logger.exception("gpu_telemetry_broke")
-                self._last = replace(self._last, missing="telemetry broke; see the worker's log")
-                return
+        while not self._stop.wait(self._period_s) and self._sample_or_give_up():
+            pass
+
+    def _sample_or_give_up(self) -> bool:
+        try:
+            self.sample()
+        except Exception:
+            # Our own bug; the GPU and the worker are none the worse for it.
+            logger.exception("gpu_telemetry_broke")
+            self._last = replace(self._last, missing="telemetry broke; see the worker's log")
+            return False
+        return True
 
     def sample(self) -> None:
         """One look."""
@@ -171,7 +177,8 @@ class _Reader:
     def close(self) -> None:
         """Give the event set back."""
         if self._events is not None:
-            self._nvml.nvmlEventSetFree(self._events)
+            with suppress(self._nvml.NVMLError):
+                self._nvml.nvmlEventSetFree(self._events)
             self._events = None
 
     def _register(self) -> Any:

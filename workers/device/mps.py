@@ -60,6 +60,8 @@ class MpsDaemon:
         self._folder = Path(tempfile.mkdtemp(prefix="phasewise-mps-"))
         environment = {**os.environ, **self.environment()}
         environment.pop(PERCENTAGE, None)
+        # The devices of a daemon are numbered anew for its clients, which choose among all by this themselves.
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
         with (self._folder / "output").open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - no shell, and a path that was looked up
                 ["/bin/sh", "-c", _SCRIPT, path, str(self._folder)],

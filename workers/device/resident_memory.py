@@ -98,10 +98,7 @@ def attach(manifest: bytes) -> AttachedMemory:
         raise ResidentMemoryGone(owner.pid, "it is this same process, which CUDA does not map")
     if owner.has_ended:
         raise ResidentMemoryGone(owner.pid, "it has ended")
-    visible = [device_uuid(index) for index in range(torch.cuda.device_count())]
-    if about["device_uuid"] not in visible:
-        raise ResidentMemoryGone(owner.pid, f"its GPU {about['device_uuid']} is not visible here")
-    index = visible.index(about["device_uuid"])
+    index = device_of(manifest)
     mapped: list[Allocation] = []
 
     def close() -> None:
@@ -121,6 +118,15 @@ def attach(manifest: bytes) -> AttachedMemory:
         close()
         raise ResidentMemoryGone(owner.pid, str(error)) from error
     return AttachedMemory(owner, tensors, close)
+
+
+def device_of(manifest: bytes) -> int:
+    """Which GPU of this process the memory is of. Raises ResidentMemoryGone when it is none."""
+    about = _parse(manifest)
+    visible = [device_uuid(index) for index in range(torch.cuda.device_count())]
+    if about["device_uuid"] not in visible:
+        raise ResidentMemoryGone(about["owner"]["pid"], f"its GPU {about['device_uuid']} is not visible here")
+    return visible.index(about["device_uuid"])
 
 
 def _describe(tensor: torch.Tensor, place: tuple[int, int]) -> dict[str, Any]:

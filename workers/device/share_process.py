@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from workers.device.resident_memory import AttachedMemory, attach
+from workers.device.resident_memory import AttachedMemory, attach, device_of
 from workers.device.shared_blocks import SharedBlocks
 
 END_S = 30.0
@@ -171,12 +171,18 @@ def run(make: WorkMaker, opener: Opener, pipe: Connection) -> None:
 def open_gpu(manifest: bytes) -> Opened:
     """The first use of the GPU, and what the owner shares. Raises ResidentMemoryGone."""
     began_s = time.monotonic()
+    torch.cuda.set_device(device_of(manifest))
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     context_s, began_s = _since(began_s)
     memory = attach(manifest)
     map_s, _ = _since(began_s)
-    return Opened(memory, context_s, map_s, torch.cuda.get_device_properties(0).multi_processor_count)
+    return Opened(
+        memory,
+        context_s,
+        map_s,
+        torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
+    )
 
 
 def _serve(make: WorkMaker, opener: Opener, pipe: Connection, begin: Begin) -> None:

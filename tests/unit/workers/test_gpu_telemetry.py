@@ -182,6 +182,18 @@ def test_a_bug_of_ours_ends_the_telemetry_and_nothing_else() -> None:
     assert told == []
 
 
+def test_a_call_that_does_not_return_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_telemetry, "STOP_S", 0.05)
+    fake, returns = FakeNvml(), threading.Event()
+    telemetry = telemetry_of(fake, [], period_s=0.001)
+    telemetry.start()
+    fake.nvmlDeviceGetPowerUsage = lambda _: returns.wait(60)  # type: ignore[assignment,method-assign]
+    until_in_thread(lambda: telemetry.status.age_s > 0.01, "a call that hangs")
+    telemetry.stop()
+    assert fake.num_event_sets == 1
+    returns.set()
+
+
 # Without NVML.
 
 

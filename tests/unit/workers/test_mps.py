@@ -20,10 +20,11 @@ ROOT = Path(__file__).parents[3]
 
 def test_a_daemon_listens_answers_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "10")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with MpsDaemon(command=write_fake(tmp_path)) as daemon:
         folder = Path(daemon.environment()["CUDA_MPS_PIPE_DIRECTORY"])
         assert folder.stat().st_mode & 0o777 == 0o700
-        assert (folder / "environment").read_text() == "none"
+        assert (folder / "environment").read_text() == "[]"
         assert daemon.client_pids() == [110, 120]
         assert daemon.environment(62.5) == {
             "CUDA_MPS_PIPE_DIRECTORY": str(folder),
