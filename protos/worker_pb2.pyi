@@ -1415,6 +1415,7 @@ class WorkerStatus(_message.Message):
     FIRST_STEP_S_FIELD_NUMBER: _builtins.int
     STEP_COSTS_FIELD_NUMBER: _builtins.int
     ENCODE_COSTS_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
     state: Global___WorkerState.ValueType
@@ -1456,6 +1457,10 @@ class WorkerStatus(_message.Message):
 
     @_builtins.property
     def encode_costs(self) -> Global___EncodeCosts: ...
+    @_builtins.property
+    def gpu(self) -> Global___GpuStatus:
+        """Absent from a worker on a CPU."""
+
     def __init__(
         self,
         *,
@@ -1482,15 +1487,18 @@ class WorkerStatus(_message.Message):
         first_step_s: _builtins.float | None = ...,
         step_costs: Global___StepCosts | None = ...,
         encode_costs: Global___EncodeCosts | None = ...,
+        gpu: Global___GpuStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__encode_costs: _TypeAlias = _typing.Literal["encode_costs"]  # noqa: Y015
     _WhichOneofArgType__encode_costs: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs"]  # noqa: Y015
     _WhichOneofReturnType__first_step_s: _TypeAlias = _typing.Literal["first_step_s"]  # noqa: Y015
     _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
+    _WhichOneofReturnType__gpu: _TypeAlias = _typing.Literal["gpu"]  # noqa: Y015
+    _WhichOneofArgType__gpu: _TypeAlias = _typing.Literal["_gpu", b"_gpu"]  # noqa: Y015
     _WhichOneofReturnType__step_costs: _TypeAlias = _typing.Literal["step_costs"]  # noqa: Y015
     _WhichOneofArgType__step_costs: _TypeAlias = _typing.Literal["_step_costs", b"_step_costs"]  # noqa: Y015
     @_typing.overload
@@ -1498,9 +1506,152 @@ class WorkerStatus(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu) -> _WhichOneofReturnType__gpu | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_costs) -> _WhichOneofReturnType__step_costs | None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class GpuStatus(_message.Message):
+    """A GPU as NVML sees it. What it did not say is absent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UUID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    UTILISATION_FIELD_NUMBER: _builtins.int
+    MEMORY_UTILISATION_FIELD_NUMBER: _builtins.int
+    SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    MAX_SM_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    MEMORY_CLOCK_MHZ_FIELD_NUMBER: _builtins.int
+    POWER_W_FIELD_NUMBER: _builtins.int
+    POWER_LIMIT_W_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    THROTTLE_REASONS_FIELD_NUMBER: _builtins.int
+    ECC_UNCORRECTED_FIELD_NUMBER: _builtins.int
+    ECC_CORRECTED_FIELD_NUMBER: _builtins.int
+    IS_REMAP_PENDING_FIELD_NUMBER: _builtins.int
+    HAS_REMAP_FAILED_FIELD_NUMBER: _builtins.int
+    XIDS_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    uuid: _builtins.str
+    name: _builtins.str
+    memory_used_bytes: _builtins.int
+    memory_total_bytes: _builtins.int
+    utilisation: _builtins.float
+    """Fractions of the last second."""
+    memory_utilisation: _builtins.float
+    sm_clock_mhz: _builtins.int
+    max_sm_clock_mhz: _builtins.int
+    memory_clock_mhz: _builtins.int
+    power_w: _builtins.float
+    power_limit_w: _builtins.float
+    temperature_c: _builtins.int
+    ecc_uncorrected: _builtins.int
+    """Since the driver was loaded."""
+    ecc_corrected: _builtins.int
+    is_remap_pending: _builtins.bool
+    has_remap_failed: _builtins.bool
+    problem: _builtins.str
+    """Why the worker cannot go on with it; empty when it can."""
+    missing: _builtins.str
+    """What could not be asked, and why."""
+    age_s: _builtins.float
+    """Seconds since it was looked at."""
+    @_builtins.property
+    def throttle_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def xids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Since the worker began."""
+
+    @_builtins.property
+    def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        uuid: _builtins.str = ...,
+        name: _builtins.str = ...,
+        memory_used_bytes: _builtins.int | None = ...,
+        memory_total_bytes: _builtins.int | None = ...,
+        utilisation: _builtins.float | None = ...,
+        memory_utilisation: _builtins.float | None = ...,
+        sm_clock_mhz: _builtins.int | None = ...,
+        max_sm_clock_mhz: _builtins.int | None = ...,
+        memory_clock_mhz: _builtins.int | None = ...,
+        power_w: _builtins.float | None = ...,
+        power_limit_w: _builtins.float | None = ...,
+        temperature_c: _builtins.int | None = ...,
+        throttle_reasons: _abc.Iterable[_builtins.str] | None = ...,
+        ecc_uncorrected: _builtins.int | None = ...,
+        ecc_corrected: _builtins.int | None = ...,
+        is_remap_pending: _builtins.bool = ...,
+        has_remap_failed: _builtins.bool = ...,
+        xids: _abc.Iterable[_builtins.int] | None = ...,
+        problem: _builtins.str = ...,
+        notes: _abc.Iterable[_builtins.str] | None = ...,
+        missing: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "utilisation", b"utilisation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "age_s", b"age_s", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "has_remap_failed", b"has_remap_failed", "is_remap_pending", b"is_remap_pending", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "missing", b"missing", "name", b"name", "notes", b"notes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "problem", b"problem", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "throttle_reasons", b"throttle_reasons", "utilisation", b"utilisation", "uuid", b"uuid", "xids", b"xids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ecc_corrected: _TypeAlias = _typing.Literal["ecc_corrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_corrected: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected"]  # noqa: Y015
+    _WhichOneofReturnType__ecc_uncorrected: _TypeAlias = _typing.Literal["ecc_uncorrected"]  # noqa: Y015
+    _WhichOneofArgType__ecc_uncorrected: _TypeAlias = _typing.Literal["_ecc_uncorrected", b"_ecc_uncorrected"]  # noqa: Y015
+    _WhichOneofReturnType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["max_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__max_sm_clock_mhz: _TypeAlias = _typing.Literal["_max_sm_clock_mhz", b"_max_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__memory_clock_mhz: _TypeAlias = _typing.Literal["memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__memory_clock_mhz: _TypeAlias = _typing.Literal["_memory_clock_mhz", b"_memory_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__memory_total_bytes: _TypeAlias = _typing.Literal["memory_total_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_total_bytes: _TypeAlias = _typing.Literal["_memory_total_bytes", b"_memory_total_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__memory_used_bytes: _TypeAlias = _typing.Literal["memory_used_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_used_bytes: _TypeAlias = _typing.Literal["_memory_used_bytes", b"_memory_used_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__memory_utilisation: _TypeAlias = _typing.Literal["memory_utilisation"]  # noqa: Y015
+    _WhichOneofArgType__memory_utilisation: _TypeAlias = _typing.Literal["_memory_utilisation", b"_memory_utilisation"]  # noqa: Y015
+    _WhichOneofReturnType__power_limit_w: _TypeAlias = _typing.Literal["power_limit_w"]  # noqa: Y015
+    _WhichOneofArgType__power_limit_w: _TypeAlias = _typing.Literal["_power_limit_w", b"_power_limit_w"]  # noqa: Y015
+    _WhichOneofReturnType__power_w: _TypeAlias = _typing.Literal["power_w"]  # noqa: Y015
+    _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
+    _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation: _TypeAlias = _typing.Literal["utilisation"]  # noqa: Y015
+    _WhichOneofArgType__utilisation: _TypeAlias = _typing.Literal["_utilisation", b"_utilisation"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_corrected) -> _WhichOneofReturnType__ecc_corrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ecc_uncorrected) -> _WhichOneofReturnType__ecc_uncorrected | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sm_clock_mhz) -> _WhichOneofReturnType__max_sm_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_clock_mhz) -> _WhichOneofReturnType__memory_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_total_bytes) -> _WhichOneofReturnType__memory_total_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_used_bytes) -> _WhichOneofReturnType__memory_used_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_utilisation) -> _WhichOneofReturnType__memory_utilisation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_limit_w) -> _WhichOneofReturnType__power_limit_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation) -> _WhichOneofReturnType__utilisation | None: ...
+
+Global___GpuStatus: _TypeAlias = GpuStatus  # noqa: Y015
 
 @_typing.final
 class PhaseWork(_message.Message):

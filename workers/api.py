@@ -849,6 +849,41 @@ class PhasesRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuStatus:
+    """A GPU as NVML sees it; None is what it did not say.
+
+    problem: why the worker cannot go on with it, empty when it can. notes: what else is worth a line. missing: what could not be asked,
+    and why. utilisation: fraction of the last second in which a kernel ran, whatever it filled. Counts of ECC errors are since the
+    driver was loaded, xids since the worker began.
+    """
+
+    uuid: str
+    name: str = ""
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    utilisation: float | None = None
+    memory_utilisation: float | None = None
+    sm_clock_mhz: int | None = None
+    max_sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: int | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    ecc_uncorrected: int | None = None
+    ecc_corrected: int | None = None
+    #: A row of memory is remapped at the next reset; it could not be.
+    is_remap_pending: bool = False
+    has_remap_failed: bool = False
+    xids: tuple[int, ...] = ()
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+    missing: str = ""
+    #: Seconds since it was looked at.
+    age_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """What a worker reports to whoever asks."""
 
@@ -881,6 +916,8 @@ class WorkerStatus:
     #: How long its steps, and its batches of pictures, take; None where there are none.
     step_costs: StepCosts | None = None
     encode_costs: EncodeCosts | None = None
+    #: None on a CPU.
+    gpu: GpuStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)

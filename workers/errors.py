@@ -9,12 +9,15 @@
     │   ├── HostCacheTooSmall   nor would the host cache
     │   ├── ImageCacheTooSmall  nor the memory for embeddings of pictures
     │   ├── InvalidGrammar      a request's grammar says nothing that can be followed
-    │   └── ImageRejected       a picture of a request cannot be used; only that request fails
+    │   ├── ImageRejected       a picture of a request cannot be used; only that request fails
+    │   └── SharingUnsupported  the device cannot be shared that way
     └── MachineError            the machine has too little of something
         ├── OutOfMemory
         ├── OutOfDisk
         ├── AddressUnavailable  the address to listen on cannot be had
-        └── DecodePoolBusy      too many pictures wait to be decoded
+        ├── DecodePoolBusy      too many pictures wait to be decoded
+        ├── MpsFailed           the MPS daemon does not do what it should
+        └── ResidentMemoryGone  memory that another process was to share cannot be mapped
 
 A leaf passes its fields to `Exception`, so that it survives pickling; its message is built from them.
 `retryable` says whether the same act may succeed later without a change to what was asked.
@@ -183,6 +186,19 @@ class ImageRejected(CallerError):
         return f"{'image' if self.number is None else f'image {self.number}'}: {self.problem}"
 
 
+class SharingUnsupported(CallerError):
+    """A GPU cannot be shared by `mechanism`; `remedy` says what to do."""
+
+    def __init__(self, mechanism: str, problem: str, remedy: str) -> None:
+        super().__init__(mechanism, problem, remedy)
+        self.mechanism = mechanism
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.mechanism}: {self.problem}; {self.remedy}"
+
+
 class OutOfMemory(MachineError):
     """`purpose` needs more memory than is available; `remedy` names what to lower."""
 
@@ -239,3 +255,26 @@ class DecodePoolBusy(MachineError):
 
     def __str__(self) -> str:
         return f"{self.problem}; send the request again later"
+
+
+class MpsFailed(MachineError):
+    """The MPS daemon did not start, answer, or end; `problem` says which, with its own words where it left any."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"MPS: {self.problem}"
+
+
+class ResidentMemoryGone(MachineError):
+    """Memory of process `pid` cannot be mapped; `problem` says why."""
+
+    def __init__(self, pid: int, problem: str) -> None:
+        super().__init__(pid, problem)
+        self.pid = pid
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"memory of process {self.pid} cannot be mapped: {self.problem}; start its owner again, then its workers"

@@ -89,11 +89,15 @@ class LoadedImages:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What the phases of a worker need of its model. text: of prefill and decode; images: of encode and prefill."""
+    """What the phases of a worker need of its model. text: of prefill and decode; images: of encode and prefill.
+
+    gpu_uuid: of the GPU that it computes on, as NVML names it; None on a CPU.
+    """
 
     info: ModelInfo
     text: LoadedText | None
     images: LoadedImages | None
+    gpu_uuid: str | None = None
 
 
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:

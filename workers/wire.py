@@ -41,6 +41,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.cost_wire import encode_costs_from_pb, encode_costs_to_pb, step_costs_from_pb, step_costs_to_pb
+from workers.gpu_wire import gpu_from_pb, gpu_to_pb
 from workers.image_wire import (
     embedding_counts_from_pb,
     embedding_counts_to_pb,
@@ -367,6 +368,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         first_step_s=status.first_step_s,
         step_costs=step_costs_to_pb(status.step_costs),
         encode_costs=encode_costs_to_pb(status.encode_costs),
+        gpu=gpu_to_pb(status.gpu) if status.gpu is not None else None,
     )
 
 
@@ -404,6 +406,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
         step_costs=step_costs_from_pb(message.step_costs),
         encode_costs=encode_costs_from_pb(message.encode_costs),
+        gpu=gpu_from_pb(message.gpu) if message.HasField("gpu") else None,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import grpc.aio
 import psutil
@@ -38,6 +39,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
+from workers.device.gpu_telemetry import GpuTelemetry
 from workers.engine.messages import Message
 from workers.errors import AddressUnavailable, PhasewiseWorkerError
 from workers.image_side import ImageSide
@@ -87,6 +89,7 @@ class Worker:
         self._phase_epoch = 0
         self.text: TextSide | None = None
         self.images: ImageSide | None = None
+        self._telemetry: GpuTelemetry | None = None
         self._on_state = on_state
         self._state = WorkerState.LOADING
         self._message = "starting"
@@ -149,6 +152,8 @@ class Worker:
             status = self.text.with_status(status)
         if self.images is not None:
             status = self.images.with_status(status)
+        if self._telemetry is not None:
+            status = replace(status, gpu=self._telemetry.status)
         return status
 
     async def ledger(self) -> KvLedger | None:
@@ -247,6 +252,9 @@ class Worker:
             self.images = ImageSide(self.spec, loaded.images, self._sessions, post)
         if self.text is not None:
             self.text.start(self.images.host if self.images is not None else None)
+        if loaded.gpu_uuid is not None:
+            self._telemetry = GpuTelemetry(loaded.gpu_uuid, on_unhealthy=self._gpu_failed)
+            self._telemetry.start()
         self._info = loaded.info
         self._sessions.serve_with(self._take, loaded.info.vocab_size)
 
@@ -279,10 +287,14 @@ class Worker:
         self._sessions.refuse(f"the worker failed: {reason}")
         self._is_broken.set()
 
+    def _gpu_failed(self, reason: str) -> None:
+        """In the thread of the telemetry."""
+        self._loop.call_soon_threadsafe(self._engine_broke, f"GPU: {reason}")
+
     async def _close_transfers_when_broken(self) -> None:
         await self._is_broken.wait()
-        assert self.text is not None
-        await self.text.close_transfers(f"the worker failed: {self._message}")
+        if self.text is not None:
+            await self.text.close_transfers(f"the worker failed: {self._message}")
 
     async def _receive_kv(self, stream: MessageStream) -> None:
         """A stream of KvTransferService."""
@@ -317,6 +329,8 @@ class Worker:
             await self.images.close(reason)
         if self.text is not None:
             await self.text.close(reason)
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.stop)
         await server.stop(STOP_GRACE_S)
         logger.info("worker_stopped worker_id=%s incarnation=%d", self.spec.worker_id, self.spec.incarnation)
 

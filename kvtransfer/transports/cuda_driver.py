@@ -79,6 +79,13 @@ def close_ipc_handle(device_index: int, address: int) -> None:
         _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
 
 
+def driver_version() -> int:
+    """The newest CUDA that the driver runs, 13000 for 13.0. Raises CudaDriverError."""
+    version = ctypes.c_int()
+    _call("cuDriverGetVersion", ctypes.byref(version))
+    return version.value
+
+
 @contextmanager
 def _context(device_index: int) -> Iterator[None]:
     """The device's primary context, which torch uses, in this thread; the driver has no notion of a default one."""

@@ -15,12 +15,9 @@ the bytes does not matter. Bytes that reach the host (`read`, `write`) have thei
 
 import json
 import logging
-import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,14 +30,13 @@ from kvtransfer.pieces import PoolGeometry, check_same_shape, check_span
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes
 from kvtransfer.transports import cuda_driver
 from kvtransfer.transports.cuda_driver import Allocation, CudaDriverError
+from kvtransfer.transports.cuda_mapping import ProcessIdentity, bytes_at, device_uuid, this_process
 from phasewise_kernels.block_copy.op import block_checksum, block_copy, checksum_of, start_block_copy
 from phasewise_kernels.block_copy.reference import TokenRows, contiguous_rows
 
 logger = logging.getLogger(__name__)
 
 TRANSPORT = "cuda_ipc"
-#: A pid means little between containers, and a forked child has what its parent had: both name a process.
-_START = secrets.token_hex(8)
 _VERSION = 1
 
 
@@ -188,15 +184,15 @@ def open_pool(descriptor: bytes) -> MappedCudaPool:
     owner is gone.
     """
     pool = _Description.parse(descriptor)
-    if (pool.pid, pool.start) == (os.getpid(), _START):
+    if pool.owner.is_this_process:
         raise PoolUnreachable(
             TRANSPORT, "it is a pool of this same process, which CUDA IPC does not open; in_process does"
         )
-    if is_owner_gone(descriptor):
+    if pool.owner.has_ended:
         raise PoolUnreachable(TRANSPORT, f"process {pool.pid}, which had it, has ended")
     if not torch.cuda.is_available():
         raise PoolUnreachable(TRANSPORT, "this process sees no GPU")
-    visible = [_uuid(index) for index in range(torch.cuda.device_count())]
+    visible = [device_uuid(index) for index in range(torch.cuda.device_count())]
     if pool.device_uuid not in visible:
         raise PoolUnreachable(
             TRANSPORT,
@@ -221,8 +217,7 @@ def is_owner_gone(descriptor: bytes) -> bool:
 
     False where that cannot be seen, as in another container.
     """
-    pool = _Description.parse(descriptor)
-    return pool.pid_namespace == _pid_namespace() and pool.ticks != _ticks(pool.pid)
+    return _Description.parse(descriptor).owner.has_ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,11 +230,15 @@ class _Description:
     layout: KvLayout
     device_uuid: str
     pid: int
-    #: What `_ticks` says of that pid in this namespace.
     pid_namespace: str
     ticks: int | None
     start: str
     version: int = _VERSION
+
+    @property
+    def owner(self) -> ProcessIdentity:
+        """The process that has it."""
+        return ProcessIdentity(self.pid, self.pid_namespace, self.ticks, self.start)
 
     def packed(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
@@ -275,38 +274,9 @@ def _describe(kv_cache: torch.Tensor, layout: KvLayout) -> bytes:
         offset=kv_cache.data_ptr() - allocation.address,
         num_blocks=kv_cache.shape[2],
         layout=layout,
-        device_uuid=_uuid(index),
-        pid=os.getpid(),
-        pid_namespace=_pid_namespace(),
-        ticks=_ticks(os.getpid()),
-        start=_START,
+        device_uuid=device_uuid(index),
+        **asdict(this_process()),
     ).packed()
-
-
-def _pid_namespace() -> str:
-    return os.readlink("/proc/self/ns/pid")
-
-
-def _ticks(pid: int) -> int | None:
-    """When this process began, in ticks since the machine did; None when it has ended. A pid alone is used again."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # After the name, which may hold anything: the state, ..., and the time as the 22nd field of all.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def _uuid(device_index: int) -> str:
-    return str(torch.cuda.get_device_properties(device_index).uuid)
-
-
-@dataclass(frozen=True, slots=True)
-class _CudaArray:
-    """Memory that torch takes as it is: it asks for this attribute."""
-
-    __cuda_array_interface__: dict[str, Any]
 
 
 def _tensor_in(allocation: Allocation, pool: _Description, device_index: int) -> torch.Tensor:
@@ -317,8 +287,7 @@ def _tensor_in(allocation: Allocation, pool: _Description, device_index: int) ->
             f"{num_bytes} bytes from {pool.offset} on of an allocation of {allocation.num_bytes}"
         )
     address = allocation.address + pool.offset
-    about = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 2}
-    flat = torch.as_tensor(_CudaArray(about), device=torch.device("cuda", device_index))
+    flat = bytes_at(address, num_bytes, device_index)
     return flat.view(_dtype(pool.layout.dtype)).view(_shape(pool.layout, pool.num_blocks))
 
 

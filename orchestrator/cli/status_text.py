@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.cli import table
+from orchestrator.cli.gpu_text import gpu_lines
 from orchestrator.cli.switch_text import switch_text
 from orchestrator.cli.transfer_text import counted
 from orchestrator.control.role_switch import phase_text
@@ -75,6 +76,7 @@ def lines(status: DeploymentStatus) -> list[str]:
         *table.lines(_LOAD_HEADER, [_load_row(worker) for worker in view.workers], left=_LEFT),
         *_switches(view),
         *_wrongs(view),
+        *_gpus(view),
         *_transfers(view),
         *_reuse(view),
         *_pictures(view),
@@ -205,6 +207,16 @@ def _wrongs(view: ClusterView) -> list[str]:
                 f"checks failed; `phasewise kv ledger {worker.worker_id}` shows who holds what"
             )
     return found
+
+
+def _gpus(view: ClusterView) -> list[str]:
+    """A line for each worker with a GPU, and one for what is worth one of its own."""
+    found = []
+    for worker in view.workers:
+        gpu = worker.status.gpu if worker.status is not None else None
+        if gpu is not None:
+            found += [f"  {worker.worker_id}: {line}" for line in gpu_lines(gpu)]
+    return ["", *found] if found else []
 
 
 def _transfers(view: ClusterView) -> list[str]:

@@ -1,7 +1,6 @@
 """What a pool of a GPU does that needs no GPU: its memory is the CPU's here, and the reference copies."""
 
 import json
-import os
 from itertools import product
 
 import google_crc32c
@@ -14,6 +13,7 @@ from kvtransfer.pool import KvSpan, span_bytes, span_of
 from kvtransfer.transports import cuda_driver, cuda_ipc
 from kvtransfer.transports.cuda_driver import Allocation
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
+from kvtransfer.transports.cuda_mapping import this_process
 from phasewise_kernels.block_copy.reference import checksum_reference, convert
 from tests.support.block_copy_pools import bits_of
 from tests.support.cuda_layouts import a_span, layout_of, pool_tensor, values_in
@@ -201,8 +201,8 @@ def test_without_a_gpu_nothing_is_opened() -> None:
 
 
 def test_an_owner_is_gone_when_its_pid_is_free_or_anothers() -> None:
-    here = {"pid_namespace": cuda_ipc._pid_namespace(), "pid": os.getpid()}
-    ticks = cuda_ipc._ticks(os.getpid())
+    us = this_process()
+    here, ticks = {"pid_namespace": us.pid_namespace, "pid": us.pid}, us.ticks
     assert ticks is not None
     assert not cuda_ipc.is_owner_gone(described(**here, ticks=ticks))
     assert cuda_ipc.is_owner_gone(described(**here, ticks=ticks - 1))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli import exit_codes, status
+from orchestrator.cli.gpu_text import gpu_lines
 from orchestrator.cli.main import main
 from orchestrator.cli.status_text import DeploymentStatus, GatewayReport, as_json, lines
 from orchestrator.control.known_shapes import DEVICES, MODELS
@@ -23,6 +24,7 @@ from tests.support.fake_gateway import FakeGateway, running
 from workers.api import (
     BlockCounts,
     EmbeddingCounts,
+    GpuStatus,
     KvDirection,
     KvPeer,
     KvReuseCounts,
@@ -254,6 +256,39 @@ def test_leaked_blocks_are_shown_where_there_are_any() -> None:
     assert last_lines(with_status(PREFILL_0, leaked_blocks=3, num_invariant_failures=2)) == [
         "  prefill-0: 3 LEAKED BLOCKS, 2 idle checks failed; `phasewise kv ledger prefill-0` shows who holds what"
     ]
+
+
+def test_a_gpu_is_shown_with_what_is_wrong_with_it() -> None:
+    gpu = GpuStatus(
+        "GPU-1",
+        name="NVIDIA H100 80GB HBM3",
+        memory_used_bytes=70 * 2**30,
+        memory_total_bytes=80 * 2**30,
+        utilisation=0.97,
+        sm_clock_mhz=1410,
+        max_sm_clock_mhz=1980,
+        power_w=699.6,
+        power_limit_w=700.0,
+        temperature_c=71,
+        throttle_reasons=("sw_power_cap",),
+        ecc_corrected=2,
+        problem="XID 48, an uncorrectable error of memory; drain it",
+        notes=("a row of memory is remapped at the next reset",),
+        missing="power: not supported",
+    )
+    assert gpu_lines(gpu) == [
+        (
+            "GPU NVIDIA H100 80GB HBM3, 70.0 of 80.0 GiB, busy 97%, 1410 MHz of 1980, 700 W of 700, 71 C, slowed by "
+            "sw_power_cap, 2 ECC errors corrected"
+        ),
+        "GPU UNHEALTHY: XID 48, an uncorrectable error of memory; drain it",
+        "GPU note: a row of memory is remapped at the next reset",
+        "GPU telemetry: power: not supported",
+    ]
+    assert gpu_lines(GpuStatus("GPU-1", age_s=9.0)) == ["GPU GPU-1, seen 9 s ago"]
+    view = replace(VIEW, workers=(with_status(PREFILL_0, gpu=GpuStatus("GPU-1", missing="no NVML")),))
+    shown = lines(DeploymentStatus(RUNNING, replace(REPORT, view=view)))
+    assert shown[-2:] == ["  prefill-0: GPU GPU-1", "  prefill-0: GPU telemetry: no NVML"]
 
 
 def test_json_has_transfers_and_leaks() -> None:

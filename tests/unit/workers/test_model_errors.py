@@ -16,9 +16,12 @@ from workers.errors import (
     KvCacheTooSmall,
     MachineError,
     ModelUnavailable,
+    MpsFailed,
     OutOfDisk,
     OutOfMemory,
     PhasewiseWorkerError,
+    ResidentMemoryGone,
+    SharingUnsupported,
     UnsupportedModel,
 )
 
@@ -34,6 +37,9 @@ LEAVES = [
     HostCacheTooSmall(2**20, 2**21),
     ImageRejected("it is empty; send the bytes of the file", ImageFault.EMPTY, 2),
     DecodePoolBusy("64 pictures wait to be decoded already"),
+    SharingUnsupported("green contexts", "the GPU is in MIG mode", "turn MIG off"),
+    MpsFailed("it does not answer"),
+    ResidentMemoryGone(7, "it has ended"),
 ]
 
 
@@ -57,6 +63,9 @@ def test_only_the_machine_may_do_better_later() -> None:
         False,
         False,
         False,
+        True,
+        False,
+        True,
         True,
     ]
     assert not CallerError.retryable

@@ -20,6 +20,7 @@ from workers.api import (
     Event,
     FailureCode,
     FinishReason,
+    GpuStatus,
     Grammar,
     GrammarKind,
     Handoff,
@@ -247,6 +248,31 @@ STEP_COSTS = st.builds(
     RATIOS,
 )
 ENCODE_COSTS = st.builds(EncodeCosts, st.floats(0, 1e6), st.floats(0, 1e6), INT32, ERRORS, RATIOS)
+GPUS = st.builds(
+    GpuStatus,
+    uuid=TEXT,
+    name=TEXT,
+    memory_used_bytes=st.none() | INT32,
+    memory_total_bytes=st.none() | INT32,
+    utilisation=st.none() | st.floats(0, 1),
+    memory_utilisation=st.none() | st.floats(0, 1),
+    sm_clock_mhz=st.none() | INT32,
+    max_sm_clock_mhz=st.none() | INT32,
+    memory_clock_mhz=st.none() | INT32,
+    power_w=st.none() | st.floats(0, 1e4),
+    power_limit_w=st.none() | st.floats(0, 1e4),
+    temperature_c=st.none() | st.integers(-50, 200),
+    throttle_reasons=st.lists(TEXT, max_size=2).map(tuple),
+    ecc_uncorrected=st.none() | UINT64,
+    ecc_corrected=st.none() | UINT64,
+    is_remap_pending=st.booleans(),
+    has_remap_failed=st.booleans(),
+    xids=st.lists(UINT32, max_size=3).map(tuple),
+    problem=TEXT,
+    notes=st.lists(TEXT, max_size=2).map(tuple),
+    missing=TEXT,
+    age_s=st.floats(0, 1e6),
+)
 STATUSES = st.builds(
     WorkerStatus,
     worker_id=TEXT.map(WorkerId),
@@ -269,6 +295,7 @@ STATUSES = st.builds(
     peers=st.lists(PEERS, max_size=3).map(tuple),
     step_costs=st.none() | STEP_COSTS,
     encode_costs=st.none() | ENCODE_COSTS,
+    gpu=st.none() | GPUS,
 )
 MODELS = st.builds(
     ModelInfo,
