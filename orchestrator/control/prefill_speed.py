@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView
 from workers.api import EngineConfig, Phase, WorkerId
+from workers.step_cost import StepCost
 from workers.step_shape import StepCosts
 
 #: Steps after which a worker's own latency model is believed.

@@ -13,9 +13,9 @@ from orchestrator.control.policies.placing import LeastLoaded
 from orchestrator.control.policies.policy import Order, Policy
 from orchestrator.control.policies.sarathi import token_budget
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, PhaseSet
 from workers.latency_model import LatencyModel
+from workers.step_cost import StepCost
 
 FULL = frozenset(Phase)
 E, P, D = (frozenset({phase}) for phase in Phase)

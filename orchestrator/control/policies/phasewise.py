@@ -21,8 +21,8 @@ from orchestrator.control.policies.policy import (
     WorkerLoad,
 )
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, WorkerId
+from workers.step_cost import StepCost
 
 #: However many decode, some time is left.
 MIN_FREE = 0.05
