@@ -312,6 +312,7 @@ class CoarseDevice:
         if job.num_left:
             self.queue.add(live)
             return
+        self._order.leaves(job)
         self.load.num_prefills -= 1
         self._num_begun -= 1
         live.num_produced += 1

@@ -197,6 +197,14 @@ class Order(Protocol):
         """Another key for the first of the queue that cannot meet its target any more; None leaves it."""
         ...
 
+    def waits(self, job: Job) -> None:
+        """It came to the queue; told again when it comes back to it after a part of it was computed."""
+        ...
+
+    def leaves(self, job: Job) -> None:
+        """All of it was computed, or it goes elsewhere. It has waited here."""
+        ...
+
     def charge(self, job: Job, num_tokens: int) -> None:
         """So much was computed for it."""
         ...
