@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.control.policies.policy import Head, Order
+from orchestrator.control.policies.policy import Order
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import Live
+from workers.step_choice import Head
 
 #: What of requests one step computes: tokens or tiles of each.
 Parts = list[tuple[Live, int]]

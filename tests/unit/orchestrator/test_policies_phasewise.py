@@ -10,26 +10,16 @@ from hypothesis import strategies as st
 
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.phase_sets import Asked, PhaseSets, PhaseSetsConfig, load_of
-from orchestrator.control.policies.phasewise import Layout, PhasewiseConfig, PredictedPlacing, PredictedSteps
+from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
 from orchestrator.control.policies.placing import MAX_CANDIDATES, LeastLoaded, candidates
-from orchestrator.control.policies.policy import (
-    ClusterLoad,
-    Exclusive,
-    Head,
-    Job,
-    Mixed,
-    Placement,
-    Prompt,
-    Reject,
-    Split,
-    WorkerLoad,
-)
+from orchestrator.control.policies.policy import ClusterLoad, Job, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_costs import rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
 from workers.api import Phase, WorkerId
 from workers.prompt_order import LATE_S
+from workers.step_choice import Exclusive, Head, Layout, Mixed, Split
 
 FULL = E | P | D
 CONFIG = PhasewiseConfig(SLO, COSTS.step, COSTS.tile_s)
