@@ -226,6 +226,7 @@ class Batch:
             sampling=sequence.sampling,
             handoff=sequence.handoff,
             deadline_s=sequence.deadline_s,
+            tpot_target_s=sequence.tpot_target_s,
             arrived_s=sequence.arrived_s,
             rank=sequence.rank,
             token_ids=list(sequence.token_ids),

@@ -66,9 +66,11 @@ class Steps:
         self.batch.move(sequence, SequenceState.DECODE)
         return sequence
 
-    def plan(self, *, num_places: int | None = None, arrived_until_s: float = math.inf) -> StepPlan:
+    def plan(
+        self, *, now_s: float = 0.0, num_places: int | None = None, arrived_until_s: float = math.inf
+    ) -> StepPlan:
         places = self.config.max_running_sequences if num_places is None else num_places
-        plan = self.scheduler.plan(num_places=places, arrived_until_s=arrived_until_s)
+        plan = self.scheduler.plan(now_s, num_places=places, arrived_until_s=arrived_until_s)
         self.batch.check_invariants()
         self.batch.pool.check_invariants()
         return plan
