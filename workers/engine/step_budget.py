@@ -17,7 +17,8 @@ MAX_WAITS = 8
 class PredictedBudget:
     """What the least target of those that decode leaves for prompts, on average over a few steps.
 
-    Before the latency model has learnt enough, and where nobody has a target, there is no limit but the engine's token budget.
+    Before the latency model has learnt enough, where nobody has a target, and where a sequence would miss it alone, there is no limit
+    but the engine's token budget.
     """
 
     def __init__(self, config: EngineConfig, latency: LatencyModel, attention_tokens: float) -> None:
@@ -46,11 +47,15 @@ class PredictedBudget:
         if target_s == math.inf or latency.num_observed < ENOUGH_STEPS:
             return math.inf
         planned_s = target_s / (1 + max(MIN_ERROR, latency.mean_error or 0.0))
+        cost = StepCost.of(latency)
         num_decodes = len(decodes) + self._num_drafts
         context = sum(len(one.token_ids) for one in decodes)
+        if cost.step_s(1, context // len(decodes)) > planned_s:
+            # No order of things meets it on this device: leaving prompts out would only make these late too.
+            return math.inf
         num_done = first.num_computed_tokens
         choice = StepChoice(
-            StepCost.of(latency),
+            cost,
             max_prefill_tokens=self._config.token_budget,
             # What is handed off goes by whole blocks.
             min_chunk_tokens=self._config.block_size,
