@@ -139,7 +139,9 @@ class Scheduler:
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
-        self._slack = SlackOrder(latency) if config.prefill_order is PrefillOrder.LEAST_SLACK else None
+        self._slack: SlackOrder | None = None
+        if config.prefill_order is PrefillOrder.LEAST_SLACK:
+            self._slack = SlackOrder(latency, batch.num_known_tokens)
         self._predicted: PredictedBudget | None = None
         if config.step_budget is StepBudget.PREDICTED and latency is not None:
             self._predicted = PredictedBudget(config, latency, attention_tokens)
@@ -304,7 +306,7 @@ class _Plan:
             return False
         if self._count_incomplete() >= max(1, int(MAX_INCOMPLETE_SHARE * self._config.max_running_sequences)):
             return False
-        num_known = self._num_known_tokens(sequence)
+        num_known = self._batch.num_known_tokens(sequence)
         if not images.covers(num_known):
             self.imageless.append((sequence, num_known))
             return False
@@ -392,14 +394,11 @@ class _Plan:
         images = sequence.images
         if images is None or images.covers(len(match.block_ids) * self._pool.block_size):
             return False
-        num_known = self._num_known_tokens(sequence)
+        num_known = self._batch.num_known_tokens(sequence)
         if images.covers(num_known):
             return False
         self.imageless.append((sequence, num_known))
         return True
-
-    def _num_known_tokens(self, sequence: Sequence) -> int:
-        return (self._batch.num_known_blocks(sequence) or 0) * self._pool.block_size
 
     def _count_incomplete(self) -> int:
         if self._num_incomplete is None:

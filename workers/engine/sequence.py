@@ -149,6 +149,8 @@ class Sequence:
     tpot_target_s: float = math.inf
     #: Of its tenant, which cache_salt names.
     tenant_weight: float = 1.0
+    #: Of its prompt, while it waits: those whose KV is known, as of the last look; None before the first.
+    num_known_tokens: int | None = None
     #: It was found that its first token cannot come in time.
     is_late: bool = False
     #: Prompts of its priority that came later and have begun before it.

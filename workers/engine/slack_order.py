@@ -1,6 +1,6 @@
 """Prompts of an engine by least slack to their first token's target, fair between tenants. Pure."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from workers.engine.sequence import Sequence, SequenceState
 from workers.latency_model import ENOUGH_STEPS, LatencyModel
@@ -9,13 +9,15 @@ from workers.step_cost import StepCost
 
 
 class SlackOrder:
-    """latency: how long prompts take, once it has learnt enough; None never has.
+    """latency: how long prompts take, once it has learnt enough; None never has. num_known: tokens of a waiting prompt that need not be
+    computed, asked for when it is new here and before it is found too late.
 
     A tenant is what a request's cache_salt names.
     """
 
-    def __init__(self, latency: LatencyModel | None) -> None:
+    def __init__(self, latency: LatencyModel | None, num_known: Callable[[Sequence], int]) -> None:
         self._latency = latency
+        self._num_known = num_known
         self._tokens = TenantTokens()
 
     def sorted(
@@ -28,15 +30,23 @@ class SlackOrder:
         token_s, pair_s = self._speed(prefill_tokens_per_s)
         self._tokens.are_waiting({one.cache_salt for one in prompts})
         debts = self._tokens.debts()
-        keys: dict[Sequence, tuple[int, float, int]] = {}
+        ranked: list[tuple[int, float, int, Sequence]] = []
         for one in prompts:
-            left_s = _left_s(one, token_s, pair_s)
             by_s = one.first_token_by_s
-            if one.state is SequenceState.WAITING and not one.is_late and not one.has_first_token:
+            if one.num_known_tokens is None:
+                one.num_known_tokens = self._num_known(one)
+            left_s = _left_s(one, token_s, pair_s)
+            may_be_late = one.state is SequenceState.WAITING and not one.is_late and not one.has_first_token
+            if may_be_late and is_too_late(now_s, by_s, left_s):
+                # Others may have computed its beginning since.
+                one.num_known_tokens = self._num_known(one)
+                left_s = _left_s(one, token_s, pair_s)
                 one.is_late = is_too_late(now_s, by_s, left_s)
             key = slack_key(by_s, left_s, debts[one.cache_salt] * token_s, is_late=one.is_late)
-            keys[one] = (one.rank[0], key, one.rank[2])
-        return sorted(prompts, key=keys.__getitem__)
+            # Numbers of arrival differ, so that sequences are never compared.
+            ranked.append((one.rank[0], key, one.rank[2], one))
+        ranked.sort()
+        return [one for _, _, _, one in ranked]
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """So much of its prompt was computed."""
@@ -65,5 +75,9 @@ class SlackOrder:
 
 
 def _left_s(sequence: Sequence, token_s: float, pair_s: float) -> float:
-    num = sequence.num_uncomputed_tokens
-    return num * (token_s + pair_s * (sequence.num_computed_tokens + num / 2))
+    num, num_done = sequence.num_uncomputed_tokens, sequence.num_computed_tokens
+    if sequence.state is SequenceState.WAITING and sequence.num_known_tokens:
+        # One token is always computed.
+        num_done = min(sequence.num_known_tokens, num - 1)
+        num -= num_done
+    return num * (token_s + pair_s * (num_done + num / 2))

@@ -56,6 +56,39 @@ def test_who_is_too_late_lets_others_past_but_not_for_ever() -> None:
     assert order_of(steps.plan(now_s=LATE_S + 5.0)) == [late]
 
 
+def test_what_is_cached_takes_no_time() -> None:
+    config = replace(ONE, is_prefix_cache_on=True, token_budget=4000)
+    num_prompt = int(4 * FIRST_PREFILL_RATE)
+    steps = Steps(config, num_blocks=3000)
+    steps.wait(num_prompt, ttft_left_s=100.0)
+    plan = steps.plan()
+    steps.compute(plan)
+    [first] = order_of(plan)
+    steps.batch.leave(first)
+    # Four seconds for a target of one, if all of it were to be computed.
+    again = steps.wait(num_prompt, ttft_left_s=1.0)
+    other = steps.wait(4, ttft_left_s=20.0)
+    assert order_of(steps.plan(now_s=2.5)) == [again]
+    assert not again.is_late
+    assert again.num_known_tokens == num_prompt - config.block_size
+    assert other.num_known_tokens == 0
+
+
+def test_what_others_compute_meanwhile_may_save_one_from_being_late() -> None:
+    config = replace(ONE, is_prefix_cache_on=True, token_budget=4000)
+    num_prompt = int(4 * FIRST_PREFILL_RATE)
+    steps = Steps(config, num_blocks=3000)
+    first = steps.wait(num_prompt, ttft_left_s=6.0)
+    twin = steps.wait(num_prompt, ttft_left_s=7.0)
+    plan = steps.plan(now_s=2.5)
+    assert order_of(plan) == [first]
+    assert twin.num_known_tokens == 0
+    steps.compute(plan)
+    steps.batch.leave(first)
+    assert order_of(steps.plan(now_s=6.0)) == [twin]
+    assert not twin.is_late
+
+
 def test_who_has_its_first_token_is_never_late() -> None:
     steps = Steps(SLACK)
     again = steps.wait(6, ttft_left_s=1.0)

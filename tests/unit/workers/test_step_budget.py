@@ -7,23 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.layout import blocks_needed
-from tests.support.engine_fakes import CONFIG, PREFILL
+from tests.support.engine_fakes import CONFIG, PREFILL, learnt
 from tests.support.scheduler_steps import Steps
 from workers.api import Batching, PrefillOrder, StepBudget
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_budget import MAX_WAITS
 from workers.engine.step_records import shape_of
-from workers.latency_model import ENOUGH_STEPS, LatencyModel
-from workers.step_shape import DeviceShape, ModelShape, StepCosts
-
-#: 10 ms a step and 1 ms a token; attending costs next to nothing.
-MODEL = ModelShape("m", 1_000_000, 0, 4.0, 1, 16, 64)
-DEVICE = DeviceShape("cpu", 2e9, 1e15, 1e15, 0.01, 1e9, 1e9, is_reading_hidden=False)
-
-
-def learnt(num_steps: int = 100, mean_error: float = 0.0) -> LatencyModel:
-    return LatencyModel.fitted(StepCosts(MODEL, DEVICE, (1.0, 1.0, 1.0, 1.0), num_steps, mean_error, 1.1))
-
+from workers.latency_model import ENOUGH_STEPS
 
 PREDICTED = replace(CONFIG, step_budget=StepBudget.PREDICTED, token_budget=64, max_running_sequences=8)
 
