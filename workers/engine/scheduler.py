@@ -141,7 +141,7 @@ class Scheduler:
         self._prefill_rate = FIRST_PREFILL_RATE
         self._slack: SlackOrder | None = None
         if config.prefill_order is PrefillOrder.LEAST_SLACK:
-            self._slack = SlackOrder(latency, batch.num_known_tokens)
+            self._slack = SlackOrder(batch, latency)
         self._predicted: PredictedBudget | None = None
         if config.step_budget is StepBudget.PREDICTED and latency is not None:
             self._predicted = PredictedBudget(config, latency, attention_tokens)

@@ -1,7 +1,9 @@
 """Prompts of an engine by least slack to their first token's target, fair between tenants. Pure."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from itertools import chain
 
+from workers.engine.batch import Batch
 from workers.engine.sequence import Sequence, SequenceState
 from workers.latency_model import ENOUGH_STEPS, LatencyModel
 from workers.prompt_order import TenantTokens, is_too_late, slack_key
@@ -9,37 +11,41 @@ from workers.step_cost import StepCost
 
 
 class SlackOrder:
-    """latency: how long prompts take, once it has learnt enough; None never has. num_known: tokens of a waiting prompt that need not be
-    computed, asked for when it is new here and before it is found too late.
+    """latency: how long prompts take, once it has learnt enough; None never has.
 
     A tenant is what a request's cache_salt names.
     """
 
-    def __init__(self, latency: LatencyModel | None, num_known: Callable[[Sequence], int]) -> None:
+    def __init__(self, batch: Batch, latency: LatencyModel | None) -> None:
+        self._batch = batch
         self._latency = latency
-        self._num_known = num_known
         self._tokens = TenantTokens()
 
     def sorted(
         self, prompts: Collection[Sequence], now_s: float, prefill_tokens_per_s: float
     ) -> list[Sequence]:
-        """Highest priority first, then by slack. prefill_tokens_per_s: taken before the latency model has learnt enough.
+        """Some prompts of the batch, highest priority first, then by slack. prefill_tokens_per_s: taken before the latency model has
+        learnt enough.
 
         Those that have not begun and cannot make it any more are marked.
         """
+        if not prompts:
+            return []
         token_s, pair_s = self._speed(prefill_tokens_per_s)
-        self._tokens.are_waiting({one.cache_salt for one in prompts})
+        # Who waits for a place is none of these prompts, and what others get meanwhile is owed to him.
+        batch = self._batch
+        self._tokens.are_waiting({one.cache_salt for one in chain(batch.waiting, batch.prefills)})
         debts = self._tokens.debts()
         ranked: list[tuple[int, float, int, Sequence]] = []
         for one in prompts:
             by_s = one.first_token_by_s
             if one.num_known_tokens is None:
-                one.num_known_tokens = self._num_known(one)
+                one.num_known_tokens = self._batch.num_known_tokens(one)
             left_s = _left_s(one, token_s, pair_s)
             may_be_late = one.state is SequenceState.WAITING and not one.is_late and not one.has_first_token
             if may_be_late and is_too_late(now_s, by_s, left_s):
                 # Others may have computed its beginning since.
-                one.num_known_tokens = self._num_known(one)
+                one.num_known_tokens = self._batch.num_known_tokens(one)
                 left_s = _left_s(one, token_s, pair_s)
                 one.is_late = is_too_late(now_s, by_s, left_s)
             key = slack_key(by_s, left_s, debts[one.cache_salt] * token_s, is_late=one.is_late)

@@ -121,6 +121,22 @@ def test_a_tenant_that_got_more_lets_the_other_go_first() -> None:
         assert (order.sorted([modest, more], 5.0, FIRST_PREFILL_RATE)[0] is more) == is_flood_first
 
 
+def test_a_tenant_that_waits_for_a_place_keeps_its_claim() -> None:
+    steps = Steps(ONE, num_blocks=200)
+    flood = steps.wait(80, ttft_left_s=30.0, cache_salt="flood")
+    steps.compute(steps.plan())
+    modest = steps.wait(4, ttft_left_s=30.0, cache_salt="modest")
+    for _ in range(9):
+        plan = steps.plan()
+        assert order_of(plan) == [flood]
+        steps.compute(plan)
+    # Its target is a tenth of a second earlier, and the flood got 72 tokens meanwhile, 0.14 s.
+    more = steps.wait(4, ttft_left_s=28.9, cache_salt="flood")
+    steps.batch.leave(flood)
+    assert order_of(steps.plan()) == [modest]
+    assert more in steps.batch.waiting
+
+
 def test_the_engine_says_who_did_not_begin_in_its_turn_and_why() -> None:
     config = replace(SLACK, token_budget=4, max_running_sequences=1)
     engine = make_engine(config=config, num_blocks=64)
