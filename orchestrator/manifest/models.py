@@ -13,8 +13,9 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from orchestrator.manifest.engine import MIB, Engine
 from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.section import Allowed, Section, inconsistent
+from orchestrator.manifest.tenants import Tenant, check_tenants
 from workers import limits
-from workers.api import MAX_SALT_CHARS, KvTransferConfig
+from workers.api import KvTransferConfig
 from workers.images.limits import ImageLimits
 
 API_VERSION = "phasewise/v1"
@@ -269,29 +270,6 @@ class KvTransfer(Section):
         return self
 
 
-class Tenant(Section):
-    """Requests of one cache salt."""
-
-    cache_salt: Annotated[
-        str, Field(max_length=MAX_SALT_CHARS), Allowed(f"at most {MAX_SALT_CHARS} characters")
-    ] = Field(description="As in its requests.")
-    weight: float = Field(
-        gt=0, le=1e6, description="What it is worth beside tenants that are not named, which have 1."
-    )
-
-
-def _check_tenants(tenants: tuple[Tenant, ...]) -> tuple[Tenant, ...]:
-    salts = [one.cache_salt for one in tenants]
-    inconsistent(
-        [
-            ((i, "cacheSalt"), f"{salt!r} is there already; one weight is enough")
-            for i, salt in enumerate(salts)
-            if salt in salts[:i]
-        ]
-    )
-    return tenants
-
-
 class Gateway(Section):
     """The front door."""
 
@@ -314,7 +292,7 @@ class Gateway(Section):
         description="Which new requests are taken, as long as there is room. predicted: one whose first token is predicted to "
         "come after slo.ttftMs is refused at once, with the time in which one like it would be taken.",
     )
-    tenants: Annotated[tuple[Tenant, ...], AfterValidator(_check_tenants)] = Field(
+    tenants: Annotated[tuple[Tenant, ...], AfterValidator(check_tenants)] = Field(
         default=(),
         min_length=0,
         max_length=1024,
