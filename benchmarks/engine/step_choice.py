@@ -3,9 +3,10 @@
     python benchmarks/engine/step_choice.py [--quick] [--trace FILE] [--profile FILE] [--only SETUP] [--json FILE]
 
 One worker that prefills and decodes, in the fine simulator: the engine that serves, whose steps take what a latency model says, with
-3 % of noise. The model that the engine predicts by is another one, which begins with the roofline and learns from these steps. Two
+3 % of noise. The model that the engine predicts by is another one, which begins with the roofline and learns from these steps. Three
 setups: a core of a CPU with SmolLM2-135M, fitted to the steps that `phasewise calibrate` measured for docs/simulation.md (or another
-profile of it, by --profile), the trace's lengths divided by 16, 2 s and 100 ms; and an H100 with Llama-3-8B's shape, 0.5 s and 30 ms.
+profile of it, by --profile), the trace's lengths divided by 16, 2 s and 100 ms; cpu_long, the same with lengths divided by 4, of
+which few are there at a time; and an H100 with Llama-3-8B's shape, 0.5 s and 30 ms.
 Each seed is another place of the trace, and the same for all variants.
 A fixed budget is chosen anew for each order and rate: the one of several with most attainment. Two processes.
 """
@@ -90,6 +91,7 @@ def setups(path: Path | None) -> list[Setup]:
     large = replace(engine, kv_cache_bytes=50 * 10**9, max_running_sequences=256)
     return [
         Setup("cpu", cpu, Slo(2.0, 0.1), 16, small, (32, 48, 64, 128, 256), (1.0, 1.5, 2.0, 2.5, 3.0), 200),
+        Setup("cpu_long", cpu, Slo(2.0, 0.1), 4, small, (64, 128, 256), (0.15, 0.25, 0.35), 80),
         Setup("h100", h100, Slo(0.5, 0.03), 1, large, (512, 1024, 2048), (18, 21, 23, 25, 27), 400),
     ]
 
@@ -206,7 +208,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two seeds, three rates")
     parser.add_argument("--trace", type=Path, default=TRACE, metavar="FILE", help="Azure CSV")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="of `phasewise calibrate`, for cpu")
-    parser.add_argument("--only", choices=("cpu", "h100"), help="one setup")
+    parser.add_argument("--only", choices=("cpu", "cpu_long", "h100"), help="one setup")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     began_s = time.monotonic()
