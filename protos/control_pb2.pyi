@@ -878,6 +878,7 @@ class SampleRecord(_message.Message):
     NUM_REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     IMAGES_REDUCED_FIELD_NUMBER: _builtins.int
     MIGRATIONS_FIELD_NUMBER: _builtins.int
+    ORDER_REASON_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     num_cached_tokens: _builtins.int
     """Of the attempt that gave the first token, as are queue_s and prefill_s."""
@@ -893,6 +894,8 @@ class SampleRecord(_message.Message):
     prefix_fetch_s: _builtins.float
     num_reused_tokens: _builtins.int
     """Further tokens whose KV was taken from another context."""
+    order_reason: _builtins.str
+    """Why its prompt did not begin in the order of arrival, in the same attempt; empty when it did."""
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateRecord]:
         """Each state that it was in, in order; the last is its present one."""
@@ -924,10 +927,11 @@ class SampleRecord(_message.Message):
         num_reused_tokens: _builtins.int = ...,
         images_reduced: _worker_pb2.ImagesReduced | None = ...,
         migrations: _abc.Iterable[Global___MigrationRecord] | None = ...,
+        order_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "second_token_at_s", b"second_token_at_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "migrations", b"migrations", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s", "_images_reduced", b"_images_reduced", "_last_token_at_s", b"_last_token_at_s", "_second_token_at_s", b"_second_token_at_s", "attempts", b"attempts", "first_token_at_s", b"first_token_at_s", "images_reduced", b"images_reduced", "last_token_at_s", b"last_token_at_s", "migrations", b"migrations", "num_cached_tokens", b"num_cached_tokens", "num_fetched_tokens", b"num_fetched_tokens", "num_reused_tokens", b"num_reused_tokens", "num_tokens", b"num_tokens", "order_reason", b"order_reason", "prefill_s", b"prefill_s", "prefix_fetch_s", b"prefix_fetch_s", "second_token_at_s", b"second_token_at_s", "states", b"states", "worker_queue_s", b"worker_queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_token_at_s: _TypeAlias = _typing.Literal["first_token_at_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_at_s: _TypeAlias = _typing.Literal["_first_token_at_s", b"_first_token_at_s"]  # noqa: Y015

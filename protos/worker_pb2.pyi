@@ -326,6 +326,9 @@ class Submit(_message.Message):
     PREFIX_PEERS_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
+    TTFT_LEFT_S_FIELD_NUMBER: _builtins.int
+    TPOT_TARGET_S_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     attempt: _builtins.int
     incarnation: _builtins.int
@@ -338,6 +341,12 @@ class Submit(_message.Message):
     """Higher ones start first and are preempted last."""
     cache_salt: _builtins.str
     """Prompts share KV only with prompts of the same salt."""
+    ttft_left_s: _builtins.float
+    """Seconds left when sent until the first token should come, below 0 when that time has passed. Absent: no target."""
+    tpot_target_s: _builtins.float
+    """For the time per token after the first, in seconds. Absent: no target."""
+    tenant_weight: _builtins.float
+    """Above 0: what the request's tenant, which cache_salt names, is worth beside others. Absent: 1."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]:
         """What this worker is to do: {prefill}, {decode} or {prefill, decode}."""
@@ -379,12 +388,26 @@ class Submit(_message.Message):
         prefix_peers: _abc.Iterable[Global___PrefixPeer] | None = ...,
         images: _abc.Iterable[Global___ImageTile] | None = ...,
         reduction: Global___ImageReduction | None = ...,
+        ttft_left_s: _builtins.float | None = ...,
+        tpot_target_s: _builtins.float | None = ...,
+        tenant_weight: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "reduction", b"reduction", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant_weight", b"_tenant_weight", "_tpot_target_s", b"_tpot_target_s", "_ttft_left_s", b"_ttft_left_s", "handoff", b"handoff", "reduction", b"reduction", "sampling", b"sampling", "tenant_weight", b"tenant_weight", "tpot_target_s", b"tpot_target_s", "ttft_left_s", b"ttft_left_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "images", b"images", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "reduction", b"reduction", "request_id", b"request_id", "sampling", b"sampling", "timeout_s", b"timeout_s", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant_weight", b"_tenant_weight", "_tpot_target_s", b"_tpot_target_s", "_ttft_left_s", b"_ttft_left_s", "attempt", b"attempt", "cache_salt", b"cache_salt", "handoff", b"handoff", "images", b"images", "incarnation", b"incarnation", "num_delivered", b"num_delivered", "phases", b"phases", "prefix_peers", b"prefix_peers", "priority", b"priority", "reduction", b"reduction", "request_id", b"request_id", "sampling", b"sampling", "tenant_weight", b"tenant_weight", "timeout_s", b"timeout_s", "token_ids", b"token_ids", "tpot_target_s", b"tpot_target_s", "ttft_left_s", b"ttft_left_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tenant_weight: _TypeAlias = _typing.Literal["tenant_weight"]  # noqa: Y015
+    _WhichOneofArgType__tenant_weight: _TypeAlias = _typing.Literal["_tenant_weight", b"_tenant_weight"]  # noqa: Y015
+    _WhichOneofReturnType__tpot_target_s: _TypeAlias = _typing.Literal["tpot_target_s"]  # noqa: Y015
+    _WhichOneofArgType__tpot_target_s: _TypeAlias = _typing.Literal["_tpot_target_s", b"_tpot_target_s"]  # noqa: Y015
+    _WhichOneofReturnType__ttft_left_s: _TypeAlias = _typing.Literal["ttft_left_s"]  # noqa: Y015
+    _WhichOneofArgType__ttft_left_s: _TypeAlias = _typing.Literal["_ttft_left_s", b"_ttft_left_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant_weight) -> _WhichOneofReturnType__tenant_weight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tpot_target_s) -> _WhichOneofReturnType__tpot_target_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ttft_left_s) -> _WhichOneofReturnType__ttft_left_s | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
@@ -1091,16 +1114,20 @@ class PrefillStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_S_FIELD_NUMBER: _builtins.int
+    ORDER_REASON_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
     """Submit received to the first prefill step."""
+    order_reason: _builtins.str
+    """Why it did not begin in the order of arrival; empty when it did."""
     def __init__(
         self,
         *,
         queue_s: _builtins.float = ...,
+        order_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue_s", b"queue_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order_reason", b"order_reason", "queue_s", b"queue_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

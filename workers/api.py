@@ -3,6 +3,7 @@
 Pure: plain frozen data, no I/O.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
@@ -85,6 +86,18 @@ class PrefillOrder(StrEnum):
     FCFS = "fcfs"
     #: The least left to do first; waiting makes up for length, in seconds to the deadline.
     SHORTEST_REMAINING = "shortest_remaining"
+    #: The least time left to begin first, if the first token is to come by its target; see workers.prompt_order.
+    LEAST_SLACK = "least_slack"
+
+
+class StepBudget(StrEnum):
+    """How many tokens of prompts a step computes beside its decodes."""
+
+    #: What these leave of the token budget.
+    FIXED = "fixed"
+    #: What the target for TPOT leaves, as the worker's latency model predicts it, up to the token budget; see
+    #: workers.step_choice.
+    PREDICTED = "predicted"
 
 
 class WeightDtype(StrEnum):
@@ -133,6 +146,7 @@ class EngineConfig:
     num_threads: int = 1
     batching: Batching = Batching.STALL_FREE
     prefill_order: PrefillOrder = PrefillOrder.FCFS
+    step_budget: StepBudget = StepBudget.FIXED
     #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.
     tile_tokens: int = 1
     #: Part of what running sequences may still grow to that is kept free when one more is admitted, 0 to 1.
@@ -364,6 +378,9 @@ class Submit:
     images: all tiles of all pictures, in the order of the prompt. With prefill their embeddings are asked for by
     ImagesWanted; decode needs to know of them too, since KV is named by what it was computed from.
     reduction: of these pictures; decode then takes KV of fewer tokens than the prompt has.
+    ttft_left_s: until the first token should come, below 0 when that time has passed. tpot_target_s: for the time per token
+    after it. Infinity: no target.
+    tenant_weight: > 0, what the request's tenant, which its cache_salt names, is worth beside others.
     """
 
     key: RequestKey
@@ -378,6 +395,9 @@ class Submit:
     prefix_peers: tuple[PrefixPeer, ...] = ()
     images: tuple[ImageTile, ...] = ()
     reduction: ImageReduction | None = None
+    ttft_left_s: float = math.inf
+    tpot_target_s: float = math.inf
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,10 +511,14 @@ class ImagesReduced:
 
 @dataclass(frozen=True, slots=True)
 class PrefillStarted:
-    """The first prefill step of the request is about to run, `queue_s` after its Submit."""
+    """The first prefill step of the request is about to run, `queue_s` after its Submit.
+
+    order_reason: why it did not begin in the order of arrival; empty when it did.
+    """
 
     key: RequestKey
     queue_s: float
+    order_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, StepCosts, StepShape, chunk
 
+#: Steps after which a model is believed.
+ENOUGH_STEPS = 30
 #: Steps of the past that count: the weight of one halves after about 0.7 times as many.
 MEMORY_STEPS = 500
 #: Standard deviation of the prior: of c0 as a part of one typical step, and of the other factors.

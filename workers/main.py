@@ -26,6 +26,7 @@ from workers.api import (
     PhaseSet,
     PrefillOrder,
     SpanReuseConfig,
+    StepBudget,
     WeightDtype,
     WorkerId,
     WorkerSpec,
@@ -114,6 +115,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             num_threads=arguments.threads,
             batching=Batching(arguments.batching),
             prefill_order=PrefillOrder(arguments.prefill_order),
+            step_budget=StepBudget(arguments.step_budget),
             tile_tokens=arguments.tile_tokens,
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
@@ -206,6 +208,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_word(parser, "--batching", engine.batching, "what a step is made of")
     _add_word(parser, "--prefill-order", engine.prefill_order, "which prompt goes first")
+    _add_word(parser, "--step-budget", engine.step_budget, "tokens of prompts in a step beside decodes")
     add(
         "--tile-tokens",
         type=_whole(limits.TILE_TOKENS),

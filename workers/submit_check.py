@@ -43,6 +43,8 @@ def submit_problem(submit: Submit, vocab_size: int) -> str | None:
         return f"num_delivered: is {submit.num_delivered}; allowed: {allowed}"
     if len(submit.cache_salt) > MAX_SALT_CHARS:
         return f"cache_salt: has {len(submit.cache_salt)} characters; at most {MAX_SALT_CHARS} are allowed"
+    if (target_problem := _target_problem(submit)) is not None:
+        return target_problem
     image_problem = _images_problem(submit) or _reduction_problem(submit.reduction)
     if image_problem is not None:
         return image_problem
@@ -79,6 +81,16 @@ def migrate_problem(migrate: Migrate) -> str | None:
     if migrate.num_known_tokens < 1:
         return f"num_known_tokens: is {migrate.num_known_tokens}; a prompt has at least one token"
     return _handoff_problem(migrate.handoff, frozenset({Phase.PREFILL}))
+
+
+def _target_problem(submit: Submit) -> str | None:
+    if math.isnan(submit.ttft_left_s) or submit.ttft_left_s == -math.inf:
+        return f"ttft_left_s: is {submit.ttft_left_s:g}; a number of seconds is needed"
+    if not submit.tpot_target_s > 0:
+        return f"tpot_target_s: is {submit.tpot_target_s:g}; a number of seconds above 0 is needed"
+    if not (math.isfinite(submit.tenant_weight) and submit.tenant_weight > 0):
+        return f"tenant_weight: is {submit.tenant_weight:g}; a finite number above 0 is needed"
+    return None
 
 
 def _reduction_problem(reduction: ImageReduction | None) -> str | None:

@@ -66,6 +66,7 @@ class TextSide:
             punctuation=loaded.punctuation,
             packer=loaded.packer,
             pacing=loaded.pacing,
+            latency=loaded.latency,
         )
         # One callback for each publication, at most a few in each step; both ends take them in order.
         self.step_loop = StepLoop(

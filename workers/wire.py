@@ -1,5 +1,6 @@
 """Messages of phasewise.worker.v1 to and from `workers.api`; protobuf objects go no further. Pure."""
 
+import math
 from collections.abc import Iterable
 
 from protos import worker_pb2 as pb
@@ -143,6 +144,12 @@ def command_to_pb(command: Command, incarnation: int) -> pb.Command:
         images=map(tile_to_pb, command.images),
         reduction=reduction_to_pb(command.reduction),
     )
+    if command.ttft_left_s < math.inf:
+        submit.ttft_left_s = command.ttft_left_s
+    if command.tpot_target_s < math.inf:
+        submit.tpot_target_s = command.tpot_target_s
+    if command.tenant_weight != 1.0:
+        submit.tenant_weight = command.tenant_weight
     if command.handoff is not None:
         submit.handoff.CopyFrom(_handoff_to_pb(command.handoff))
     return pb.Command(submit=submit)
@@ -195,6 +202,9 @@ def _submit_from_pb(submit: pb.Submit) -> Submit:
         prefix_peers=tuple(PrefixPeer(peer.address, peer.incarnation) for peer in submit.prefix_peers),
         images=tuple(map(tile_from_pb, submit.images)),
         reduction=reduction_from_pb(submit.reduction) if submit.HasField("reduction") else None,
+        ttft_left_s=submit.ttft_left_s if submit.HasField("ttft_left_s") else math.inf,
+        tpot_target_s=submit.tpot_target_s if submit.HasField("tpot_target_s") else math.inf,
+        tenant_weight=submit.tenant_weight if submit.HasField("tenant_weight") else 1.0,
     )
 
 
@@ -204,6 +214,7 @@ def event_to_pb(event: Event) -> pb.Event:
     match event:
         case PrefillStarted():
             message.prefill_started.queue_s = event.queue_s
+            message.prefill_started.order_reason = event.order_reason
         case TokensGenerated():
             message.tokens_generated.token_ids.extend(event.token_ids)
             message.tokens_generated.first_position = event.first_position
@@ -252,7 +263,7 @@ def event_from_pb(message: pb.Event) -> Event | None:
     key = RequestKey(RequestId(message.request_id), message.attempt)
     match message.WhichOneof("event"):
         case "prefill_started":
-            return PrefillStarted(key, message.prefill_started.queue_s)
+            return PrefillStarted(key, message.prefill_started.queue_s, message.prefill_started.order_reason)
         case "tokens_generated":
             tokens = message.tokens_generated
             return TokensGenerated(

@@ -32,7 +32,6 @@ from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.control.policies.catalogue import POLICIES, D, E, P, Setting, orders  # noqa: E402
 from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
-from orchestrator.control.policies.phasewise import Layout  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.sim.capacity import NEAR, capacity_rps, estimate  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
@@ -40,6 +39,7 @@ from orchestrator.sim.coarse_costs import CoarseCosts, rates  # noqa: E402
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting  # noqa: E402
 from orchestrator.sim.coarse_request import CoarseRequest  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
+from workers.step_choice import Layout  # noqa: E402
 
 TRACES = ROOT / "tests" / "fixtures" / "traces"
 NUM_DEVICES, KV_TOKENS, MAX_SEQUENCES = 8, 400_000, 256

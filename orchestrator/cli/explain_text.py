@@ -29,6 +29,8 @@ def _sample(sample: pb.SampleRecord, age_s: float) -> list[str]:
     for state in states:
         reason = f"  {state.reason}" if state.reason else ""
         found.append(f"  {seconds(state.at_s):>9}  {state_name(state.state):<8}{reason}".rstrip())
+    if sample.order_reason:
+        found += ["", f"  began {sample.order_reason}"]
     for number, attempt in enumerate(sample.attempts, start=1):
         found += ["", *_attempt(attempt, number)]
         found += [_migration(one) for one in sample.migrations if one.attempt == attempt.attempt]

@@ -11,9 +11,9 @@ from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
 from orchestrator.control.prefill_speed import most_learnt
 from orchestrator.control.role_switch import SwitchRequest, phase_text
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
+from workers.step_cost import StepCost
 
 #: A look that led to nothing is told so often, in seconds.
 LOOK_EVERY_S = 1.0

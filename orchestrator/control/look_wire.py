@@ -5,10 +5,10 @@ from dataclasses import astuple
 from orchestrator.control.auto_switch import Look
 from orchestrator.control.policies.policy import ClusterLoad, WorkerLoad
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view_wire import totals_from_pb, totals_to_pb
 from protos import control_pb2 as pb
 from workers.api import WorkerId
+from workers.step_cost import StepCost
 from workers.wire import phases_from_pb, phases_to_pb
 
 

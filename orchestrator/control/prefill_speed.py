@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView
 from workers.api import EngineConfig, Phase, WorkerId
+from workers.latency_model import ENOUGH_STEPS
+from workers.step_cost import StepCost
 from workers.step_shape import StepCosts
 
-#: Steps after which a worker's own latency model is believed.
-ENOUGH_STEPS = 30
 #: Of workers whose budget nobody has told.
 DEFAULT_BUDGET = EngineConfig().token_budget
 

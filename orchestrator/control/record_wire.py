@@ -55,6 +55,7 @@ def _sample_to_pb(sample: SampleRecord, since_s: float) -> pb.SampleRecord:
         last_token_at_s=after(sample.last_token_at_s),
         worker_queue_s=sample.worker_queue_s,
         prefill_s=sample.prefill_s,
+        order_reason=sample.order_reason,
         images_reduced=images_reduced_to_pb(sample.images_reduced) if sample.images_reduced else None,
     )
 

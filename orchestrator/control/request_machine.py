@@ -27,6 +27,7 @@ from orchestrator.control.request_actions import (
     WantRoute,
 )
 from orchestrator.control.router import Route
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import WorkerView
 from workers.api import (
     Abort,
@@ -124,6 +125,9 @@ class RequestMachine:
     priority: int = 0
     cache_salt: str = ""
     images: PromptImages | None = None
+    #: Its targets, and what its tenant is worth: workers are told.
+    slo: Slo = NO_SLO
+    tenant_weight: float = 1.0
     state: RequestState = RequestState.QUEUED
     #: Number of the present attempt, or of the last one; 0 before the first.
     attempt: int = 0
@@ -141,6 +145,8 @@ class RequestMachine:
     num_fetched_tokens: int = 0
     prefix_fetch_s: float = 0.0
     num_reused_tokens: int = 0
+    #: Why its prompt did not begin in the order of arrival, in the same attempt; empty when it did.
+    order_reason: str = ""
     #: What was left of its pictures, in the same attempt; None when they were not reduced.
     images_reduced: ImagesReduced | None = None
     #: Of the last attempt, once its worker has reported.
@@ -229,6 +235,9 @@ class RequestMachine:
             prefix_peers=self.route.prefix_peers if Phase.PREFILL in phases else (),
             images=self.images.api_tiles if self.images is not None else (),
             reduction=self.images.reduction if self.images is not None else None,
+            ttft_left_s=self.times.arrived_at_s + self.slo.ttft_s - now_s,
+            tpot_target_s=self.slo.tpot_s,
+            tenant_weight=self.tenant_weight,
         )
         return Send(worker, submit)
 
@@ -322,6 +331,7 @@ class RequestMachine:
                 self._is_prefill_started = True
                 if not self.delivered:
                     self.times.worker_queue_s = event.queue_s
+                    self.order_reason = event.order_reason
                 return []
             case KvTransferred() if self._moving_from is not None:
                 if worker_id != self._moving_from.worker_id:

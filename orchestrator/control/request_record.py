@@ -62,6 +62,8 @@ class SampleRecord:
     last_token_at_s: float | None = None
     worker_queue_s: float = 0.0
     prefill_s: float = 0.0
+    #: Why its prompt did not begin in the order of arrival, in the same attempt; empty when it did.
+    order_reason: str = ""
     #: Times that it went on at another worker, of all attempts.
     migrations: list[Migration] = field(default_factory=list)
     #: Shards of pictures, of all attempts; at most MAX_TRIES for each tile and attempt.
@@ -107,6 +109,7 @@ class SampleRecord:
         self.last_token_at_s = times.last_token_at_s
         self.worker_queue_s = times.worker_queue_s
         self.prefill_s = times.prefill_s
+        self.order_reason = machine.order_reason
         # The lists themselves, which its machine goes on with.
         self.encodes = machine.encodes.records
         self.migrations = machine.migrations

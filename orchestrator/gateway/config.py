@@ -32,6 +32,8 @@ class GatewayConfig:
     image_reduction: ImageReduction | None = None
     #: Targets of every request.
     slo: Slo = NO_SLO
+    #: What tenants are worth, by the cache salt of their requests; others have 1.
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
     #: Which new requests are taken.
     admission: Admission = Admission.OFF
     #: Of each declared worker, the tokens of one step of its engine.

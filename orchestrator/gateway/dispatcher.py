@@ -69,8 +69,8 @@ class Dispatcher:
     timers: the event loop. make_links: makes the links to workers, which tell the listener that they are given.
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
-    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`
-    and `admission`. token_budgets: of a step of each worker's engine.
+    the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`,
+    `admission` and the workers. tenant_weights: by cache salt. token_budgets: of a step of each worker's engine.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Dispatcher:
         slo: Slo = NO_SLO,
         admission: Admission = Admission.OFF,
         token_budgets: Mapping[WorkerId, int] | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.num_finished = 0
         self.num_failed = 0
@@ -96,6 +97,7 @@ class Dispatcher:
         self._served = ServedTotals(slo)
         self._slo = slo
         self._admission = admission
+        self._tenant_weights = tenant_weights or {}
         self._token_budgets = token_budgets or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
@@ -211,7 +213,13 @@ class Dispatcher:
         self.check_room()
         if checked.request_id in self._requests:
             raise DuplicateRequest(checked.request_id)
-        request = LiveRequest.of(checked, arrived_at_s=arrived_at_s, deadline_s=deadline_s)
+        request = LiveRequest.of(
+            checked,
+            arrived_at_s=arrived_at_s,
+            deadline_s=deadline_s,
+            slo=self._slo,
+            tenant_weight=self._tenant_weights.get(checked.cache_salt, 1.0),
+        )
         self._check_lateness(request)
         self._requests[checked.request_id] = request
         self.records.begin(request.record, [sample.machine for sample in request.samples])

@@ -10,6 +10,7 @@ from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts,
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, SampleRecord
 from orchestrator.control.router import LoadLedger, Route
+from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.gateway.links import Timer
 from orchestrator.gateway.validation import CheckedRequest
 from workers.api import FinishReason, RequestId, TokenLogprobs, WorkerId
@@ -182,8 +183,16 @@ class LiveRequest:
         self._has_news = asyncio.Event()
 
     @classmethod
-    def of(cls, checked: CheckedRequest, *, arrived_at_s: float, deadline_s: float) -> "LiveRequest":
-        """With a machine for each sample."""
+    def of(
+        cls,
+        checked: CheckedRequest,
+        *,
+        arrived_at_s: float,
+        deadline_s: float,
+        slo: Slo = NO_SLO,
+        tenant_weight: float = 1.0,
+    ) -> "LiveRequest":
+        """With a machine for each sample. tenant_weight: see Submit."""
         images = checked.images
         num_text_tokens = images.tiles[0].tile.start if images is not None else len(checked.prompt_ids)
         chain = PromptChain(
@@ -200,6 +209,8 @@ class LiveRequest:
                     priority=checked.priority,
                     cache_salt=checked.cache_salt,
                     images=checked.images,
+                    slo=slo,
+                    tenant_weight=tenant_weight,
                 )
                 for sampling in checked.samplings()
             ],

@@ -62,6 +62,7 @@ async def serve(
         on_view=served.keep,
         first_attempt=random_source.randrange(1, 2**31),
         slo=config.slo,
+        tenant_weights=config.tenant_weights,
         admission=config.admission,
         token_budgets=config.token_budgets,
     )

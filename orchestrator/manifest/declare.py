@@ -21,6 +21,7 @@ from workers.api import (
     Phase,
     PrefillOrder,
     SpanReuseConfig,
+    StepBudget,
     WeightDtype,
     WorkerId,
 )
@@ -60,6 +61,7 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         max_image_bytes=gateway.max_image_mib * MIB,
         image_reduction=_image_reduction(gateway.image_reduction),
         slo=slo_of(deployment),
+        tenant_weights={one.cache_salt: one.weight for one in gateway.tenants},
         admission=Admission(gateway.admission),
         token_budgets=token_budgets(worker_specs(deployment)),
     )
@@ -118,6 +120,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         num_threads=_num_threads(group),
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
+        step_budget=StepBudget(engine.step_budget),
         tile_tokens=engine.tile_tokens,
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,

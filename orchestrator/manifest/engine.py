@@ -77,10 +77,16 @@ class Engine(Section):
         description="What a step is made of. stall_free: all decodes, then prompts up to tokenBudget. "
         "decode_maximal: all decodes and one prompt.",
     )
-    prefill_order: Literal["fcfs", "shortest_remaining"] = Field(
+    prefill_order: Literal["fcfs", "shortest_remaining", "least_slack"] = Field(
         default=_ENGINE.prefill_order.value,
-        description="Which prompt goes first among those of one priority: the one that came first, or the one "
-        "with the least left to do, where waiting makes up for length.",
+        description="Which prompt goes first among those of one priority. fcfs: the one that came first. shortest_remaining: the one "
+        "with the least left to do, where waiting makes up for length. least_slack: the one with the least time left to begin for "
+        "slo.ttftMs, fair between tenants; who is too late lets the others past, for 30 s at most.",
+    )
+    step_budget: Literal["fixed", "predicted"] = Field(
+        default=_ENGINE.step_budget.value,
+        description="Tokens of prompts that a step computes beside decodes. fixed: what they leave of tokenBudget. predicted: no more than "
+        "slo.tpotMs leaves, as the worker has learnt how long its steps take.",
     )
     tile_tokens: int = Field(
         default=_ENGINE.tile_tokens,

@@ -120,7 +120,7 @@ def rows(section: type[Section] = Deployment, prefix: str = "") -> Iterator[KeyR
 def _default_text(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
-    if field.default_factory is not None or field.default is None:
+    if field.default_factory is not None or field.default is None or field.default == ():
         return ""
     if isinstance(field.default, bool):
         return str(field.default).lower()

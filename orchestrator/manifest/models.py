@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from orchestrator.manifest.engine import MIB, Engine
 from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.section import Allowed, Section, inconsistent
+from orchestrator.manifest.tenants import Tenant, check_tenants
 from workers import limits
 from workers.api import KvTransferConfig
 from workers.images.limits import ImageLimits
@@ -290,6 +291,13 @@ class Gateway(Section):
         default="off",
         description="Which new requests are taken, as long as there is room. predicted: one whose first token is predicted to "
         "come after slo.ttftMs is refused at once, with the time in which one like it would be taken.",
+    )
+    tenants: Annotated[tuple[Tenant, ...], AfterValidator(check_tenants)] = Field(
+        default=(),
+        min_length=0,
+        max_length=1024,
+        description="Tenants of another weight than 1, for prefillOrder least_slack: one with 2 gets twice as much of the workers "
+        "while others wait.",
     )
     max_image_mib: int = Field(
         default=1024,

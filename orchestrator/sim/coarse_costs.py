@@ -9,8 +9,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from orchestrator.control.stage_cost import Device, full, transformer
-from orchestrator.control.step_cost import StepCost
 from workers.latency_model import LatencyModel
+from workers.step_cost import StepCost
 
 Curve = tuple[tuple[float, float], ...]
 

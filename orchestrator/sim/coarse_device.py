@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orchestrator.control.policies.policy import Exclusive, Mixed, Order, Split, Step, WorkerLoad
+from orchestrator.control.policies.policy import Order, WorkerLoad
 from orchestrator.sim.cluster import WorkerUse
 from orchestrator.sim.coarse_batch import DecodeBatch
 from orchestrator.sim.coarse_costs import DECODE_ALONE, PREFILL_ALONE, CoarseCosts, at, rates
@@ -17,6 +17,7 @@ from orchestrator.sim.coarse_queue import Front, FrontQueue
 from orchestrator.sim.coarse_request import Live, PrefixBlocks
 from orchestrator.sim.timers import SimTimer
 from workers.api import Phase, PhaseSet
+from workers.step_choice import Exclusive, Mixed, Split, Step
 
 if TYPE_CHECKING:
     from orchestrator.sim.coarse import CoarseSimulation
@@ -312,6 +313,7 @@ class CoarseDevice:
         if job.num_left:
             self.queue.add(live)
             return
+        self._order.leaves(job)
         self.load.num_prefills -= 1
         self._num_begun -= 1
         live.num_produced += 1

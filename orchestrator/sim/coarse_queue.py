@@ -5,9 +5,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from orchestrator.control.policies.policy import Head, Order
+from orchestrator.control.policies.policy import Order
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import Live
+from workers.step_choice import Head
 
 #: What of requests one step computes: tokens or tiles of each.
 Parts = list[tuple[Live, int]]
@@ -62,6 +63,7 @@ class FrontQueue:
     def add(self, live: Live) -> None:
         """A prompt, or what is left of it."""
         prompts = self._begun if live.job.is_begun else self._waiting
+        self.order.waits(live.job)
         heapq.heappush(prompts, (self.order.key(live.job), live.number, live))
 
     def add_tiles(self, live: Live, num_tiles: int) -> None:
@@ -71,6 +73,8 @@ class FrontQueue:
     def take_waiting(self) -> tuple[list[Live], Parts]:
         """Give away the prompts that have not begun, and all tiles."""
         away = [live for _, _, live in self._waiting]
+        for live in away:
+            self.order.leaves(live.job)
         tiles = [(live, num) for _, _, live, num in self._tiles]
         self._waiting, self._tiles = [], []
         return away, tiles

@@ -7,15 +7,16 @@ from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.policies.aggregated import StallFree
-from orchestrator.control.policies.orders import Fcfs, ShortestFirst
+from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
+from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedSteps
 from orchestrator.control.policies.placing import LeastLoaded
-from orchestrator.control.policies.policy import Policy
+from orchestrator.control.policies.policy import Order, Policy, Stepping
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import CoarseRecord, CoarseRequest
 from orchestrator.sim.simulation import SimConfig, SimResult
-from workers.api import EngineConfig, Phase, PhaseSet, PrefillOrder
+from workers.api import EngineConfig, Phase, PhaseSet, PrefillOrder, StepBudget
 from workers.latency_model import LatencyModel
 
 
@@ -32,12 +33,29 @@ def simulation(
     requests: Sequence[CoarseRequest],
 ) -> CoarseSimulation:
     """Of workers of these phases with one engine. Pictures of a request are spread over all that encode, as the gateway does."""
-    order = Fcfs if engine.prefill_order is PrefillOrder.FCFS else ShortestFirst
+    costs = CoarseCosts.of(latency)
+    orders: dict[PrefillOrder, Callable[[], Order]] = {
+        PrefillOrder.FCFS: Fcfs,
+        PrefillOrder.SHORTEST_REMAINING: ShortestFirst,
+        PrefillOrder.LEAST_SLACK: lambda: LeastSlack(costs.step.token_s),
+    }
     num_encoders = sum(Phase.ENCODE in phases for phases in shape)
     placing = LeastLoaded(most_encoders=max(1, num_encoders))
-    policy = Policy("as declared", shape, order, placing, StallFree(engine.token_budget))
+    stepping: Stepping = StallFree(engine.token_budget)
+    if engine.step_budget is StepBudget.PREDICTED and requests:
+        least = Slo(requests[0].slo.ttft_s, min(one.slo.tpot_s for one in requests))
+        stepping = PredictedSteps(
+            PhasewiseConfig(
+                least,
+                costs.step,
+                costs.tile_s,
+                max_prefill_tokens=engine.token_budget,
+                min_chunk_tokens=engine.block_size,
+            )
+        )
+    policy = Policy("as declared", shape, orders[engine.prefill_order], placing, stepping)
     config = CoarseConfig(
-        CoarseCosts.of(latency),
+        costs,
         engine.kv_cache_bytes // latency.model.kv_token_bytes,
         engine.max_running_sequences,
         engine.is_prefix_cache_on,

@@ -13,12 +13,15 @@ from orchestrator.sim.transfers import SimTransfers
 from workers.api import (
     Command,
     Encode,
+    EngineConfig,
     Event,
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
     PhaseSet,
     PhasesRefused,
+    PrefillOrder,
+    StepBudget,
     WorkerId,
     WorkerSpec,
     WorkerState,
@@ -28,7 +31,7 @@ from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
-from workers.engine.step_records import shape_of
+from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_shape import ModelShape
@@ -95,6 +98,10 @@ class SimWorker:
         self._rng = rng
         self._timers = world.timers
         self._ready_at_s = self._timers.time() + world.load_s
+        #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
+        self._learnt = (
+            LatencyModel(world.model, self._latency.device) if _is_predicting(spec.engine) else None
+        )
         layout = layout_of(world.model, spec.engine.block_size)
         self.engine = Engine(
             spec.engine,
@@ -109,6 +116,7 @@ class SimWorker:
                 max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
                 fixed=spec.kv_transfer.layer_group_size,
             ),
+            latency=self._learnt,
         )
         self.transfers = SimTransfers(
             address,
@@ -225,7 +233,11 @@ class SimWorker:
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
         noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
-        step_s = self._latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
+        shape = shape_of(plan)
+        step_s = self._latency.step_s(shape) * noise * math.prod(self.slowdowns)
+        if self._learnt is not None and is_described(plan):
+            # It hears of the step before it plans the next one.
+            self._learnt.observe(shape, step_s)
         self.busy_s += step_s
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):
@@ -272,6 +284,10 @@ class SimWorker:
                 events.append(output)  # type: ignore[arg-type]
         if events or kv_events:
             self._publish_events(self, events, kv_events)
+
+
+def _is_predicting(engine: EngineConfig) -> bool:
+    return engine.step_budget is StepBudget.PREDICTED or engine.prefill_order is PrefillOrder.LEAST_SLACK
 
 
 def token_of(request_id: str, position: int) -> int:

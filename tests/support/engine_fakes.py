@@ -19,6 +19,8 @@ from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel
+from workers.step_shape import DeviceShape, ModelShape, StepCosts
 
 PREFILL = frozenset({Phase.PREFILL})
 DECODE = frozenset({Phase.DECODE})
@@ -35,6 +37,15 @@ CONFIG = EngineConfig(
     is_prefix_cache_on=False,
 )
 CLAIM_S = 5.0
+#: 10 ms a step and 1 ms a token; attending costs next to nothing.
+STEP_MODEL = ModelShape("m", 1_000_000, 0, 4.0, 1, 16, 64)
+STEP_DEVICE = DeviceShape("cpu", 2e9, 1e15, 1e15, 0.01, 1e9, 1e9, is_reading_hidden=False)
+
+
+def learnt(num_steps: int = 100, mean_error: float = 0.0) -> LatencyModel:
+    """A latency model that has seen so many such steps, and was so far off."""
+    costs = StepCosts(STEP_MODEL, STEP_DEVICE, (1.0, 1.0, 1.0, 1.0), num_steps, mean_error, 1.1)
+    return LatencyModel.fitted(costs)
 
 
 def make_engine(
@@ -43,6 +54,7 @@ def make_engine(
     config: EngineConfig = CONFIG,
     num_blocks: int = 16,
     max_context_tokens: int = 64,
+    latency: LatencyModel | None = None,
 ) -> Engine:
     return Engine(
         config,
@@ -50,6 +62,7 @@ def make_engine(
         num_blocks=num_blocks,
         max_context_tokens=max_context_tokens,
         claim_s=CLAIM_S,
+        latency=latency,
     )
 
 

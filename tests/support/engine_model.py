@@ -29,8 +29,15 @@ from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.messages import Output
 from workers.engine.runner import GrammarTools, ModelRunner
 from workers.engine.scheduler import StepPlan
+from workers.latency_model import LatencyModel
 from workers.model.llama import Llama
+from workers.step_shape import DeviceShape, ModelShape, StepCosts
 
+#: 0.3 s a step and 0.05 s a token, of steps that take 1.1 s here: what the target leaves is between nothing and some ten tokens.
+STEP_MODEL = ModelShape("m", 10**6, 0, 4.0, 1, 16, 64)
+STEP_DEVICE = DeviceShape("cpu", 4e7, 1e15, 1e15, 0.3, 1e9, 1e9, is_reading_hidden=False)
+STEP_COSTS = StepCosts(STEP_MODEL, STEP_DEVICE, (1.0, 1.0, 1.0, 1.0), 100, 0.1, 1.2)
+TPOT_TARGET_S, TTFT_TARGET_S = 1.0, 10.0
 #: Nothing about it is special but that blocks are small.
 PLAIN = EngineConfig(block_size=4, token_budget=32, max_running_sequences=8, max_waiting_requests=64)
 
@@ -59,6 +66,7 @@ class EngineWithModel:
             claim_s=5.0,
             punctuation=punctuation,
             packer=packer,
+            latency=LatencyModel.fitted(STEP_COSTS),
         )
         self.runner = ModelRunner(model, kv_cache, config.block_size, grammars, packer, embeddings)
         self.tokens: dict[str, list[int]] = defaultdict(list)
@@ -101,6 +109,8 @@ class EngineWithModel:
             num_delivered=num_delivered,
             images=images,
             reduction=reduction,
+            ttft_left_s=TTFT_TARGET_S,
+            tpot_target_s=TPOT_TARGET_S,
         )
         self.engine.handle(submit, float(self.num_steps))
 

@@ -90,6 +90,10 @@ class Batch:
         named = sequence.named_tokens(0, len(sequence.token_ids))
         return num_found + len(self.pool.find_saved(sequence.block_hashes, named, num_found))
 
+    def num_known_tokens(self, sequence: Sequence) -> int:
+        """Of a waiting sequence, those of the blocks that need not be computed."""
+        return (self.num_known_blocks(sequence) or 0) * self.pool.block_size
+
     def admit(self, sequence: Sequence, match: PrefixMatch) -> None:
         """A waiting sequence begins to run with what is known of its tokens. Blocks for the rest come chunk by chunk."""
         self.waiting.remove(sequence)
@@ -168,6 +172,7 @@ class Batch:
         self.leave(sequence)
         sequence.move_to(SequenceState.WAITING)
         sequence.num_computed_tokens = 0
+        sequence.num_known_tokens = None
         sequence.num_stored_blocks = 0
         del sequence.token_ids[sequence.num_kept_tokens :]
         sequence.begin_anew()
@@ -226,6 +231,7 @@ class Batch:
             sampling=sequence.sampling,
             handoff=sequence.handoff,
             deadline_s=sequence.deadline_s,
+            tpot_target_s=sequence.tpot_target_s,
             arrived_s=sequence.arrived_s,
             rank=sequence.rank,
             token_ids=list(sequence.token_ids),

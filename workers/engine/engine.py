@@ -64,6 +64,7 @@ from workers.engine.scheduler import Scheduler, StepPlan
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
 from workers.engine.span_reuse.span_index import SpanIndex
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel
 
 #: States in which a sequence neither waits for a step nor takes part in them.
 _ELSEWHERE = (SequenceState.HANDOFF, SequenceState.AWAITING_KV, SequenceState.FETCHING)
@@ -81,6 +82,7 @@ class Engine:
     Scheduler. root_of: the hash that a request's first block is chained to; see block_hash. punctuation: tokens
     that end a branch of cautious decoding. packer: reads the KV cache, for evicted blocks that are kept in host
     memory; None keeps none. pacing: after how many layers KV that is handed off leaves; None: when all are computed.
+    latency: predicts steps, and is told of them by others; see Scheduler.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Engine:
         punctuation: frozenset[int] = frozenset(),
         packer: Packer | None = None,
         pacing: LayerPacing | None = None,
+        latency: LatencyModel | None = None,
     ) -> None:
         # Less would never let a prompt's first block in.
         assert config.token_budget >= config.block_size, config
@@ -117,7 +120,7 @@ class Engine:
         self._root_of = root_of
         max_blocks = min(num_blocks, blocks_needed(max_context_tokens, config.block_size))
         self._batch = Batch(config, self.pool, max_blocks)
-        self._scheduler = Scheduler(config, self._batch, attention_tokens=attention_tokens)
+        self._scheduler = Scheduler(config, self._batch, attention_tokens=attention_tokens, latency=latency)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._num_arrived = 0
         #: Those whose state is AWAITING_KV, and FETCHING.
@@ -294,6 +297,7 @@ class Engine:
         A plan is followed by `complete` or `fail_step` before anything else.
         """
         plan = self._scheduler.plan(
+            now_s,
             num_places=self._config.max_running_sequences - self._incoming.num_held,
             # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
             arrived_until_s=self._incoming.waits_since_s,
@@ -495,7 +499,7 @@ class Engine:
         if sequence.prefill_started_s is not None:
             return
         sequence.prefill_started_s = now_s
-        self._outputs.append(PrefillStarted(sequence.key, now_s - sequence.arrived_s))
+        self._outputs.append(PrefillStarted(sequence.key, now_s - sequence.arrived_s, sequence.order_reason))
         if sequence.is_handed_off and sequence.reduction is None:
             self._start_transfer(sequence, now_s)
 

@@ -14,18 +14,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import merge
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
-from workers.api import Batching, EngineConfig, PrefillOrder
+from workers.api import Batching, EngineConfig, PrefillOrder, StepBudget
 from workers.engine.batch import Batch, places
 from workers.engine.block_pool import PrefixMatch
 from workers.engine.decoding.draft_tree import DraftTree
 from workers.engine.host_tier import PackedBlock
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.slack_order import SlackOrder
 from workers.engine.span_reuse.rule import SpanReuse
+from workers.engine.step_budget import PredictedBudget
+from workers.latency_model import LatencyModel
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
 FIRST_PREFILL_RATE = 500.0
@@ -119,13 +123,28 @@ class Scheduler:
 
     attention_tokens: the context at which a token's attention is as much work as everything else. A chunk
     that late in its prompt costs its tokens twice in the budget; without it (infinity) tokens alone count.
+    latency: of the order by slack and of budgets by prediction; without one, or before it has learnt enough, the first goes by the
+    speed of the last steps and the second is the whole budget.
     """
 
-    def __init__(self, config: EngineConfig, batch: Batch, *, attention_tokens: float) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        batch: Batch,
+        *,
+        attention_tokens: float,
+        latency: LatencyModel | None = None,
+    ) -> None:
         self._config = config
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
+        self._slack: SlackOrder | None = None
+        if config.prefill_order is PrefillOrder.LEAST_SLACK:
+            self._slack = SlackOrder(batch, latency)
+        self._predicted: PredictedBudget | None = None
+        if config.step_budget is StepBudget.PREDICTED and latency is not None:
+            self._predicted = PredictedBudget(config, latency, attention_tokens)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -137,8 +156,13 @@ class Scheduler:
         num_tokens = plan.num_tokens
         if step_s > 0 and num_tokens > 2 * len(plan.decodes):
             self._prefill_rate += PREFILL_RATE_GAIN * (num_tokens / step_s - self._prefill_rate)
+        if self._slack is not None:
+            for part in plan.chunks:
+                self._slack.charge(part.sequence, part.num_rows)
+        if self._predicted is not None:
+            self._predicted.observe(sum(tree.num_drafts for tree in plan.drafts.values()))
 
-    def plan(self, *, num_places: int, arrived_until_s: float) -> StepPlan:
+    def plan(self, now_s: float, *, num_places: int, arrived_until_s: float) -> StepPlan:
         """Plan one step, taking blocks and moving sequences between waiting and running.
 
         num_places: for sequences; the rest is kept for KV on its way. Who arrived later than
@@ -146,7 +170,11 @@ class Scheduler:
         """
         plan = _Plan(self._config, self._batch, self._attention_tokens)
         plan.make_room_for_decodes()
-        self._add_prefills(plan, num_places, arrived_until_s)
+        if self._predicted is not None:
+            self._predicted.begin(is_decoding=bool(self._batch.decodes))
+        self._add_prefills(plan, now_s, num_places, arrived_until_s)
+        if plan.admitted and self._config.prefill_order is not PrefillOrder.FCFS:
+            self._note_who_passed(plan.admitted, now_s)
         # A chunk may have taken the blocks of a decode.
         batch = self._batch
         decodes = batch.decodes.copy()
@@ -166,14 +194,22 @@ class Scheduler:
             restores,
         )
 
-    def _add_prefills(self, plan: "_Plan", num_places: int, arrived_until_s: float) -> None:
+    def _add_prefills(self, plan: "_Plan", now_s: float, num_places: int, arrived_until_s: float) -> None:
         """Chunks of running prefills, and of waiting sequences while they can be admitted."""
         batch = self._batch
         is_admitting = bool(batch.waiting) and batch.num_places < num_places
         waiting = batch.waiting.copy() if is_admitting else []
         # Looked at one by one, and no more once somebody has to wait.
         candidates = (one for one in waiting if is_admitting and one.arrived_s <= arrived_until_s)
-        for sequence in self._in_order(batch.prefills, candidates):
+        ordered = self._in_order(batch.prefills, candidates, now_s)
+        if self._predicted is not None and batch.decodes:
+            ordered = iter(ordered)
+            first = next(ordered, None)
+            if first is None:
+                return
+            plan.limit(self._predicted.budget(now_s, batch.decodes, first))
+            ordered = chain((first,), ordered)
+        for sequence in ordered:
             if plan.is_full:
                 return
             if sequence.state is SequenceState.WAITING:
@@ -184,11 +220,27 @@ class Scheduler:
             if sequence.state is SequenceState.PREFILL:
                 plan.add_chunk(sequence)
 
-    def _in_order(self, prefills: list[Sequence], waiting: Iterable[Sequence]) -> Iterable[Sequence]:
+    def _in_order(
+        self, prefills: list[Sequence], waiting: Iterable[Sequence], now_s: float
+    ) -> Iterable[Sequence]:
         """Highest priority first, whatever the order within one. waiting: by rank."""
         if self._config.prefill_order is PrefillOrder.FCFS:
             return merge(sorted(prefills, key=_begun_first), waiting, key=_begun_first)
+        if self._slack is not None:
+            return self._slack.sorted([*prefills, *waiting], now_s, self._prefill_rate)
         return sorted([*prefills, *waiting], key=self._urgency)
+
+    def _note_who_passed(self, admitted: list[Sequence], now_s: float) -> None:
+        """Say of those that begin, not in their turn, why."""
+        for sequence in admitted:
+            earlier = [one for one in self._batch.waiting if one.rank < sequence.rank]
+            passed = [one for one in earlier if one.rank[0] == sequence.rank[0]]
+            for one in passed:
+                one.num_passed_by += 1
+            if self._slack is not None:
+                sequence.order_reason = self._slack.reason(sequence, len(passed), now_s, self._prefill_rate)
+            elif passed:
+                sequence.order_reason = f"before {len(passed)} that came earlier: the least left to do, less the time to its deadline"
 
     def _urgency(self, sequence: Sequence) -> tuple[int, float, int]:
         """By priority, then by work left and time to the deadline, both in seconds.
@@ -229,6 +281,10 @@ class _Plan:
             return True
         return self._budget < 1
 
+    def limit(self, budget: float) -> None:
+        """Of prompts, compute this much at most, in tokens of a prompt's beginning."""
+        self._budget = min(self._budget, budget)
+
     def make_room_for_decodes(self) -> None:
         """Every decode gets a slot for its token, or is preempted for others'. None is left out for the budget."""
         decodes = self._batch.decodes
@@ -250,7 +306,7 @@ class _Plan:
             return False
         if self._count_incomplete() >= max(1, int(MAX_INCOMPLETE_SHARE * self._config.max_running_sequences)):
             return False
-        num_known = self._num_known_tokens(sequence)
+        num_known = self._batch.num_known_tokens(sequence)
         if not images.covers(num_known):
             self.imageless.append((sequence, num_known))
             return False
@@ -338,14 +394,11 @@ class _Plan:
         images = sequence.images
         if images is None or images.covers(len(match.block_ids) * self._pool.block_size):
             return False
-        num_known = self._num_known_tokens(sequence)
+        num_known = self._batch.num_known_tokens(sequence)
         if images.covers(num_known):
             return False
         self.imageless.append((sequence, num_known))
         return True
-
-    def _num_known_tokens(self, sequence: Sequence) -> int:
-        return (self._batch.num_known_blocks(sequence) or 0) * self._pool.block_size
 
     def _count_incomplete(self) -> int:
         if self._num_incomplete is None:

@@ -1,5 +1,6 @@
 """One sequence: its tokens, its blocks, how far it is. Pure."""
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -142,6 +143,20 @@ class Sequence:
     num_merged_tokens: int = 0
     #: Rows that each layer computed of a prompt that was filtered; none of another one.
     layer_rows: tuple[int, ...] = ()
+    #: Its first token should have come by then, at its deadline at the latest.
+    first_token_by_s: float = math.inf
+    #: For the time per token after the first, in seconds.
+    tpot_target_s: float = math.inf
+    #: Of its tenant, which cache_salt names.
+    tenant_weight: float = 1.0
+    #: Of its prompt, while it waits: those whose KV is known, as of the last look; None before the first.
+    num_known_tokens: int | None = None
+    #: It was found that its first token cannot come in time.
+    is_late: bool = False
+    #: Prompts of its priority that came later and have begun before it.
+    num_passed_by: int = 0
+    #: Why it began out of its turn; empty when it did not.
+    order_reason: str = ""
     #: The prompt as it came, once a token has left it.
     whole_prompt: list[int] | None = None
 
@@ -171,7 +186,15 @@ class Sequence:
             images=ImageInputs(submit.images) if submit.images else None,
             cache_salt=submit.cache_salt,
             reduction=_reduction(submit),
+            first_token_by_s=now_s + min(submit.ttft_left_s, submit.timeout_s),
+            tpot_target_s=submit.tpot_target_s,
+            tenant_weight=submit.tenant_weight,
         )
+
+    @property
+    def has_first_token(self) -> bool:
+        """Its first token was generated, here or by an earlier attempt."""
+        return self.num_delivered > 0 or len(self.token_ids) > self.num_prompt_tokens
 
     @property
     def max_tokens_here(self) -> int:

@@ -1,7 +1,8 @@
 """Policies that run all phases on all workers: what engines do without a scheduler above them. Pure."""
 
-from orchestrator.control.policies.policy import Exclusive, Head, Mixed, Step, WorkerLoad
+from orchestrator.control.policies.policy import WorkerLoad
 from workers.api import Phase
+from workers.step_choice import Exclusive, Head, Mixed, Step
 
 #: Tiles of pictures in one step where nothing else is said.
 TILES = 8

@@ -8,14 +8,15 @@ from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Wor
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.partitioned import NexusSteps, SemiPdSteps
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
-from orchestrator.control.policies.phasewise import Layout, PhasewiseConfig, PredictedPlacing, PredictedSteps
+from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
 from orchestrator.control.policies.placing import LeastLoaded
 from orchestrator.control.policies.policy import Order, Policy
 from orchestrator.control.policies.sarathi import token_budget
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, PhaseSet
 from workers.latency_model import LatencyModel
+from workers.step_choice import Layout
+from workers.step_cost import StepCost
 
 FULL = frozenset(Phase)
 E, P, D = (frozenset({phase}) for phase in Phase)

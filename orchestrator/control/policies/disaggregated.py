@@ -10,8 +10,8 @@ from orchestrator.control.policies import distserve, epd_queue, mooncake
 from orchestrator.control.policies.placing import encoders, missing
 from orchestrator.control.policies.policy import ClusterLoad, Placement, Prompt, Reject, Switch, WorkerLoad
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, PhaseSet, WorkerId
+from workers.step_cost import StepCost
 
 E, P, D = (frozenset({phase}) for phase in Phase)
 #: Seconds between two decisions of EPD's code.

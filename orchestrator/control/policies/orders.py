@@ -1,12 +1,10 @@
 """Orders of a device's queue, for any policy. Pure.
 
-Keys do not change while a prompt waits: what ages does so by the same amount for all, and is left out.
+What ages does so by the same amount for all, and is left out of keys.
 """
 
 from orchestrator.control.policies.policy import Job
-
-#: Seconds after which a prompt that is too late has the rank that its deadline would have given it: none waits for ever.
-LATE_S = 30.0
+from workers.prompt_order import TenantTokens, is_too_late, slack_key
 
 
 class Fcfs:
@@ -19,6 +17,12 @@ class Fcfs:
     def late_key(self, _now_s: float, _job: Job) -> float | None:
         """See Order."""
         return None
+
+    def waits(self, job: Job) -> None:
+        """See Order."""
+
+    def leaves(self, job: Job) -> None:
+        """See Order."""
 
     def charge(self, job: Job, num_tokens: int) -> None:
         """See Order."""
@@ -41,6 +45,12 @@ class ShortestFirst:
         """See Order."""
         return None
 
+    def waits(self, job: Job) -> None:
+        """See Order."""
+
+    def leaves(self, job: Job) -> None:
+        """See Order."""
+
     def charge(self, job: Job, num_tokens: int) -> None:
         """See Order."""
 
@@ -48,38 +58,43 @@ class ShortestFirst:
 class LeastSlack:
     """Who has least time left to begin goes first; who cannot make it any more lets the others past, for LATE_S at most.
 
-    token_s: a prompt takes so long for each of its tokens. weights: of tenants that are worth more or less than 1. A tenant that was
-    given more virtual tokens (tokens over weight) than the one with fewest of those that wait is put back by the time that the
-    difference took. Source: virtual token counter (Sheng et al., OSDI'24), with deadlines in place of turns.
+    As the engine does it: workers/prompt_order.py. token_s: a prompt takes so long for each of its tokens. weights: of tenants that
+    are worth more or less than 1. A tenant that was given more than another that waits is put back by the time that the difference took.
     """
 
     def __init__(self, token_s: float, weights: dict[str, float] | None = None) -> None:
         self._token_s = token_s
         self._weights = weights or {}
-        self._virtual: dict[str, float] = {}
+        self._tokens = TenantTokens()
+        #: Prompts of each tenant that are not computed yet, by number.
+        self._prompts: dict[str, set[int]] = {}
 
     def key(self, job: Job) -> float:
         """See Order."""
-        if job.is_late:
-            return job.deadline_s + LATE_S
-        return job.deadline_s - job.num_left * self._token_s + self._debt_s(job.tenant)
+        debt_s = self._tokens.debts().get(job.tenant, 0.0) * self._token_s
+        return slack_key(job.deadline_s, job.num_left * self._token_s, debt_s, is_late=job.is_late)
 
     def late_key(self, now_s: float, job: Job) -> float | None:
         """See Order."""
-        if job.is_late or job.is_begun or now_s + job.num_left * self._token_s <= job.deadline_s:
+        left_s = job.num_left * self._token_s
+        if job.is_late or job.is_begun or not is_too_late(now_s, job.deadline_s, left_s):
             return None
         job.is_late = True
-        return job.deadline_s + LATE_S
+        return slack_key(job.deadline_s, left_s, is_late=True)
+
+    def waits(self, job: Job) -> None:
+        """See Order."""
+        self._prompts.setdefault(job.tenant, set()).add(job.number)
+        self._tokens.are_waiting(self._prompts.keys())
+
+    def leaves(self, job: Job) -> None:
+        """See Order."""
+        prompts = self._prompts[job.tenant]
+        prompts.discard(job.number)
+        if not prompts:
+            del self._prompts[job.tenant]
+            self._tokens.are_waiting(self._prompts.keys())
 
     def charge(self, job: Job, num_tokens: int) -> None:
         """See Order."""
-        weight = self._weights.get(job.tenant, 1.0)
-        self._virtual[job.tenant] = self._virtual.get(job.tenant, 0.0) + num_tokens / weight
-
-    def _debt_s(self, tenant: str) -> float:
-        if len(self._virtual) < 2 and tenant in self._virtual:
-            return 0.0
-        least = min(self._virtual.values(), default=0.0)
-        # A tenant that comes back has no claim on what it did not use.
-        own = self._virtual.setdefault(tenant, least)
-        return (own - least) * self._token_s
+        self._tokens.charge(job.tenant, num_tokens, self._weights.get(job.tenant, 1.0))

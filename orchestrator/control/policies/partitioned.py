@@ -14,11 +14,12 @@ from orchestrator.control.policies.nexus_cost import (
     decode_operators,
     prefill_operators,
 )
-from orchestrator.control.policies.policy import Ended, Exclusive, Head, Split, Step, WorkerLoad
+from orchestrator.control.policies.policy import Ended, WorkerLoad
 from orchestrator.control.slo import Slo, percentile
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, WorkerId
 from workers.latency_model import LatencyModel
+from workers.step_choice import Exclusive, Head, Split, Step
+from workers.step_cost import StepCost
 from workers.step_shape import chunk, decodes
 
 #: Tokens of one chunk, and tiles.

@@ -13,8 +13,8 @@ from itertools import chain, combinations
 
 from orchestrator.control.policies.policy import ClusterLoad, Switch, Totals, WorkerLoad
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, PhaseSet
+from workers.step_cost import StepCost
 
 #: Every set of phases, none left out.
 SUBSETS: tuple[PhaseSet, ...] = tuple(

@@ -10,34 +10,20 @@ from dataclasses import dataclass
 from orchestrator.control.policies.placing import candidates, encoders, least_decoding, missing
 from orchestrator.control.policies.policy import (
     ClusterLoad,
-    Exclusive,
-    Head,
-    Mixed,
     Placement,
     Prompt,
     Reject,
-    Split,
-    Step,
     WorkerLoad,
 )
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from workers.api import Phase, WorkerId
+from workers.step_choice import Head, Layout, Step, StepChoice, StepPace
+from workers.step_cost import StepCost
 
+#: Steps in a row that prompts are left out of at most.
+MAX_WAITS = 8
 #: However many decode, some time is left.
 MIN_FREE = 0.05
-#: A split has to be so much better than a mixed batch: its speeds are means over batches, and changing it is not free.
-SPLIT_GAIN = 1.1
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A division of the device that it can make, and the speed of each side beside that of the whole device, both busy."""
-
-    prefill_share: float
-    decode_share: float
-    prefill_rate: float
-    decode_rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +33,7 @@ class PhasewiseConfig:
     slo: the deployment's. tile_s: to encode one tile; 0 where there are no pictures. kv_token_s: to fetch one token's KV from another worker;
     infinite where none is fetched. layouts: measured, none where the device cannot be
     divided. margin: part of the TPOT target that steps are planned to take; max_credit: planned steps that short ones may save for a
-    long one. max_prefill_tokens: of a step without decodes. most_encoders: that share the pictures of one request. admission: part of the
+    long one. max_prefill_tokens: of a step without decodes. max_waits: see StepChoice. most_encoders: that share the pictures of one request. admission: part of the
     TTFT target up to which a request is taken.
     """
 
@@ -60,81 +46,35 @@ class PhasewiseConfig:
     max_credit: float = 1.0
     max_prefill_tokens: int = 2048
     min_chunk_tokens: int = 64
+    max_waits: int = MAX_WAITS
     max_tiles: int = 8
     most_encoders: int = 4
     admission: float = 0.8
 
 
-@dataclass(slots=True)
-class _Credit:
-    """By how much the last decode steps of a device were shorter than planned, in all."""
-
-    at_s: float
-    num_steps: int
-    credit_s: float = 0.0
-
-
 class PredictedSteps:
-    """As much of prompts and pictures beside the decodes as the TPOT target leaves room for, on average over a few steps."""
+    """As much of prompts and pictures beside the decodes as the TPOT target leaves room for, as the engine does it."""
 
     def __init__(self, config: PhasewiseConfig) -> None:
-        self._config = config
-        self._credits: dict[WorkerId, _Credit] = {}
-
-    def _limit_s(self, now_s: float, device: WorkerLoad) -> float:
-        """How long the next step may take."""
-        planned_s = self._config.margin * self._config.slo.tpot_s
-        last = self._credits.get(device.worker_id)
-        if last is None or not device.num_decoding:
-            self._credits[device.worker_id] = _Credit(now_s, device.num_decode_steps)
-            return planned_s
-        last.credit_s += planned_s * (device.num_decode_steps - last.num_steps) - (now_s - last.at_s)
-        last.credit_s = min(max(last.credit_s, -planned_s), self._config.max_credit * planned_s)
-        last.at_s, last.num_steps = now_s, device.num_decode_steps
-        return planned_s + last.credit_s
+        self._planned_s = config.margin * config.slo.tpot_s
+        self._max_credit = config.max_credit
+        self._choice = StepChoice(
+            config.cost,
+            config.max_prefill_tokens,
+            config.min_chunk_tokens,
+            config.max_waits,
+            config.tile_s,
+            config.max_tiles,
+            config.layouts,
+        )
+        self._paces: dict[WorkerId, StepPace] = {}
 
     def step(self, now_s: float, device: WorkerLoad, head: Head) -> Step:
         """See Stepping."""
-        config, num = self._config, device.num_decoding
-        limit_s = self._limit_s(now_s, device)
-        if not num:
-            if head.num_tiles and not head.num_left:
-                return Exclusive(Phase.ENCODE, config.max_tiles)
-            return Mixed(config.max_prefill_tokens, config.max_tiles)
-        if config.layouts and (split := self._split(device)) is not None:
-            return split
-        cost = config.cost
-        left_s = limit_s - cost.step_s(num, device.decode_context)
-        num_tiles = 0
-        if head.num_tiles:
-            if head.deadline_s <= head.tiles_deadline_s:
-                # A prompt whose turn comes before that of the pictures leaves them the rest.
-                left_s -= head.num_left * (cost.token_s + cost.pair_s * head.num_done)
-            num_tiles = max(0, min(config.max_tiles, head.num_tiles, round(left_s / config.tile_s)))
-        budget = 0
-        if head.num_left:
-            limit_s -= num_tiles * config.tile_s
-            budget = cost.tokens_within(num, device.decode_context, head.num_done, limit_s)
-        if budget >= config.min_chunk_tokens:
-            return Mixed(num + budget, num_tiles)
-        return Mixed(num, num_tiles) if num_tiles else Exclusive(Phase.DECODE, 0)
-
-    def _split(self, device: WorkerLoad) -> Split | None:
-        """Streams side by side, where prompts get further so than in mixed batches and the decodes still meet their target.
-
-        In a mixed batch prompts have the time that the decodes leave, whose weights are read with theirs.
-        """
-        config, cost, num = self._config, self._config.cost, device.num_decoding
-        planned_s = config.margin * config.slo.tpot_s
-        alone_s = cost.step_s(num, device.decode_context)
-        fit = [one for one in config.layouts if alone_s <= planned_s * one.decode_rate]
-        best = max(fit, key=lambda one: one.prefill_rate, default=None)
-        if best is None:
-            return None
-        beside_s = cost.overhead_s + cost.token_s * num + cost.context_s * device.decode_context
-        if best.prefill_rate <= SPLIT_GAIN * (1 - beside_s / planned_s):
-            return None
-        return Split(best.prefill_share, best.decode_share, config.max_prefill_tokens, config.max_tiles)
+        num = device.num_decoding
+        pace = self._paces.setdefault(device.worker_id, StepPace(self._max_credit))
+        pace.begin(now_s, self._planned_s, num_decode_steps=device.num_decode_steps, is_decoding=bool(num))
+        return self._choice.step(head, num, device.decode_context, pace)
 
 
 class PredictedPlacing:

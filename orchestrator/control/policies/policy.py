@@ -13,6 +13,7 @@ from typing import Protocol
 
 from orchestrator.control.slo import Slo
 from workers.api import Phase, PhaseSet, WorkerId
+from workers.step_choice import Head, Step
 
 
 @dataclass(slots=True)
@@ -123,54 +124,6 @@ class Switch:
     predicted: float
 
 
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """All decodes, and of prompts what is left of the budget, in one step; before it tiles of pictures, which cannot ride with others."""
-
-    token_budget: int
-    num_tiles: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Exclusive:
-    """One phase alone, on the whole device. budget: tokens of prompts, or tiles; of no meaning for decode."""
-
-    phase: Phase
-    budget: int
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Prompts and pictures beside decodes, each on a share of the SMs, 0 to 1. budget: tokens of prompts.
-
-    Shares whose sum is above 1 overlap: two streams that the device arbitrates. is_binding: decode keeps to its share while the other
-    side has nothing to do.
-    """
-
-    prefill_share: float
-    decode_share: float
-    budget: int
-    num_tiles: int = 0
-    is_binding: bool = False
-
-
-Step = Mixed | Exclusive | Split
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a device could begin. num_tiles: that wait. num_left: tokens of the first prompt, 0 for none; num_done: known ones of it.
-
-    deadline_s: of the first token of that prompt; tiles_deadline_s: of the request of the first tiles; infinity for none.
-    """
-
-    num_tiles: int
-    num_left: int
-    num_done: int
-    deadline_s: float
-    tiles_deadline_s: float
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """A prompt in the queue of a device; an order may read it. num_left: tokens to compute, or tiles."""
@@ -195,6 +148,14 @@ class Order(Protocol):
 
     def late_key(self, now_s: float, job: Job) -> float | None:
         """Another key for the first of the queue that cannot meet its target any more; None leaves it."""
+        ...
+
+    def waits(self, job: Job) -> None:
+        """It came to the queue; told again when it comes back to it after a part of it was computed."""
+        ...
+
+    def leaves(self, job: Job) -> None:
+        """All of it was computed, or it goes elsewhere. It has waited here."""
         ...
 
     def charge(self, job: Job, num_tokens: int) -> None:

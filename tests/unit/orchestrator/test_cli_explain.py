@@ -41,6 +41,13 @@ request r-1: a prompt of 37 tokens, arrived 12.34 s ago
                  1 chunk sent again, resumed 2 times"""
 
 
+def test_why_a_prompt_did_not_begin_in_its_turn() -> None:
+    record = finished()
+    assert not any("began" in line for line in lines(record))
+    record.samples[0].order_reason = "before 2 that came earlier, after 0 that came later: slack 0.120 s"
+    assert "  began before 2 that came earlier, after 0 that came later: slack 0.120 s" in lines(record)
+
+
 def finished() -> pb.RequestRecord:
     """A request whose decode worker was lost once."""
     queued, prefill = pb.REQUEST_STATE_QUEUED, pb.REQUEST_STATE_PREFILL

@@ -13,18 +13,8 @@ from hypothesis import strategies as st
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
 from orchestrator.control.policies.orders import LeastSlack, ShortestFirst
-from orchestrator.control.policies.policy import (
-    ClusterLoad,
-    Exclusive,
-    Head,
-    Mixed,
-    Split,
-    Step,
-    Switch,
-    WorkerLoad,
-)
+from orchestrator.control.policies.policy import ClusterLoad, Switch, WorkerLoad
 from orchestrator.control.slo import Slo, percentile, tpot_s
-from orchestrator.control.step_cost import StepCost
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts, rates
 from orchestrator.sim.coarse_request import CoarseRequest
@@ -33,6 +23,8 @@ from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import EngineConfig, Phase
 from workers.latency_model import LatencyModel
+from workers.step_choice import Exclusive, Head, Mixed, Split, Step
+from workers.step_cost import StepCost
 from workers.step_shape import chunk, decodes
 
 SHAPES = {

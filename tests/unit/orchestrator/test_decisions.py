@@ -13,12 +13,12 @@ from orchestrator.control.auto_switch import Look
 from orchestrator.control.look_wire import look_from_pb, look_to_pb
 from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
 from orchestrator.control.slo import Slo
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, SwitchState, SwitchView
 from orchestrator.errors import LooksError
 from orchestrator.gateway.decision_log import MAX_DECISIONS, MAX_LOOKS, DecisionLog
 from protos import control_pb2 as pb
 from workers.api import Phase, PhaseSet, WorkerId
+from workers.step_cost import StepCost
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 COST = StepCost(0.002, 2.5e-5, 2.6e-5, 0.005, 5e-8, 1e-9)

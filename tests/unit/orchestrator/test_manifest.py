@@ -24,6 +24,7 @@ from workers.api import (
     Phase,
     PrefillOrder,
     SpanReuseConfig,
+    StepBudget,
     WeightDtype,
 )
 
@@ -297,7 +298,8 @@ def test_engine_options_reach_the_worker() -> None:
     options = {
         "threads": 3,
         "batching": "decode_maximal",
-        "prefillOrder": "shortest_remaining",
+        "prefillOrder": "least_slack",
+        "stepBudget": "predicted",
         "tileTokens": 64,
         "growthReserve": 1,
         "prefixCache": False,
@@ -308,7 +310,8 @@ def test_engine_options_reach_the_worker() -> None:
     assert worker.engine == EngineConfig(
         num_threads=3,
         batching=Batching.DECODE_MAXIMAL,
-        prefill_order=PrefillOrder.SHORTEST_REMAINING,
+        prefill_order=PrefillOrder.LEAST_SLACK,
+        step_budget=StepBudget.PREDICTED,
         tile_tokens=64,
         growth_reserve=1.0,
         is_prefix_cache_on=False,
@@ -340,6 +343,7 @@ def test_reuse_of_spans_is_part_of_the_prefix_cache() -> None:
     [
         ("batching", Batching),
         ("prefillOrder", PrefillOrder),
+        ("stepBudget", StepBudget),
         ("weightDtype", WeightDtype),
         ("hostCacheCodec", HostCacheCodec),
     ],
@@ -397,6 +401,17 @@ def test_a_deployment_may_reduce_pictures() -> None:
     for layers in ([], [0.5, 0.25], [2]):
         problem = only_problem(manifest(gateway={"imageReduction": {"layers": layers}}))
         assert problem.startswith("spec.gateway.imageReduction.layers"), problem
+
+
+def test_tenants_have_one_weight_each() -> None:
+    assert gateway_config(parse(manifest())).tenant_weights == {}
+    gold = {"cacheSalt": "gold", "weight": 2.5}
+    config = gateway_config(parse(manifest(gateway={"tenants": [gold, {"cacheSalt": "", "weight": 1}]})))
+    assert config.tenant_weights == {"gold": 2.5, "": 1.0}
+    problem = only_problem(manifest(gateway={"tenants": [gold, gold]}))
+    assert problem == "spec.gateway.tenants[1].cacheSalt: 'gold' is there already; one weight is enough"
+    problem = only_problem(manifest(gateway={"tenants": [{"cacheSalt": "x", "weight": 0}]}))
+    assert problem.startswith("spec.gateway.tenants[0].weight: is 0; allowed: a number above 0")
 
 
 def test_gateway_and_controller_need_two_ports() -> None:

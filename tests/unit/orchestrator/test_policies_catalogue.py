@@ -10,21 +10,12 @@ from orchestrator.bench.trace import Trace, TraceRow
 from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
 from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
-from orchestrator.control.policies.policy import (
-    ClusterLoad,
-    Ended,
-    Exclusive,
-    Head,
-    Placement,
-    Prompt,
-    Reject,
-    Split,
-    WorkerLoad,
-)
+from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting
 from tests.support.coarse import COSTS, SLO, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import Phase, WorkerId
+from workers.step_choice import Exclusive, Head, Split
 
 SETTING = Setting(
     4,

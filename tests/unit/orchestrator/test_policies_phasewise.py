@@ -8,27 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.policies.orders import LATE_S, Fcfs, LeastSlack, ShortestFirst
+from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.phase_sets import Asked, PhaseSets, PhaseSetsConfig, load_of
-from orchestrator.control.policies.phasewise import Layout, PhasewiseConfig, PredictedPlacing, PredictedSteps
+from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
 from orchestrator.control.policies.placing import MAX_CANDIDATES, LeastLoaded, candidates
-from orchestrator.control.policies.policy import (
-    ClusterLoad,
-    Exclusive,
-    Head,
-    Job,
-    Mixed,
-    Placement,
-    Prompt,
-    Reject,
-    Split,
-    WorkerLoad,
-)
+from orchestrator.control.policies.policy import ClusterLoad, Job, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_costs import rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
 from workers.api import Phase, WorkerId
+from workers.prompt_order import LATE_S
+from workers.step_choice import Exclusive, Head, Layout, Mixed, Split
 
 FULL = E | P | D
 CONFIG = PhasewiseConfig(SLO, COSTS.step, COSTS.tile_s)
@@ -81,10 +72,23 @@ def test_who_is_too_late_lets_others_past_but_not_for_ever() -> None:
 
 def test_a_tenant_that_got_more_waits_for_the_other() -> None:
     order = LeastSlack(1e-3, {"paying": 2.0})
+    for number, tenant in enumerate(("greedy", "modest", "paying")):
+        order.waits(job(number, 0.0, 100, tenant))
     for tenant, tokens in (("greedy", 5000), ("modest", 1000), ("paying", 5000)):
         order.charge(job(0, 0.0, 1, tenant), tokens)
+    order.waits(job(3, 0.0, 100, "new"))
     keys = {tenant: order.key(job(0, 0.0, 100, tenant)) for tenant in ("greedy", "modest", "paying", "new")}
     assert keys["modest"] == keys["new"] < keys["paying"] < keys["greedy"]
+
+
+def test_a_tenant_without_prompts_leaves_the_others_no_debts() -> None:
+    order, once = LeastSlack(1e-3), job(0, 0.0, 100, "once")
+    order.waits(once)
+    order.leaves(once)
+    alone = job(1, 0.0, 100, "busy")
+    order.waits(alone)
+    order.charge(alone, 100_000)
+    assert order.key(alone) == alone.deadline_s - 0.1
 
 
 def test_a_flood_of_one_tenant_leaves_the_other_its_targets() -> None:

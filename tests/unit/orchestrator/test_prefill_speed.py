@@ -14,10 +14,10 @@ from orchestrator.control.prefill_speed import (
     prefill_speeds,
 )
 from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route
-from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PhaseSet, PhaseWork, WorkerId, WorkerState, WorkerStatus
 from workers.latency_model import LatencyModel
+from workers.step_cost import StepCost
 from workers.step_shape import StepCosts
 
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})

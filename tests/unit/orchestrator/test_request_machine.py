@@ -25,6 +25,7 @@ from orchestrator.control.request_machine import (
     RequestTimes,
 )
 from orchestrator.control.router import Route
+from orchestrator.control.slo import Slo
 from orchestrator.control.view import LifecycleState, WorkerView
 from workers.api import (
     Abort,
@@ -120,6 +121,31 @@ def test_on_one_worker_there_is_no_hand_off() -> None:
     assert (times.submitted_at_s, times.first_token_at_s, times.last_token_at_s) == (1.0, 2.0, 4.0)
     assert (times.worker_queue_s, times.prefill_s) == (0.25, 0.5)
     request.check_invariants()
+
+
+def test_workers_are_told_the_targets_and_what_is_left_of_them() -> None:
+    request = machine()
+    request.slo, request.tenant_weight = Slo(2.0, 0.1), 3.0
+    sent = submits(request.routed(SPLIT, 7, 0.5))
+    assert {(one.ttft_left_s, one.tpot_target_s, one.tenant_weight) for one in sent.values()} == {
+        (1.5, 0.1, 3.0)
+    }
+    # What was late before it came to a worker is so there.
+    late = machine()
+    late.slo = Slo(2.0, 0.1)
+    assert submits(late.routed(TOGETHER, 7, 3.0))["b-0"].ttft_left_s == -1.0
+
+
+def test_the_reason_of_the_order_is_that_of_the_attempt_that_gave_the_first_token() -> None:
+    request = machine()
+    request.routed(TOGETHER, 7, 1.0)
+    request.worker_event(B.worker_id, PrefillStarted(request.key, 0.25, "before 2"), 1.5)
+    assert request.order_reason == "before 2"
+    request.worker_event(B.worker_id, tokens(request, 0, 11, prefill_s=0.5), 2.0)
+    request.worker_lost(B, "gone", 3.0)
+    request.routed(TOGETHER, 8, 3.0)
+    request.worker_event(B.worker_id, PrefillStarted(request.key, 0.25, "after 1"), 3.5)
+    assert request.order_reason == "before 2"
 
 
 def test_apart_both_workers_get_the_same_transfer_and_decode_is_told_first() -> None:

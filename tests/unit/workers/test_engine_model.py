@@ -22,6 +22,7 @@ from workers.api import (
     NgramDrafts,
     PrefillOrder,
     SamplingParams,
+    StepBudget,
     SuperposedDecoding,
     TokensGenerated,
 )
@@ -103,6 +104,7 @@ CONFIGS = st.builds(
     max_waiting_requests=st.just(64),
     batching=st.sampled_from(Batching),
     prefill_order=st.sampled_from(PrefillOrder),
+    step_budget=st.sampled_from(StepBudget),
     tile_tokens=st.sampled_from([1, 8]),
     growth_reserve=st.sampled_from([0.0, 0.3, 1.0]),
     is_prefix_cache_on=st.booleans(),
@@ -354,6 +356,39 @@ def test_a_failover_changes_nobodys_angles(model: Llama) -> None:
 
 
 LETTERS = Grammar(GrammarKind.REGEX, "[a-z]{2,9}-[0-9]{4,12}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(PLAIN, prefill_order=PrefillOrder.LEAST_SLACK, step_budget=StepBudget.PREDICTED),
+        replace(SCARCE, prefill_order=PrefillOrder.LEAST_SLACK, step_budget=StepBudget.PREDICTED),
+    ],
+    ids=["plain", "scarce"],
+)
+def test_by_slack_and_prediction_all_ways_of_decoding_give_what_they_give_else(
+    model: Llama, grammars: GrammarTools, config: EngineConfig
+) -> None:
+    """Drafts, superposed decoding, a grammar and plain sampling, all at once."""
+
+    def tokens(of: EngineConfig, num_blocks: int) -> dict[str, list[int]]:
+        engine = EngineWithModel(model, of, grammars=grammars, punctuation=PUNCTUATION, num_blocks=num_blocks)
+        ways: dict[str, SamplingParams] = {
+            "plain": SamplingParams(1),
+            "sampled": SamplingParams(1, temperature=1.0, seed=3),
+            "drafts": SamplingParams(1, decoding=NgramDrafts(4)),
+            "superposed": SamplingParams(1, decoding=SuperposedDecoding(2)),
+            "grammar": SamplingParams(1, grammar=LETTERS),
+        }
+        for number, (name, sampling) in enumerate(ways.items()):
+            prompt = tuple(10 + (7 * number + i) % 60 for i in range(9 + 8 * number))
+            engine.submit(name, prompt, 10, sampling=sampling)
+        engine.run()
+        assert not engine.failed
+        found = {name: engine.tokens[name] for name in ways if name != "superposed"}
+        return {**found, "superposed": [one for draft in engine.drafts["superposed"].drafts for one in draft]}
+
+    assert tokens(config, 40) == tokens(PLAIN, 128)
 
 
 def test_grammars_are_followed_through_preemption_and_failover(model: Llama, grammars: GrammarTools) -> None:

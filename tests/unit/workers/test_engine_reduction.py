@@ -12,6 +12,7 @@ from tests.support.engine_fakes import (
     PREFILL,
     assert_empty,
     key,
+    learnt,
     make_engine,
     outputs_of,
     submit,
@@ -22,6 +23,7 @@ from workers.api import (
     ImageTile,
     PhaseSet,
     RequestFailed,
+    StepBudget,
     Submit,
     TokensGenerated,
 )
@@ -40,6 +42,7 @@ from workers.engine.messages import (
     StartTransfer,
 )
 from workers.engine.scheduler import StepPlan
+from workers.engine.step_budget import MAX_WAITS
 from workers.engine.step_result import FilteredChunk, StepResult
 
 PICTURE, NUM_LAYERS = 9, 2
@@ -240,6 +243,21 @@ def test_a_filtered_prompt_waits_for_a_step_of_its_own() -> None:
     assert [part.sequence.key for part in plan.chunks] == [key("r1")]
     # Decodes go on beside it.
     assert [one.key for one in plan.decodes] == [key("r0")]
+
+
+def test_beside_decodes_that_leave_it_no_time_it_is_computed_in_one_step_all_the_same() -> None:
+    config = replace(CONFIG, step_budget=StepBudget.PREDICTED)
+    engine = make_engine(config=config, num_blocks=64, latency=learnt())
+    engine.handle(replace(submit("r0", num_prompt=6, max_new=40), tpot_target_s=0.012), 0.0)
+    _step(engine)
+    engine.handle(_submit(), 0.1)
+    _ready(engine)
+    chunks = []
+    for _ in range(2 * MAX_WAITS + 2):
+        plan = _step(engine)
+        assert plan is not None
+        chunks += [(part.sequence.key, part.start, part.end, part.is_filtered) for part in plan.chunks]
+    assert chunks == [(key("r1"), 0, 20, True)]
 
 
 def _handed_off(

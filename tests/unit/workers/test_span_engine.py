@@ -20,6 +20,7 @@ from workers.api import (
     RequestFailed,
     SamplingParams,
     SpanReuseConfig,
+    StepBudget,
     Submit,
     TokensGenerated,
     WorkerId,
@@ -176,11 +177,14 @@ def test_prompts_are_computed_as_ever_where_they_have_to_be(model: Llama, change
 
 @pytest.mark.parametrize("batching", list(Batching))
 @pytest.mark.parametrize("budget", [40, 64, 128])
+@pytest.mark.parametrize("step_budget", list(StepBudget))
 def test_in_any_company_tokens_are_those_of_a_plain_prefill(
-    model: Llama, budget: int, batching: Batching
+    model: Llama, budget: int, batching: Batching, step_budget: StepBudget
 ) -> None:
     """Decodes, plain chunks and chunks that reuse spans in the same steps; some prompts begin alike."""
-    config = replace(PLAIN, token_budget=budget, span_reuse=ALL_AGAIN, batching=batching)
+    config = replace(
+        PLAIN, token_budget=budget, span_reuse=ALL_AGAIN, batching=batching, step_budget=step_budget
+    )
     engine = EngineWithModel(model, config, num_blocks=200)
     documents = [tokens(40 + 9 * i, 20 + i) for i in range(3)]
     for i, document in enumerate(documents):

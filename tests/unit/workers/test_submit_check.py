@@ -80,6 +80,12 @@ def test_bad_sampling_options_are_named(changes: dict[str, Any], says: str) -> N
         ({"num_delivered": 2}, "num_delivered: is 2; allowed: 0 to 1"),
         ({"num_delivered": -1}, "num_delivered: is -1"),
         ({"cache_salt": "x" * 257}, "cache_salt: has 257 characters; at most 256 are allowed"),
+        ({"ttft_left_s": math.nan}, "ttft_left_s: is nan; a number of seconds is needed"),
+        ({"ttft_left_s": -math.inf}, "ttft_left_s: is -inf"),
+        ({"tpot_target_s": 0.0}, "tpot_target_s: is 0; a number of seconds above 0 is needed"),
+        ({"tpot_target_s": math.nan}, "tpot_target_s: is nan"),
+        ({"tenant_weight": 0.0}, "tenant_weight: is 0; a finite number above 0 is needed"),
+        ({"tenant_weight": math.inf}, "tenant_weight: is inf"),
         ({"token_ids": (1, 100)}, "token_ids: 100 is not in the vocabulary"),
     ],
 )

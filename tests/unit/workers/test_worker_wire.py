@@ -132,6 +132,9 @@ SUBMITS = st.builds(
         max_size=3,
     ).map(tuple),
     reduction=st.none() | REDUCTIONS,
+    ttft_left_s=SECONDS,
+    tpot_target_s=SECONDS,
+    tenant_weight=SECONDS,
 )
 
 
@@ -164,7 +167,7 @@ def encodes(draw: st.DrawFn) -> Encode:
 COMMANDS = SUBMITS | encodes() | st.builds(Abort, KEYS) | st.just(SubscribeKvEvents())
 DRAFTS = st.lists(st.tuples(TOKEN_IDS, SECONDS), max_size=3)
 EVENTS = st.one_of(
-    st.builds(PrefillStarted, KEYS, SECONDS),
+    st.builds(PrefillStarted, KEYS, SECONDS, TEXT),
     st.builds(
         TokensGenerated,
         KEYS,

@@ -1,0 +1,98 @@
+"""Least slack, and the tokens of tenants."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workers.prompt_order import LATE_S, MAX_IDLE_TENANTS, TenantTokens, is_too_late, slack_key
+
+SECONDS = st.floats(0, 1000)
+
+
+def test_who_has_least_time_left_to_begin_goes_first() -> None:
+    assert slack_key(10.0, 3.0) < slack_key(9.0, 1.0) < slack_key(9.0, 1.0, 0.5)
+    assert not is_too_late(7.0, 10.0, 3.0)
+    assert is_too_late(7.1, 10.0, 3.0)
+
+
+@given(deadline_s=SECONDS, left_s=SECONDS, debt_s=SECONDS, is_late=st.booleans(), later_s=SECONDS)
+def test_who_comes_much_later_never_goes_first(
+    deadline_s: float, left_s: float, debt_s: float, is_late: bool, later_s: float
+) -> None:
+    """However late the first one is, and whatever its tenant owes."""
+    first = slack_key(deadline_s, left_s, debt_s, is_late=is_late)
+    other = slack_key(deadline_s + LATE_S + left_s + later_s, left_s)
+    assert first <= other + 1e-9
+
+
+def test_a_tenant_that_got_more_owes_it_by_weight() -> None:
+    tokens = TenantTokens()
+    tokens.are_waiting({"a", "b", "c"})
+    tokens.charge("a", 100)
+    tokens.charge("b", 100, 4.0)
+    assert tokens.debts() == {"a": 100.0, "b": 25.0, "c": 0.0}
+
+
+def test_a_tenant_that_comes_back_has_no_claim_on_what_it_did_not_use() -> None:
+    tokens = TenantTokens()
+    tokens.are_waiting({"idle", "busy"})
+    tokens.are_waiting({"busy"})
+    tokens.charge("busy", 1000)
+    tokens.are_waiting({"idle", "busy"})
+    assert tokens.debts() == {"idle": 0.0, "busy": 0.0}
+    # What it got before it went is not forgotten.
+    tokens.charge("busy", 500)
+    tokens.are_waiting({"idle"})
+    tokens.are_waiting({"idle", "busy"})
+    assert tokens.debts() == {"idle": 0.0, "busy": 500.0}
+
+
+def test_after_a_pause_nobody_owes_for_the_time_before() -> None:
+    tokens = TenantTokens()
+    tokens.are_waiting({"a"})
+    tokens.charge("a", 1000)
+    tokens.are_waiting(set())
+    tokens.are_waiting({"a", "b"})
+    assert tokens.debts() == {"a": 0.0, "b": 0.0}
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.sets(st.sampled_from("abcd"), min_size=1), st.integers(0, 1000), st.floats(0.1, 10)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_somebody_who_waits_owes_nothing_and_only_what_was_computed_is_owed(
+    steps: list[tuple[set[str], int, float]],
+) -> None:
+    tokens = TenantTokens()
+    total = 0.0
+    for waiting, num_tokens, weight in steps:
+        tokens.are_waiting(waiting)
+        tokens.charge(min(waiting), num_tokens, weight)
+        total += num_tokens / weight
+        debts = tokens.debts()
+        assert debts.keys() == waiting
+        assert min(debts.values()) == 0.0
+        assert max(debts.values()) <= total * (1 + 1e-9)
+
+
+def test_service_by_debt_is_shared_by_weight() -> None:
+    tokens, given_to = TenantTokens(), {"a": 0, "b": 0}
+    weights = {"a": 3.0, "b": 1.0}
+    tokens.are_waiting(weights.keys())
+    for _ in range(400):
+        debts = tokens.debts()
+        first = min(debts, key=lambda one: (debts[one], one))
+        tokens.charge(first, 50, weights[first])
+        given_to[first] += 50
+    assert given_to["a"] / given_to["b"] == pytest.approx(3.0, rel=0.02)
+
+
+def test_the_tenants_that_are_remembered_are_few() -> None:
+    tokens = TenantTokens()
+    for number in range(5 * MAX_IDLE_TENANTS):
+        tokens.are_waiting({f"tenant-{number}"})
+        tokens.charge(f"tenant-{number}", 10)
+    assert len(tokens._virtual) <= MAX_IDLE_TENANTS + 1

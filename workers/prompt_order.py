@@ -1,0 +1,65 @@
+"""Which prompt is computed first where each has a time by which its first token should come. Pure.
+
+The engine's scheduler and the coarse simulator's policies sort by this. Keys change while a prompt waits only by what its tenant was
+given meanwhile: what ages does so by the same amount for all, and is left out. A key is never above deadline + LATE_S, so who comes
+later than that does not go first, and nobody waits for ever.
+"""
+
+from collections.abc import Set as AbstractSet
+
+#: Seconds by which a prompt that is too late, or whose tenant was given more than others, is put back at most.
+LATE_S = 30.0
+#: Tenants without a prompt that are remembered.
+MAX_IDLE_TENANTS = 1024
+
+
+def slack_key(deadline_s: float, left_s: float, debt_s: float = 0.0, *, is_late: bool = False) -> float:
+    """The prompt of the smallest key goes first: the one that has least time left to begin.
+
+    deadline_s: of its first token. left_s: that its computing takes. debt_s: of its tenant. is_late: it was found to be too late, and
+    lets the others past.
+    """
+    if is_late:
+        return deadline_s + LATE_S
+    return deadline_s - left_s + min(debt_s, LATE_S)
+
+
+def is_too_late(now_s: float, deadline_s: float, left_s: float) -> bool:
+    """Its first token cannot come in time any more, though it began now."""
+    return now_s + left_s > deadline_s
+
+
+class TenantTokens:
+    """Tokens of prompts that tenants were given, over their weights. Who got more than another one that waits owes it that.
+
+    Source: virtual token counter (Sheng et al., OSDI'24), of prompts alone.
+    """
+
+    def __init__(self) -> None:
+        self._virtual: dict[str, float] = {}
+        self._waiting: AbstractSet[str] = frozenset()
+        self._least = 0.0
+
+    def are_waiting(self, tenants: AbstractSet[str]) -> None:
+        """These have prompts now. One that comes back has no claim on what it did not use meanwhile."""
+        if tenants == self._waiting:
+            return
+        virtual = self._virtual
+        staying = tenants & self._waiting
+        self._least = min((virtual[one] for one in staying or self._waiting), default=self._least)
+        for one in tenants - self._waiting:
+            virtual[one] = max(virtual.get(one, 0.0), self._least)
+        self._waiting = frozenset(tenants)
+        if len(virtual) > len(tenants) + MAX_IDLE_TENANTS:
+            idle = sorted(virtual.keys() - tenants, key=lambda one: (virtual[one], one))
+            for one in idle[: len(idle) - MAX_IDLE_TENANTS // 2]:
+                del virtual[one]
+
+    def charge(self, tenant: str, num_tokens: int, weight: float = 1.0) -> None:
+        """So much was computed for it. weight > 0: what it is worth beside others."""
+        self._virtual[tenant] = self._virtual.get(tenant, self._least) + num_tokens / weight
+
+    def debts(self) -> dict[str, float]:
+        """Of those that wait: virtual tokens beyond the one of them that got least, >= 0."""
+        least = min((self._virtual[one] for one in self._waiting), default=0.0)
+        return {one: self._virtual[one] - least for one in self._waiting}
