@@ -140,12 +140,20 @@ class Look(_message.Message):
     TTFT_S_FIELD_NUMBER: _builtins.int
     TPOT_S_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    TILE_S_FIELD_NUMBER: _builtins.int
+    CHANGE_S_FIELD_NUMBER: _builtins.int
+    REPLACE_S_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     """On the controller's clock."""
     ttft_s: _builtins.float
     tpot_s: _builtins.float
     digest: _builtins.str
     """Names it in the decisions that were made from it."""
+    tile_s: _builtins.float
+    """To encode one tile of a picture; 0 while that is not known."""
+    change_s: _builtins.float
+    """Until a worker has other phases, and until a new process has."""
+    replace_s: _builtins.float
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LookWorker]: ...
     @_builtins.property
@@ -164,10 +172,13 @@ class Look(_message.Message):
         ttft_s: _builtins.float = ...,
         tpot_s: _builtins.float = ...,
         digest: _builtins.str = ...,
+        tile_s: _builtins.float = ...,
+        change_s: _builtins.float = ...,
+        replace_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "cost", b"cost", "digest", b"digest", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "change_s", b"change_s", "cost", b"cost", "digest", b"digest", "replace_s", b"replace_s", "tile_s", b"tile_s", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,6 +199,8 @@ class LookWorker(_message.Message):
     NUM_PROMISED_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    ENCODE_TILES_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     kv_capacity: _builtins.int
     is_switching: _builtins.bool
@@ -198,8 +211,14 @@ class LookWorker(_message.Message):
     num_promised: _builtins.int
     kv_tokens: _builtins.int
     num_decode_steps: _builtins.int
+    encode_tiles: _builtins.int
+    """Tiles of pictures that are not encoded yet."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    @_builtins.property
+    def loaded(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]:
+        """Phases that its process can serve."""
+
     def __init__(
         self,
         *,
@@ -214,10 +233,12 @@ class LookWorker(_message.Message):
         num_promised: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
         num_decode_steps: _builtins.int = ...,
+        encode_tiles: _builtins.int = ...,
+        loaded: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "encode_tiles", b"encode_tiles", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,11 +439,17 @@ class SwitchForecast(_message.Message):
     NUM_PROMPTS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    NEEDS_NEW_PROCESS_FIELD_NUMBER: _builtins.int
+    ABOUT_S_FIELD_NUMBER: _builtins.int
     num_prompts: _builtins.int
     """Prompts that would go back and be computed elsewhere, and sequences that would move with their KV."""
     num_sequences: _builtins.int
     problem: _builtins.str
     """Why it must not be; empty when it may."""
+    needs_new_process: _builtins.bool
+    """Other weights are needed, or memory for pictures: a new process takes its place."""
+    about_s: _builtins.float
+    """About so long until it has them, as the last switches went."""
     @_builtins.property
     def gives_up(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -435,10 +462,12 @@ class SwitchForecast(_message.Message):
         num_prompts: _builtins.int = ...,
         num_sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
+        needs_new_process: _builtins.bool = ...,
+        about_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gains", b"gains", "gives_up", b"gives_up", "num_prompts", b"num_prompts", "num_sequences", b"num_sequences", "problem", b"problem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about_s", b"about_s", "gains", b"gains", "gives_up", b"gives_up", "needs_new_process", b"needs_new_process", "num_prompts", b"num_prompts", "num_sequences", b"num_sequences", "problem", b"problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,6 +491,7 @@ class SwitchView(_message.Message):
     MET_BEFORE_FIELD_NUMBER: _builtins.int
     MET_AFTER_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    NEEDS_NEW_PROCESS_FIELD_NUMBER: _builtins.int
     switch_id: _builtins.str
     worker_id: _builtins.str
     state: Global___SwitchState.ValueType
@@ -479,6 +509,8 @@ class SwitchView(_message.Message):
     met_after: _builtins.float
     why: _builtins.str
     """Why it was wanted; reason is why it is in its state."""
+    needs_new_process: _builtins.bool
+    """A new process takes the place of the worker's."""
     @_builtins.property
     def before(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -500,10 +532,11 @@ class SwitchView(_message.Message):
         met_before: _builtins.float | None = ...,
         met_after: _builtins.float | None = ...,
         why: _builtins.str = ...,
+        needs_new_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "change_s", b"change_s", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "why", b"why", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "needs_new_process", b"needs_new_process", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "why", b"why", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__change_s: _TypeAlias = _typing.Literal["change_s"]  # noqa: Y015
     _WhichOneofArgType__change_s: _TypeAlias = _typing.Literal["_change_s", b"_change_s"]  # noqa: Y015

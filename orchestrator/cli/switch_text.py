@@ -22,7 +22,8 @@ def switch_text(switch: SwitchView) -> str:
             proof = f", first step after {seconds(first)}" if first is not None else ""
             return f"{what}: done{took}{proof}: {switch.reason}"
         case _:
-            return f"{what}: {switch.state}: {switch.reason}"
+            how = " by a new process" if switch.needs_new_process else ""
+            return f"{what}: {switch.state}{how}: {switch.reason}"
 
 
 def switch_json(switch: SwitchView) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def switch_json(switch: SwitchView) -> dict[str, Any]:
         "digest": switch.digest,
         "met_before": switch.met_before,
         "met_after": switch.met_after,
+        "needs_new_process": switch.needs_new_process,
     }
 
 
@@ -53,7 +55,9 @@ def forecast_text(forecast: pb.SwitchForecast) -> str:
     changes = ", ".join(text for text in parts if text)
     prompts = counted(forecast.num_prompts, "waiting prompt")
     sequences = counted(forecast.num_sequences, "sequence")
-    return f"it may: it {changes}; {prompts} would go to others, {sequences} would move with their KV"
+    how = "a new process takes its place, in" if forecast.needs_new_process else "in"
+    took = f"{how} about {seconds(forecast.about_s)}"
+    return f"it may: it {changes}; {took}; {prompts} would go to others, {sequences} would move with their KV"
 
 
 def forecast_json(forecast: pb.SwitchForecast) -> dict[str, Any]:
@@ -64,6 +68,8 @@ def forecast_json(forecast: pb.SwitchForecast) -> dict[str, Any]:
         "num_prompts": forecast.num_prompts,
         "num_sequences": forecast.num_sequences,
         "problem": forecast.problem,
+        "needs_new_process": forecast.needs_new_process,
+        "about_s": forecast.about_s,
     }
 
 

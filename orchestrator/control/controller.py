@@ -105,7 +105,8 @@ def recover(
 def _auto_switch(config: ControllerConfig) -> AutoSwitch | None:
     if config.switch_mode is SwitchMode.OFF:
         return None
-    return AutoSwitch(config.slo, {one.worker_id: one.engine.block_size for one in config.declared})
+    block_sizes = {one.worker_id: one.engine.block_size for one in config.declared}
+    return AutoSwitch(config.slo, block_sizes, (one.phases for one in config.declared))
 
 
 def _last_phases(last_view: ClusterView | None, declared: DeclaredWorker) -> PhaseSet:

@@ -51,6 +51,10 @@ class EncoderMemory:
         """It has encoded this tile, and may have it still, or was given it."""
         return self._where.get((salt, key)) == (worker.worker_id, worker.incarnation)
 
+    def knows(self, salt: str, key: bytes) -> bool:
+        """Somebody has encoded this tile, or was given it."""
+        return (salt, key) in self._where
+
     def given(self, worker: WorkerView, salt: str, tiles: Sequence[PlacedTile]) -> None:
         """The worker is to encode these tiles: who else wants them finds them there, or waits for them there."""
         for placed in tiles:

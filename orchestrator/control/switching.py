@@ -104,10 +104,11 @@ class Switching:
                 continue
             self._remember(request.switch_id)
             problem = why_not(view, request.worker_id, request.phases)
+            is_new = _needs_new_process(request, view)
             last = self._switches.get(request.worker_id)
             if problem is None and last is not None and last.is_under_way:
                 problem = f"{request.worker_id} is changing its phases already"
-            if problem is None and self._is_last_of_a_phase(request, view):
+            if problem is None and self._is_last_of_a_phase(request, view, is_new=is_new):
                 problem = "another worker is giving up the same phase"
             if problem is None and is_dry_run:
                 problem = f"dry run: {request.reason}"
@@ -125,6 +126,7 @@ class Switching:
                     predicted=request.predicted,
                     digest=request.digest,
                     met_before=self._met(),
+                    needs_new_process=is_new,
                 )
                 self._end(refused)
                 continue
@@ -136,7 +138,7 @@ class Switching:
                 number = max(number, last.phase_epoch + 2)
                 self._end(last.view())
             before = self.wanted[request.worker_id]
-            switch = RoleSwitch.begin(request, before, number, now_s)
+            switch = RoleSwitch.begin(request, before, number, now_s, needs_new_process=is_new)
             switch.met_before = self._met()
             self._switches[request.worker_id] = switch
             num_begun += 1
@@ -276,9 +278,10 @@ class Switching:
             machine.worker_id, machine.incarnation, machine.address, wanted, epoch, switch.reason
         )
 
-    def _is_last_of_a_phase(self, request: SwitchRequest, view: ClusterView) -> bool:
+    def _is_last_of_a_phase(self, request: SwitchRequest, view: ClusterView, *, is_new: bool) -> bool:
         """With those that began in this very tick, which the view does not show yet."""
-        for phase in self.wanted[request.worker_id] - request.phases:
+        wanted = self.wanted[request.worker_id]
+        for phase in wanted if is_new else wanted - request.phases:
             keeps = [
                 worker.worker_id
                 for worker in view.workers
@@ -302,6 +305,13 @@ class Switching:
         self._seen[switch_id] = None
         if len(self._seen) > 4 * MAX_REMEMBERED:
             del self._seen[next(iter(self._seen))]
+
+
+def _needs_new_process(request: SwitchRequest, view: ClusterView) -> bool:
+    worker = view.worker(request.worker_id)
+    return (
+        worker is not None and worker.status is not None and worker.status.needs_new_process(request.phases)
+    )
 
 
 def _left(switch: RoleSwitch, status: WorkerStatus | None) -> str:

@@ -60,6 +60,8 @@ class SwitchView:
     digest: str = ""
     met_before: float | None = None
     met_after: float | None = None
+    #: A new process takes the place of the worker's.
+    needs_new_process: bool = False
 
     @property
     def is_under_way(self) -> bool:

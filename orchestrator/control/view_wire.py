@@ -69,6 +69,7 @@ def switch_to_pb(switch: SwitchView) -> pb.SwitchView:
         met_before=switch.met_before,
         met_after=switch.met_after,
         why=switch.why,
+        needs_new_process=switch.needs_new_process,
     )
 
 
@@ -89,6 +90,7 @@ def switch_from_pb(message: pb.SwitchView) -> SwitchView:
         met_before=message.met_before if message.HasField("met_before") else None,
         met_after=message.met_after if message.HasField("met_after") else None,
         why=message.why,
+        needs_new_process=message.needs_new_process,
     )
 
 

@@ -513,7 +513,7 @@ class Dispatcher:
                 sample.charge(self._ledger)
                 if not sample.is_counted:
                     sample.is_counted = True
-                    self._served.routed(sample.machine)
+                    self._served.routed(sample.machine, self._encoders.num_new_tiles(sample))
             self._do(sample, actions)
 
     def _give_encoders(self) -> None:

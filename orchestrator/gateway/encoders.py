@@ -57,6 +57,12 @@ class Encoders:
         """Tiles of it are to be given to workers."""
         self._wanting[sample] = None
 
+    def num_new_tiles(self, sample: LiveSample) -> int:
+        """Of its pictures, that nobody has been given to encode for its tenant, as far as is remembered."""
+        images, salt = sample.machine.images, sample.machine.cache_salt
+        tiles = images.tiles if images is not None else ()
+        return sum(not self._memory.knows(salt, placed.tile.key) for placed in tiles)
+
     def wanting(self) -> Iterator[LiveSample]:
         """Those that want workers, the first first; who is settled meanwhile is left out."""
         return (sample for sample in list(self._wanting) if sample.machine.encodes.wanted)

@@ -337,8 +337,8 @@ class Controller(Section):
     )
     role_switch: Literal["off", "dryRun", "on"] = Field(
         default="off",
-        description="Whether the controller has workers take prefill, decode or both as the load asks for: on does it, dryRun "
-        "only tells what it would do. Workers that encode stay as they are.",
+        description="Whether the controller has workers take other phases as the load asks for: on does it, dryRun "
+        "only tells what it would do.",
     )
 
     @model_validator(mode="after")

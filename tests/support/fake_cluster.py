@@ -69,6 +69,9 @@ class FakeProcess:
     work: PhaseWork = NO_WORK
     first_step_s: float | None = None
     num_leases: int = 0
+    #: What it says of its process; nothing, if empty.
+    loaded: PhaseSet = frozenset()
+    takes_pictures: bool = False
     #: What it says when it is told to take other phases.
     refusal: PhasesRefused | None = None
 
@@ -104,6 +107,8 @@ class FakeProcess:
             phase_epoch=self.phase_epoch,
             first_step_s=self.first_step_s,
             num_leases=self.num_leases,
+            loaded=self.loaded,
+            takes_pictures=self.takes_pictures,
         )
 
 
