@@ -55,6 +55,29 @@ SWITCH_STATE_UNDONE: SwitchState.ValueType  # 5
 """It keeps those that it had."""
 Global___SwitchState: _TypeAlias = SwitchState  # noqa: Y015
 
+class _ScaleState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScaleStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScaleState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCALE_STATE_UNSPECIFIED: _ScaleState.ValueType  # 0
+    SCALE_STATE_ASKED: _ScaleState.ValueType  # 1
+    """Nodes have been asked for, or a worker is being drained."""
+    SCALE_STATE_DONE: _ScaleState.ValueType  # 2
+    SCALE_STATE_UNDONE: _ScaleState.ValueType  # 3
+    """No node came, or the worker stays."""
+
+class ScaleState(_ScaleState, metaclass=_ScaleStateEnumTypeWrapper): ...
+
+SCALE_STATE_UNSPECIFIED: ScaleState.ValueType  # 0
+SCALE_STATE_ASKED: ScaleState.ValueType  # 1
+"""Nodes have been asked for, or a worker is being drained."""
+SCALE_STATE_DONE: ScaleState.ValueType  # 2
+SCALE_STATE_UNDONE: ScaleState.ValueType  # 3
+"""No node came, or the worker stays."""
+Global___ScaleState: _TypeAlias = ScaleState  # noqa: Y015
+
 class _LifecycleState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -296,20 +319,26 @@ class Decision(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SWITCH_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     """Seconds since the gateway heard of it first."""
     @_builtins.property
-    def switch(self) -> Global___SwitchView: ...
+    def switch(self) -> Global___SwitchView:
+        """One of the two."""
+
+    @_builtins.property
+    def scale(self) -> Global___ScaleView: ...
     def __init__(
         self,
         *,
         switch: Global___SwitchView | None = ...,
+        scale: Global___ScaleView | None = ...,
         age_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["switch", b"switch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "switch", b"switch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -562,6 +591,50 @@ class SwitchView(_message.Message):
 Global___SwitchView: _TypeAlias = SwitchView  # noqa: Y015
 
 @_typing.final
+class ScaleView(_message.Message):
+    """One decision about the number of workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_ID_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_S_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
+    NUM_WANTED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    scale_id: _builtins.str
+    began_at_s: _builtins.float
+    """On the controller's clock."""
+    num_before: _builtins.int
+    num_wanted: _builtins.int
+    state: Global___ScaleState.ValueType
+    reason: _builtins.str
+    """Why it is in this state, and why it was decided."""
+    why: _builtins.str
+    digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        scale_id: _builtins.str = ...,
+        began_at_s: _builtins.float = ...,
+        num_before: _builtins.int = ...,
+        num_wanted: _builtins.int = ...,
+        state: Global___ScaleState.ValueType = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "digest", b"digest", "num_before", b"num_before", "num_wanted", b"num_wanted", "reason", b"reason", "scale_id", b"scale_id", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleView: _TypeAlias = ScaleView  # noqa: Y015
+
+@_typing.final
 class Totals(_message.Message):
     """What a gateway has served since it began."""
 
@@ -667,6 +740,7 @@ class ClusterView(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     SWITCHES_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     controller_epoch: _builtins.int
     """Grows with each start of the controller; version counts its views."""
@@ -680,6 +754,10 @@ class ClusterView(_message.Message):
     def switches(self) -> _containers.RepeatedCompositeFieldContainer[Global___SwitchView]:
         """The last changes of phases, in the order in which they began."""
 
+    @_builtins.property
+    def scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScaleView]:
+        """The last decisions about the number of workers, in order."""
+
     def __init__(
         self,
         *,
@@ -690,10 +768,11 @@ class ClusterView(_message.Message):
         workers: _abc.Iterable[Global___WorkerView] | None = ...,
         controller_pid: _builtins.int = ...,
         switches: _abc.Iterable[Global___SwitchView] | None = ...,
+        scales: _abc.Iterable[Global___ScaleView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "switches", b"switches", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "scales", b"scales", "switches", b"switches", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

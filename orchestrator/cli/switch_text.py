@@ -4,7 +4,7 @@ from typing import Any
 
 from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.control.role_switch import phase_text
-from orchestrator.control.view import SwitchState, SwitchView
+from orchestrator.control.view import ScaleView, SwitchState, SwitchView
 from protos import control_pb2 as pb
 from workers.api import Phase, PhaseSet
 from workers.wire import phases_from_pb
@@ -43,6 +43,24 @@ def switch_json(switch: SwitchView) -> dict[str, Any]:
         "met_before": switch.met_before,
         "met_after": switch.met_after,
         "needs_new_process": switch.needs_new_process,
+    }
+
+
+def scale_text(scale: ScaleView) -> str:
+    """One line, of the state in which it is."""
+    return f"{scale.num_before} -> {scale.num_wanted} workers: {scale.state}: {scale.reason}"
+
+
+def scale_json(scale: ScaleView) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "scale_id": scale.scale_id,
+        "num_before": scale.num_before,
+        "num_wanted": scale.num_wanted,
+        "state": scale.state.value,
+        "reason": scale.reason,
+        "why": scale.why,
+        "digest": scale.digest,
     }
 
 

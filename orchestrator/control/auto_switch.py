@@ -17,6 +17,7 @@ from orchestrator.control.policies.policy import (
 )
 from orchestrator.control.prefill_speed import most_learnt
 from orchestrator.control.role_switch import SwitchRequest, phase_text, switch_cost
+from orchestrator.control.scaling import Demand
 from orchestrator.control.slo import Slo
 from orchestrator.control.step_cost import StepCost
 from orchestrator.control.view import ClusterView, LifecycleState
@@ -119,6 +120,14 @@ class AutoSwitch:
             for switch in wanted
         )
 
+    def demand(self, view: ClusterView, *, has_moved: bool) -> Demand | None:
+        """What the last tick saw, for the number of workers; None while nothing is known. has_moved: it began a switch."""
+        one_more = self._sets.one_more() if self._sets is not None else None
+        if self._sets is None or self._sets.load is None or one_more is None:
+            return None
+        is_moving = has_moved or any(one.is_under_way for one in view.switches)
+        return Demand(self._sets.load, is_moving, one_more, self.last.digest if self.last is not None else "")
+
     def not_made(self, now_s: float) -> None:
         """What the last tick wanted was not done."""
         if self._sets is not None:
@@ -166,6 +175,9 @@ def cluster_load(
         if worker.state is not LifecycleState.READY or status is None:
             continue
         phases = worker.phases | worker.leaving
+        if worker.leaving and worker.worker_id not in switching:
+            # It goes.
+            continue
         if not phases or (Phase.ENCODE in phases and not with_encode):
             continue
         work, size = status.work, block_sizes[worker.worker_id]

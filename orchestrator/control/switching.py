@@ -30,6 +30,8 @@ class Switching:
 
     def __init__(self, wanted: dict[WorkerId, PhaseSet]) -> None:
         self.wanted = wanted
+        #: Workers that are to be given up altogether.
+        self.retiring: frozenset[WorkerId] = frozenset()
         self._switches: dict[WorkerId, RoleSwitch] = {}
         self._ended: list[SwitchView] = []
         self._seen: dict[str, None] = {}
@@ -49,6 +51,8 @@ class Switching:
     def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
         """What a worker may be used for, and what it is giving up."""
         switch, status = self._switches.get(machine.worker_id), machine.status
+        if machine.worker_id in self.retiring:
+            return frozenset(), self.wanted[machine.worker_id]
         if switch is not None and switch.is_under_way:
             return switch.usable, switch.leaving
         wanted = self.wanted[machine.worker_id]
@@ -56,6 +60,17 @@ class Switching:
             # One that was undone may have changed all the same, until it has changed back.
             wanted &= status.phases
         return wanted, frozenset()
+
+    def add(self, worker_id: WorkerId, phases: PhaseSet) -> None:
+        """A worker that was not declared; its process begins with these."""
+        self.wanted[worker_id] = phases
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """A worker that was added is there no more."""
+        del self.wanted[worker_id]
+        switch = self._switches.pop(worker_id, None)
+        if switch is not None:
+            self._end(switch.view())
 
     def served(self, machines: Iterable[WorkerMachine]) -> Mapping[Phase, int]:
         """How many workers which are ready serve each phase, and are not giving it up."""

@@ -16,8 +16,9 @@ from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.scaling import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
-from orchestrator.control.view import SwitchView
+from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
@@ -58,6 +59,9 @@ class SimConfig:
     #: Targets of every request, and whether the controller switches phases by them.
     slo: Slo = NO_SLO
     switch_mode: SwitchMode = SwitchMode.OFF
+    #: Workers that may be added as the load asks for them: there is a node for each at once.
+    extra: tuple[DeclaredWorker, ...] = ()
+    scaling: ScalingConfig | None = None
     #: Which requests the gateway takes.
     admission: Admission = Admission.OFF
     check_every: int = 0
@@ -82,6 +86,7 @@ class SimResult:
     num_events: int
     num_wrong_tokens: int
     start_s: float = 0.0
+    scales: tuple[ScaleView, ...] = ()
 
 
 class Simulation:
@@ -116,6 +121,8 @@ class Simulation:
             is_cache_told=config.is_cache_told,
             slo=config.slo,
             switch_mode=config.switch_mode,
+            extra=config.extra,
+            scaling=config.scaling,
             totals=lambda: self.dispatcher.totals,
         )
         self.dispatcher = Dispatcher(
@@ -126,7 +133,7 @@ class Simulation:
             learn_model=_no_model,
             slo=config.slo,
             admission=config.admission,
-            token_budgets=token_budgets(config.declared),
+            token_budgets=token_budgets((*config.declared, *config.extra)),
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}
@@ -168,6 +175,7 @@ class Simulation:
             self.timers.num_events,
             self._num_wrong_tokens,
             self._start_s,
+            self.cluster.scales,
         )
 
     def check_invariants(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,9 @@ class InThisProcess:
         found = self.running.pop((worker_id, incarnation), None)
         if found is not None:
             await found[1].aclose()
+
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        raise AssertionError("no worker is to be added")
 
     async def close(self) -> None:
         for _, stack in self.running.values():

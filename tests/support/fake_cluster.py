@@ -4,6 +4,7 @@
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.control.auto_switch import Look
@@ -168,6 +169,8 @@ class FakeCluster:
         self.broken: Exception | None = None
         self.broken_start: Exception | None = None
         self.stopped: list[tuple[WorkerId, int, str]] = []
+        #: What the autoscaler was told, each time.
+        self.requested: list[Sequence[WorkerResources]] = []
 
     async def list_processes(self) -> list[ProcessReport]:
         await self._answer()
@@ -184,6 +187,10 @@ class FakeCluster:
         await self._answer()
         self.stopped.append((worker_id, incarnation, reason))
         self.machines.stop((worker_id, incarnation))
+
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        await self._answer()
+        self.requested.append(workers)
 
     async def _answer(self) -> None:
         await asyncio.sleep(0)

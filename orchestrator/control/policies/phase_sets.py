@@ -123,6 +123,18 @@ class PhaseSets:
         self._last: _Done | None = None
         self._next_at_s = 0.0
         self._blocked: dict[_Move, float] = {}
+        #: As of the last look; None before there are two.
+        self.load: float | None = None
+        self._asked_for: tuple[Shape, Asked] | None = None
+
+    def one_more(self) -> PhaseSet | None:
+        """What a worker would serve that came now: after which the load were least. None before there are two looks."""
+        if self._asked_for is None:
+            return None
+        shape, asked = self._asked_for
+        present = frozenset[Phase]().union(*shape)
+        allowed = [one for one in self._config.allowed if one <= present]
+        return min(allowed, key=lambda one: load_of(Counter(shape) + Counter((one,)), asked), default=None)
 
     def learn(self, cost: StepCost, tile_s: float, switch_cost: SwitchCost) -> None:
         """Steps, pictures and switches take so long, as is known now."""
@@ -138,12 +150,14 @@ class PhaseSets:
         """The moves to make now."""
         asked = self._look(now_s, cluster)
         is_moving = any(one.is_switching for one in cluster.workers)
+        shape = Counter(worker.phases for worker in cluster.workers)
+        self._asked_for = None if asked is None else (shape, asked)
+        self.load = None if asked is None else load_of(shape, asked)
         if is_moving and self._last is not None:
             self._still_moving(now_s, self._last, cluster)
-        if asked is None or now_s < self._next_at_s or is_moving:
+        load = self.load
+        if asked is None or load is None or now_s < self._next_at_s or is_moving:
             return ()
-        shape = Counter(worker.phases for worker in cluster.workers)
-        load = load_of(shape, asked)
         undone = self._undo(now_s, cluster, load)
         if undone:
             return undone
