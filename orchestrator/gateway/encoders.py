@@ -128,8 +128,10 @@ class Encoders:
         shard = self._shards.get(event.key.attempt)
         if shard is not None and shard.worker.worker_id == worker_id:
             del self._shards[event.key.attempt]
-            tiles = self._running[event.key.attempt].machine.encodes.tiles_of(shard)
-            self._memory.observe(worker_id, tiles, event)
+            machine = self._running[event.key.attempt].machine
+            if machine.route is not None:
+                tiles = machine.encodes.tiles_of(shard)
+                self._memory.observe(worker_id, tiles, event, machine.route.prefill.worker_id)
 
     def settle(self, sample: LiveSample) -> None:
         """Forget what its machine says is no longer with a worker, or wanted."""
