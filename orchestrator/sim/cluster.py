@@ -16,10 +16,11 @@ from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
+from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Event, KvEvent, PhasesRefused, RequestId
+from workers.api import Command, Encode, Event, KvEvent, PhasesRefused, RequestId
 
 GATEWAY = "gateway"
 TICK_S = 0.5
@@ -114,7 +115,7 @@ class SimLinks:
         """See Links."""
         link = self._links.get((worker.worker_id, worker.incarnation))
         if link is not None and link.is_open:
-            self._cluster.send(GATEWAY, link.process.address, COMMAND_BYTES, link.process.command, command)
+            self._cluster.send_command(link.process, command)
 
     async def close(self) -> None:
         """See Links."""
@@ -203,6 +204,17 @@ class SimCluster:
     ) -> None:
         """Over the network."""
         self._world.network.send(source, target, num_bytes, deliver, *args)
+
+    def send_command(self, process: SimWorker, command: Command) -> None:
+        """From the gateway; with a picture its file goes."""
+        pictures = self._world.pictures
+        file_bytes = pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
+        self.send(GATEWAY, process.address, COMMAND_BYTES + file_bytes, process.command, command)
+
+    def images_at(self, address: str) -> SimImages | None:
+        """Of the process that listens there, while it lives."""
+        process = self._by_address.get(address)
+        return process.images if process is not None and process.is_alive else None
 
     def transfers_at(self, address: str) -> SimTransfers | None:
         """Of the process that listens there, while it lives."""

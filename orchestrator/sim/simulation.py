@@ -26,6 +26,7 @@ from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.network import NetworkShape, SimNetwork
+from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
 from workers.api import RequestId, SamplingParams, WorkerId
@@ -71,6 +72,8 @@ class SimConfig:
     message_s: float = 200e-6
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
+    #: Of all requests that have some; None where the model takes none.
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,8 @@ class Simulation:
             config.load_s,
             config.max_context_tokens,
             config.latency_of,
+            config.pictures,
+            lambda address: self.cluster.images_at(address),
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
         self.cluster = SimCluster(
@@ -192,7 +197,13 @@ class Simulation:
         sampling = SamplingParams(planned.output_tokens)
         # As engines do that have no model.
         root = root_hash("", "", "")
-        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root)
+        pictures = config.pictures
+        images = (
+            pictures.placed(request_id, planned.prompt_tokens, planned.num_images)
+            if pictures is not None
+            else None
+        )
+        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root, images=images)
         try:
             request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
         except PhasewiseOrchestratorError as error:
