@@ -2,7 +2,7 @@
 
 Two formats are read, told apart by the first line: the CSV of the Azure LLM inference traces and the
 JSON lines of the Mooncake traces. Neither has text. Both may say how many pictures a request has: the CSV in a column NumImages,
-as Azure's multimodal trace does, the JSON under num_images.
+as that of AzureLMMInferenceTrace_multimodal (ModServe, SoCC'25) does, the JSON under num_images.
 """
 
 import json
