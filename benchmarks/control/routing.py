@@ -36,7 +36,7 @@ from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds  # n
 from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
 from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
 from orchestrator.control.slo import Slo, percentile  # noqa: E402
-from orchestrator.control.transfer_paths import TransferPaths  # noqa: E402
+from orchestrator.control.transfer_paths import LEAST_BYTES, TransferPaths  # noqa: E402
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import (  # noqa: E402
@@ -90,7 +90,9 @@ def apart(workers: Sequence[WorkerView], rng: random.Random) -> ClusterView:
         phases = frozenset({Phase.PREFILL}) if i < half else frozenset({Phase.DECODE})
         targets = range(half, len(workers)) if i < half else ()
         peers = tuple(
-            KvPeer(host(j, half), KvDirection.SENDING, "grpc", "", "none", 1, 1, rng.uniform(1e9, 2e10))
+            KvPeer(
+                host(j, half), KvDirection.SENDING, "grpc", "", "none", 1, LEAST_BYTES, rng.uniform(1e9, 2e10)
+            )
             for j in targets
         )
         status = replace(worker.status, phases=phases, peers=peers)

@@ -16,6 +16,8 @@ from workers.api import KvDirection, Phase, WorkerId
 #: Tokens that an answer is taken to have: each of them comes later by what the sequences at its worker add to a step. An estimate that
 #: has not been tuned.
 ANSWER_TOKENS = 100
+#: Rates of smaller transfers, on average, say how long a message takes and not how wide the way is.
+LEAST_BYTES = 2**20
 _NOTHING: Mapping[str, float] = {}
 
 
@@ -47,7 +49,9 @@ class TransferPaths:
             sent = {
                 peer.address: peer.bytes_per_s
                 for peer in (worker.status.peers if worker.status is not None else ())
-                if peer.direction is KvDirection.SENDING and 0.0 < peer.bytes_per_s < math.inf
+                if 0.0 < peer.bytes_per_s < math.inf
+                and peer.direction is KvDirection.SENDING
+                and peer.num_bytes >= LEAST_BYTES * max(1, peer.num_transfers)
             }
             if not sent:
                 continue

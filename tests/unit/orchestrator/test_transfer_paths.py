@@ -10,7 +10,7 @@ from orchestrator.control.encode_split import EncoderMemory
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.prefill_speed import ENOUGH_STEPS, prefill_speeds
 from orchestrator.control.router import LoadLedger, Move, PromptLoad, Route, choose_decode, choose_route
-from orchestrator.control.transfer_paths import ANSWER_TOKENS, TransferPaths
+from orchestrator.control.transfer_paths import ANSWER_TOKENS, LEAST_BYTES, TransferPaths
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import (
     ImagesEncoded,
@@ -36,7 +36,7 @@ rates = st.one_of(st.floats(1e6, 1e12), st.sampled_from((0.0, -1.0, math.nan, ma
 
 def worker(name: str, phases: PhaseSet, **sends: float) -> WorkerView:
     peers = tuple(
-        KvPeer(ADDRESSES.get(to, to), KvDirection.SENDING, "grpc", "", "none", 1, 1, rate)
+        KvPeer(ADDRESSES.get(to, to), KvDirection.SENDING, "grpc", "", "none", 1, LEAST_BYTES, rate)
         for to, rate in sends.items()
     )
     status = WorkerStatus(WorkerId(name), 1, phases, WorkerState.READY, step_costs=COSTS, peers=peers)
@@ -135,6 +135,15 @@ def test_nothing_learnt_or_measured_is_as_before() -> None:
     chosen = route(seen, sequences(near=1), 8000)
     assert chosen.decode.worker_id == "far"
     assert "KV" not in chosen.reason
+
+
+def test_the_rate_of_small_transfers_is_not_taken() -> None:
+    seen = view(worker("p", P, near=1e6, far=1e9), worker("near", D), worker("far", D))
+    status = seen.workers[0].status
+    assert status is not None
+    small = tuple(replace(one, num_transfers=10) for one in status.peers)
+    first = replace(seen.workers[0], status=replace(status, peers=small))
+    assert paths_of(replace(seen, workers=(first, *seen.workers[1:]))).pairs == {}
 
 
 @given(
