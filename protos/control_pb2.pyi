@@ -55,6 +55,29 @@ SWITCH_STATE_UNDONE: SwitchState.ValueType  # 5
 """It keeps those that it had."""
 Global___SwitchState: _TypeAlias = SwitchState  # noqa: Y015
 
+class _ScaleState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScaleStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ScaleState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCALE_STATE_UNSPECIFIED: _ScaleState.ValueType  # 0
+    SCALE_STATE_ASKED: _ScaleState.ValueType  # 1
+    """Nodes have been asked for, or a worker is being drained."""
+    SCALE_STATE_DONE: _ScaleState.ValueType  # 2
+    SCALE_STATE_UNDONE: _ScaleState.ValueType  # 3
+    """No node came, or the worker stays."""
+
+class ScaleState(_ScaleState, metaclass=_ScaleStateEnumTypeWrapper): ...
+
+SCALE_STATE_UNSPECIFIED: ScaleState.ValueType  # 0
+SCALE_STATE_ASKED: ScaleState.ValueType  # 1
+"""Nodes have been asked for, or a worker is being drained."""
+SCALE_STATE_DONE: ScaleState.ValueType  # 2
+SCALE_STATE_UNDONE: ScaleState.ValueType  # 3
+"""No node came, or the worker stays."""
+Global___ScaleState: _TypeAlias = ScaleState  # noqa: Y015
+
 class _LifecycleState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -140,12 +163,20 @@ class Look(_message.Message):
     TTFT_S_FIELD_NUMBER: _builtins.int
     TPOT_S_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    TILE_S_FIELD_NUMBER: _builtins.int
+    CHANGE_S_FIELD_NUMBER: _builtins.int
+    REPLACE_S_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     """On the controller's clock."""
     ttft_s: _builtins.float
     tpot_s: _builtins.float
     digest: _builtins.str
     """Names it in the decisions that were made from it."""
+    tile_s: _builtins.float
+    """To encode one tile of a picture; 0 while that is not known."""
+    change_s: _builtins.float
+    """Until a worker has other phases, and until a new process has."""
+    replace_s: _builtins.float
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LookWorker]: ...
     @_builtins.property
@@ -164,10 +195,13 @@ class Look(_message.Message):
         ttft_s: _builtins.float = ...,
         tpot_s: _builtins.float = ...,
         digest: _builtins.str = ...,
+        tile_s: _builtins.float = ...,
+        change_s: _builtins.float = ...,
+        replace_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "cost", b"cost", "digest", b"digest", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "change_s", b"change_s", "cost", b"cost", "digest", b"digest", "replace_s", b"replace_s", "tile_s", b"tile_s", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -188,6 +222,8 @@ class LookWorker(_message.Message):
     NUM_PROMISED_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DECODE_STEPS_FIELD_NUMBER: _builtins.int
+    ENCODE_TILES_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     kv_capacity: _builtins.int
     is_switching: _builtins.bool
@@ -198,8 +234,14 @@ class LookWorker(_message.Message):
     num_promised: _builtins.int
     kv_tokens: _builtins.int
     num_decode_steps: _builtins.int
+    encode_tiles: _builtins.int
+    """Tiles of pictures that are not encoded yet."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    @_builtins.property
+    def loaded(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]:
+        """Phases that its process can serve."""
+
     def __init__(
         self,
         *,
@@ -214,10 +256,12 @@ class LookWorker(_message.Message):
         num_promised: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
         num_decode_steps: _builtins.int = ...,
+        encode_tiles: _builtins.int = ...,
+        loaded: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "encode_tiles", b"encode_tiles", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -275,20 +319,26 @@ class Decision(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SWITCH_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     """Seconds since the gateway heard of it first."""
     @_builtins.property
-    def switch(self) -> Global___SwitchView: ...
+    def switch(self) -> Global___SwitchView:
+        """One of the two."""
+
+    @_builtins.property
+    def scale(self) -> Global___ScaleView: ...
     def __init__(
         self,
         *,
         switch: Global___SwitchView | None = ...,
+        scale: Global___ScaleView | None = ...,
         age_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["switch", b"switch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "switch", b"switch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -418,11 +468,17 @@ class SwitchForecast(_message.Message):
     NUM_PROMPTS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    NEEDS_NEW_PROCESS_FIELD_NUMBER: _builtins.int
+    ABOUT_S_FIELD_NUMBER: _builtins.int
     num_prompts: _builtins.int
     """Prompts that would go back and be computed elsewhere, and sequences that would move with their KV."""
     num_sequences: _builtins.int
     problem: _builtins.str
     """Why it must not be; empty when it may."""
+    needs_new_process: _builtins.bool
+    """Other weights are needed, or memory for pictures: a new process takes its place."""
+    about_s: _builtins.float
+    """About so long until it has them, as the last switches went."""
     @_builtins.property
     def gives_up(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -435,10 +491,12 @@ class SwitchForecast(_message.Message):
         num_prompts: _builtins.int = ...,
         num_sequences: _builtins.int = ...,
         problem: _builtins.str = ...,
+        needs_new_process: _builtins.bool = ...,
+        about_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gains", b"gains", "gives_up", b"gives_up", "num_prompts", b"num_prompts", "num_sequences", b"num_sequences", "problem", b"problem"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about_s", b"about_s", "gains", b"gains", "gives_up", b"gives_up", "needs_new_process", b"needs_new_process", "num_prompts", b"num_prompts", "num_sequences", b"num_sequences", "problem", b"problem"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -462,6 +520,7 @@ class SwitchView(_message.Message):
     MET_BEFORE_FIELD_NUMBER: _builtins.int
     MET_AFTER_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
+    NEEDS_NEW_PROCESS_FIELD_NUMBER: _builtins.int
     switch_id: _builtins.str
     worker_id: _builtins.str
     state: Global___SwitchState.ValueType
@@ -479,6 +538,8 @@ class SwitchView(_message.Message):
     met_after: _builtins.float
     why: _builtins.str
     """Why it was wanted; reason is why it is in its state."""
+    needs_new_process: _builtins.bool
+    """A new process takes the place of the worker's."""
     @_builtins.property
     def before(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -500,10 +561,11 @@ class SwitchView(_message.Message):
         met_before: _builtins.float | None = ...,
         met_after: _builtins.float | None = ...,
         why: _builtins.str = ...,
+        needs_new_process: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "change_s", b"change_s", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "why", b"why", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_s", b"_change_s", "_first_step_s", b"_first_step_s", "_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "before", b"before", "began_at_s", b"began_at_s", "change_s", b"change_s", "digest", b"digest", "first_step_s", b"first_step_s", "met_after", b"met_after", "met_before", b"met_before", "needs_new_process", b"needs_new_process", "phases", b"phases", "predicted", b"predicted", "reason", b"reason", "state", b"state", "switch_id", b"switch_id", "why", b"why", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__change_s: _TypeAlias = _typing.Literal["change_s"]  # noqa: Y015
     _WhichOneofArgType__change_s: _TypeAlias = _typing.Literal["_change_s", b"_change_s"]  # noqa: Y015
@@ -527,6 +589,50 @@ class SwitchView(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted) -> _WhichOneofReturnType__predicted | None: ...
 
 Global___SwitchView: _TypeAlias = SwitchView  # noqa: Y015
+
+@_typing.final
+class ScaleView(_message.Message):
+    """One decision about the number of workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCALE_ID_FIELD_NUMBER: _builtins.int
+    BEGAN_AT_S_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
+    NUM_WANTED_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    scale_id: _builtins.str
+    began_at_s: _builtins.float
+    """On the controller's clock."""
+    num_before: _builtins.int
+    num_wanted: _builtins.int
+    state: Global___ScaleState.ValueType
+    reason: _builtins.str
+    """Why it is in this state, and why it was decided."""
+    why: _builtins.str
+    digest: _builtins.str
+    def __init__(
+        self,
+        *,
+        scale_id: _builtins.str = ...,
+        began_at_s: _builtins.float = ...,
+        num_before: _builtins.int = ...,
+        num_wanted: _builtins.int = ...,
+        state: Global___ScaleState.ValueType = ...,
+        reason: _builtins.str = ...,
+        why: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "digest", b"digest", "num_before", b"num_before", "num_wanted", b"num_wanted", "reason", b"reason", "scale_id", b"scale_id", "state", b"state", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleView: _TypeAlias = ScaleView  # noqa: Y015
 
 @_typing.final
 class Totals(_message.Message):
@@ -634,6 +740,7 @@ class ClusterView(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     SWITCHES_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
     deployment: _builtins.str
     controller_epoch: _builtins.int
     """Grows with each start of the controller; version counts its views."""
@@ -647,6 +754,10 @@ class ClusterView(_message.Message):
     def switches(self) -> _containers.RepeatedCompositeFieldContainer[Global___SwitchView]:
         """The last changes of phases, in the order in which they began."""
 
+    @_builtins.property
+    def scales(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScaleView]:
+        """The last decisions about the number of workers, in order."""
+
     def __init__(
         self,
         *,
@@ -657,10 +768,11 @@ class ClusterView(_message.Message):
         workers: _abc.Iterable[Global___WorkerView] | None = ...,
         controller_pid: _builtins.int = ...,
         switches: _abc.Iterable[Global___SwitchView] | None = ...,
+        scales: _abc.Iterable[Global___ScaleView] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "switches", b"switches", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_epoch", b"controller_epoch", "controller_pid", b"controller_pid", "deployment", b"deployment", "model", b"model", "scales", b"scales", "switches", b"switches", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1442,6 +1442,8 @@ class WorkerStatus(_message.Message):
     FIRST_STEP_S_FIELD_NUMBER: _builtins.int
     STEP_COSTS_FIELD_NUMBER: _builtins.int
     ENCODE_COSTS_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
+    TAKES_PICTURES_FIELD_NUMBER: _builtins.int
     GPU_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
@@ -1464,6 +1466,8 @@ class WorkerStatus(_message.Message):
     """Number of the last SetPhases that it carried out; 0 before the first."""
     first_step_s: _builtins.float
     """Seconds from then to its first step in a phase that it had not before; absent until that."""
+    takes_pictures: _builtins.bool
+    """Its model does."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]: ...
     @_builtins.property
@@ -1484,6 +1488,10 @@ class WorkerStatus(_message.Message):
 
     @_builtins.property
     def encode_costs(self) -> Global___EncodeCosts: ...
+    @_builtins.property
+    def loaded(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]:
+        """Phases that its process has weights and memory for; empty until it has loaded them."""
+
     @_builtins.property
     def gpu(self) -> Global___GpuStatus:
         """Absent from a worker on a CPU."""
@@ -1514,11 +1522,13 @@ class WorkerStatus(_message.Message):
         first_step_s: _builtins.float | None = ...,
         step_costs: Global___StepCosts | None = ...,
         encode_costs: Global___EncodeCosts | None = ...,
+        loaded: _abc.Iterable[Global___Phase.ValueType] | None = ...,
+        takes_pictures: _builtins.bool = ...,
         gpu: Global___GpuStatus | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "loaded", b"loaded", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "takes_pictures", b"takes_pictures", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__encode_costs: _TypeAlias = _typing.Literal["encode_costs"]  # noqa: Y015
     _WhichOneofArgType__encode_costs: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs"]  # noqa: Y015
@@ -1692,6 +1702,7 @@ class PhaseWork(_message.Message):
     PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DECODING_FIELD_NUMBER: _builtins.int
     DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    ENCODE_TILES_FIELD_NUMBER: _builtins.int
     num_encodes: _builtins.int
     num_prefills: _builtins.int
     num_decodes: _builtins.int
@@ -1700,6 +1711,8 @@ class PhaseWork(_message.Message):
     num_decoding: _builtins.int
     """Of the sequences, those that get a token in each step, and the tokens that they attend to."""
     decode_context: _builtins.int
+    encode_tiles: _builtins.int
+    """Of the pictures, tiles that are not encoded yet."""
     def __init__(
         self,
         *,
@@ -1709,10 +1722,11 @@ class PhaseWork(_message.Message):
         prefill_tokens: _builtins.int = ...,
         num_decoding: _builtins.int = ...,
         decode_context: _builtins.int = ...,
+        encode_tiles: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "num_decodes", b"num_decodes", "num_decoding", b"num_decoding", "num_encodes", b"num_encodes", "num_prefills", b"num_prefills", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "encode_tiles", b"encode_tiles", "num_decodes", b"num_decodes", "num_decoding", b"num_decoding", "num_encodes", b"num_encodes", "num_prefills", b"num_prefills", "prefill_tokens", b"prefill_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -849,6 +849,8 @@ class PhaseWork:
     #: Of the sequences, those that get a token in each step, and the tokens that they attend to.
     num_decoding: int = 0
     decode_context: int = 0
+    #: Of the pictures, tiles that are not encoded yet.
+    encode_tiles: int = 0
 
     def of(self, phases: PhaseSet) -> int:
         """Those that need any of these phases, as far as they are different requests."""
@@ -942,6 +944,14 @@ class WorkerStatus:
     encode_costs: EncodeCosts | None = None
     #: None on a CPU.
     gpu: GpuStatus | None = None
+    #: Phases that its process has weights and memory for; empty while that is not known.
+    loaded: PhaseSet = frozenset()
+    #: Its model does; only a worker that has told what it has loaded says so.
+    takes_pictures: bool = False
+
+    def needs_new_process(self, phases: PhaseSet) -> bool:
+        """It can serve these only after another process has taken its place, as far as is known."""
+        return bool(self.loaded) and not phases <= self.loaded
 
 
 @dataclass(frozen=True, slots=True)

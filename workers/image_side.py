@@ -7,6 +7,8 @@ from workers.api import (
     Abort,
     EmbeddingCounts,
     Encode,
+    Phase,
+    PhaseSet,
     WorkerSpec,
     WorkerStatus,
 )
@@ -97,12 +99,21 @@ class ImageSide:
         """Encodes that have not ended."""
         return self._encoding.num_running if self._encoding is not None else 0
 
+    def phases_changed(self, gained: PhaseSet) -> None:
+        """The worker serves other phases now; these are new among them."""
+        if self._encoding is not None:
+            self._encoding.loop.phases_changed(has_gained=Phase.ENCODE in gained)
+
     def with_status(self, status: WorkerStatus) -> WorkerStatus:
         """With the part of it that is about pictures."""
         costs = self._encoding.loop.latency.costs() if self._encoding is not None else None
         counts = self._counts()
-        work = replace(status.work, num_encodes=self.num_encodes)
-        return replace(status, embeddings=counts, encode_costs=costs, work=work)
+        num_tiles = self._encoding.num_tiles_left if self._encoding is not None else 0
+        work = replace(status.work, num_encodes=self.num_encodes, encode_tiles=num_tiles)
+        first_step_s = status.first_step_s
+        if first_step_s is None and self._encoding is not None:
+            first_step_s = self._encoding.loop.first_batch_s
+        return replace(status, embeddings=counts, encode_costs=costs, work=work, first_step_s=first_step_s)
 
     def _counts(self) -> EmbeddingCounts:
         """As of now, of both stores together."""

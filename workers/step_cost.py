@@ -2,9 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from workers.latency_model import LatencyModel
 from workers.step_shape import StepCosts
+
+if TYPE_CHECKING:
+    # It brings numpy, which clients of a view do without.
+    from workers.latency_model import LatencyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class StepCost:
     pair_s: float
 
     @classmethod
-    def of(cls, latency: LatencyModel) -> "StepCost":
+    def of(cls, latency: "LatencyModel") -> "StepCost":
         """As the model predicts now."""
         return cls.learnt(latency.costs())
 

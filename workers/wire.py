@@ -374,12 +374,15 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
             prefill_tokens=status.work.prefill_tokens,
             num_decoding=status.work.num_decoding,
             decode_context=status.work.decode_context,
+            encode_tiles=status.work.encode_tiles,
         ),
         phase_epoch=status.phase_epoch,
         first_step_s=status.first_step_s,
         step_costs=step_costs_to_pb(status.step_costs),
         encode_costs=encode_costs_to_pb(status.encode_costs),
         gpu=gpu_to_pb(status.gpu) if status.gpu is not None else None,
+        loaded=phases_to_pb(status.loaded),
+        takes_pictures=status.takes_pictures,
     )
 
 
@@ -412,12 +415,15 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
             message.work.prefill_tokens,
             message.work.num_decoding,
             message.work.decode_context,
+            message.work.encode_tiles,
         ),
         phase_epoch=message.phase_epoch,
         first_step_s=message.first_step_s if message.HasField("first_step_s") else None,
         step_costs=step_costs_from_pb(message.step_costs),
         encode_costs=encode_costs_from_pb(message.encode_costs),
         gpu=gpu_from_pb(message.gpu) if message.HasField("gpu") else None,
+        loaded=phases_from_pb(message.loaded),
+        takes_pictures=message.takes_pictures,
     )
 
 

@@ -147,6 +147,8 @@ class Worker:
             pid=os.getpid(),
             memory_bytes=self._process.memory_info().rss,
             phase_epoch=self._phase_epoch,
+            loaded=self.loaded,
+            takes_pictures=self._info is not None and bool(self._info.vision_json),
         )
         if self.text is not None:
             status = self.text.with_status(status)
@@ -155,6 +157,16 @@ class Worker:
         if self._telemetry is not None:
             status = replace(status, gpu=self._telemetry.status)
         return status
+
+    @property
+    def loaded(self) -> PhaseSet:
+        """Phases that this process has weights and memory for. It keeps them, so that it can take back what it gave up."""
+        if self._info is None:
+            return frozenset()
+        text = TEXT_PHASES if self.text is not None else frozenset()
+        if not self._info.vision_json:
+            return text
+        return text - {Phase.PREFILL} | self.spec.phases & {Phase.ENCODE, Phase.PREFILL}
 
     async def ledger(self) -> KvLedger | None:
         """Who holds which KV blocks; None when there is no engine (any more). Raises TimeoutError."""
@@ -173,10 +185,13 @@ class Worker:
         if refusal is not None:
             return refusal
         if phases != self.phases:
+            # Whoever has loaded encode alone serves encode alone.
             assert self.text is not None
             problem = await self.text.set_phases(phases)
             if problem is not None:
                 return PhasesRefused(problem, is_busy=True)
+            if self.images is not None:
+                self.images.phases_changed(phases - self.phases)
         if phase_epoch > self._phase_epoch:
             logger.info(
                 "phases_set worker_id=%s incarnation=%d phase_epoch=%d from=%s to=%s",
@@ -200,9 +215,7 @@ class Worker:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
         if Phase.ENCODE in phases and not self._info.vision_json:
             return PhasesRefused("phases: this model takes no pictures, which encode is about")
-        # What the process has loaded stays, so that it can take back what it gave up.
-        of_images = {Phase.ENCODE, Phase.PREFILL} if self._info.vision_json else set()
-        if self.text is None or not phases & TEXT_PHASES or not phases & of_images <= self.spec.phases:
+        if not phases <= self.loaded:
             return PhasesRefused("it would need weights or memory that it has not", needs_new_process=True)
         if self.images is not None and Phase.ENCODE in self.phases - phases:
             num_left = self.images.num_encodes

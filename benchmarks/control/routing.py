@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,11 +36,14 @@ from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds  # n
 from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
 from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
 from orchestrator.control.slo import Slo, percentile  # noqa: E402
+from orchestrator.control.transfer_paths import LEAST_BYTES, TransferPaths  # noqa: E402
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import (  # noqa: E402
     EngineConfig,
     KvBlocksStored,
+    KvDirection,
+    KvPeer,
     KvTransferConfig,
     Phase,
     PhaseSet,
@@ -77,6 +81,30 @@ def worker_view(name: str, rng: random.Random) -> WorkerView:
     return WorkerView(WorkerId(name), 1, BOTH, LifecycleState.READY, f"{name}:1", status=status)
 
 
+def apart(workers: Sequence[WorkerView], rng: random.Random) -> ClusterView:
+    """The same where half of them prefill and half decode, on hosts of eight, and every pair has met."""
+    half = len(workers) // 2
+    views = []
+    for i, worker in enumerate(workers):
+        assert worker.status is not None
+        phases = frozenset({Phase.PREFILL}) if i < half else frozenset({Phase.DECODE})
+        targets = range(half, len(workers)) if i < half else ()
+        peers = tuple(
+            KvPeer(
+                host(j, half), KvDirection.SENDING, "grpc", "", "none", 1, LEAST_BYTES, rng.uniform(1e9, 2e10)
+            )
+            for j in targets
+        )
+        status = replace(worker.status, phases=phases, peers=peers)
+        views.append(replace(worker, phases=phases, address=host(i, half), status=status))
+    return ClusterView("d", 1, 1, "m", tuple(views))
+
+
+def host(number: int, half: int) -> str:
+    """Four that prefill and four that decode share one."""
+    return f"10.0.0.{number % half // 4}:{number}"
+
+
 def time_decisions(num_decisions: int) -> dict[str, float]:
     """In seconds."""
     rng = random.Random(1)
@@ -107,9 +135,17 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
     began_s = time.perf_counter()
     speeds = prefill_speeds(view, {})
     speeds_s = time.perf_counter() - began_s
+    divided = apart(workers, rng)
+    began_s = time.perf_counter()
+    paths = TransferPaths.of(divided)
+    paths_s = time.perf_counter() - began_s
     naming_s = []
-    deciding_s: dict[str, list[float]] = {"tokens": [], "seconds": []}
-    by: tuple[tuple[str, dict[WorkerId, PrefillSpeed] | None], ...] = (("tokens", None), ("seconds", speeds))
+    by: dict[str, tuple[ClusterView, dict[WorkerId, PrefillSpeed] | None, TransferPaths | None]] = {
+        "tokens": (view, None, None),
+        "seconds": (view, speeds, None),
+        "paths": (divided, prefill_speeds(divided, {}), paths),
+    }
+    deciding_s: dict[str, list[float]] = {name: [] for name in by}
     for _ in range(num_decisions):
         known = rng.choice(chains)
         fresh = PromptChain(root, known._token_ids, known.num_prompt_tokens)
@@ -117,11 +153,11 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
         deque(fresh.hashes(BLOCK_SIZE), maxlen=0)
         named_s = time.perf_counter()
         naming_s.append(named_s - began_s)
-        for name, known_speeds in by:
+        for name, (seen, known_speeds, known_paths) in by.items():
             began_s = time.perf_counter()
             cached = index.cached_tokens(fresh)
             prompt = PromptLoad(PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker())
-            route = choose_route(view, ledger, lambda _: True, prompt, known_speeds)
+            route = choose_route(seen, ledger, lambda _: True, prompt, known_speeds, known_paths)
             deciding_s[name].append(time.perf_counter() - began_s)
             assert isinstance(route, Route)
             assert (route.predicted is None) == (known_speeds is None)
@@ -134,6 +170,9 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
         "tokens_p99_s": percentile(sorted(deciding_s["tokens"]), 99),
         "seconds_p50_s": statistics.median(deciding_s["seconds"]),
         "seconds_p99_s": percentile(sorted(deciding_s["seconds"]), 99),
+        "paths_s": paths_s,
+        "paths_p50_s": statistics.median(deciding_s["paths"]),
+        "paths_p99_s": percentile(sorted(deciding_s["paths"]), 99),
         "naming_p50_s": statistics.median(naming_s),
     }
 
@@ -172,7 +211,8 @@ def decide(num_decisions: int) -> dict[str, float]:
         f"{times['num_blocks']:,} blocks over {NUM_WORKERS} workers, prompts of {PROMPT_TOKENS:,} tokens: a decision by tokens "
         f"takes {times['tokens_p50_s'] * 1e3:.3f} ms, p99 {times['tokens_p99_s'] * 1e3:.3f}; by seconds "
         f"{times['seconds_p50_s'] * 1e3:.3f} ms, p99 {times['seconds_p99_s'] * 1e3:.3f}, and {times['speeds_s'] * 1e3:.2f} ms for each "
-        f"view; naming the blocks {times['naming_p50_s'] * 1e3:.2f} ms"
+        f"view; with ways of KV between {NUM_WORKERS // 2} and {NUM_WORKERS // 2} {times['paths_p50_s'] * 1e3:.3f} ms, p99 "
+        f"{times['paths_p99_s'] * 1e3:.3f}, and {times['paths_s'] * 1e3:.2f} ms for each view; naming the blocks {times['naming_p50_s'] * 1e3:.2f} ms"
     )
     return times
 

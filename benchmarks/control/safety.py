@@ -2,14 +2,14 @@
 
     python benchmarks/control/safety.py [--quick] [--count N] [--first SEED] [--json FILE]
 
-Each seed draws a shape of two to four workers, a small load, up to three faults (crashes, pauses, slow steps, cuts), up to four switches that
+Each seed draws a shape of two to four workers, of which some encode in every third, a small load, with pictures there, up to three faults (crashes, pauses, slow steps, cuts), up to four switches that
 somebody asks for, and whether the controller switches by itself. It is simulated with the code that serves (docs/simulation.md). What must
 hold, at every view, at moments in between, and at the end:
 
     - every phase that is needed has a worker that is declared for it, and no worker is used for a phase that it is giving up;
     - the controller itself makes no more switches a minute than its cooldown allows;
     - every request has one end, with tokens that are right and in order; without faults that end is its last token;
-    - no block, lease or transfer is held when all requests are over;
+    - no block, lease, transfer, embedding or picture is held when all requests are over;
     - what arrives once the faults are over is served.
 
 A seed that fails is printed, and `--first SEED --count 1` runs it again.
@@ -41,11 +41,12 @@ from orchestrator.control.role_switch import SwitchRequest  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.control.view import ClusterView, SwitchState  # noqa: E402
 from orchestrator.sim.faults import Fault, FaultKind  # noqa: E402
+from orchestrator.sim.pictures import Pictures  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
 
-P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+E, P, D = (frozenset({phase}) for phase in Phase)
 BOTH = P | D
 SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
     (BOTH, BOTH),
@@ -54,9 +55,19 @@ SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
     (P, D, D),
     (BOTH, BOTH, BOTH),
 )
+#: Where pictures come.
+PICTURE_SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
+    (E, P, D),
+    (E, E, BOTH),
+    (E | P, E | P, D, D),
+    (E, BOTH, BOTH),
+    (E | BOTH, E | BOTH),
+    (E, E, P, D),
+)
 ENGINE = EngineConfig(
     kv_cache_bytes=10**9, token_budget=512, max_running_sequences=16, max_waiting_requests=100
 )
+PICTURES_PER_REQUEST = 3
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 #: Faults and switches happen in so many seconds; requests that must be served arrive so long after them.
 TROUBLE_S, CALM_S = 3.0, 45.0
@@ -80,7 +91,8 @@ class Case:
 def draw(seed: int) -> Case:
     """One case."""
     rng = random.Random(seed)
-    shape = rng.choice(SHAPES)
+    pictures = Pictures.of(LATENCY, rng.randint(1, 4)) if rng.random() < 1 / 3 else None
+    shape = rng.choice(SHAPES if pictures is None else PICTURE_SHAPES)
     names = [f"w{i}" for i in range(len(shape))]
     declared = tuple(
         DeclaredWorker(
@@ -103,10 +115,11 @@ def draw(seed: int) -> Case:
         )
         for _ in range(rng.choice((0, 1, 1, 2, 3)))
     )
+    sets = (P, D, BOTH) if pictures is None else (P, D, BOTH, E, E | P, E | BOTH)
     switches = tuple(
         (
             rng.uniform(0, TROUBLE_S),
-            SwitchRequest(f"s{i}", WorkerId(rng.choice(names)), rng.choice((P, D, BOTH)), "asked for"),
+            SwitchRequest(f"s{i}", WorkerId(rng.choice(names)), rng.choice(sets), "asked for"),
         )
         for i in range(rng.choice((0, 1, 2, 4)))
     )
@@ -116,9 +129,8 @@ def draw(seed: int) -> Case:
     arrivals = sorted(rng.uniform(0, TROUBLE_S) for _ in range(num_requests))
     arrivals += [CALM_S + i for i in range(NUM_AFTER)]
     plan = tuple(
-        PlannedRequest(TraceRow(n, at_s, prompt, output), at_s, prompt, output)
+        _request(rng, n, at_s, pictures, most_tokens=3000 if is_rush else 1500)
         for n, at_s in enumerate(arrivals, 1)
-        for prompt, output in ((rng.randint(1, 3000 if is_rush else 1500), rng.randint(1, 60)),)
     )
     config = SimConfig(
         declared,
@@ -132,14 +144,27 @@ def draw(seed: int) -> Case:
         slo=Slo(0.05, 0.02),
         switch_mode=SwitchMode.ON if rng.random() < 0.5 else SwitchMode.OFF,
         check_every=500,
+        pictures=pictures,
     )
     return Case(config, plan, NUM_AFTER)
 
 
-def check_view(view: ClusterView) -> None:
+def _request(
+    rng: random.Random, number: int, at_s: float, pictures: Pictures | None, *, most_tokens: int
+) -> PlannedRequest:
+    prompt, output = rng.randint(1, most_tokens), rng.randint(1, 60)
+    num_images = rng.randint(0, PICTURES_PER_REQUEST) if pictures is not None else 0
+    if pictures is not None:
+        prompt += num_images * pictures.num_tokens
+    return PlannedRequest(
+        TraceRow(number, at_s, prompt, output, (), num_images), at_s, prompt, output, num_images
+    )
+
+
+def check_view(view: ClusterView, needed: PhaseSet) -> None:
     """What holds of each."""
     served = {phase for worker in view.workers for phase in worker.phases}
-    assert served >= BOTH, view
+    assert served >= needed, view
     for worker in view.workers:
         assert not worker.phases & worker.leaving, worker
 
@@ -151,9 +176,10 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
         case = draw(seed)
         simulation = Simulation(case.config, case.plan, case.plan[-1].arrival_s)
         update = simulation.dispatcher.update_view
+        needed = frozenset(phase for one in case.config.declared for phase in one.phases)
 
         def checked(view: ClusterView) -> bool:
-            check_view(view)
+            check_view(view, needed)
             return update(view)
 
         simulation.dispatcher.update_view = checked  # type: ignore[method-assign]
@@ -175,6 +201,7 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
             requests=len(records),
             served=sum(record.status == OK for record in records),
             faults=len(case.config.faults),
+            pictures=sum(one.num_images for one in case.plan),
             switches_done=sum(switch.state is not SwitchState.UNDONE for switch in result.switches),
             switches_undone=sum(switch.state is SwitchState.UNDONE for switch in result.switches),
             switches_by_itself=len(done),
@@ -193,6 +220,10 @@ def _check_nothing_held(simulation: Simulation) -> None:
     for process in simulation.cluster.living():
         counts = process.engine.block_counts()
         assert counts.in_use == counts.leased == 0, (process.spec.worker_id, counts)
+        if process.images is not None:
+            images = process.images.store.counts()
+            assert images.num_waiting == process.images.num_encodes == 0, (process.spec.worker_id, images)
+            assert images.num_free + images.num_cached == images.num_blocks, (process.spec.worker_id, images)
         assert process.engine.num_leases == process.engine.num_waiting == process.engine.num_running == 0
 
 
@@ -229,7 +260,7 @@ def main() -> int:
         **total,
     }
     print(
-        f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, "
+        f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, {total['pictures']:,} pictures, "
         f"{total['faults']:,} faults, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
         f"controller itself), {total['switches_undone']:,} refused or undone, {total['events']:,} events"
     )

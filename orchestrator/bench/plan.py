@@ -27,6 +27,8 @@ class PlannedRequest:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    #: Whose tokens are in the prompt.
+    num_images: int = 0
 
     @property
     def is_prompt_clipped(self) -> bool:
@@ -84,17 +86,22 @@ def plan_requests(
     max_context_tokens: int,
     max_prompt_tokens: int | None = None,
     max_output_tokens: int | None = None,
+    image_tokens: int = 0,
 ) -> list[PlannedRequest]:
     """The requests of a slice, clipped to the given limits and to the context (>= 2 tokens).
 
-    The output is clipped first, then the prompt to what is left of the context.
+    The output is clipped first, then the prompt to what is left of the context. image_tokens: of a prompt, that stand for one picture; a prompt
+    that is too short for its pictures is made longer, and those that are too many for the context are left out. 0: all are.
     """
     planned = []
     for row, arrival_s in zip(part.rows, part.arrivals_s, strict=True):
         output_tokens = min(row.output_tokens, max_output_tokens or row.output_tokens, max_context_tokens - 1)
         room = max_context_tokens - output_tokens
         prompt_tokens = min(row.prompt_tokens, max_prompt_tokens or row.prompt_tokens, room)
-        planned.append(PlannedRequest(row, arrival_s, prompt_tokens, output_tokens))
+        num_images = min(row.num_images, (room - 1) // image_tokens) if image_tokens else 0
+        # One token at least is of text.
+        prompt_tokens = max(prompt_tokens, num_images * image_tokens + 1)
+        planned.append(PlannedRequest(row, arrival_s, prompt_tokens, output_tokens, num_images))
     return planned
 
 

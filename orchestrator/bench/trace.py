@@ -1,13 +1,14 @@
 """Request traces: when requests came and how long they were.
 
 Two formats are read, told apart by the first line: the CSV of the Azure LLM inference traces and the
-JSON lines of the Mooncake traces. Neither has text.
+JSON lines of the Mooncake traces. Neither has text. Both may say how many pictures a request has: the CSV in a column NumImages,
+as that of AzureLMMInferenceTrace_multimodal (ModServe, SoCC'25) does, the JSON under num_images.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ MAX_LINE_CHARACTERS = 2**20
 MAX_TOKENS = 2**31 - 1
 
 AZURE_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
+AZURE_PICTURES_HEADER = "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens"
+MAX_IMAGES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class TraceRow:
     prompt_tokens: int
     output_tokens: int
     hash_ids: tuple[int, ...] = ()
+    num_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,8 @@ def _read(file: str, stream: Any) -> Trace:
     _, first = next(lines, (1, ""))
     if first.strip() == AZURE_HEADER:
         return Trace(file, "azure", tuple(_rows(file, lines, _azure_row)))
+    if first.strip() == AZURE_PICTURES_HEADER:
+        return Trace(file, "azure", tuple(_rows(file, lines, _azure_pictures_row)))
     if first.startswith("{"):
         return Trace(file, "mooncake", tuple(_rows(file, _again(first, lines), _mooncake_row)))
     raise TraceError(
@@ -112,6 +118,14 @@ def _azure_row(number: int, text: str) -> TraceRow:
     )
 
 
+def _azure_pictures_row(number: int, text: str) -> TraceRow:
+    columns = text.strip().split(",")
+    if len(columns) != 4:
+        raise ValueError(f"has {len(columns)} columns; needed: {AZURE_PICTURES_HEADER}")
+    row = _azure_row(number, ",".join((columns[0], *columns[2:])))
+    return replace(row, num_images=_num_images("NumImages", _whole(columns[1])))
+
+
 def _timestamp_s(text: str) -> float:
     """Seconds since 1970 of `2023-11-16 18:15:46.6805900`, taken as UTC."""
     whole, _, fraction = text.partition(".")
@@ -153,7 +167,14 @@ def _mooncake_row(number: int, text: str) -> TraceRow:
     if type(timestamp_ms) not in (int, float) or not 0 <= timestamp_ms < 1e15:
         raise ValueError(f"timestamp is {str(timestamp_ms)[:40]}; needed: milliseconds, 0 or more")
     output_tokens = _num_tokens("output_length", data["output_length"])
-    return TraceRow(number, timestamp_ms / 1000, prompt_tokens, output_tokens, tuple(hash_ids))
+    num_images = _num_images("num_images", data.get("num_images", 0))
+    return TraceRow(number, timestamp_ms / 1000, prompt_tokens, output_tokens, tuple(hash_ids), num_images)
+
+
+def _num_images(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_IMAGES:
+        raise ValueError(f"{name} is {str(value)[:40]!r}; needed: a whole number from 0 to {MAX_IMAGES}")
+    return value
 
 
 def _num_tokens(name: str, value: Any) -> int:

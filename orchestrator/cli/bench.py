@@ -118,6 +118,11 @@ def run(args: argparse.Namespace) -> int:
         part = take_slice(
             trace, rate_rps=config.rate_rps, duration_s=config.duration_s, first_row=config.first_row
         )
+        if any(row.num_images for row in part.rows):
+            print(
+                f"{args.trace}: its pictures are not sent; prompts have their lengths as they are",
+                file=sys.stderr,
+            )
         with _gateway(args, deployment) as address:
             print(f"{address}: {len(part.rows)} requests in {config.duration_s:g} s", file=sys.stderr)
             try:

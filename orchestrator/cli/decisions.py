@@ -10,11 +10,11 @@ from google.protobuf.json_format import MessageToDict
 
 from orchestrator import interruptible
 from orchestrator.cli import exit_codes, table, target
-from orchestrator.cli.switch_text import switch_json
+from orchestrator.cli.switch_text import scale_json, switch_json
 from orchestrator.cli.transfer_text import seconds
 from orchestrator.control.role_switch import phase_text
-from orchestrator.control.view import SwitchView
-from orchestrator.control.view_wire import switch_from_pb
+from orchestrator.control.view import ScaleView, SwitchView
+from orchestrator.control.view_wire import scale_from_pb, switch_from_pb
 from orchestrator.errors import DeploymentNotFound
 from orchestrator.runtime.registry import Registry
 from protos import control_pb2 as pb
@@ -74,7 +74,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(lines)} looks are in {args.looks}", file=sys.stderr)
     if args.json:
         for one in answer.decisions:
-            print(json.dumps({"age_s": one.age_s, **switch_json(switch_from_pb(one.switch))}))
+            found = (
+                scale_json(scale_from_pb(one.scale))
+                if one.HasField("scale")
+                else switch_json(switch_from_pb(one.switch))
+            )
+            print(json.dumps({"age_s": one.age_s, **found}))
     else:
         print("\n".join(text_lines(answer)))
     return exit_codes.OK
@@ -89,7 +94,12 @@ async def ask(address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
 
 def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
     """A table, the latest last."""
-    rows = [_row(one.age_s, switch_from_pb(one.switch)) for one in answer.decisions]
+    rows = [
+        _scale_row(one.age_s, scale_from_pb(one.scale))
+        if one.HasField("scale")
+        else _row(one.age_s, switch_from_pb(one.switch))
+        for one in answer.decisions
+    ]
     if not rows:
         return ["no worker has changed its phases"]
     return table.lines(_HEADER, rows, left=_LEFT)
@@ -107,6 +117,12 @@ def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
         switch.digest or "-",
         "; ".join(dict.fromkeys(text for text in (switch.why, switch.reason) if text)),
     )
+
+
+def _scale_row(age_s: float, scale: ScaleView) -> tuple[str, ...]:
+    why = "; ".join(dict.fromkeys(text for text in (scale.why, scale.reason) if text))
+    before, wanted = f"{scale.num_before} workers", f"{scale.num_wanted} workers"
+    return (seconds(age_s), "(all)", before, wanted, scale.state.value, "-", "-", scale.digest or "-", why)
 
 
 def _share(value: float | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from google.protobuf.json_format import Parse, ParseError
 
 from orchestrator.cli import exit_codes
-from orchestrator.control.auto_switch import Look, phase_sets
+from orchestrator.control.auto_switch import Look, allowed_sets, phase_sets
 from orchestrator.control.look_wire import look_from_pb
 from orchestrator.control.policies.disaggregated import EpdQueue
 from orchestrator.control.policies.policy import Switch
@@ -20,10 +20,10 @@ Tick = Callable[[Look], Sequence[Switch]]
 
 
 def _phasewise(first: Look) -> Tick:
-    sets = phase_sets(first.cost, first.slo)
+    sets = phase_sets(first, allowed_sets(worker.phases for worker in first.load.workers))
 
     def tick(look: Look) -> Sequence[Switch]:
-        sets.learn(look.cost)
+        sets.learn(look.cost, look.tile_s, look.switch_cost)
         return sets.tick(look.at_s, look.load)
 
     return tick

@@ -24,12 +24,14 @@ from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
-from orchestrator.manifest.declare import switch_mode_of, worker_specs
+from orchestrator.manifest.declare import extra_workers, scaling_of, switch_mode_of, worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
 from orchestrator.plot.requests import requests_picture
 from orchestrator.plot.simulated import Course, Point, attainment_picture, phases_picture
 from orchestrator.sim import coarse_replay
+from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
+from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
@@ -116,6 +118,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="longer requests are clipped (default: 32768)",
     )
+    parser.add_argument(
+        "--image-tiles",
+        type=arguments.count,
+        default=IMAGE_TILES,
+        metavar="N",
+        help=f"tiles of a picture, each with {TILE_TOKENS} tokens of the prompt (default: {IMAGE_TILES})",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that came out")
     parser.add_argument(
@@ -137,6 +146,10 @@ def run(args: argparse.Namespace) -> int:
         if problem:
             return _failed(problem, exit_codes.USAGE)
         trace = read_trace(args.trace)
+        if any(row.num_images for row in trace.rows) and not _is_encoding(deployment):
+            return _failed(
+                f"{args.trace}: has pictures, and no worker of {args.manifest} encodes", exit_codes.USAGE
+            )
         parts = [
             take_slice(trace, rate_rps=rate, duration_s=args.duration, first_row=args.first_row)
             for rate in args.rate
@@ -197,9 +210,6 @@ def _latency(args: argparse.Namespace) -> LatencyModel:
 
 def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyModel) -> str | None:
     """Why it cannot be simulated, and what to do."""
-    phases = {Phase(phase) for group in deployment.spec.workers for phase in group.phases}
-    if Phase.ENCODE in phases:
-        return f"{args.manifest}: pictures are not simulated yet; take a manifest without the phase encode"
     if args.json and not args.json.absolute().parent.is_dir():
         return f"--json {args.json}: there is no such folder"
     if args.plot and not (
@@ -223,6 +233,10 @@ def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyM
                 f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {device.name} has {device.memory_bytes / 1e9:.0f} GB"
             )
     return None
+
+
+def _is_encoding(deployment: Deployment) -> bool:
+    return any(Phase.ENCODE in worker.phases for worker in worker_specs(deployment))
 
 
 def _left_out(declared: DeclaredWorker) -> str:
@@ -261,6 +275,7 @@ class _Run:
             timeout_s=gateway.request_timeout_s,
             max_in_flight=gateway.max_running_requests,
         )
+        pictures = Pictures.of(latency, args.image_tiles) if _is_encoding(deployment) else None
         self._model = ServedModel(latency.model.name, "simulated", args.max_context_tokens, VOCAB_SIZE)
         self._sim = SimConfig(
             tuple(worker_specs(deployment)),
@@ -273,8 +288,15 @@ class _Run:
             slo=self.config.slo,
             switch_mode=switch_mode_of(deployment),
             admission=Admission(gateway.admission),
+            pictures=pictures,
+            extra=tuple(extra_workers(deployment)),
+            scaling=scaling_of(deployment),
         )
-        self._plan: list[PlannedRequest] = plan_requests(part, max_context_tokens=args.max_context_tokens)
+        self._plan: list[PlannedRequest] = plan_requests(
+            part,
+            max_context_tokens=args.max_context_tokens,
+            image_tokens=pictures.num_tokens if pictures is not None else 0,
+        )
 
     def simulate(self) -> None:
         """Do it, and say how far it is."""

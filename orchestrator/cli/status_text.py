@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.cli import table
 from orchestrator.cli.gpu_text import gpu_lines
-from orchestrator.cli.switch_text import switch_text
+from orchestrator.cli.switch_text import scale_text, switch_text
 from orchestrator.cli.transfer_text import counted
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ClusterView, WorkerView
@@ -192,8 +192,11 @@ def _plain(found: Any) -> Any:
 
 
 def _switches(view: ClusterView) -> list[str]:
-    """The last changes of phases, the latest last."""
-    return [f"  switch {switch_text(one)}" for one in view.switches[-MAX_SWITCHES:]]
+    """The last changes of phases, and of the number of workers, the latest last."""
+    return [
+        *(f"  switch {switch_text(one)}" for one in view.switches[-MAX_SWITCHES:]),
+        *(f"  scale {scale_text(one)}" for one in view.scales[-MAX_SWITCHES:]),
+    ]
 
 
 def _wrongs(view: ClusterView) -> list[str]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.control.role_switch import phase_text
-from orchestrator.control.view import SwitchState, SwitchView
+from orchestrator.control.view import ScaleView, SwitchState, SwitchView
 from protos import control_pb2 as pb
 from workers.api import Phase, PhaseSet
 from workers.wire import phases_from_pb
@@ -22,7 +22,8 @@ def switch_text(switch: SwitchView) -> str:
             proof = f", first step after {seconds(first)}" if first is not None else ""
             return f"{what}: done{took}{proof}: {switch.reason}"
         case _:
-            return f"{what}: {switch.state}: {switch.reason}"
+            how = " by a new process" if switch.needs_new_process else ""
+            return f"{what}: {switch.state}{how}: {switch.reason}"
 
 
 def switch_json(switch: SwitchView) -> dict[str, Any]:
@@ -41,6 +42,25 @@ def switch_json(switch: SwitchView) -> dict[str, Any]:
         "digest": switch.digest,
         "met_before": switch.met_before,
         "met_after": switch.met_after,
+        "needs_new_process": switch.needs_new_process,
+    }
+
+
+def scale_text(scale: ScaleView) -> str:
+    """One line, of the state in which it is."""
+    return f"{scale.num_before} -> {scale.num_wanted} workers: {scale.state}: {scale.reason}"
+
+
+def scale_json(scale: ScaleView) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "scale_id": scale.scale_id,
+        "num_before": scale.num_before,
+        "num_wanted": scale.num_wanted,
+        "state": scale.state.value,
+        "reason": scale.reason,
+        "why": scale.why,
+        "digest": scale.digest,
     }
 
 
@@ -53,7 +73,9 @@ def forecast_text(forecast: pb.SwitchForecast) -> str:
     changes = ", ".join(text for text in parts if text)
     prompts = counted(forecast.num_prompts, "waiting prompt")
     sequences = counted(forecast.num_sequences, "sequence")
-    return f"it may: it {changes}; {prompts} would go to others, {sequences} would move with their KV"
+    how = "a new process takes its place, in" if forecast.needs_new_process else "in"
+    took = f"{how} about {seconds(forecast.about_s)}"
+    return f"it may: it {changes}; {took}; {prompts} would go to others, {sequences} would move with their KV"
 
 
 def forecast_json(forecast: pb.SwitchForecast) -> dict[str, Any]:
@@ -64,6 +86,8 @@ def forecast_json(forecast: pb.SwitchForecast) -> dict[str, Any]:
         "num_prompts": forecast.num_prompts,
         "num_sequences": forecast.num_sequences,
         "problem": forecast.problem,
+        "needs_new_process": forecast.needs_new_process,
+        "about_s": forecast.about_s,
     }
 
 

@@ -2,14 +2,22 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
-from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
+from orchestrator.control.policies.policy import (
+    ANY_PHASES,
+    FIRST_SWITCH_COST,
+    ClusterLoad,
+    SwitchCost,
+    Totals,
+    WorkerLoad,
+)
 from orchestrator.control.prefill_speed import most_learnt
-from orchestrator.control.role_switch import SwitchRequest, phase_text
+from orchestrator.control.role_switch import SwitchRequest, phase_text, switch_cost
+from orchestrator.control.scaling import Demand
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
@@ -17,8 +25,10 @@ from workers.step_cost import StepCost
 
 #: A look that led to nothing is told so often, in seconds.
 LOOK_EVERY_S = 1.0
-PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
-ALLOWED: tuple[PhaseSet, ...] = (PREFILL | DECODE, PREFILL, DECODE)
+#: Batches of pictures after which a worker is believed how long they take.
+ENOUGH_BATCHES = 10
+ENCODE, PREFILL, DECODE = (frozenset({phase}) for phase in Phase)
+ALLOWED: tuple[PhaseSet, ...] = (PREFILL | DECODE, PREFILL, DECODE, ENCODE)
 
 
 class SwitchMode(StrEnum):
@@ -32,38 +42,50 @@ class SwitchMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock."""
+    """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock.
+
+    tile_s: to encode a tile of a picture; 0 while that is not known.
+    """
 
     at_s: float
     load: ClusterLoad
     cost: StepCost
     slo: Slo
+    tile_s: float = 0.0
+    switch_cost: SwitchCost = FIRST_SWITCH_COST
 
     @property
     def digest(self) -> str:
         """Names it among all looks."""
         # A set has no order of its own.
         parts = [
-            f"{phase_text(one.phases)}{asdict(replace(one, phases=frozenset()))!r}"
+            f"{phase_text(one.phases)}/{phase_text(one.loaded)}"
+            f"{asdict(replace(one, phases=frozenset(), loaded=frozenset()))!r}"
             for one in self.load.workers
         ]
-        text = "|".join((*parts, repr(self.load.totals), repr(self.cost)))
+        others = (self.load.totals, self.cost, self.tile_s, self.switch_cost)
+        text = "|".join((*parts, *map(repr, others)))
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 class AutoSwitch:
-    """The policy of one cluster. block_sizes: tokens of a KV block of each declared worker.
+    """The policy of one cluster. block_sizes: tokens of a KV block of each declared worker. declared: phases of each.
 
-    Workers that encode are left as they are: what a picture costs is not known here.
+    Workers that encode are left as they are while pictures come and no worker has learnt what they cost.
     """
 
-    def __init__(self, slo: Slo, block_sizes: Mapping[WorkerId, int]) -> None:
+    def __init__(
+        self, slo: Slo, block_sizes: Mapping[WorkerId, int], declared: Iterable[PhaseSet] = ()
+    ) -> None:
         #: What the last tick saw, if it is to be told.
         self.last: Look | None = None
         self._told_at_s = -math.inf
         self._slo = slo
         self._block_sizes = block_sizes
+        self._allowed = allowed_sets(declared)
         self._sets: PhaseSets | None = None
+        #: The last one that was learnt: a new process has to learn anew.
+        self._tile_s: float | None = None
 
     def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
         """The switches to make now; none while no worker has learnt how long its steps take."""
@@ -71,12 +93,15 @@ class AutoSwitch:
         learnt = most_learnt(view)
         if learnt is None or totals is None:
             return ()
-        cost = StepCost.learnt(learnt)
-        load = cluster_load(view, totals, self._block_sizes)
-        look = Look(now_s, load, cost, self._slo)
+        self._tile_s = tile_seconds(view) or self._tile_s
+        tile_s = self._tile_s if totals.tiles else 0.0
+        load = cluster_load(view, totals, self._block_sizes, with_encode=tile_s is not None)
+        look = Look(
+            now_s, load, StepCost.learnt(learnt), self._slo, tile_s or 0.0, switch_cost(view.switches)
+        )
         if self._sets is None:
-            self._sets = phase_sets(cost, self._slo)
-        self._sets.learn(cost)
+            self._sets = phase_sets(look, self._allowed)
+        self._sets.learn(look.cost, look.tile_s, look.switch_cost)
         wanted = self._sets.tick(now_s, load)
         is_told = bool(wanted) or now_s - self._told_at_s >= LOOK_EVERY_S
         self.last = look if is_told else None
@@ -95,20 +120,54 @@ class AutoSwitch:
             for switch in wanted
         )
 
+    def demand(self, view: ClusterView, *, has_moved: bool) -> Demand | None:
+        """What the last tick saw, for the number of workers; None while nothing is known. has_moved: it began a switch."""
+        one_more = self._sets.one_more() if self._sets is not None else None
+        if self._sets is None or self._sets.load is None or one_more is None:
+            return None
+        is_moving = has_moved or any(one.is_under_way for one in view.switches)
+        return Demand(self._sets.load, is_moving, one_more, self.last.digest if self.last is not None else "")
+
     def not_made(self, now_s: float) -> None:
         """What the last tick wanted was not done."""
         if self._sets is not None:
             self._sets.not_made(now_s)
 
 
-def phase_sets(cost: StepCost, slo: Slo) -> PhaseSets:
+def allowed_sets(declared: Iterable[PhaseSet]) -> tuple[PhaseSet, ...]:
+    """What a worker may come to serve: encode beside other phases only where somebody has declared so.
+
+    Batches of pictures hold up the steps of their process, and it needs memory for all of it: neither is in the load.
+    """
+    mixed = {phases for phases in declared if Phase.ENCODE in phases} - {ENCODE}
+    return (*ALLOWED, *sorted(mixed, key=sorted))
+
+
+def phase_sets(look: Look, allowed: tuple[PhaseSet, ...]) -> PhaseSets:
     """The policy, at its beginning."""
-    floors = dict.fromkeys((Phase.PREFILL, Phase.DECODE), 1)
-    return PhaseSets(PhaseSetsConfig(slo, cost, 0.0, ALLOWED, floors))
+    floors = dict.fromkeys(Phase, 1)
+    return PhaseSets(PhaseSetsConfig(look.slo, look.cost, look.tile_s, allowed, floors, look.switch_cost))
 
 
-def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerId, int]) -> ClusterLoad:
-    """Of the workers that are ready and do not encode, as they last said."""
+def tile_seconds(view: ClusterView) -> float | None:
+    """To encode a tile, as they come: of the worker that has seen most batches; None while none has seen enough."""
+    found = [
+        (one.status.encode_costs, one.status.embeddings)
+        for one in view.workers
+        if one.status is not None and one.status.encode_costs is not None
+    ]
+    costs, counts = max(found, key=lambda one: one[0].num_batches, default=(None, None))
+    if costs is None or counts is None or costs.num_batches < ENOUGH_BATCHES or not counts.num_tiles_encoded:
+        return None
+    return (
+        costs.batch_s * counts.num_batches + costs.patch_s * counts.num_patches
+    ) / counts.num_tiles_encoded
+
+
+def cluster_load(
+    view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerId, int], *, with_encode: bool = True
+) -> ClusterLoad:
+    """Of the workers that are ready, as they last said. with_encode: also those that encode."""
     switching = {one.worker_id for one in view.switches if one.is_under_way}
     workers = []
     for worker in view.workers:
@@ -116,7 +175,10 @@ def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerI
         if worker.state is not LifecycleState.READY or status is None:
             continue
         phases = worker.phases | worker.leaving
-        if Phase.ENCODE in phases or not phases:
+        if worker.leaving and worker.worker_id not in switching:
+            # It goes.
+            continue
+        if not phases or (Phase.ENCODE in phases and not with_encode):
             continue
         work, size = status.work, block_sizes[worker.worker_id]
         blocks = status.blocks
@@ -124,7 +186,7 @@ def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerI
             WorkerLoad(
                 worker.worker_id,
                 phases,
-                kv_capacity=max(1, blocks.total * size),
+                kv_capacity=blocks.total * size,
                 is_switching=worker.worker_id in switching,
                 prefill_tokens=work.prefill_tokens,
                 num_prefills=work.num_prefills,
@@ -133,6 +195,8 @@ def cluster_load(view: ClusterView, totals: Totals, block_sizes: Mapping[WorkerI
                 num_promised=max(0, work.num_decodes - work.num_decoding),
                 kv_tokens=(blocks.in_use + blocks.leased) * size,
                 num_decode_steps=status.num_steps,
+                encode_tiles=work.encode_tiles,
+                loaded=status.loaded or ANY_PHASES,
             )
         )
     return ClusterLoad(tuple(workers), replace(totals))

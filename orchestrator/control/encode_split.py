@@ -19,6 +19,8 @@ RATE_GAIN = 0.2
 DECODE_PATCHES = 16
 #: Tiles whose encoder is remembered.
 MAX_REMEMBERED = 65536
+#: Ways of embeddings that are remembered, the last ones.
+MAX_PAIRS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class EncoderMemory:
     """
 
     patch_s: dict[WorkerId, float] = field(default_factory=dict)
+    #: What an embedding took from one worker to another, by both.
+    move_s: dict[tuple[WorkerId, WorkerId], float] = field(default_factory=dict)
     _where: "OrderedDict[tuple[str, bytes], tuple[WorkerId, int]]" = field(default_factory=OrderedDict)
 
     def patch_seconds(self, worker_id: WorkerId) -> float:
@@ -47,9 +51,20 @@ class EncoderMemory:
             return known
         return max(self.patch_s.values(), default=FIRST_PATCH_S)
 
+    def move_seconds(self, source: WorkerId, target: WorkerId) -> float:
+        """Predicted seconds for one embedding; 0 within a worker, and before anything was measured."""
+        if source == target or not self.move_s:
+            return 0.0
+        known = self.move_s.get((source, target))
+        return known if known is not None else min(self.move_s.values())
+
     def has(self, worker: WorkerView, salt: str, key: bytes) -> bool:
         """It has encoded this tile, and may have it still, or was given it."""
         return self._where.get((salt, key)) == (worker.worker_id, worker.incarnation)
+
+    def knows(self, salt: str, key: bytes) -> bool:
+        """Somebody has encoded this tile, or was given it."""
+        return (salt, key) in self._where
 
     def given(self, worker: WorkerView, salt: str, tiles: Sequence[PlacedTile]) -> None:
         """The worker is to encode these tiles: who else wants them finds them there, or waits for them there."""
@@ -66,8 +81,16 @@ class EncoderMemory:
             if self.has(worker, salt, placed.tile.key):
                 del self._where[salt, placed.tile.key]
 
-    def observe(self, worker_id: WorkerId, tiles: Sequence[PlacedTile], event: ImagesEncoded) -> None:
-        """The worker has encoded these tiles."""
+    def observe(
+        self, worker_id: WorkerId, tiles: Sequence[PlacedTile], event: ImagesEncoded, prefill: WorkerId
+    ) -> None:
+        """The worker has encoded these tiles, for that one."""
+        if worker_id != prefill and event.num_embeddings > 0 and event.transfer_s >= 0:
+            seen = event.transfer_s / event.num_embeddings
+            known = self.move_s.pop((worker_id, prefill), seen)
+            self.move_s[worker_id, prefill] = known + RATE_GAIN * (seen - known)
+            while len(self.move_s) > MAX_PAIRS:
+                del self.move_s[next(iter(self.move_s))]
         num_patches = sum(placed.num_patches for placed in tiles)
         if event.num_cached == 0 and event.encode_s > 0 and num_patches > 0:
             seen = event.encode_s / num_patches
@@ -102,6 +125,7 @@ def split(
         one.worker_id: ledger.of(one.worker_id).encode_patches * memory.patch_seconds(one.worker_id)
         for one in workers
     }
+    moves_s = [memory.move_seconds(one.worker_id, prefill.worker_id) for one in workers]
     #: Index of a tile -> index of its worker.
     owners: dict[int, int] = {}
     for members in sorted(_by_file(tiles).values(), key=lambda members: -_patches(members)):
@@ -117,7 +141,12 @@ def split(
                 * memory.patch_seconds(one.worker_id)
                 for i, one in enumerate(workers)
             ]
-            best = min(range(len(workers)), key=lambda i: done_s[workers[i].worker_id] + costs_s[i])
+            # Its way keeps no encoder busy.
+            there_s = [
+                done_s[one.worker_id] + cost_s + placed.tile.num_embeddings * move_s
+                for one, cost_s, move_s in zip(workers, costs_s, moves_s, strict=True)
+            ]
+            best = there_s.index(min(there_s))
             done_s[workers[best].worker_id] += costs_s[best]
             counts[best] = counts.get(best, 0) + 1
             unknown.append(index)

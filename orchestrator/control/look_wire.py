@@ -3,7 +3,7 @@
 from dataclasses import astuple
 
 from orchestrator.control.auto_switch import Look
-from orchestrator.control.policies.policy import ClusterLoad, WorkerLoad
+from orchestrator.control.policies.policy import ClusterLoad, SwitchCost, WorkerLoad
 from orchestrator.control.slo import Slo
 from orchestrator.control.view_wire import totals_from_pb, totals_to_pb
 from protos import control_pb2 as pb
@@ -22,6 +22,9 @@ def look_to_pb(look: Look) -> pb.Look:
         ttft_s=look.slo.ttft_s,
         tpot_s=look.slo.tpot_s,
         digest=look.digest,
+        tile_s=look.tile_s,
+        change_s=look.switch_cost.change_s,
+        replace_s=look.switch_cost.replace_s,
     )
 
 
@@ -30,7 +33,14 @@ def look_from_pb(message: pb.Look) -> Look:
     if len(message.cost) != 6:
         raise ValueError(f"cost: has {len(message.cost)} numbers; a look has 6")
     load = ClusterLoad(tuple(map(_worker_from_pb, message.workers)), totals_from_pb(message.totals))
-    return Look(message.at_s, load, StepCost(*message.cost), Slo(message.ttft_s, message.tpot_s))
+    return Look(
+        message.at_s,
+        load,
+        StepCost(*message.cost),
+        Slo(message.ttft_s, message.tpot_s),
+        message.tile_s,
+        SwitchCost(message.change_s, message.replace_s),
+    )
 
 
 def _worker_to_pb(worker: WorkerLoad) -> pb.LookWorker:
@@ -46,6 +56,8 @@ def _worker_to_pb(worker: WorkerLoad) -> pb.LookWorker:
         num_promised=worker.num_promised,
         kv_tokens=worker.kv_tokens,
         num_decode_steps=worker.num_decode_steps,
+        encode_tiles=worker.encode_tiles,
+        loaded=phases_to_pb(worker.loaded),
     )
 
 
@@ -62,4 +74,6 @@ def _worker_from_pb(message: pb.LookWorker) -> WorkerLoad:
         num_promised=message.num_promised,
         kv_tokens=message.kv_tokens,
         num_decode_steps=message.num_decode_steps,
+        encode_tiles=message.encode_tiles,
+        loaded=phases_from_pb(message.loaded),
     )

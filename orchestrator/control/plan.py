@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.control.auto_switch import Look
-from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.view import ClusterView
 from workers.api import PhaseSet, WorkerId
 
@@ -38,7 +38,15 @@ class SetPhases:
     reason: str
 
 
-Action = StartWorker | StopWorker | SetPhases
+@dataclass(frozen=True, slots=True)
+class RequestResources:
+    """Tell the cluster's autoscaler what all workers together need; it takes the place of what was told before."""
+
+    workers: tuple[WorkerResources, ...]
+    reason: str
+
+
+Action = StartWorker | StopWorker | SetPhases | RequestResources
 
 
 @dataclass(frozen=True, slots=True)

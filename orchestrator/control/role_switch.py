@@ -5,10 +5,12 @@ their KV. Then the worker is told, or, where it would need other weights, a new 
 gained as soon as it says that it has it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView
+from orchestrator.control.policies.policy import FIRST_SWITCH_COST, SwitchCost
+from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
 from workers.api import Phase, PhaseSet, WorkerId
 
 #: How long it may take until a worker has changed, and how long a new process may take to be ready, in seconds.
@@ -105,9 +107,25 @@ class RoleSwitch:
     met_after: float | None = None
 
     @classmethod
-    def begin(cls, request: SwitchRequest, before: PhaseSet, phase_epoch: int, now_s: float) -> "RoleSwitch":
+    def begin(
+        cls,
+        request: SwitchRequest,
+        before: PhaseSet,
+        phase_epoch: int,
+        now_s: float,
+        *,
+        needs_new_process: bool = False,
+    ) -> "RoleSwitch":
         """It begins now."""
-        return cls(request, before, phase_epoch, now_s, reason=request.reason, state_since_s=now_s)
+        return cls(
+            request,
+            before,
+            phase_epoch,
+            now_s,
+            reason=request.reason,
+            needs_new_process=needs_new_process,
+            state_since_s=now_s,
+        )
 
     @property
     def is_under_way(self) -> bool:
@@ -163,6 +181,7 @@ class RoleSwitch:
             digest=self.request.digest,
             met_before=self.met_before,
             met_after=self.met_after,
+            needs_new_process=self.needs_new_process,
         )
 
     def check_invariants(self) -> None:
@@ -176,7 +195,8 @@ class RoleSwitch:
 class SwitchForecast:
     """What a switch would do now. problem: why it must not be; empty when it may.
 
-    num_prompts: that would go back and be computed elsewhere. num_sequences: that would move with their KV.
+    num_prompts: that would go back and be computed elsewhere. num_sequences: that would move with their KV. needs_new_process: all that
+    it serves goes, for a while. about_s: until it has them.
     """
 
     gives_up: PhaseSet = frozenset()
@@ -184,6 +204,8 @@ class SwitchForecast:
     num_prompts: int = 0
     num_sequences: int = 0
     problem: str = ""
+    needs_new_process: bool = False
+    about_s: float = 0.0
 
 
 def forecast(view: ClusterView, worker_id: WorkerId, phases: PhaseSet) -> SwitchForecast:
@@ -192,14 +214,38 @@ def forecast(view: ClusterView, worker_id: WorkerId, phases: PhaseSet) -> Switch
     problem = why_not(view, worker_id, phases)
     if worker is None or worker.status is None:
         return SwitchForecast(problem=problem or "the worker has said nothing yet")
-    gives_up, work = worker.phases - phases, worker.status.work
+    gives_up, work = _gives_up(worker, phases), worker.status.work
+    needs_new_process = worker.status.needs_new_process(phases)
     return SwitchForecast(
         gives_up,
         phases - worker.phases,
         num_prompts=work.num_prefills if Phase.PREFILL in gives_up else 0,
         num_sequences=work.num_decodes if Phase.DECODE in gives_up else 0,
         problem=problem or "",
+        needs_new_process=needs_new_process,
+        about_s=switch_cost(view.switches).of(needs_new_process=needs_new_process),
     )
+
+
+def switch_cost(switches: Iterable[SwitchView]) -> SwitchCost:
+    """The mean of those that came to an end, of each kind."""
+    took_s: dict[bool, list[float]] = {False: [], True: []}
+    for switch in switches:
+        if switch.change_s is not None:
+            took_s[switch.needs_new_process].append(switch.change_s)
+    change_s, replace_s = took_s[False], took_s[True]
+    default = FIRST_SWITCH_COST
+    return SwitchCost(
+        sum(change_s) / len(change_s) if change_s else default.change_s,
+        sum(replace_s) / len(replace_s) if replace_s else default.replace_s,
+    )
+
+
+def _gives_up(worker: WorkerView, phases: PhaseSet) -> PhaseSet:
+    """What nobody may use it for, from the beginning of a switch to these on."""
+    if worker.status is not None and worker.status.needs_new_process(phases):
+        return worker.phases
+    return worker.phases - phases
 
 
 def why_not(view: ClusterView, worker_id: WorkerId, phases: PhaseSet) -> str | None:
@@ -219,9 +265,14 @@ def why_not(view: ClusterView, worker_id: WorkerId, phases: PhaseSet) -> str | N
         return f"{worker_id} is {worker.state}: {worker.reason}"
     if worker.phases == phases:
         return f"{worker_id} serves {phase_text(phases)} already"
+    status = worker.status
+    if Phase.ENCODE in phases and status is not None and status.loaded and not status.takes_pictures:
+        return "phases: this model takes no pictures, which encode is about"
+    gives_up = _gives_up(worker, phases)
     for phase in Phase:
-        if phase in worker.phases - phases and not _is_served(view, phase, without=worker_id):
-            return f"no other worker that is ready serves {phase}; {worker_id} must keep it"
+        if phase in gives_up and not _is_served(view, phase, without=worker_id):
+            why = "" if phase not in phases else ", and it would take a new process"
+            return f"no other worker that is ready serves {phase}; {worker_id} must keep it{why}"
     return None
 
 

@@ -9,6 +9,7 @@ from itertools import chain
 
 from orchestrator.control.prefill_speed import PrefillSpeed
 from orchestrator.control.prefix_index import WorkerKey
+from orchestrator.control.transfer_paths import ANSWER_TOKENS, TransferPaths
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PrefixPeer, WorkerId
 
@@ -130,10 +131,11 @@ def choose_route(
     is_linked: Callable[[WorkerView], bool],
     prompt: PromptLoad | None = None,
     speeds: Mapping[WorkerId, PrefillSpeed] | None = None,
+    paths: TransferPaths | None = None,
 ) -> Route | Wait | Refuse:
-    """Prefill where the first token is predicted to come first, decode where fewest sequences are.
+    """Prefill where the first token, and KV elsewhere if it has to move, are predicted to come first; decode see choose_decode.
 
-    is_linked: whether the gateway has a working stream to that incarnation. speeds: of all workers that prefill; without them,
+    is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. speeds: of all workers that prefill; without them,
     and among workers that are near each other, that one is first where least is to be computed: what waits there, the
     prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
     that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
@@ -144,13 +146,18 @@ def choose_route(
     prompt = prompt or PromptLoad()
     candidates = ready_workers(view, Phase.PREFILL, is_linked)
     if speeds is not None:
-        candidates = _soonest(candidates, ledger, prompt, speeds)
+        candidates = _soonest(candidates, ledger, prompt, speeds, paths)
     prefill = _least(candidates, lambda w: _prefill_cost(w, ledger, prompt))
     if prefill is None:
         return missing(view, Phase.PREFILL)
     decode: WorkerView | None = prefill
+    move: Move | None = None
     if Phase.DECODE not in prefill.phases:
-        decode = choose_decode(view, ledger, is_linked)
+        if paths is not None:
+            own = None if speeds is None else speeds[prefill.worker_id]
+            hidden_s = 0.0 if own is None else own.token_s * (prompt.num_tokens - prompt.cached_at(prefill))
+            move = Move(paths, prefill, prompt.num_tokens, hidden_s)
+        decode = choose_decode(view, ledger, is_linked, move)
     if decode is None:
         return missing(view, Phase.DECODE)
     peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
@@ -158,15 +165,48 @@ def choose_route(
     reason = _reason(prefill, decode, ledger, prompt)
     if predicted is not None:
         reason += f"; first token in about {predicted.ttft_s:.2g} s"
+    if move is not None and (move_s := move.move_s(decode)):
+        reason += f"; its KV takes about {move_s:.2g} s, {move.exposed_s(decode):.2g} s of it after prefill"
     return Route(prefill, decode, reason, peers, prompt.cached_at(prefill), predicted)
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """KV of so many tokens that is to go from a worker to one that decodes, for hidden_s of it while its prompt is computed."""
+
+    paths: TransferPaths
+    source: WorkerView
+    num_tokens: int
+    hidden_s: float = 0.0
+
+    def move_s(self, target: WorkerView) -> float:
+        """All of it; 0 where nothing is known of the way."""
+        return self.paths.move_s(self.source, target, self.num_tokens)
+
+    def exposed_s(self, target: WorkerView) -> float:
+        """What the next token waits for."""
+        return max(0.0, self.move_s(target) - self.hidden_s)
+
+
 def choose_decode(
-    view: ClusterView, ledger: LoadLedger, is_linked: Callable[[WorkerView], bool]
+    view: ClusterView,
+    ledger: LoadLedger,
+    is_linked: Callable[[WorkerView], bool],
+    move: Move | None = None,
 ) -> WorkerView | None:
-    """Where fewest sequences are; None when no worker can decode now. Ties go to the smaller id."""
+    """Where fewest sequences are, or, with `move`, where waiting for the KV and for the others' tokens takes least.
+
+    None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
+    """
     candidates = ready_workers(view, Phase.DECODE, is_linked)
-    return _least(candidates, lambda w: (ledger.of(w.worker_id).decode_sequences,))
+
+    def cost(worker: WorkerView) -> tuple[float, ...]:
+        num = ledger.of(worker.worker_id).decode_sequences
+        if move is None:
+            return (num,)
+        return move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num, num
+
+    return _least(candidates, cost)
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -235,19 +275,20 @@ def _soonest(
     ledger: LoadLedger,
     prompt: PromptLoad,
     speeds: Mapping[WorkerId, PrefillSpeed],
+    paths: TransferPaths | None,
 ) -> list[WorkerView]:
-    """Those at which the prompt is predicted to be computed first, or nearly."""
+    """Those at which the prompt is predicted to be computed first, or nearly, and to be where it can be decoded."""
     idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
     times_s = []
     for worker in candidates:
         worker_id = worker.worker_id
         load = loads.get(worker_id, idle)
         num_before = cached.get((worker_id, worker.incarnation), 0)
-        times_s.append(
-            speeds[worker_id].prefill_s(
-                load.prefill_tokens, num_tokens - num_before, num_before, load.decode_sequences
-            )
-        )
+        speed, num_new = speeds[worker_id], num_tokens - num_before
+        time_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)
+        if paths is not None and Phase.DECODE not in worker.phases:
+            time_s += paths.best_exposed_s(worker, num_tokens, speed.token_s * num_new)
+        times_s.append(time_s)
     limit_s = NEAR * min(times_s, default=0.0)
     return [worker for worker, time_s in zip(candidates, times_s, strict=True) if time_s <= limit_s]
 
@@ -261,7 +302,9 @@ def _predict(
     return Predicted(ttft_s, ttft_s - speed.prefill_s(0, num_new, num_before, load.decode_sequences))
 
 
-def _least(candidates: list[WorkerView], cost: Callable[[WorkerView], tuple[int, ...]]) -> WorkerView | None:
+def _least(
+    candidates: list[WorkerView], cost: Callable[[WorkerView], tuple[float, ...]]
+) -> WorkerView | None:
     return min(candidates, key=lambda worker: (*cost(worker), worker.worker_id), default=None)
 
 

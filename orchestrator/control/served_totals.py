@@ -14,13 +14,13 @@ class ServedTotals:
         self.totals = Totals()
         self._slo = slo
 
-    def routed(self, machine: RequestMachine) -> None:
-        """A sample got workers for the first time."""
+    def routed(self, machine: RequestMachine, num_tiles: int) -> None:
+        """A sample got workers for the first time. num_tiles: of its pictures, that nobody is known to have."""
         assert machine.route is not None
         totals = self.totals
         totals.num_requests += 1
         totals.prompt_tokens += max(0, machine.num_prefill_tokens - machine.route.num_cached_tokens)
-        totals.tiles += len(machine.images.tiles) if machine.images is not None else 0
+        totals.tiles += num_tiles
 
     def ended(self, machines: Sequence[RequestMachine]) -> None:
         """All samples of a request are over. One that failed, or was given up by its client, has met nothing and counts for nothing."""

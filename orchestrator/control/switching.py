@@ -30,6 +30,8 @@ class Switching:
 
     def __init__(self, wanted: dict[WorkerId, PhaseSet]) -> None:
         self.wanted = wanted
+        #: Workers that are to be given up altogether.
+        self.retiring: frozenset[WorkerId] = frozenset()
         self._switches: dict[WorkerId, RoleSwitch] = {}
         self._ended: list[SwitchView] = []
         self._seen: dict[str, None] = {}
@@ -49,6 +51,8 @@ class Switching:
     def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
         """What a worker may be used for, and what it is giving up."""
         switch, status = self._switches.get(machine.worker_id), machine.status
+        if machine.worker_id in self.retiring:
+            return frozenset(), self.wanted[machine.worker_id]
         if switch is not None and switch.is_under_way:
             return switch.usable, switch.leaving
         wanted = self.wanted[machine.worker_id]
@@ -56,6 +60,17 @@ class Switching:
             # One that was undone may have changed all the same, until it has changed back.
             wanted &= status.phases
         return wanted, frozenset()
+
+    def add(self, worker_id: WorkerId, phases: PhaseSet) -> None:
+        """A worker that was not declared; its process begins with these."""
+        self.wanted[worker_id] = phases
+
+    def forget(self, worker_id: WorkerId) -> None:
+        """A worker that was added is there no more."""
+        del self.wanted[worker_id]
+        switch = self._switches.pop(worker_id, None)
+        if switch is not None:
+            self._end(switch.view())
 
     def served(self, machines: Iterable[WorkerMachine]) -> Mapping[Phase, int]:
         """How many workers which are ready serve each phase, and are not giving it up."""
@@ -104,10 +119,11 @@ class Switching:
                 continue
             self._remember(request.switch_id)
             problem = why_not(view, request.worker_id, request.phases)
+            is_new = _needs_new_process(request, view)
             last = self._switches.get(request.worker_id)
             if problem is None and last is not None and last.is_under_way:
                 problem = f"{request.worker_id} is changing its phases already"
-            if problem is None and self._is_last_of_a_phase(request, view):
+            if problem is None and self._is_last_of_a_phase(request, view, is_new=is_new):
                 problem = "another worker is giving up the same phase"
             if problem is None and is_dry_run:
                 problem = f"dry run: {request.reason}"
@@ -125,6 +141,7 @@ class Switching:
                     predicted=request.predicted,
                     digest=request.digest,
                     met_before=self._met(),
+                    needs_new_process=is_new,
                 )
                 self._end(refused)
                 continue
@@ -136,7 +153,7 @@ class Switching:
                 number = max(number, last.phase_epoch + 2)
                 self._end(last.view())
             before = self.wanted[request.worker_id]
-            switch = RoleSwitch.begin(request, before, number, now_s)
+            switch = RoleSwitch.begin(request, before, number, now_s, needs_new_process=is_new)
             switch.met_before = self._met()
             self._switches[request.worker_id] = switch
             num_begun += 1
@@ -276,9 +293,10 @@ class Switching:
             machine.worker_id, machine.incarnation, machine.address, wanted, epoch, switch.reason
         )
 
-    def _is_last_of_a_phase(self, request: SwitchRequest, view: ClusterView) -> bool:
+    def _is_last_of_a_phase(self, request: SwitchRequest, view: ClusterView, *, is_new: bool) -> bool:
         """With those that began in this very tick, which the view does not show yet."""
-        for phase in self.wanted[request.worker_id] - request.phases:
+        wanted = self.wanted[request.worker_id]
+        for phase in wanted if is_new else wanted - request.phases:
             keeps = [
                 worker.worker_id
                 for worker in view.workers
@@ -302,6 +320,13 @@ class Switching:
         self._seen[switch_id] = None
         if len(self._seen) > 4 * MAX_REMEMBERED:
             del self._seen[next(iter(self._seen))]
+
+
+def _needs_new_process(request: SwitchRequest, view: ClusterView) -> bool:
+    worker = view.worker(request.worker_id)
+    return (
+        worker is not None and worker.status is not None and worker.status.needs_new_process(request.phases)
+    )
 
 
 def _left(switch: RoleSwitch, status: WorkerStatus | None) -> str:

@@ -60,11 +60,38 @@ class SwitchView:
     digest: str = ""
     met_before: float | None = None
     met_after: float | None = None
+    #: A new process takes the place of the worker's.
+    needs_new_process: bool = False
 
     @property
     def is_under_way(self) -> bool:
         """It has not come to an end, whichever."""
         return self.state in (SwitchState.LEAVING, SwitchState.CHANGING)
+
+
+class ScaleState(StrEnum):
+    """Where a decision about the number of workers is."""
+
+    #: Nodes have been asked for, or a worker is being drained.
+    ASKED = "asked"
+    DONE = "done"
+    #: No node came, or the worker stays.
+    UNDONE = "undone"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleView:
+    """One decision about the number of workers. began_at_s: on the controller's clock. digest: of what the policy saw."""
+
+    scale_id: str
+    began_at_s: float
+    num_before: int
+    num_wanted: int
+    state: ScaleState
+    #: Why it is in this state, and why it was decided.
+    reason: str
+    why: str
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +114,7 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class ClusterView:
-    """All declared workers. (controller_epoch, version) grows; a smaller one is older."""
+    """All declared workers, and those that were added. (controller_epoch, version) grows; a smaller one is older."""
 
     deployment: str
     controller_epoch: int
@@ -98,6 +125,8 @@ class ClusterView:
     controller_pid: int = 0
     #: The last changes of phases, in the order in which they began.
     switches: tuple[SwitchView, ...] = ()
+    #: The last decisions about the number of workers, in order.
+    scales: tuple[ScaleView, ...] = ()
 
     def worker(self, worker_id: WorkerId) -> WorkerView | None:
         """The worker of this id, if it is declared."""

@@ -3,7 +3,15 @@
 from dataclasses import asdict
 
 from orchestrator.control.policies.policy import Totals
-from orchestrator.control.view import ClusterView, LifecycleState, SwitchState, SwitchView, WorkerView
+from orchestrator.control.view import (
+    ClusterView,
+    LifecycleState,
+    ScaleState,
+    ScaleView,
+    SwitchState,
+    SwitchView,
+    WorkerView,
+)
 from protos import control_pb2 as pb
 from workers.api import WorkerId
 from workers.wire import phases_from_pb, phases_to_pb, status_from_pb, status_to_pb
@@ -24,6 +32,12 @@ _SWITCH_STATES = {
     SwitchState.UNDONE: pb.SWITCH_STATE_UNDONE,
 }
 _SWITCH_STATE_OF = {value: key for key, value in _SWITCH_STATES.items()}
+_SCALE_STATES = {
+    ScaleState.ASKED: pb.SCALE_STATE_ASKED,
+    ScaleState.DONE: pb.SCALE_STATE_DONE,
+    ScaleState.UNDONE: pb.SCALE_STATE_UNDONE,
+}
+_SCALE_STATE_OF = {value: key for key, value in _SCALE_STATES.items()}
 
 
 def view_to_pb(view: ClusterView) -> pb.ClusterView:
@@ -36,6 +50,7 @@ def view_to_pb(view: ClusterView) -> pb.ClusterView:
         workers=[_worker_to_pb(worker) for worker in view.workers],
         controller_pid=view.controller_pid,
         switches=map(switch_to_pb, view.switches),
+        scales=map(scale_to_pb, view.scales),
     )
 
 
@@ -49,6 +64,35 @@ def view_from_pb(message: pb.ClusterView) -> ClusterView:
         workers=tuple(_worker_from_pb(worker) for worker in message.workers),
         controller_pid=message.controller_pid,
         switches=tuple(map(switch_from_pb, message.switches)),
+        scales=tuple(map(scale_from_pb, message.scales)),
+    )
+
+
+def scale_to_pb(scale: ScaleView) -> pb.ScaleView:
+    """One decision about the number of workers."""
+    return pb.ScaleView(
+        scale_id=scale.scale_id,
+        began_at_s=scale.began_at_s,
+        num_before=scale.num_before,
+        num_wanted=scale.num_wanted,
+        state=_SCALE_STATES[scale.state],
+        reason=scale.reason,
+        why=scale.why,
+        digest=scale.digest,
+    )
+
+
+def scale_from_pb(message: pb.ScaleView) -> ScaleView:
+    """One decision about the number of workers. A state of a newer version counts as asked."""
+    return ScaleView(
+        message.scale_id,
+        message.began_at_s,
+        message.num_before,
+        message.num_wanted,
+        _SCALE_STATE_OF.get(message.state, ScaleState.ASKED),
+        message.reason,
+        message.why,
+        message.digest,
     )
 
 
@@ -69,6 +113,7 @@ def switch_to_pb(switch: SwitchView) -> pb.SwitchView:
         met_before=switch.met_before,
         met_after=switch.met_after,
         why=switch.why,
+        needs_new_process=switch.needs_new_process,
     )
 
 
@@ -89,6 +134,7 @@ def switch_from_pb(message: pb.SwitchView) -> SwitchView:
         met_before=message.met_before if message.HasField("met_before") else None,
         met_after=message.met_after if message.HasField("met_after") else None,
         why=message.why,
+        needs_new_process=message.needs_new_process,
     )
 
 

@@ -112,6 +112,8 @@ class ControlService(GatewayControlServiceServicer):
                 num_prompts=found.num_prompts,
                 num_sequences=found.num_sequences,
                 problem=found.problem,
+                needs_new_process=found.needs_new_process,
+                about_s=found.about_s,
             )
             await context.write(pb.SwitchProgress(forecast=message))
             return

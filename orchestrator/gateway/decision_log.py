@@ -2,8 +2,8 @@
 
 from collections import deque
 
-from orchestrator.control.view import ClusterView, SwitchView
-from orchestrator.control.view_wire import switch_to_pb
+from orchestrator.control.view import ClusterView, ScaleView, SwitchView
+from orchestrator.control.view_wire import scale_to_pb, switch_to_pb
 from protos import control_pb2 as pb
 
 MAX_DECISIONS = 1000
@@ -12,10 +12,11 @@ MAX_LOOKS = 3600
 
 
 class DecisionLog:
-    """The last MAX_DECISIONS switches, each as it was seen last, and the last MAX_LOOKS looks. Times are the gateway's clock."""
+    """The last MAX_DECISIONS switches and as many decisions about the number of workers, each as it was seen last, and the last MAX_LOOKS looks. Times are the gateway's clock."""
 
     def __init__(self) -> None:
         self._switches: dict[str, tuple[SwitchView, float]] = {}
+        self._scales: dict[str, tuple[ScaleView, float]] = {}
         self._looks: deque[pb.Look] = deque(maxlen=MAX_LOOKS)
 
     def came(self, view: ClusterView, look: pb.Look | None, now_s: float) -> None:
@@ -23,17 +24,26 @@ class DecisionLog:
         for switch in view.switches:
             _, first_at_s = self._switches.get(switch.switch_id, (switch, now_s))
             self._switches[switch.switch_id] = switch, first_at_s
-        while len(self._switches) > MAX_DECISIONS:
-            del self._switches[next(iter(self._switches))]
+        for scale in view.scales:
+            _, first_at_s = self._scales.get(scale.scale_id, (scale, now_s))
+            self._scales[scale.scale_id] = scale, first_at_s
+        for remembered in (self._switches, self._scales):
+            while len(remembered) > MAX_DECISIONS:
+                del remembered[next(iter(remembered))]
         if look is not None:
             self._looks.append(look)
 
     def answer(self, now_s: float, *, with_looks: bool) -> pb.GetDecisionsResponse:
         """As the message."""
+        switches = [
+            pb.Decision(switch=switch_to_pb(switch), age_s=now_s - first_at_s)
+            for switch, first_at_s in self._switches.values()
+        ]
+        scales = [
+            pb.Decision(scale=scale_to_pb(scale), age_s=now_s - first_at_s)
+            for scale, first_at_s in self._scales.values()
+        ]
         return pb.GetDecisionsResponse(
-            decisions=[
-                pb.Decision(switch=switch_to_pb(switch), age_s=now_s - first_at_s)
-                for switch, first_at_s in self._switches.values()
-            ],
+            decisions=sorted((*switches, *scales), key=lambda one: -one.age_s),
             looks=self._looks if with_looks else [],
         )

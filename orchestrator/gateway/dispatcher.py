@@ -29,6 +29,7 @@ from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.router import (
     LoadLedger,
+    Move,
     PromptLoad,
     Refuse,
     Route,
@@ -39,6 +40,7 @@ from orchestrator.control.router import (
 )
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
+from orchestrator.control.transfer_paths import TransferPaths
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.encoders import FULL_S, Encoders
@@ -61,6 +63,8 @@ logger = logging.getLogger(__name__)
 
 #: A worker that told more of its cache than could be read is asked again after so long, in seconds.
 ASK_AGAIN_S = 5.0
+#: Between two looks at how fast KV goes between workers, in seconds.
+PATHS_EVERY_S = 1.0
 
 
 class Dispatcher:
@@ -101,6 +105,8 @@ class Dispatcher:
         self._token_budgets = token_budgets or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
+        self._paths: TransferPaths | None = None
+        self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -267,6 +273,8 @@ class Dispatcher:
         self._view = view
         self._view_at_s = self._timers.time()
         self._speeds = prefill_speeds(view, self._token_budgets)
+        if self._paths is None or self._view_at_s - self._paths_at_s >= PATHS_EVERY_S:
+            self._paths, self._paths_at_s = TransferPaths.of(view), self._view_at_s
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
@@ -389,7 +397,11 @@ class Dispatcher:
 
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
         assert self._view is not None
-        target = choose_decode(self._view, self._ledger, self._links.is_open)
+        machine, move = sample.machine, None
+        if self._paths is not None and machine.route is not None:
+            # It stops while its KV moves: nothing of it is hidden.
+            move = Move(self._paths, machine.route.decode, machine.num_prefill_tokens)
+        target = choose_decode(self._view, self._ledger, self._links.is_open, move)
         if target is None:
             # It stays where it is until there is one.
             return
@@ -521,7 +533,7 @@ class Dispatcher:
                 sample.charge(self._ledger)
                 if not sample.is_counted:
                     sample.is_counted = True
-                    self._served.routed(sample.machine)
+                    self._served.routed(sample.machine, self._encoders.num_new_tiles(sample))
             self._do(sample, actions)
 
     def _give_encoders(self) -> None:
@@ -560,6 +572,7 @@ class Dispatcher:
                 lambda w: self._links.is_open(w) and w.worker_id in wanted,
                 prompt,
                 self._speeds,
+                self._paths,
             )
             if isinstance(choice, Route):
                 return choice
@@ -583,7 +596,8 @@ class Dispatcher:
                 lambda w: self._links.is_open(w) and w.worker_id not in avoided,
                 prompt,
                 self._speeds,
+                self._paths,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds)
+        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths)

@@ -57,6 +57,12 @@ class Encoders:
         """Tiles of it are to be given to workers."""
         self._wanting[sample] = None
 
+    def num_new_tiles(self, sample: LiveSample) -> int:
+        """Of its pictures, that nobody has been given to encode for its tenant, as far as is remembered."""
+        images, salt = sample.machine.images, sample.machine.cache_salt
+        tiles = images.tiles if images is not None else ()
+        return sum(not self._memory.knows(salt, placed.tile.key) for placed in tiles)
+
     def wanting(self) -> Iterator[LiveSample]:
         """Those that want workers, the first first; who is settled meanwhile is left out."""
         return (sample for sample in list(self._wanting) if sample.machine.encodes.wanted)
@@ -122,8 +128,10 @@ class Encoders:
         shard = self._shards.get(event.key.attempt)
         if shard is not None and shard.worker.worker_id == worker_id:
             del self._shards[event.key.attempt]
-            tiles = self._running[event.key.attempt].machine.encodes.tiles_of(shard)
-            self._memory.observe(worker_id, tiles, event)
+            machine = self._running[event.key.attempt].machine
+            if machine.route is not None:
+                tiles = machine.encodes.tiles_of(shard)
+                self._memory.observe(worker_id, tiles, event, machine.route.prefill.worker_id)
 
     def settle(self, sample: LiveSample) -> None:
         """Forget what its machine says is no longer with a worker, or wanted."""

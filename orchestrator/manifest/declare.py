@@ -7,6 +7,7 @@ from kvtransfer.config import TransportChoice
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker, WorkerResources, token_budgets
+from orchestrator.control.scaling import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
@@ -31,20 +32,40 @@ GIB = 2**30
 
 def worker_specs(deployment: Deployment) -> list[DeclaredWorker]:
     """Every declared worker, in the order of the manifest; ids are GROUP-0, GROUP-1 and so on."""
-    spec = deployment.spec
-    kv_transfer = _kv_transfer_config(spec.kv_transfer)
-    return [
-        DeclaredWorker(
-            worker_id=WorkerId(f"{group.name}-{i}"),
-            phases=frozenset(Phase(phase) for phase in group.phases),
-            model_source=spec.model.source,
-            resources=_resources(group),
-            engine=_engine_config(group),
-            kv_transfer=kv_transfer,
-        )
-        for group in spec.workers
-        for i in range(group.replicas)
-    ]
+    return [_worker(deployment, group, i) for group in deployment.spec.workers for i in range(group.replicas)]
+
+
+def extra_workers(deployment: Deployment) -> list[DeclaredWorker]:
+    """Workers that the controller may add; their ids go on where those of their group end."""
+    autoscale = deployment.spec.controller.autoscale
+    if autoscale is None:
+        return []
+    group = next(one for one in deployment.spec.workers if one.name == autoscale.group)
+    return [_worker(deployment, group, i) for i in range(group.replicas, autoscale.max_workers)]
+
+
+def scaling_of(deployment: Deployment) -> ScalingConfig | None:
+    """None where the number of workers is fixed."""
+    autoscale = deployment.spec.controller.autoscale
+    if autoscale is None:
+        return None
+    return ScalingConfig(
+        tuple(one.worker_id for one in extra_workers(deployment)),
+        hold_s=autoscale.hold_s,
+        release_s=autoscale.release_s,
+        give_up_s=autoscale.give_up_s,
+    )
+
+
+def _worker(deployment: Deployment, group: WorkerGroup, number: int) -> DeclaredWorker:
+    return DeclaredWorker(
+        worker_id=WorkerId(f"{group.name}-{number}"),
+        phases=frozenset(Phase(phase) for phase in group.phases),
+        model_source=deployment.spec.model.source,
+        resources=_resources(group),
+        engine=_engine_config(group),
+        kv_transfer=_kv_transfer_config(deployment.spec.kv_transfer),
+    )
 
 
 def gateway_config(deployment: Deployment) -> GatewayConfig:
@@ -63,7 +84,7 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         slo=slo_of(deployment),
         tenant_weights={one.cache_salt: one.weight for one in gateway.tenants},
         admission=Admission(gateway.admission),
-        token_budgets=token_budgets(worker_specs(deployment)),
+        token_budgets=token_budgets((*worker_specs(deployment), *extra_workers(deployment))),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from orchestrator.manifest.controller import Controller
 from orchestrator.manifest.engine import MIB, Engine
 from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.section import Allowed, Section, inconsistent
@@ -331,35 +332,6 @@ class Network(Section):
     )
 
 
-class Controller(Section):
-    """The loop that keeps the workers as declared."""
-
-    tick_ms: int = Field(
-        default=500, ge=10, le=60000, description="Time between two looks at the cluster, in ms."
-    )
-    heartbeat_timeout_ms: int = Field(
-        default=5000,
-        ge=100,
-        le=600000,
-        description="A worker silent for this long is lost and is started again.",
-    )
-    role_switch: Literal["off", "dryRun", "on"] = Field(
-        default="off",
-        description="Whether the controller has workers take prefill, decode or both as the load asks for: on does it, dryRun "
-        "only tells what it would do. Workers that encode stay as they are.",
-    )
-
-    @model_validator(mode="after")
-    def _check_timeout(self) -> Self:
-        if self.heartbeat_timeout_ms < 2 * self.tick_ms:
-            sentence = (
-                f"is {self.heartbeat_timeout_ms}; allowed: at least twice tickMs = {2 * self.tick_ms}, "
-                "or one late answer loses a worker"
-            )
-            inconsistent([(("heartbeatTimeoutMs",), sentence)])
-        return self
-
-
 class Spec(Section):
     """What is to run."""
 
@@ -374,6 +346,23 @@ class Spec(Section):
     gateway: Gateway = Field(default_factory=Gateway, description="The front door.")
     network: Network = Field(default_factory=Network, description="Who can reach the workers.")
     controller: Controller = Field(default_factory=Controller, description="Keeps workers as declared.")
+
+    @model_validator(mode="after")
+    def _check_autoscale(self) -> Self:
+        autoscale = self.controller.autoscale
+        if autoscale is None:
+            return self
+        group = next((one for one in self.workers if one.name == autoscale.group), None)
+        where = ("controller", "autoscale")
+        if group is None:
+            known = ", ".join(one.name for one in self.workers)
+            inconsistent([((*where, "group"), f"is {autoscale.group!r}; groups are {known}")])
+        elif autoscale.max_workers < group.replicas:
+            sentence = (
+                f"is {autoscale.max_workers}; allowed: at least replicas of {group.name} = {group.replicas}"
+            )
+            inconsistent([((*where, "maxWorkers"), sentence)])
+        return self
 
 
 class Deployment(Section):

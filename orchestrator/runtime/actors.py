@@ -15,7 +15,7 @@ import ray
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.gateway.server import serve
-from orchestrator.manifest.declare import slo_of, switch_mode_of, worker_specs
+from orchestrator.manifest.declare import extra_workers, scaling_of, slo_of, switch_mode_of, worker_specs
 from orchestrator.manifest.models import Deployment
 from orchestrator.runtime.cluster import RayCluster
 from orchestrator.runtime.control_loop import ControlLoop
@@ -105,6 +105,8 @@ async def _control(
             used_up=used_up,
             slo=slo_of(deployment),
             switch_mode=switch_mode_of(deployment),
+            extra=tuple(extra_workers(deployment)),
+            scaling=scaling_of(deployment),
         ),
         tick_s=tick_s,
         clock=time.monotonic,

@@ -1,7 +1,7 @@
 """Workers as Ray actors. Every call to Ray that the controller makes is in this file."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,10 +11,11 @@ import orchestrator.runtime.ray_token  # noqa: F401 - must come before ray
 import ray
 
 # isort: on
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util import list_named_actors
 
-from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.observation import ProcessReport
 from workers.actor import WorkerActor
 from workers.api import WorkerId
@@ -64,6 +65,10 @@ class RayCluster:
         """End the process at once, whatever it is doing."""
         del reason  # the controller has logged it
         await self._in_ray_thread(self._stop, worker_id, incarnation)
+
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        """Tell Ray's autoscaler what is to fit, in place of what anybody told it before, for as long as the cluster lives."""
+        await self._in_ray_thread(_request_resources, workers)
 
     async def _in_ray_thread(self, call: Callable[..., Result], *arguments: Any) -> Result:
         """Ray's calls block."""
@@ -132,6 +137,25 @@ class RayCluster:
         process = self._processes.pop((worker_id, incarnation), None)
         if process is not None:
             ray.kill(process.actor)
+
+
+def _request_resources(workers: Sequence[WorkerResources]) -> None:
+    request_resources(bundles=[bundle_of(worker) for worker in workers])
+
+
+def forget_resources() -> None:
+    """Nothing is to fit any more, whoever asked for it; other deployments tell again soon what they need."""
+    request_resources(bundles=[])
+
+
+def bundle_of(worker: WorkerResources) -> dict[str, float]:
+    """What Ray reserves for it, in Ray's words."""
+    bundle: dict[str, float] = {"CPU": worker.num_cpus}
+    if worker.num_gpus:
+        bundle["GPU"] = worker.num_gpus
+    if worker.memory_bytes is not None:
+        bundle["memory"] = worker.memory_bytes
+    return bundle
 
 
 def _refresh(process: _Process) -> None:

@@ -7,16 +7,16 @@ what goes wrong in doing so.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
 from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
-from orchestrator.control.declared import DeclaredWorker
+from orchestrator.control.declared import DeclaredWorker, WorkerResources
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Action, Plan, SetPhases, StartWorker, StopWorker
+from orchestrator.control.plan import Action, Plan, RequestResources, SetPhases, StartWorker, StopWorker
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ClusterView
 from orchestrator.errors import ControllerSuperseded, PhasewiseOrchestratorError
@@ -47,6 +47,10 @@ class Cluster(Protocol):
 
     async def stop(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         """End a process, whatever it is doing. One that is not there is no error."""
+        ...
+
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        """Tell the autoscaler that all of these are to fit, in place of what it was told before. Without one nothing comes of it."""
         ...
 
 
@@ -245,6 +249,8 @@ class ControlLoop:
                 await self._end(action)
             case SetPhases():
                 await self._set_phases(action)
+            case RequestResources():
+                await self._request_resources(action)
 
     async def _start(self, action: StartWorker) -> None:
         worker_id, incarnation = action.declared.worker_id, action.incarnation
@@ -274,6 +280,12 @@ class ControlLoop:
             )
             if refused is not None:
                 self._refusals[action.worker_id, action.incarnation] = refused
+
+    async def _request_resources(self, action: RequestResources) -> None:
+        logger.info("resources_asked num_workers=%d reason=%r", len(action.workers), action.reason)
+        # It is told again, whether or not this succeeds.
+        async with self._tolerate("request_resources", CLUSTER_TIMEOUT_S):
+            await self._cluster.request_resources(action.workers)
 
     async def _end(self, action: StopWorker) -> None:
         logger.info(
@@ -322,6 +334,17 @@ def _log_changes(before: ClusterView | None, after: ClusterView) -> None:
                 "none" if old is None else old.state,
                 worker.state,
                 worker.reason,
+            )
+    for scale in after.scales:
+        old_scale = next((o for o in before.scales if o.scale_id == scale.scale_id), None) if before else None
+        if old_scale is None or old_scale.state is not scale.state:
+            logger.info(
+                "workers_scaled scale_id=%s from=%d to=%d state=%s reason=%r",
+                scale.scale_id,
+                scale.num_before,
+                scale.num_wanted,
+                scale.state,
+                scale.reason,
             )
     for switch in after.switches:
         old_switch = (

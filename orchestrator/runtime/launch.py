@@ -32,7 +32,7 @@ from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.declare import gateway_config
 from orchestrator.manifest.models import Deployment, split_address
 from orchestrator.runtime.actors import ControllerActor, GatewayActor
-from orchestrator.runtime.cluster import NAMESPACE
+from orchestrator.runtime.cluster import NAMESPACE, forget_resources
 from orchestrator.runtime.head import Head, end_process, is_running, start_head
 from orchestrator.runtime.local_head import NODE_ADDRESS
 from orchestrator.runtime.readiness import Progress, has_gateway, wait_until_ready
@@ -84,7 +84,10 @@ def _launch(
     if earlier is not None and is_alive(earlier):
         raise AlreadyRunning(name, earlier.address)
     config = with_fixed_ports(gateway_config(deployment))
-    running = RunningDeployment(name, config.address, config.control_address, "", None, None)
+    is_autoscaled = deployment.spec.controller.autoscale is not None
+    running = RunningDeployment(
+        name, config.address, config.control_address, "", None, None, is_autoscaled=is_autoscaled
+    )
     head: Head | None = None
     if ray_address is not None:
         progress(f"joining the Ray cluster at {ray_address}")
@@ -169,6 +172,8 @@ def shut_down(running: RunningDeployment, registry: Registry | None = None) -> N
         # The controller first, or it would start the workers again: it is the first by name.
         for name in _actor_names(running.name):
             _kill(name)
+        if running.is_autoscaled:
+            forget_resources()
         ray.shutdown()
     registry.remove(running.name)
 

@@ -27,6 +27,8 @@ class RunningDeployment:
     head_pid: int | None
     #: When that process began, in Unix seconds: a later process may get the same pid.
     head_created_unix_s: float | None
+    #: It tells Ray's autoscaler what it needs.
+    is_autoscaled: bool = False
 
 
 def default_folder() -> Path:

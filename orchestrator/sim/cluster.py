@@ -11,14 +11,16 @@ from orchestrator.control.observation import GatewayNews, Observation, ProcessKe
 from orchestrator.control.plan import SetPhases, StartWorker, StopWorker
 from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.scaling import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
-from orchestrator.control.view import ClusterView, LifecycleState, SwitchView, WorkerView
+from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
+from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Event, KvEvent, PhasesRefused, RequestId
+from workers.api import Command, Encode, Event, KvEvent, PhasesRefused, RequestId
 
 GATEWAY = "gateway"
 TICK_S = 0.5
@@ -113,7 +115,7 @@ class SimLinks:
         """See Links."""
         link = self._links.get((worker.worker_id, worker.incarnation))
         if link is not None and link.is_open:
-            self._cluster.send(GATEWAY, link.process.address, COMMAND_BYTES, link.process.command, command)
+            self._cluster.send_command(link.process, command)
 
     async def close(self) -> None:
         """See Links."""
@@ -152,6 +154,8 @@ class SimCluster:
         is_cache_told: bool = True,
         slo: Slo = NO_SLO,
         switch_mode: SwitchMode = SwitchMode.OFF,
+        extra: Sequence[DeclaredWorker] = (),
+        scaling: ScalingConfig | None = None,
         totals: Callable[[], Totals | None] = lambda: None,
     ) -> None:
         self._totals = totals
@@ -165,13 +169,20 @@ class SimCluster:
         self._timers: SimTimers = world.timers
         self._rng = rng
         self._config = ControllerConfig(
-            "simulated", world.model.name, tuple(declared), slo=slo, switch_mode=switch_mode
+            "simulated",
+            world.model.name,
+            tuple(declared),
+            slo=slo,
+            switch_mode=switch_mode,
+            extra=tuple(extra),
+            scaling=scaling,
         )
         self._state = recover(None, (), self._config, self._timers.time())
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
         self._switches: dict[str, SwitchView] = {}
+        self._scales: dict[str, ScaleView] = {}
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
         for fault in faults:
@@ -194,6 +205,17 @@ class SimCluster:
         """Over the network."""
         self._world.network.send(source, target, num_bytes, deliver, *args)
 
+    def send_command(self, process: SimWorker, command: Command) -> None:
+        """From the gateway; with a picture its file goes."""
+        pictures = self._world.pictures
+        file_bytes = pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
+        self.send(GATEWAY, process.address, COMMAND_BYTES + file_bytes, process.command, command)
+
+    def images_at(self, address: str) -> SimImages | None:
+        """Of the process that listens there, while it lives."""
+        process = self._by_address.get(address)
+        return process.images if process is not None and process.is_alive else None
+
     def transfers_at(self, address: str) -> SimTransfers | None:
         """Of the process that listens there, while it lives."""
         process = self._by_address.get(address)
@@ -207,6 +229,11 @@ class SimCluster:
     def switches(self) -> tuple[SwitchView, ...]:
         """All that there were, in the order in which they began."""
         return tuple(sorted(self._switches.values(), key=lambda switch: switch.began_at_s))
+
+    @property
+    def scales(self) -> tuple[ScaleView, ...]:
+        """All decisions about the number of workers, in order."""
+        return tuple(self._scales.values())
 
     def check_invariants(self) -> None:
         """Of every living process, and of the controller."""
@@ -235,6 +262,7 @@ class SimCluster:
         self._timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
         self._on_view(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
+        self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
         for action in plan.actions:
             match action:
                 case StartWorker():
@@ -245,7 +273,8 @@ class SimCluster:
                     self._set_phases(action)
         # Of those that have ended the newest is kept, so that its end is seen.
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
-            if key[1] < self._state.machines[key[0]].incarnation:
+            machine = self._state.machines.get(key[0])
+            if machine is None or key[1] < machine.incarnation:
                 self.uses.append(WorkerUse.of(self.processes.pop(key), self._timers.time()))
 
     def want_switch(self, request: SwitchRequest) -> None:

@@ -75,7 +75,8 @@ def replay(
     Tokens between the first and the last of a request are taken as evenly spaced: its ITL is its TPOT.
     """
     shape = tuple(worker.phases for worker in config.declared)
-    requests = [CoarseRequest.of(one, slo) for one in plan]
+    image_tiles = config.pictures.tiles if config.pictures is not None else 0
+    requests = [CoarseRequest.of(one, slo, image_tiles) for one in plan]
     result = simulation(shape, config.declared[0].engine, config.latency, requests).run(on_progress)
     records = tuple(_record(one, record) for one, record in zip(plan, result.records, strict=True))
     load = LoadResult(records, duration_s, result.elapsed_s, was_interrupted=False)

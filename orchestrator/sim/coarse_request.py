@@ -24,9 +24,16 @@ class CoarseRequest:
     tenant: str = ""
 
     @classmethod
-    def of(cls, planned: PlannedRequest, slo: Slo) -> "CoarseRequest":
-        """A request of a plan."""
-        return cls(planned.arrival_s, planned.prompt_tokens, planned.output_tokens, slo, planned.row.hash_ids)
+    def of(cls, planned: PlannedRequest, slo: Slo, image_tiles: int = 0) -> "CoarseRequest":
+        """A request of a plan. image_tiles: of each of its pictures."""
+        return cls(
+            planned.arrival_s,
+            planned.prompt_tokens,
+            planned.output_tokens,
+            slo,
+            planned.row.hash_ids,
+            planned.num_images * image_tiles,
+        )
 
 
 @dataclass(slots=True, eq=False)

@@ -16,8 +16,9 @@ from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
+from orchestrator.control.scaling import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
-from orchestrator.control.view import SwitchView
+from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.errors import PhasewiseOrchestratorError
 from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
@@ -25,6 +26,7 @@ from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
 from orchestrator.sim.faults import Fault
 from orchestrator.sim.network import NetworkShape, SimNetwork
+from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
 from workers.api import RequestId, SamplingParams, WorkerId
@@ -58,6 +60,9 @@ class SimConfig:
     #: Targets of every request, and whether the controller switches phases by them.
     slo: Slo = NO_SLO
     switch_mode: SwitchMode = SwitchMode.OFF
+    #: Workers that may be added as the load asks for them: there is a node for each at once.
+    extra: tuple[DeclaredWorker, ...] = ()
+    scaling: ScalingConfig | None = None
     #: Which requests the gateway takes.
     admission: Admission = Admission.OFF
     check_every: int = 0
@@ -67,6 +72,8 @@ class SimConfig:
     message_s: float = 200e-6
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
+    #: Of all requests that have some; None where the model takes none.
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ class SimResult:
     num_events: int
     num_wrong_tokens: int
     start_s: float = 0.0
+    scales: tuple[ScaleView, ...] = ()
 
 
 class Simulation:
@@ -106,6 +114,8 @@ class Simulation:
             config.load_s,
             config.max_context_tokens,
             config.latency_of,
+            config.pictures,
+            lambda address: self.cluster.images_at(address),
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
         self.cluster = SimCluster(
@@ -116,6 +126,8 @@ class Simulation:
             is_cache_told=config.is_cache_told,
             slo=config.slo,
             switch_mode=config.switch_mode,
+            extra=config.extra,
+            scaling=config.scaling,
             totals=lambda: self.dispatcher.totals,
         )
         self.dispatcher = Dispatcher(
@@ -126,7 +138,7 @@ class Simulation:
             learn_model=_no_model,
             slo=config.slo,
             admission=config.admission,
-            token_budgets=token_budgets(config.declared),
+            token_budgets=token_budgets((*config.declared, *config.extra)),
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}
@@ -168,6 +180,7 @@ class Simulation:
             self.timers.num_events,
             self._num_wrong_tokens,
             self._start_s,
+            self.cluster.scales,
         )
 
     def check_invariants(self) -> None:
@@ -184,7 +197,13 @@ class Simulation:
         sampling = SamplingParams(planned.output_tokens)
         # As engines do that have no model.
         root = root_hash("", "", "")
-        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root)
+        pictures = config.pictures
+        images = (
+            pictures.placed(request_id, planned.prompt_tokens, planned.num_images)
+            if pictures is not None
+            else None
+        )
+        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root, images=images)
         try:
             request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
         except PhasewiseOrchestratorError as error:

@@ -8,19 +8,25 @@ from dataclasses import dataclass, field, replace
 
 from kvtransfer.layout import KvLayout
 from orchestrator.sim.network import SimNetwork
+from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from workers.api import (
+    Abort,
+    BlockCounts,
     Command,
     Encode,
     EngineConfig,
     Event,
+    FailureCode,
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
+    Phase,
     PhaseSet,
     PhasesRefused,
     PrefillOrder,
+    RequestFailed,
     StepBudget,
     WorkerId,
     WorkerSpec,
@@ -28,7 +34,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.engine.engine import Engine
-from workers.engine.messages import Message, Output, TokensDecoded
+from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_records import is_described, shape_of
@@ -37,6 +43,8 @@ from workers.latency_model import LatencyModel
 from workers.step_shape import ModelShape
 
 VOCAB_SIZE = 32_000
+TEXT_PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
+NO_BLOCKS = BlockCounts(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,10 @@ class WorkerWorld:
     load_s: float
     max_context_tokens: int
     latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
+    #: None where the model takes none; then images_at is never asked.
+    pictures: Pictures | None = None
+    #: What the process that listens at an address has of pictures, while it lives.
+    images_at: Callable[[str], SimImages | None] = lambda _address: None
 
 
 def layout_of(model: ModelShape, block_size: int) -> KvLayout:
@@ -128,6 +140,20 @@ class SimWorker:
             self.post,
             world.peer,
         )
+        self.images: SimImages | None = None
+        if world.pictures is not None:
+            self.images = SimImages(
+                spec,
+                address,
+                world.pictures,
+                self._timers,
+                world.network,
+                self.post,
+                lambda events: self._publish_events(self, events, []),
+                world.images_at,
+            )
+        #: Pictures and steps take turns.
+        self._is_encodes_turn = True
         self._mailbox: list[Message] = []
         self._is_busy = False
         self._paused_until_s = 0.0
@@ -143,21 +169,32 @@ class SimWorker:
         if not self.is_alive or self._timers.time() < self._paused_until_s:
             return None
         engine, spec = self.engine, self.spec
-        return WorkerStatus(
+        has_text = bool(spec.phases & TEXT_PHASES)
+        status = WorkerStatus(
             spec.worker_id,
             spec.incarnation,
             self.phases,
             WorkerState.READY if self.is_ready else WorkerState.LOADING,
             num_waiting=engine.num_waiting,
             num_running=engine.num_running,
-            blocks=engine.block_counts(),
+            blocks=engine.block_counts() if has_text else NO_BLOCKS,
             num_leases=engine.num_leases,
             num_steps=self.num_steps,
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
-            step_costs=replace(self._world.latency.costs(), num_steps=self.num_steps),
+            step_costs=replace(self._world.latency.costs(), num_steps=self.num_steps) if has_text else None,
+            loaded=self._loaded,
         )
+        return status if self.images is None else self.images.with_status(status)
+
+    @property
+    def _loaded(self) -> PhaseSet:
+        """As workers.worker."""
+        text = TEXT_PHASES if self.spec.phases & TEXT_PHASES else frozenset()
+        if self.images is None:
+            return text
+        return text - {Phase.PREFILL} | self.spec.phases & {Phase.ENCODE, Phase.PREFILL}
 
     def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
         """As workers.worker: between two steps, and at once when it is in one."""
@@ -165,6 +202,10 @@ class SimWorker:
             return PhasesRefused("it does not answer", is_busy=True)
         if phase_epoch < self._phase_epoch:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
+        if not phases <= self._loaded:
+            return PhasesRefused("it would need weights or memory that it has not", needs_new_process=True)
+        if self.images is not None and Phase.ENCODE in self.phases - phases and self.images.num_encodes:
+            return PhasesRefused(f"{self.images.num_encodes} pictures are encoded here", is_busy=True)
         if phases != self.phases:
             problem = self.engine.set_phases(phases, self._timers.time())
             if problem is not None:
@@ -174,8 +215,20 @@ class SimWorker:
 
     def command(self, command: Command) -> None:
         """From the gateway. A process that has ended hears nothing."""
-        assert not isinstance(command, Encode), "pictures are not simulated"
-        self.post(command)
+        if isinstance(command, Encode):
+            self._encode(command)
+        elif not (isinstance(command, Abort) and self.images is not None and self.images.abort(command.key)):
+            self.post(command)
+
+    def _encode(self, encode: Encode) -> None:
+        if not self.is_alive:
+            return
+        if self.images is None or Phase.ENCODE not in self.phases:
+            reason = f"asked for encode; serves {'+'.join(sorted(self.phases))}"
+            self._publish_events(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [])
+            return
+        self.images.submit(encode)
+        self._turn_soon()
 
     def post(self, message: Message) -> None:
         """Hand a message to the engine; it hears it between two steps."""
@@ -197,7 +250,9 @@ class SimWorker:
             self._wake.cancel()
 
     def check_invariants(self) -> None:
-        """The engine's books are right."""
+        """The engine's books are right, and those of pictures."""
+        if self.images is not None:
+            self.images.check_invariants()
         self.engine.check_invariants()
         self.transfers.check_invariants()
 
@@ -220,25 +275,54 @@ class SimWorker:
         for message in messages:
             engine.handle(message, now_s)
         engine.expire(now_s)
+        if self._is_encodes_turn and self._run_batch():
+            self._publish(engine.take_outputs())
+            return
         plan = engine.schedule(now_s)
         self._is_busy = plan is not None
         self._publish(engine.take_outputs())
         if plan is not None:
+            self._is_encodes_turn = True
             self._run(plan)
+        elif self._run_batch():
+            return
         elif self._mailbox:
             self._turn_soon()
         elif (deadline_s := engine.next_deadline_s()) is not None:
             self._turn_soon(max(0.0, deadline_s - now_s))
 
+    def _run_batch(self) -> bool:
+        """Whether pictures are encoded now."""
+        batch = self.images.take_batch() if self.images is not None else None
+        if batch is None or self.images is None:
+            return False
+        self._is_busy, self._is_encodes_turn = True, False
+        batch_s = self._takes_s(self.images.batch_s(batch))
+        self._timers.call_later(batch_s, self._batch_done, batch, batch_s)
+        return True
+
+    def _batch_done(self, batch: Batch, batch_s: float) -> None:
+        if not self.is_alive or self._is_paused(self._batch_done, batch, batch_s):
+            return
+        assert self.images is not None
+        self._is_busy = False
+        self.images.encoded(batch, batch_s)
+        self._turn_soon()
+
+    def _takes_s(self, predicted_s: float) -> float:
+        """With noise, and as slow as it is now."""
+        noise = self._rng.lognormvariate(0.0, self._world.noise) if self._world.noise else 1.0
+        took_s = predicted_s * noise * math.prod(self.slowdowns)
+        self.busy_s += took_s
+        return took_s
+
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
-        noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
         shape = shape_of(plan)
-        step_s = self._latency.step_s(shape) * noise * math.prod(self.slowdowns)
+        step_s = self._takes_s(self._latency.step_s(shape))
         if self._learnt is not None and is_described(plan):
             # It hears of the step before it plans the next one.
             self._learnt.observe(shape, step_s)
-        self.busy_s += step_s
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):
             size = plan.layer_group_size or num_layers
@@ -278,6 +362,9 @@ class SimWorker:
         for output in outputs:
             if isinstance(output, TokensDecoded):
                 events.extend(output.events())
+            elif isinstance(output, ImagesNeeded | ImagesReleased):
+                assert self.images is not None
+                self.images.handle(output)
             elif isinstance(output, KvBlocksStored | KvBlocksRemoved):
                 kv_events.append(output)
             elif not self.transfers.handle(output):

@@ -103,6 +103,16 @@ class ClusterContract:
 
         _run(harness, scenario)
 
+    def test_resources_may_be_asked_for_where_nobody_adds_nodes(self, harness: ClusterHarness) -> None:
+        async def scenario() -> None:
+            cluster, worker = harness.connect(), harness.declare("contract-resources-0")
+            # More than there will ever be, then what there is.
+            for num in (1000, 1):
+                await cluster.request_resources([worker.resources] * num)
+            assert await _reports(cluster, worker) == []
+
+        _run(harness, scenario)
+
     def test_a_process_that_dies_by_itself_is_reported_with_the_reason(self, harness: ClusterHarness) -> None:
         async def scenario() -> None:
             cluster, worker = harness.connect(), harness.declare("contract-death-0")

@@ -1,5 +1,6 @@
 """Ray keeps the same promises, with real workers that load a tiny model."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -9,11 +10,11 @@ import grpc
 import pytest
 
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
-from orchestrator.runtime.cluster import RayCluster
+from orchestrator.runtime.cluster import RayCluster, bundle_of, forget_resources
 from orchestrator.runtime.control_loop import Cluster
 from protos import worker_pb2, worker_pb2_grpc
 from tests.contract.cluster_contract import ClusterContract, ClusterHarness
-from tests.support.local_ray import local_ray
+from tests.support.local_ray import local_ray, requested_resources
 from tests.support.tiny_model import write_tiny_gguf
 from workers.api import EngineConfig, KvTransferConfig, Phase, WorkerId
 
@@ -66,3 +67,13 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterHarness
 
 class TestRayCluster(ClusterContract):
     """The suite, on Ray."""
+
+    def test_the_last_request_is_what_the_autoscaler_finds(self, harness: ClusterHarness) -> None:
+        """There is no autoscaler here: what it would read is read instead."""
+        gpu = WorkerResources(num_cpus=2, num_gpus=1, memory_bytes=2**30)
+        cluster = harness.connect()
+        for workers in ([gpu] * 3, [gpu, WorkerResources(num_cpus=0.5)]):
+            asyncio.run(cluster.request_resources(workers))
+            assert requested_resources() == [bundle_of(one) for one in workers]
+        forget_resources()
+        assert requested_resources() == []

@@ -49,6 +49,9 @@ class RunningProcesses:
     async def stop(self, worker_id: WorkerId, incarnation: int, reason: str) -> None:
         raise AssertionError(f"nothing is to be stopped: {worker_id} {incarnation}: {reason}")
 
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        raise AssertionError("no worker is to be added")
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.control.auto_switch import Look
@@ -69,6 +70,9 @@ class FakeProcess:
     work: PhaseWork = NO_WORK
     first_step_s: float | None = None
     num_leases: int = 0
+    #: What it says of its process; nothing, if empty.
+    loaded: PhaseSet = frozenset()
+    takes_pictures: bool = False
     #: What it says when it is told to take other phases.
     refusal: PhasesRefused | None = None
 
@@ -104,6 +108,8 @@ class FakeProcess:
             phase_epoch=self.phase_epoch,
             first_step_s=self.first_step_s,
             num_leases=self.num_leases,
+            loaded=self.loaded,
+            takes_pictures=self.takes_pictures,
         )
 
 
@@ -163,6 +169,8 @@ class FakeCluster:
         self.broken: Exception | None = None
         self.broken_start: Exception | None = None
         self.stopped: list[tuple[WorkerId, int, str]] = []
+        #: What the autoscaler was told, each time.
+        self.requested: list[Sequence[WorkerResources]] = []
 
     async def list_processes(self) -> list[ProcessReport]:
         await self._answer()
@@ -179,6 +187,10 @@ class FakeCluster:
         await self._answer()
         self.stopped.append((worker_id, incarnation, reason))
         self.machines.stop((worker_id, incarnation))
+
+    async def request_resources(self, workers: Sequence[WorkerResources]) -> None:
+        await self._answer()
+        self.requested.append(workers)
 
     async def _answer(self) -> None:
         await asyncio.sleep(0)

@@ -1,18 +1,26 @@
 """A Ray cluster for a test module: started as `phasewise up` starts one, and joined by the test process."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # isort: off
 import orchestrator.runtime.ray_token  # noqa: F401 - must come before ray
 import ray
+from ray.experimental.internal_kv import _internal_kv_get
 # isort: on
 
 from orchestrator.runtime.cluster import NAMESPACE
 from orchestrator.runtime.head import end_process, start_head
 from orchestrator.runtime.local_head import NODE_ADDRESS
+
+
+def requested_resources() -> Any:
+    """What an autoscaler would read that it was last asked for."""
+    return json.loads(_internal_kv_get("autoscaler_resource_request") or "null")
 
 
 @contextmanager

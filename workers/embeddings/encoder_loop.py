@@ -57,6 +57,14 @@ class EncoderLoop:
         self.num_patches = 0
         #: Learns from each batch.
         self.latency = EncodeModel()
+        #: From when the worker took encode up to its first batch since then, in seconds; None until that.
+        self.first_batch_s: float | None = None
+        self._gained_at_s: float | None = None
+
+    def phases_changed(self, *, has_gained: bool) -> None:
+        """The worker serves other phases now. has_gained: and encode is new among them."""
+        self.first_batch_s = None
+        self._gained_at_s = time.perf_counter() if has_gained else None
 
     @property
     def num_waiting(self) -> int:
@@ -127,8 +135,11 @@ class EncoderLoop:
             elif not batch[0].done.done():
                 batch[0].done.set_exception(error)
             return
-        batch_s = time.perf_counter() - began_s
+        ended_s = time.perf_counter()
+        batch_s = ended_s - began_s
         self.num_batches += 1
+        if self._gained_at_s is not None:
+            self.first_batch_s, self._gained_at_s = ended_s - self._gained_at_s, None
         num_patches = sum(job.num_patches for job in batch)
         self.num_patches += num_patches
         if not any(job.reduction for job in batch):

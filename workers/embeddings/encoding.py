@@ -113,6 +113,8 @@ class Encoding:
         self.loop = EncoderLoop(tools.encoder, tools.patch_budget)
         self._pixel_bytes = ByteBudget(max_pixel_bytes)
         self._tasks: dict[RequestKey, asyncio.Task[None]] = {}
+        #: Tiles of those whose embeddings are not all here.
+        self._num_tiles: dict[RequestKey, int] = {}
         self._num_file_bytes = 0
         self._clock = asyncio.get_running_loop().time
         self.num_encoded_tiles = 0
@@ -122,6 +124,11 @@ class Encoding:
     def num_running(self) -> int:
         """Encodes that are not done."""
         return len(self._tasks)
+
+    @property
+    def num_tiles_left(self) -> int:
+        """Tiles of Encodes whose embeddings are not all here yet."""
+        return sum(self._num_tiles.values())
 
     def has(self, key: RequestKey) -> bool:
         """It is being done."""
@@ -135,6 +142,7 @@ class Encoding:
             return
         task = asyncio.create_task(self._run(encode, self._clock()))
         self._tasks[encode.key] = task
+        self._num_tiles[encode.key] = encode.tile_hi - encode.tile_lo
         self._num_file_bytes += len(encode.image)
         task.add_done_callback(lambda _: self._ended(encode))
 
@@ -158,6 +166,7 @@ class Encoding:
 
     def _ended(self, encode: Encode) -> None:
         del self._tasks[encode.key]
+        self._num_tiles.pop(encode.key, None)
         self._num_file_bytes -= len(encode.image)
 
     def _refusal(self, encode: Encode) -> tuple[FailureCode, str] | None:
@@ -198,6 +207,7 @@ class Encoding:
         self._host.need(encode.key, list(enumerate(work.tiles)), encode.cache_salt, work)
         try:
             await self._fill_all(work)
+            self._num_tiles.pop(encode.key, None)
             here = self._worker_id, self._host.incarnation
             if self._prefill_host is not None and (encode.prefill_worker, encode.prefill_incarnation) == here:
                 self._copy(work, self._prefill_host)

@@ -3,7 +3,8 @@
 A phase asks for so many workers: its work of a second over what one worker does in one. Workers that serve several phases go
 where they are needed, so of any phases S together no more can be done than the workers do that serve one of them, and that is the only
 limit (Hall's theorem, as a flow). The load of a shape is the largest of asked(S) / workers(S); goodput is what makes it 1. Workers are moved
-while that falls by enough to pay for the move.
+while that falls by enough to pay for the move: while they move they serve nothing, which is short where their process goes on, and long
+where another one has to load other weights.
 """
 
 from collections import Counter
@@ -11,7 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, combinations
 
-from orchestrator.control.policies.policy import ClusterLoad, Switch, Totals, WorkerLoad
+from orchestrator.control.policies.policy import (
+    FIRST_SWITCH_COST,
+    ClusterLoad,
+    Switch,
+    SwitchCost,
+    Totals,
+    WorkerLoad,
+)
 from orchestrator.control.slo import Slo
 from workers.api import Phase, PhaseSet
 from workers.step_cost import StepCost
@@ -24,11 +32,13 @@ SUBSETS: tuple[PhaseSet, ...] = tuple(
 
 @dataclass(frozen=True, slots=True)
 class PhaseSetsConfig:
-    """allowed: sets that a worker may serve. floors: workers that a phase keeps whatever happens.
+    """allowed: sets that a worker may serve. floors: workers that a phase keeps whatever happens, also while others move.
 
-    busy: load from which on a move is thought of. gain: part by which it must fall. memory_s: after which a rate that was seen counts for
-    a third. drain_s: in which a queue is to be worked off. cooldown_s: between moves. settle_s: after a move its effect is looked
-    at; one that did harm is taken back and not tried again for blocked_s. batch: part of all workers that one tick may move.
+    busy: load from which on a move is thought of. gain: part by which it must fall, on average over horizon_s, in whose first part those
+    that move serve nothing. memory_s: after which a rate that was seen counts for
+    a third. drain_s: in which a queue is to be worked off. cooldown_s: between moves, or as long as the last one took. settle_s: after a
+    move has been made its effect is looked at; one that did harm is taken back and not tried again for blocked_s. batch: part of all
+    workers that one tick may move.
     """
 
     slo: Slo
@@ -36,8 +46,10 @@ class PhaseSetsConfig:
     tile_s: float
     allowed: tuple[PhaseSet, ...]
     floors: Mapping[Phase, int] = field(default_factory=lambda: {Phase.PREFILL: 1, Phase.DECODE: 1})
+    switch_cost: SwitchCost = FIRST_SWITCH_COST
     busy: float = 0.7
     gain: float = 0.05
+    horizon_s: float = 30.0
     memory_s: float = 5.0
     drain_s: float = 4.0
     cooldown_s: float = 2.0
@@ -89,9 +101,10 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A move, and what was before it."""
+    """A move, and what was before it. at_s, totals: when it was asked for, then as of the last look at which it was not done yet."""
 
     move: _Move
+    begun_at_s: float
     at_s: float
     load: float
     met_before: float
@@ -110,10 +123,22 @@ class PhaseSets:
         self._last: _Done | None = None
         self._next_at_s = 0.0
         self._blocked: dict[_Move, float] = {}
+        #: As of the last look; None before there are two.
+        self.load: float | None = None
+        self._asked_for: tuple[Shape, Asked] | None = None
 
-    def learn(self, cost: StepCost) -> None:
-        """Steps take so long, as is known now."""
-        self._config = replace(self._config, cost=cost)
+    def one_more(self) -> PhaseSet | None:
+        """What a worker would serve that came now: after which the load were least. None before there are two looks."""
+        if self._asked_for is None:
+            return None
+        shape, asked = self._asked_for
+        present = frozenset[Phase]().union(*shape)
+        allowed = [one for one in self._config.allowed if one <= present]
+        return min(allowed, key=lambda one: load_of(Counter(shape) + Counter((one,)), asked), default=None)
+
+    def learn(self, cost: StepCost, tile_s: float, switch_cost: SwitchCost) -> None:
+        """Steps, pictures and switches take so long, as is known now."""
+        self._config = replace(self._config, cost=cost, tile_s=tile_s, switch_cost=switch_cost)
 
     def not_made(self, now_s: float) -> None:
         """The moves of the last tick were not made: they have no effect to look at, and are not wanted again soon."""
@@ -124,16 +149,27 @@ class PhaseSets:
     def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
         """The moves to make now."""
         asked = self._look(now_s, cluster)
-        if asked is None or now_s < self._next_at_s or any(one.is_switching for one in cluster.workers):
-            return ()
+        is_moving = any(one.is_switching for one in cluster.workers)
         shape = Counter(worker.phases for worker in cluster.workers)
-        load = load_of(shape, asked)
+        self._asked_for = None if asked is None else (shape, asked)
+        self.load = None if asked is None else load_of(shape, asked)
+        if is_moving and self._last is not None:
+            self._still_moving(now_s, self._last, cluster)
+        load = self.load
+        if asked is None or load is None or now_s < self._next_at_s or is_moving:
+            return ()
         undone = self._undo(now_s, cluster, load)
         if undone:
             return undone
         if load < self._config.busy:
             return ()
         return self._best(now_s, cluster, shape, asked, load)
+
+    def _still_moving(self, now_s: float, last: _Done, cluster: ClusterLoad) -> None:
+        """Its effect begins when it is done, and rest takes as long as it took."""
+        self._last = replace(last, at_s=now_s, totals=replace(cluster.totals))
+        rest_s = max(self._config.cooldown_s, now_s - last.begun_at_s)
+        self._next_at_s = max(self._next_at_s, now_s + rest_s)
 
     def _look(self, now_s: float, cluster: ClusterLoad) -> Asked | None:
         """Follow the rates; None at the first look, and while there are no workers."""
@@ -157,7 +193,7 @@ class PhaseSets:
     def _asked(self, workers: Iterable[WorkerLoad]) -> Asked:
         tiles = tokens = sequences = context = capacity = num = 0
         for worker in workers:
-            num += 1
+            num += worker.kv_capacity > 0
             capacity += worker.kv_capacity
             tiles += worker.encode_tiles
             tokens += worker.prefill_tokens
@@ -168,7 +204,8 @@ class PhaseSets:
         step_s = max(config.slo.tpot_s - cost.overhead_s, 1e-6)
         decode = (cost.decode_s * sequences + cost.context_s * context) / step_s
         # Their KV has to have its place as well.
-        decode = max(decode, context * num / capacity)
+        if capacity:
+            decode = max(decode, context * num / capacity)
         return Asked(
             self._encode + config.tile_s * tiles / config.drain_s,
             self._prefill + cost.token_s * tokens / config.drain_s,
@@ -180,33 +217,49 @@ class PhaseSets:
     ) -> Sequence[Switch]:
         """The move after which the load is least, of as many workers as make it so, within the batch."""
         most = max(1, int(self._config.batch * len(cluster.workers)))
+        processes = Counter((worker.phases, worker.loaded) for worker in cluster.workers)
         best, best_load = None, load * (1 - self._config.gain)
         for move in self._moves(now_s, shape):
             for num in {1, most}:
                 after = _after(shape, move, num)
-                if after is None or not self._keeps_floors(after):
+                if after is None:
                     continue
                 then = load_of(after, asked)
-                if then < best_load - 1e-9:
-                    best, best_load = (move, num), then
+                if then >= best_load - 1e-9:
+                    continue
+                is_new = _is_new(processes, move, num)
+                cost_s = self._config.switch_cost.of(needs_new_process=is_new)
+                meanwhile = _meanwhile(shape, move, num, is_new=is_new)
+                if not self._keeps_floors(meanwhile, shape):
+                    continue
+                part = min(1.0, cost_s / self._config.horizon_s)
+                mean = then + part * (load_of(meanwhile, asked) - then) if part else then
+                if mean < best_load - 1e-9:
+                    best, best_load = (move, num, then, is_new), mean
         if best is None:
             return ()
-        move, num = best
-        self._last = _Done(move, now_s, load, self._met, replace(cluster.totals))
+        move, num, then, is_new = best
+        self._last = _Done(move, now_s, now_s, load, self._met, replace(cluster.totals))
         self._next_at_s = now_s + self._config.cooldown_s
-        reason = f"load {load:.2f} would be {best_load:.2f}: encode {asked.encode:.1f}, prefill {asked.prefill:.1f}, decode {asked.decode:.1f} workers"
-        return _switches(cluster, move, num, reason, load / best_load)
+        reason = f"load {load:.2f} would be {then:.2f}: encode {asked.encode:.1f}, prefill {asked.prefill:.1f}, decode {asked.decode:.1f} workers"
+        return _switches(cluster, move, num, reason + self._how(is_new), load / best_load)
+
+    def _how(self, is_new: bool) -> str:
+        return f"; by a new process, in about {self._config.switch_cost.replace_s:.1f} s" if is_new else ""
 
     def _moves(self, now_s: float, shape: Shape) -> Iterable[_Move]:
+        """To phases that somebody serves: nobody asks for the others."""
+        present = frozenset[Phase]().union(*shape)
         for source in sorted(shape, key=sorted):
             for target in self._config.allowed:
                 move = _Move(source, target)
-                if target != source and self._blocked.get(move, 0.0) <= now_s:
+                if target != source and target <= present and self._blocked.get(move, 0.0) <= now_s:
                     yield move
 
-    def _keeps_floors(self, shape: Shape) -> bool:
+    def _keeps_floors(self, shape: Shape, before: Shape) -> bool:
+        """What is below its floor already does not become less."""
         return all(
-            sum(num for one, num in shape.items() if phase in one) >= floor
+            _serving(shape, phase) >= min(floor, _serving(before, phase))
             for phase, floor in self._config.floors.items()
         )
 
@@ -221,12 +274,19 @@ class PhaseSets:
         if load < last.load or met >= last.met_before - 0.05:
             return ()
         self._blocked[last.move] = now_s + self._config.blocked_s
-        after = _after(Counter(worker.phases for worker in cluster.workers), last.move.back, 1)
-        if after is None or not self._keeps_floors(after):
+        shape, back = Counter(worker.phases for worker in cluster.workers), last.move.back
+        if not shape[back.source]:
+            return ()
+        is_new = _is_new(Counter((worker.phases, worker.loaded) for worker in cluster.workers), back, 1)
+        if not self._keeps_floors(_meanwhile(shape, back, 1, is_new=is_new), shape):
             return ()
         self._next_at_s = now_s + self._config.cooldown_s
         reason = f"reversed: load {last.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {last.met_before:.0%}"
-        return _switches(cluster, last.move.back, 1, reason, 1.0)
+        return _switches(cluster, back, 1, reason + self._how(is_new), 1.0)
+
+
+def _serving(shape: Shape, phase: Phase) -> int:
+    return sum(num for phases, num in shape.items() if phase in phases)
 
 
 def _after(shape: Shape, move: _Move, num: int) -> Shape | None:
@@ -239,8 +299,32 @@ def _after(shape: Shape, move: _Move, num: int) -> Shape | None:
     return +after
 
 
+def _meanwhile(shape: Shape, move: _Move, num: int, *, is_new: bool) -> Shape:
+    """While they move they serve what they keep, and nothing where a new process comes."""
+    found = Counter(shape)
+    found[move.source] -= num
+    found[frozenset() if is_new else move.source & move.target] += num
+    return +found
+
+
+def _is_new(processes: Mapping[tuple[PhaseSet, PhaseSet], int], move: _Move, num: int) -> bool:
+    """Some of so many need a new process. processes: how many workers serve the one and have loaded the other."""
+    can = sum(
+        count
+        for (phases, loaded), count in processes.items()
+        if phases == move.source and move.target <= loaded
+    )
+    return can < num
+
+
 def _switches(cluster: ClusterLoad, move: _Move, num: int, reason: str, predicted: float) -> Sequence[Switch]:
-    """Of those that serve it, the ones with least to move or to wait for."""
+    """Of those that serve it, the ones whose processes can do it, then those with least to move or to wait for."""
     found = [worker for worker in cluster.workers if worker.phases == move.source]
-    found.sort(key=lambda w: (w.num_decoding + w.num_prefills, w.worker_id))
+    found.sort(
+        key=lambda w: (
+            not move.target <= w.loaded,
+            w.num_decoding + w.num_prefills + w.encode_tiles,
+            w.worker_id,
+        )
+    )
     return [Switch(worker.worker_id, move.target, reason, predicted) for worker in found[:num]]

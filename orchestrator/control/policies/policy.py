@@ -15,6 +15,8 @@ from orchestrator.control.slo import Slo
 from workers.api import Phase, PhaseSet, WorkerId
 from workers.step_choice import Head, Step
 
+ANY_PHASES = frozenset(Phase)
+
 
 @dataclass(slots=True)
 class WorkerLoad:
@@ -25,6 +27,7 @@ class WorkerLoad:
 
     worker_id: WorkerId
     phases: PhaseSet
+    #: Tokens whose KV it has room for; 0 on a worker that only encodes.
     kv_capacity: int
     #: Its phases are being changed: it takes nothing new.
     is_switching: bool = False
@@ -42,6 +45,8 @@ class WorkerLoad:
     kv_tokens: int = 0
     #: Steps in which sequences got a token, since it began.
     num_decode_steps: int = 0
+    #: Phases that its process can serve; for others a new one takes its place.
+    loaded: PhaseSet = ANY_PHASES
 
 
 @dataclass(slots=True)
@@ -51,6 +56,7 @@ class Totals:
     num_requests: int = 0
     #: Without those that were cached.
     prompt_tokens: int = 0
+    #: Of pictures, without those that somebody has encoded already.
     tiles: int = 0
     num_finished: int = 0
     #: Of the requests that have finished.
@@ -122,6 +128,24 @@ class Switch:
     phases: PhaseSet
     reason: str
     predicted: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchCost:
+    """From the beginning of a switch until the worker has the phases, in seconds, with and without a new process.
+
+    As long as nothing else is known: what benchmarks/control/role_switch.py measured on CPUs (docs/performance.md).
+    """
+
+    change_s: float = 0.1
+    replace_s: float = 9.0
+
+    def of(self, *, needs_new_process: bool) -> float:
+        """One of the two."""
+        return self.replace_s if needs_new_process else self.change_s
+
+
+FIRST_SWITCH_COST = SwitchCost()
 
 
 @dataclass(slots=True, eq=False)

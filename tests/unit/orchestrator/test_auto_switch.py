@@ -2,22 +2,35 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.control.auto_switch import ALLOWED, AutoSwitch
+from orchestrator.control.auto_switch import ALLOWED, AutoSwitch, allowed_sets, tile_seconds
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.policies.policy import Totals
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
-from workers.api import BlockCounts, Phase, PhaseSet, PhaseWork, WorkerId, WorkerState, WorkerStatus
+from workers.api import (
+    BlockCounts,
+    EmbeddingCounts,
+    Phase,
+    PhaseSet,
+    PhaseWork,
+    WorkerId,
+    WorkerState,
+    WorkerStatus,
+)
 from workers.latency_model import LatencyModel
+from workers.step_shape import EncodeCosts
 
 LEARNT = replace(
     LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False).costs(), num_steps=1000
 )
 SLO = Slo(1.0, 0.05)
 ALL = frozenset(Phase)
+E, P, D = (frozenset({phase}) for phase in Phase)
 SETS: tuple[PhaseSet, ...] = (*ALLOWED, frozenset({Phase.ENCODE}), ALL, frozenset())
 
 counts = st.integers(0, 1000)
@@ -61,14 +74,73 @@ def view(*workers: WorkerView) -> ClusterView:
 
 
 def auto(seen: ClusterView) -> AutoSwitch:
-    return AutoSwitch(SLO, {one.worker_id: 16 for one in seen.workers})
+    return AutoSwitch(SLO, {one.worker_id: 16 for one in seen.workers}, (one.phases for one in seen.workers))
 
 
-def test_workers_that_all_encode_too_are_left_as_they_are() -> None:
-    seen = view(worker(0, ALL), worker(1, ALL))
+ENCODE_COSTS = EncodeCosts(0.01, 1e-3, 100, 0.1, 1.2)
+#: A batch of two tiles of 50 patches each: 55 ms for each tile.
+ENCODED = EmbeddingCounts(num_tiles_encoded=200, num_batches=100, num_patches=10_000)
+
+
+def encoder(number: int, phases: PhaseSet, num_tiles: int = 0, *, has_learnt: bool = True) -> WorkerView:
+    found = worker(number, phases, work=PhaseWork(num_encodes=num_tiles, encode_tiles=num_tiles))
+    assert found.status is not None
+    costs = replace(ENCODE_COSTS, num_batches=100 if has_learnt else 3)
+    status = replace(found.status, encode_costs=costs, embeddings=ENCODED, loaded=phases)
+    return replace(found, status=status)
+
+
+def test_a_tile_costs_its_part_of_a_batch() -> None:
+    assert tile_seconds(view(worker(0, ALL))) is None
+    assert tile_seconds(view(encoder(0, ALL, has_learnt=False))) is None
+    assert tile_seconds(view(worker(0, ALL), encoder(1, ALL))) == pytest.approx(0.055)
+
+
+def test_encoders_are_left_as_they_are_until_pictures_have_told_what_they_cost() -> None:
+    def wanted(**more: bool) -> list[SwitchRequest]:
+        text = (replace_loaded(worker(i, P | D)) for i in range(1, 4))
+        seen = view(encoder(0, E, num_tiles=1000, **more), *text)
+        policy = auto(seen)
+        return [
+            one
+            for second in range(3)
+            for one in policy.tick(float(second), seen, Totals(second, tiles=second))
+        ]
+
+    assert not wanted(has_learnt=False)
+    [request] = wanted()
+    assert (request.worker_id, request.phases) == ("w1", E)
+    assert "by a new process, in about 9.0 s" in request.reason
+
+
+def replace_loaded(one: WorkerView) -> WorkerView:
+    assert one.status is not None
+    return replace(one, status=replace(one.status, loaded=one.phases))
+
+
+def test_what_was_learnt_of_pictures_outlives_the_process_that_learnt_it() -> None:
+    seen = view(encoder(0, E), worker(1, P | D), worker(2, P | D))
     policy = auto(seen)
-    for second in range(20):
-        assert not policy.tick(float(second), seen, Totals(10 * second, 40_000 * second))
+    policy.tick(0.0, seen, Totals(1, tiles=1))
+    seen = view(worker(0, E), worker(1, P | D), worker(2, P | D))
+    policy.tick(1.0, seen, Totals(2, tiles=2))
+    assert policy.last is not None
+    assert policy.last.tile_s == pytest.approx(0.055)
+    assert len(policy.last.load.workers) == 3
+
+
+def test_encode_is_served_beside_others_only_where_that_was_declared() -> None:
+    assert allowed_sets([E, P | D]) == ALLOWED
+    assert allowed_sets([E | P, ALL, E | P]) == (*ALLOWED, ALL, E | P)
+
+
+def test_prompts_get_an_encoder_that_has_nothing_to_do() -> None:
+    waiting = PhaseWork(num_prefills=50, prefill_tokens=500_000)
+    seen = view(encoder(0, E), encoder(1, E), worker(2, P | D, work=waiting))
+    policy = auto(seen)
+    assert not policy.tick(0.0, seen, Totals())
+    [request] = policy.tick(1.0, seen, Totals(10, 40_000))
+    assert (request.worker_id, request.phases) == ("w0", P | D)
 
 
 def test_a_cluster_without_a_ready_worker_is_waited_for() -> None:
@@ -94,6 +166,10 @@ def test_any_cluster_can_be_looked_at(
     for second, more in enumerate(arrivals):
         num += more
         for request in policy.tick(float(second), seen, Totals(num, 1000 * num, 0, num, 10 * num, num // 2)):
-            assert ready[request.worker_id].phases in ALLOWED
-            assert request.phases in ALLOWED
+            assert request.phases in allowed_sets(one[0] for one in declared)
+            # Nobody else has told of it: the last worker that is ready for a phase keeps it.
+            others = {
+                phase for one in ready.values() if one.worker_id != request.worker_id for phase in one.phases
+            }
+            assert ready[request.worker_id].phases - request.phases <= others
             assert request.phases != ready[request.worker_id].phases

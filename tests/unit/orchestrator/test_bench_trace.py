@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.bench.plan import plan_requests, prompt_token_ids, take_slice
+from orchestrator.bench.plan import Slice, plan_requests, prompt_token_ids, take_slice
 from orchestrator.bench.trace import Trace, TraceRow, read_trace
 from orchestrator.errors import GatewayUnreachable, TraceError
 
@@ -246,3 +246,46 @@ def test_prompts_depend_on_seed_and_row_and_stay_in_the_vocabulary() -> None:
     assert 0 <= min(prompt) < max(prompt) < 50
     # Written down, so that a change of the generator cannot pass unseen: results would not compare.
     assert prompt[:4] == [13, 40, 43, 36]
+
+
+# Pictures.
+
+
+def test_both_formats_may_say_how_many_pictures_a_request_has(tmp_path: Path) -> None:
+    azure, mooncake = tmp_path / "a.csv", tmp_path / "m.jsonl"
+    azure.write_text(
+        "TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00.1,3,700,5\n2024-10-15 00:00:01.0,0,7,5\n"
+    )
+    row = {"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [1, 2]}
+    mooncake.write_text(json.dumps({**row, "num_images": 3}) + "\n" + json.dumps(row) + "\n")
+    for path in (azure, mooncake):
+        rows = read_trace(path).rows
+        assert [one.num_images for one in rows] == [3, 0]
+        assert rows[0].prompt_tokens == 700
+
+
+@pytest.mark.parametrize("num", ["-1", "x", "1001", "1.5"])
+def test_a_number_of_pictures_that_is_none_is_said_with_its_line(tmp_path: Path, num: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"TIMESTAMP,NumImages,ContextTokens,GeneratedTokens\n2024-10-15 00:00:00.1,{num},700,5\n")
+    with pytest.raises(TraceError, match="NumImages is"):
+        read_trace(path)
+    path.write_text(
+        json.dumps(
+            {"timestamp": 0, "input_length": 7, "output_length": 5, "hash_ids": [1], "num_images": num}
+        )
+    )
+    with pytest.raises(TraceError, match="num_images is"):
+        read_trace(path)
+
+
+def test_a_prompt_has_room_for_its_pictures_and_pictures_have_room_in_the_context() -> None:
+    rows = (
+        TraceRow(1, 0.0, 100, 10, (), 2),
+        TraceRow(2, 1.0, 1000, 10, (), 2),
+        TraceRow(3, 2.0, 10, 10, (), 50),
+    )
+    part = Slice(rows, (0.0, 1.0, 2.0), 1.0)
+    planned = plan_requests(part, max_context_tokens=2000, image_tokens=192)
+    assert [(one.prompt_tokens, one.num_images) for one in planned] == [(385, 2), (1000, 2), (1921, 10)]
+    assert [one.num_images for one in plan_requests(part, max_context_tokens=2000)] == [0, 0, 0]

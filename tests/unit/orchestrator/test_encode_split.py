@@ -122,7 +122,7 @@ def test_known_tiles_keep_their_worker_among_others_of_the_picture() -> None:
 def test_workers_that_encode_alike_are_predicted_by_what_was_seen() -> None:
     memory, tiles = EncoderMemory(), _tiles(1, 1, 1)
     done = ImagesEncoded(RequestKey(RequestId("r"), 1), 3, 0, 192, 1, 0.0, 0.0, 192.0, 0.0)
-    memory.observe(E1.worker_id, [placed for _, placed in tiles], done)
+    memory.observe(E1.worker_id, [placed for _, placed in tiles], done, P0.worker_id)
     assert memory.patch_seconds(E1.worker_id) == memory.patch_seconds(E0.worker_id) == 0.25
 
 
@@ -165,3 +165,12 @@ def test_each_tile_is_in_one_run_of_one_picture(
         assert len({placed.file for placed in members}) == 1
         numbers = [placed.number for placed in members]
         assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+
+
+def test_an_encoder_from_which_embeddings_take_long_gets_fewer() -> None:
+    memory = EncoderMemory()
+    # 64 embeddings take as long as four tiles are encoded in.
+    memory.patch_s = dict.fromkeys((E0.worker_id, E1.worker_id), 1e-3)
+    tile_s = (256 + 16) * 1e-3
+    memory.move_s = {(E0.worker_id, P0.worker_id): 4 * tile_s / 64, (E1.worker_id, P0.worker_id): 0.0}
+    assert _load(_split(_view(E0, E1, P0), _tiles(*[1] * 10), memory=memory)) == {"e-0": 3, "e-1": 7}

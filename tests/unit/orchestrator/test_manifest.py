@@ -10,7 +10,13 @@ import yaml
 
 from orchestrator.control.declared import WorkerResources
 from orchestrator.errors import ManifestError
-from orchestrator.manifest.declare import gateway_config, thread_warnings, worker_specs
+from orchestrator.manifest.declare import (
+    extra_workers,
+    gateway_config,
+    scaling_of,
+    thread_warnings,
+    worker_specs,
+)
 from orchestrator.manifest.engine import Engine
 from orchestrator.manifest.fields import choices, keys_of
 from orchestrator.manifest.load import load, parse
@@ -482,3 +488,38 @@ def test_the_json_schema_has_the_keys_of_the_yaml() -> None:
     schema = Deployment.model_json_schema()
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["Engine"]["properties"]["kvCacheMiB"]["default"] == 512
+
+
+# Autoscaling.
+
+
+def autoscaled(role_switch: str = "on", **autoscale: Any) -> str:
+    controller = {"roleSwitch": role_switch, "autoscale": {"group": "text", "maxWorkers": 4, **autoscale}}
+    groups = [group("encode", "encode"), group("text", "prefill", "decode", replicas=2)]
+    return manifest(workers=groups, controller=controller)
+
+
+def test_workers_that_may_be_added_are_like_those_of_their_group() -> None:
+    deployment = parse(autoscaled(holdS=5))
+    assert [one.worker_id for one in worker_specs(deployment)] == ["encode-0", "text-0", "text-1"]
+    extra = extra_workers(deployment)
+    assert [one.worker_id for one in extra] == ["text-2", "text-3"]
+    assert extra[0].engine == worker_specs(deployment)[-1].engine
+    scaling = scaling_of(deployment)
+    assert scaling is not None
+    assert (scaling.extra, scaling.hold_s) == (("text-2", "text-3"), 5.0)
+    assert gateway_config(deployment).token_budgets.keys() >= {"text-3"}
+    assert scaling_of(parse(MINIMAL)) is None
+    assert extra_workers(parse(MINIMAL)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (autoscaled("dryRun"), "needs roleSwitch on"),
+        (autoscaled(group="nobody"), "groups are encode, text"),
+        (autoscaled(maxWorkers=1), "allowed: at least replicas of text = 2"),
+    ],
+)
+def test_what_cannot_be_scaled_is_said(text: str, problem: str) -> None:
+    assert problem in problems_of(text)[0]

@@ -403,3 +403,43 @@ def test_a_gateway_that_counts_anew_is_no_effect() -> None:
     world.tick(totals=Totals(num_finished=100, num_met=90))
     world.tick(wanted("d-1", P), totals=Totals(num_finished=2, num_met=1))
     assert world.switch.met_before is None
+
+
+def test_a_new_process_that_is_known_to_be_needed_is_not_asked_for_at_the_worker() -> None:
+    world = World(config_of(e_0=E, p_0=P | D, p_1=P | D))
+    for process in world.machines.processes.values():
+        process.loaded, process.takes_pictures = process.phases, True
+    world.process("p-1").work = PhaseWork(num_decodes=1)
+    world.tick()
+    found = forecast(world.plan.view, WorkerId("p-1"), E)
+    assert (found.needs_new_process, found.gives_up, found.about_s) == (True, P | D, 9.0)
+    # It would get more than it has, and nobody else does what it does meanwhile.
+    found = forecast(world.plan.view, WorkerId("e-0"), E | P)
+    assert found.needs_new_process
+    assert (
+        found.problem
+        == "no other worker that is ready serves encode; e-0 must keep it, and it would take a new process"
+    )
+    world.tick(wanted("p-1", E))
+    assert (world.switch.state, world.switch.needs_new_process) == (S.LEAVING, True)
+    assert world.worker("p-1").leaving == P | D
+    world.process("p-1").work = PhaseWork()
+    actions = [action for _ in range(6) for action in world.tick().actions]
+    assert not [one for one in actions if isinstance(one, SetPhases)]
+    assert (world.switch.state, world.worker("p-1").incarnation) == (S.CHANGED, 2)
+    assert world.switch.change_s is not None
+    # The next one is expected to take as long.
+    for process in world.machines.processes.values():
+        process.loaded, process.takes_pictures = process.phases, True
+    world.tick()
+    assert forecast(world.plan.view, WorkerId("p-1"), P).about_s == world.switch.change_s
+
+
+def test_a_model_without_pictures_gets_no_process_that_encodes() -> None:
+    world = World()
+    for process in world.machines.processes.values():
+        process.loaded = P | D
+    world.tick()
+    world.tick(wanted("d-1", E))
+    assert (world.switch.state, world.worker("d-1").phases) == (S.UNDONE, D)
+    assert "takes no pictures" in world.switch.reason

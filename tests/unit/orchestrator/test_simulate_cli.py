@@ -113,6 +113,51 @@ def test_the_shifting_trace_is_what_its_script_makes() -> None:
     assert "\n".join(made) + "\n" == (EXAMPLES / "shifting.csv").read_text()
 
 
+def with_pictures(tmp_path: Path, *, is_azure: bool) -> Path:
+    """Every second request of a trace has two."""
+    path = tmp_path / ("azure.csv" if is_azure else "mooncake.jsonl")
+    lines = ["TIMESTAMP,NumImages,ContextTokens,GeneratedTokens"] if is_azure else []
+    for i in range(20):
+        num = 2 * (i % 2)
+        if is_azure:
+            lines.append(f"2023-11-16 18:15:{i + 10}.0000000,{num},{900 + i},5")
+        else:
+            row = {"timestamp": 1000 * i, "input_length": 900, "output_length": 5, "hash_ids": [1, i + 2]}
+            lines.append(json.dumps({**row, "num_images": num} if num else row))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def pictures_manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "pictures.yaml"
+    text = (EXAMPLES / "one-and-one.yaml").read_text()
+    path.write_text(text.replace("phases: [prefill]", "phases: [encode, prefill]"))
+    assert "encode" in path.read_text()
+    return path
+
+
+@pytest.mark.parametrize("is_azure", [True, False])
+@pytest.mark.parametrize("mode", ["fine", "coarse"])
+def test_pictures_of_both_formats_are_simulated_in_both_modes(
+    is_azure: bool, mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, manifest = with_pictures(tmp_path, is_azure=is_azure), pictures_manifest(tmp_path)
+    texts = []
+    for name, more in (("a", ()), ("b", ()), ("c", ("--image-tiles", 1))):
+        path = tmp_path / name
+        arguments = ("--rate", 10, "--duration", 2, "--mode", mode, "--json", path, *more)
+        assert simulate(manifest, *arguments, trace=trace) == exit_codes.OK
+        texts.append(path.read_bytes())
+    assert texts[0] == texts[1] != texts[2]
+    (run,) = json.loads(texts[0])["runs"]
+    assert run["summary"]["num_finished"] == 20
+    capsys.readouterr()
+    assert (
+        simulate(EXAMPLES / "one-full.yaml", "--rate", 10, "--duration", 2, trace=trace) == exit_codes.USAGE
+    )
+    assert "has pictures, and no worker of" in capsys.readouterr().err
+
+
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     texts = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
@@ -128,7 +173,6 @@ def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("manifest", "arguments", "code", "said"),
     [
-        ("deploy/manifests/images.yaml", (), exit_codes.USAGE, "without the phase encode"),
         ("examples/simulate/missing.yaml", (), exit_codes.INVALID_MANIFEST, "missing.yaml"),
         (
             "examples/simulate/one-full.yaml",

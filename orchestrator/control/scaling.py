@@ -1,0 +1,213 @@
+"""How many workers there are beyond the declared ones: asked for when phase moves do not help, and taken back. Pure.
+
+The last lever of the `phasewise` policy. What the load is, and what one more worker would serve, is said by `policies.phase_sets`; a
+worker that goes is drained as in a switch of phases: what it serves goes elsewhere first, sequences with their KV.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from orchestrator.control.view import LifecycleState, ScaleState, ScaleView
+from orchestrator.control.worker_machine import WorkerMachine
+from workers.api import Phase, PhaseSet, WorkerId, WorkerStatus
+
+#: Decisions that are remembered.
+MAX_REMEMBERED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingConfig:
+    """extra: workers that may be added, in this order.
+
+    above: load from which more are asked for once it has lasted hold_s without a move of phases, so many that it would be `aim`. below: load
+    that one fewer would have, so that one is given back once that has lasted release_s. A worker that no node took for give_up_s is
+    not waited for any longer, and no other one asked for in the next blocked_s. drain_s: in which a worker that goes is to be empty.
+    """
+
+    extra: tuple[WorkerId, ...]
+    above: float = 1.0
+    aim: float = 0.7
+    below: float = 0.6
+    hold_s: float = 30.0
+    release_s: float = 120.0
+    give_up_s: float = 300.0
+    blocked_s: float = 600.0
+    drain_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the policy says in this tick: the load now, whether phases are being moved, and what one more worker would serve."""
+
+    load: float
+    is_moving: bool
+    one_more: PhaseSet
+    digest: str = ""
+
+
+@dataclass(slots=True)
+class Scaling:
+    """Of one deployment. The workers that it has added are those of the machines that are not declared."""
+
+    config: ScalingConfig
+    #: Workers that go, and since when.
+    retiring: dict[WorkerId, float] = field(default_factory=dict)
+    _asked_at_s: dict[WorkerId, float] = field(default_factory=dict)
+    _above_since_s: float | None = None
+    _below_since_s: float | None = None
+    _blocked_until_s: float = -math.inf
+    _views: list[ScaleView] = field(default_factory=list)
+    _num_decisions: int = 0
+
+    def views(self) -> tuple[ScaleView, ...]:
+        """The last decisions, in order."""
+        return tuple(self._views)
+
+    def adopt(self, worker_id: WorkerId, now_s: float) -> None:
+        """An earlier controller has added it."""
+        self._asked_at_s[worker_id] = now_s
+
+    def tick(
+        self,
+        now_s: float,
+        demand: Demand | None,
+        machines: Mapping[WorkerId, WorkerMachine],
+        served: Mapping[Phase, int],
+    ) -> tuple[WorkerId, ...]:
+        """Workers to add now; those that are to go are in `retiring`. served: how many ready workers can be used for each phase."""
+        added = [one for one in self.config.extra if one in machines]
+        placed = {
+            one for one in added if machines[one].address or machines[one].state is LifecycleState.READY
+        }
+        self._follow(now_s, added, placed)
+        if demand is None or demand.is_moving or self.retiring:
+            # Moves come first; their effect is waited for.
+            self._above_since_s = self._below_since_s = None
+            return ()
+        num_ready = sum(one.state is LifecycleState.READY for one in machines.values())
+        is_waiting = any(
+            machines[one].state in (LifecycleState.PENDING, LifecycleState.STARTING) for one in added
+        )
+        if self._has_lasted(now_s, demand.load > self.config.above and not is_waiting):
+            return self._add(now_s, demand, added, len(machines), num_ready)
+        lower = demand.load * num_ready / (num_ready - 1) if num_ready > 1 else math.inf
+        self._release_if_due(now_s, lower, demand, added, machines, served)
+        return ()
+
+    def gone(self, worker_id: WorkerId, reason: str, num_workers: int) -> None:
+        """It has been removed; num_workers: those that are left."""
+        self.retiring.pop(worker_id, None)
+        self._asked_at_s.pop(worker_id, None)
+        self._end(ScaleState.DONE, f"{worker_id} {reason}; {num_workers} workers are left")
+
+    def keeps(self, worker_id: WorkerId, reason: str) -> None:
+        """It was to go and stays."""
+        del self.retiring[worker_id]
+        self._end(ScaleState.UNDONE, reason)
+
+    def _follow(self, now_s: float, added: Sequence[WorkerId], placed: set[WorkerId]) -> None:
+        """Whether those that were asked for have come."""
+        late = [
+            one
+            for one in added
+            if one not in placed and now_s - self._asked_at_s.setdefault(one, now_s) >= self.config.give_up_s
+        ]
+        if late:
+            self._blocked_until_s = now_s + self.config.blocked_s
+            for one in late:
+                self.retiring.setdefault(one, now_s)
+            reason = f"no node took {', '.join(late)} in {self.config.give_up_s:g} s: is there an autoscaler, and may it add nodes?"
+            self._end(ScaleState.UNDONE, reason)
+        elif added and len(placed) == len(added) and self._is_growing:
+            self._end(ScaleState.DONE, "all of them have a node")
+
+    @property
+    def _is_growing(self) -> bool:
+        last = self._views[-1] if self._views else None
+        return last is not None and last.state is ScaleState.ASKED and last.num_wanted > last.num_before
+
+    def _has_lasted(self, now_s: float, is_above: bool) -> bool:
+        if not is_above or now_s < self._blocked_until_s:
+            self._above_since_s = None
+            return False
+        if self._above_since_s is None:
+            self._above_since_s = now_s
+        return now_s - self._above_since_s >= self.config.hold_s
+
+    def _add(
+        self, now_s: float, demand: Demand, added: Sequence[WorkerId], num_workers: int, num_ready: int
+    ) -> tuple[WorkerId, ...]:
+        self._above_since_s = None
+        free = [one for one in self.config.extra if one not in added]
+        missing = (
+            math.ceil(num_ready * demand.load / self.config.aim) - num_workers
+            if math.isfinite(demand.load)
+            else 1
+        )
+        new = tuple(free[: max(1, missing)])
+        reason = f"load {demand.load:.2f} for {self.config.hold_s:g} s, and no move of phases helps"
+        if not new:
+            self._blocked_until_s = now_s + self.config.blocked_s
+            self._decided(
+                now_s, num_workers, num_workers, f"{reason}; maxWorkers are there already", demand.digest
+            )
+            self._end(ScaleState.UNDONE, self._views[-1].reason)
+            return ()
+        for one in new:
+            self._asked_at_s[one] = now_s
+        self._decided(now_s, num_workers, num_workers + len(new), reason, demand.digest)
+        return new
+
+    def _release_if_due(
+        self,
+        now_s: float,
+        lower: float,
+        demand: Demand,
+        added: Sequence[WorkerId],
+        machines: Mapping[WorkerId, WorkerMachine],
+        served: Mapping[Phase, int],
+    ) -> None:
+        if not added or lower >= self.config.below:
+            self._below_since_s = None
+            return
+        if self._below_since_s is None:
+            self._below_since_s = now_s
+        if now_s - self._below_since_s < self.config.release_s:
+            return
+        # The last one first, unless nobody else serves what it does.
+        for one in reversed(added):
+            machine = machines[one]
+            phases = machine.status.phases if machine.status is not None else frozenset()
+            if machine.state is not LifecycleState.READY or all(served.get(phase, 0) > 1 for phase in phases):
+                self._below_since_s = None
+                self.retiring[one] = now_s
+                reason = f"one worker fewer would have load {lower:.2f}, for {self.config.release_s:g} s: {one} goes"
+                self._decided(now_s, len(machines), len(machines) - 1, reason, demand.digest)
+                return
+
+    def _decided(self, now_s: float, before: int, wanted: int, reason: str, digest: str) -> None:
+        self._num_decisions += 1
+        view = ScaleView(
+            f"scale-{self._num_decisions}-{now_s:.3f}",
+            now_s,
+            before,
+            wanted,
+            ScaleState.ASKED,
+            reason,
+            reason,
+            digest,
+        )
+        self._views.append(view)
+        del self._views[:-MAX_REMEMBERED]
+
+    def _end(self, state: ScaleState, reason: str) -> None:
+        if self._views and self._views[-1].state is ScaleState.ASKED:
+            self._views[-1] = replace(self._views[-1], state=state, reason=reason)
+
+
+def is_drained(machine: WorkerMachine, status: WorkerStatus | None, phases: PhaseSet) -> bool:
+    """Nothing is left there that somebody needs; nothing can be where no process is ready."""
+    if machine.state is not LifecycleState.READY:
+        return True
+    return status is not None and status.work.of(phases) == 0 and status.num_leases == 0
