@@ -30,8 +30,8 @@ from orchestrator.manifest.models import Deployment
 from orchestrator.plot.requests import requests_picture
 from orchestrator.plot.simulated import Course, Point, attainment_picture, phases_picture
 from orchestrator.sim import coarse_replay
+from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
-from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
 from workers.latency_model import LatencyModel
 

@@ -7,6 +7,7 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import ne
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, GatewayTimings, LoadResult, RequestRecord
@@ -24,9 +25,10 @@ from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
 from orchestrator.sim.faults import Fault
+from orchestrator.sim.leap import VOCAB_SIZE, tokens_of
 from orchestrator.sim.network import NetworkShape, SimNetwork
-from orchestrator.sim.timers import SimTimers
-from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
+from orchestrator.sim.timers import HeedfulTimers, SimTimers
+from orchestrator.sim.worker import WorkerWorld
 from workers.api import RequestId, SamplingParams, WorkerId
 from workers.block_hash import root_hash
 from workers.latency_model import LatencyModel
@@ -67,6 +69,8 @@ class SimConfig:
     message_s: float = 200e-6
     #: Workers tell of their prefix caches, and requests are routed by that.
     is_cache_told: bool = True
+    #: See orchestrator.sim.leap. Off, engine and gateway get each token at its time; nothing but num_events is another then.
+    is_leaping: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class Simulation:
             config.load_s,
             config.max_context_tokens,
             config.latency_of,
+            config.is_leaping,
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
         self.cluster = SimCluster(
@@ -117,9 +122,10 @@ class Simulation:
             slo=config.slo,
             switch_mode=config.switch_mode,
             totals=lambda: self.dispatcher.totals,
+            is_calm=lambda: not self.dispatcher.is_leaving,
         )
         self.dispatcher = Dispatcher(
-            self.timers,
+            HeedfulTimers(self.timers, self._read_leaps),
             self.cluster.make_links,
             max_waiting_requests=config.max_waiting_requests,
             max_running_requests=config.max_running_requests,
@@ -151,7 +157,8 @@ class Simulation:
             if self.dispatcher.num_failed > self._num_failed:
                 # Not all failures come with an event of a worker.
                 self._num_failed = self.dispatcher.num_failed
-                self._read_answers([one for one, client in self._clients.items() if client.request.is_failed])
+                failed = [one for one, client in self._clients.items() if client.request.is_failed]
+                self._read_answers(failed, ())
             if every and self.timers.num_events % every == 0:
                 self.check_invariants()
             if self.timers.num_events % 4096 == 0:
@@ -172,6 +179,7 @@ class Simulation:
 
     def check_invariants(self) -> None:
         """Of all that serves."""
+        self._read_leaps()
         self.dispatcher.check_invariants()
         self.cluster.check_invariants()
 
@@ -192,24 +200,29 @@ class Simulation:
             return
         self._clients[request_id] = _Client(index, planned, request, now_s)
 
-    def _read_answers(self, request_ids: Sequence[RequestId]) -> None:
-        for request_id in request_ids:
-            self._read_answer(request_id)
+    def _read_leaps(self) -> None:
+        assert self.cluster.links is not None
+        self.cluster.links.read_leaps()
 
-    def _read_answer(self, request_id: RequestId) -> None:
-        client = self._clients.get(request_id)
-        if client is None:
-            return
+    def _read_answers(self, request_ids: Sequence[RequestId], times_s: Sequence[float]) -> None:
+        for request_id in request_ids:
+            client = self._clients.get(request_id)
+            if client is not None:
+                self._read_answer(client, times_s)
+
+    def _read_answer(self, client: "_Client", times_s: Sequence[float]) -> None:
+        """times_s: when each of its new tokens came, if that was before now."""
         now_s = self.timers.time()
         while (news := client.request.take_now()) is not None:
             if isinstance(news, Fail):
                 self._end(client, news.kind.upper(), news.reason)
                 return
-            for position, token_id in enumerate(
-                news.token_ids, client.planned.prompt_tokens + len(client.times_s)
-            ):
-                self._num_wrong_tokens += token_id != token_of(request_id, position)
-            client.times_s += [now_s - client.arrived_at_s] * len(news.token_ids)
+            num_new, begin = len(news.token_ids), client.planned.prompt_tokens + len(client.times_s)
+            expected = tokens_of(client.request.request_id, begin, begin + num_new)
+            self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
+            came_s = times_s or [now_s] * num_new
+            assert len(came_s) == num_new
+            client.times_s += [at_s - client.arrived_at_s for at_s in came_s]
             if news.finish_reason is not None:
                 self._end(client, OK, "")
                 return

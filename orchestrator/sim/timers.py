@@ -67,3 +67,24 @@ class SimTimers:
             timer.callback(*timer.args)
             return True
         return False
+
+
+class HeedfulTimers:
+    """The same clock for somebody who heeds `before` before whatever it does at a time of its own. Implements gateway.links.Timers."""
+
+    def __init__(self, timers: SimTimers, before: Callable[[], None]) -> None:
+        self._timers = timers
+        self._before = before
+        self.time = timers.time
+
+    def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
+        """See SimTimers."""
+        return self._timers.call_at(when, self._call, callback, args)
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
+        """See SimTimers."""
+        return self.call_at(self._timers.time() + delay, callback, *args)
+
+    def _call(self, callback: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._before()
+        callback(*args)

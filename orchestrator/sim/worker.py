@@ -2,11 +2,13 @@
 
 import math
 import random
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from kvtransfer.layout import KvLayout
+from orchestrator.control.observation import ProcessKey
+from orchestrator.sim.leap import NUM_TOLD, Leap, tokens_of
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -33,7 +35,8 @@ from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_shape import ModelShape
 
-VOCAB_SIZE = 32_000
+#: Steps that are worth a leap.
+MIN_LEAP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,24 @@ class WorkerWorld:
     load_s: float
     max_context_tokens: int
     latency_of: Mapping[WorkerId, LatencyModel] = field(default_factory=dict)
+    #: Steps may be leaps.
+    is_leaping: bool = True
+
+
+class GatewayWay(Protocol):
+    """The way of a process to the gateway."""
+
+    def publish(self, process: "SimWorker", events: list[Event], kv_events: list[KvEvent]) -> None:
+        """It says this of requests now."""
+
+    def can_leap(self, process: "SimWorker") -> bool:
+        """Nobody at the gateway needs to know now which tokens have come from it."""
+
+    def begin_leap(self, process: "SimWorker", leap: Leap) -> None:
+        """Tokens of this leap will be told of by `leap_step`."""
+
+    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: Sequence[Output]) -> None:
+        """It sends the tokens of one more step now, and this beside them."""
 
 
 def layout_of(model: ModelShape, block_size: int) -> KvLayout:
@@ -65,7 +86,7 @@ def layout_of(model: ModelShape, block_size: int) -> KvLayout:
 class SimWorker:
     """A process, from its start to its end.
 
-    publish: told what it says of requests, when it says it. rng: for the noise of its steps alone.
+    rng: for the noise of its steps alone.
     """
 
     def __init__(
@@ -73,7 +94,7 @@ class SimWorker:
         spec: WorkerSpec,
         address: str,
         world: WorkerWorld,
-        publish: Callable[["SimWorker", list[Event], list[KvEvent]], None],
+        gateway: GatewayWay,
         rng: random.Random,
     ) -> None:
         self.spec = spec
@@ -91,7 +112,7 @@ class SimWorker:
         self.ended_at_s: float | None = None
         self._world = world
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
-        self._publish_events = publish
+        self._gateway = gateway
         self._rng = rng
         self._timers = world.timers
         self._ready_at_s = self._timers.time() + world.load_s
@@ -124,6 +145,15 @@ class SimWorker:
         self._is_busy = False
         self._paused_until_s = 0.0
         self._wake: SimTimer | None = None
+        #: The steps that it is in, if they are one; what they take, and until when nothing expires.
+        self._leap: Leap | None = None
+        self._leap_steps = self._latency.decode_steps(1)
+        self._leap_until_s = 0.0
+
+    @property
+    def key(self) -> ProcessKey:
+        """Names the process."""
+        return self.spec.worker_id, self.spec.incarnation
 
     @property
     def is_ready(self) -> bool:
@@ -134,6 +164,7 @@ class SimWorker:
         """What it answers when it is asked; None when it does not."""
         if not self.is_alive or self._timers.time() < self._paused_until_s:
             return None
+        self._catch_up()
         engine, spec = self.engine, self.spec
         return WorkerStatus(
             spec.worker_id,
@@ -158,6 +189,7 @@ class SimWorker:
         if phase_epoch < self._phase_epoch:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
         if phases != self.phases:
+            self._catch_up()
             problem = self.engine.set_phases(phases, self._timers.time())
             if problem is not None:
                 return PhasesRefused(problem, is_busy=True)
@@ -224,9 +256,9 @@ class SimWorker:
 
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
-        noise = self._rng.lognormvariate(0.0, world.noise) if world.noise else 1.0
-        step_s = self._latency.step_s(shape_of(plan)) * noise * math.prod(self.slowdowns)
-        self.busy_s += step_s
+        if self._begin_leap(plan):
+            return
+        step_s = self._spend(self._latency.step_s(shape_of(plan)))
         num_layers = world.model.num_layers
         if any(part.sequence.is_handed_off for part in plan.chunks):
             size = plan.layer_group_size or num_layers
@@ -234,6 +266,71 @@ class SimWorker:
                 hi = min(lo + size, num_layers)
                 timers.call_later(step_s * hi / num_layers, self._layers_done, plan, lo, hi)
         timers.call_later(step_s, self._step_done, plan)
+
+    def _spend(self, step_s: float) -> float:
+        """What a step takes that should take `step_s`."""
+        noise = self._rng.lognormvariate(0.0, self._world.noise) if self._world.noise else 1.0
+        step_s = step_s * noise * math.prod(self.slowdowns)
+        self.busy_s += step_s
+        return step_s
+
+    # Leaps.
+
+    def _begin_leap(self, plan: StepPlan) -> bool:
+        """Do this step, and those after it, as a leap, if that may be."""
+        if not self._world.is_leaping or plan.chunks or not self._gateway.can_leap(self):
+            return False
+        num_steps = self.engine.num_plain_steps(plan)
+        is_told = all(len(one.token_ids) >= one.num_prompt_tokens + NUM_TOLD for one in plan.decodes)
+        if num_steps < MIN_LEAP or not is_told:
+            return False
+        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size)
+        self._leap_steps = self._latency.decode_steps(len(plan.decodes))
+        self._leap_until_s = self.engine.next_deadline_s() or math.inf
+        self._gateway.begin_leap(self, leap)
+        self._timers.call_later(self._spend(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+        return True
+
+    def _leap_step(self, leap: Leap) -> None:
+        """A step of a leap has ended."""
+        if not self.is_alive or self._is_paused(self._leap_step, leap):
+            return
+        full = leap.full()
+        if (
+            self._mailbox
+            or leap.num_left == 0
+            or self._timers.time() >= self._leap_until_s
+            or self.engine.pool.num_available < len(full)
+            or not self._gateway.can_leap(self)
+        ):
+            self._catch_up()
+            self._leap = None
+            self._step_done(leap.plan)
+            return
+        leap.end_step()
+        self.num_steps += 1
+        if full:
+            self._fill_blocks(leap, full)
+        else:
+            self._gateway.leap_step(self, leap, [])
+        self._timers.call_later(self._spend(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+
+    def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
+        """These sequences have filled a block with the step that has just ended, and need another one for the next."""
+        for index in full:
+            self.engine.extend(leap.plan.decodes[index], leap.missing(index))
+        self._gateway.leap_step(self, leap, self.engine.take_outputs())
+        plan = self.engine.schedule(self._timers.time())
+        assert plan is not None
+        assert len(plan.decodes) == len(leap.plan.decodes)
+        leap.plan = plan
+        self._publish(self.engine.take_outputs())
+
+    def _catch_up(self) -> None:
+        """The engine gets what the steps of a leap have done so far."""
+        if self._leap is not None:
+            for index, sequence in enumerate(self._leap.plan.decodes):
+                self.engine.extend(sequence, self._leap.missing(index))
 
     def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
         """Whether it does nothing now; this is then called when it goes on."""
@@ -271,9 +368,9 @@ class SimWorker:
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
         if events or kv_events:
-            self._publish_events(self, events, kv_events)
+            self._gateway.publish(self, events, kv_events)
 
 
 def token_of(request_id: str, position: int) -> int:
     """The token of a request at a position, whoever computes it."""
-    return (zlib.crc32(request_id.encode()) + 7919 * position) % VOCAB_SIZE
+    return tokens_of(request_id, position, position + 1)[0]
