@@ -366,12 +366,19 @@ class BlockPool:
 
     def check_invariants(self) -> None:
         """Counts agree with holders, and the index with the blocks."""
+        # Pools are large, and most of their blocks are nobody's: those are counted, and the others looked at.
         total = len(self._num_sequences)
-        holders = list(zip(self._num_sequences, self._num_transfers, strict=True))
-        assert all(sequences >= 0 and transfers >= 0 for sequences, transfers in holders)
-        assert self._num_in_use == sum(sequences > 0 for sequences, _ in holders)
-        assert self._num_leased == sum(sequences == 0 < transfers for sequences, transfers in holders)
-        assert sorted([*self._free, *self._cached]) == [i for i in range(total) if holders[i] == (0, 0)]
+        used = [i for i, num in enumerate(self._num_sequences) if num]
+        sent = [i for i, num in enumerate(self._num_transfers) if num]
+        assert all(self._num_sequences[i] > 0 for i in used)
+        assert all(self._num_transfers[i] > 0 for i in sent)
+        held = {*used, *sent}
+        assert self._num_in_use == len(used)
+        assert self._num_leased == len(held) - len(used)
+        nobodys = {*self._free, *self._cached}
+        assert len(nobodys) == len(self._free) + len(self._cached) == total - len(held)
+        assert not nobodys & held
+        assert all(0 <= block_id < total for block_id in (min(nobodys, default=0), max(nobodys, default=0)))
         counts = self.counts()
         assert counts.free + counts.cached + counts.in_use + counts.leased == total, counts
         assert self._cached.keys() <= self._stored.keys()
