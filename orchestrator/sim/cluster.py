@@ -281,6 +281,8 @@ class SimCluster:
         self._on_view(plan.view)
         if not self._is_calm():
             self.links.read_on_time()
+            for process in self.living():
+                process.stop_leap()
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         for action in plan.actions:
             match action:
@@ -377,6 +379,7 @@ class SimCluster:
                 self._cut(process.address, others, fault.duration_s)
 
     def _cut(self, address: str, others: list[str], duration_s: float) -> None:
+        self._by_address[address].stop_leap()
         for other in others:
             self._world.network.cut(address, other)
             self.timers.call_later(duration_s, self._world.network.mend, address, other)

@@ -151,18 +151,19 @@ class Simulation:
         self.cluster.begin(self.dispatcher.update_view)
         latest_s = self._start_s + self._duration_s + self._config.timeout_s
         every = self._config.check_every
-        while len(self._records) < len(self._plan):
-            if not self.timers.run_next(latest_s + 60.0):
-                raise AssertionError(f"{len(self._plan) - len(self._records)} requests have no end")
-            if self.dispatcher.num_failed > self._num_failed:
+        timers, dispatcher, num_wanted = self.timers, self.dispatcher, len(self._plan)
+        while len(self._records) < num_wanted:
+            if not timers.run_next(latest_s + 60.0):
+                raise AssertionError(f"{num_wanted - len(self._records)} requests have no end")
+            if dispatcher.num_failed > self._num_failed:
                 # Not all failures come with an event of a worker.
-                self._num_failed = self.dispatcher.num_failed
+                self._num_failed = dispatcher.num_failed
                 failed = [one for one, client in self._clients.items() if client.request.is_failed]
                 self._read_answers(failed, ())
-            if every and self.timers.num_events % every == 0:
+            if every and timers.num_events % every == 0:
                 self.check_invariants()
-            if self.timers.num_events % 4096 == 0:
-                on_progress(len(self._records), len(self._plan))
+            if timers.num_events % 4096 == 0:
+                on_progress(len(self._records), num_wanted)
         self.check_invariants()
         now_s = self.timers.time()
         records = tuple(self._records[index] for index in range(len(self._plan)))

@@ -205,6 +205,7 @@ class SimWorker:
         """Hand a message to the engine; it hears it between two steps."""
         if self.is_alive:
             self._mailbox.append(message)
+            self.stop_leap()
             self._turn_soon()
 
     def pause(self, until_s: float) -> None:
@@ -278,7 +279,7 @@ class SimWorker:
 
     def _begin_leap(self, plan: StepPlan) -> bool:
         """Do this step, and those after it, as a leap, if that may be."""
-        if not self._world.is_leaping or plan.chunks or not self._gateway.can_leap(self):
+        if not self._world.is_leaping or plan.chunks or self._mailbox or not self._gateway.can_leap(self):
             return False
         num_steps = self.engine.num_plain_steps(plan)
         is_told = all(len(one.token_ids) >= one.num_prompt_tokens + NUM_TOLD for one in plan.decodes)
@@ -291,18 +292,18 @@ class SimWorker:
         self._timers.call_later(self._spend(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
         return True
 
+    def stop_leap(self) -> None:
+        """Its present step is the last one of its leap, if it is in one."""
+        if self._leap is not None:
+            self._leap.num_left = 0
+
     def _leap_step(self, leap: Leap) -> None:
         """A step of a leap has ended."""
-        if not self.is_alive or self._is_paused(self._leap_step, leap):
+        now_s, full = self._timers.time(), leap.full()
+        if not self.is_alive or (now_s < self._paused_until_s and self._is_paused(self._leap_step, leap)):
             return
-        full = leap.full()
-        if (
-            self._mailbox
-            or leap.num_left == 0
-            or self._timers.time() >= self._leap_until_s
-            or self.engine.pool.num_available < len(full)
-            or not self._gateway.can_leap(self)
-        ):
+        is_over = leap.num_left == 0 or now_s >= self._leap_until_s
+        if is_over or (full and self.engine.pool.num_available < len(full)):
             self._catch_up()
             self._leap = None
             self._step_done(leap.plan)
@@ -312,8 +313,9 @@ class SimWorker:
         if full:
             self._fill_blocks(leap, full)
         else:
-            self._gateway.leap_step(self, leap, [])
-        self._timers.call_later(self._spend(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+            self._gateway.leap_step(self, leap, ())
+        step_s = self._spend(self._leap_steps.step_s(leap.context))
+        self._timers.call_at(now_s + step_s, self._leap_step, leap)
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
         """These sequences have filled a block with the step that has just ended, and need another one for the next."""
