@@ -301,7 +301,9 @@ class RequestMachine:
         """
         if event.key.attempt in self.encodes.running:
             return self._encode_event(worker_id, event, now_s)
-        if self.is_over or event.key != self.key or worker_id not in self._holders:
+        key = event.key
+        is_ours = key.attempt == self.attempt and key.request_id == self.request_id
+        if self.is_over or not is_ours or worker_id not in self._holders:
             return []
         assert self.route is not None
         match event:
@@ -460,7 +462,12 @@ class RequestMachine:
             self._note_pause(worker_id, now_s)
         index, num_new = event.first_position - len(self.prompt_ids), len(event.token_ids)
         is_plain = not (event.logprobs or event.finish_reason or self._end or self._early)
-        if is_plain and num_new and index == len(self.delivered) and index + num_new < self.sampling.max_new_tokens:
+        if (
+            is_plain
+            and num_new
+            and index == len(self.delivered)
+            and index + num_new < self.sampling.max_new_tokens
+        ):
             # So it is with nearly all tokens.
             self.delivered += event.token_ids
             return [self._new_tokens(event.token_ids, index, now_s)]

@@ -18,7 +18,7 @@ from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.leap import Leap
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Event, KvEvent, PhasesRefused, RequestId
+from workers.api import Command, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
 from workers.engine.messages import Output
 
 GATEWAY = "gateway"
@@ -136,8 +136,10 @@ class SimLinks:
         request_ids = list(dict.fromkeys(event.key.request_id for event in events))
         # What these requests got before.
         for key, leaps in self._leaps.items():
-            if key == link.process.key or not all(one.request_ids.isdisjoint(request_ids) for one in leaps):
-                self._read(key)
+            for leap in leaps:
+                if key == link.process.key or not leap.request_ids.isdisjoint(request_ids):
+                    self._read(key)
+                    break
         self._listener.events_came(link, events)
         self.on_events(request_ids, ())
 
@@ -322,7 +324,7 @@ class SimCluster:
     def publish(self, process: SimWorker, events: list[Event], kv_events: list[KvEvent]) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        num_bytes = EVENT_BYTES * (len(events) + len(kv_events))
+        num_bytes = EVENT_BYTES * (len(events) + _num_told(kv_events))
         self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
 
     def can_leap(self, process: SimWorker) -> bool:
@@ -337,7 +339,7 @@ class SimCluster:
     def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[Output]) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        num_bytes = EVENT_BYTES * (len(leap.plan.decodes) + len(kv_events))
+        num_bytes = EVENT_BYTES * (len(leap.plan.decodes) + _num_told(kv_events))
         arrive_s = self._world.network.carry(process.address, GATEWAY, num_bytes)
         leap.arrivals_s.append(arrive_s)
         if kv_events:
@@ -383,3 +385,8 @@ class SimCluster:
         for other in others:
             self._world.network.cut(address, other)
             self.timers.call_later(duration_s, self._world.network.mend, address, other)
+
+
+def _num_told(events: Sequence[Output]) -> int:
+    """Each new block counts as an event, and blocks that are gone together as one."""
+    return sum(len(one.hashes) if isinstance(one, KvBlocksStored) else 1 for one in events)

@@ -8,8 +8,9 @@ holds is saved there in that moment, before its next holder can write to it.
 free + cached + in use + leased = total, always.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
@@ -329,8 +330,7 @@ class BlockPool:
         """The step has run: what was pending is computed."""
         if self._pending:
             if self._is_watched:
-                stored = [self._stored[block_id] for block_id in self._pending]
-                self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in stored)
+                self._events.extend(_chains(self._stored[block_id] for block_id in self._pending))
             self._pending.clear()
 
     def forget_pending(self) -> None:
@@ -368,24 +368,25 @@ class BlockPool:
         """Counts agree with holders, and the index with the blocks."""
         # Pools are large, and most of their blocks are nobody's: those are counted, and the others looked at.
         total = len(self._num_sequences)
-        used = [i for i, num in enumerate(self._num_sequences) if num]
-        sent = [i for i, num in enumerate(self._num_transfers) if num]
+        used = list(compress(range(total), self._num_sequences))
+        sent = list(compress(range(total), self._num_transfers))
         assert all(self._num_sequences[i] > 0 for i in used)
         assert all(self._num_transfers[i] > 0 for i in sent)
         held = {*used, *sent}
         assert self._num_in_use == len(used)
         assert self._num_leased == len(held) - len(used)
-        nobodys = {*self._free, *self._cached}
-        assert len(nobodys) == len(self._free) + len(self._cached) == total - len(held)
-        assert not nobodys & held
-        assert all(0 <= block_id < total for block_id in (min(nobodys, default=0), max(nobodys, default=0)))
-        counts = self.counts()
-        assert counts.free + counts.cached + counts.in_use + counts.leased == total, counts
-        assert self._cached.keys() <= self._stored.keys()
-        assert not self._stored.keys() & set(self._free)
-        assert self._by_hash == {one.hash: block_id for block_id, one in self._stored.items()}
-        children = {(one.parent, block_id) for block_id, one in self._stored.items()}
-        assert children == {(parent, i) for parent, those in self._children.items() for i in those}
+        free, cached, stored = set(self._free), self._cached.keys(), self._stored
+        assert len(free) == len(self._free) == total - len(held) - len(cached)
+        assert not free or (min(free) >= 0 and max(free) < total)
+        assert all(0 <= block_id < total for block_id in cached)
+        assert free.isdisjoint(held)
+        assert free.isdisjoint(stored)
+        assert held.isdisjoint(cached)
+        assert cached <= stored.keys()
+        assert self._by_hash == {one.hash: block_id for block_id, one in stored.items()}
+        assert all(block_id in self._children[one.parent] for block_id, one in stored.items())
+        assert all(self._children.values())
+        assert sum(map(len, self._children.values())) == len(stored)
         assert self._pending.keys() <= self._stored.keys()
         assert self._lossy <= self._stored.keys()
         if self._tier is not None:
@@ -457,6 +458,20 @@ class BlockPool:
         """A block of the pool holds it, and it is computed."""
         block_id = self._by_hash.get(name)
         return block_id is not None and block_id not in self._pending
+
+
+def _chains(blocks: Iterable[_Stored]) -> Iterator[KvBlocksStored]:
+    """One for all that follow on each other."""
+    first, names = b"", list[bytes]()
+    for block in blocks:
+        if names and block.parent != names[-1]:
+            yield KvBlocksStored(first, tuple(names))
+            names = []
+        if not names:
+            first = block.parent
+        names.append(block.hash)
+    if names:
+        yield KvBlocksStored(first, tuple(names))
 
 
 def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:
