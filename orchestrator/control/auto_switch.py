@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
@@ -42,13 +42,20 @@ class Look:
     @property
     def digest(self) -> str:
         """Names it among all looks."""
-        # A set has no order of its own.
-        parts = [
-            f"{phase_text(one.phases)}{asdict(replace(one, phases=frozenset()))!r}"
-            for one in self.load.workers
-        ]
+        parts = [_as_text(one) for one in self.load.workers]
         text = "|".join((*parts, repr(self.load.totals), repr(self.cost)))
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+_LOAD_FIELDS = tuple(one.name for one in fields(WorkerLoad))
+
+
+def _as_text(load: WorkerLoad) -> str:
+    """All that it says."""
+    told = {name: getattr(load, name) for name in _LOAD_FIELDS}
+    # A set has no order of its own.
+    told["phases"] = frozenset()
+    return f"{phase_text(load.phases)}{told!r}"
 
 
 class AutoSwitch:
