@@ -469,7 +469,8 @@ class Dispatcher:
         """Take a sample from where its machine's state says that it no longer is."""
         machine, request = sample.machine, sample.request
         sample.settle(self._ledger)
-        self._encoders.settle(sample)
+        if machine.images is not None:
+            self._encoders.settle(sample)
         if machine.state not in (RequestState.PREFILL, RequestState.DECODE):
             self._running.pop(machine.attempt, None)
         if not machine.is_over:

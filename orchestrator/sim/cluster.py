@@ -162,12 +162,13 @@ class SimLinks:
                 self._cluster.timers.call_at(at_s, self._read, key)
 
     def _read(self, key: ProcessKey) -> None:
-        link = self._links.get(key)
+        link, now_s = self._links.get(key), self._cluster.timers.time()
         for leap in self._leaps.get(key, ()):
-            events, times_s = leap.read(self._cluster.timers.time())
-            if events and link is not None and link.is_open:
-                self._listener.events_came(link, events, times_s[-1])
-                self.on_events([event.key.request_id for event in events], times_s)
+            while (found := leap.read(now_s))[0]:
+                events, times_s = found
+                if link is not None and link.is_open:
+                    self._listener.events_came(link, events, times_s[-1])
+                    self.on_events([event.key.request_id for event in events], times_s)
 
     def broke(self, process: SimWorker) -> None:
         """The process has ended."""

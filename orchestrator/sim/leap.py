@@ -12,15 +12,14 @@ from workers.api import TokensGenerated
 from workers.engine.scheduler import StepPlan
 
 VOCAB_SIZE = 32_000
-#: What the gateway notes of a request's second token is when it came, so that one is told of at once.
-NUM_TOLD = 2
 
 
 class Leap:
-    """plan: of its first step. num_steps: that may be done so. block_size: of the engine's blocks."""
+    """plan: of its first step. num_steps: that may be done so. block_size: of the engine's blocks. has_new: some sequence gets the first
+    token of its decode, of which the gateway notes when it came.
+    """
 
-    def __init__(self, plan: StepPlan, num_steps: int, block_size: int) -> None:
-        #: Of the present step; its sequences are those of all.
+    def __init__(self, plan: StepPlan, num_steps: int, block_size: int, *, has_new: bool) -> None:
         self.plan = plan
         self.request_ids = frozenset(one.key.request_id for one in plan.decodes)
         self.num_left = num_steps
@@ -30,6 +29,7 @@ class Leap:
         #: When the gateway gets the tokens of each step that is done.
         self.arrivals_s: list[float] = []
         self._num_read = 0
+        self._has_new = has_new
         self._block_size = block_size
         self._starts: list[int] = []
         #: By the number of a step modulo the size of a block: sequences of which a block is full with it.
@@ -67,8 +67,13 @@ class Leap:
         return tokens_of(sequence.key.request_id, len(sequence.token_ids), end)
 
     def read(self, now_s: float) -> tuple[list[TokensGenerated], list[float]]:
-        """What has come to the gateway by now since the last time: the tokens of each sequence, and when each came."""
+        """What has come to the gateway by now since the last time: the tokens of each sequence, and when each came.
+
+        To be called until there is none: those of a first step may come by themselves.
+        """
         first, end = self._num_read, bisect_right(self.arrivals_s, now_s)
+        if self._has_new and first == 0:
+            end = min(end, 1)
         self._num_read = end
         if first == end:
             return [], []

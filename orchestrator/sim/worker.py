@@ -2,13 +2,14 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
-from orchestrator.sim.leap import NUM_TOLD, Leap, tokens_of
+from orchestrator.sim.leap import Leap, tokens_of
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -30,6 +31,7 @@ from workers.engine.engine import Engine
 from workers.engine.messages import Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
+from workers.engine.sequence import Sequence
 from workers.engine.step_records import shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
@@ -73,7 +75,7 @@ class GatewayWay(Protocol):
     def begin_leap(self, process: "SimWorker", leap: Leap) -> None:
         """Tokens of this leap will be told of by `leap_step`."""
 
-    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: Sequence[Output]) -> None:
+    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[Output]) -> None:
         """It sends the tokens of one more step now, and this beside them."""
 
 
@@ -149,6 +151,8 @@ class SimWorker:
         self._leap: Leap | None = None
         self._leap_steps = self._latency.decode_steps(1)
         self._leap_until_s = 0.0
+        #: Those of the last step that was no leap's, or of the last leap.
+        self._decoded: frozenset[Sequence] = frozenset()
 
     @property
     def key(self) -> ProcessKey:
@@ -282,10 +286,10 @@ class SimWorker:
         if not self._world.is_leaping or plan.chunks or self._mailbox or not self._gateway.can_leap(self):
             return False
         num_steps = self.engine.num_plain_steps(plan)
-        is_told = all(len(one.token_ids) >= one.num_prompt_tokens + NUM_TOLD for one in plan.decodes)
-        if num_steps < MIN_LEAP or not is_told:
+        if num_steps < MIN_LEAP:
             return False
-        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size)
+        has_new = not self._decoded.issuperset(plan.decodes)
+        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, has_new=has_new)
         self._leap_steps = self._latency.decode_steps(len(plan.decodes))
         self._leap_until_s = self.engine.next_deadline_s() or math.inf
         self._gateway.begin_leap(self, leap)
@@ -319,14 +323,12 @@ class SimWorker:
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
         """These sequences have filled a block with the step that has just ended, and need another one for the next."""
+        engine, decodes = self.engine, leap.plan.decodes
         for index in full:
-            self.engine.extend(leap.plan.decodes[index], leap.missing(index))
-        self._gateway.leap_step(self, leap, self.engine.take_outputs())
-        plan = self.engine.schedule(self._timers.time())
-        assert plan is not None
-        assert len(plan.decodes) == len(leap.plan.decodes)
-        leap.plan = plan
-        self._publish(self.engine.take_outputs())
+            engine.extend(decodes[index], leap.missing(index))
+        self._gateway.leap_step(self, leap, engine.take_outputs())
+        engine.make_room([decodes[index] for index in full])
+        self._publish(engine.take_outputs())
 
     def _catch_up(self) -> None:
         """The engine gets what the steps of a leap have done so far."""
@@ -354,6 +356,7 @@ class SimWorker:
             if part.yields_token
         ]
         self.engine.complete(plan, StepResult(tokens), self._timers.time())
+        self._decoded = frozenset(plan.decodes)
         self.num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())

@@ -371,8 +371,13 @@ class Engine:
         return min(one.max_tokens - len(one.token_ids) - 1 for one in plan.decodes)
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences; blocks for more are taken by `schedule`."""
+        """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
         self._completion.extend(sequence, token_ids)
+
+    def make_room(self, sequences: list[Sequence]) -> None:
+        """Blocks for the next of those steps, of which there are enough, for sequences that have filled theirs."""
+        for sequence in sorted(sequences, key=lambda one: one.rank):
+            self._batch.grow(sequence, len(sequence.token_ids))
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
         """The step broke: each of its sequences fails, the others go on.

@@ -83,7 +83,7 @@ def test_what_is_told_late_ends_in_the_same_state(
         told += outputs_of(engine, KvBlocksStored, KvBlocksRemoved)
         if full:
             catch_up(late, full)
-            late.schedule(2.0)
+            late.make_room([late._batch.decodes[i] for i in full])
             told_late += outputs_of(late)
         caught_up = copy.deepcopy(late)
         catch_up(caught_up, range(len(starts)))
