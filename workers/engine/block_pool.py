@@ -75,7 +75,8 @@ class BlockPool:
         #: In the index already, but computed by the step that is being planned or run.
         self._pending: dict[int, None] = {}
         self._is_watched = False
-        self._events: list[KvBlocksStored | KvBlocksRemoved] = []
+        #: What has not been told yet, in order; each new block by itself.
+        self._events: list[_Stored | KvBlocksStored | KvBlocksRemoved] = []
 
     @property
     def num_available(self) -> int:
@@ -323,14 +324,14 @@ class BlockPool:
         if is_pending:
             self._pending[block_id] = None
         elif self._is_watched:
-            self._events.append(KvBlocksStored(parent, (name,)))
+            self._events.append(self._stored[block_id])
         return True
 
     def settle(self) -> None:
         """The step has run: what was pending is computed."""
         if self._pending:
             if self._is_watched:
-                self._events.extend(_chains(self._stored[block_id] for block_id in self._pending))
+                self._events.extend(self._stored[block_id] for block_id in self._pending)
             self._pending.clear()
 
     def forget_pending(self) -> None:
@@ -358,9 +359,11 @@ class BlockPool:
         )
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
-        """Changes of the index since the last call, in order."""
+        """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
+        if not self._events:
+            return []
         events, self._events = self._events, []
-        return events
+        return list(_told(events))
 
     # Checks.
 
@@ -460,16 +463,21 @@ class BlockPool:
         return block_id is not None and block_id not in self._pending
 
 
-def _chains(blocks: Iterable[_Stored]) -> Iterator[KvBlocksStored]:
-    """One for all that follow on each other."""
+def _told(
+    events: Iterable[_Stored | KvBlocksStored | KvBlocksRemoved],
+) -> Iterator[KvBlocksStored | KvBlocksRemoved]:
+    """One event for all blocks that follow on each other."""
     first, names = b"", list[bytes]()
-    for block in blocks:
-        if names and block.parent != names[-1]:
+    for event in events:
+        if names and not (isinstance(event, _Stored) and event.parent == names[-1]):
             yield KvBlocksStored(first, tuple(names))
             names = []
+        if not isinstance(event, _Stored):
+            yield event
+            continue
         if not names:
-            first = block.parent
-        names.append(block.hash)
+            first = event.parent
+        names.append(event.hash)
     if names:
         yield KvBlocksStored(first, tuple(names))
 
