@@ -42,6 +42,8 @@ FIRST_BATCH_S, FIRST_PATCH_S = 1e-3, 1e-3
 ENCODE_PRIOR_DEVIATION = (10.0, 10.0)
 
 Vector = npt.NDArray[np.float64]
+#: Seconds of a prediction, one for each factor.
+Parts = tuple[float, ...]
 
 
 def rate_at(share: float, curve: Curve) -> float:
@@ -57,13 +59,13 @@ def roofline(
     share: float = 1.0,
     *,
     is_contended: bool = False,
-) -> Vector:
-    """[4] float64: what c0 to c3 are multiplied with, in seconds; zeros for no step.
+) -> Parts:
+    """What c0 to c3 are multiplied with, in seconds; zeros for no step.
 
     share: of the SMs, 0 < share <= 1. is_contended: another stream computes on the others.
     """
     if shape.num_tokens == 0:
-        return np.zeros(4)
+        return 0.0, 0.0, 0.0, 0.0
     compute, memory = 1.0, 1.0
     if share < 1.0:
         compute, memory = rate_at(share, device.compute_curve), rate_at(share, device.memory_curve)
@@ -80,8 +82,8 @@ def roofline(
     )
     prefilling_s = shape.prefill_pairs * model.pair_flops / attention_flops_per_s
     if device.is_reading_hidden:
-        return np.array([device.step_overhead_s, max(computing_s, reading_s), decoding_s, prefilling_s])
-    return np.array([device.step_overhead_s + reading_s, computing_s, decoding_s, prefilling_s])
+        return device.step_overhead_s, max(computing_s, reading_s), decoding_s, prefilling_s
+    return device.step_overhead_s + reading_s, computing_s, decoding_s, prefilling_s
 
 
 class Factors:
@@ -96,29 +98,33 @@ class Factors:
         self.mean_error: float | None = None
         #: What is measured is more than predicted times this in about a tenth of all cases.
         self.upper_ratio = 1.0
-        self.values: Vector = np.ones(len(deviation))
+        #: Plain numbers: arrays of four cost more than what is computed with them.
+        self.values: Parts = (1.0,) * len(deviation)
         #: What the prior weighs, beside one for each thing that was seen.
         self._prior: Vector = NOISE_VARIANCE / np.square(np.array(deviation))
         self._products: Vector = np.zeros((len(deviation), len(deviation)))
         self._targets: Vector = np.zeros(len(deviation))
         self._is_learning = is_learning
 
-    def predict_s(self, row: Vector) -> float:
+    def predict_s(self, parts: Parts) -> float:
         """Seconds."""
-        return max(0.0, float(self.values @ row))
+        total_s = 0.0
+        for factor, part_s in zip(self.values, parts, strict=True):
+            total_s += factor * part_s
+        return max(0.0, total_s)
 
-    def observe(self, row: Vector, measured_s: float) -> None:
+    def observe(self, parts: Parts, measured_s: float) -> None:
         """What has these parts took so long."""
-        predicted_s = max(float(self.values @ row), 1e-9)
+        predicted_s = max(self.predict_s(parts), 1e-9)
         ratio = min(max(measured_s / predicted_s, 1 / MAX_RATIO), MAX_RATIO)
         self._note_error(ratio)
         if self._is_learning:
             # Each counts alike, long or short, as a part of what was predicted: then the factors give the mean. What is far off,
             # at the start or once, is a part of itself, or it would count for more than all others.
             if 1 / FAR_RATIO < ratio < FAR_RATIO:
-                self._learn(row / predicted_s, ratio)
+                self._learn(np.array(parts) / predicted_s, ratio)
             else:
-                self._learn(row / (ratio * predicted_s), 1.0)
+                self._learn(np.array(parts) / (ratio * predicted_s), 1.0)
 
     def _note_error(self, ratio: float) -> None:
         self.num_observed += 1
@@ -135,7 +141,7 @@ class Factors:
         forgetting = 1 - 1 / MEMORY_STEPS
         self._products = self._products * forgetting + row[:, None] * row
         self._targets = self._targets * forgetting + row * target
-        self.values = self._solve()
+        self.values = tuple(self._solve().tolist())
 
     def _solve(self) -> Vector:
         """Least squares with the prior. Who would be negative is 0, and the others are found without it."""
@@ -162,7 +168,7 @@ class LatencyModel:
         """As it was when it told these. It learns no more."""
         found = cls(costs.model, costs.device, is_learning=False)
         factors = found._factors
-        factors.values = np.array(costs.factors)
+        factors.values = costs.factors
         factors.num_observed, factors.mean_error = costs.num_steps, costs.mean_error
         factors.upper_ratio = costs.upper_ratio
         return found
@@ -177,7 +183,7 @@ class LatencyModel:
     @property
     def factors(self) -> tuple[float, ...]:
         """c0 to c3."""
-        return tuple(self._factors.values.tolist())
+        return self._factors.values
 
     @property
     def num_observed(self) -> int:
@@ -193,6 +199,10 @@ class LatencyModel:
     def upper_ratio(self) -> float:
         """See StepCosts."""
         return self._factors.upper_ratio
+
+    def decode_steps(self, num_decodes: int) -> "DecodeSteps":
+        """Steps of so many decodes, as it predicts now."""
+        return DecodeSteps(roofline(StepShape(num_decodes), self.model, self.device), self)
 
     def step_s(self, shape: StepShape, share: float = 1.0) -> float:
         """Seconds, alone on the device; 0 for no step."""
@@ -216,8 +226,8 @@ class LatencyModel:
             return self.step_s(shape, share)
         if share >= 1.0:
             return self.step_s(shape) * self.device.contention.sliced
-        row = roofline(shape, self.model, self.device, share, is_contended=True)
-        return self._factors.predict_s(row)
+        parts = roofline(shape, self.model, self.device, share, is_contended=True)
+        return self._factors.predict_s(parts)
 
     def upper_stream_s(self, shape: StepShape, share: float, beside: StepShape | None) -> float:
         """What a tenth of all such steps takes longer than, in seconds."""
@@ -235,6 +245,24 @@ class LatencyModel:
             self._factors.observe(roofline(shape, self.model, self.device), measured_s)
 
 
+class DecodeSteps:
+    """Steps of one batch of decodes, whose context alone changes: what `step_s` says, to the last bit."""
+
+    def __init__(self, empty: Parts, latency: LatencyModel) -> None:
+        """empty: of such a step without any context."""
+        (c0, c1, self._factor, _), model, device = latency.factors, latency.model, latency.device
+        self._fixed_s = c0 * empty[0] + c1 * empty[1]
+        self._kv_token_bytes, self._bytes_per_s = model.kv_token_bytes, device.bytes_per_s
+        self._pair_flops, self._flops_per_s = model.pair_flops, device.attention_flops_per_s
+
+    def step_s(self, context: int) -> float:
+        """Seconds, with so many tokens of context over all of them."""
+        decoding_s = max(
+            context * self._kv_token_bytes / self._bytes_per_s, context * self._pair_flops / self._flops_per_s
+        )
+        return max(0.0, self._fixed_s + self._factor * decoding_s)
+
+
 class EncodeModel:
     """The same for batches of pictures, whose time is a line through their patches."""
 
@@ -243,19 +271,25 @@ class EncodeModel:
 
     def encode_s(self, num_patches: int) -> float:
         """Seconds of a batch."""
-        return self._factors.predict_s(_encode_row(num_patches))
+        return self._factors.predict_s(_encode_parts(num_patches))
 
     def observe(self, num_patches: int, measured_s: float) -> None:
         """A batch took so long."""
         if measured_s > 0 and num_patches > 0:
-            self._factors.observe(_encode_row(num_patches), measured_s)
+            self._factors.observe(_encode_parts(num_patches), measured_s)
 
     def costs(self) -> EncodeCosts:
         """All of it, as of now."""
         found = self._factors
-        batch_s, patch_s = (found.values * (FIRST_BATCH_S, FIRST_PATCH_S)).tolist()
-        return EncodeCosts(batch_s, patch_s, found.num_observed, found.mean_error, found.upper_ratio)
+        batch, patch = found.values
+        return EncodeCosts(
+            batch * FIRST_BATCH_S,
+            patch * FIRST_PATCH_S,
+            found.num_observed,
+            found.mean_error,
+            found.upper_ratio,
+        )
 
 
-def _encode_row(num_patches: int) -> Vector:
-    return np.array([FIRST_BATCH_S, FIRST_PATCH_S * num_patches])
+def _encode_parts(num_patches: int) -> Parts:
+    return FIRST_BATCH_S, FIRST_PATCH_S * num_patches

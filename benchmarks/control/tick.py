@@ -3,10 +3,11 @@
     python benchmarks/control/tick.py [--quick] [--json FILE]
 
 All workers are ready and busy, as many prefill as decode, and the controller switches by itself. Processor time of `decide`, without the looking
-and telling around it.
+and telling around it; collections of garbage in between are in it, and look past what was there at the beginning, as in the controller's process.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -67,6 +68,8 @@ def measure(num_workers: int, num_ticks: int) -> dict[str, float]:
     }
     state = recover(None, reports, config, 0.0)
     took_ms = []
+    gc.collect()
+    gc.freeze()
     for i in range(num_ticks):
         totals = Totals(100 * i, 100_000 * i, 0, 100 * i, 20_000 * i, 90 * i)
         observation = Observation(reports, statuses, GatewayNews((), totals))

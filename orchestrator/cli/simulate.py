@@ -31,9 +31,9 @@ from orchestrator.plot.requests import requests_picture
 from orchestrator.plot.simulated import Course, Point, attainment_picture, phases_picture
 from orchestrator.sim import coarse_replay
 from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
+from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
-from orchestrator.sim.worker import VOCAB_SIZE
 from workers.api import Phase
 from workers.latency_model import LatencyModel
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
@@ -57,15 +57,20 @@ class Look:
     @property
     def digest(self) -> str:
         """Names it among all looks."""
-        # A set has no order of its own.
-        parts = [
-            f"{phase_text(one.phases)}/{phase_text(one.loaded)}"
-            f"{asdict(replace(one, phases=frozenset(), loaded=frozenset()))!r}"
-            for one in self.load.workers
-        ]
         others = (self.load.totals, self.cost, self.tile_s, self.switch_cost)
-        text = "|".join((*parts, *map(repr, others)))
+        text = "|".join((*map(_as_text, self.load.workers), *map(repr, others)))
         return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+_LOAD_FIELDS = tuple(one.name for one in fields(WorkerLoad))
+
+
+def _as_text(load: WorkerLoad) -> str:
+    """All that it says."""
+    told = {name: getattr(load, name) for name in _LOAD_FIELDS}
+    # A set has no order of its own.
+    told["phases"] = told["loaded"] = frozenset()
+    return f"{phase_text(load.phases)}/{phase_text(load.loaded)}{told!r}"
 
 
 class AutoSwitch:

@@ -269,11 +269,20 @@ def _begin_switches(
 
 def _follow_processes(machine: WorkerMachine, reports: list[ProcessReport], now_s: float) -> None:
     """Tell the machine what the cluster says of its processes."""
-    ended = {report.incarnation: report.exit_reason for report in reports if report.exit_reason is not None}
-    alive = {report.incarnation: report for report in reports if report.incarnation not in ended}
+    if len(reports) == 1 and reports[0].incarnation == machine.incarnation and reports[0].exit_reason is None:
+        # So it is with nearly all of them.
+        machine.is_listed = True
+        _follow_placement(machine, reports[0], now_s)
+        return
+    ended: dict[int, str] = {}
+    alive: dict[int, ProcessReport] = {}
     for report in reports:
         machine.saw_incarnation(report.incarnation)
-    newest = max(alive, default=0)
+        if report.exit_reason is None:
+            alive[report.incarnation] = report
+        else:
+            ended[report.incarnation] = report.exit_reason
+    newest = max(alive.keys() - ended.keys() if ended else alive, default=0)
     if newest > machine.incarnation:
         machine.adopt(newest, f"incarnation {newest} was started by somebody else", now_s)
 
@@ -333,7 +342,7 @@ def _follow_status(
 def _start_if_due(
     machine: WorkerMachine, declared: DeclaredWorker, phases: PhaseSet, now_s: float
 ) -> StartWorker | None:
-    if now_s >= machine.retry_at_s:
+    if not machine.wants_process and now_s >= machine.retry_at_s:
         machine.handle(WorkerEvent.RETRY_DUE, f"starts again: {machine.reason}", now_s)
     if machine.state is not LifecycleState.PENDING:
         return None
@@ -347,9 +356,10 @@ def _stop_unwanted(
     """Stop every living process but the newest, wanted one of each declared worker."""
     unwanted: dict[ProcessKey, str] = {}
     for report in processes:
-        why = _why_unwanted(report, state.machines.get(report.worker_id))
-        if report.is_alive and why is not None:
-            unwanted[report.key] = why
+        if report.exit_reason is None:
+            why = _why_unwanted(report, state.machines.get(report.worker_id))
+            if why is not None:
+                unwanted[report.key] = why
     asked_at_s = {key: at_s for key, at_s in state.stops_asked_at_s.items() if key in unwanted}
     due = [key for key in unwanted if now_s - asked_at_s.get(key, -math.inf) >= STOP_RETRY_S]
     state.stops_asked_at_s = asked_at_s | dict.fromkeys(due, now_s)
@@ -387,13 +397,13 @@ def _worker_view(machine: WorkerMachine, phases: PhaseSet, leaving: PhaseSet) ->
     # A ready worker that missed the last look is still used; the view says how old its status is.
     is_silent = machine.state is LifecycleState.READY and machine.silent_s > 0
     return WorkerView(
-        worker_id=machine.worker_id,
-        incarnation=machine.incarnation,
-        phases=phases,
-        state=machine.state,
-        address=machine.address,
-        reason=f"silent for {machine.silent_s:.1f} s" if is_silent else machine.reason,
-        num_restarts=machine.num_restarts,
-        status=machine.status,
-        leaving=leaving,
+        machine.worker_id,
+        machine.incarnation,
+        phases,
+        machine.state,
+        machine.address,
+        f"silent for {machine.silent_s:.1f} s" if is_silent else machine.reason,
+        machine.num_restarts,
+        machine.status,
+        leaving,
     )

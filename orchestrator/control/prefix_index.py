@@ -105,13 +105,14 @@ class PrefixIndex:
         for key, block_size in self._block_sizes.items():
             lefts[block_size] = lefts.get(block_size, 0) | self._bits[key]
         for block_size, left in lefts.items():
-            num_tokens = 0
+            num_tokens, have = 0, self._have
             for name in chain.hashes(block_size):
-                still = left & self._have.get(name, 0)
-                self._note(found, left & ~still, num_tokens)
-                left = still
-                if not left:
-                    break
+                still = left & have.get(name, 0)
+                if still != left:
+                    self._note(found, left & ~still, num_tokens)
+                    left = still
+                    if not left:
+                        break
                 num_tokens += block_size
             self._note(found, left, num_tokens)
         return found

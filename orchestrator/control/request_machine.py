@@ -312,7 +312,9 @@ class RequestMachine:
         """
         if event.key.attempt in self.encodes.running:
             return self._encode_event(worker_id, event, now_s)
-        if self.is_over or event.key != self.key or worker_id not in self._holders:
+        key = event.key
+        is_ours = key.attempt == self.attempt and key.request_id == self.request_id
+        if self.is_over or not is_ours or worker_id not in self._holders:
             return []
         assert self.route is not None
         match event:
@@ -472,13 +474,23 @@ class RequestMachine:
         if self.migrations:
             self._note_pause(worker_id, now_s)
         self._note_kv(worker_id)
-        index = event.first_position - len(self.prompt_ids)
+        index, num_new = event.first_position - len(self.prompt_ids), len(event.token_ids)
+        is_plain = not (event.logprobs or event.finish_reason or self._end or self._early)
+        if (
+            is_plain
+            and num_new
+            and index == len(self.delivered)
+            and index + num_new < self.sampling.max_new_tokens
+        ):
+            # So it is with nearly all tokens.
+            self.delivered += event.token_ids
+            return [self._new_tokens(event.token_ids, index, now_s)]
         for i, token_id in enumerate(event.token_ids, start=index):
             if len(self.delivered) <= i < self.sampling.max_new_tokens:
                 logprobs = event.logprobs[i - index] if event.logprobs else None
                 self._early.setdefault(i, (token_id, logprobs))
         if event.finish_reason is not None:
-            end = min(index + len(event.token_ids), self.sampling.max_new_tokens)
+            end = min(index + num_new, self.sampling.max_new_tokens)
             self._end = (end, event.finish_reason)
             self._holders.discard(worker_id)
             if self._moving_from is not None and self._moving_from.worker_id == worker_id:
@@ -512,23 +524,31 @@ class RequestMachine:
             if logprobs is not None:
                 found.append(logprobs)
         new = tuple(self.delivered[first_index:])
-        is_finished = len(self.delivered) >= max_tokens
-        if new:
-            if self.times.first_token_at_s is None:
-                self.times.first_token_at_s = now_s
-            if self.times.second_token_at_s is None and len(self.delivered) > 1:
-                self.times.second_token_at_s = now_s
-            self.times.last_token_at_s = now_s
-        elif not is_finished:
-            return []
-        deliver = Deliver(new, first_index, finish_reason if is_finished else None, tuple(found))
-        if is_finished:
+        if len(self.delivered) >= max_tokens:
+            if new:
+                self._note_times(now_s)
             self._move_to(RequestState.FINISHED)
-            return [deliver, *self._abort_holders()]
+            return [Deliver(new, first_index, finish_reason, tuple(found)), *self._abort_holders()]
+        return [self._new_tokens(new, first_index, now_s, tuple(found))] if new else []
+
+    def _new_tokens(
+        self, new: tuple[int, ...], first_index: int, now_s: float, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> Deliver:
+        """These have been delivered, and are not the last ones."""
+        self._note_times(now_s)
         if self.state is RequestState.PREFILL:
             self._move_to(RequestState.DECODE)
             self.encodes.prompt_computed()
-        return [deliver]
+        return Deliver(new, first_index, None, logprobs)
+
+    def _note_times(self, now_s: float) -> None:
+        """Tokens have been delivered."""
+        times = self.times
+        if times.first_token_at_s is None:
+            times.first_token_at_s = now_s
+        if times.second_token_at_s is None and len(self.delivered) > 1:
+            times.second_token_at_s = now_s
+        times.last_token_at_s = now_s
 
     def _missing_if_alone(self, worker_id: WorkerId) -> list[Action]:
         """When no worker is left, and that was the last one, what is missing will not come."""

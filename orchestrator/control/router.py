@@ -3,6 +3,7 @@
 Loads are the gateway's own account of what it has in flight: the view is up to a tick old.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -147,7 +148,7 @@ def choose_route(
     candidates = ready_workers(view, Phase.PREFILL, is_linked)
     if speeds is not None:
         candidates = _soonest(candidates, ledger, prompt, speeds, paths)
-    prefill = _least(candidates, lambda w: _prefill_cost(w, ledger, prompt))
+    prefill = _cheapest(candidates, ledger, prompt)
     if prefill is None:
         return missing(view, Phase.PREFILL)
     decode: WorkerView | None = prefill
@@ -198,15 +199,14 @@ def choose_decode(
 
     None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
     """
-    candidates = ready_workers(view, Phase.DECODE, is_linked)
+    idle, loads = Load(), ledger.loads
 
-    def cost(worker: WorkerView) -> tuple[float, ...]:
-        num = ledger.of(worker.worker_id).decode_sequences
-        if move is None:
-            return (num,)
-        return move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num, num
+    def cost(worker: WorkerView) -> tuple[float, int, WorkerId]:
+        num = loads.get(worker.worker_id, idle).decode_sequences
+        wait_s = 0.0 if move is None else move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num
+        return wait_s, num, worker.worker_id
 
-    return _least(candidates, cost)
+    return min(ready_workers(view, Phase.DECODE, is_linked), key=cost, default=None)
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -249,14 +249,25 @@ def _prefix_peers(
     return tuple(found)
 
 
-def _prefill_cost(worker: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> tuple[int, ...]:
-    load, can_decode = ledger.of(worker.worker_id), Phase.DECODE in worker.phases
-    key = worker.worker_id, worker.incarnation
-    num_tokens = load.prefill_tokens + prompt.num_tokens - prompt.cached.get(key, 0)
-    if can_decode:
-        num_tokens += SEQUENCE_TOKENS * load.decode_sequences
-    num_blocks = prompt.num_blocks.get(key, 0)
-    return num_tokens, 0 if can_decode else 1, load.decode_sequences, num_blocks
+def _cheapest(candidates: list[WorkerView], ledger: LoadLedger, prompt: PromptLoad) -> WorkerView | None:
+    """See choose_route. Most are out at the first number, so that the others are found for few."""
+    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    best: WorkerView | None = None
+    best_cost = math.inf
+    best_rest: tuple[int, int, int, WorkerId] | None = None
+    for worker in candidates:
+        worker_id = worker.worker_id
+        key, load = (worker_id, worker.incarnation), loads.get(worker_id, idle)
+        can_decode = Phase.DECODE in worker.phases
+        cost = load.prefill_tokens + num_tokens - cached.get(key, 0)
+        if can_decode:
+            cost += SEQUENCE_TOKENS * load.decode_sequences
+        if cost > best_cost:
+            continue
+        rest = 0 if can_decode else 1, load.decode_sequences, prompt.num_blocks.get(key, 0), worker_id
+        if cost < best_cost or best_rest is None or rest < best_rest:
+            best, best_cost, best_rest = worker, cost, rest
+    return best
 
 
 def ready_workers(
@@ -300,12 +311,6 @@ def _predict(
     speed, num_new = speeds[worker.worker_id], prompt.num_tokens - num_before
     ttft_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)
     return Predicted(ttft_s, ttft_s - speed.prefill_s(0, num_new, num_before, load.decode_sequences))
-
-
-def _least(
-    candidates: list[WorkerView], cost: Callable[[WorkerView], tuple[float, ...]]
-) -> WorkerView | None:
-    return min(candidates, key=lambda worker: (*cost(worker), worker.worker_id), default=None)
 
 
 def missing(view: ClusterView, phase: Phase) -> Wait | Refuse:

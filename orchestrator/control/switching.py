@@ -20,6 +20,7 @@ from workers.api import Phase, PhaseSet, PhasesRefused, WorkerId, WorkerStatus
 
 #: Switches that are remembered, those under way not counted.
 MAX_REMEMBERED = 32
+NO_PHASES: PhaseSet = frozenset()
 
 
 class Switching:
@@ -50,16 +51,18 @@ class Switching:
 
     def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
         """What a worker may be used for, and what it is giving up."""
-        switch, status = self._switches.get(machine.worker_id), machine.status
+        switch, wanted = self._switches.get(machine.worker_id), self.wanted[machine.worker_id]
         if machine.worker_id in self.retiring:
-            return frozenset(), self.wanted[machine.worker_id]
-        if switch is not None and switch.is_under_way:
+            return NO_PHASES, wanted
+        if switch is None:
+            return wanted, NO_PHASES
+        if switch.is_under_way:
             return switch.usable, switch.leaving
-        wanted = self.wanted[machine.worker_id]
-        if switch is not None and status is not None and machine.state is LifecycleState.READY:
+        status = machine.status
+        if status is not None and machine.state is LifecycleState.READY:
             # One that was undone may have changed all the same, until it has changed back.
             wanted &= status.phases
-        return wanted, frozenset()
+        return wanted, NO_PHASES
 
     def add(self, worker_id: WorkerId, phases: PhaseSet) -> None:
         """A worker that was not declared; its process begins with these."""

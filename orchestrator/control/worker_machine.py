@@ -104,7 +104,7 @@ class WorkerMachine:
     @property
     def wants_process(self) -> bool:
         """The newest process is wanted. In every other state none is."""
-        return self.state in (LifecycleState.STARTING, LifecycleState.READY)
+        return self.state is _READY or self.state is _STARTING
 
     def handle(self, event: WorkerEvent, reason: str, now_s: float) -> None:
         """Apply one event. `reason` says why it happened and becomes the reason of the state."""
@@ -136,7 +136,8 @@ class WorkerMachine:
 
     def saw_incarnation(self, incarnation: int) -> None:
         """A process of this number exists or existed: the number is used up."""
-        self.highest_incarnation = max(self.highest_incarnation, incarnation)
+        if incarnation > self.highest_incarnation:
+            self.highest_incarnation = incarnation
 
     def check_invariants(self) -> None:
         """What holds between events."""

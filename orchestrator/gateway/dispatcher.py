@@ -165,6 +165,11 @@ class Dispatcher:
         return not self._is_stopping and isinstance(self._choose(frozenset()), Route)
 
     @property
+    def is_leaving(self) -> bool:
+        """Some worker gives up a phase: requests go elsewhere from it as soon as they can."""
+        return bool(self._leaving)
+
+    @property
     def totals(self) -> Totals:
         """What was served."""
         return self._served.totals
@@ -334,9 +339,10 @@ class Dispatcher:
             self._worker_lost(worker, reason)
             self._changed()
 
-    def events_came(self, link: Link, events: Sequence[Event]) -> None:
+    def events_came(self, link: Link, events: Sequence[Event], came_at_s: float | None = None) -> None:
         """A worker reported."""
-        worker_id, now_s = link.worker.worker_id, self._timers.time()
+        worker_id = link.worker.worker_id
+        now_s = self._timers.time() if came_at_s is None else came_at_s
         for event in events:
             if isinstance(event, KvTransferred):
                 self.records.transferred(event)
@@ -483,7 +489,8 @@ class Dispatcher:
         """Take a sample from where its machine's state says that it no longer is."""
         machine, request = sample.machine, sample.request
         sample.settle(self._ledger)
-        self._encoders.settle(sample)
+        if machine.images is not None:
+            self._encoders.settle(sample)
         if machine.state not in (RequestState.PREFILL, RequestState.DECODE):
             self._running.pop(machine.attempt, None)
         if not machine.is_over:

@@ -51,8 +51,8 @@ class LinkListener(Protocol):
     def link_broke(self, link: Link, reason: str) -> None:
         """It could not be opened, or the worker drops all that came by it; it is being opened anew."""
 
-    def events_came(self, link: Link, events: Sequence[Event]) -> None:
-        """In the order in which the worker sent them."""
+    def events_came(self, link: Link, events: Sequence[Event], came_at_s: float | None = None) -> None:
+        """In the order in which the worker sent them. came_at_s: the last of them, if that was before now."""
 
     def cache_changed(self, link: Link, events: Sequence[KvEvent]) -> None:
         """Likewise, once it was asked to tell of its cache."""

@@ -1,6 +1,7 @@
 """The gateway and the controller as Ray actors: thin, and started again by Ray when they die."""
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -32,6 +33,7 @@ class GatewayActor:
 
     def __init__(self, config: GatewayConfig) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        _keep_what_is_loaded()
 
         async def start(on_bound: Callable[[tuple[str, str]], None], stop: asyncio.Event) -> None:
             await serve(config, on_bound=lambda *addresses: on_bound(addresses), stop=stop)
@@ -49,6 +51,7 @@ class ControllerActor:
 
     def __init__(self, deployment: Deployment, control_address: str) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        _keep_what_is_loaded()
 
         async def start(on_bound: Callable[[int], None], stop: asyncio.Event) -> None:
             on_bound(os.getpid())
@@ -63,6 +66,12 @@ class ControllerActor:
     async def pid(self) -> int:
         """Of this process; waits until the loop has begun."""
         return await asyncio.wrap_future(self._service.bound)
+
+
+def _keep_what_is_loaded() -> None:
+    """Collections of garbage look past what is here now, and stop the process for a part of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_first_start() -> bool:

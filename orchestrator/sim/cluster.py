@@ -16,11 +16,12 @@ from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
+from orchestrator.sim.leap import Leap
 from orchestrator.sim.pictures import SimImages
-from orchestrator.sim.timers import SimTimers
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Encode, Event, KvEvent, PhasesRefused, RequestId
+from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
+from workers.engine.messages import Output
 
 GATEWAY = "gateway"
 TICK_S = 0.5
@@ -74,8 +75,10 @@ class SimLinks:
         self._cluster = cluster
         self._listener = listener
         self._links: dict[ProcessKey, SimLink] = {}
-        #: Told whose events have been dispatched.
-        self.on_events: Callable[[Sequence[RequestId]], None] = lambda _ids: None
+        #: By process, in order: leaps with tokens that the dispatcher has not been told of.
+        self._leaps: dict[ProcessKey, list[Leap]] = {}
+        #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
+        self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
 
     def use(self, view: ClusterView) -> list[tuple[WorkerView, str]]:
         """See Links."""
@@ -94,6 +97,8 @@ class SimLinks:
         return lost
 
     def _opened(self, link: SimLink) -> None:
+        # What came before is lost.
+        self._read(link.process.key)
         if link.process.is_alive and self.has(link):
             link.is_open = True
             self._listener.link_opened(link)
@@ -122,16 +127,55 @@ class SimLinks:
 
     def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
         """From a process; of one whose link is closed they are lost."""
-        link = self._links.get((process.spec.worker_id, process.spec.incarnation))
+        link = self._links.get(process.key)
         if link is not None and link.is_open:
             if kv_events:
                 self._listener.cache_changed(link, kv_events)
-            self._listener.events_came(link, events)
-            self.on_events(list(dict.fromkeys(event.key.request_id for event in events)))
+            if events:
+                self._dispatch(link, events)
+
+    def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
+        request_ids = list(dict.fromkeys(event.key.request_id for event in events))
+        # What these requests got before.
+        for key, leaps in self._leaps.items():
+            for leap in leaps:
+                if key == link.process.key or not leap.request_ids.isdisjoint(request_ids):
+                    self._read(key)
+                    break
+        self._listener.events_came(link, events)
+        self.on_events(request_ids, ())
+
+    # Leaps.
+
+    def begin_leap(self, process: SimWorker, leap: Leap) -> None:
+        """Tokens of this leap will come."""
+        known = [one for one in self._leaps.get(process.key, ()) if not one.is_read]
+        self._leaps[process.key] = [*known, leap]
+
+    def read_leaps(self) -> None:
+        """The dispatcher is told of all tokens that have come by now, each with its time."""
+        for key in self._leaps:
+            self._read(key)
+
+    def read_on_time(self) -> None:
+        """It is told of tokens that are on their way when they come."""
+        for key, leaps in self._leaps.items():
+            for at_s in (at_s for leap in leaps for at_s in leap.unread_s):
+                self._cluster.timers.call_at(at_s, self._read, key)
+
+    def _read(self, key: ProcessKey) -> None:
+        link, now_s = self._links.get(key), self._cluster.timers.time()
+        for leap in self._leaps.get(key, ()):
+            while (found := leap.read(now_s))[0]:
+                events, times_s = found
+                if link is not None and link.is_open:
+                    self._listener.events_came(link, events, times_s[-1])
+                    self.on_events([event.key.request_id for event in events], times_s)
 
     def broke(self, process: SimWorker) -> None:
         """The process has ended."""
-        link = self._links.get((process.spec.worker_id, process.spec.incarnation))
+        self.read_leaps()
+        link = self._links.get(process.key)
         if link is not None and link.is_open:
             link.is_open = False
             self._listener.link_broke(link, "its process ended")
@@ -157,8 +201,10 @@ class SimCluster:
         extra: Sequence[DeclaredWorker] = (),
         scaling: ScalingConfig | None = None,
         totals: Callable[[], Totals | None] = lambda: None,
+        is_calm: Callable[[], bool] = lambda: True,
     ) -> None:
         self._totals = totals
+        self._is_calm = is_calm
         self.is_cache_told = is_cache_told
         #: Those that live, and of each worker the last one that has ended.
         self.processes: dict[ProcessKey, SimWorker] = {}
@@ -166,7 +212,7 @@ class SimCluster:
         self.uses: list[WorkerUse] = []
         self.links: SimLinks | None = None
         self._world = world
-        self._timers: SimTimers = world.timers
+        self.timers = world.timers
         self._rng = rng
         self._config = ControllerConfig(
             "simulated",
@@ -177,7 +223,7 @@ class SimCluster:
             extra=tuple(extra),
             scaling=scaling,
         )
-        self._state = recover(None, (), self._config, self._timers.time())
+        self._state = recover(None, (), self._config, self.timers.time())
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
@@ -186,7 +232,7 @@ class SimCluster:
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
         for fault in faults:
-            self._timers.call_at(fault.at_s, self._break, fault)
+            self.timers.call_at(fault.at_s, self._break, fault)
 
     def make_links(self, listener: LinkListener) -> SimLinks:
         """The gateway's, one time."""
@@ -244,7 +290,9 @@ class SimCluster:
     # The controller.
 
     def _tick(self) -> None:
-        network, now_s = self._world.network, self._timers.time()
+        assert self.links is not None
+        network, now_s = self._world.network, self.timers.time()
+        self.links.read_leaps()
         reports = [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
             for key, process in self.processes.items()
@@ -259,8 +307,12 @@ class SimCluster:
         self._wanted, self._refusals = [], {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
-        self._timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
         self._on_view(plan.view)
+        if not self._is_calm():
+            self.links.read_on_time()
+            for process in self.living():
+                process.stop_leap()
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
         for action in plan.actions:
@@ -275,7 +327,7 @@ class SimCluster:
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
             machine = self._state.machines.get(key[0])
             if machine is None or key[1] < machine.incarnation:
-                self.uses.append(WorkerUse.of(self.processes.pop(key), self._timers.time()))
+                self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.time()))
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
@@ -293,21 +345,42 @@ class SimCluster:
         worker_id = start.declared.worker_id
         address = f"{worker_id}:{start.incarnation}"
         spec = start.declared.spec(start.incarnation, "127.0.0.1")
-        process = SimWorker(spec, address, self._world, self._publish, random.Random(self._rng.random()))
+        process = SimWorker(spec, address, self._world, self, random.Random(self._rng.random()))
         self.processes[worker_id, start.incarnation] = process
         self._by_address[address] = process
 
-    def _publish(self, process: SimWorker, events: list[Event], kv_events: list[KvEvent]) -> None:
+    # What processes say: see GatewayWay.
+
+    def publish(self, process: SimWorker, events: list[Event], kv_events: list[KvEvent]) -> None:
+        """See GatewayWay."""
         assert self.links is not None
-        num_bytes = EVENT_BYTES * (len(events) + len(kv_events))
+        num_bytes = EVENT_BYTES * (len(events) + _num_told(kv_events))
         self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+
+    def can_leap(self, process: SimWorker) -> bool:
+        """See GatewayWay."""
+        return self._is_calm() and not self._world.network.is_cut(process.address, GATEWAY)
+
+    def begin_leap(self, process: SimWorker, leap: Leap) -> None:
+        """See GatewayWay."""
+        assert self.links is not None
+        self.links.begin_leap(process, leap)
+
+    def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[Output]) -> None:
+        """See GatewayWay."""
+        assert self.links is not None
+        num_bytes = EVENT_BYTES * (len(leap.plan.decodes) + _num_told(kv_events))
+        arrive_s = self._world.network.carry(process.address, GATEWAY, num_bytes)
+        leap.arrivals_s.append(arrive_s)
+        if kv_events:
+            self.timers.call_at(arrive_s, self.links.events_came, process, (), kv_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:
             return
         process.die()
         self._by_address.pop(process.address, None)
-        self._timers.call_later(RESET_S, self._reset, process)
+        self.timers.call_later(RESET_S, self._reset, process)
 
     def _reset(self, process: SimWorker) -> None:
         assert self.links is not None
@@ -318,11 +391,11 @@ class SimCluster:
     # Faults.
 
     def _break(self, fault: Fault) -> None:
-        now_s = self._timers.time()
+        now_s = self.timers.time()
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
             return
-        later = self._timers.call_later
+        later = self.timers.call_later
         match fault.kind:
             case FaultKind.CRASH:
                 self._end(process)
@@ -338,6 +411,12 @@ class SimCluster:
                 self._cut(process.address, others, fault.duration_s)
 
     def _cut(self, address: str, others: list[str], duration_s: float) -> None:
+        self._by_address[address].stop_leap()
         for other in others:
             self._world.network.cut(address, other)
-            self._timers.call_later(duration_s, self._world.network.mend, address, other)
+            self.timers.call_later(duration_s, self._world.network.mend, address, other)
+
+
+def _num_told(events: Sequence[Output]) -> int:
+    """Each new block counts as an event, and blocks that are gone together as one."""
+    return sum(len(one.hashes) if isinstance(one, KvBlocksStored) else 1 for one in events)

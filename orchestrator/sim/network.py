@@ -38,7 +38,7 @@ class SimNetwork:
         self._sends_at_s: dict[Host, float] = {}
         self._receives_at_s: dict[Host, float] = {}
         self._last_at_s: dict[tuple[Host, Host], float] = {}
-        #: How often a pair was cut and not yet mended.
+        #: How often a pair was cut and not yet mended; those that are not cut are not in it.
         self._cut: Counter[frozenset[Host]] = Counter()
         self._held: dict[
             frozenset[Host], list[tuple[Host, Host, int, Callable[..., Any], tuple[Any, ...]]]
@@ -48,10 +48,14 @@ class SimNetwork:
         self, source: Host, target: Host, num_bytes: int, deliver: Callable[..., Any], *args: Any
     ) -> None:
         """Call deliver(*args) when the message has arrived."""
-        pair = frozenset((source, target))
-        if self._cut[pair]:
-            self._held.setdefault(pair, []).append((source, target, num_bytes, deliver, args))
-            return
+        if self.is_cut(source, target):
+            held = self._held.setdefault(frozenset((source, target)), [])
+            held.append((source, target, num_bytes, deliver, args))
+        else:
+            self._timers.call_at(self.carry(source, target, num_bytes), deliver, *args)
+
+    def carry(self, source: Host, target: Host, num_bytes: int) -> float:
+        """A message leaves now, between two that are not cut from each other; returns when it arrives."""
         way, now_s = (source, target), self._timers.time()
         begin_s = max(now_s, self._sends_at_s.get(source, 0.0), self._receives_at_s.get(target, 0.0))
         end_s = begin_s + num_bytes / self._shape.bytes_per_s
@@ -60,11 +64,11 @@ class SimNetwork:
         # In order, whatever the jitter.
         arrive_s = max(arrive_s, self._last_at_s.get(way, 0.0))
         self._last_at_s[way] = arrive_s
-        self._timers.call_at(arrive_s, deliver, *args)
+        return arrive_s
 
     def is_cut(self, one: Host, other: Host) -> bool:
         """Nothing passes between them now."""
-        return self._cut[frozenset((one, other))] > 0
+        return bool(self._cut) and frozenset((one, other)) in self._cut
 
     def cut(self, one: Host, other: Host) -> None:
         """Hold back what they send each other from now on."""
@@ -76,5 +80,6 @@ class SimNetwork:
         self._cut[pair] -= 1
         if self._cut[pair]:
             return
+        del self._cut[pair]
         for source, target, num_bytes, deliver, args in self._held.pop(pair, []):
             self.send(source, target, num_bytes, deliver, *args)

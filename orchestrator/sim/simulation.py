@@ -7,6 +7,7 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import ne
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, GatewayTimings, LoadResult, RequestRecord
@@ -25,10 +26,11 @@ from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
 from orchestrator.sim.faults import Fault
+from orchestrator.sim.leap import VOCAB_SIZE, tokens_of
 from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.pictures import Pictures
-from orchestrator.sim.timers import SimTimers
-from orchestrator.sim.worker import VOCAB_SIZE, WorkerWorld, token_of
+from orchestrator.sim.timers import HeedfulTimers, SimTimers
+from orchestrator.sim.worker import WorkerWorld
 from workers.api import RequestId, SamplingParams, WorkerId
 from workers.block_hash import root_hash
 from workers.latency_model import LatencyModel
@@ -74,6 +76,8 @@ class SimConfig:
     is_cache_told: bool = True
     #: Of all requests that have some; None where the model takes none.
     pictures: Pictures | None = None
+    #: See orchestrator.sim.leap. Off, engine and gateway get each token at its time; nothing but num_events is another then.
+    is_leaping: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +120,7 @@ class Simulation:
             config.latency_of,
             config.pictures,
             lambda address: self.cluster.images_at(address),
+            config.is_leaping,
         )
         faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
         self.cluster = SimCluster(
@@ -129,9 +134,10 @@ class Simulation:
             extra=config.extra,
             scaling=config.scaling,
             totals=lambda: self.dispatcher.totals,
+            is_calm=lambda: not self.dispatcher.is_leaving,
         )
         self.dispatcher = Dispatcher(
-            self.timers,
+            HeedfulTimers(self.timers, self._read_leaps),
             self.cluster.make_links,
             max_waiting_requests=config.max_waiting_requests,
             max_running_requests=config.max_running_requests,
@@ -157,17 +163,19 @@ class Simulation:
         self.cluster.begin(self.dispatcher.update_view)
         latest_s = self._start_s + self._duration_s + self._config.timeout_s
         every = self._config.check_every
-        while len(self._records) < len(self._plan):
-            if not self.timers.run_next(latest_s + 60.0):
-                raise AssertionError(f"{len(self._plan) - len(self._records)} requests have no end")
-            if self.dispatcher.num_failed > self._num_failed:
+        timers, dispatcher, num_wanted = self.timers, self.dispatcher, len(self._plan)
+        while len(self._records) < num_wanted:
+            if not timers.run_next(latest_s + 60.0):
+                raise AssertionError(f"{num_wanted - len(self._records)} requests have no end")
+            if dispatcher.num_failed > self._num_failed:
                 # Not all failures come with an event of a worker.
-                self._num_failed = self.dispatcher.num_failed
-                self._read_answers([one for one, client in self._clients.items() if client.request.is_failed])
-            if every and self.timers.num_events % every == 0:
+                self._num_failed = dispatcher.num_failed
+                failed = [one for one, client in self._clients.items() if client.request.is_failed]
+                self._read_answers(failed, ())
+            if every and timers.num_events % every == 0:
                 self.check_invariants()
-            if self.timers.num_events % 4096 == 0:
-                on_progress(len(self._records), len(self._plan))
+            if timers.num_events % 4096 == 0:
+                on_progress(len(self._records), num_wanted)
         self.check_invariants()
         now_s = self.timers.time()
         records = tuple(self._records[index] for index in range(len(self._plan)))
@@ -185,6 +193,7 @@ class Simulation:
 
     def check_invariants(self) -> None:
         """Of all that serves."""
+        self._read_leaps()
         self.dispatcher.check_invariants()
         self.cluster.check_invariants()
 
@@ -211,24 +220,29 @@ class Simulation:
             return
         self._clients[request_id] = _Client(index, planned, request, now_s)
 
-    def _read_answers(self, request_ids: Sequence[RequestId]) -> None:
-        for request_id in request_ids:
-            self._read_answer(request_id)
+    def _read_leaps(self) -> None:
+        assert self.cluster.links is not None
+        self.cluster.links.read_leaps()
 
-    def _read_answer(self, request_id: RequestId) -> None:
-        client = self._clients.get(request_id)
-        if client is None:
-            return
+    def _read_answers(self, request_ids: Sequence[RequestId], times_s: Sequence[float]) -> None:
+        for request_id in request_ids:
+            client = self._clients.get(request_id)
+            if client is not None:
+                self._read_answer(client, times_s)
+
+    def _read_answer(self, client: "_Client", times_s: Sequence[float]) -> None:
+        """times_s: when each of its new tokens came, if that was before now."""
         now_s = self.timers.time()
         while (news := client.request.take_now()) is not None:
             if isinstance(news, Fail):
                 self._end(client, news.kind.upper(), news.reason)
                 return
-            for position, token_id in enumerate(
-                news.token_ids, client.planned.prompt_tokens + len(client.times_s)
-            ):
-                self._num_wrong_tokens += token_id != token_of(request_id, position)
-            client.times_s += [now_s - client.arrived_at_s] * len(news.token_ids)
+            num_new, begin = len(news.token_ids), client.planned.prompt_tokens + len(client.times_s)
+            expected = tokens_of(client.request.request_id, begin, begin + num_new)
+            self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
+            came_s = times_s or [now_s] * num_new
+            assert len(came_s) == num_new
+            client.times_s += [at_s - client.arrived_at_s for at_s in came_s]
             if news.finish_reason is not None:
                 self._end(client, OK, "")
                 return

@@ -2,11 +2,14 @@
 
 import math
 import random
-import zlib
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from kvtransfer.layout import KvLayout
+from orchestrator.control.observation import ProcessKey
+from orchestrator.sim.leap import Leap, tokens_of
 from orchestrator.sim.network import SimNetwork
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
@@ -37,12 +40,14 @@ from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
+from workers.engine.sequence import Sequence
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_shape import ModelShape
 
-VOCAB_SIZE = 32_000
+#: Steps that are worth a leap.
+MIN_LEAP = 2
 TEXT_PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
 NO_BLOCKS = BlockCounts(0, 0, 0, 0, 0)
 
@@ -69,6 +74,24 @@ class WorkerWorld:
     pictures: Pictures | None = None
     #: What the process that listens at an address has of pictures, while it lives.
     images_at: Callable[[str], SimImages | None] = lambda _address: None
+    #: Steps may be leaps.
+    is_leaping: bool = True
+
+
+class GatewayWay(Protocol):
+    """The way of a process to the gateway."""
+
+    def publish(self, process: "SimWorker", events: list[Event], kv_events: list[KvEvent]) -> None:
+        """It says this of requests now."""
+
+    def can_leap(self, process: "SimWorker") -> bool:
+        """Nobody at the gateway needs to know now which tokens have come from it."""
+
+    def begin_leap(self, process: "SimWorker", leap: Leap) -> None:
+        """Tokens of this leap will be told of by `leap_step`."""
+
+    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[Output]) -> None:
+        """It sends the tokens of one more step now, and this beside them."""
 
 
 def layout_of(model: ModelShape, block_size: int) -> KvLayout:
@@ -80,7 +103,7 @@ def layout_of(model: ModelShape, block_size: int) -> KvLayout:
 class SimWorker:
     """A process, from its start to its end.
 
-    publish: told what it says of requests, when it says it. rng: for the noise of its steps alone.
+    rng: for the noise of its steps alone.
     """
 
     def __init__(
@@ -88,7 +111,7 @@ class SimWorker:
         spec: WorkerSpec,
         address: str,
         world: WorkerWorld,
-        publish: Callable[["SimWorker", list[Event], list[KvEvent]], None],
+        gateway: GatewayWay,
         rng: random.Random,
     ) -> None:
         self.spec = spec
@@ -106,7 +129,7 @@ class SimWorker:
         self.ended_at_s: float | None = None
         self._world = world
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
-        self._publish_events = publish
+        self._gateway = gateway
         self._rng = rng
         self._timers = world.timers
         self._ready_at_s = self._timers.time() + world.load_s
@@ -149,7 +172,7 @@ class SimWorker:
                 self._timers,
                 world.network,
                 self.post,
-                lambda events: self._publish_events(self, events, []),
+                lambda events: self._gateway.publish(self, events, []),
                 world.images_at,
             )
         #: Pictures and steps take turns.
@@ -158,6 +181,17 @@ class SimWorker:
         self._is_busy = False
         self._paused_until_s = 0.0
         self._wake: SimTimer | None = None
+        #: The steps that it is in, if they are one; what they take, and until when nothing expires.
+        self._leap: Leap | None = None
+        self._leap_steps = self._latency.decode_steps(1)
+        self._leap_until_s = 0.0
+        #: Those of the last step that was no leap's, or of the last leap.
+        self._decoded: frozenset[Sequence] = frozenset()
+
+    @property
+    def key(self) -> ProcessKey:
+        """Names the process."""
+        return self.spec.worker_id, self.spec.incarnation
 
     @property
     def is_ready(self) -> bool:
@@ -168,6 +202,7 @@ class SimWorker:
         """What it answers when it is asked; None when it does not."""
         if not self.is_alive or self._timers.time() < self._paused_until_s:
             return None
+        self._catch_up()
         engine, spec = self.engine, self.spec
         has_text = bool(spec.phases & TEXT_PHASES)
         status = WorkerStatus(
@@ -207,6 +242,7 @@ class SimWorker:
         if self.images is not None and Phase.ENCODE in self.phases - phases and self.images.num_encodes:
             return PhasesRefused(f"{self.images.num_encodes} pictures are encoded here", is_busy=True)
         if phases != self.phases:
+            self._catch_up()
             problem = self.engine.set_phases(phases, self._timers.time())
             if problem is not None:
                 return PhasesRefused(problem, is_busy=True)
@@ -225,7 +261,7 @@ class SimWorker:
             return
         if self.images is None or Phase.ENCODE not in self.phases:
             reason = f"asked for encode; serves {'+'.join(sorted(self.phases))}"
-            self._publish_events(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [])
+            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [])
             return
         self.images.submit(encode)
         self._turn_soon()
@@ -234,6 +270,7 @@ class SimWorker:
         """Hand a message to the engine; it hears it between two steps."""
         if self.is_alive:
             self._mailbox.append(message)
+            self.stop_leap()
             self._turn_soon()
 
     def pause(self, until_s: float) -> None:
@@ -318,6 +355,8 @@ class SimWorker:
 
     def _run(self, plan: StepPlan) -> None:
         world, timers = self._world, self._timers
+        if self._begin_leap(plan):
+            return
         shape = shape_of(plan)
         step_s = self._takes_s(self._latency.step_s(shape))
         if self._learnt is not None and is_described(plan):
@@ -330,6 +369,65 @@ class SimWorker:
                 hi = min(lo + size, num_layers)
                 timers.call_later(step_s * hi / num_layers, self._layers_done, plan, lo, hi)
         timers.call_later(step_s, self._step_done, plan)
+
+    # Leaps.
+
+    def _begin_leap(self, plan: StepPlan) -> bool:
+        """Do this step, and those after it, as a leap, if that may be."""
+        # Who learns from each step, or encodes between two, is not the same for many steps.
+        is_disturbed = plan.chunks or self._mailbox or self._learnt is not None or self.images is not None
+        if not self._world.is_leaping or is_disturbed or not self._gateway.can_leap(self):
+            return False
+        num_steps = self.engine.num_plain_steps(plan)
+        if num_steps < MIN_LEAP:
+            return False
+        has_new = not self._decoded.issuperset(plan.decodes)
+        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, has_new=has_new)
+        self._leap_steps = self._latency.decode_steps(len(plan.decodes))
+        self._leap_until_s = self.engine.next_deadline_s() or math.inf
+        self._gateway.begin_leap(self, leap)
+        self._timers.call_later(self._takes_s(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+        return True
+
+    def stop_leap(self) -> None:
+        """Its present step is the last one of its leap, if it is in one."""
+        if self._leap is not None:
+            self._leap.num_left = 0
+
+    def _leap_step(self, leap: Leap) -> None:
+        """A step of a leap has ended."""
+        now_s, full = self._timers.time(), leap.full()
+        if not self.is_alive or (now_s < self._paused_until_s and self._is_paused(self._leap_step, leap)):
+            return
+        is_over = leap.num_left == 0 or now_s >= self._leap_until_s
+        if is_over or (full and self.engine.pool.num_available < len(full)):
+            self._catch_up()
+            self._leap = None
+            self._step_done(leap.plan)
+            return
+        leap.end_step()
+        self.num_steps += 1
+        if full:
+            self._fill_blocks(leap, full)
+        else:
+            self._gateway.leap_step(self, leap, ())
+        step_s = self._takes_s(self._leap_steps.step_s(leap.context))
+        self._timers.call_at(now_s + step_s, self._leap_step, leap)
+
+    def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
+        """These sequences have filled a block with the step that has just ended, and need another one for the next."""
+        engine, decodes = self.engine, leap.plan.decodes
+        for index in full:
+            engine.extend(decodes[index], leap.missing(index))
+        self._gateway.leap_step(self, leap, engine.take_outputs())
+        engine.make_room([decodes[index] for index in full])
+        self._publish(engine.take_outputs())
+
+    def _catch_up(self) -> None:
+        """The engine gets what the steps of a leap have done so far."""
+        if self._leap is not None:
+            for index, sequence in enumerate(self._leap.plan.decodes):
+                self.engine.extend(sequence, self._leap.missing(index))
 
     def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
         """Whether it does nothing now; this is then called when it goes on."""
@@ -351,6 +449,7 @@ class SimWorker:
             if part.yields_token
         ]
         self.engine.complete(plan, StepResult(tokens), self._timers.time())
+        self._decoded = frozenset(plan.decodes)
         self.num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())
@@ -370,7 +469,7 @@ class SimWorker:
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
         if events or kv_events:
-            self._publish_events(self, events, kv_events)
+            self._gateway.publish(self, events, kv_events)
 
 
 def _is_predicting(engine: EngineConfig) -> bool:
@@ -379,4 +478,4 @@ def _is_predicting(engine: EngineConfig) -> bool:
 
 def token_of(request_id: str, position: int) -> int:
     """The token of a request at a position, whoever computes it."""
-    return (zlib.crc32(request_id.encode()) + 7919 * position) % VOCAB_SIZE
+    return tokens_of(request_id, position, position + 1)[0]

@@ -8,8 +8,9 @@ holds is saved there in that moment, before its next holder can write to it.
 free + cached + in use + leased = total, always.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
@@ -74,7 +75,8 @@ class BlockPool:
         #: In the index already, but computed by the step that is being planned or run.
         self._pending: dict[int, None] = {}
         self._is_watched = False
-        self._events: list[KvBlocksStored | KvBlocksRemoved] = []
+        #: What has not been told yet, in order; each new block by itself.
+        self._events: list[_Stored | KvBlocksStored | KvBlocksRemoved] = []
 
     @property
     def num_available(self) -> int:
@@ -322,15 +324,14 @@ class BlockPool:
         if is_pending:
             self._pending[block_id] = None
         elif self._is_watched:
-            self._events.append(KvBlocksStored(parent, (name,)))
+            self._events.append(self._stored[block_id])
         return True
 
     def settle(self) -> None:
         """The step has run: what was pending is computed."""
         if self._pending:
             if self._is_watched:
-                stored = [self._stored[block_id] for block_id in self._pending]
-                self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in stored)
+                self._events.extend(self._stored[block_id] for block_id in self._pending)
             self._pending.clear()
 
     def forget_pending(self) -> None:
@@ -358,27 +359,37 @@ class BlockPool:
         )
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
-        """Changes of the index since the last call, in order."""
+        """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
+        if not self._events:
+            return []
         events, self._events = self._events, []
-        return events
+        return list(_told(events))
 
     # Checks.
 
     def check_invariants(self) -> None:
         """Counts agree with holders, and the index with the blocks."""
+        # Pools are large, and most of their blocks are nobody's: those are counted, and the others looked at.
         total = len(self._num_sequences)
-        holders = list(zip(self._num_sequences, self._num_transfers, strict=True))
-        assert all(sequences >= 0 and transfers >= 0 for sequences, transfers in holders)
-        assert self._num_in_use == sum(sequences > 0 for sequences, _ in holders)
-        assert self._num_leased == sum(sequences == 0 < transfers for sequences, transfers in holders)
-        assert sorted([*self._free, *self._cached]) == [i for i in range(total) if holders[i] == (0, 0)]
-        counts = self.counts()
-        assert counts.free + counts.cached + counts.in_use + counts.leased == total, counts
-        assert self._cached.keys() <= self._stored.keys()
-        assert not self._stored.keys() & set(self._free)
-        assert self._by_hash == {one.hash: block_id for block_id, one in self._stored.items()}
-        children = {(one.parent, block_id) for block_id, one in self._stored.items()}
-        assert children == {(parent, i) for parent, those in self._children.items() for i in those}
+        used = list(compress(range(total), self._num_sequences))
+        sent = list(compress(range(total), self._num_transfers))
+        assert all(self._num_sequences[i] > 0 for i in used)
+        assert all(self._num_transfers[i] > 0 for i in sent)
+        held = {*used, *sent}
+        assert self._num_in_use == len(used)
+        assert self._num_leased == len(held) - len(used)
+        free, cached, stored = set(self._free), self._cached.keys(), self._stored
+        assert len(free) == len(self._free) == total - len(held) - len(cached)
+        assert not free or (min(free) >= 0 and max(free) < total)
+        assert all(0 <= block_id < total for block_id in cached)
+        assert free.isdisjoint(held)
+        assert free.isdisjoint(stored)
+        assert held.isdisjoint(cached)
+        assert cached <= stored.keys()
+        assert self._by_hash == {one.hash: block_id for block_id, one in stored.items()}
+        assert all(block_id in self._children[one.parent] for block_id, one in stored.items())
+        assert all(self._children.values())
+        assert sum(map(len, self._children.values())) == len(stored)
         assert self._pending.keys() <= self._stored.keys()
         assert self._lossy <= self._stored.keys()
         if self._tier is not None:
@@ -450,6 +461,25 @@ class BlockPool:
         """A block of the pool holds it, and it is computed."""
         block_id = self._by_hash.get(name)
         return block_id is not None and block_id not in self._pending
+
+
+def _told(
+    events: Iterable[_Stored | KvBlocksStored | KvBlocksRemoved],
+) -> Iterator[KvBlocksStored | KvBlocksRemoved]:
+    """One event for all blocks that follow on each other."""
+    first, names = b"", list[bytes]()
+    for event in events:
+        if names and not (isinstance(event, _Stored) and event.parent == names[-1]):
+            yield KvBlocksStored(first, tuple(names))
+            names = []
+        if not isinstance(event, _Stored):
+            yield event
+            continue
+        if not names:
+            first = event.parent
+        names.append(event.hash)
+    if names:
+        yield KvBlocksStored(first, tuple(names))
 
 
 def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:

@@ -351,6 +351,38 @@ class Engine:
             self._leave_if_possible(migrate, now_s)
         self._grant_reservations(now_s)
 
+    def num_plain_steps(self, plan: StepPlan) -> int:
+        """How many steps with the decodes of this plan, which is the first, do no more than give a token to each and take blocks for them.
+
+        As long as no message comes, nothing expires and there are blocks: none of them ends, nobody begins, nothing is said
+        but the tokens. 0 where stop tokens, drafts or branches cannot be foreseen.
+        """
+        batch = self._batch
+        is_plain = not (
+            plan.chunks
+            or plan.drafts
+            or plan.copies
+            or plan.restores
+            or plan.preempted
+            or batch.waiting
+            or batch.prefills
+            or batch.branched
+            or self._migrations
+            or self._incoming.is_waited_for
+        )
+        if not is_plain or not all(one.is_plain for one in plan.decodes):
+            return 0
+        return min(one.max_tokens - len(one.token_ids) - 1 for one in plan.decodes)
+
+    def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
+        self._completion.extend(sequence, token_ids)
+
+    def make_room(self, sequences: list[Sequence]) -> None:
+        """Blocks for the next of those steps, of which there are enough, for sequences that have filled theirs."""
+        for sequence in sorted(sequences, key=lambda one: one.rank):
+            self._batch.grow(sequence, len(sequence.token_ids))
+
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
         """The step broke: each of its sequences fails, the others go on.
 

@@ -198,6 +198,8 @@ class Scheduler:
         """Chunks of running prefills, and of waiting sequences while they can be admitted."""
         batch = self._batch
         is_admitting = bool(batch.waiting) and batch.num_places < num_places
+        if not is_admitting and not batch.prefills:
+            return
         waiting = batch.waiting.copy() if is_admitting else []
         # Looked at one by one, and no more once somebody has to wait.
         candidates = (one for one in waiting if is_admitting and one.arrived_s <= arrived_until_s)
@@ -289,7 +291,9 @@ class _Plan:
         """Every decode gets a slot for its token, or is preempted for others'. None is left out for the budget."""
         decodes = self._batch.decodes
         needy = [one for one in decodes if len(one.token_ids) > one.capacity or one.is_tail_shared]
-        for sequence in sorted(needy, key=lambda one: one.rank):
+        if len(needy) > 1:
+            needy.sort(key=lambda one: one.rank)
+        for sequence in needy:
             if sequence.state is SequenceState.DECODE and not self._grow(sequence, len(sequence.token_ids)):
                 self._preempt(sequence.parent or sequence)
         self._num_tokens = len(decodes)

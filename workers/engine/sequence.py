@@ -212,6 +212,19 @@ class Sequence:
         return self.handoff is None
 
     @property
+    def is_plain(self) -> bool:
+        """Its next steps yield one token each, whatever token that is, until it has all of them, and write to no block of others."""
+        sampling = self.sampling
+        return not (
+            sampling.decoding is not None
+            or sampling.grammar is not None
+            or sampling.num_logprobs is not None
+            or self.stop_token_ids
+            or self.parent is not None
+            or self.is_tail_shared
+        )
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens that are known but have no KV yet; 1 while decoding."""
         return len(self.token_ids) - self.num_computed_tokens

@@ -51,7 +51,9 @@ class Listener:
     def link_broke(self, link: worker_link.WorkerLink, reason: str) -> None:
         self.reasons.append(reason)
 
-    def events_came(self, link: worker_link.WorkerLink, events: Sequence[Event]) -> None:
+    def events_came(
+        self, link: worker_link.WorkerLink, events: Sequence[Event], came_at_s: float | None = None
+    ) -> None:
         pass
 
     def cache_changed(self, link: worker_link.WorkerLink, events: Sequence[KvEvent]) -> None:

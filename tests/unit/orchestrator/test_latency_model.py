@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from workers.latency_model import EncodeModel, LatencyModel, rate_at, roofline
 from workers.loaded_shapes import cpu_shape
-from workers.step_shape import StepShape, chunk, decodes
+from workers.step_shape import DeviceShape, StepCosts, StepShape, chunk, decodes
 
 LLAMA, H100 = MODELS["llama-3-8b"], DEVICES["h100"]
 #: docs/simulation.md: what was measured, in seconds.
@@ -65,6 +65,24 @@ def test_a_prompt_in_chunks_costs_the_overhead_of_each() -> None:
     )
 
 
+@given(
+    st.tuples(*[st.floats(0, 5)] * 4),
+    st.integers(1, 300),
+    st.integers(0, 10**7),
+    st.sampled_from([H100, *DEVICES.values()]),
+)
+def test_steps_of_decodes_alone_take_the_same_to_the_last_bit(
+    factors: tuple[float, float, float, float], num_decodes: int, context: int, device: DeviceShape
+) -> None:
+    model = LatencyModel.fitted(StepCosts(LLAMA, device, factors, 1000, 0.1, 1.0))
+    assert model.decode_steps(num_decodes).step_s(context) == model.step_s(decodes(num_decodes, context))
+
+
+def seconds(shape: StepShape, factors: list[float]) -> float:
+    parts = roofline(shape, LLAMA, H100)
+    return sum(factor * part for factor, part in zip(factors, parts, strict=True))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_steps_teach_it_what_the_roofline_does_not_know(seed: int) -> None:
     rng = random.Random(seed)
@@ -74,12 +92,11 @@ def test_steps_teach_it_what_the_roofline_does_not_know(seed: int) -> None:
         shape = decodes(rng.randint(0, 128), rng.randint(0, 300_000)) + chunk(
             rng.randint(1, 2048), rng.randint(0, 8192)
         )
-        row = roofline(shape, LLAMA, H100)
-        model.observe(shape, float(row @ truth) * rng.lognormvariate(0, 0.02))
+        model.observe(shape, seconds(shape, truth) * rng.lognormvariate(0, 0.02))
     assert model.mean_error is not None
     assert model.mean_error < 0.03
     for shape, _ in MEASURED.values():
-        assert model.step_s(shape) == pytest.approx(float(roofline(shape, LLAMA, H100) @ truth), rel=0.06)
+        assert model.step_s(shape) == pytest.approx(seconds(shape, truth), rel=0.06)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -236,9 +236,9 @@ def test_a_worker_may_be_slower_than_the_others_and_messages_slower_than_the_net
 def test_what_is_over_is_kept_by_nothing() -> None:
     _, simulation = run(SHAPES["one"], random_load(seed=2))
     assert not simulation._clients
-    waiting = [timer for _, _, timer in simulation.timers._heap if not timer.is_cancelled]
+    waiting = [timer for timer in simulation.timers._heap if timer[2] is not None]
     assert len(waiting) < 5
-    assert all(not timer.args for _, _, timer in simulation.timers._heap if timer.is_cancelled)
+    assert all(timer[3] is None for timer in simulation.timers._heap if timer[2] is None)
 
 
 def test_a_record_says_where_the_time_of_a_request_went() -> None:
