@@ -62,7 +62,7 @@ def drawn(logits: torch.Tensor, given_arguments: dict[str, torch.Tensor]) -> tor
     if logits.device.type == "cpu":
         module = import_module("phasewise_kernels.sample.triton_kernel")
         # The interpreter takes as long for a large tile as for a small one.
-        module.TILE = 4096
+        module.TILE = 2048
     before = logits.clone()
     with poisoned_memory():
         found: torch.Tensor = module.sample(logits, **given_arguments)
@@ -131,8 +131,10 @@ def check_all_options_on_all_kinds_of_logits(device: str) -> None:
         (49152, torch.bfloat16),
         (128256, torch.float32),
     )
-    # Interpreted, the small ones take long enough.
-    for kind, (vocab_size, dtype) in product(kinds, sizes[: 4 if device == "cpu" else 6]):
+    for number, (kind, (vocab_size, dtype)) in enumerate(product(kinds, sizes)):
+        # Interpreted, two of the small ones for each kind take long enough.
+        if device == "cpu" and (vocab_size > 3000 or number % 4 > 1):
+            continue
         logits = logits_of(kind, len(OPTIONS), vocab_size, dtype, rng).to(device)
         assert_same(logits, list(OPTIONS), rng)
 
