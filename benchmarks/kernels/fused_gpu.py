@@ -91,7 +91,7 @@ class Table:
         self._num_rounds = num_rounds
         one = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
         other = torch.empty_like(one)
-        copy_s = seconds(lambda _: other.copy_(one), 1, num_rounds)
+        copy_s = seconds(lambda _: other.copy_(one), 1, num_rounds, is_graph=False)
         self.copy_bytes_per_s = 2 * one.numel() / copy_s
         print(f"copy within the device: {self.copy_bytes_per_s / 1e12:.2f} TB/s, read and written")
 
