@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,20 @@ from workers.model.llama import Llama
 WARM_UP_TOKENS = 64
 
 
+class Forward(Protocol):
+    """The forward pass on one device: `DeviceForward` on a GPU, that of the model itself on a CPU."""
+
+    def __call__(
+        self,
+        batch: ForwardBatch,
+        *,
+        layer_group_size: int | None = None,
+        on_layers: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """See `Llama.forward`. Returns logits in any floating-point dtype, where they were computed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class GrammarTools:
     """What a runner needs for requests with a grammar."""
@@ -37,9 +52,9 @@ class GrammarTools:
 class ModelRunner:
     """A model and the KV cache that its steps read and write. Implements `step_loop.Runner`.
 
-    kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. grammars: None refuses nothing, but no request may
-    have one. packer: that of the engine; without it no plan may restore a block. embeddings: what prompts with pictures
-    read; None: there are none.
+    kv_cache: of `Llama.kv_cache_shape`, contiguous, on the device of the model; fp32 on a CPU. grammars: None refuses
+    nothing, but no request may have one. packer: that of the engine; without it no plan may restore a block. embeddings:
+    what prompts with pictures read; None: there are none. forward: None is the model's own, for a CPU.
     """
 
     def __init__(
@@ -50,8 +65,10 @@ class ModelRunner:
         grammars: GrammarTools | None = None,
         packer: KvPacker | None = None,
         embeddings: EmbeddingMemory | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self._model = model
+        self._run_forward: Forward = forward if forward is not None else _OnHost(model, kv_cache)
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._grammars = grammars
@@ -70,7 +87,7 @@ class ModelRunner:
         self._begin_masks(step)
         try:
             logits, filtered = self._forward(step, on_layers)
-            prompt_logprobs = _score_prompts(step, logits)
+            prompt_logprobs = _score_prompts(step, logits[step.num_sampled_rows :])
             result = self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
             return replace(result, filtered=filtered) if filtered else result
         finally:
@@ -97,9 +114,8 @@ class ModelRunner:
         if step.forward is None:
             on_layers(0, len(self._kv_cache))
             return torch.cat(alone), filtered
-        logits = self._model.forward(
+        logits = self._run_forward(
             self._with_embeds(step, step.forward),
-            self._kv_cache,
             layer_group_size=step.plan.layer_group_size,
             on_layers=on_layers,
         )
@@ -133,7 +149,7 @@ class ModelRunner:
                 context_lens=lens,
                 logit_rows=torch.tensor([num_tokens - 1]),
             )
-            self._model.forward(batch, self._kv_cache)
+            self._run_forward(batch)
 
     def close(self) -> None:
         """End its threads."""
@@ -155,6 +171,7 @@ class ModelRunner:
         if not step.sampled:
             return StepResult((), {}, prompt_logprobs)
         tops = _tops(step, logits)
+        logits = _on_host(logits)
         rows = _sample_rows(step)
         forced = self._rows_with_logprobs_and_grammar(step, logits)
         masks = self._grammars.masks if self._grammars is not None else None
@@ -230,6 +247,25 @@ class ModelRunner:
         }
 
 
+class _OnHost:
+    """The model's own forward pass. Implements Forward."""
+
+    def __init__(self, model: Llama, kv_cache: torch.Tensor) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+
+    def __call__(
+        self,
+        batch: ForwardBatch,
+        *,
+        layer_group_size: int | None = None,
+        on_layers: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        return self._model.forward(
+            batch, self._kv_cache, layer_group_size=layer_group_size, on_layers=on_layers
+        )
+
+
 def _sample_rows(step: StepBatch) -> list[SampleRow]:
     """One for each row of logits that a token is sampled from."""
     rows: list[SampleRow] = []
@@ -275,10 +311,17 @@ def _tops(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[tuple[int, f
     return tops
 
 
+def _on_host(logits: torch.Tensor) -> torch.Tensor:
+    """As the sampler takes them: those of a CPU as they are."""
+    return logits.to("cpu", torch.float32)
+
+
 def _score_prompts(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
-    """Logprobs of prompt tokens, by chunk; their rows come after those that are sampled."""
+    """Logprobs of prompt tokens, by chunk. logits: of the rows that come after those that are sampled."""
     scored: dict[int, tuple[TokenLogprobs, ...]] = {}
-    row = step.num_sampled_rows
+    if len(logits):
+        logits = _on_host(logits)
+    row = 0
     for i, part in enumerate(step.plan.chunks):
         positions = part.scored_positions
         if not positions:

@@ -10,6 +10,8 @@ bfloat16 and int8. Many rows are bound by arithmetic:
 Same rows, same number of them and same number of threads give the same bits.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,15 @@ MAX_FEW_ROWS = {"float32": 8, "bfloat16": 8, "int8": 16}
 MAX_LEFT_ROWS = 5
 
 _NONE = np.zeros(0, np.float32)
+
+
+def projection(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """rows @ weight.T + bias: a `Linear` of this dtype for a weight on the CPU; on a GPU in the dtype that the weight has."""
+    if weight.is_cuda:
+        return partial(F.linear, weight=weight, bias=bias)
+    return Linear(weight, bias, dtype)
 
 
 class Linear:

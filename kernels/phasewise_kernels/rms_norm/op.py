@@ -18,11 +18,12 @@ def rms_norm(
     rows: [num_rows, size] float32, contiguous; weight: [size]. added: [num_rows, size], contiguous, is added to rows
     first, in place: what is read anyway for the norm is then summed at no cost. Returns [num_rows, size].
     """
-    module = jit.load(_KERNEL)
+    module = None if rows.is_cuda else jit.load(_KERNEL)
     if module is None:
         if added is not None:
             rows.add_(added)
-        return weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps))
+        values = rows.float()
+        return (weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps))).to(rows.dtype)
     assert rows.is_contiguous()
     assert added is None or (added.is_contiguous() and added.shape == rows.shape)
     out = torch.empty(rows.shape)

@@ -14,7 +14,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 
     Source: Shazeer 2020, GLU Variants Improve Transformer.
     """
-    module = jit.load(_KERNEL)
+    module = None if gate_up.is_cuda else jit.load(_KERNEL)
     if module is None:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
