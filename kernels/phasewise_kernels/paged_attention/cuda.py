@@ -1,24 +1,338 @@
-"""Stand-in until the kernels are here."""
+"""Paged attention on an NVIDIA GPU, by Triton.
+
+Sequences with few new tokens, those that decode, are read by `lean_triton.py`, at the rate of memory; those with many by
+`chunk_triton.py`. A batch that has both is two launches of one call. Lengths and block tables stay on the device and
+nothing waits for it, so a call can be captured in a CUDA graph and replayed with other lengths.
+"""
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
+
+#: More rows than this, a row being a new token of a query head, are not a decode's.
+MAX_LEAN_ROWS = 64
+#: New tokens of a tree: bits of an int64.
+MAX_TREE_TOKENS = 64
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
 class CudaAttentionBatch:
-    """Who attends to what in one step."""
+    """Who attends to what in one step. All tensors are on one device.
 
+    Lengths on the device may change between replays of a CUDA graph; what the host knows are upper bounds then.
+    """
+
+    #: [num_sequences, max_blocks] int32, padded with anything.
     block_tables: torch.Tensor
+    #: [num_sequences + 1] int32: the new tokens of sequence i, its last ones, are rows query_starts[i] to
+    #: query_starts[i + 1] - 1 of the query.
     query_starts: torch.Tensor
+    #: [num_sequences] int32: all tokens with the new ones. 0 is a row of padding: its output is not written.
     context_lens: torch.Tensor
     block_size: int
     num_tokens: int
+    #: Most new tokens of a sequence; 1 is a batch that only decodes.
     max_query_len: int
+    #: Most tokens of a sequence, for the launch's shape alone.
     max_context_len: int
+    #: Fewest new tokens of a sequence, where the host knows more than 1.
+    min_query_len: int = 1
+    #: [num_tokens] int64: bit j of a row says whether it sees new token j of its sequence; 0 is a row that is not of
+    #: a tree. A sequence with a tree has at most MAX_TREE_TOKENS new tokens, and each sees itself.
+    tree_masks: torch.Tensor | None = None
+    #: [at least num_sequences * num_kv_heads] int32 zeros, for launches that may run at the same time as others;
+    #: None is one of the device's own, for one stream at a time.
+    semaphores: torch.Tensor | None = None
+    #: Streaming multiprocessors that the launch may use; None is all of the device.
+    num_sms: int | None = None
 
 
-def paged_attention_cuda(query, k_cache, v_cache, batch, *, window=0, out=None):  # type: ignore[no-untyped-def]
-    from phasewise_kernels.paged_attention.device import attend_padded
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a kernel is cut up. programs_per_sm: of the lean kernel, that share a streaming multiprocessor."""
 
-    return attend_padded(query, k_cache, v_cache, batch, window=window, out=out)
+    tile_tokens: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int = 1
+
+
+def paged_attention_cuda(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: CudaAttentionBatch,
+    *,
+    window: int = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of the new tokens of `batch`; the K and V of these are in the cache already.
+
+    query: [num_tokens, num_heads, head_dim] fp16, bf16 or fp32; k_cache, v_cache: [num_blocks, block_size,
+    num_kv_heads, head_dim], of the same dtype or float8_e4m3fn, with any strides but 1 in the last dimension, as
+    `out` and query may have. num_heads is a multiple of num_kv_heads. window: as in `reference.py`.
+    Returns out, or a new tensor like query. Raises ValueError when shapes or dtypes do not fit.
+    """
+    _check(query, k_cache, v_cache, batch)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group = query.shape[1] // k_cache.shape[2]
+    lean_len = lean_query_len(batch.max_query_len, group)
+    if query.shape[0] and batch.min_query_len <= lean_len:
+        lean_attention(query, k_cache, v_cache, batch, out, window=window, max_query_len=lean_len)
+    if query.shape[0] and batch.max_query_len > lean_len:
+        chunk_attention(query, k_cache, v_cache, batch, out, window=window, min_query_len=lean_len + 1)
+    return out
+
+
+def lean_query_len(max_query_len: int, group: int) -> int:
+    """Most new tokens of a sequence that the lean kernel reads for: all, or what a tile of 16 rows has room for."""
+    if max_query_len * group <= MAX_LEAN_ROWS:
+        return max_query_len
+    return max(1, 16 // group)
+
+
+def lean_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: CudaAttentionBatch,
+    out: torch.Tensor,
+    *,
+    window: int,
+    max_query_len: int,
+    tuning: Tuning | None = None,
+) -> None:
+    """Rows of sequences with up to max_query_len new tokens."""
+    from phasewise_kernels.paged_attention.lean_triton import lean_kernel
+
+    shape = _shape(query, k_cache)
+    block_m = max(16, _power_of_two(max_query_len * shape["group"]))
+    tuning = tuning or lean_tuning(k_cache, block_m)
+    num_programs = (batch.num_sms or _num_sms(query.device)) * tuning.programs_per_sm
+    slots = num_programs * 2 * block_m
+    stats = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
+    outputs = torch.empty(slots * shape["block_d"], dtype=torch.float32, device=query.device)
+    num_outputs = len(batch.context_lens) * k_cache.shape[2]
+    semaphores = _semaphores(query.device, num_outputs) if batch.semaphores is None else batch.semaphores
+    lean_kernel[(num_programs,)](
+        query,
+        k_cache,
+        v_cache,
+        out,
+        batch.block_tables,
+        batch.query_starts,
+        batch.context_lens,
+        query if batch.tree_masks is None else batch.tree_masks,
+        stats,
+        outputs,
+        semaphores,
+        len(batch.context_lens),
+        window,
+        *_scale_and_strides(query, k_cache, v_cache, batch, out),
+        **shape,
+        block_m=block_m,
+        tile_tokens=tuning.tile_tokens,
+        block_sequences=_power_of_two(max(16, len(batch.context_lens))),
+        max_query_len=max_query_len,
+        has_window=window > 0,
+        has_tree=batch.tree_masks is not None and max_query_len > 1,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+
+
+def chunk_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: CudaAttentionBatch,
+    out: torch.Tensor,
+    *,
+    window: int,
+    min_query_len: int,
+    tuning: Tuning | None = None,
+    block_m: int = 128,
+) -> None:
+    """Rows of sequences with at least min_query_len new tokens."""
+    from phasewise_kernels.paged_attention.chunk_triton import chunk_kernel
+
+    shape = _shape(query, k_cache)
+    num_kv_heads = shape.pop("num_kv_heads")
+    block_m = max(block_m, _power_of_two(shape["group"]))
+    tuning = tuning or chunk_tuning(query)
+    block_q = block_m // shape["group"]
+    # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
+    num_tiles = batch.num_tokens // block_q + min(len(batch.context_lens), batch.num_tokens // min_query_len)
+    chunk_kernel[(num_tiles, num_kv_heads)](
+        query,
+        k_cache,
+        v_cache,
+        out,
+        batch.block_tables,
+        batch.query_starts,
+        batch.context_lens,
+        query if batch.tree_masks is None else batch.tree_masks,
+        len(batch.context_lens),
+        window,
+        *_scale_and_strides(query, k_cache, v_cache, batch, out),
+        **shape,
+        block_m=block_m,
+        tile_tokens=tuning.tile_tokens,
+        block_sequences=_power_of_two(max(16, len(batch.context_lens))),
+        min_query_len=min_query_len,
+        has_window=window > 0,
+        has_tree=batch.tree_masks is not None,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+
+
+def split_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: CudaAttentionBatch,
+    out: torch.Tensor,
+    *,
+    window: int,
+    num_splits: int,
+    tuning: Tuning | None = None,
+) -> None:
+    """The baseline: a batch that only decodes, every output in num_splits pieces."""
+    from phasewise_kernels.paged_attention.split_triton import merge_kernel, split_kernel
+
+    shape = _shape(query, k_cache)
+    block_m = max(16, _power_of_two(shape["group"]))
+    tuning = tuning or lean_tuning(k_cache, block_m)
+    num_outputs = len(batch.context_lens) * k_cache.shape[2]
+    slots = num_outputs * num_splits * block_m
+    stats = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
+    outputs = torch.empty(slots * shape["block_d"], dtype=torch.float32, device=query.device)
+    scale, q_token, q_head, out_token, out_head, *strides = _scale_and_strides(
+        query, k_cache, v_cache, batch, out
+    )
+    split_kernel[(num_splits, num_outputs)](
+        query,
+        k_cache,
+        v_cache,
+        batch.block_tables,
+        batch.context_lens,
+        stats,
+        outputs,
+        window,
+        scale,
+        q_token,
+        q_head,
+        *strides,
+        **shape,
+        block_m=block_m,
+        tile_tokens=tuning.tile_tokens,
+        has_window=window > 0,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    del shape["block_size"]
+    merge_kernel[(num_outputs,)](
+        stats,
+        outputs,
+        out,
+        batch.context_lens,
+        out_token,
+        out_head,
+        num_splits,
+        **shape,
+        block_m=block_m,
+        num_warps=4,
+    )
+
+
+def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md."""
+    row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
+    tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
+
+
+def chunk_tuning(query: torch.Tensor) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md."""
+    row_bytes = _power_of_two(query.shape[2]) * query.element_size()
+    if row_bytes <= 256:
+        return Tuning(tile_tokens=64, num_warps=8, num_stages=3)
+    return Tuning(tile_tokens=32 if row_bytes <= 512 else 16, num_warps=8, num_stages=2)
+
+
+def _check(
+    query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: CudaAttentionBatch
+) -> None:
+    num_tokens, num_heads, head_dim = query.shape
+    if num_tokens != batch.num_tokens:
+        raise ValueError(f"query has {num_tokens} tokens, the batch {batch.num_tokens}")
+    if k_cache.shape != v_cache.shape or k_cache.shape[1] != batch.block_size or k_cache.shape[3] != head_dim:
+        raise ValueError(
+            f"caches of {tuple(k_cache.shape)} and {tuple(v_cache.shape)} "
+            f"for blocks of {batch.block_size} tokens and heads of {head_dim}"
+        )
+    if num_heads % k_cache.shape[2]:
+        raise ValueError(f"{num_heads} query heads cannot share {k_cache.shape[2]} KV heads")
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (query.dtype, torch.float8_e4m3fn):
+        raise ValueError(f"a query in {query.dtype} over caches in {k_cache.dtype} and {v_cache.dtype}")
+    if {tensor.stride(-1) for tensor in (query, k_cache, v_cache)} != {1}:
+        raise ValueError("values of a head do not follow each other in memory")
+
+
+def _shape(query: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any]:
+    """What all kernels are compiled for."""
+    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    return {
+        "num_kv_heads": num_kv_heads,
+        "group": query.shape[1] // num_kv_heads,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "block_d": max(16, _power_of_two(head_dim)),
+    }
+
+
+def _scale_and_strides(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: CudaAttentionBatch,
+    out: torch.Tensor,
+) -> tuple[float | int, ...]:
+    """In the order of the kernels' arguments."""
+    return (
+        query.shape[2] ** -0.5 * _LOG2_E,
+        *query.stride()[:2],
+        *out.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        batch.block_tables.stride(0),
+    )
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+#: By device, the largest last. A CUDA graph may still use one that became too small.
+_own_semaphores: dict[torch.device, list[torch.Tensor]] = {}
+
+
+def _semaphores(device: torch.device, num_outputs: int) -> torch.Tensor:
+    found = _own_semaphores.setdefault(device, [])
+    if not found or len(found[-1]) < num_outputs:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # Zeros that are written when the graph is replayed are no zeros now.
+            raise RuntimeError("the first call for a batch of this size must not be captured in a CUDA graph")
+        found.append(torch.zeros(max(1 << 14, num_outputs), dtype=torch.int32, device=device))
+    return found[-1]
