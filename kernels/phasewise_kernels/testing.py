@@ -1,6 +1,7 @@
 """What tests and benchmarks of kernels share: tolerances, poison, names of shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,28 @@ SMALL_OP_TOLERANCE = Tolerance(
     ),
 )
 
+#: The same on a GPU, by dtype of what comes out.
+SMALL_OP_TOLERANCES = {
+    torch.float32: Tolerance(
+        absolute=2e-6,
+        relative=2e-6,
+        reason="As on the CPU; the exponential is off by up to 2**-22 of its result and of its argument: twice as much.",
+    ),
+    torch.bfloat16: Tolerance(
+        absolute=1e-5,
+        relative=2**-7,
+        reason="One rounding to 8 bits, by 2**-9; where float32 errors move a number across a border, by 2**-8.",
+    ),
+    torch.float16: Tolerance(
+        absolute=1e-5, relative=2**-10, reason="One rounding to 11 bits, by 2**-12; as above, by 2**-11."
+    ),
+    torch.float8_e4m3fn: Tolerance(
+        absolute=2**-9,
+        relative=2**-3,
+        reason="One rounding to 4 bits, by 2**-5; as above, by 2**-4. Below 2**-6 steps are 2**-9.",
+    ),
+}
+
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """Fail, with the largest difference, unless shapes and dtypes are equal and all values within tolerance.
@@ -75,6 +98,17 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolera
     torch.testing.assert_close(
         actual, expected, atol=tolerance.absolute, rtol=tolerance.relative, equal_nan=False
     )
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What torch allocates inside is NaN, or the largest whole number, on every device: unwritten outputs show."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def poison_empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:

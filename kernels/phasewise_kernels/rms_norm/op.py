@@ -15,10 +15,18 @@ def rms_norm(
 ) -> torch.Tensor:
     """Each row scaled to a root mean square of 1, then by weight. Source: Zhang and Sennrich 2019.
 
-    rows: [num_rows, size] float32, contiguous; weight: [size]. added: [num_rows, size], contiguous, is added to rows
-    first, in place: what is read anyway for the norm is then summed at no cost. Returns [num_rows, size].
+    rows: [num_rows, size] float32, on a GPU also bf16 or fp16, contiguous; weight: [size]. added: [num_rows, size] as
+    rows, contiguous, is added to rows first, in place: what is read anyway for the norm is then summed at no cost, and
+    the norm is of the sum as rows keep it. Returns [num_rows, size] as rows; on a GPU without waiting for it.
     """
-    module = None if rows.is_cuda else jit.load(_KERNEL)
+    if rows.device.type != "cpu":
+        assert rows.is_contiguous()
+        assert added is None or (added.is_contiguous() and added.shape == rows.shape)
+        # Triton is there where torch has CUDA; nobody else pays for its import.
+        from phasewise_kernels.rms_norm import triton_kernel
+
+        return triton_kernel.rms_norm(rows, weight, eps, added)
+    module = jit.load(_KERNEL)
     if module is None:
         if added is not None:
             rows.add_(added)

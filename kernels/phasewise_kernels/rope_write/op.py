@@ -23,8 +23,18 @@ def rope_write(
     cos and sin, each [num_tokens, 1, head_dim], whose halves are alike. slots: [num_tokens] int64, all different
     and within the cache, which is not checked. k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim],
     contiguous. is_rotated: False leaves queries and keys as they are.
-    Returns [num_tokens, num_heads, head_dim]. Source: RoFormer (Su et al. 2021), section 3.4.2.
+    On a GPU heads may be bf16 or fp16 (the rotation is computed in float32), the caches also float8_e4m3fn (rounded to
+    nearest, saturating); a slot below 0 is not written, as the rows have that fill up a CUDA graph. Nothing is waited for.
+    Returns [num_tokens, num_heads, head_dim] as heads. Source: RoFormer (Su et al. 2021), section 3.4.2.
     """
+    if heads.device.type != "cpu":
+        assert heads.is_contiguous()
+        assert k_cache.is_contiguous()
+        assert v_cache.is_contiguous()
+        # Triton is there where torch has CUDA; nobody else pays for its import.
+        from phasewise_kernels.rope_write import triton_kernel
+
+        return triton_kernel.rope_write(heads, rotation, slots, k_cache, v_cache, is_rotated=is_rotated)
     num_tokens, num_all, head_dim = heads.shape
     num_kv_heads = k_cache.shape[2]
     num_heads = num_all - 2 * num_kv_heads

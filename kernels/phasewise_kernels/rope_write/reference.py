@@ -13,20 +13,27 @@ def rope_write_reference(
 ) -> torch.Tensor:
     """Arguments as in the op; cos and sin are None for no rotation. Writes the caches and returns the query.
 
+    Any dtypes: computed in fp64, rounded once; float8_e4m3fn saturates. A slot below 0 is not written.
     Source: RoFormer (Su et al. 2021), section 3.4.2, with the two dimensions of a pair half a head apart.
     """
     num_kv_heads, head_dim = k_cache.shape[2:]
     num_rotated = heads.shape[1] - num_kv_heads
-    rotated = heads[:, :num_rotated].clone()
+    rotated = heads[:, :num_rotated].double()
     half = head_dim // 2
     if cos is not None and sin is not None:
         for i in range(half):
             first, second = heads[:, :num_rotated, i].double(), heads[:, :num_rotated, half + i].double()
             c, s = cos[:, :, i].double(), sin[:, :, i].double()
-            rotated[:, :, i] = (first * c - second * s).float()
-            rotated[:, :, half + i] = (second * c + first * s).float()
+            rotated[:, :, i] = first * c - second * s
+            rotated[:, :, half + i] = second * c + first * s
     for token, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
         block, offset = divmod(slot, k_cache.shape[1])
-        k_cache[block, offset] = rotated[token, num_rotated - num_kv_heads :]
-        v_cache[block, offset] = heads[token, num_rotated:]
-    return rotated[:, : num_rotated - num_kv_heads]
+        k_cache[block, offset] = _rounded(rotated[token, num_rotated - num_kv_heads :], k_cache.dtype)
+        v_cache[block, offset] = _rounded(heads[token, num_rotated:], v_cache.dtype)
+    return rotated[:, : num_rotated - num_kv_heads].to(heads.dtype)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.clamp(-448, 448).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)

@@ -1,0 +1,71 @@
+"""The small and the KV-moving kernels on a GPU, against their references, and within CUDA graphs.
+
+python -m pytest tests/gpu/test_fused.py -q
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from phasewise_kernels.rms_norm.op import rms_norm
+from phasewise_kernels.rope_write.op import rope_write
+from phasewise_kernels.swiglu.op import swiglu
+from tests.support.triton_checks import small_ops
+from tests.support.triton_checks.interpreter import checks_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
+]
+
+
+def all_checks() -> list[object]:
+    """Each check of each module."""
+    modules = (small_ops,)
+    return [
+        pytest.param(check, id=f"{module.__name__.rpartition('.')[2]}-{name}")
+        for module in modules
+        for name, check in checks_of(module.__name__).items()
+    ]
+
+
+@pytest.mark.parametrize("check", all_checks())
+def test_the_kernels_equal_their_references(check: Callable[[str], None]) -> None:
+    check("cuda")
+
+
+def assert_replays(work: Callable[[], tuple[torch.Tensor, ...]], inputs: list[torch.Tensor]) -> None:
+    """What a CUDA graph of `work` computes of fresh inputs is what `work` computes of them."""
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = work()
+    for _ in range(3):
+        fresh = [torch.randn_like(x) if x.is_floating_point() else x.clone() for x in inputs]
+        for x, new in zip(inputs, fresh, strict=True):
+            x.copy_(new)
+        for output in outputs:
+            output.fill_(float("nan") if output.is_floating_point() else -7)
+        graph.replay()
+        found = [output.clone() for output in outputs]
+        for x, new in zip(inputs, fresh, strict=True):
+            x.copy_(new)
+        for actual, expected in zip(found, work(), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_small_ops_replay_in_a_cuda_graph() -> None:
+    rows, added = (torch.randn(5, 576, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.randn(576, device="cuda", dtype=torch.bfloat16)
+    assert_replays(lambda: (rms_norm(rows, weight, 1e-5, added=added),), [rows, added, weight])
+    gate_up = torch.randn(5, 3072, device="cuda", dtype=torch.bfloat16)
+    assert_replays(lambda: (swiglu(gate_up),), [gate_up])
+    heads = torch.randn(5, 15, 64, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(5, 1, 64, device="cuda")
+    slots = torch.tensor([3, 9, 0, -1, -1], device="cuda")
+    caches = [torch.zeros(2, 8, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
+    assert_replays(
+        lambda: (rope_write(heads, (angles.cos(), angles.sin()), slots, *caches),), [heads, angles, slots]
+    )

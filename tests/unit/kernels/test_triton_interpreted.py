@@ -1,0 +1,18 @@
+"""Triton kernels under Triton's interpreter, against their references: the checks that tests/gpu makes on a GPU."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.support.triton_checks.interpreter import run_interpreted
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels themselves"),
+]
+
+
+@pytest.mark.parametrize("checks", ["small_ops"])
+def test_the_kernels_equal_their_references_in_tritons_interpreter(checks: str) -> None:
+    run_interpreted(f"tests.support.triton_checks.{checks}")
