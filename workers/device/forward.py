@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
-from phasewise_kernels.paged_attention.device import DeviceAttentionBatch, Tree
+from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
 from workers.device.staging import Staging, layout, views
 from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, Mixes, RowBatch, logit_row_batch
@@ -120,6 +120,7 @@ class DeviceForward:
             batch.rope_lens.numpy() if batch.rope_lens is not None else None,
             batch.rope_positions.numpy() if batch.rope_positions is not None else None,
             sources,
+            _tree_bits(batch) if batch.tree_masks else None,
         ]
         if rows is not None:
             arrays += _attention_arrays(
@@ -130,7 +131,7 @@ class DeviceForward:
         token_ids, positions, slots, logit_rows = (next(found) for _ in range(4))
         tables = [next(found) for _ in range(3)]
         row_tables = [next(found) for _ in range(3)] if rows is not None else None
-        rope_lens, rope_positions, device_sources = (
+        rope_lens, rope_positions, device_sources, tree_masks = (
             next(found) if array is not None else None for array in optional
         )
         if device_sources is not None and previous is not None:
@@ -143,14 +144,16 @@ class DeviceForward:
             rope_positions=rope_positions,
             mixes=self._mixes(batch.mixes),
             embeds=self._embeds(batch.embeds),
-            attention=self._attention(batch, tables),
+            attention=self._attention(batch, tables, tree_masks),
             logit_rows=None if _are_all_logit_rows(batch) else logit_rows,
             logit_attention=self._row_attention(rows, row_tables),
         )
 
-    def _attention(self, batch: ForwardBatch, tables: list[torch.Tensor]) -> DeviceAttentionBatch:
+    def _attention(
+        self, batch: ForwardBatch, tables: list[torch.Tensor], tree_masks: torch.Tensor | None
+    ) -> CudaAttentionBatch:
         block_tables, query_starts, context_lens = tables
-        padded = CudaAttentionBatch(
+        return CudaAttentionBatch(
             block_tables,
             query_starts,
             context_lens,
@@ -158,31 +161,19 @@ class DeviceForward:
             len(batch.token_ids),
             int(batch.query_lens.max()),
             int(batch.context_lens.max()),
+            int(batch.query_lens.min()),
+            tree_masks=tree_masks,
         )
-        first_rows = np.cumsum(batch.query_lens) - batch.query_lens
-        trees = tuple(
-            Tree(
-                int(first_rows[i]),
-                int(batch.query_lens[i]),
-                int(batch.context_lens[i]),
-                batch.block_tables[i],
-                mask,
-            )
-            for i, mask in batch.tree_masks.items()
-        )
-        return DeviceAttentionBatch(padded, trees)
 
     def _row_attention(
         self, rows: RowBatch | None, tables: list[torch.Tensor] | None
-    ) -> DeviceAttentionBatch | None:
+    ) -> CudaAttentionBatch | None:
         if rows is None or tables is None:
             return None
-        num_rows, longest = len(rows.context_lens), int(rows.context_lens.max())
         block_tables, query_starts, context_lens = tables
-        return DeviceAttentionBatch(
-            CudaAttentionBatch(
-                block_tables, query_starts, context_lens, self._block_size, num_rows, 1, longest
-            )
+        num_rows, longest = len(rows.context_lens), int(rows.context_lens.max())
+        return CudaAttentionBatch(
+            block_tables, query_starts, context_lens, self._block_size, num_rows, 1, longest
         )
 
     def _mixes(self, mixes: Mixes | None) -> Mixes | None:
@@ -235,16 +226,14 @@ class DeviceForward:
             rope_positions=None,
             mixes=None,
             embeds=None,
-            attention=DeviceAttentionBatch(
-                CudaAttentionBatch(
-                    block_tables,
-                    query_starts,
-                    static[5],
-                    self._block_size,
-                    size,
-                    1,
-                    self._max_context_tokens,
-                )
+            attention=CudaAttentionBatch(
+                block_tables,
+                query_starts,
+                static[5],
+                self._block_size,
+                size,
+                1,
+                self._max_context_tokens,
             ),
             logit_rows=None,
             logit_attention=None,
@@ -316,6 +305,15 @@ def _attention_arrays(
     starts = np.zeros(len(query_lens) + 1, np.int32)
     np.cumsum(query_lens, out=starts[1:])
     return [block_tables, starts, context_lens.astype(np.int32)]
+
+
+def _tree_bits(batch: ForwardBatch) -> Array:
+    """See CudaAttentionBatch."""
+    bits = np.zeros(len(batch.token_ids), np.int64)
+    first_rows = np.cumsum(batch.query_lens) - batch.query_lens
+    for i, mask in batch.tree_masks.items():
+        bits[first_rows[i] : first_rows[i] + len(mask)] = tree_mask_bits(torch.from_numpy(mask)).numpy()
+    return bits
 
 
 def _with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from phasewise_kernels.paged_attention.device import DeviceAttentionBatch
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.op import AttentionBatch
 
 
@@ -76,11 +76,11 @@ class ForwardInputs:
     rope_positions: torch.Tensor | None
     mixes: Mixes | None
     embeds: Embeds | None
-    attention: AttentionBatch | DeviceAttentionBatch
+    attention: AttentionBatch | CudaAttentionBatch
     #: None: all of them, in order.
     logit_rows: torch.Tensor | None
     #: Of the rows that need logits alone, for the last layer; None when it computes all rows.
-    logit_attention: AttentionBatch | DeviceAttentionBatch | None
+    logit_attention: AttentionBatch | CudaAttentionBatch | None
 
     @property
     def num_logit_rows(self) -> int:

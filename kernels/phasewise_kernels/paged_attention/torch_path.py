@@ -117,8 +117,7 @@ def attend_chunk(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
     num_kv_heads = keys.shape[1]
     # [num_kv_heads, 1, num_read, head_dim]: each KV head is a batch entry for the query heads that share it.
     gathered_keys, gathered_values = (
-        cache.index_select(0, chunk.slots).transpose(0, 1)[:, None].to(query.dtype)
-        for cache in (keys, values)
+        cache.index_select(0, chunk.slots).transpose(0, 1)[:, None] for cache in (keys, values)
     )
     shared = num_heads // num_kv_heads
     # [num_kv_heads, shared, query_len, head_dim]
@@ -127,7 +126,7 @@ def attend_chunk(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
         grouped_query,
         gathered_keys.expand(-1, shared, -1, -1),
         gathered_values.expand(-1, shared, -1, -1),
-        attn_mask=chunk.mask.to(query.dtype),
+        attn_mask=chunk.mask,
     )
     return attended.permute(2, 0, 1, 3).reshape(query_len, num_heads, head_dim)
 
