@@ -248,7 +248,7 @@ class Worker:
         if self.text is not None:
             self.text.start(self.images.host if self.images is not None else None)
         self._info = loaded.info
-        self._sessions.serve_with(self._take, loaded.info.vocab_size)
+        self._sessions.serve_with(self._take, loaded.info.vocab_size, self.spec.device)
 
     def _take(self, command: Command) -> None:
         """A command that came by a session, to whom it is for."""
