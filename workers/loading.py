@@ -147,7 +147,14 @@ def _load_text(
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
     packer = _packer(kv_cache, spec)
     runner = ModelRunner(
-        placed.model, kv_cache, spec.engine.block_size, grammars, packer, embeddings, placed.forward
+        placed.model,
+        kv_cache,
+        spec.engine.block_size,
+        grammars,
+        packer,
+        embeddings,
+        placed.forward,
+        placed.sampler,
     )
     progress("computing a first token", 0.0)
     runner.warm_up()
@@ -189,7 +196,7 @@ def _place_on_cpu(
     pool, kv_cache = _take_pool(layout, spec, progress)
     jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     shape = cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total)
-    return PlacedText(model, pool, kv_cache, layout, None, shape)
+    return PlacedText(model, pool, kv_cache, layout, None, None, shape)
 
 
 def _load_images(

@@ -52,6 +52,31 @@ def test_greedy_tokens_are_those_of_a_cpu(buckets: tuple[int, ...]) -> None:
     assert (made.forward.num_replayed > 0) == bool(buckets)
 
 
+@pytest.mark.parametrize("steps_between", [0, 1, 3])
+def test_overlapped_steps_compute_the_same(steps_between: int) -> None:
+    made = on_gpu(is_overlapping=True)
+    assert made.serve(PROMPTS, greedy(), steps_between=steps_between) == expected()
+
+
+def test_preempted_sequences_compute_the_same_while_steps_overlap() -> None:
+    config = replace(ENGINE, growth_reserve=0.0, is_prefix_cache_on=True)
+    made = on_gpu(num_blocks=14, config=config, is_overlapping=True)
+    assert made.serve(PROMPTS, greedy()) == expected()
+    assert made.engine.num_preemptions > 0
+
+
+def test_sampled_tokens_are_those_of_a_cpu_while_steps_overlap() -> None:
+    def sampling(i: int) -> SamplingParams:
+        if i % 4 == 3:
+            return SamplingParams(12, repetition_penalty=1.5)
+        return SamplingParams(
+            9 + i, temperature=0.8, top_k=(0, 20)[i % 2], top_p=(1.0, 0.9)[i % 3 == 0], seed=i
+        )
+
+    wanted = DeviceEngine(on_cpu().runner._model, buckets=None).serve(PROMPTS, sampling)
+    assert on_gpu(is_overlapping=True).serve(PROMPTS, sampling, steps_between=2) == wanted
+
+
 def test_mixed_steps_compute_the_same() -> None:
     assert on_gpu().serve(PROMPTS, greedy(), steps_between=3) == expected()
 

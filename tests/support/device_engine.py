@@ -4,11 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from workers.api import EngineConfig, Phase, RequestId, RequestKey, SamplingParams, Submit, TokensGenerated
+from workers.api import (
+    Abort,
+    EngineConfig,
+    Phase,
+    RequestFailed,
+    RequestId,
+    RequestKey,
+    SamplingParams,
+    Submit,
+    TokensGenerated,
+)
 from workers.device.forward import DeviceForward
+from workers.device.sampler import DeviceSampler
 from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.runner import ModelRunner
+from workers.engine.step_loop import StepLoop
 from workers.model.config import ModelConfig, RopeConfig
 from workers.model.convert import output_shapes
 from workers.model.llama import Llama
@@ -57,7 +69,10 @@ def random_weights(
 
 
 class DeviceEngine:
-    """Serves prompts to their end. buckets: see DeviceForward; None takes the model's own forward pass, on a CPU."""
+    """Serves prompts to their end. buckets: see DeviceForward; None takes the model's own forward pass, on a CPU.
+
+    is_overlapping: tokens are sampled on the device, and steps planned while others run.
+    """
 
     def __init__(
         self,
@@ -67,6 +82,7 @@ class DeviceEngine:
         num_blocks: int = 64,
         buckets: Sequence[int] | None = (),
         kv_dtype: torch.dtype | None = None,
+        is_overlapping: bool = False,
     ) -> None:
         shape = model.kv_cache_shape(num_blocks, config.block_size)
         # What is in unused slots must reach nobody.
@@ -77,7 +93,10 @@ class DeviceEngine:
                 model, self.kv_cache, max_context_tokens=model.config.max_context_tokens, buckets=buckets
             )
             self.forward.capture(lambda _what, _done: None)
-        self.runner = ModelRunner(model, self.kv_cache, config.block_size, forward=self.forward)
+        sampler = DeviceSampler(model.device) if is_overlapping else None
+        self.runner = ModelRunner(
+            model, self.kv_cache, config.block_size, forward=self.forward, sampler=sampler
+        )
         self.engine = Engine(
             config,
             BOTH,
@@ -85,6 +104,21 @@ class DeviceEngine:
             max_context_tokens=model.config.max_context_tokens,
             claim_s=5.0,
         )
+        self._outputs: list[Output] = []
+        self._broken: list[str] = []
+        self._now_s = 0.0
+        self.loop = StepLoop(
+            self.engine,
+            self.runner,
+            self._outputs.extend,
+            self._broken.append,
+            self._clock,
+            overlapping=self.runner if is_overlapping else None,
+        )
+
+    def _clock(self) -> float:
+        self._now_s += 0.25
+        return self._now_s
 
     def serve(
         self,
@@ -92,29 +126,35 @@ class DeviceEngine:
         sampling: Callable[[int], SamplingParams],
         *,
         steps_between: int = 0,
+        aborted: Mapping[int, int] | None = None,
     ) -> list[list[int]]:
-        """Tokens of each prompt; one is handed in every `steps_between` steps, or all at once."""
+        """Tokens of each prompt; one is handed in every `steps_between` steps, or all at once.
+
+        aborted: step -> prompt that is aborted before it.
+        """
         names = [f"r{i}" for i in range(len(prompts))]
         waiting = [
             Submit(RequestKey(RequestId(name), 1), BOTH, tuple(prompt), sampling(i), 1e6)
             for i, (name, prompt) in enumerate(zip(names, prompts, strict=True))
         ]
         tokens: dict[str, list[int]] = {name: [] for name in names}
-        num_steps = 0
-        while True:
+        num_steps, is_working = 0, True
+        while waiting or is_working:
             while waiting and (steps_between == 0 or num_steps % steps_between == 0):
-                self.engine.handle(waiting.pop(0), float(num_steps))
+                self.engine.handle(waiting.pop(0), self._now_s)
                 if steps_between:
                     break
-            plan = self.engine.schedule(float(num_steps))
-            if plan is not None:
-                result = self.runner.run(plan, lambda _lo, _hi: None)
-                self.engine.complete(plan, result, num_steps + 0.5)
-                self.engine.check_invariants()
+            if aborted is not None and num_steps in aborted:
+                gone = RequestKey(RequestId(names[aborted[num_steps]]), 1)
+                self.engine.handle(Abort(gone), self._now_s)
+            is_working = self.loop.step()
+            self.engine.check_invariants()
             num_steps += 1
-            gather(self.engine.take_outputs(), tokens)
-            if plan is None and not waiting:
-                return [tokens[name] for name in names]
+            gather(self._outputs, tokens)
+            failed = [one for one in self._outputs if isinstance(one, RequestFailed)]
+            assert not failed, failed
+            self._outputs.clear()
+        return [tokens[name] for name in names]
 
 
 def gather(outputs: Sequence[Output], tokens: Mapping[str, list[int]]) -> None:

@@ -318,4 +318,4 @@ def _tree_bits(batch: ForwardBatch) -> Array:
 
 def _with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """Tokens that were sampled on the device and that the host has not seen, in the place of those that it did not know."""
-    return torch.where(sources >= 0, previous[sources.clamp(min=0)], token_ids)
+    return torch.where(sources >= 0, previous[sources.clamp(min=0)].clamp(min=0), token_ids)

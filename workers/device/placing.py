@@ -14,6 +14,7 @@ from workers.device.forward import DeviceForward
 from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
 from workers.device.memory import kv_cache_bytes, step_bytes
 from workers.device.placed import PlacedText
+from workers.device.sampler import DeviceSampler
 from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory
 from workers.limits import GPU_DTYPES, is_computed_in
 from workers.loaded_shapes import gpu_shape
@@ -55,7 +56,15 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
     )
     forward.capture(progress)
     name = torch.cuda.get_device_name(device)
-    return PlacedText(model, pool, kv_cache, layout, forward, gpu_shape(name, gpu_memory(device).total_bytes))
+    return PlacedText(
+        model,
+        pool,
+        kv_cache,
+        layout,
+        forward,
+        DeviceSampler(device),
+        gpu_shape(name, gpu_memory(device).total_bytes),
+    )
 
 
 def check_spec(spec: WorkerSpec) -> None:

@@ -8,7 +8,7 @@ holds is saved there in that moment, before its next holder can write to it.
 free + cached + in use + leased = total, always.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -325,13 +325,19 @@ class BlockPool:
             self._events.append(KvBlocksStored(parent, (name,)))
         return True
 
-    def settle(self) -> None:
-        """The step has run: what was pending is computed."""
-        if self._pending:
-            if self._is_watched:
-                stored = [self._stored[block_id] for block_id in self._pending]
-                self._events.extend(KvBlocksStored(one.parent, (one.hash,)) for one in stored)
-            self._pending.clear()
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Blocks that will hold what the index says when the steps have run that are planned."""
+        return tuple(self._pending)
+
+    def settle(self, block_ids: Iterable[int]) -> None:
+        """A step has run: what was pending of these is computed."""
+        for block_id in block_ids:
+            if block_id in self._pending:
+                del self._pending[block_id]
+                if self._is_watched:
+                    one = self._stored[block_id]
+                    self._events.append(KvBlocksStored(one.parent, (one.hash,)))
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""

@@ -1,5 +1,7 @@
 """DeviceForward on a CPU: padded batches and staged inputs compute what the model's own forward pass does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,3 +71,64 @@ def test_padding_writes_nothing(model: Llama) -> None:
     made.serve(PROMPTS[:1], greedy(8))
     used = ~torch.isnan(made.kv_cache[0, 0]).all(dim=(-1, -2))
     assert int(used.sum()) == len(PROMPTS[0]) + 8 - 1
+
+
+OVERLAPPED = {"buckets": (1, 2, 4, 8), "is_overlapping": True}
+
+
+@pytest.mark.parametrize("steps_between", [0, 1, 3])
+def test_overlapped_steps_compute_the_same(
+    model: Llama, expected: list[list[int]], steps_between: int
+) -> None:
+    made = DeviceEngine(model, **OVERLAPPED)
+    assert made.serve(PROMPTS, greedy(), steps_between=steps_between) == expected
+
+
+def test_sequences_that_end_by_a_stop_token_end_there(model: Llama, expected: list[list[int]]) -> None:
+    def sampling(i: int) -> SamplingParams:
+        return SamplingParams(
+            24 - i % 5, stop_token_ids=frozenset(expected[i][3 * (i % 4) : 3 * (i % 4) + 1])
+        )
+
+    made = DeviceEngine(model, **OVERLAPPED)
+    found = made.serve(PROMPTS, sampling)
+    assert found == DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
+    assert found[1] == expected[1][: len(found[1])]
+    assert len(found[1]) < len(expected[1])
+    assert made.engine.block_counts().free == 64
+
+
+def test_a_preempted_sequence_computes_the_same_while_steps_overlap(
+    model: Llama, expected: list[list[int]]
+) -> None:
+    config = replace(ENGINE, growth_reserve=0.0, is_prefix_cache_on=True)
+    made = DeviceEngine(model, config=config, num_blocks=14, **OVERLAPPED)
+    assert made.serve(PROMPTS, greedy()) == expected
+    assert made.engine.num_preemptions > 0
+
+
+def test_an_aborted_request_disturbs_nobody(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, **OVERLAPPED)
+    found = made.serve(PROMPTS, greedy(), aborted={4: 0, 6: 3, 9: 8})
+    for i in range(len(PROMPTS)):
+        if i in (0, 3, 8):
+            assert found[i] == expected[i][: len(found[i])]
+            assert len(found[i]) < len(expected[i])
+        else:
+            assert found[i] == expected[i]
+
+
+def test_requests_that_need_the_host_go_beside_others(model: Llama) -> None:
+    def sampling(i: int) -> SamplingParams:
+        match i % 4:
+            case 0:
+                return SamplingParams(12, repetition_penalty=1.5)
+            case 1:
+                return SamplingParams(9 + i, temperature=0.8, top_k=20, top_p=0.9, seed=i)
+            case 2:
+                return SamplingParams(10, num_logprobs=1)
+            case _:
+                return SamplingParams(8 + i)
+
+    wanted = DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
+    assert DeviceEngine(model, **OVERLAPPED).serve(PROMPTS, sampling, steps_between=2) == wanted
