@@ -28,6 +28,19 @@ ATTENTION_TOLERANCES = {
             "is a mean, under these weights, of values up to 4: 4e-6. 1e-5 leaves a factor of two."
         ),
     ),
+    torch.float16: Tolerance(
+        absolute=2e-3,
+        relative=2e-3,
+        reason=(
+            "Products are exact in float32. Weights are rounded to float16, by 2**-12 on average, before they meet "
+            "values up to 4: 1e-3; the output is rounded by 2**-11 of itself at most. Twice that."
+        ),
+    ),
+    torch.bfloat16: Tolerance(
+        absolute=1.6e-2,
+        relative=1.6e-2,
+        reason="As float16, with 2**-9 and 2**-8.",
+    ),
 }
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
+    finished,
     jit,
     load_rows,
     num_ancestors,
@@ -54,7 +55,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
     has_window: tl.constexpr,
     has_tree: tl.constexpr,
 ):
-    """Grid: (at least the tiles of new tokens, num_kv_heads). Sequences with fewer new tokens are left alone."""
+    """Grid: (num_kv_heads, at least the tiles of new tokens). Sequences with fewer new tokens are left alone."""
     block_q: tl.constexpr = block_m // group
     ids = tl.arange(0, block_sequences)
     is_there = ids < num_sequences
@@ -65,8 +66,8 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
     ends = tl.cumsum(tl.where(is_ours, tl.cdiv(query_lens, block_q), 0), 0)
     total = tl.max(ends, 0)
     # The last tiles of a sequence have the most to read: they begin first.
-    place = total - 1 - tl.program_id(0)
-    head = tl.program_id(1)
+    place = total - 1 - tl.program_id(1)
+    head = tl.program_id(0)
     if place >= 0:
         sequence = tl.sum((ends <= place).to(tl.int32), 0)
         first_row = (place - tl.max(tl.where(ends <= place, ends, 0), 0)) * block_q
@@ -99,6 +100,9 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
             start = tl.minimum(tl.maximum(start, first), stop)
             full = tl.maximum(full, start)
         q = load_rows(query, first_token, num_rows, head, q_token, q_head, group, head_dim, block_m, block_d)
+        if k_cache.dtype.element_ty.primitive_bitwidth == 8:
+            # fp8 becomes fp16 in one instruction, exactly.
+            q = q.to(tl.float16)
         keys = k_cache + head.to(tl.int64) * k_head
         values = v_cache + head.to(tl.int64) * v_head
         table = block_tables + sequence.to(tl.int64) * table_stride
@@ -123,6 +127,6 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
             block_size, head_dim, tile_tokens, True, True, has_window, has_tree,
         )  # fmt: skip
         store_rows(
-            out, weighted / weight_sum[:, None], first_token, num_rows, head, out_token, out_head,
+            out, finished(weighted, weight_sum), first_token, num_rows, head, out_token, out_head,
             group, head_dim, block_m, block_d,
         )  # fmt: skip

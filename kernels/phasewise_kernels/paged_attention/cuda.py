@@ -15,6 +15,8 @@ import torch
 MAX_LEAN_ROWS = 64
 #: New tokens of a tree: bits of an int64.
 MAX_TREE_TOKENS = 64
+#: Three for each program of a launch.
+NUM_SEMAPHORES = 1 << 14
 _LOG2_E = 1.4426950408889634
 
 
@@ -43,8 +45,8 @@ class CudaAttentionBatch:
     #: [num_tokens] int64: bit j of a row says whether it sees new token j of its sequence; 0 is a row that is not of
     #: a tree. A sequence with a tree has at most MAX_TREE_TOKENS new tokens, and each sees itself.
     tree_masks: torch.Tensor | None = None
-    #: [at least num_sequences * num_kv_heads] int32 zeros, for launches that may run at the same time as others;
-    #: None is one of the device's own, for one stream at a time.
+    #: [NUM_SEMAPHORES] int32 zeros, for launches that may run at the same time as others; None are the device's own,
+    #: for one stream at a time.
     semaphores: torch.Tensor | None = None
     #: Streaming multiprocessors that the launch may use; None is all of the device.
     num_sms: int | None = None
@@ -110,14 +112,17 @@ def lean_attention(
     from phasewise_kernels.paged_attention.lean_triton import lean_kernel
 
     shape = _shape(query, k_cache)
-    block_m = max(16, _power_of_two(max_query_len * shape["group"]))
+    block_r = _power_of_two(max_query_len * shape["group"])
+    block_m = max(16, block_r)
     tuning = tuning or lean_tuning(k_cache, block_m)
+    num_kv_heads = k_cache.shape[2]
     num_programs = (batch.num_sms or _num_sms(query.device)) * tuning.programs_per_sm
-    slots = num_programs * 2 * block_m
-    stats = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
+    num_programs = max(1, num_programs // num_kv_heads) * num_kv_heads
+    slots = num_programs * 2 * block_r
+    lse = torch.empty(slots, dtype=torch.float32, device=query.device)
     outputs = torch.empty(slots * shape["block_d"], dtype=torch.float32, device=query.device)
-    num_outputs = len(batch.context_lens) * k_cache.shape[2]
-    semaphores = _semaphores(query.device, num_outputs) if batch.semaphores is None else batch.semaphores
+    semaphores = _semaphores(query.device) if batch.semaphores is None else batch.semaphores
+    assert 3 * num_programs <= len(semaphores)
     lean_kernel[(num_programs,)](
         query,
         k_cache,
@@ -127,7 +132,7 @@ def lean_attention(
         batch.query_starts,
         batch.context_lens,
         query if batch.tree_masks is None else batch.tree_masks,
-        stats,
+        lse,
         outputs,
         semaphores,
         len(batch.context_lens),
@@ -135,6 +140,7 @@ def lean_attention(
         *_scale_and_strides(query, k_cache, v_cache, batch, out),
         **shape,
         block_m=block_m,
+        block_r=block_r,
         tile_tokens=tuning.tile_tokens,
         block_sequences=_power_of_two(max(16, len(batch.context_lens))),
         max_query_len=max_query_len,
@@ -167,7 +173,7 @@ def chunk_attention(
     block_q = block_m // shape["group"]
     # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
     num_tiles = batch.num_tokens // block_q + min(len(batch.context_lens), batch.num_tokens // min_query_len)
-    chunk_kernel[(num_tiles, num_kv_heads)](
+    chunk_kernel[(num_kv_heads, num_tiles)](
         query,
         k_cache,
         v_cache,
@@ -324,15 +330,13 @@ def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-#: By device, the largest last. A CUDA graph may still use one that became too small.
-_own_semaphores: dict[torch.device, list[torch.Tensor]] = {}
+_own_semaphores: dict[torch.device, torch.Tensor] = {}
 
 
-def _semaphores(device: torch.device, num_outputs: int) -> torch.Tensor:
-    found = _own_semaphores.setdefault(device, [])
-    if not found or len(found[-1]) < num_outputs:
+def _semaphores(device: torch.device) -> torch.Tensor:
+    if device not in _own_semaphores:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # Zeros that are written when the graph is replayed are no zeros now.
-            raise RuntimeError("the first call for a batch of this size must not be captured in a CUDA graph")
-        found.append(torch.zeros(max(1 << 14, num_outputs), dtype=torch.int32, device=device))
-    return found[-1]
+            raise RuntimeError("the first call on a device must not be captured in a CUDA graph")
+        _own_semaphores[device] = torch.zeros(NUM_SEMAPHORES, dtype=torch.int32, device=device)
+    return _own_semaphores[device]

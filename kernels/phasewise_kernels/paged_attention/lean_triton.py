@@ -1,27 +1,28 @@
 """Attention of few new tokens per sequence over the cache, by stream-K: every program reads as many tiles as any other.
 
-An output is a (sequence, KV head); all query heads that share the KV head are rows of one product. The tiles of all
-outputs, by sequence, then head, then position, are one line, which is cut into equal pieces:
+All query heads that share a KV head are rows of one product; the KV heads of a token are read by as many programs at the
+same time, since they lie side by side in memory. The tiles of all sequences are one line, which is cut into equal pieces:
 
     sequence      s0              s1                    s2
-    head          h0      h1      h0         h1         h0  h1
-    line          |-------|-------|----------|----------|---|---|
-    programs      |  p0  |  p1  |  p2  |  p3  |  p4  |  p5  | p6 |       differ by one tile at most
+    line          |---------------|---------------------|-------|
+    group         |  g0  |  g1  |  g2  |  g3  |  g4  |  g5  | g6 |         pieces differ by one tile at most
+    program       group * num_kv_heads + head
 
-So at most two outputs of a program are shared with others: its first, begun by an earlier one, and its last. Of each of
-these it leaves a part (slot 0, slot 1) and counts itself in at the output; the one that comes last merges the parts in
-the order of the line, writes the output and sets the count back to 0, as the next launch expects. Nobody waits, so any
-number of programs will do. The lengths are read on the device, and the cuts are computed from them by each program: a
-CUDA graph serves all lengths.
+So at most two outputs (sequence, head) of a program are shared with others: its first, begun by an earlier one, and its
+last. Of each of these it leaves a part (slot 0, slot 1) and counts itself in; the one that comes last merges the parts in
+the order of the line, and sets the count back to 0, as the next launch expects. Many parts are merged in bunches first,
+those then by the last that has merged a bunch. Nobody waits, so any number of programs will do. The lengths are read on
+the device, and the cuts are computed from them by each program: a CUDA graph serves all lengths.
 
-Source: LeanAttention (arXiv 2405.10480); stream-K (Osama et al. 2023). The published kernel has a host program per
-output that waits for the others; that the last to come merges is our choice.
+Source: LeanAttention (arXiv 2405.10480); stream-K (Osama et al. 2023). The published kernel has one line over heads too,
+and a host program per output that waits for the others.
 """
 
 import triton.language as tl
 
 from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
+    finished,
     jit,
     load_rows,
     num_ancestors,
@@ -39,7 +40,7 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     query_starts,
     context_lens,
     tree_masks,
-    partial_stats,
+    partial_lse,
     partial_outputs,
     semaphores,
     num_sequences,
@@ -61,6 +62,7 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     head_dim: tl.constexpr,
     block_size: tl.constexpr,
     block_m: tl.constexpr,
+    block_r: tl.constexpr,
     block_d: tl.constexpr,
     tile_tokens: tl.constexpr,
     block_sequences: tl.constexpr,
@@ -68,10 +70,10 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     has_window: tl.constexpr,
     has_tree: tl.constexpr,
 ):
-    """partial_stats: [programs, 2, 2, block_m] fp32; partial_outputs: [programs, 2, block_m, block_d] fp32.
+    """partial_lse: [programs, 2, block_r] fp32; partial_outputs: [programs, 2, block_r, block_d] fp32.
 
-    semaphores: [at least num_sequences * num_kv_heads] int32, all 0. Sequences with no new token, more than
-    max_query_len, or no context are left alone.
+    semaphores: [3 * programs] int32, all 0. The number of programs is a multiple of num_kv_heads. block_r: rows that
+    there can be. Sequences with no new token, more than max_query_len, or no context are left alone.
     """
     ids = tl.arange(0, block_sequences)
     is_there = ids < num_sequences
@@ -83,19 +85,20 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
         num_tiles -= tl.maximum(lens - query_lens + 1 - window, 0) // tile_tokens
     is_ours = (lens > 0) & (query_lens > 0) & (query_lens <= max_query_len)
     # [block_sequences]: where on the line each sequence ends.
-    ends = tl.cumsum(tl.where(is_ours, num_tiles, 0) * num_kv_heads, 0)
+    ends = tl.cumsum(tl.where(is_ours, num_tiles, 0), 0)
     total = tl.max(ends, 0)
-    num_used = tl.minimum(total, tl.num_programs(0))
-    program = tl.program_id(0)
-    if program < num_used:
+    num_used = tl.minimum(total, tl.num_programs(0) // num_kv_heads)
+    line_group = tl.program_id(0) // num_kv_heads
+    head = tl.program_id(0) % num_kv_heads
+    if line_group < num_used:
         share = tl.cdiv(total, num_used)
-        # The first `num_full` programs read `share` tiles, the others one less.
+        # The first `num_full` groups read `share` tiles, the others one less.
         num_full = total - (share - 1) * num_used
-        place = program * share - tl.maximum(program - num_full, 0)
-        stop = place + share - (program >= num_full).to(tl.int32)
+        place = line_group * share - tl.maximum(line_group - num_full, 0)
+        stop = place + share - (line_group >= num_full).to(tl.int32)
         while place < stop:
             sequence = tl.sum((ends <= place).to(tl.int32), 0)
-            sequence_first = tl.max(tl.where(ends <= place, ends, 0), 0)
+            output_first = tl.max(tl.where(ends <= place, ends, 0), 0)
             context_len = tl.load(context_lens + sequence)
             first_token = tl.load(query_starts + sequence)
             query_len = tl.load(query_starts + sequence + 1) - first_token
@@ -104,8 +107,6 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
             if has_window:
                 first_tile = tl.maximum(prefix_len + 1 - window, 0) // tile_tokens
             tiles = tl.cdiv(context_len, tile_tokens) - first_tile
-            head = (place - sequence_first) // tiles
-            output_first = sequence_first + head * tiles
             output_stop = output_first + tiles
             piece_stop = tl.minimum(stop, output_stop)
 
@@ -120,6 +121,9 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
             q = load_rows(
                 query, first_token, query_len, head, q_token, q_head, group, head_dim, block_m, block_d
             )
+            if k_cache.dtype.element_ty.primitive_bitwidth == 8:
+                # fp8 becomes fp16 in one instruction, exactly.
+                q = q.to(tl.float16)
             largest, weight_sum, weighted = attend_tiles(
                 q,
                 tl.full([block_m], float("-inf"), tl.float32),
@@ -152,7 +156,7 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
             if piece_stop - place == tiles:
                 store_rows(
                     out,
-                    weighted / weight_sum[:, None],
+                    finished(weighted, weight_sum),
                     first_token,
                     query_len,
                     head,
@@ -164,60 +168,175 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                     block_d,
                 )
             else:
-                dims = tl.arange(0, block_d)
-                is_row = tokens < query_len
-                is_kept = is_row[:, None] & (dims < head_dim)[None, :]
-                at = rows[:, None] * block_d + dims[None, :]
-                slot = (program * 2 + (place == output_first).to(tl.int32)).to(tl.int64)
-                tl.store(partial_stats + slot * 2 * block_m + rows, largest, mask=is_row)
-                tl.store(partial_stats + (slot * 2 + 1) * block_m + rows, weight_sum, mask=is_row)
-                tl.store(partial_outputs + slot * block_m * block_d + at, weighted, mask=is_kept)
-                # All of the program's threads have stored before one of them counts.
-                tl.debug_barrier()
-                first_program = program_of(output_first, share, num_full)
-                num_parts = program_of(output_stop - 1, share, num_full) - first_program + 1
-                semaphore = semaphores + sequence * num_kv_heads + head
-                num_before = tl.atomic_add(semaphore, 1, sem="acq_rel", scope="gpu")
-                if num_before == num_parts - 1:
-                    largest = tl.full([block_m], float("-inf"), tl.float32)
-                    weight_sum = tl.zeros([block_m], tl.float32)
-                    weighted = tl.zeros([block_m, block_d], tl.float32)
-                    for part in range(num_parts):
-                        slot = ((first_program + part) * 2 + 1 - tl.minimum(part, 1)).to(tl.int64)
-                        stats = partial_stats + slot * 2 * block_m + rows
-                        part_largest = tl.load(stats, mask=is_row, other=0.0, cache_modifier=".cg")
-                        part_sum = tl.load(stats + block_m, mask=is_row, other=1.0, cache_modifier=".cg")
-                        part_weighted = tl.load(
-                            partial_outputs + slot * block_m * block_d + at,
-                            mask=is_kept,
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                        new_largest = tl.maximum(largest, part_largest)
-                        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-                        factor, part_factor = tl.exp2(largest - base), tl.exp2(part_largest - base)
-                        weight_sum = weight_sum * factor + part_sum * part_factor
-                        weighted = weighted * factor[:, None] + part_weighted * part_factor[:, None]
-                        largest = new_largest
-                    store_rows(
-                        out,
-                        weighted / weight_sum[:, None],
-                        first_token,
-                        query_len,
-                        head,
-                        out_token,
-                        out_head,
-                        group,
+                program = tl.program_id(0)
+                store_part(
+                    partial_lse,
+                    partial_outputs,
+                    program * 2 + (place == output_first).to(tl.int32),
+                    finished(weighted, weight_sum),
+                    log_sum(largest, weight_sum),
+                    query_len * group,
+                    head_dim,
+                    block_m,
+                    block_r,
+                    block_d,
+                )
+                first_group = group_of(output_first, share, num_full)
+                num_parts = group_of(output_stop - 1, share, num_full) - first_group + 1
+                fan = tl.where(num_parts <= 16, num_parts, tl.where(num_parts <= 64, 8, 16))
+                # Parts of one bunch, the first of which is our neighbour to the left or we ourselves.
+                bunch = (line_group - first_group) // fan
+                bunch_program = (first_group + bunch * fan) * num_kv_heads + head
+                bunch_slot = bunch_program * 2 + (bunch == 0).to(tl.int32)
+                bunch_size = tl.minimum(fan, num_parts - bunch * fan)
+                if is_last(semaphores + bunch_slot, bunch_size):
+                    merged, lse = merge_parts(
+                        partial_lse,
+                        partial_outputs,
+                        bunch_program,
+                        bunch == 0,
+                        num_kv_heads,
+                        bunch_size,
+                        query_len * group,
                         head_dim,
-                        block_m,
+                        block_r,
                         block_d,
                     )
-                    tl.store(semaphore, 0)
+                    num_bunches = tl.cdiv(num_parts, fan)
+                    is_whole = num_bunches == 1
+                    if num_bunches > 1:
+                        # In the place of its first part.
+                        store_part(
+                            partial_lse,
+                            partial_outputs,
+                            bunch_slot,
+                            merged,
+                            lse,
+                            query_len * group,
+                            head_dim,
+                            block_r,
+                            block_r,
+                            block_d,
+                        )
+                        first_program = first_group * num_kv_heads + head
+                        if is_last(semaphores + 2 * tl.num_programs(0) + first_program, num_bunches):
+                            merged, lse = merge_parts(
+                                partial_lse,
+                                partial_outputs,
+                                first_program,
+                                True,
+                                fan * num_kv_heads,
+                                num_bunches,
+                                query_len * group,
+                                head_dim,
+                                block_r,
+                                block_d,
+                            )
+                            is_whole = num_bunches > 1
+                    if is_whole:
+                        store_rows(
+                            out,
+                            merged,
+                            first_token,
+                            query_len,
+                            head,
+                            out_token,
+                            out_head,
+                            group,
+                            head_dim,
+                            block_r,
+                            block_d,
+                        )
             place = piece_stop
 
 
 @jit
-def program_of(place, share, num_full):  # type: ignore[no-untyped-def]
-    """Which program reads this tile of the line."""
+def group_of(place, share, num_full):  # type: ignore[no-untyped-def]
+    """Which group reads this tile of the line."""
     later = place - num_full * share
     return tl.where(later < 0, place // share, num_full + later // tl.maximum(share - 1, 1))
+
+
+@jit
+def log_sum(largest, weight_sum):  # type: ignore[no-untyped-def]
+    """log2 of the sum of all weights; -inf of a part that has seen nothing."""
+    is_empty = weight_sum == 0
+    return tl.where(is_empty, float("-inf"), largest + tl.log2(tl.where(is_empty, 1.0, weight_sum)))
+
+
+@jit
+def is_last(semaphore, count):  # type: ignore[no-untyped-def]
+    """Count this program in; whether it is the last of `count`, which sets the semaphore back."""
+    # All threads of the program have stored before one of them counts.
+    tl.debug_barrier()
+    is_it = tl.atomic_add(semaphore, 1, sem="acq_rel", scope="gpu") == count - 1
+    if is_it:
+        tl.store(semaphore, 0)
+    return is_it
+
+
+@jit
+def store_part(  # type: ignore[no-untyped-def]
+    partial_lse,
+    partial_outputs,
+    slot,
+    output,
+    lse,
+    num_rows,
+    head_dim: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_r: tl.constexpr,
+    block_d: tl.constexpr,
+):
+    """output: [block_rows, block_d], the output of a part alone; lse: [block_rows], how much it weighs."""
+    rows = tl.arange(0, block_rows)
+    dims = tl.arange(0, block_d)
+    is_row = rows < num_rows
+    at = slot.to(tl.int64) * block_r + rows
+    tl.store(partial_lse + at, lse, mask=is_row)
+    is_kept = is_row[:, None] & (dims < head_dim)[None, :]
+    tl.store(partial_outputs + at[:, None] * block_d + dims[None, :], output, mask=is_kept)
+
+
+@jit
+def merge_parts(  # type: ignore[no-untyped-def]
+    partial_lse,
+    partial_outputs,
+    first_program,
+    is_first_begun,
+    program_step,
+    num_parts,
+    num_rows,
+    head_dim: tl.constexpr,
+    block_r: tl.constexpr,
+    block_d: tl.constexpr,
+):
+    """([block_r, block_d], [block_r]): output and weight of parts together, in order.
+
+    They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
+    """
+    block_p: tl.constexpr = 1 if block_r * block_d > 2048 else 4096 // (block_r * block_d)
+    rows = tl.arange(0, block_r)
+    dims = tl.arange(0, block_d)
+    largest = tl.full([block_r], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([block_r], tl.float32)
+    weighted = tl.zeros([block_r, block_d], tl.float32)
+    first_slot = tl.where(is_first_begun, 1, 0)
+    # Loads of the next parts are under way while one is added.
+    for first_part in tl.range(0, num_parts, block_p, num_stages=3):
+        parts = first_part + tl.arange(0, block_p)
+        slots = (first_program + parts * program_step) * 2 + tl.where(parts == 0, first_slot, 0)
+        is_row = (parts < num_parts)[:, None] & (rows < num_rows)[None, :]
+        at = slots.to(tl.int64)[:, None] * block_r + rows[None, :]
+        lse = tl.load(partial_lse + at, mask=is_row, other=float("-inf"), cache_modifier=".cg")
+        is_kept = is_row[:, :, None] & (dims < head_dim)[None, None, :]
+        outputs = partial_outputs + at[:, :, None] * block_d + dims[None, None, :]
+        output = tl.load(outputs, mask=is_kept, other=0.0, cache_modifier=".cg")
+        new_largest = tl.maximum(largest, tl.max(lse, 0))
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weights = tl.exp2(lse - base[None, :])
+        factor = tl.exp2(largest - base)
+        weight_sum = weight_sum * factor + tl.sum(weights, 0)
+        weighted = weighted * factor[:, None] + tl.sum(output * weights[:, :, None], 0)
+        largest = new_largest
+    return finished(weighted, weight_sum), log_sum(largest, weight_sum)

@@ -6,7 +6,7 @@ kernel merges them. Source: FlashDecoding (Dao et al. 2023).
 
 import triton.language as tl
 
-from phasewise_kernels.paged_attention.tiles_triton import attend_tiles, jit, load_rows, store_rows
+from phasewise_kernels.paged_attention.tiles_triton import attend_tiles, finished, jit, load_rows, store_rows
 
 
 @jit
@@ -53,6 +53,8 @@ def split_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
     dims = tl.arange(0, block_d)
     row_masks = tl.zeros([block_m], tl.int64)
     q = load_rows(query, sequence, 1, head, q_token, q_head, group, head_dim, block_m, block_d)
+    if k_cache.dtype.element_ty.primitive_bitwidth == 8:
+        q = q.to(tl.float16)
     largest, weight_sum, weighted = attend_tiles(
         q,
         tl.full([block_m], float("-inf"), tl.float32),
@@ -131,7 +133,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
             largest = new_largest
         store_rows(
             out,
-            weighted / weight_sum[:, None],
+            finished(weighted, weight_sum),
             sequence,
             1,
             head,

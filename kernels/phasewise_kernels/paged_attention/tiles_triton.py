@@ -80,6 +80,12 @@ def store_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def finished(weighted, weight_sum):  # type: ignore[no-untyped-def]
+    """The output of a softmax; 0 for a row of padding, which may have seen nothing."""
+    return weighted / tl.where(weight_sum == 0, 1.0, weight_sum)[:, None]
+
+
+@jit
 def attend_tiles(  # type: ignore[no-untyped-def]
     q,
     largest,
@@ -139,7 +145,7 @@ def attend_tiles(  # type: ignore[no-untyped-def]
             k = tl.load(keys + k_places)
             v = tl.load(values + v_places)
         # [block_m, tile_tokens]
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if is_causal:
             if has_tree:
                 # A token of a tree is one further than its parent.
@@ -164,13 +170,13 @@ def attend_tiles(  # type: ignore[no-untyped-def]
             if has_window:
                 is_seen = is_seen & (positions >= context_len - window)
             scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         if is_causal or has_window:
             # A row may have seen nothing yet.
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         else:
             base = new_largest
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * scale - base[:, None])
         factor = tl.exp2(largest - base)
         weight_sum = weight_sum * factor + tl.sum(weights, 1)
         weighted = weighted * factor[:, None]
