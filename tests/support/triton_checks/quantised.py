@@ -1,0 +1,103 @@
+"""Attention over packed pages, on a GPU or interpreted, against its specification."""
+
+import sys
+from itertools import product
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phasewise_kernels.kv_codec.reference import PAGE_TOKENS, PageCodec, encode_reference
+from phasewise_kernels.quantised_attention import op
+from phasewise_kernels.quantised_attention.reference import quantised_attention_reference
+from phasewise_kernels.testing import QUANTISED_ATTENTION_TOLERANCE, assert_close, poisoned_memory
+from tests.support.triton_checks.interpreter import main
+
+LENS = (0, 1, 63, 64, 65, 200, 700, 128)
+
+
+def an_attention(
+    lens: tuple[int, ...],
+    heads: tuple[int, int, int],
+    codec: PageCodec,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    num_sms: int = 3,
+) -> None:
+    """One batch, its pages in any order among poisoned ones; what is no token of a tail is NaN."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_pages = [length // PAGE_TOKENS for length in lens]
+    total, most = sum(num_pages), max(num_pages, default=0)
+    kv = torch.randn(total + 1, 2, PAGE_TOKENS, num_kv_heads, head_dim)
+    pages = encode_reference(kv, codec)
+    pages[total] = 255
+    order = torch.randperm(total)
+    table = torch.full((len(lens), most + 1), total, dtype=torch.int32)
+    start = 0
+    for row, number in zip(table, num_pages, strict=True):
+        row[:number] = order[start : start + number]
+        start += number
+    shape = (len(lens), PAGE_TOKENS, num_kv_heads, head_dim)
+    tail = [torch.full(shape, float("nan")) for _ in "kv"]
+    for i, length in enumerate(lens):
+        for one in tail:
+            one[i, : length % PAGE_TOKENS] = torch.randn(length % PAGE_TOKENS, num_kv_heads, head_dim)
+    query = torch.randn(len(lens), num_heads, head_dim).to(dtype).to(device)
+    arguments = (
+        query,
+        pages.to(device),
+        table.to(device),
+        torch.tensor(lens, dtype=torch.int32, device=device),
+        tuple(one.to(dtype).to(device) for one in tail),
+    )
+    expected = quantised_attention_reference(*arguments, codec=codec)
+    with poisoned_memory():
+        if device == "cpu":
+            from phasewise_kernels.quantised_attention import triton_kernel
+
+            actual = triton_kernel.attend(*arguments, codec, num_sms)
+        else:
+            actual = op.quantised_attention(*arguments, codec=codec)
+    assert_close(actual, expected, QUANTISED_ATTENTION_TOLERANCE)
+
+
+def check_int4(device: str) -> None:
+    """Lengths about whole pages, groups that are no powers of two, few programs and many."""
+    for heads, num_sms in product(((2, 2, 64), (9, 3, 64), (8, 2, 128)), (1, 20)):
+        an_attention(LENS, heads, "int4_hadamard", device, num_sms=num_sms)
+    for dtype in (torch.bfloat16, torch.float16):
+        an_attention(LENS, (8, 2, 128), "int4_hadamard", device, dtype)
+
+
+def check_gear(device: str) -> None:
+    """The same."""
+    for heads, codec in product(((9, 3, 64), (8, 2, 128)), ("gear", "gear_l")):
+        an_attention(LENS, heads, codec, device)
+    an_attention(LENS, (8, 2, 128), "gear", device, torch.bfloat16)
+
+
+def check_no_sequences(device: str) -> None:
+    """Nothing comes of nothing."""
+    an_attention((), (4, 2, 64), "int4_hadamard", device)
+    an_attention((0, 0), (4, 2, 64), "int4_hadamard", device)
+
+
+def check_odd_shapes(device: str) -> None:
+    """Whatever hypothesis thinks of."""
+
+    @settings(max_examples=12, deadline=None, database=None)
+    @given(
+        st.lists(st.integers(0, 400), min_size=1, max_size=4),
+        st.sampled_from([(5, 1, 64), (4, 2, 128), (1, 3, 64)]),
+        st.integers(1, 9),
+    )
+    def attentions(lens: list[int], shape: tuple[int, int, int], num_sms: int) -> None:
+        group, num_kv_heads, head_dim = shape
+        heads = (group * num_kv_heads, num_kv_heads, head_dim)
+        an_attention(tuple(lens), heads, "int4_hadamard", device, num_sms=num_sms)
+
+    attentions()
+
+
+if __name__ == "__main__":
+    sys.exit(main("__main__"))
