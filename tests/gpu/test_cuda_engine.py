@@ -154,3 +154,9 @@ def test_logits_are_near_those_of_a_cpu(dtype: torch.dtype, most: float) -> None
     error = float((given - wanted).norm() / wanted.norm())
     print(f"logits in {dtype}: relative error {error:.2e}")
     assert error < most
+
+
+def test_the_product_of_a_row() -> None:
+    from tests.support.triton_checks import linear_of_row
+
+    linear_of_row.check_outputs("cuda")
