@@ -316,7 +316,7 @@ def merge_parts(  # type: ignore[no-untyped-def]
 
     They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
     """
-    block_p: tl.constexpr = 1 if block_r * block_d > 2048 else 4096 // (block_r * block_d)
+    block_p: tl.constexpr = 1 if block_r * block_d > 4096 else 8192 // (block_r * block_d)
     rows = tl.arange(0, block_r)
     dims = tl.arange(0, block_d)
     largest = tl.full([block_r], float("-inf"), tl.float32)
