@@ -102,7 +102,7 @@ def main() -> None:
         about = {
             "date": datetime.now(UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(0),
-            "driver": torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else "",
+            "cuda": torch.version.cuda,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "is_quick": args.quick,
