@@ -309,7 +309,9 @@ class StepLoop:
             return
 
     def _step_broke(self, plan: StepPlan, error: Exception) -> None:
-        logger.exception("step_failed num_sequences=%d num_tokens=%d", len(plan.slices), plan.num_tokens)
+        logger.error(
+            "step_failed num_sequences=%d num_tokens=%d", len(plan.slices), plan.num_tokens, exc_info=error
+        )
         self.engine.fail_step(plan, f"the step failed: {error}", self._clock())
         self._num_broken_steps += 1
         if self._num_broken_steps == MAX_BROKEN_STEPS and not self._is_broken:

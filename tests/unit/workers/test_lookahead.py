@@ -201,3 +201,42 @@ def test_a_step_keeps_what_is_still_there() -> None:
     kept, result = still_there(plan, entries, StepResult([1, 2, 3]))
     assert [one.key.request_id for one in kept.decodes] == ["r1", "r3"]
     assert list(result.token_ids) == [1, 3]
+
+
+@pytest.mark.parametrize("breaks", ["begin", "result"])
+def test_a_step_that_breaks_fails_its_requests_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    world = World(ROOMY, NUM_BLOCKS)
+    for name in ("r5", "r2"):
+        world.submit(name, 3, 20)
+    for _ in range(4):
+        world.step()
+    if breaks == "begin":
+        begin = world.device.begin
+
+        def broken(*arguments: object) -> BegunFake:
+            monkeypatch.setattr(world.device, "begin", begin)
+            raise RuntimeError("a kernel failed")
+
+        monkeypatch.setattr(world.device, "begin", broken)
+    else:
+
+        def lost(begun: BegunFake) -> StepResult:
+            monkeypatch.undo()
+            world.device.end(begun)
+            raise RuntimeError("a kernel failed")
+
+        monkeypatch.setattr(BegunFake, "result", lost)
+    world.loop.step()
+    world.loop.step()
+    failed = [one for one in world.outputs if isinstance(one, RequestFailed)]
+    assert sorted(one.key.request_id for one in failed) == ["r2", "r5"]
+    assert all("a kernel failed" in one.reason for one in failed)
+    world.outputs.clear()
+    world.engine.check_invariants()
+    world.submit("r4", 5, 6)
+    while world.step():
+        pass
+    assert world.tokens["r4"] == expected_tokens("r4", 5, 6)
+    assert_idle(world.engine, NUM_BLOCKS)
