@@ -407,29 +407,35 @@ def main() -> int:
     copy = copy_bytes_per_s()
     machine = machine_of(args.commit)
     print(machine, f"copy {copy / 1e12:.2f} TB/s")
-    print("kv seq context           lean us     split       fa2     cudnn  + gather of copy")
-    rows = []
-    for lengths, num_kv_heads in decode_grid(args.quick):
-        rows.append(decode_row(pool, lengths, num_kv_heads, copy))
-        print_decode(rows[-1])
-    summary = summary_of(rows)
-    for name, value in summary.items():
-        print(f"{name:40} {value:.3f}")
+    result: dict[str, Any] = {"machine": machine, "copy_tb_per_s": copy / 1e12}
+
+    def keep(**found: Any) -> None:
+        result.update(found)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     shapes = shape_rows(pool, copy)
+    keep(shapes=shapes)
     for row in shapes:
         print(f"{row['name']:20} {row['us']:8.1f} us {row['share_of_copy']:5.0%} of copy", flush=True)
-    chunks = []
+    chunks: list[dict[str, Any]] = []
     for name, lengths in CHUNKS.items():
         chunks.append(chunk_row(pool, name, lengths))
+        keep(chunks=chunks)
         found = {way: value for way, value in chunks[-1].items() if isinstance(value, dict)}
         shown = (
             f"{way} {value['us']:.0f} us {value['tflop_per_s']:.0f} TFLOP/s" for way, value in found.items()
         )
         print(f"{name:34}", "; ".join(shown), flush=True)
-    if args.json:
-        result = {"machine": machine, "copy_tb_per_s": copy / 1e12, "summary": summary}
-        result |= {"decode": rows, "shapes": shapes, "chunks": chunks}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("kv seq context           lean us     split       fa2     cudnn  + gather of copy")
+    rows: list[dict[str, Any]] = []
+    for context_lens, num_kv_heads in decode_grid(args.quick):
+        rows.append(decode_row(pool, context_lens, num_kv_heads, copy))
+        print_decode(rows[-1])
+        keep(decode=rows)
+    keep(summary=summary_of(rows))
+    for name, value in result["summary"].items():
+        print(f"{name:40} {value:.3f}")
     return 0
 
 

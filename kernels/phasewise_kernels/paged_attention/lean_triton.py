@@ -315,28 +315,25 @@ def merge_parts(  # type: ignore[no-untyped-def]
 
     They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
     """
-    block_p: tl.constexpr = 1 if block_r * block_d > 4096 else 8192 // (block_r * block_d)
     rows = tl.arange(0, block_r)
     dims = tl.arange(0, block_d)
+    is_row = rows < num_rows
+    is_kept = is_row[:, None] & (dims < head_dim)[None, :]
     largest = tl.full([block_r], float("-inf"), tl.float32)
     weight_sum = tl.zeros([block_r], tl.float32)
     weighted = tl.zeros([block_r, block_d], tl.float32)
-    first_slot = tl.where(is_first_begun, 1, 0)
-    # Loads of the next parts are under way while one is added.
-    for first_part in tl.range(0, num_parts, block_p, num_stages=3):
-        parts = first_part + tl.arange(0, block_p)
-        slots = (first_program + parts * program_step) * 2 + tl.where(parts == 0, first_slot, 0)
-        is_row = (parts < num_parts)[:, None] & (rows < num_rows)[None, :]
-        at = slots.to(tl.int64)[:, None] * block_r + rows[None, :]
+    first_slot = first_program * 2 + tl.where(is_first_begun, 1, 0)
+    # The next parts are on their way while one is added.
+    for part in tl.range(0, num_parts, num_stages=4):
+        slot = tl.where(part == 0, first_slot, (first_program + part * program_step) * 2)
+        at = slot.to(tl.int64) * block_r + rows
         lse = tl.load(partial_lse + at, mask=is_row, other=float("-inf"), cache_modifier=".cg")
-        is_kept = is_row[:, :, None] & (dims < head_dim)[None, None, :]
-        outputs = partial_outputs + at[:, :, None] * block_d + dims[None, None, :]
+        outputs = partial_outputs + at[:, None] * block_d + dims[None, :]
         output = tl.load(outputs, mask=is_kept, other=0.0, cache_modifier=".cg")
-        new_largest = tl.maximum(largest, tl.max(lse, 0))
+        new_largest = tl.maximum(largest, lse)
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(lse - base[None, :])
-        factor = tl.exp2(largest - base)
-        weight_sum = weight_sum * factor + tl.sum(weights, 0)
-        weighted = weighted * factor[:, None] + tl.sum(output * weights[:, :, None], 0)
+        weight, factor = tl.exp2(lse - base), tl.exp2(largest - base)
+        weight_sum = weight_sum * factor + weight
+        weighted = weighted * factor[:, None] + output * weight[:, None]
         largest = new_largest
     return finished(weighted, weight_sum), log_sum(largest, weight_sum)
