@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Table:
         self._num_rounds = num_rounds
         one = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
         other = torch.empty_like(one)
-        copy_s = seconds(lambda _: other.copy_(one), 1, num_rounds)
+        copy_s = seconds(lambda _: other.copy_(one), 1, num_rounds, is_graph=False)
         self.copy_bytes_per_s = 2 * one.numel() / copy_s
         print(f"copy within the device: {self.copy_bytes_per_s / 1e12:.2f} TB/s, read and written")
 
@@ -306,15 +307,17 @@ def attention_ways(table: Table, batch: int, context_len: int) -> None:
 
 
 def varlen_way(query: torch.Tensor, pool: torch.Tensor, context_len: int) -> dict[str, Way]:
-    """FlashAttention as torch has it for sequences of any length."""
-    from torch.nn.attention.varlen import varlen_attn
-
+    """FlashAttention as torch has it for sequences of any length; from torch 2.10 on."""
     starts = torch.arange(len(query) + 1, dtype=torch.int32, device="cuda")
     k_starts = starts * context_len
     k, v = (pool[0, i].view(-1, NUM_KV_HEADS, HEAD_DIM) for i in range(2))
 
     def attend(_: int) -> Any:
-        return varlen_attn(query, k, v, starts, k_starts, 1, context_len)
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Earlier versions of torch take fewer KV heads without being told.
+        given = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+        return varlen_attn(query, k, v, starts, k_starts, 1, context_len, **given)
 
     return {"bf16, varlen": attend}
 

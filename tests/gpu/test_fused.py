@@ -5,11 +5,15 @@ python -m pytest tests/gpu/test_fused.py -q
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
+from phasewise_kernels.kv_codec.reference import encode_reference
+from phasewise_kernels.quantised_attention.op import quantised_attention
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.rope_write.op import rope_write
+from phasewise_kernels.sample.op import sample
 from phasewise_kernels.swiglu.op import swiglu
 from tests.support.triton_checks import codecs, quantised, sampling, small_ops
 from tests.support.triton_checks.interpreter import checks_of
@@ -18,6 +22,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
 ]
+#: What inputs of these dtypes hold is made anew for each replay.
+FRESH = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def all_checks() -> list[object]:
@@ -43,7 +49,8 @@ def assert_replays(work: Callable[[], tuple[torch.Tensor, ...]], inputs: list[to
     with torch.cuda.graph(graph):
         outputs = work()
     for _ in range(3):
-        fresh = [torch.randn_like(x) if x.is_floating_point() else x.clone() for x in inputs]
+        # Options of a draw, which are fp64, stay as they are.
+        fresh = [x.clone() if x.dtype not in FRESH else torch.randn_like(x) for x in inputs]
         for x, new in zip(inputs, fresh, strict=True):
             x.copy_(new)
         for output in outputs:
@@ -68,4 +75,23 @@ def test_small_ops_replay_in_a_cuda_graph() -> None:
     caches = [torch.zeros(2, 8, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
     assert_replays(
         lambda: (rope_write(heads, (angles.cos(), angles.sin()), slots, *caches),), [heads, angles, slots]
+    )
+
+
+def test_the_draw_replays_in_a_cuda_graph() -> None:
+    logits = torch.randn(len(sampling.OPTIONS), 3000, device="cuda") * 3
+    given = sampling.arguments(list(sampling.OPTIONS), "cuda", np.random.default_rng(0))
+    assert_replays(lambda: (sample(logits, **given),), [logits, *given.values()])
+
+
+def test_attention_over_packed_pages_replays_in_a_cuda_graph() -> None:
+    kv = torch.randn(4, 2, 64, 2, 64)
+    pages = encode_reference(kv, "int4_hadamard").cuda()
+    query = torch.randn(2, 4, 64, device="cuda", dtype=torch.bfloat16)
+    tail = tuple(torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    table = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32, device="cuda")
+    lens = torch.tensor([130, 64], dtype=torch.int32, device="cuda")
+    assert_replays(
+        lambda: (quantised_attention(query, pages, table, lens, tail, codec="int4_hadamard"),),
+        [query, *tail, table, lens],
     )

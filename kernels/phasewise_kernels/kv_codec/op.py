@@ -5,6 +5,7 @@ runs on the device of the pool.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,13 +75,13 @@ def launch(
     # Triton is there where torch has CUDA; nobody else pays for its import.
     from phasewise_kernels.kv_codec import gear_kernel, triton_kernel
 
-    cache = rows.kv_cache
+    pool = rows.kv_cache
     num_layers, _, num_tokens, num_heads, head_dim = rows.shape
     num_pages = -(-num_tokens // PAGE_TOKENS)
     slots = torch.from_numpy(rows.slots)
-    if cache.device.type != "cpu":
+    if pool.device.type != "cpu":
         # Page-locked, so that nothing waits for what runs on the stream.
-        slots = slots.pin_memory().to(cache.device, non_blocking=True)
+        slots = slots.pin_memory().to(pool.device, non_blocking=True)
     extra: tuple[Any, ...] = ()
     shape: tuple[Any, ...] = (num_heads, head_dim)
     encode, decode = triton_kernel.encode_fp8_kernel, triton_kernel.decode_fp8_kernel
@@ -92,11 +93,9 @@ def launch(
         count, groups = reference.outlier_count(codec, head_dim), reference.groups_of(head_dim)
         shape = (*shape, codec == "gear", count, groups)
         encode, decode = gear_kernel.encode_gear_kernel, gear_kernel.decode_gear_kernel
-        extra = (
-            () if num_unusable is None else (_starts(num_tokens % PAGE_TOKENS, head_dim).to(cache.device),)
-        )
+        extra = () if num_unusable is None else (_starts(num_tokens % PAGE_TOKENS, head_dim, pool.device),)
     (decode if num_unusable is None else encode)[(num_layers * num_pages, 2 * num_heads)](
-        cache,
+        pool,
         slots,
         packed,
         *(() if num_unusable is None else (num_unusable,)),
@@ -104,8 +103,8 @@ def launch(
         num_pages,
         rows.layers[0],
         rows.heads[0],
-        cache[0, 0].numel(),
-        cache.shape[-2] * head_dim,
+        pool[0, 0].numel(),
+        pool.shape[-2] * head_dim,
         packed.shape[1],
         reference.page_bytes(codec, PAGE_TOKENS, num_heads, head_dim),
         *extra,
@@ -116,7 +115,8 @@ def launch(
     )
 
 
-def _starts(num_rest: int, head_dim: int) -> torch.Tensor:
+@cache
+def _starts(num_rest: int, head_dim: int, device: torch.device) -> torch.Tensor:
     """Where the power iteration begins: for V of a full page and of the last, for K of both."""
     starts: list[torch.Tensor] = []
     for width, length in (
@@ -130,7 +130,7 @@ def _starts(num_rest: int, head_dim: int) -> torch.Tensor:
         padded = torch.zeros(reference.RANK * width)
         padded[: rank * length] = reference.start(rank, length).flatten()
         starts.append(padded)
-    return torch.cat(starts)
+    return torch.cat(starts).to(device)
 
 
 def _is_by_kernel(rows: TokenRows) -> bool:

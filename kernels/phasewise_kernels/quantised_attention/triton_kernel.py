@@ -94,8 +94,8 @@ def attend_int4_kernel(  # type: ignore[no-untyped-def]
     step: tl.constexpr = (half // block) * row
     num_blocks: tl.constexpr = head_dim // block
     page_at = page_table + sequence * max_pages
-    while first < last:
-        base = pages + tl.load(page_at + first).to(tl.int64) * page_bytes
+    for place in tl.range(first, last, num_stages=3):
+        base = pages + tl.load(page_at + place).to(tl.int64) * page_bytes
         at = base + 2 * num_kv_heads + channels[:, None] * row + head * PAGE + tokens[None, :]
         scales_at = (base + 2 * num_kv_heads + half * row).to(_FP16) + head * PAGE + tokens
         codes = tl.load(at)
@@ -126,7 +126,6 @@ def attend_int4_kernel(  # type: ignore[no-untyped-def]
         high = tl.dot(p_high, tl.trans(_as_fp16(v_codes >> 4))) + more_high[:, None]
         out_low = out_low * kept[:, None] + low * v_shift
         out_high = out_high * kept[:, None] + high * v_shift
-        first += 1
     part = (tl.program_id(0) * num_splits + split).to(tl.int64) * group + rows
     where = sums + part[:, None] * head_dim + channels[None, :]
     tl.store(where, out_low, mask=is_row)

@@ -149,11 +149,12 @@ def choose_kernel(  # type: ignore[no-untyped-def]
             num_candidates = tl.full([], 0, tl.int32)
             step: tl.constexpr = 128
             first = tl.full([], 0, tl.int32)
-            while first < tl.minimum(num_chosen, room):
+            num_stored = tl.minimum(num_chosen, room)
+            while first < num_stored:
                 which = first + tl.arange(0, step)
-                in_group = tl.load(chosen_groups + row * room + which, mask=which < num_chosen, other=0)
+                in_group = tl.load(chosen_groups + row * room + which, mask=which < num_stored, other=0)
                 ids = in_group[:, None] * group + tl.arange(0, group)[None, :]
-                is_inside = (which < num_chosen)[:, None] & (ids < vocab_size)
+                is_inside = (which < num_stored)[:, None] & (ids < vocab_size)
                 x = tl.load(logits + row * vocab_size + ids, mask=is_inside, other=-float("inf"))
                 x_keys = keys_of(x.to(tl.float32), shift)
                 is_found = tl.reshape(is_inside & (x_keys >= low), [step * group])
