@@ -30,8 +30,7 @@ def rms_norm(
     if module is None:
         if added is not None:
             rows.add_(added)
-        values = rows.float()
-        return (weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps))).to(rows.dtype)
+        return weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps))
     assert rows.is_contiguous()
     assert added is None or (added.is_contiguous() and added.shape == rows.shape)
     out = torch.empty(rows.shape)
