@@ -22,7 +22,7 @@ MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 10.0
 MAX_GRAMMAR_CHARS = 65536
-MAX_DRAFT_TOKENS = 64
+MAX_DRAFT_TOKENS = 63
 MAX_BRANCHES = 32
 MAX_BRANCH_TOKENS = 256
 MAX_DRAFTS = 16
@@ -101,11 +101,22 @@ class StepBudget(StrEnum):
 
 
 class WeightDtype(StrEnum):
-    """How the matrices of the model are kept in memory. All else is float32."""
+    """How the matrices of the model are kept in memory. All else is float32 on a CPU, and the same on a GPU."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    #: On a GPU alone.
+    FLOAT16 = "float16"
+    #: On a CPU alone.
     INT8 = "int8"
+
+
+class Device(StrEnum):
+    """What a worker computes with."""
+
+    CPU = "cpu"
+    #: One NVIDIA GPU, the first that the process sees.
+    CUDA = "cuda"
 
 
 class HostCacheCodec(StrEnum):
@@ -134,8 +145,10 @@ class EngineConfig:
 
     #: Tokens per KV block.
     block_size: int = 16
-    #: Memory of the KV block pool, in bytes.
+    #: Memory of the KV block pool, in bytes; 0: on a GPU, what is left of its share.
     kv_cache_bytes: int = 512 * 2**20
+    #: Share of the memory of a GPU that the worker takes at most, above 0 and at most 1.
+    gpu_memory_fraction: float = 0.9
     #: Tokens in one step, decode and prefill together.
     token_budget: int = 256
     #: Sequences in one step.
@@ -180,6 +193,7 @@ class WorkerSpec:
     #: Address to bind; port 0 takes a free one.
     bind_host: str = "127.0.0.1"
     port: int = 0
+    device: Device = Device.CPU
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
 

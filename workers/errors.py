@@ -8,12 +8,14 @@
     │   ├── KvCacheTooSmall     the block pool would not hold a single block
     │   ├── HostCacheTooSmall   nor would the host cache
     │   ├── ImageCacheTooSmall  nor the memory for embeddings of pictures
+    │   ├── NotOnGpu            the model or a setting is none that a GPU computes
     │   ├── InvalidGrammar      a request's grammar says nothing that can be followed
     │   ├── ImageRejected       a picture of a request cannot be used; only that request fails
     │   └── SharingUnsupported  the device cannot be shared that way
     └── MachineError            the machine has too little of something
         ├── OutOfMemory
         ├── OutOfDisk
+        ├── GpuUnavailable      there is no GPU that can be used
         ├── AddressUnavailable  the address to listen on cannot be had
         ├── DecodePoolBusy      too many pictures wait to be decoded
         ├── MpsFailed           the MPS daemon does not do what it should
@@ -135,6 +137,18 @@ class ImageCacheTooSmall(CallerError):
         )
 
 
+class NotOnGpu(CallerError):
+    """A GPU does not compute `feature`; `remedy` says what to do."""
+
+    def __init__(self, feature: str, remedy: str) -> None:
+        super().__init__(feature, remedy)
+        self.feature = feature
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.feature} is not supported on a GPU; {self.remedy}"
+
+
 class InvalidGrammar(CallerError):
     """A grammar of this kind cannot be followed; `problem` says what is wrong and where."""
 
@@ -230,6 +244,18 @@ class OutOfDisk(MachineError):
             f"{self.path} needs {self.need_bytes / MIB:.0f} MiB of disk and "
             f"{self.available_bytes / MIB:.0f} MiB are free; free some, or set XDG_CACHE_HOME to another disk"
         )
+
+
+class GpuUnavailable(MachineError):
+    """The worker is to compute with a GPU, and cannot: `problem` says why, `remedy` what to do."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"no GPU can be used: {self.problem}; {self.remedy}"
 
 
 class AddressUnavailable(MachineError):

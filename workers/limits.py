@@ -21,6 +21,7 @@ KV_CACHE_MIB = Bounds(1, 16 * MIB)
 TOKEN_BUDGET = Bounds(1, MIB)
 MAX_RUNNING_SEQUENCES = Bounds(1, 65536)
 MAX_WAITING_REQUESTS = Bounds(1, MIB)
+GPU_MEMORY_FRACTION = Bounds(0, 1)
 THREADS = Bounds(1, 1024)
 TILE_TOKENS = Bounds(1, 4096)
 GROWTH_RESERVE = Bounds(0, 1)
@@ -39,6 +40,16 @@ STREAMS = Bounds(1, 16)
 
 #: Ways by which chunks travel, packed by a codec and over several connections; by the others they are read in place.
 CARRYING_TRANSPORTS = frozenset({TransportChoice.AUTO, TransportChoice.GRPC})
+
+
+#: What matrices may be kept in, by where they are.
+CPU_DTYPES = ("float32", "bfloat16", "int8")
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:
+    """Whether weights may be kept in it there."""
+    return dtype in (GPU_DTYPES if is_on_gpu else CPU_DTYPES)
 
 
 def min_token_budget(max_running_sequences: int, block_size: int) -> int:

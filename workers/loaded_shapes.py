@@ -6,17 +6,26 @@ from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.step_shape import DeviceShape, ModelShape
 
-WEIGHT_BYTES = {WeightDtype.FLOAT32: 4.0, WeightDtype.BFLOAT16: 2.0, WeightDtype.INT8: 1.0}
-#: Of KV in the pool.
-KV_VALUE_BYTES = 4
+WEIGHT_BYTES = {
+    WeightDtype.FLOAT32: 4.0,
+    WeightDtype.BFLOAT16: 2.0,
+    WeightDtype.FLOAT16: 2.0,
+    WeightDtype.INT8: 1.0,
+}
 #: Of one thread, and of memory: what the factors start from. Steps tell soon how far off they are.
 THREAD_FLOPS_PER_S, THREAD_ATTENTION_FLOPS_PER_S = 80e9, 20e9
 BYTES_PER_S, TRANSFER_BYTES_PER_S = 12e9, 1e9
 STEP_OVERHEAD_S = 2e-3
+#: Of an H100, by benchmarks/serving/engine_gpu.py: where the factors of any GPU start from.
+GPU_FLOPS_PER_S, GPU_ATTENTION_FLOPS_PER_S = 615e12, 400e12
+GPU_BYTES_PER_S, GPU_TRANSFER_BYTES_PER_S = 2.92e12, 160e9
+GPU_STEP_OVERHEAD_S = 0.6e-3
 
 
-def model_shape(config: ModelConfig, model_source: str, dtype: WeightDtype) -> ModelShape:
-    """Of the text model. The name is the source's, without its folders."""
+def model_shape(
+    config: ModelConfig, model_source: str, dtype: WeightDtype, *, kv_value_bytes: int = 4
+) -> ModelShape:
+    """Of the text model. The name is the source's, without its folders. kv_value_bytes: of KV in the pool."""
     query_size = config.num_heads * config.head_dim
     layer = config.hidden_size * (config.qkv_size + query_size + 3 * config.intermediate_size)
     kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -27,7 +36,7 @@ def model_shape(config: ModelConfig, model_source: str, dtype: WeightDtype) -> M
         weight_bytes=WEIGHT_BYTES[dtype],
         num_layers=config.num_layers,
         hidden_size=query_size,
-        kv_token_bytes=kv_values * KV_VALUE_BYTES,
+        kv_token_bytes=kv_values * kv_value_bytes,
     )
 
 
@@ -42,4 +51,17 @@ def cpu_shape(num_threads: int, memory_bytes: int) -> DeviceShape:
         memory_bytes=memory_bytes,
         transfer_bytes_per_s=TRANSFER_BYTES_PER_S,
         is_reading_hidden=False,
+    )
+
+
+def gpu_shape(name: str, memory_bytes: int) -> DeviceShape:
+    """Of any GPU, before it was measured."""
+    return DeviceShape(
+        name,
+        flops_per_s=GPU_FLOPS_PER_S,
+        attention_flops_per_s=GPU_ATTENTION_FLOPS_PER_S,
+        bytes_per_s=GPU_BYTES_PER_S,
+        step_overhead_s=GPU_STEP_OVERHEAD_S,
+        memory_bytes=memory_bytes,
+        transfer_bytes_per_s=GPU_TRANSFER_BYTES_PER_S,
     )

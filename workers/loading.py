@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from kvtransfer.config import TransportChoice
 from kvtransfer.errors import SharedMemoryUnavailable, TransportUnavailable
 from kvtransfer.host_pool import HostPool, pool_shape
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import DTYPE_BYTES, KvLayout
 from kvtransfer.pool import KvPool
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
-from workers.api import ModelInfo, Phase, Submit, WorkerSpec
+from workers.api import Device, ModelInfo, Phase, Submit, WorkerSpec
 from workers.block_hash import root_hash
+from workers.device.placed import PlacedText
 from workers.embeddings.encoding import VisionTools
 from workers.embeddings.memory import EmbeddingMemory, embedding_layout
 from workers.engine.decoding.cautious import punctuation_token_ids
@@ -40,6 +41,8 @@ from workers.model.vision.make import make_encoder
 logger = logging.getLogger(__name__)
 
 KV_DTYPE = "float32"
+#: Ways by which only memory of a host is read.
+_OF_HOSTS = (TransportChoice.SHM, TransportChoice.IN_PROCESS, TransportChoice.NIXL)
 TEXT_PHASES = frozenset({Phase.PREFILL, Phase.DECODE})
 
 
@@ -106,7 +109,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory and OutOfDisk, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    OutOfMemory, OutOfDisk, GpuUnavailable and NotOnGpu, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
     be had.
     """
     _check_transport(spec)
@@ -135,25 +138,34 @@ def _load_text(
     embeddings: EmbeddingMemory | None,
     progress: Callable[[str, float], None],
 ) -> LoadedText:
-    progress("loading the weights", 0.0)
     config = prepared.config
-    model = Llama(config, load_weights(prepared, {Part.TEXT}), spec.engine.weight_dtype)
-    layout = config.kv_layout(block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest)
-    if spec.engine.span_reuse is not None and not model.can_move_keys:
-        feature = "dynamic RoPE scaling or M-RoPE, with which keys cannot be moved as engine.spanReuse has to"
-        raise UnsupportedModel(spec.model_source, feature, "a manifest without spanReuse")
-    pool, kv_cache = _take_pool(layout, spec, progress)
+    if spec.device is Device.CUDA:
+        # Brings Triton, which is not there where torch has no CUDA.
+        from workers.device.placing import place_on_gpu
+
+        placed = place_on_gpu(spec, prepared, progress)
+    else:
+        placed = _place_on_cpu(spec, prepared, progress)
+    kv_cache, layout = placed.kv_cache, placed.layout
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
     packer = _packer(kv_cache, spec)
-    runner = ModelRunner(model, kv_cache, spec.engine.block_size, grammars, packer, embeddings)
-    jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
+    runner = ModelRunner(
+        placed.model,
+        kv_cache,
+        spec.engine.block_size,
+        grammars,
+        packer,
+        embeddings,
+        placed.forward,
+        placed.sampler,
+    )
     progress("computing a first token", 0.0)
     runner.warm_up()
     return LoadedText(
         config=config,
         runner=runner,
-        pool=pool,
+        pool=placed.pool,
         pacing=LayerPacing(
             num_layers=layout.num_layers,
             token_bytes=layout.token_bytes,
@@ -161,8 +173,10 @@ def _load_text(
             fixed=spec.kv_transfer.layer_group_size,
         ),
         latency=LatencyModel(
-            model_shape(config, spec.model_source, spec.engine.weight_dtype),
-            cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total),
+            model_shape(
+                config, spec.model_source, spec.engine.weight_dtype, kv_value_bytes=DTYPE_BYTES[layout.dtype]
+            ),
+            placed.shape,
         ),
         num_blocks=kv_cache.shape[2],
         compiler=compiler,
@@ -171,6 +185,22 @@ def _load_text(
         punctuation=_punctuation(prepared.tokenizer_json),
         packer=packer,
     )
+
+
+def _place_on_cpu(
+    spec: WorkerSpec, prepared: PreparedModel, progress: Callable[[str, float], None]
+) -> PlacedText:
+    progress("loading the weights", 0.0)
+    config = prepared.config
+    model = Llama(config, load_weights(prepared, {Part.TEXT}), spec.engine.weight_dtype)
+    layout = config.kv_layout(block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest)
+    if spec.engine.span_reuse is not None and not model.can_move_keys:
+        feature = "dynamic RoPE scaling or M-RoPE, with which keys cannot be moved as engine.spanReuse has to"
+        raise UnsupportedModel(spec.model_source, feature, "a manifest without spanReuse")
+    pool, kv_cache = _take_pool(layout, spec, progress)
+    jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
+    shape = cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total)
+    return PlacedText(model, pool, kv_cache, layout, None, None, shape)
 
 
 def _load_images(
@@ -243,12 +273,18 @@ def _take_pool(
 
 def _check_transport(spec: WorkerSpec) -> None:
     """Raises TransportUnavailable: with it each transfer would be refused."""
-    if spec.kv_transfer.transport is TransportChoice.CUDA_IPC:
+    if spec.device is Device.CPU and spec.kv_transfer.transport is TransportChoice.CUDA_IPC:
         reason = (
             "the KV cache of this worker is in memory of the host, not of a GPU; "
             "set kvTransfer.transport to auto, shm or grpc"
         )
         raise TransportUnavailable(TransportChoice.CUDA_IPC, reason)
+    if spec.device is Device.CUDA and spec.kv_transfer.transport in _OF_HOSTS:
+        reason = (
+            "the KV cache of this worker is in memory of a GPU, not of the host; "
+            "set kvTransfer.transport to auto, cuda_ipc or grpc"
+        )
+        raise TransportUnavailable(spec.kv_transfer.transport, reason)
 
 
 def _shared_memory(num_bytes: int, spec: WorkerSpec) -> SharedMemory | None:

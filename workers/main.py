@@ -19,6 +19,7 @@ from kvtransfer.config import TransportChoice
 from workers import limits
 from workers.api import (
     Batching,
+    Device,
     EngineConfig,
     HostCacheCodec,
     KvTransferConfig,
@@ -70,6 +71,12 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         )
     if arguments.host_cache_mib > 0 and not arguments.prefix_cache:
         return f"argument --host-cache-mib: is {arguments.host_cache_mib}; with --no-prefix-cache there is no block to keep"
+    is_on_gpu, dtype = _is_on_gpu(arguments), arguments.weight_dtype
+    if dtype is not None and not limits.is_computed_in(dtype, is_on_gpu=is_on_gpu):
+        dtypes = limits.GPU_DTYPES if is_on_gpu else limits.CPU_DTYPES
+        return f"argument --weight-dtype: with --device {arguments.device} it is one of {', '.join(dtypes)}"
+    if arguments.span_recompute is not None and is_on_gpu:
+        return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:
         return "argument --span-recompute: with --no-prefix-cache there is no block to reuse"
     if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
@@ -106,9 +113,11 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
         model_source=arguments.model,
         bind_host=arguments.bind_host,
         port=arguments.port,
+        device=Device(arguments.device),
         engine=EngineConfig(
             block_size=arguments.block_size,
-            kv_cache_bytes=arguments.kv_cache_mib * MIB,
+            kv_cache_bytes=_kv_cache_bytes(arguments),
+            gpu_memory_fraction=arguments.gpu_memory_fraction,
             token_budget=arguments.token_budget,
             max_running_sequences=arguments.max_running_sequences,
             max_waiting_requests=arguments.max_waiting_requests,
@@ -119,7 +128,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             tile_tokens=arguments.tile_tokens,
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
-            weight_dtype=WeightDtype(arguments.weight_dtype),
+            weight_dtype=_weight_dtype(arguments),
             host_cache_bytes=arguments.host_cache_mib * MIB,
             host_cache_codec=HostCacheCodec(arguments.host_cache_codec),
             span_reuse=_span_reuse(arguments),
@@ -138,6 +147,22 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             is_prefix_fetched=arguments.prefix_fetch,
         ),
     )
+
+
+def _is_on_gpu(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.device == Device.CUDA)
+
+
+def _kv_cache_bytes(arguments: argparse.Namespace) -> int:
+    if arguments.kv_cache_mib is not None:
+        return int(arguments.kv_cache_mib * MIB)
+    return 0 if _is_on_gpu(arguments) else EngineConfig().kv_cache_bytes
+
+
+def _weight_dtype(arguments: argparse.Namespace) -> WeightDtype:
+    if arguments.weight_dtype is not None:
+        return WeightDtype(arguments.weight_dtype)
+    return WeightDtype.BFLOAT16 if _is_on_gpu(arguments) else WeightDtype.FLOAT32
 
 
 def _span_reuse(arguments: argparse.Namespace) -> SpanReuseConfig | None:
@@ -166,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=_port, default=0, help="port to listen on; 0 takes a free one")
     _add_engine_options(parser)
     _add_kv_transfer_options(parser)
+    _add_word(parser, "--device", Device.CPU, "what it computes with")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr")
     return parser
 
@@ -182,8 +208,13 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--kv-cache-mib",
         type=_whole(limits.KV_CACHE_MIB),
-        default=engine.kv_cache_bytes // MIB,
-        help="KV block pool, MiB",
+        help=f"KV block pool, MiB; by default {engine.kv_cache_bytes // MIB}, on a GPU what is left of its share",
+    )
+    add(
+        "--gpu-memory-fraction",
+        type=_number(limits.GPU_MEMORY_FRACTION),
+        default=engine.gpu_memory_fraction,
+        help="share of a GPU's memory that is taken at most",
     )
     add(
         "--block-size", type=_whole(limits.BLOCK_SIZE), default=engine.block_size, help="tokens in a KV block"
@@ -227,7 +258,11 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         default=engine.is_prefix_cache_on,
         help="keep the KV of prompts for later ones that begin alike",
     )
-    _add_word(parser, "--weight-dtype", engine.weight_dtype, "how matrices are kept in memory")
+    add(
+        "--weight-dtype",
+        choices=[word.value for word in WeightDtype],
+        help="how matrices are kept in memory; by default float32, on a GPU bfloat16",
+    )
     add(
         "--host-cache-mib",
         type=_whole(limits.HOST_CACHE_MIB),

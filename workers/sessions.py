@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from workers.api import (
     Abort,
     Command,
+    Device,
     DraftsGenerated,
     Encode,
     Event,
@@ -115,11 +116,15 @@ class SessionTable:
         self._refusal: str | None = "the worker is still loading its model"
         self._post: Callable[[Command], None] = _post_nowhere
         self._vocab_size = 0
+        self._device = Device.CPU
 
-    def serve_with(self, post: Callable[[Command], None], vocab_size: int) -> None:
+    def serve_with(
+        self, post: Callable[[Command], None], vocab_size: int, device: Device = Device.CPU
+    ) -> None:
         """From now on requests go to the engine, by `post`."""
         self._post = post
         self._vocab_size = vocab_size
+        self._device = device
         self._refusal = None
         if self._subscribed:
             post(SubscribeKvEvents())
@@ -156,7 +161,7 @@ class SessionTable:
         """A command that came by this session."""
         match command:
             case Submit():
-                self._submit(session, command, submit_problem(command, self._vocab_size))
+                self._submit(session, command, submit_problem(command, self._vocab_size, self._device))
             case Encode():
                 self._submit(session, command, encode_problem(command))
             case Abort(key):

@@ -75,6 +75,7 @@ class TextSide:
             publish=self._publish,
             on_broken=lambda reason: self._call_soon(on_broken, reason),
             latency=loaded.latency,
+            overlapping=loaded.runner if loaded.runner.may_overlap else None,
         )
         self.kv_host = EngineKvHost(
             loaded.pool, spec.incarnation, self.step_loop.post, spec.kv_transfer, address=address

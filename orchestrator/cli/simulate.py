@@ -226,6 +226,8 @@ def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyM
         left_out = _left_out(declared)
         if left_out:
             return f"{declared.worker_id}: {left_out} is not simulated; leave it out of the manifest"
+        if not declared.engine.kv_cache_bytes:
+            return f"{declared.worker_id}: engine.kvCacheMiB is needed here: a simulated GPU has no free memory to look at"
         needed = weights + declared.engine.kv_cache_bytes
         if needed > device.memory_bytes:
             return (

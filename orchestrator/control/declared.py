@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from workers.api import EngineConfig, KvTransferConfig, PhaseSet, WorkerId, WorkerSpec
+from workers.api import Device, EngineConfig, KvTransferConfig, PhaseSet, WorkerId, WorkerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class DeclaredWorker:
     resources: WorkerResources
     engine: EngineConfig
     kv_transfer: KvTransferConfig
+    device: Device = Device.CPU
 
     def spec(self, incarnation: int, bind_host: str) -> WorkerSpec:
         """What a process of this worker is started with; it binds a free port of `bind_host`."""
@@ -36,6 +37,7 @@ class DeclaredWorker:
             bind_host=bind_host,
             engine=self.engine,
             kv_transfer=self.kv_transfer,
+            device=self.device,
         )
 
 

@@ -15,6 +15,7 @@ from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
 from workers.api import (
     Batching,
+    Device,
     EngineConfig,
     HostCacheCodec,
     ImageReduction,
@@ -65,6 +66,7 @@ def _worker(deployment: Deployment, group: WorkerGroup, number: int) -> Declared
         resources=_resources(group),
         engine=_engine_config(group),
         kv_transfer=_kv_transfer_config(deployment.spec.kv_transfer),
+        device=Device.CUDA if group.is_on_gpu else Device.CPU,
     )
 
 
@@ -134,7 +136,8 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
     engine = group.engine
     return EngineConfig(
         block_size=engine.block_size,
-        kv_cache_bytes=engine.kv_cache_mib * MIB,
+        kv_cache_bytes=_kv_cache_bytes(group),
+        gpu_memory_fraction=engine.gpu_memory_fraction,
         token_budget=engine.token_budget,
         max_running_sequences=engine.max_running_sequences,
         max_waiting_requests=engine.max_waiting_requests,
@@ -145,13 +148,25 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         tile_tokens=engine.tile_tokens,
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
-        weight_dtype=WeightDtype(engine.weight_dtype),
+        weight_dtype=_weight_dtype(group),
         host_cache_bytes=engine.host_cache_mib * MIB,
         host_cache_codec=HostCacheCodec(engine.host_cache_codec),
         span_reuse=_span_reuse(engine.span_reuse),
         image_cache_bytes=engine.image_cache_mib * MIB,
         encode_patch_budget=engine.encode_patch_budget,
     )
+
+
+def _kv_cache_bytes(group: WorkerGroup) -> int:
+    if group.engine.kv_cache_mib is not None:
+        return group.engine.kv_cache_mib * MIB
+    return 0 if group.is_on_gpu else EngineConfig().kv_cache_bytes
+
+
+def _weight_dtype(group: WorkerGroup) -> WeightDtype:
+    if group.engine.weight_dtype is not None:
+        return WeightDtype(group.engine.weight_dtype)
+    return WeightDtype.BFLOAT16 if group.is_on_gpu else WeightDtype.FLOAT32
 
 
 def _span_reuse(section: SpanReuse | None) -> SpanReuseConfig | None:

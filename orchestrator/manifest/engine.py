@@ -40,12 +40,19 @@ class Engine(Section):
         le=limits.BLOCK_SIZE.most,
         description="Tokens in one KV block.",
     )
-    kv_cache_mib: int = Field(
-        default=_ENGINE.kv_cache_bytes // MIB,
+    kv_cache_mib: int | None = Field(
+        default=None,
         alias="kvCacheMiB",
         ge=limits.KV_CACHE_MIB.least,
         le=limits.KV_CACHE_MIB.most,
-        description="Memory of the KV block pool in MiB, taken at start.",
+        description="Memory of the KV block pool in MiB, taken at start. "
+        f"Default: {_ENGINE.kv_cache_bytes // MIB}, on a GPU what is left of gpuMemoryFraction.",
+    )
+    gpu_memory_fraction: float = Field(
+        default=_ENGINE.gpu_memory_fraction,
+        gt=limits.GPU_MEMORY_FRACTION.least,
+        le=limits.GPU_MEMORY_FRACTION.most,
+        description="Share of a GPU's memory that the worker takes at most: weights, KV and what steps need.",
     )
     token_budget: int = Field(
         default=_ENGINE.token_budget,
@@ -105,9 +112,10 @@ class Engine(Section):
         default=_ENGINE.is_prefix_cache_on,
         description="The KV of prompts is kept for later ones that begin alike.",
     )
-    weight_dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        default=_ENGINE.weight_dtype.value,
-        description="How the matrices of the model are kept in memory; all else is float32.",
+    weight_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = Field(
+        default=None,
+        description="How the matrices of the model are kept in memory. On a CPU (float32, bfloat16, int8) all else is float32; "
+        "on a GPU (float32, bfloat16, float16) all else and KV are the same. Default: float32, on a GPU bfloat16.",
     )
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,

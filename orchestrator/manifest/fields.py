@@ -65,7 +65,8 @@ def find(path: Path) -> tuple[FieldInfo | None, type[Section] | None]:
 def choices(field: FieldInfo) -> list[str]:
     """The words that a key, or an item of its list, is chosen from; empty when it is no such choice."""
     annotation: Any = field.annotation
-    while get_origin(annotation) in (tuple, Annotated):
+    while get_origin(annotation) in (tuple, Annotated, Union, UnionType):
+        # What may be absent comes before None.
         annotation = get_args(annotation)[0]
     return [str(value) for value in get_args(annotation)] if get_origin(annotation) is Literal else []
 

@@ -31,12 +31,6 @@ _FILES_OF_A_FOLDER = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", "
 _KV_TRANSFER = KvTransferConfig()
 
 
-def _no_gpus(gpus: int) -> int:
-    if gpus > 0:
-        raise ValueError("workers cannot use GPUs yet: they compute on CPU cores")
-    return gpus
-
-
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port`; brackets of an IPv6 address are kept. Raises ValueError."""
     match = re.fullmatch(
@@ -130,8 +124,8 @@ class Resources(Section):
         le=1024,
         description="CPU cores; the worker computes with as many threads, unless engine.threads says otherwise.",
     )
-    gpus: Annotated[int, AfterValidator(_no_gpus), Allowed("0")] = Field(
-        default=0, ge=0, description="GPUs; only 0 for now."
+    gpus: int = Field(
+        default=0, ge=0, le=1, description="GPUs, of NVIDIA; a worker computes with one at most."
     )
     memory_gib: float | None = Field(
         default=None,
@@ -151,6 +145,11 @@ class WorkerGroup(Section):
     )
     replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Number of workers.")
     resources: Resources = Field(default_factory=Resources, description="What one worker gets.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="What the worker computes with. auto: cuda, an NVIDIA GPU, where resources.gpus is above 0. cuda with "
+        "resources.gpus: 0 shares a GPU that Ray does not hand out.",
+    )
     engine: Engine = Field(default_factory=Engine, description="Limits of one worker's engine.")
 
     @model_validator(mode="after")
@@ -158,6 +157,24 @@ class WorkerGroup(Section):
         if len(set(self.phases)) < len(self.phases):
             twice = next(i for i, phase in enumerate(self.phases) if phase in self.phases[:i])
             inconsistent([(("phases", twice), f"{self.phases[twice]} is there twice; once is enough")])
+        return self
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """`device`, with auto decided."""
+        return self.device == "cuda" or (self.device == "auto" and self.resources.gpus > 0)
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        dtype = self.engine.weight_dtype
+        if dtype is not None and not limits.is_computed_in(dtype, is_on_gpu=self.is_on_gpu):
+            where, dtypes = ("a GPU", limits.GPU_DTYPES) if self.is_on_gpu else ("a CPU", limits.CPU_DTYPES)
+            sentence = f"is {dtype}; allowed on {where}: {' or '.join(dtypes)}"
+            inconsistent([(("engine", "weightDtype"), sentence)])
+        if self.is_on_gpu and self.engine.span_reuse is not None:
+            inconsistent(
+                [(("engine", "spanReuse"), "is set; allowed: absent on a GPU, which does not do it yet")]
+            )
         return self
 
 

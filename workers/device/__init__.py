@@ -1,1 +1,1 @@
-"""What a worker does with the device under it: SM shares, memory that outlives a process, telemetry."""
+"""What a GPU does otherwise than a CPU: where it computes, how steps reach it, how its SMs are shared, and how it fares."""

@@ -133,6 +133,7 @@ class Batch:
             self.block_tables = np.concatenate([self.block_tables, np.zeros_like(self.block_tables)])
             self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
         sequence.row = self._free_rows.pop()
+        sequence.num_entries += 1
         sequence.block_table = []
         sequence.capacity = 0
         self._extend(sequence, block_ids)

@@ -327,12 +327,18 @@ class BlockPool:
             self._events.append(self._stored[block_id])
         return True
 
-    def settle(self) -> None:
-        """The step has run: what was pending is computed."""
-        if self._pending:
-            if self._is_watched:
-                self._events.extend(self._stored[block_id] for block_id in self._pending)
-            self._pending.clear()
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Blocks that will hold what the index says when the steps have run that are planned."""
+        return tuple(self._pending)
+
+    def settle(self, block_ids: Iterable[int]) -> None:
+        """A step has run: what was pending of these is computed."""
+        for block_id in block_ids:
+            if block_id in self._pending:
+                del self._pending[block_id]
+                if self._is_watched:
+                    self._events.append(self._stored[block_id])
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""

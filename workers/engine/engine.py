@@ -38,6 +38,7 @@ from workers.engine.host_tier import HostTier, HostTierCounts, Packer
 from workers.engine.image_needs import ImageNeeds
 from workers.engine.incoming import ArrivedKv, IncomingKv, is_approximate, misfit
 from workers.engine.ledger import build_ledger
+from workers.engine.lookahead import Lookahead
 from workers.engine.messages import (
     CancelReservation,
     CommitTransfer,
@@ -156,7 +157,7 @@ class Engine:
         self._migrations = Migrations()
         #: Of the model, as the runner tells of them.
         self._num_layers = pacing.num_layers if pacing is not None else 0
-        self._step_began_s = 0.0
+        self._lookahead = Lookahead(self._batch)
 
     # What others ask.
 
@@ -294,10 +295,11 @@ class Engine:
     def schedule(self, now_s: float) -> StepPlan | None:
         """Plan a step, with blocks and places for it; None when there is nothing to compute.
 
-        A plan is followed by `complete` or `fail_step` before anything else.
+        A plan is followed by `complete` or `fail_step` before the next, but for what `assume` allows.
         """
         plan = self._scheduler.plan(
             now_s,
+            may_preempt=not self._lookahead.is_on,
             num_places=self._config.max_running_sequences - self._incoming.num_held,
             # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
             arrived_until_s=self._incoming.waits_since_s,
@@ -313,13 +315,24 @@ class Engine:
         plan.drafts = self._drafting.propose(
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
-        self._step_began_s = now_s
+        plan.began_s, plan.pending = now_s, self.pool.pending
         if self._gained:
             self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)
         if self._pacing is not None and num_leaving > 0:
             plan.layer_group_size = self._pacing.group_size(num_leaving)
         return plan if plan.decodes or plan.chunks else None
+
+    def assume(self, running: StepPlan) -> bool:
+        """Until `take_back`, plan as if this step, which runs, had been completed and all its sequences went on.
+
+        Between the two only one `schedule` may come, and what makes its plan into inputs. False: nothing is assumed.
+        """
+        return self._lookahead.assume(running)
+
+    def take_back(self) -> None:
+        """See assume."""
+        self._lookahead.take_back()
 
     def _note_first_step(self, plan: StepPlan, now_s: float) -> None:
         served = {Phase.PREFILL} if plan.chunks else set()
@@ -335,7 +348,7 @@ class Engine:
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """The step has run. A sequence whose token is NO_TOKEN fails."""
-        step_s = now_s - self._step_began_s
+        step_s = now_s - plan.began_s
         self._scheduler.observe(plan, step_s)
         if self._pacing is not None and plan.num_tokens > 2 * len(plan.decodes):
             self._pacing.observe_step(plan.num_tokens, step_s)

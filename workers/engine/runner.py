@@ -2,18 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from workers.api import CautiousDecoding, SuperposedDecoding, TokenLogprobs
 from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.acceptance import Accepted, walk
 from workers.engine.decoding.superposed import mix_settings
+from workers.engine.forwarding import Forward, HostForward
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker
+from workers.engine.lookahead import sources_of
 from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
+from workers.engine.sampling.rows import is_plain
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.selection import by_deviation
@@ -22,6 +27,11 @@ from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
 
+if TYPE_CHECKING:
+    from workers.device.sampler import DeviceSampler, DeviceTokens
+
+#: Of a token that the plan has.
+NO_SOURCE = -1
 #: Enough for the way that projections of many rows take.
 WARM_UP_TOKENS = 64
 
@@ -37,9 +47,10 @@ class GrammarTools:
 class ModelRunner:
     """A model and the KV cache that its steps read and write. Implements `step_loop.Runner`.
 
-    kv_cache: of `Llama.kv_cache_shape`, fp32, CPU, contiguous. grammars: None refuses nothing, but no request may
-    have one. packer: that of the engine; without it no plan may restore a block. embeddings: what prompts with pictures
-    read; None: there are none.
+    kv_cache: of `Llama.kv_cache_shape`, contiguous, on the device of the model; fp32 on a CPU. grammars: None refuses
+    nothing, but no request may have one. packer: that of the engine; without it no plan may restore a block. embeddings:
+    what prompts with pictures read; None: there are none. forward: None is the model's own, for a CPU. sampler: chooses the tokens of plain
+    rows where the logits are; None brings all logits to the host.
     """
 
     def __init__(
@@ -50,36 +61,73 @@ class ModelRunner:
         grammars: GrammarTools | None = None,
         packer: KvPacker | None = None,
         embeddings: EmbeddingMemory | None = None,
+        forward: Forward | None = None,
+        sampler: "DeviceSampler | None" = None,
     ) -> None:
         self._model = model
+        self._run_forward: Forward = forward if forward is not None else HostForward(model, kv_cache)
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._grammars = grammars
+        self._sampler = sampler
         self._packer = packer
         self._embeddings = embeddings
 
-    @torch.inference_mode()
+    @property
+    def may_overlap(self) -> bool:
+        """A step can begin before the tokens of the one before it are known."""
+        return self._sampler is not None
+
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         """See Runner."""
+        return self.begin(plan, on_layers).result()
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        plan: StepPlan,
+        on_layers: Callable[[int, int], None],
+        previous: "BegunStep | None" = None,
+    ) -> "BegunStep":
+        """Begin what `run` does; on a GPU it goes on there. previous: the step whose tokens are assumed in the plan."""
         for target, source in plan.copies.items():
             self._kv_cache[:, :, target] = self._kv_cache[:, :, source]
         for block_id, packed in plan.restores.items():
             assert self._packer is not None
             self._packer.unpack(packed, block_id)
         step = StepBatch(plan, self._block_size)
-        self._begin_masks(step)
+        rows = _sample_rows(step)
+        on_host = [i for i, row in enumerate(rows) if self._sampler is None or not is_drawn_alone(row)]
+        self._begin_masks(step, on_host)
         try:
-            logits, filtered = self._forward(step, on_layers)
-            prompt_logprobs = _score_prompts(step, logits)
-            result = self._sample(step, logits[: step.num_sampled_rows], prompt_logprobs)
-            return replace(result, filtered=filtered) if filtered else result
+            logits, filtered = self._forward(step, on_layers, previous)
+            sampled = logits[: step.num_sampled_rows]
+            tokens = None
+            if self._sampler is not None and len(on_host) < len(rows):
+                tokens = self._sampler.begin(sampled, rows)
+            return BegunStep(self, step, rows, on_host, logits, tokens, filtered)
+        except BaseException:
+            self._drop_masks()
+            raise
+
+    @torch.inference_mode()
+    def finish(self, begun: "BegunStep") -> StepResult:
+        """Wait for its tokens, and choose those that are chosen on the host."""
+        step = begun.step
+        try:
+            prompt_logprobs = _score_prompts(step, begun.logits[step.num_sampled_rows :])
+            result = self._sample(begun, prompt_logprobs)
+            return replace(result, filtered=begun.filtered) if begun.filtered else result
         finally:
             # Nothing is left of them unless the step broke.
-            if self._grammars is not None:
-                self._grammars.masks.drop()
+            self._drop_masks()
+
+    def _drop_masks(self) -> None:
+        if self._grammars is not None:
+            self._grammars.masks.drop()
 
     def _forward(
-        self, step: StepBatch, on_layers: Callable[[int, int], None]
+        self, step: StepBatch, on_layers: Callable[[int, int], None], previous: "BegunStep | None"
     ) -> tuple[torch.Tensor, dict[int, FilteredChunk]]:
         """Logits of all rows, in the order of StepBatch, and what was filtered."""
         # First: when a layer of the others is said to be computed, it is so for these too.
@@ -97,11 +145,11 @@ class ModelRunner:
         if step.forward is None:
             on_layers(0, len(self._kv_cache))
             return torch.cat(alone), filtered
-        logits = self._model.forward(
+        logits = self._run_forward(
             self._with_embeds(step, step.forward),
-            self._kv_cache,
             layer_group_size=step.plan.layer_group_size,
             on_layers=on_layers,
+            **_token_sources(step, previous),
         )
         if not alone:
             return logits, filtered
@@ -133,35 +181,55 @@ class ModelRunner:
                 context_lens=lens,
                 logit_rows=torch.tensor([num_tokens - 1]),
             )
-            self._model.forward(batch, self._kv_cache)
+            self._run_forward(batch)
 
     def close(self) -> None:
         """End its threads."""
         if self._grammars is not None:
             self._grammars.masks.close()
 
-    def _begin_masks(self, step: StepBatch) -> None:
+    def _begin_masks(self, step: StepBatch, rows: list[int]) -> None:
+        """rows: of logits, those that are sampled on the host."""
         if self._grammars is None:
             return
         self._grammars.states.keep(step.sampled)
         if any(sequence.sampling.grammar is not None for sequence in step.sampled):
             # A sequence with a grammar has no drafts, so its row has its own index.
-            states = [self._grammars.states.of(row) for row in step.sequence_of_rows]
-            self._grammars.masks.begin(states)
+            sequences = step.sequence_of_rows
+            self._grammars.masks.begin([self._grammars.states.of(sequences[row]) for row in rows])
 
     def _sample(
-        self, step: StepBatch, logits: torch.Tensor, prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+        self, begun: "BegunStep", prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
     ) -> StepResult:
+        step = begun.step
         if not step.sampled:
             return StepResult((), {}, prompt_logprobs)
+        logits = begun.logits[: step.num_sampled_rows]
         tops = _tops(step, logits)
-        rows = _sample_rows(step)
         forced = self._rows_with_logprobs_and_grammar(step, logits)
-        masks = self._grammars.masks if self._grammars is not None else None
-        result = sample(logits, rows, masks.rule_out if masks is not None else None)
+        result = SampleResult(begun.tokens.wait()) if begun.tokens is not None else SampleResult([])
+        if begun.on_host:
+            result = self._sample_on_host(begun, logits, result)
         token_ids = [result.token_ids[row] for row in step.first_rows]
         details = self._details(step, result, tops, token_ids, forced)
         return StepResult(token_ids, details, prompt_logprobs)
+
+    def _sample_on_host(self, begun: "BegunStep", logits: torch.Tensor, chosen: SampleResult) -> SampleResult:
+        """With the tokens of the rows that need more than a draw. chosen: those of the device, if there are any."""
+        rows, indices = begun.rows, begun.on_host
+        is_all = len(indices) == len(rows)
+        rule_out = self._grammars.masks.rule_out if self._grammars is not None else None
+        found = sample(_on_host(logits if is_all else logits[indices]), [rows[i] for i in indices], rule_out)
+        if is_all:
+            return found
+        for i, token_id in zip(indices, found.token_ids, strict=True):
+            chosen.token_ids[i] = token_id
+        return SampleResult(
+            chosen.token_ids,
+            {indices[i]: one for i, one in found.logprobs.items()},
+            {indices[i]: one for i, one in found.warped_logprobs.items()},
+            {indices[i]: one for i, one in found.branches.items()},
+        )
 
     def _details(
         self,
@@ -223,11 +291,45 @@ class ModelRunner:
     ) -> dict[int, torch.Tensor]:
         """What the model itself says, where a grammar may replace the token whose logprob is asked for."""
         return {
-            i: logits[step.first_rows[i]].clone()
+            i: _on_host(logits[step.first_rows[i]]).clone()
             for i in step.special
             if step.sampled[i].sampling.grammar is not None
             and step.sampled[i].sampling.num_logprobs is not None
         }
+
+
+@dataclass(frozen=True, slots=True)
+class BegunStep:
+    """A step that runs, or has run. Ends with `result`, once; until then no other may end."""
+
+    runner: ModelRunner
+    step: StepBatch
+    #: One for each row of logits that a token is sampled from, and which of them are sampled on the host.
+    rows: list[SampleRow]
+    on_host: list[int]
+    logits: torch.Tensor
+    tokens: "DeviceTokens | None"
+    filtered: dict[int, FilteredChunk]
+
+    def result(self) -> StepResult:
+        """Wait for it."""
+        return self.runner.finish(self)
+
+
+class _TokenSources(TypedDict, total=False):
+    sources: NDArray[np.int64]
+    previous: torch.Tensor
+
+
+def _token_sources(step: StepBatch, previous: BegunStep | None) -> _TokenSources:
+    """Where the forward pass finds the tokens that are assumed in the plan."""
+    if previous is None or previous.tokens is None:
+        return {}
+    assert step.forward is not None
+    sources = np.full(len(step.forward.token_ids), NO_SOURCE, np.int64)
+    decodes = step.plan.decodes
+    sources[: len(decodes)] = sources_of(previous.step.plan, decodes, NO_SOURCE)
+    return {"sources": sources, "previous": previous.tokens.on_device}
 
 
 def _sample_rows(step: StepBatch) -> list[SampleRow]:
@@ -275,10 +377,22 @@ def _tops(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[tuple[int, f
     return tops
 
 
+def is_drawn_alone(row: SampleRow) -> bool:
+    """Its token is all that is asked for, and follows from its logits and the options of the draw."""
+    return is_plain(row.sampling) and not row.is_branching and not row.wants_warped_logprob
+
+
+def _on_host(logits: torch.Tensor) -> torch.Tensor:
+    """As the sampler takes them: those of a CPU as they are."""
+    return logits.to("cpu", torch.float32)
+
+
 def _score_prompts(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
-    """Logprobs of prompt tokens, by chunk; their rows come after those that are sampled."""
+    """Logprobs of prompt tokens, by chunk. logits: of the rows that come after those that are sampled."""
     scored: dict[int, tuple[TokenLogprobs, ...]] = {}
-    row = step.num_sampled_rows
+    if len(logits):
+        logits = _on_host(logits)
+    row = 0
     for i, part in enumerate(step.plan.chunks):
         positions = part.scored_positions
         if not positions:

@@ -103,6 +103,10 @@ class StepPlan:
     restores: Mapping[int, PackedBlock] = field(default_factory=dict)
     #: Index in `decodes` -> guessed tokens that are verified with it.
     drafts: Mapping[int, DraftTree] = field(default_factory=dict)
+    #: Blocks that are told of as computed when it has run.
+    pending: tuple[int, ...] = ()
+    #: When it began, in seconds: when it was planned, or the step before it had ended.
+    began_s: float = 0.0
     #: KV that is handed off leaves whenever so many layers are computed; None: when all are.
     layer_group_size: int | None = None
 
@@ -162,13 +166,15 @@ class Scheduler:
         if self._predicted is not None:
             self._predicted.observe(sum(tree.num_drafts for tree in plan.drafts.values()))
 
-    def plan(self, now_s: float, *, num_places: int, arrived_until_s: float) -> StepPlan:
+    def plan(
+        self, now_s: float, *, num_places: int, arrived_until_s: float, may_preempt: bool = True
+    ) -> StepPlan:
         """Plan one step, taking blocks and moving sequences between waiting and running.
 
         num_places: for sequences; the rest is kept for KV on its way. Who arrived later than
-        arrived_until_s is not admitted yet.
+        arrived_until_s is not admitted yet. may_preempt: False when every decode has room, and others are to wait for theirs.
         """
-        plan = _Plan(self._config, self._batch, self._attention_tokens)
+        plan = _Plan(self._config, self._batch, self._attention_tokens, may_preempt=may_preempt)
         plan.make_room_for_decodes()
         if self._predicted is not None:
             self._predicted.begin(is_decoding=bool(self._batch.decodes))
@@ -258,7 +264,9 @@ class Scheduler:
 class _Plan:
     """A step that is being planned."""
 
-    def __init__(self, config: EngineConfig, batch: Batch, attention_tokens: float) -> None:
+    def __init__(
+        self, config: EngineConfig, batch: Batch, attention_tokens: float, *, may_preempt: bool
+    ) -> None:
         self.chunks: list[Slice] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -268,6 +276,7 @@ class _Plan:
         self._batch = batch
         self._pool = batch.pool
         self._attention_tokens = attention_tokens
+        self._may_preempt = may_preempt
         #: What is left of the budget, in tokens of a prompt's beginning.
         self._budget = float(config.token_budget)
         self._num_tokens = 0
@@ -477,6 +486,8 @@ class _Plan:
 
     def _last_behind(self, sequence: Sequence) -> Sequence | None:
         """The last in rank of those that may be preempted for this one."""
+        if not self._may_preempt:
+            return None
         behind = [
             one
             for one in self._batch.running()
@@ -489,6 +500,8 @@ class _Plan:
 
     def _outranked_by_priority(self, sequence: Sequence) -> list[Sequence]:
         """Those of a lower priority, in order of rank."""
+        if not self._may_preempt:
+            return []
         running = self._batch.running()
         lower = [one for one in running if one.rank[0] > sequence.rank[0] and one not in self._planned]
         return sorted(

@@ -102,6 +102,8 @@ class Sequence:
     capacity: int = 0
     #: Its place in the engine's tables while it runs.
     row: int = NO_ROW
+    #: How often it got one.
+    num_entries: int = 0
     #: Blocks from that of its next token on may be held by others, or known to the prefix index.
     is_tail_shared: bool = False
     #: Blocks before this one are in the prefix index, or were there when this one was computed.

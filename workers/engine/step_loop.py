@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from workers.api import BlockCounts, KvLedger, KvReuseCounts, PhaseSet, PhaseWork
 from workers.engine.engine import Engine
 from workers.engine.idle_check import IdleCheck
+from workers.engine.lookahead import entries_of, still_there
 from workers.engine.messages import Message, Output
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
-from workers.step_shape import StepCosts
+from workers.step_shape import StepCosts, StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,40 @@ class Runner(Protocol):
         Calls on_layers(layer_lo, layer_hi) as soon as the KV of these layers is written.
         """
         ...
+
+
+class Begun(Protocol):
+    """A step that runs."""
+
+    def result(self) -> StepResult:
+        """Wait for it. Called once; of several steps in the order in which they were begun."""
+        ...
+
+
+class OverlappingRunner(Runner, Protocol):
+    """Computes on a device, where a step waits for the one before it and not for the host."""
+
+    def begin(self, plan: StepPlan, on_layers: Callable[[int, int], None], previous: Any) -> Begun:
+        """Begin what `run` does. previous: the step before, whose tokens the plan assumes; None when it assumes none."""
+        ...
+
+
+class _BeginningBrokeError(Exception):
+    """A step could not be begun; only its requests fail."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was begun and is not completed. shape: None when the latency model learns nothing from it."""
+
+    plan: StepPlan
+    begun: Begun
+    entries: tuple[int, ...]
+    shape: StepShape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +102,7 @@ class StepLoop:
 
     `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
     `on_broken` once, when steps keep failing. latency: learns from each step what it took, from its planning until its tokens were
-    published.
+    published. overlapping: plans a step while the one before it runs, where that can be; None waits for each.
     """
 
     def __init__(
@@ -79,6 +114,7 @@ class StepLoop:
         clock: Callable[[], float] = time.monotonic,
         *,
         latency: LatencyModel | None = None,
+        overlapping: OverlappingRunner | None = None,
     ) -> None:
         self.engine = engine
         self.num_steps = 0
@@ -87,6 +123,8 @@ class StepLoop:
         self._on_broken = on_broken
         self._clock = clock
         self._latency = latency
+        self._overlapping = overlapping
+        self._flight: _Flight | None = None
         # Not bounded here: the engine refuses requests past its limits, and a transfer's messages must
         # never be lost. Each is a few hundred bytes.
         self._mailbox: queue.SimpleQueue[Message | Callable[[], None] | None] = queue.SimpleQueue()
@@ -158,24 +196,18 @@ class StepLoop:
                 return
 
     def step(self) -> bool:
-        """Schedule and run one step; False when there was nothing to compute."""
+        """Schedule and run one step; False when there was nothing to compute.
+
+        With an overlapping runner: schedule and begin one, if there is one, and complete the one before it.
+        """
+        if self._overlapping is not None:
+            return self._overlap(self._overlapping)
         now_s = self._clock()
         self.engine.expire(now_s)
         # At the same time: what is admitted still has some of its time left.
-        plan = self.engine.schedule(now_s)
-        for sequence in plan.preempted if plan is not None else ():
-            logger.info(
-                "sequence_preempted request_id=%s num_tokens=%d reason=blocks_ran_out",
-                sequence.key.request_id,
-                len(sequence.token_ids),
-            )
-        # What the plan starts (a transfer, say) must be known before its KV is.
-        self._publish_outputs()
+        plan = self._plan(now_s)
         if plan is None:
-            if self._idle_check.idle(now_s):
-                self._snapshot = self._take_snapshot()
             return False
-        self._idle_check.busy()
         # Before it runs: its sequences are longer afterwards.
         shape = shape_of(plan) if self._latency is not None and is_described(plan) else None
         try:
@@ -191,6 +223,72 @@ class StepLoop:
         if shape is not None and self._latency is not None:
             self._latency.observe(shape, self._clock() - now_s)
         return True
+
+    def _plan(self, now_s: float) -> StepPlan | None:
+        """The next step; what it starts is known to others then."""
+        plan = self.engine.schedule(now_s)
+        for sequence in plan.preempted if plan is not None else ():
+            logger.info(
+                "sequence_preempted request_id=%s num_tokens=%d reason=blocks_ran_out",
+                sequence.key.request_id,
+                len(sequence.token_ids),
+            )
+        # What the plan starts (a transfer, say) must be known before its KV is.
+        self._publish_outputs()
+        if plan is not None:
+            self._idle_check.busy()
+        elif self._idle_check.idle(now_s):
+            self._snapshot = self._take_snapshot()
+        return plan
+
+    def _overlap(self, runner: OverlappingRunner) -> bool:
+        flight, self._flight = self._flight, None
+        now_s = self._clock()
+        self.engine.expire(now_s)
+        if flight is not None and not self.engine.assume(flight.plan):
+            self._complete(flight)
+            flight = None
+        broken: tuple[StepPlan, Exception] | None = None
+        try:
+            plan = self._plan(now_s)
+            if plan is not None:
+                self._flight = self._begin(runner, plan, flight.begun if flight is not None else None)
+        except _BeginningBrokeError as error:
+            assert plan is not None
+            broken = plan, error.reason
+        finally:
+            if flight is not None:
+                self.engine.take_back()
+        if flight is not None:
+            self._complete(flight)
+            if self._flight is not None:
+                self._flight.plan.began_s = self._clock()
+        if broken is not None:
+            self._step_broke(*broken)
+            self._publish_outputs()
+        return flight is not None or plan is not None
+
+    def _begin(self, runner: OverlappingRunner, plan: StepPlan, before: Begun | None) -> _Flight:
+        """Raises _BeginningBrokeError."""
+        shape = shape_of(plan) if self._latency is not None and is_described(plan) else None
+        try:
+            begun = runner.begin(plan, lambda lo, hi: self._publish_kv(plan, lo, hi), before)
+        except Exception as error:
+            raise _BeginningBrokeError(error) from error
+        return _Flight(plan, begun, entries_of(plan), shape)
+
+    def _complete(self, flight: _Flight) -> None:
+        try:
+            result = flight.begun.result()
+        except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
+            self._step_broke(flight.plan, error)
+        else:
+            self.engine.complete(*still_there(flight.plan, flight.entries, result), self._clock())
+            self._num_broken_steps = 0
+        self.num_steps += 1
+        self._publish_outputs()
+        if flight.shape is not None and self._latency is not None:
+            self._latency.observe(flight.shape, self._clock() - flight.plan.began_s)
 
     def _idle_s(self) -> float:
         deadline_s = self.engine.next_deadline_s()
@@ -211,7 +309,9 @@ class StepLoop:
             return
 
     def _step_broke(self, plan: StepPlan, error: Exception) -> None:
-        logger.exception("step_failed num_sequences=%d num_tokens=%d", len(plan.slices), plan.num_tokens)
+        logger.error(
+            "step_failed num_sequences=%d num_tokens=%d", len(plan.slices), plan.num_tokens, exc_info=error
+        )
         self.engine.fail_step(plan, f"the step failed: {error}", self._clock())
         self._num_broken_steps += 1
         if self._num_broken_steps == MAX_BROKEN_STEPS and not self._is_broken:

@@ -91,6 +91,20 @@ def weight_shapes(config: ModelConfig) -> dict[Weight, tuple[int, ...]]:
     return shapes
 
 
+def output_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of the output, by name."""
+    shapes = weight_shapes(config)
+    outputs = {"embedding": shapes[Weight.EMBEDDING], "norm": shapes[Weight.NORM]}
+    if not config.tie_embeddings:
+        outputs["lm_head"] = shapes[Weight.LM_HEAD]
+    for name, weights in LAYER_OUTPUTS.items():
+        if weights[0] in shapes:
+            num_rows = sum(shapes[weight][0] for weight in weights)
+            shape = (num_rows, *shapes[weights[0]][1:])
+            outputs |= {f"layers.{i}.{name}": shape for i in range(config.num_layers)}
+    return outputs
+
+
 def plan_output(checkpoint: Checkpoint, config: ModelConfig) -> list[OutputTensor]:
     """What the output holds, in order.
 

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
+from phasewise_kernels.paged_attention.op import AttentionBatch
+
 
 @dataclass(frozen=True, slots=True)
 class Mixes:
@@ -59,3 +62,53 @@ class ForwardBatch:
     #: Positions in time, height and width, [3, num_tokens] int64; None: `positions` in all three. Without M-RoPE the
     #: three are the same, and differ from `positions` when tokens before them have left the prompt.
     rope_positions: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardInputs:
+    """The same as the forward pass reads it, on the device of the weights. Fields as in ForwardBatch."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    #: Below 0: a row of padding, whose K and V are not written.
+    slots: torch.Tensor
+    rope_lens: torch.Tensor | None
+    rope_positions: torch.Tensor | None
+    mixes: Mixes | None
+    embeds: Embeds | None
+    attention: AttentionBatch | CudaAttentionBatch
+    #: None: all of them, in order.
+    logit_rows: torch.Tensor | None
+    #: Of the rows that need logits alone, for the last layer; None when it computes all rows.
+    logit_attention: AttentionBatch | CudaAttentionBatch | None
+
+    @property
+    def num_logit_rows(self) -> int:
+        """Rows of logits."""
+        return len(self.token_ids if self.logit_rows is None else self.logit_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Some tokens of a batch as sequences of one new token each, which end there."""
+
+    block_tables: NDArray[np.int32]
+    #: [num_rows] int64.
+    context_lens: NDArray[np.int64]
+
+
+def logit_row_batch(batch: ForwardBatch) -> RowBatch | None:
+    """The rows that need logits, for attention of theirs alone; None where that of all rows serves them too.
+
+    A row alone is a sequence with one new token that ends there. That is worth it when few rows are needed; in a tree what
+    a row sees is not the context up to it.
+    """
+    rows: NDArray[np.int64] = batch.logit_rows.numpy()
+    is_few = 0 < len(rows) <= len(batch.query_lens) < len(batch.token_ids)
+    if not is_few or batch.tree_masks:
+        return None
+    ends = np.cumsum(batch.query_lens)
+    sequences = np.searchsorted(ends, rows, side="right")
+    return RowBatch(
+        batch.block_tables[sequences], batch.context_lens[sequences] - (ends[sequences] - 1 - rows)
+    )

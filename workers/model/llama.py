@@ -1,4 +1,4 @@
-"""The forward pass of a Llama-like model over a paged KV cache. Inference only, on the CPU.
+"""The forward pass of a Llama-like model over a paged KV cache. Inference only, on the device of the weights.
 
 Families differ in what ModelConfig says: biases, norms of Q and K, sliding windows, layers without rotation.
 What takes time is in `phasewise_kernels`: projections, norms, rotation with the write into the cache, attention and
@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-from numpy.typing import NDArray
 
-from phasewise_kernels.linear.op import Linear
+from phasewise_kernels.linear.op import projection
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.rope_write.op import rope_write
@@ -22,6 +21,7 @@ from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.model.forward_batch import Embeds as Embeds
 from workers.model.forward_batch import ForwardBatch as ForwardBatch
+from workers.model.forward_batch import ForwardInputs, logit_row_batch
 from workers.model.forward_batch import Mixes as Mixes
 from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
@@ -35,31 +35,25 @@ from workers.model.selective import (
     rows_to_compute,
 )
 
+#: [num_rows, in_size] to [num_rows, out_size].
+Projection = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer, from the weights that `workers.model.convert` names."""
 
     attention_norm: torch.Tensor
-    qkv: Linear
+    qkv: Projection
     #: Weight of the norm of each Q and K head, [num_heads + num_kv_heads, head_dim]; None without one.
     qk_norm: torch.Tensor | None
-    attention_out: Linear
+    attention_out: Projection
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
     #: Tokens that a token sees, itself included; 0 is all.
     window: int
     is_rotated: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    """Who attends to what in one step."""
-
-    all_rows: AttentionBatch
-    #: Of the rows that need logits alone, for the last layer; None when it computes all rows.
-    logit_rows: AttentionBatch | None
 
 
 class Llama:
@@ -71,15 +65,27 @@ class Llama:
         weights: Mapping[str, torch.Tensor],
         dtype: WeightDtype = WeightDtype.FLOAT32,
     ) -> None:
-        """weights: fp32, as `prepare.load_weights` gives them. dtype: of the matrices in memory."""
+        """weights: as `prepare.load_weights` names them, fp32 on the CPU, or all of one dtype on a GPU, in which it
+        computes. dtype: of the matrices in memory of the CPU.
+        """
         self.config = config
         self._embedding = weights["embedding"]
         self._layers = [_layer(config, weights, dtype, i) for i in range(config.num_layers)]
         self._norm = weights["norm"]
-        self._lm_head = Linear(
+        self._lm_head = projection(
             weights["embedding" if config.tie_embeddings else "lm_head"], None, dtype.value
         )
-        self._rope = Rope(config)
+        self._rope = Rope(config, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is between the layers."""
+        return self._embedding.dtype
 
     def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
@@ -95,34 +101,47 @@ class Llama:
         layer_group_size: int | None = None,
         on_layers: Callable[[int, int], None] | None = None,
     ) -> torch.Tensor:
-        """Compute the tokens of `batch`, write their K and V, and return logits.
-
-        kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim] fp32, contiguous.
-        on_layers(layer_lo, layer_hi) is called as soon as K and V of layers layer_lo..layer_hi-1 are in
-        the cache, every layer_group_size layers and after the last; None means all layers at once.
-        Returns [len(logit_rows), vocab_size] fp32.
-        """
-        config = self.config
+        """Compute the tokens of `batch`, write their K and V, and return logits. On the CPU; see `compute`."""
         if int(batch.slots.max()) >= kv_cache.shape[2] * kv_cache.shape[3] or int(batch.slots.min()) < 0:
             # The kernels do not look: it would be written somewhere else.
             raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
-        attention = _attention(batch, kv_cache.shape[3])
-        rotation = self._rotation(batch.positions, batch.rope_positions, batch.rope_lens)
-        hidden = self._embed(batch)
+        inputs = _host_inputs(batch, kv_cache.shape[3])
+        return self.compute(inputs, kv_cache, layer_group_size=layer_group_size, on_layers=on_layers)
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        inputs: ForwardInputs,
+        kv_cache: torch.Tensor,
+        *,
+        layer_group_size: int | None = None,
+        on_layers: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Compute these tokens, write their K and V, and return logits.
+
+        kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], contiguous, on the device of the
+        weights; fp32 on a CPU.
+        on_layers(layer_lo, layer_hi) is called as soon as what writes K and V of layers layer_lo..layer_hi-1 has run or, on
+        a GPU, is on the current stream, every layer_group_size layers and after the last; None means all layers at once.
+        Returns [num_logit_rows, vocab_size] of the dtype of the weights.
+        """
+        config = self.config
+        rotation = self._rotation(inputs.positions, inputs.rope_positions, inputs.rope_lens)
+        hidden = self._embed(inputs)
         # What a layer's MLP adds to `hidden`: the next norm does that on its way.
         added: torch.Tensor | None = None
         group_start = 0
         for i, layer in enumerate(self._layers):
             num_computed = i + 1
             normed = rms_norm(hidden, layer.attention_norm, config.rms_norm_eps, added=added)
-            query = self._project(layer, normed, rotation, kv_cache[i], batch.slots)
+            query = self._project(layer, normed, rotation, kv_cache[i], inputs.slots)
             if num_computed < config.num_layers:
                 attended = paged_attention(
-                    query, kv_cache[i, 0], kv_cache[i, 1], attention.all_rows, window=layer.window
+                    query, kv_cache[i, 0], kv_cache[i, 1], inputs.attention, window=layer.window
                 )
             else:
-                attended = self._attend_last(layer, query, kv_cache[i], attention, batch.logit_rows)
-                hidden = hidden[batch.logit_rows]
+                attended = self._attend_last(layer, query, kv_cache[i], inputs)
+                hidden = hidden if inputs.logit_rows is None else hidden[inputs.logit_rows]
             added = self._mix(layer, hidden, attended)
             if num_computed - group_start == layer_group_size or num_computed == config.num_layers:
                 if on_layers is not None:
@@ -248,12 +267,12 @@ class Llama:
             window=layer.window,
         )
 
-    def _embed(self, batch: ForwardBatch | FilteringBatch) -> torch.Tensor:
+    def _embed(self, batch: ForwardInputs | FilteringBatch) -> torch.Tensor:
         """[num_tokens, hidden_size]."""
         hidden = F.embedding(batch.token_ids, self._embedding)
-        if isinstance(batch, ForwardBatch) and batch.mixes is not None:
+        if isinstance(batch, ForwardInputs) and batch.mixes is not None:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
-            hidden[batch.mixes.rows] = mixed.sum(dim=1)
+            hidden[batch.mixes.rows] = mixed.sum(dim=1).to(hidden.dtype)
         if batch.embeds is not None:
             hidden[batch.embeds.rows] = batch.embeds.values
         return hidden
@@ -276,24 +295,16 @@ class Llama:
         return rope_write(heads, rotation, slots, kv_cache[0], kv_cache[1], is_rotated=layer.is_rotated)
 
     def _attend_last(
-        self,
-        layer: _Layer,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attention: _Attention,
-        rows: torch.Tensor,
+        self, layer: _Layer, query: torch.Tensor, kv_cache: torch.Tensor, inputs: ForwardInputs
     ) -> torch.Tensor:
-        """Attention of these rows alone, [len(rows), num_heads, head_dim]: nobody reads the others."""
-        if not len(rows):
+        """Attention of the rows that need logits alone, [num_logit_rows, num_heads, head_dim]: nobody reads the others."""
+        rows, batch = inputs.logit_rows, inputs.logit_attention
+        if rows is not None and not len(rows):
             return query[:0]
-        if attention.logit_rows is None:
-            attended = paged_attention(
-                query, kv_cache[0], kv_cache[1], attention.all_rows, window=layer.window
-            )
-            return attended[rows]
-        return paged_attention(
-            query[rows], kv_cache[0], kv_cache[1], attention.logit_rows, window=layer.window
-        )
+        if rows is not None and batch is not None:
+            return paged_attention(query[rows], kv_cache[0], kv_cache[1], batch, window=layer.window)
+        attended = paged_attention(query, kv_cache[0], kv_cache[1], inputs.attention, window=layer.window)
+        return attended if rows is None else attended[rows]
 
     def _mix(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor | None:
         """What follows attention in a layer: adds its output to `hidden`, and returns what the MLP adds.
@@ -308,8 +319,8 @@ class Llama:
 
 
 def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: WeightDtype, i: int) -> _Layer:
-    def linear(name: str) -> Linear:
-        return Linear(weights[f"layers.{i}.{name}"], weights.get(f"layers.{i}.{name}_bias"), dtype.value)
+    def linear(name: str) -> Projection:
+        return projection(weights[f"layers.{i}.{name}"], weights.get(f"layers.{i}.{name}_bias"), dtype.value)
 
     qk_norm = None
     if config.has_qk_norm:
@@ -330,30 +341,34 @@ def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: Weig
     )
 
 
-def _attention(batch: ForwardBatch, block_size: int) -> _Attention:
-    """Worked out once per step, for all layers."""
-    all_rows = AttentionBatch.build(
-        block_tables=batch.block_tables,
-        query_lens=batch.query_lens,
-        context_lens=batch.context_lens,
-        block_size=block_size,
-        tree_masks=batch.tree_masks,
+def _host_inputs(batch: ForwardBatch, block_size: int) -> ForwardInputs:
+    """On the CPU. Worked out once per step, for all layers."""
+    rows = logit_row_batch(batch)
+    return ForwardInputs(
+        token_ids=batch.token_ids,
+        positions=batch.positions,
+        slots=batch.slots,
+        rope_lens=batch.rope_lens,
+        rope_positions=batch.rope_positions,
+        mixes=batch.mixes,
+        embeds=batch.embeds,
+        attention=AttentionBatch.build(
+            block_tables=batch.block_tables,
+            query_lens=batch.query_lens,
+            context_lens=batch.context_lens,
+            block_size=block_size,
+            tree_masks=batch.tree_masks,
+        ),
+        logit_rows=batch.logit_rows,
+        logit_attention=AttentionBatch.build(
+            block_tables=rows.block_tables,
+            query_lens=np.ones(len(rows.context_lens), np.int64),
+            context_lens=rows.context_lens,
+            block_size=block_size,
+        )
+        if rows is not None
+        else None,
     )
-    rows: NDArray[np.int64] = batch.logit_rows.numpy()
-    # A row alone is a sequence with one new token that ends there. That is worth it when few rows are
-    # needed; in a tree what a row sees is not the context up to it.
-    is_few = 0 < len(rows) <= len(batch.query_lens) < len(batch.token_ids)
-    if not is_few or batch.tree_masks:
-        return _Attention(all_rows, None)
-    ends = np.cumsum(batch.query_lens)
-    sequences = np.searchsorted(ends, rows, side="right")
-    logit_rows = AttentionBatch.build(
-        block_tables=batch.block_tables[sequences],
-        query_lens=np.ones(len(rows), np.int64),
-        context_lens=batch.context_lens[sequences] - (ends[sequences] - 1 - rows),
-        block_size=block_size,
-    )
-    return _Attention(all_rows, logit_rows)
 
 
 def _at(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,4 +386,5 @@ def _put(kv_cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values
 
 def _norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of each head on its own. heads: [num_tokens, any, head_dim]; weight: [any, head_dim]."""
-    return weight * (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + eps))
+    values = heads.float()
+    return weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps))

@@ -19,12 +19,15 @@ MIN_RAMP = 0.001
 class Rope:
     """cos and sin for the tokens of a step."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        """device: of the tokens' positions and of what comes out; the CPU when None."""
         self._rope = config.rope
         self._head_dim = config.head_dim
-        self._inverse_frequencies = _inverse_frequencies(config.rope, config.head_dim)
+        self._inverse_frequencies = _inverse_frequencies(config.rope, config.head_dim).to(device)
+        self._exponents = _exponents(config.head_dim).to(device)
         #: M-RoPE: the axis of each frequency, [head_dim / 2].
-        self._axes = torch.arange(3).repeat_interleave(torch.tensor(config.rope.mrope_section or (0, 0, 0)))
+        axes = torch.arange(3).repeat_interleave(torch.tensor(config.rope.mrope_section or (0, 0, 0)))
+        self._axes = axes.to(device)
 
     def cos_sin(
         self, positions: torch.Tensor, rope_lens: torch.Tensor | None
@@ -74,15 +77,13 @@ class Rope:
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     def _dynamic(self, rope_lens: torch.Tensor) -> torch.Tensor:
-        """Inverse frequencies of each token, [num_tokens or 1, head_dim / 2]."""
+        """Inverse frequencies of each token, [num_tokens, head_dim / 2]."""
         rope, dim = self._rope, self._head_dim
         is_stretched = rope_lens > rope.original_context_tokens
-        if not bool(is_stretched.any()):
-            return self._inverse_frequencies[None, :]
         stretch = rope.factor * rope_lens.float() / rope.original_context_tokens - (rope.factor - 1)
         # Where it is not stretched `stretch` may be below 0, whose power is no number; it is not used there.
         theta = rope.theta * stretch.clamp(min=1.0) ** (dim / (dim - 2))
-        stretched = 1.0 / (theta[:, None] ** _exponents(dim))
+        stretched = 1.0 / (theta[:, None] ** self._exponents)
         return torch.where(is_stretched[:, None], stretched, self._inverse_frequencies)
 
 

@@ -10,6 +10,8 @@ bfloat16 and int8. Many rows are bound by arithmetic:
 Same rows, same number of them and same number of threads give the same bits.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,25 @@ MAX_FEW_ROWS = {"float32": 8, "bfloat16": 8, "int8": 16}
 MAX_LEFT_ROWS = 5
 
 _NONE = np.zeros(0, np.float32)
+
+
+def projection(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """rows @ weight.T + bias: a `Linear` of this dtype for a weight on the CPU; on a GPU in the dtype that the weight has."""
+    if weight.is_cuda:
+        return partial(_on_gpu, weight=weight, bias=bias)
+    return Linear(weight, bias, dtype)
+
+
+def _on_gpu(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """One row by a kernel of ours, more by cuBLAS."""
+    if rows.shape[0] == 1 and rows.dtype is not torch.float32:
+        # Triton is there where torch has CUDA; nobody else pays for its import.
+        from phasewise_kernels.linear.triton_kernel import linear_of_row
+
+        return linear_of_row(rows, weight, bias)
+    return F.linear(rows, weight, bias)
 
 
 class Linear:

@@ -1,4 +1,4 @@
-"""Paged attention on the CPU.
+"""Paged attention on the CPU; a batch for a GPU goes to `cuda.py`.
 
 What depends on the batch alone (what to read, which scores to mask) is worked out once per step and window, by
 `AttentionBatch`; `paged_attention` then runs once per layer. Sequences with one new token are read in place, by
@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from phasewise_kernels import jit
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch, paged_attention_cuda
+from phasewise_kernels.paged_attention.padded import paged_attention_padded
 from phasewise_kernels.paged_attention.torch_path import (
     Chunk,
     DecodeGroup,
@@ -139,18 +141,22 @@ def paged_attention(
     query: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    batch: AttentionBatch,
+    batch: AttentionBatch | CudaAttentionBatch,
     *,
     window: int = 0,
 ) -> torch.Tensor:
     """Attention of the new tokens of `batch`; the K and V of these are in the cache already.
 
     query: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads,
-    head_dim], contiguous. All float32 on the CPU; num_heads is a multiple of num_kv_heads.
+    head_dim], contiguous. All float32 on the CPU; on a GPU as `cuda.py` takes them. num_heads is a
+    multiple of num_kv_heads.
     window > 0: a query at position p sees positions p - window + 1 to p; 0: all up to p. In a tree a token's
     position is that of its parent plus one.
     Returns [num_tokens, num_heads, head_dim]. Raises ValueError when `batch` is of another size.
     """
+    if isinstance(batch, CudaAttentionBatch):
+        compute = paged_attention_cuda if query.is_cuda else paged_attention_padded
+        return compute(query, k_cache, v_cache, batch, window=window)
     if query.shape[0] != batch.num_tokens:
         raise ValueError(f"query has {query.shape[0]} tokens, the batch {batch.num_tokens}")
     plan = batch.plan(window)

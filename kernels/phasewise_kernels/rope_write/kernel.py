@@ -36,25 +36,26 @@ def rope_write(
     """Tokens first..last-1.
 
     heads: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]; cos, sin: [num_tokens, head_dim], both halves
-    alike; slots: [num_tokens] int64; query: [num_tokens, num_heads, head_dim]; keys, values: [num_slots,
+    alike; slots: [num_tokens] int64, below 0 for a token whose K and V are not written; query: [num_tokens, num_heads, head_dim]; keys, values: [num_slots,
     num_kv_heads, head_dim].
     """
     num_heads, num_kv_heads, head_dim = query.shape[1], keys.shape[1], heads.shape[2]
     for token in range(first, last):
         slot = slots[token]
+        num_written = num_kv_heads if slot >= 0 else 0
         if is_rotated:
             for head in range(num_heads):
                 _turn(heads, token, head, cos, sin, query, token, head)
-            for head in range(num_kv_heads):
+            for head in range(num_written):
                 _turn(heads, token, num_heads + head, cos, sin, keys, slot, head)
         else:
             for head in range(num_heads):
                 for i in range(head_dim):
                     query[token, head, i] = heads[token, head, i]
-            for head in range(num_kv_heads):
+            for head in range(num_written):
                 for i in range(head_dim):
                     keys[slot, head, i] = heads[token, num_heads + head, i]
-        for head in range(num_kv_heads):
+        for head in range(num_written):
             for i in range(head_dim):
                 values[slot, head, i] = heads[token, num_heads + num_kv_heads + head, i]
 

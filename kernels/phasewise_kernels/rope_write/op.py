@@ -39,14 +39,15 @@ def rope_write(
     num_kv_heads = k_cache.shape[2]
     num_heads = num_all - 2 * num_kv_heads
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    module = jit.load(_KERNEL)
+    module = None if heads.is_cuda else jit.load(_KERNEL)
     if module is None:
         # Query and key heads are neighbours, so one rotation serves both.
         query_key = heads[:, : num_heads + num_kv_heads]
         if is_rotated:
-            query_key = _rotate(query_key, *rotation)
-        keys.index_copy_(0, slots, query_key[:, num_heads:])
-        values.index_copy_(0, slots, heads[:, num_heads + num_kv_heads :])
+            query_key = _rotate(query_key.float(), *rotation).to(heads.dtype)
+        is_kept = slots >= 0
+        keys.index_copy_(0, slots[is_kept], query_key[is_kept, num_heads:])
+        values.index_copy_(0, slots[is_kept], heads[is_kept, num_heads + num_kv_heads :])
         return query_key[:, :num_heads]
     assert heads.is_contiguous()
     assert k_cache.is_contiguous()

@@ -23,6 +23,7 @@ from orchestrator.manifest.load import load, parse
 from orchestrator.manifest.models import Deployment
 from workers.api import (
     Batching,
+    Device,
     EngineConfig,
     HostCacheCodec,
     ImageReduction,
@@ -152,7 +153,7 @@ def test_a_misspelt_key_names_its_line_and_the_nearest_key() -> None:
         parse(MINIMAL + "      replcas: 2\n", file="m.yaml")
     assert str(caught.value) == (
         "m.yaml:11: spec.workers[0].replcas: unknown key; "
-        "allowed: name, phases, replicas, resources, engine; did you mean 'replicas'?"
+        "allowed: name, phases, replicas, resources, device, engine; did you mean 'replicas'?"
     )
 
 
@@ -228,9 +229,48 @@ def test_an_unknown_phase_names_the_nearest() -> None:
     assert only_problem(text).endswith("allowed: a list of encode, prefill, decode; did you mean 'prefill'?")
 
 
-def test_gpus_are_refused_with_the_reason() -> None:
-    text = manifest(workers=[group("w", "prefill", "decode", resources={"gpus": 1})])
-    assert "cannot use GPUs yet" in only_problem(text)
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [
+        ({}, Device.CPU),
+        ({"resources": {"gpus": 1}}, Device.CUDA),
+        ({"resources": {"gpus": 1}, "device": "cpu"}, Device.CPU),
+        ({"device": "cuda"}, Device.CUDA),
+    ],
+)
+def test_a_worker_with_a_gpu_computes_with_it(options: dict[str, Any], device: Device) -> None:
+    (declared,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", **options)])))
+    spec = declared.spec(1, "127.0.0.1")
+    assert spec.device is device
+    is_on_gpu = device is Device.CUDA
+    assert spec.engine.weight_dtype is (WeightDtype.BFLOAT16 if is_on_gpu else WeightDtype.FLOAT32)
+    assert spec.engine.kv_cache_bytes == (0 if is_on_gpu else 512 * 2**20)
+
+
+def test_two_gpus_for_one_worker_are_refused() -> None:
+    text = manifest(workers=[group("w", "prefill", "decode", resources={"gpus": 2})])
+    assert "a whole number from 0 to 1" in only_problem(text)
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "says"),
+    [
+        (
+            "cuda",
+            {"weightDtype": "int8"},
+            "engine.weightDtype: is int8; allowed on a GPU: float32 or bfloat16 or float16",
+        ),
+        (
+            "cpu",
+            {"weightDtype": "float16"},
+            "engine.weightDtype: is float16; allowed on a CPU: float32 or bfloat16 or int8",
+        ),
+        ("cuda", {"spanReuse": {}}, "engine.spanReuse: is set; allowed: absent on a GPU"),
+    ],
+)
+def test_what_the_device_does_not_do_is_refused(device: str, engine: dict[str, Any], says: str) -> None:
+    text = manifest(workers=[group("w", "prefill", "decode", device=device, engine=engine)])
+    assert says in only_problem(text)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -268,7 +308,7 @@ def test_group_names_differ() -> None:
         ("growthReserve", "25%", 'is "25%"; allowed: a number from 0 to 1'),
         ("prefixCache", "on", 'is "on"; allowed: true or false'),
         ("prefixCache", 1, "is 1; allowed: true or false"),
-        ("weightDtype", "float16", "allowed: float32 or bfloat16 or int8; did you mean"),
+        ("weightDtype", "float8", "allowed: float32 or bfloat16 or float16 or int8; did you mean"),
         ("weightDtype", "INT8", "did you mean 'int8'?"),
         ("threads", 0, "is 0; allowed: a whole number from 1 to 1024"),
         ("threads", 1.5, "is 1.5; allowed: a whole number from 1 to 1024"),
@@ -487,7 +527,7 @@ def test_the_error_survives_pickling() -> None:
 def test_the_json_schema_has_the_keys_of_the_yaml() -> None:
     schema = Deployment.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert schema["$defs"]["Engine"]["properties"]["kvCacheMiB"]["default"] == 512
+    assert schema["$defs"]["Engine"]["properties"]["kvCacheMiB"]["default"] is None
 
 
 # Autoscaling.

@@ -9,9 +9,11 @@ import pytest
 from tests.support.worker_client import submit
 from workers.api import (
     CautiousDecoding,
+    Device,
     Encode,
     Grammar,
     GrammarKind,
+    ImageReduction,
     ImageTile,
     NgramDrafts,
     RequestId,
@@ -23,6 +25,21 @@ from workers.api import (
 from workers.submit_check import encode_problem, submit_problem
 
 VOCAB_SIZE = 100
+
+
+def test_a_gpu_does_not_drop_embeddings_between_layers() -> None:
+    tile = ImageTile(0, 1, b"k")
+    asked = replace(
+        submit([1, 2]),
+        images=(tile,),
+        reduction=ImageReduction(global_threshold=0.1, individual_threshold=0.1),
+    )
+    assert submit_problem(asked, VOCAB_SIZE) is None
+    problem = submit_problem(asked, VOCAB_SIZE, Device.CUDA)
+    assert problem is not None
+    assert problem.startswith("reduction: drops embeddings between layers")
+    merging = replace(asked, reduction=ImageReduction(merge_threshold=0.9))
+    assert submit_problem(merging, VOCAB_SIZE, Device.CUDA) is None
 
 
 def with_sampling(**changes: Any) -> Submit:
@@ -60,7 +77,7 @@ def with_sampling(**changes: Any) -> Submit:
         ),
         ({"num_logprobs": 21}, "logprobs: is 21; allowed: 0 to 20"),
         ({"grammar": Grammar(GrammarKind.CHOICE, "[]")}, "choice: is '[]'; allowed: one or more texts"),
-        ({"decoding": NgramDrafts(65)}, "ngram_drafts.max_draft_tokens: is 65; allowed: 1 to 64"),
+        ({"decoding": NgramDrafts(64)}, "ngram_drafts.max_draft_tokens: is 64; allowed: 1 to 63"),
         (
             {"decoding": SuperposedDecoding(), "temperature": 1.0},
             "temperature: is set together with superposed",

@@ -10,6 +10,7 @@ from orchestrator.manifest.models import KvTransfer
 from workers import main as worker_main
 from workers.api import (
     Batching,
+    Device,
     EngineConfig,
     HostCacheCodec,
     PrefillOrder,
@@ -42,6 +43,28 @@ def error_of(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> st
 
 def test_without_options_the_engine_has_its_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec_of(monkeypatch).engine == EngineConfig()
+
+
+def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(monkeypatch, "--device", "cuda")
+    assert spec.device is Device.CUDA
+    assert spec.engine == EngineConfig(weight_dtype=WeightDtype.BFLOAT16, kv_cache_bytes=0)
+    spec = spec_of(monkeypatch, *["--device", "cuda", "--weight-dtype", "float16", "--kv-cache-mib", "7"])
+    assert (spec.engine.weight_dtype, spec.engine.kv_cache_bytes) == (WeightDtype.FLOAT16, 7 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--device cuda --weight-dtype int8", "with --device cuda it is one of float32, bfloat16, float16"),
+        ("--weight-dtype float16", "with --device cpu it is one of float32, bfloat16, int8"),
+        ("--device cuda --span-recompute 0.5", "a GPU does not do it yet"),
+    ],
+)
+def test_what_the_device_does_not_do_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: str, says: str
+) -> None:
+    assert says in error_of(capsys, arguments.split())
 
 
 def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,3 +44,18 @@ class SampleResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     warped_logprobs: dict[int, float] = field(default_factory=dict)
     branches: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+
+def is_plain(sampling: SamplingParams) -> bool:
+    """The next token is chosen by logits, options of the draw, and the number of tokens before it alone."""
+    return (
+        sampling.grammar is None
+        and sampling.decoding is None
+        and sampling.num_logprobs is None
+        and sampling.num_prompt_logprobs is None
+        and sampling.repetition_penalty == 1
+        and sampling.presence_penalty == 0
+        and sampling.frequency_penalty == 0
+        and not sampling.logit_bias
+        and sampling.min_new_tokens == 0
+    )

@@ -1,0 +1,340 @@
+"""The engine on one GPU with the shape of Llama-3-8B, random bf16 weights: prefill, decode steps, and a full house.
+
+    PYTHONPATH=.:kernels python benchmarks/serving/engine_gpu.py [--quick] [--profile] [--json FILE]
+
+- copy: 2 GiB within the device; bytes read and written are both counted. What a decode step could do at best follows from it:
+  it reads all weights but the embedding table, and the KV of all sequences.
+- prefill: one prompt of 2,048 tokens in one eager step, medians of CUDA events. FLOPs are those of the matrices and of attention
+  to the tokens before.
+- decode: steps of 64 sequences and of one, with 2,048 tokens each, replayed as CUDA graphs; from the call with the batch
+  on the host until logits are there, steps one after the other.
+- serving: the real engine, runner and loop, closed loop of 256 requests, prompts of 930 tokens and answers of 275 on average
+  (spread as in the Azure conversation trace: lognormal, sigma 1 and 0.6, cut at 4,096 and 1,024), greedy, prefix cache off, token
+  budget 2,048. Output tokens per second after the first 10 seconds. Also without overlapped steps.
+
+Needs an NVIDIA GPU with 40 GB. --profile prints where the time of a prefill and of a decode step goes, and that of
+the host while it serves.
+"""
+
+import argparse
+import cProfile
+import json
+import platform
+import pstats
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.serving.gpu_clients import BOTH, Clients
+from workers.api import EngineConfig
+from workers.device.buckets import decode_buckets
+from workers.device.forward import DeviceForward
+from workers.device.sampler import DeviceSampler
+from workers.engine.engine import Engine
+from workers.engine.runner import ModelRunner
+from workers.engine.step_loop import StepLoop
+from workers.model.config import ModelConfig, RopeConfig
+from workers.model.convert import output_shapes
+from workers.model.forward_batch import ForwardBatch
+from workers.model.llama import Llama
+
+LLAMA_3_8B = ModelConfig(
+    architecture="LlamaForCausalLM",
+    num_layers=32,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope=RopeConfig(theta=500_000.0),
+    rms_norm_eps=1e-5,
+    max_context_tokens=8192,
+    vocab_size=128_256,
+    tie_embeddings=False,
+    eos_token_ids=(128_001,),
+    bos_token="",
+    eos_token="",
+)
+BLOCK_SIZE = 16
+PREFILL_TOKENS = 2048
+DECODES = ((64, 2048), (1, 2048))
+NUM_CLIENTS = 256
+TOKEN_BUDGET = 2048
+WARM_UP_S = 10.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and 15 s of serving")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    bench = Bench(num_rounds=20 if args.quick else 60)
+    rows: dict[str, Any] = {"copy_tb_s": bench.copy_tb_s, "start": bench.start_s}
+    print(f"copy {bench.copy_tb_s:.3f} TB/s; {bench.start_s}")
+    rows["prefill"] = bench.prefill()
+    print(rows["prefill"])
+    rows["decode"] = [bench.decode(num, context) for num, context in DECODES]
+    for row in rows["decode"]:
+        print(row)
+    if args.profile:
+        bench.profile()
+    rows["serving"] = []
+    duration_s = 12.0 if args.quick else 40.0
+    # What is compiled or allocated at a first use is no part of either.
+    bench.serve(0.1, is_overlapping=True)
+    for is_overlapping in (True, False):
+        is_profiled = args.profile and not is_overlapping
+        row = asdict(bench.serve(duration_s, is_overlapping=is_overlapping, is_profiled=is_profiled))
+        rows["serving"].append(row)
+        print(row)
+    if args.json:
+        about = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "gpu": torch.cuda.get_device_name(0),
+            "cuda": torch.version.cuda,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "is_quick": args.quick,
+        }
+        args.json.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A closed loop."""
+
+    is_overlapping: bool
+    seconds: float
+    output_tokens_per_s: float
+    prompt_tokens_per_s: float
+    requests_per_s: float
+    steps_per_s: float
+    step_ms_mean: float
+    host_ms_mean: float
+    num_running_mean: float
+    num_preemptions: int
+
+
+class Bench:
+    """A model on the GPU, and what is measured with it."""
+
+    def __init__(self, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        began_s = time.perf_counter()
+        self.copy_tb_s = copy_tb_s()
+        torch.cuda.empty_cache()
+        self._weights = random_weights(LLAMA_3_8B)
+        self._model = Llama(LLAMA_3_8B, self._weights)
+        weights_s = time.perf_counter() - began_s
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        block_bytes = (
+            2 * 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim * BLOCK_SIZE
+        )
+        self._num_blocks = (free_bytes - int(0.1 * total_bytes) - 3 * 2**30) // block_bytes
+        shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE)
+        self._kv_cache = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        for layer in self._kv_cache:
+            layer.normal_()
+        began_s = time.perf_counter()
+        self._forward = DeviceForward(
+            self._model,
+            self._kv_cache,
+            max_context_tokens=LLAMA_3_8B.max_context_tokens,
+            buckets=decode_buckets(NUM_CLIENTS),
+        )
+        self._forward.warm_up(NUM_CLIENTS, lambda _what, _done: None)
+        torch.cuda.synchronize()
+        warm_up_s = time.perf_counter() - began_s
+        began_s = time.perf_counter()
+        self._forward.capture(lambda _what, _done: None)
+        torch.cuda.synchronize()
+        free_after = torch.cuda.mem_get_info()[0]
+        self.start_s = {
+            "weights_s": round(weights_s, 2),
+            "warm_up_s": round(warm_up_s, 2),
+            "capture_s": round(time.perf_counter() - began_s, 2),
+            "kv_blocks": self._num_blocks,
+            "free_gib_at_last": round(free_after / 2**30, 2),
+        }
+
+    def prefill(self) -> dict[str, float]:
+        """One prompt in one step."""
+        seconds = self._seconds(lambda: self._forward(batch_of([(0, PREFILL_TOKENS)])))
+        config = LLAMA_3_8B
+        attention = 2 * 2 * config.num_layers * config.num_heads * config.head_dim * PREFILL_TOKENS**2 / 2
+        flops = 2 * self._layer_values() * PREFILL_TOKENS + attention
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        self._forward(batch_of([(0, PREFILL_TOKENS)]))
+        launch_s = time.perf_counter() - began_s
+        return {
+            "tokens": PREFILL_TOKENS,
+            "ms": seconds * 1e3,
+            "tflops": flops / seconds / 1e12,
+            "launch_ms": launch_s * 1e3,
+        }
+
+    def decode(self, num_sequences: int, context: int) -> dict[str, float]:
+        """One step; its floor is reading weights and KV at the rate of the copy."""
+        batch = batch_of([(context - 1, 1)] * num_sequences)
+        seconds = self._seconds(lambda: self._forward(batch))
+        head = LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size
+        kv_values = 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim
+        num_bytes = 2 * (self._layer_values() + head + num_sequences * context * kv_values)
+        floor_s = num_bytes / (self.copy_tb_s * 1e12)
+        return {
+            "sequences": num_sequences,
+            "context": context,
+            "ms": seconds * 1e3,
+            "floor_ms": floor_s * 1e3,
+            "ratio": seconds / floor_s,
+        }
+
+    def profile(self) -> None:
+        """Tables of kernels."""
+        steps = {
+            "prefill": lambda: self._forward(batch_of([(0, PREFILL_TOKENS)])),
+            "decode 64": lambda: self._forward(batch_of([(2047, 1)] * 64)),
+            "decode 1": lambda: self._forward(batch_of([(2047, 1)])),
+        }
+        for name, step in steps.items():
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(3):
+                    step()
+                torch.cuda.synchronize()
+            print(name)
+            table = profile.key_averages().table(
+                sort_by="cuda_time_total", row_limit=12, max_name_column_width=60
+            )
+            print("\n".join(line for line in table.splitlines() if line.strip("- ")))
+
+    def serve(self, duration_s: float, *, is_overlapping: bool, is_profiled: bool = False) -> Served:
+        """NUM_CLIENTS requests at a time, each followed by another."""
+        config = EngineConfig(
+            block_size=BLOCK_SIZE,
+            token_budget=TOKEN_BUDGET,
+            max_running_sequences=NUM_CLIENTS,
+            max_waiting_requests=2 * NUM_CLIENTS,
+            is_prefix_cache_on=False,
+        )
+        sampler = DeviceSampler(torch.device("cuda"))
+        runner = ModelRunner(self._model, self._kv_cache, BLOCK_SIZE, forward=self._forward, sampler=sampler)
+        engine = Engine(
+            config,
+            BOTH,
+            num_blocks=self._num_blocks,
+            max_context_tokens=LLAMA_3_8B.max_context_tokens,
+            claim_s=5.0,
+            attention_tokens=LLAMA_3_8B.attention_tokens,
+        )
+        clients = Clients(engine)
+        loop = StepLoop(engine, runner, clients.take, print, overlapping=runner if is_overlapping else None)
+        for _ in range(NUM_CLIENTS):
+            clients.submit()
+        clients.run(loop, WARM_UP_S)
+        if is_profiled:
+            profile = cProfile.Profile()
+            profile.runcall(clients.run, loop, WARM_UP_S / 2)
+            pstats.Stats(profile).sort_stats("tottime").print_stats(28)
+        clients.reset()
+        num_before, began_s = loop.num_steps, time.perf_counter()
+        waited_s = clients.run(loop, duration_s)
+        seconds = time.perf_counter() - began_s
+        num_steps = loop.num_steps - num_before
+        return Served(
+            is_overlapping,
+            round(seconds, 2),
+            clients.num_output / seconds,
+            clients.num_prompt / seconds,
+            clients.num_finished / seconds,
+            num_steps / seconds,
+            1e3 * seconds / num_steps,
+            1e3 * (seconds - waited_s) / num_steps,
+            clients.num_running / max(1, clients.num_looks),
+            engine.num_preemptions,
+        )
+
+    def _layer_values(self) -> int:
+        return sum(one.numel() for name, one in self._weights.items() if name.startswith("layers."))
+
+    def _seconds(self, step: Callable[[], object]) -> float:
+        """Median of a step, of groups of five that follow each other as they do in serving."""
+        for _ in range(3):
+            step()
+        found = []
+        for _ in range(self._num_rounds // 5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            step()
+            begin.record()
+            for _ in range(5):
+                step()
+            end.record()
+            end.synchronize()
+            found.append(begin.elapsed_time(end) / 5e3)
+        return statistics.median(found)
+
+
+def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Made on the GPU."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = {}
+    for name, shape in output_shapes(config).items():
+        values = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        values.normal_(generator=generator)
+        weights[name] = values.mul_(0.1).add_(1) if name.endswith("norm") else values.mul_(shape[-1] ** -0.5)
+    return weights
+
+
+def batch_of(sequences: list[tuple[int, int]]) -> ForwardBatch:
+    """(tokens before, new tokens) of each, in blocks of its own."""
+    lens = np.array([new for _, new in sequences])
+    contexts = np.array([before + new for before, new in sequences])
+    num_blocks = -(-int(contexts.max()) // BLOCK_SIZE)
+    tables = np.arange(len(sequences) * num_blocks, dtype=np.int32)
+    np.random.default_rng(0).shuffle(tables)
+    tables = tables.reshape(len(sequences), num_blocks)
+    places = np.concatenate([np.arange(before, before + new) for before, new in sequences])
+    owners = np.repeat(np.arange(len(sequences)), lens)
+    slots = tables[owners, places // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + places % BLOCK_SIZE
+    tokens = np.random.default_rng(1).integers(0, LLAMA_3_8B.vocab_size, len(places))
+    return ForwardBatch(
+        token_ids=torch.from_numpy(tokens),
+        positions=torch.from_numpy(places),
+        slots=torch.from_numpy(slots),
+        block_tables=tables,
+        query_lens=lens,
+        context_lens=contexts,
+        logit_rows=torch.from_numpy(np.cumsum(lens) - 1),
+    )
+
+
+def copy_tb_s() -> float:
+    """Of 2 GiB within the device, read and written."""
+    source = torch.empty(2**30, dtype=torch.int16, device="cuda")
+    target = torch.empty_like(source)
+    found = []
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        found.append(2 * source.nbytes / begin.elapsed_time(end) / 1e9)
+    return statistics.median(found[2:])
+
+
+if __name__ == "__main__":
+    main()

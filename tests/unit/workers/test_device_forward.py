@@ -1,0 +1,142 @@
+"""DeviceForward on a CPU: padded batches and staged inputs compute what the model's own forward pass does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
+from workers.api import NgramDrafts, SamplingParams
+from workers.model.llama import Llama
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama(TINY, random_weights(TINY))
+
+
+@pytest.fixture(scope="module")
+def expected(model: Llama) -> list[list[int]]:
+    return DeviceEngine(model, buckets=None).serve(PROMPTS, greedy())
+
+
+def test_the_model_does_not_repeat_itself(expected: list[list[int]]) -> None:
+    assert sum(len(set(tokens)) > 8 for tokens in expected) >= 8
+
+
+@pytest.mark.parametrize("buckets", [(), (1, 2, 4, 8), (8,)])
+def test_tokens_are_those_of_the_models_own_forward_pass(
+    model: Llama, expected: list[list[int]], buckets: tuple[int, ...]
+) -> None:
+    made = DeviceEngine(model, buckets=buckets)
+    assert made.serve(PROMPTS, greedy()) == expected
+    assert made.forward is not None
+    assert (made.forward.num_replayed > 0) == bool(buckets)
+    assert made.forward.num_eager > 0
+
+
+def test_mixed_steps_compute_the_same(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, buckets=(1, 2, 4, 8))
+    assert made.serve(PROMPTS, greedy(), steps_between=3) == expected
+
+
+def test_more_sequences_than_any_bucket_has_run_eagerly(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, buckets=(2,))
+    assert made.serve(PROMPTS, greedy()) == expected
+
+
+def test_drafts_are_verified(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, buckets=(1, 2, 4, 8))
+    found = made.serve(PROMPTS, lambda i: SamplingParams(24 - i % 5, decoding=NgramDrafts(4)))
+    assert found == expected
+
+
+def test_rows_that_score_a_prompt_come_after_those_that_are_sampled(model: Llama) -> None:
+    def sampling(i: int) -> SamplingParams:
+        return SamplingParams(4, num_prompt_logprobs=1 if i % 2 else None)
+
+    wanted = DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
+    assert DeviceEngine(model, buckets=(1, 2, 4, 8)).serve(PROMPTS, sampling) == wanted
+
+
+def test_slots_outside_the_cache_are_refused(model: Llama) -> None:
+    made = DeviceEngine(model, config=ENGINE, num_blocks=64)
+    made.forward._num_slots = 8
+    with pytest.raises(AssertionError, match="not all in the KV cache"):
+        made.serve(PROMPTS[:2], greedy())
+
+
+def test_padding_writes_nothing(model: Llama) -> None:
+    made = DeviceEngine(model, buckets=(8,))
+    made.serve(PROMPTS[:1], greedy(8))
+    used = ~torch.isnan(made.kv_cache[0, 0]).all(dim=(-1, -2))
+    assert int(used.sum()) == len(PROMPTS[0]) + 8 - 1
+
+
+def test_warming_up_leaves_nothing_behind(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, buckets=(1, 2, 4, 8))
+    told: list[float] = []
+    made.forward.warm_up(8, lambda _what, done: told.append(done))
+    assert told == sorted(told)
+    assert made.serve(PROMPTS, greedy()) == expected
+
+
+OVERLAPPED = {"buckets": (1, 2, 4, 8), "is_overlapping": True}
+
+
+@pytest.mark.parametrize("steps_between", [0, 1, 3])
+def test_overlapped_steps_compute_the_same(
+    model: Llama, expected: list[list[int]], steps_between: int
+) -> None:
+    made = DeviceEngine(model, **OVERLAPPED)
+    assert made.serve(PROMPTS, greedy(), steps_between=steps_between) == expected
+
+
+def test_sequences_that_end_by_a_stop_token_end_there(model: Llama, expected: list[list[int]]) -> None:
+    def sampling(i: int) -> SamplingParams:
+        return SamplingParams(
+            24 - i % 5, stop_token_ids=frozenset(expected[i][3 * (i % 4) : 3 * (i % 4) + 1])
+        )
+
+    made = DeviceEngine(model, **OVERLAPPED)
+    found = made.serve(PROMPTS, sampling)
+    assert found == DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
+    assert found[1] == expected[1][: len(found[1])]
+    assert len(found[1]) < len(expected[1])
+    assert made.engine.block_counts().free == 64
+
+
+def test_a_preempted_sequence_computes_the_same_while_steps_overlap(
+    model: Llama, expected: list[list[int]]
+) -> None:
+    config = replace(ENGINE, growth_reserve=0.0, is_prefix_cache_on=True)
+    made = DeviceEngine(model, config=config, num_blocks=14, **OVERLAPPED)
+    assert made.serve(PROMPTS, greedy()) == expected
+    assert made.engine.num_preemptions > 0
+
+
+def test_an_aborted_request_disturbs_nobody(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, **OVERLAPPED)
+    found = made.serve(PROMPTS, greedy(), aborted={4: 0, 6: 3, 9: 8})
+    for i in range(len(PROMPTS)):
+        if i in (0, 3, 8):
+            assert found[i] == expected[i][: len(found[i])]
+            assert len(found[i]) < len(expected[i])
+        else:
+            assert found[i] == expected[i]
+
+
+def test_requests_that_need_the_host_go_beside_others(model: Llama) -> None:
+    def sampling(i: int) -> SamplingParams:
+        match i % 4:
+            case 0:
+                return SamplingParams(12, repetition_penalty=1.5)
+            case 1:
+                return SamplingParams(9 + i, temperature=0.8, top_k=20, top_p=0.9, seed=i)
+            case 2:
+                return SamplingParams(10, num_logprobs=1)
+            case _:
+                return SamplingParams(8 + i)
+
+    wanted = DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
+    assert DeviceEngine(model, **OVERLAPPED).serve(PROMPTS, sampling, steps_between=2) == wanted

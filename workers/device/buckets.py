@@ -1,0 +1,28 @@
+"""Sizes of batches for which decode steps are captured. Pure."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+#: Batches between two sizes run as the larger one, with rows of padding: at most so much of a batch.
+MAX_PADDED_SHARE = 0.25
+#: Sizes beyond the smallest are multiples of this.
+SIZE_STEP = 8
+
+
+def decode_buckets(max_sequences: int) -> tuple[int, ...]:
+    """Sizes from 1 to max_sequences, ascending: 1, 2, 4, 8, then in steps that grow with the size.
+
+    max_sequences: of one step, >= 1; always the last of them.
+    """
+    sizes = [size for size in (1, 2, 4, 8) if size < max_sequences]
+    size = 8
+    while size < max_sequences:
+        sizes.append(size)
+        size += max(SIZE_STEP, int(size * MAX_PADDED_SHARE) // SIZE_STEP * SIZE_STEP)
+    return (*dict.fromkeys(sizes), max_sequences)
+
+
+def bucket_of(num_sequences: int, buckets: Sequence[int]) -> int | None:
+    """The smallest of these sizes that holds so many; None when none does."""
+    index = bisect_left(buckets, num_sequences)
+    return buckets[index] if index < len(buckets) else None

@@ -1,0 +1,82 @@
+"""The GPU of a worker: is it there, is it new enough, how much memory is free; and the weights on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from workers.device.memory import GpuMemory
+from workers.errors import GpuUnavailable, OutOfMemory
+
+#: bfloat16 products, and what the kernels are compiled for. Measured are those of 9.0 (Hopper) alone.
+MIN_CAPABILITY = (8, 0)
+
+
+def open_gpu() -> torch.device:
+    """The first GPU that this process sees. Raises GpuUnavailable."""
+    if torch.version.cuda is None:
+        raise GpuUnavailable(
+            f"torch {torch.__version__} was built without CUDA", "install torch with CUDA, or use device cpu"
+        )
+    if not torch.cuda.is_available():
+        raise GpuUnavailable(
+            "CUDA finds none",
+            "see that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it (Ray hides it from a worker whose "
+            "resources.gpus is 0), or use device cpu",
+        )
+    capability = torch.cuda.get_device_capability(0)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, one)) for one in (capability, MIN_CAPABILITY))
+        raise GpuUnavailable(
+            f"{torch.cuda.get_device_name(0)} has compute capability {have} and {need} is needed",
+            "use a newer GPU or device cpu",
+        )
+    try:
+        torch.zeros(1, device="cuda:0")
+    except RuntimeError as error:
+        raise GpuUnavailable(str(error).splitlines()[0], "see whether other programs use it alone") from error
+    return torch.device("cuda", 0)
+
+
+def gpu_memory(device: torch.device) -> GpuMemory:
+    """As of now."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return GpuMemory(free_bytes, total_bytes)
+
+
+def load_to_gpu(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_fraction: float,
+    progress: Callable[[float], None],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, converted one by one: the host holds no copy of all.
+
+    Raises OutOfMemory when they do not fit in this share of the GPU's memory.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        names = list(file.keys())
+        sizes = [_num_values(file.get_slice(name).get_shape()) for name in names]
+        need_bytes = sum(sizes) * dtype.itemsize
+        left_bytes = gpu_memory(device).left_of(memory_fraction)
+        if need_bytes > left_bytes:
+            remedy = (
+                "use a smaller model or a GPU with more memory, end other programs on it, or raise "
+                "engine.gpuMemoryFraction"
+            )
+            raise OutOfMemory("the model's weights on the GPU", need_bytes, left_bytes, remedy)
+        weights, num_done = {}, 0
+        for name, size in zip(names, sizes, strict=True):
+            weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+            num_done += size
+            progress(num_done / sum(sizes))
+    return weights
+
+
+def _num_values(shape: list[int]) -> int:
+    num = 1
+    for size in shape:
+        num *= size
+    return num

@@ -1,0 +1,41 @@
+"""How much of a GPU's memory a worker takes, and for what. Pure."""
+
+from dataclasses import dataclass
+
+from workers.api import EngineConfig
+from workers.model.config import ModelConfig
+
+#: What libraries, kernels and graphs take beside what is counted here, in bytes.
+CONTEXT_BYTES = 768 * 2**20
+#: Logits that the sampler reads are float32, and sorted or summed in a copy.
+SAMPLER_COPIES_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """free_bytes: now, of total_bytes; what is not free may belong to other processes."""
+
+    free_bytes: int
+    total_bytes: int
+
+    def left_of(self, fraction: float) -> int:
+        """What may still be taken so that no more than this share of the memory is in use."""
+        return max(0, int(fraction * self.total_bytes) - (self.total_bytes - self.free_bytes))
+
+
+def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> int:
+    """What the largest step needs beside weights and KV. value_bytes: of one number between the layers."""
+    num_tokens = max(engine.token_budget, engine.max_running_sequences)
+    inner = 3 * config.intermediate_size + 2 * config.qkv_size + 6 * config.hidden_size
+    logits = engine.max_running_sequences * config.vocab_size * (value_bytes + SAMPLER_COPIES_BYTES)
+    return CONTEXT_BYTES + num_tokens * inner * value_bytes + logits
+
+
+def kv_cache_bytes(memory: GpuMemory, engine: EngineConfig, needed_bytes: int) -> int:
+    """What is taken for KV once the weights are there: what the engine says, or else what is left of its share.
+
+    needed_bytes: see step_bytes. 0 or less when nothing is left.
+    """
+    if engine.kv_cache_bytes:
+        return engine.kv_cache_bytes
+    return memory.left_of(engine.gpu_memory_fraction) - needed_bytes

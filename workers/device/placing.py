@@ -1,0 +1,96 @@
+"""The text model of a worker and its KV on a GPU, with decode steps captured. Blocks for seconds."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from kvtransfer.host_pool import pool_shape
+from kvtransfer.layout import KvLayout
+from kvtransfer.transports.cuda_ipc import CudaPool
+from workers.api import WorkerSpec
+from workers.device.buckets import decode_buckets
+from workers.device.forward import DeviceForward
+from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
+from workers.device.memory import kv_cache_bytes, step_bytes
+from workers.device.placed import PlacedText
+from workers.device.sampler import DeviceSampler
+from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory
+from workers.limits import GPU_DTYPES, is_computed_in
+from workers.loaded_shapes import gpu_shape
+from workers.model.llama import Llama
+from workers.model.prepare import WEIGHTS, PreparedModel
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+
+
+def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) -> PlacedText:
+    """Raises GpuUnavailable, NotOnGpu, OutOfMemory and KvCacheTooSmall."""
+    engine, config = spec.engine, prepared.config
+    check_spec(spec)
+    device = open_gpu()
+    dtype: torch.dtype = getattr(torch, engine.weight_dtype.value)
+    progress("loading the weights onto the GPU", 0.0)
+    weights = load_to_gpu(
+        prepared.folder / WEIGHTS,
+        device,
+        dtype,
+        engine.gpu_memory_fraction,
+        lambda done: progress("loading the weights onto the GPU", done),
+    )
+    model = Llama(config, weights)
+    layout = config.kv_layout(
+        block_size=engine.block_size, dtype=engine.weight_dtype.value, model_digest=prepared.digest
+    )
+    kv_cache = _take_kv_cache(spec, layout, step_bytes(config, engine, dtype.itemsize), device, progress)
+    pool = CudaPool(kv_cache, layout)
+    progress("preparing the transfer kernels", 0.0)
+    pool.warm_up()
+    forward = DeviceForward(
+        model,
+        kv_cache,
+        max_context_tokens=min(config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
+        buckets=decode_buckets(engine.max_running_sequences),
+    )
+    forward.warm_up(engine.max_running_sequences, progress)
+    forward.capture(progress)
+    name = torch.cuda.get_device_name(device)
+    return PlacedText(
+        model,
+        pool,
+        kv_cache,
+        layout,
+        forward,
+        DeviceSampler(device),
+        gpu_shape(name, gpu_memory(device).total_bytes),
+    )
+
+
+def check_spec(spec: WorkerSpec) -> None:
+    """Raises NotOnGpu for what a GPU does not do. The manifest and the command line have the same rules."""
+    dtype = spec.engine.weight_dtype.value
+    if not is_computed_in(dtype, is_on_gpu=True):
+        raise NotOnGpu(f"engine.weightDtype {dtype}", f"use {' or '.join(GPU_DTYPES)}")
+    if spec.engine.span_reuse is not None:
+        raise NotOnGpu("engine.spanReuse", "leave it out, or use device cpu")
+
+
+def _take_kv_cache(
+    spec: WorkerSpec, layout: KvLayout, needed_bytes: int, device: torch.device, progress: Progress
+) -> torch.Tensor:
+    memory = gpu_memory(device)
+    num_bytes = kv_cache_bytes(memory, spec.engine, needed_bytes)
+    left_bytes = memory.left_of(spec.engine.gpu_memory_fraction) - needed_bytes
+    remedy = "lower engine.kvCacheMiB, raise engine.gpuMemoryFraction, or end other programs on the GPU"
+    if num_bytes > left_bytes:
+        raise OutOfMemory("the KV cache on the GPU", num_bytes, max(0, left_bytes), remedy)
+    num_blocks = num_bytes // layout.block_bytes
+    if num_blocks < 1:
+        if spec.engine.kv_cache_bytes:
+            raise KvCacheTooSmall(spec.engine.kv_cache_bytes, layout.block_bytes)
+        raise OutOfMemory("the KV cache on the GPU", layout.block_bytes, max(0, num_bytes), remedy)
+    shape = pool_shape(layout, num_blocks)
+    progress(f"taking the KV cache ({num_blocks * layout.block_bytes / 2**20:.0f} MiB)", 0.0)
+    return torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
