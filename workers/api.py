@@ -144,6 +144,8 @@ class EngineConfig:
     max_waiting_requests: int = 256
     #: Threads of the CPU kernels.
     num_threads: int = 1
+    #: Devices, each with a process, that every layer is spread over; 1 is the worker's own alone.
+    tensor_parallel: int = 1
     batching: Batching = Batching.STALL_FREE
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.

@@ -119,6 +119,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         max_running_sequences=engine.max_running_sequences,
         max_waiting_requests=engine.max_waiting_requests,
         num_threads=_num_threads(group),
+        tensor_parallel=group.tensor_parallel,
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
         tile_tokens=engine.tile_tokens,

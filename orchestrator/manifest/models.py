@@ -123,7 +123,11 @@ class Resources(Section):
         description="CPU cores; the worker computes with as many threads, unless engine.threads says otherwise.",
     )
     gpus: int = Field(
-        default=0, ge=0, le=1, description="GPUs, of NVIDIA; a worker computes with one at most."
+        default=0,
+        ge=0,
+        le=limits.TENSOR_PARALLEL.most,
+        description="GPUs, of NVIDIA and of one node; with several every layer is spread over them, as "
+        "engine.tensorParallel says.",
     )
     memory_gib: float | None = Field(
         default=None,
@@ -161,6 +165,34 @@ class WorkerGroup(Section):
     def is_on_gpu(self) -> bool:
         """`device`, with auto decided."""
         return self.device == "cuda" or (self.device == "auto" and self.resources.gpus > 0)
+
+    @property
+    def tensor_parallel(self) -> int:
+        """`engine.tensorParallel`, with the default."""
+        if self.engine.tensor_parallel is not None:
+            return self.engine.tensor_parallel
+        return max(1, self.resources.gpus) if self.is_on_gpu else 1
+
+    @model_validator(mode="after")
+    def _check_tensor_parallel(self) -> Self:
+        degree, gpus = self.tensor_parallel, self.resources.gpus
+        if self.is_on_gpu and gpus > 0 and degree != gpus:
+            sentence = f"is {degree}; allowed: {gpus}, as many as resources.gpus, which would otherwise be idle or missing"
+            inconsistent([(("engine", "tensorParallel"), sentence)])
+        if degree == 1:
+            return self
+        spread = f"over {degree} devices (engine.tensorParallel, resources.gpus)"
+        if "encode" in self.phases:
+            index = self.phases.index("encode")
+            inconsistent([(("phases", index), f"is encode; allowed: prefill and decode {spread}")])
+        if self.engine.host_cache_mib > 0:
+            sentence = (
+                f"is {self.engine.host_cache_mib}; allowed: 0 {spread}, whose evicted blocks are not kept"
+            )
+            inconsistent([(("engine", "hostCacheMiB"), sentence)])
+        if self.engine.span_reuse is not None:
+            inconsistent([(("engine", "spanReuse"), f"is set; allowed: absent {spread}")])
+        return self
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:
@@ -383,6 +415,15 @@ class Spec(Section):
     gateway: Gateway = Field(default_factory=Gateway, description="The front door.")
     network: Network = Field(default_factory=Network, description="Who can reach the workers.")
     controller: Controller = Field(default_factory=Controller, description="Keeps workers as declared.")
+
+    @model_validator(mode="after")
+    def _check_ways_of_groups(self) -> Self:
+        transport = self.kv_transfer.transport
+        most = max(group.tensor_parallel for group in self.workers)
+        if most > 1 and transport not in limits.CARRYING_TRANSPORTS:
+            sentence = f"is {transport}; allowed: auto or grpc with workers over {most} devices (engine.tensorParallel)"
+            inconsistent([(("kvTransfer", "transport"), sentence)])
+        return self
 
 
 class Deployment(Section):
