@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -38,6 +39,9 @@ from workers.model.resources import check_memory
 from workers.model.vision.config import processor_digest, vision_json
 from workers.model.vision.make import make_encoder
 
+if TYPE_CHECKING:
+    from workers.tensor_parallel.followers import Followers
+
 logger = logging.getLogger(__name__)
 
 KV_DTYPE = "float32"
@@ -65,6 +69,8 @@ class LoadedText:
     punctuation: frozenset[int]
     #: None when no evicted block is kept.
     packer: KvPacker | None
+    #: The other ranks of a tensor-parallel group.
+    followers: "Followers | None"
 
     def root_of(self, submit: Submit) -> bytes:
         """What the first block of a request's KV is chained to in the prefix cache."""
@@ -135,7 +141,12 @@ def _load_text(
     progress: Callable[[str, float], None],
 ) -> LoadedText:
     config = prepared.config
-    if spec.device is Device.CUDA:
+    if spec.engine.tensor_parallel > 1:
+        # Brings torch.distributed, which takes a while.
+        from workers.tensor_parallel.group import place_on_ranks
+
+        placed = place_on_ranks(spec, prepared, progress)
+    elif spec.device is Device.CUDA:
         # Brings Triton, which is not there where torch has no CUDA.
         from workers.device.placing import place_on_gpu
 
@@ -155,9 +166,14 @@ def _load_text(
         embeddings,
         placed.forward,
         placed.sampler,
+        placed.followers,
     )
-    progress("computing a first token", 0.0)
-    runner.warm_up()
+    try:
+        progress("computing a first token", 0.0)
+        runner.warm_up()
+    except BaseException:
+        runner.close()
+        raise
     return LoadedText(
         config=config,
         runner=runner,
@@ -180,6 +196,7 @@ def _load_text(
         tokenizer_digest=hashlib.sha256(prepared.tokenizer_json).hexdigest(),
         punctuation=_punctuation(prepared.tokenizer_json),
         packer=packer,
+        followers=placed.followers,
     )
 
 
