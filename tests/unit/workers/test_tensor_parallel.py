@@ -1,0 +1,486 @@
+"""A group of ranks computes what one process does, whatever is in a step; and it ends when one of them does."""
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from threading import Event
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtransfer.config import TransportChoice
+from kvtransfer.errors import TransportUnavailable
+from kvtransfer.host_pool import HostPool
+from kvtransfer.layout import KvLayout
+from kvtransfer.pool import KvSpan, span_bytes
+from tests.support.engine_model import PLAIN, EngineWithModel
+from tests.support.hf_folder import write_hf_folder
+from tests.support.rank_group import Group, group_of, prepared_model, quiet, spec_of, whole
+from tests.support.tiny_model import write_tiny_gguf
+from workers.api import (
+    KvTransferConfig,
+    NgramDrafts,
+    SamplingParams,
+    SpanReuseConfig,
+    SuperposedDecoding,
+)
+from workers.errors import OutOfMemory, RankLost, UnsupportedModel
+from workers.model.forward_batch import ForwardBatch
+from workers.model.prepare import PreparedModel
+from workers.tensor_parallel import placing
+from workers.tensor_parallel.group import place_on_ranks
+from workers.tensor_parallel.kv_pool import GroupPool
+from workers.tensor_parallel.messages import pack, unpack
+
+#: Of logits, relative to the largest: sums of fp32 in another order.
+FP32_ERROR = 2e-5
+#: A process that was killed is seen to have ended by then, on however slow a machine.
+PATIENCE_S = 30.0
+SCARCE = replace(PLAIN, growth_reserve=0.0, max_running_sequences=4)
+LONG, SHARED = tuple(range(5, 65)), tuple(range(70, 95))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    """Four heads, two KV heads, a tied LM head; an odd vocabulary, of which the last rank has less."""
+    folder = tmp_path_factory.mktemp("llama")
+    return prepared_model(write_tiny_gguf(folder / "tiny.gguf", vocab=383), folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    """A bias on every matrix, and an LM head of its own."""
+    folder = tmp_path_factory.mktemp("biased")
+    options = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    return prepared_model(write_hf_folder(folder / "hf", "llama", **options), folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def normed(tmp_path_factory: pytest.TempPathFactory) -> PreparedModel:
+    """Norms of Q and K, whose weights no rank cuts."""
+    folder = tmp_path_factory.mktemp("normed")
+    return prepared_model(write_hf_folder(folder / "hf", "qwen3", head_dim=16), folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def group(
+    llama: PreparedModel, biased: PreparedModel, normed: PreparedModel
+) -> Iterator[Callable[[str, int], Group]]:
+    """Made when it is first asked for: ranks take seconds to start."""
+    models, made = {"llama": llama, "biased": biased, "normed": normed}, dict[tuple[str, int], Group]()
+    with ExitStack() as stack:
+
+        def find(name: str, degree: int) -> Group:
+            if (name, degree) not in made:
+                made[name, degree] = stack.enter_context(group_of(models[name], degree))
+            return made[name, degree]
+
+        yield find
+
+
+@pytest.fixture(scope="module")
+def alone(llama: PreparedModel) -> Callable[[tuple[int, ...], int, SamplingParams], list[int]]:
+    """What a request gets from one process that runs nothing else."""
+    model, known = whole(llama), dict[object, list[int]]()
+
+    def tokens(prompt: tuple[int, ...], max_new: int, sampling: SamplingParams) -> list[int]:
+        request = prompt, max_new, sampling
+        if request not in known:
+            engine = EngineWithModel(model, replace(PLAIN, is_prefix_cache_on=False))
+            engine.submit("alone", prompt, max_new, sampling=sampling)
+            engine.run()
+            known[request] = engine.tokens["alone"]
+        return known[request]
+
+    return tokens
+
+
+def batch_of(token_ids: tuple[int, ...], block_size: int = 4) -> ForwardBatch:
+    """A prompt in the first blocks, with logits for every token."""
+    num = len(token_ids)
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.arange(num),
+        slots=torch.arange(num),
+        block_tables=np.arange(-(-num // block_size), dtype=np.int32)[None],
+        query_lens=np.array([num]),
+        context_lens=np.array([num]),
+        logit_rows=torch.arange(num),
+    )
+
+
+@pytest.mark.parametrize(("name", "degree"), [("llama", 2), ("llama", 4), ("biased", 2), ("normed", 4)])
+def test_logits_are_those_of_one_process(
+    group: Callable[[str, int], Group], request: pytest.FixtureRequest, name: str, degree: int
+) -> None:
+    model = whole(request.getfixturevalue(name))
+    expected = model.forward(batch_of(LONG), torch.zeros(model.kv_cache_shape(64, 4)))
+    made = group(name, degree)
+    assert made.placed.forward is not None
+    found = made.placed.forward(batch_of(LONG))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < FP32_ERROR * expected.abs().max()
+    assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    degree=st.sampled_from([2, 4]),
+    requests=st.lists(
+        st.tuples(
+            st.builds(
+                lambda one, other: one + other,
+                st.sampled_from([(), SHARED[:12], SHARED]),
+                st.lists(st.integers(3, 382), min_size=1, max_size=12).map(tuple),
+            ),
+            st.integers(1, 12),
+            st.integers(0, 4),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    spare_blocks=st.sampled_from([0, 3, 20]),
+    decoding=st.sampled_from([None, None, NgramDrafts(4)]),
+    token_budget=st.sampled_from([8, 16, 64]),
+    is_cache_on=st.booleans(),
+)
+def test_however_it_is_scheduled_a_request_gets_the_tokens_of_one_process(
+    group: Callable[[str, int], Group],
+    alone: Callable[[tuple[int, ...], int, SamplingParams], list[int]],
+    degree: int,
+    requests: list[tuple[tuple[int, ...], int, int]],
+    spare_blocks: int,
+    decoding: NgramDrafts | None,
+    token_budget: int,
+    is_cache_on: bool,
+) -> None:
+    """Greedy and sampled, chunked, mixed, preempted, from the prefix cache, with drafts."""
+    longest = max(len(prompt) + max_new for prompt, max_new, _ in requests)
+    config = replace(SCARCE, token_budget=token_budget, is_prefix_cache_on=is_cache_on)
+    engine = group("llama", degree).engine(config, num_blocks=-(-longest // 4) + spare_blocks)
+    samplings = [
+        SamplingParams(1, temperature=0.0 if i % 2 == 0 else 1.0, seed=i, decoding=decoding)
+        for i in range(len(requests))
+    ]
+    for step in range(max(arrival for *_, arrival in requests) + 1):
+        for i, (prompt, max_new, arrival) in enumerate(requests):
+            if arrival == step:
+                engine.submit(str(i), prompt, max_new, sampling=samplings[i])
+        engine.step()
+    engine.run()
+    assert not engine.failed
+    for i, (prompt, max_new, _) in enumerate(requests):
+        assert engine.tokens[str(i)] == alone(prompt, max_new, replace(samplings[i], decoding=None))
+
+
+def test_preempted_sequences_and_cached_prefixes_are_among_them(group: Callable[[str, int], Group]) -> None:
+    made = group("llama", 2).engine(SCARCE, num_blocks=16)
+    for i in range(4):
+        made.submit(f"r{i}", (*SHARED, i + 3), 14)
+    made.run()
+    made.submit("again", (*SHARED, 9), 2)
+    made.run()
+    assert made.engine.num_preemptions > 0
+    assert made.num_cached["again"] > 0
+
+
+def test_accepted_drafts_are_kept_on_all_ranks(
+    group: Callable[[str, int], Group], alone: Callable[[tuple[int, ...], int, SamplingParams], list[int]]
+) -> None:
+    made, prompt = group("llama", 2).engine(), tuple(range(20, 36))
+    for name in ("first", "again"):
+        made.submit(name, prompt, 60, sampling=SamplingParams(1, decoding=NgramDrafts(6)))
+        made.run()
+        assert made.tokens[name] == alone(prompt, 60, SamplingParams(1))
+    assert made.reports["again"].num_steps < 30
+
+
+def test_blocks_are_copied_and_slots_moved_on_all_ranks(group: Callable[[str, int], Group]) -> None:
+    made = group("llama", 4)
+    followers, pool = made.placed.followers, made.placed.pool
+    assert followers is not None
+    assert isinstance(pool, GroupPool)
+    caches = [reach() for reach in pool._open[1:]]
+    for cache in caches:
+        cache.copy_(torch.arange(64.0)[:, None, None, None] + torch.arange(4.0)[:, None, None] / 8)
+    targets, sources = torch.tensor([4, 5]), torch.tensor([5, 7])
+    followers.copy_blocks({9: 3})
+    followers.move_slots(targets, sources)
+    for cache in caches:
+        assert bool((cache[:, :, 9] == cache[:, :, 3]).all())
+        slots = cache.flatten(2, 3)[0, 0, :, 0, 0]
+        assert slots[4:8].tolist() == [1 + 1 / 8, 1 + 3 / 8, 1 + 2 / 8, 1 + 3 / 8]
+
+
+def test_mixed_embeddings_reach_all_ranks(group: Callable[[str, int], Group], llama: PreparedModel) -> None:
+    sampling = SamplingParams(1, decoding=SuperposedDecoding(3))
+    engines = EngineWithModel(whole(llama)), group("llama", 2).engine()
+    for engine in engines:
+        engine.submit("mixed", LONG, 8, sampling=sampling)
+        engine.run()
+    assert engines[0].drafts["mixed"].drafts == engines[1].drafts["mixed"].drafts
+
+
+def test_a_batch_is_the_same_on_the_other_side() -> None:
+    batch = replace(
+        batch_of(LONG),
+        rope_lens=torch.arange(60),
+        rope_positions=torch.arange(180).view(3, 60),
+        tree_masks={0: np.eye(60, dtype=np.bool_)},
+    )
+    found = unpack(pack(batch))
+    for name in ForwardBatch.__dataclass_fields__:
+        ours, theirs = getattr(batch, name), getattr(found, name)
+        if isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, theirs)
+        elif isinstance(ours, np.ndarray):
+            assert np.array_equal(ours, theirs)
+        elif name == "tree_masks":
+            assert np.array_equal(ours[0], theirs[0])
+        else:
+            assert ours is theirs is None
+
+
+# KV of all ranks as one pool.
+
+LAYOUT = KvLayout(
+    "d", "float32", block_size=4, num_layers=3, num_kv_heads=4, head_dim=2, position_encoding="r"
+)
+HEADS = {
+    1: [(0, 4)],
+    2: [(0, 2), (2, 4)],
+    4: [(0, 1), (1, 2), (2, 3), (3, 4)],
+    8: [(i // 2, i // 2 + 1) for i in range(8)],
+}
+
+
+def group_pool(
+    degree: int, dtype: str = "float32", num_blocks: int = 6
+) -> tuple[GroupPool, list[torch.Tensor]]:
+    caches = [
+        torch.full((3, 2, num_blocks, 4, hi - lo, 2), float("nan"), dtype=getattr(torch, dtype))
+        for lo, hi in HEADS[degree]
+    ]
+    reach = [partial(torch.Tensor.view_as, one, one) for one in caches]
+    return GroupPool(reach, HEADS[degree], replace(LAYOUT, dtype=dtype), num_blocks), caches
+
+
+@given(
+    degree=st.sampled_from([1, 2, 4, 8]),
+    blocks=st.permutations(range(6)),
+    first=st.integers(0, 3),
+    num_tokens=st.integers(0, 20),
+    layers=st.tuples(st.integers(0, 3), st.integers(0, 3)).map(sorted),
+    heads=st.tuples(st.integers(0, 4), st.integers(0, 4)).map(sorted),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 100),
+)
+def test_kv_of_a_group_is_read_and_written_as_that_of_one_pool(
+    degree: int,
+    blocks: list[int],
+    first: int,
+    num_tokens: int,
+    layers: list[int],
+    heads: list[int],
+    dtype: str,
+    seed: int,
+) -> None:
+    span = KvSpan(tuple(blocks), first, num_tokens, layers[0], layers[1], heads[0], heads[1])
+    cache = torch.randn((3, 2, 6, 4, 4, 2), generator=torch.Generator().manual_seed(seed))
+    whole_pool = HostPool(cache.to(getattr(torch, dtype)), replace(LAYOUT, dtype=dtype))
+    payload = memoryview(bytearray(span_bytes(span, whole_pool.layout)))
+    checksum = whole_pool.read(span, payload)
+    pool, caches = group_pool(degree)
+    assert pool.write(span, payload, dtype) == checksum
+    read = memoryview(bytearray(span_bytes(span, pool.layout)))
+    crc = pool.read(span, read)
+    back = HostPool(torch.full((3, 2, 6, 4, 4, 2), float("nan")), LAYOUT)
+    assert back.write(span, read, "float32") == crc
+    out = memoryview(bytearray(len(read)))
+    assert back.read(span, out) == crc
+    assert out == read
+    assert np.array_equal(
+        np.frombuffer(read, np.float32),
+        torch.frombuffer(payload, dtype=getattr(torch, dtype)).float().numpy()
+        if len(payload)
+        else np.zeros(0),
+    )
+    num_values = 2 * (layers[1] - layers[0]) * num_tokens * 2
+    held = [max(0, min(hi, heads[1]) - max(lo, heads[0])) for lo, hi in HEADS[degree]]
+    assert [int((~one.isnan()).sum()) for one in caches] == [num_values * num for num in held]
+
+
+def test_a_span_or_payload_that_does_not_fit_is_refused() -> None:
+    pool, _ = group_pool(2)
+    span = KvSpan((0, 1), 0, 8, 0, 3, 0, 4)
+    with pytest.raises(ValueError, match="bytes for a span"):
+        pool.read(span, memoryview(bytearray(3)))
+    with pytest.raises(ValueError, match="bytes for a span"):
+        pool.write(span, memoryview(bytearray(3)), "float32")
+    with pytest.raises(ValueError, match="none of float32"):
+        pool.write(span, memoryview(bytearray(3)), "int3")
+    with pytest.raises(ValueError, match="do not fit"):
+        pool.read(replace(span, num_tokens=9), memoryview(bytearray(9)))
+    with pytest.raises(ValueError, match="are read by grpc, not by shm"):
+        pool.checksum(span, "shm")
+    assert pool.offers == ()
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_kv_that_one_process_computed_serves_a_group_and_back(
+    group: Callable[[str, int], Group], llama: PreparedModel, degree: int
+) -> None:
+    model = whole(llama)
+    cache = torch.full(model.kv_cache_shape(64, 4), float("nan"))
+    first = model.forward(batch_of(LONG), cache)[-1:].argmax(dim=1)
+    made = group("llama", degree)
+    made.engine()
+    pool = made.placed.pool
+    one = HostPool(cache, pool.layout)
+    span = KvSpan(tuple(range(15)), 0, 60, 0, pool.layout.num_layers, 0, 2)
+    payload = memoryview(bytearray(span_bytes(span, pool.layout)))
+    one.read(span, payload)
+    pool.write(span, payload, "float32")
+    after = replace(
+        batch_of((int(first),)),
+        positions=torch.tensor([60]),
+        slots=torch.tensor([60]),
+        block_tables=np.arange(16, dtype=np.int32)[None],
+        context_lens=np.array([61]),
+    )
+    assert made.placed.forward is not None
+    expected, found = model.forward(after, cache), made.placed.forward(after)
+    assert (found - expected).abs().max() < FP32_ERROR * expected.abs().max()
+    span = replace(span, block_ids=tuple(range(16)), num_tokens=61)
+    read = memoryview(bytearray(span_bytes(span, pool.layout)))
+    pool.read(span, read)
+    expected_kv = memoryview(bytearray(len(read)))
+    one.read(span, expected_kv)
+    theirs, ours = np.frombuffer(read, np.float32), np.frombuffer(expected_kv, np.float32)
+    assert np.abs(theirs - ours).max() < FP32_ERROR * np.abs(ours).max()
+
+
+# What is refused, and how it ends.
+
+
+def test_what_a_group_does_not_do_is_refused_before_a_rank_starts(llama: PreparedModel) -> None:
+    spec = spec_of(llama, 2)
+    for changes, error, says in (
+        (
+            {"engine": replace(spec.engine, tensor_parallel=3)},
+            UnsupportedModel,
+            "has 4 attention heads, which engine.tensorParallel 3 does not divide",
+        ),
+        (
+            {"engine": replace(spec.engine, host_cache_bytes=1)},
+            UnsupportedModel,
+            "a manifest without hostCacheMiB",
+        ),
+        (
+            {"engine": replace(spec.engine, span_reuse=SpanReuseConfig())},
+            UnsupportedModel,
+            "a manifest without spanReuse",
+        ),
+        (
+            {"kv_transfer": KvTransferConfig(transport=TransportChoice.SHM)},
+            TransportUnavailable,
+            "set kvTransfer.transport to auto or grpc",
+        ),
+    ):
+        with pytest.raises(error) as caught:
+            place_on_ranks(replace(spec, **changes), llama, quiet)  # type: ignore[arg-type]
+        assert says in str(caught.value)
+
+
+def children() -> set[int]:
+    """Processes that this one has started and that still run."""
+    return {child.pid for child in psutil.Process().children()}
+
+
+def followers_of(made: Group) -> "list[subprocess.Popen[bytes]]":
+    assert made.placed.followers is not None
+    return [child.process for child in made.placed.followers._children]
+
+
+def test_a_rank_that_is_killed_ends_the_group_with_the_reason(llama: PreparedModel) -> None:
+    told: list[str] = []
+    with group_of(llama, 2) as made:
+        made.placed.followers.watch(told.append)  # type: ignore[union-attr]
+        engine = made.engine()
+        engine.submit("r", LONG, 20)
+        engine.step()
+        (process,) = followers_of(made)
+        process.kill()
+        with pytest.raises(RankLost, match="rank 1 of 2 was ended by SIGKILL"):
+            engine.run()
+        with pytest.raises(RankLost, match="rank 1 of 2 was ended by SIGKILL"):
+            made.placed.forward(batch_of(LONG))  # type: ignore[misc]
+    assert told == [
+        "the tensor-parallel group has ended: rank 1 of 2 was ended by SIGKILL; the worker has to be started again"
+    ]
+
+
+def test_a_rank_that_is_killed_while_nothing_runs_is_missed(llama: PreparedModel) -> None:
+    seen = Event()
+    with group_of(llama, 2) as made:
+        made.placed.followers.watch(lambda _reason: seen.set())  # type: ignore[union-attr]
+        followers_of(made)[0].kill()
+        assert seen.wait(PATIENCE_S)
+
+
+def test_a_rank_that_stands_still_is_not_waited_for(llama: PreparedModel) -> None:
+    with group_of(llama, 2, timeout_s=10.0) as made:
+        engine = made.engine()
+        engine.submit("r", LONG, 20)
+        engine.step()
+        (process,) = followers_of(made)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(RankLost):
+            engine.run()
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+def test_a_step_that_breaks_at_rank_0_ends_the_group(
+    llama: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with group_of(llama, 2) as made:
+        batch = batch_of(LONG)
+        with pytest.raises(ValueError, match="not all in the KV cache"):
+            made.placed.forward(replace(batch, slots=batch.slots + 1000))  # type: ignore[misc]
+        made.placed.forward(batch)  # type: ignore[misc]
+
+        def broken(*_arguments: object, **_options: object) -> None:
+            raise RuntimeError("cosmic ray")
+
+        monkeypatch.setattr(type(made.placed.model), "forward", broken)
+        with pytest.raises(RankLost, match="rank 0 did not end a step: cosmic ray"):
+            made.placed.forward(batch)  # type: ignore[misc]
+        assert all(process.wait(PATIENCE_S) is not None for process in followers_of(made))
+
+
+def test_nothing_is_left_when_loading_ends_early(
+    llama: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+
+    def refuse(*_arguments: object) -> None:
+        raise OutOfMemory("weights", 2, 1, "get more")
+
+    monkeypatch.setattr(placing, "check_memory", refuse)
+    with pytest.raises(OutOfMemory):
+        place_on_ranks(spec_of(llama, 2), llama, quiet)
+    assert children() <= before
+
+
+def test_a_closed_group_leaves_no_process(llama: PreparedModel) -> None:
+    with group_of(llama, 2) as made:
+        processes = followers_of(made)
+    assert [process.poll() for process in processes] == [0]
+    made.placed.followers.close()  # type: ignore[union-attr]
