@@ -27,6 +27,9 @@ NO_SLOT = -1
 FROM_HOST = -1
 #: Eager steps before a capture: libraries choose kernels and take workspaces in them.
 NUM_WARM_UPS = 2
+#: Numbers of sequences between which kernels differ, and tokens that are no decode's.
+WARM_UP_SIZES = (1, 16, 32, 64, 128, 256, 512, 1024)
+WARM_UP_CHUNK = 64
 
 Array = NDArray[np.generic]
 
@@ -202,6 +205,28 @@ class DeviceForward:
         )
         size = bucket_of(num_rows, self._buckets) if is_plain else None
         return size if size in self._graphs else None
+
+    @torch.inference_mode()
+    def warm_up(self, max_sequences: int, progress: Callable[[str, float], None]) -> None:
+        """Steps of a chunk and up to so many decodes, in a block that no sequence owns yet: kernels are compiled by number of
+        sequences, and libraries choose theirs."""
+        sizes = [size for size in WARM_UP_SIZES if size < max_sequences] + [max_sequences]
+        num_chunk = min(WARM_UP_CHUNK, self._num_slots)
+        for i, size in enumerate(sizes):
+            progress(f"preparing the GPU kernels ({size} sequences)", i / len(sizes))
+            lens = np.array([1] * (size - 1) + [num_chunk])
+            num_blocks = -(-num_chunk // self._block_size)
+            batch = ForwardBatch(
+                token_ids=torch.zeros(int(lens.sum()), dtype=torch.int64),
+                positions=torch.zeros(int(lens.sum()), dtype=torch.int64),
+                # All write to the same few slots: nobody reads what comes out.
+                slots=torch.zeros(int(lens.sum()), dtype=torch.int64),
+                block_tables=np.tile(np.arange(num_blocks, dtype=np.int32), (size, 1)),
+                query_lens=lens,
+                context_lens=lens,
+                logit_rows=torch.from_numpy(np.cumsum(lens) - 1),
+            )
+            self._model.compute(self._inputs(batch, None, None), self._kv_cache)
 
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, float], None]) -> None:

@@ -54,6 +54,7 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
         max_context_tokens=min(config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
         buckets=decode_buckets(engine.max_running_sequences),
     )
+    forward.warm_up(engine.max_running_sequences, progress)
     forward.capture(progress)
     name = torch.cuda.get_device_name(device)
     return PlacedText(

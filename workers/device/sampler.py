@@ -9,6 +9,7 @@ import torch
 from phasewise_kernels.sample.op import sample
 from workers.device.staging import Staging
 from workers.engine.sampling.rows import SampleRow
+from workers.engine.sequence import NO_TOKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +34,24 @@ class DeviceSampler:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._staging = Staging(device)
-        #: Options of a batch in which every row is greedy, for as many rows as were seen.
-        self._greedy: list[torch.Tensor] = []
 
     def begin(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> DeviceTokens:
         """Choose the next tokens; nothing is waited for. logits: [len(rows), vocab_size], contiguous, on the device."""
         if all(row.sampling.temperature == 0 for row in rows):
-            options = self._greedy_options(len(rows))
+            tokens = _largest(logits)
         else:
-            options = self._staging.upload(_options(rows))
-        temperature, top_k, top_p, min_p, seeds, positions, streams = options
-        tokens = sample(
+            tokens = self._drawn(logits, rows)
+        if self._device.type != "cuda":
+            return DeviceTokens(tokens, tokens, None)
+        on_host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
+        on_host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return DeviceTokens(tokens, on_host, event)
+
+    def _drawn(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
+        temperature, top_k, top_p, min_p, seeds, positions, streams = self._staging.upload(_options(rows))
+        return sample(
             logits,
             temperature=temperature,
             top_k=top_k,
@@ -53,21 +61,12 @@ class DeviceSampler:
             positions=positions,
             streams=streams,
         )
-        if self._device.type != "cuda":
-            return DeviceTokens(tokens, tokens, None)
-        on_host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return DeviceTokens(tokens, on_host, event)
 
-    def _greedy_options(self, num_rows: int) -> list[torch.Tensor]:
-        if not self._greedy or len(self._greedy[0]) < num_rows:
-            zeros = np.zeros(2 * num_rows), np.zeros(2 * num_rows, np.int64)
-            self._greedy = self._staging.upload(
-                [zeros[0], zeros[1], zeros[0] + 1, zeros[0], zeros[1], zeros[1], zeros[1]]
-            )
-        return [option[:num_rows] for option in self._greedy]
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """The token of the largest logit, the first among equals; NO_TOKEN for a row with a NaN, with +inf or nothing but -inf."""
+    values, tokens = logits.max(dim=-1)
+    return torch.where(values.isfinite(), tokens, NO_TOKEN)
 
 
 def _options(rows: Sequence[SampleRow]) -> list[np.ndarray[tuple[int], np.dtype[np.generic]]]:

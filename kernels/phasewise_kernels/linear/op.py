@@ -37,8 +37,18 @@ def projection(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """rows @ weight.T + bias: a `Linear` of this dtype for a weight on the CPU; on a GPU in the dtype that the weight has."""
     if weight.is_cuda:
-        return partial(F.linear, weight=weight, bias=bias)
+        return partial(_on_gpu, weight=weight, bias=bias)
     return Linear(weight, bias, dtype)
+
+
+def _on_gpu(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """One row by a kernel of ours, more by cuBLAS."""
+    if rows.shape[0] == 1 and rows.dtype is not torch.float32:
+        # Triton is there where torch has CUDA; nobody else pays for its import.
+        from phasewise_kernels.linear.triton_kernel import linear_of_row
+
+        return linear_of_row(rows, weight, bias)
+    return F.linear(rows, weight, bias)
 
 
 class Linear:

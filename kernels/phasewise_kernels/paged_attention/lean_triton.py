@@ -24,13 +24,14 @@ from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
     finished,
     jit,
+    kernel_jit,
     load_rows,
     num_ancestors,
     store_rows,
 )
 
 
-@jit
+@kernel_jit
 def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
     query,
     k_cache,

