@@ -128,6 +128,7 @@ def make_forward(
         max_context_tokens=min(loaded.config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
         buckets=decode_buckets(engine.max_running_sequences),
     )
+    forward.warm_up(engine.max_running_sequences, progress)
     forward.capture(progress)
     return model, forward
 

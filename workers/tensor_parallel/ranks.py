@@ -59,7 +59,7 @@ class Ranks:
             # Torch has no other name for it here.
             _wait(self._backend._allgather_base(parts, own, self._gather))
             rows_first = parts.view(degree, len(own), part).transpose(0, 1)
-            return rows_first.reshape(len(own), degree * part)[:, :vocab_size]
+            return rows_first.reshape(len(own), degree * part)[:, :vocab_size].contiguous()
 
         return project_and_gather
 
