@@ -82,7 +82,7 @@ class Followers:
         #: Which rank ended and why, once it is known.
         self._dead: str | None = None
         self._on_lost: Callable[[str], None] | None = None
-        #: When the step began that rank 0 is in, and what is on its GPU's stream behind the last one.
+        #: Since when rank 0 waits for an answer, or for room to write; and what is on its GPU's stream behind the last step.
         self._began_s: float | None = None
         self._launched: tuple[float, torch.cuda.Event] | None = None
         self._children = [_start(rank) for rank in range(1, degree)]
@@ -117,7 +117,6 @@ class Followers:
     def step(self, batch: ForwardBatch, *, is_shared: bool) -> Iterator[None]:
         """All ranks compute this, rank 0 within. is_shared: see Ranks.share. Raises RankLost."""
         self.check()
-        self._began_s = time.monotonic()
         try:
             self._tell_all(Step(pack(batch), is_shared))
             yield
@@ -127,8 +126,6 @@ class Followers:
         except BaseException as error:
             # The others go on to wait for what does not come.
             raise self._lose(f"rank 0 did not end a step: {error}") from error
-        finally:
-            self._began_s = None
 
     def copy_blocks(self, blocks: Mapping[int, int]) -> None:
         """Before the next step. blocks: target -> source."""
@@ -137,12 +134,9 @@ class Followers:
 
     def move_slots(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """See kv_moves; done when it returns. Raises RankLost."""
-        self._began_s = time.monotonic()
-        try:
-            self._tell_all(MoveSlots(tuple(targets.tolist()), tuple(sources.tolist())))
+        self._tell_all(MoveSlots(tuple(targets.tolist()), tuple(sources.tolist())))
+        with self._watched():
             self.gather(Moved, lambda _what, _done: None)
-        finally:
-            self._began_s = None
 
     def check(self) -> None:
         """Raise RankLost when a rank is gone: what was computed since then is worth nothing."""
@@ -195,13 +189,13 @@ class Followers:
             return self._dead
 
     def _delay(self) -> str | None:
+        # Collectives on a CPU give up by themselves, and a step there may take longer than this.
         began_s, now_s = self._began_s, time.monotonic()
-        # gloo gives up at the timeout itself, and says which rank it was.
-        is_stuck = began_s is not None and now_s - began_s > 1.5 * self._timeout_s
+        is_stuck = began_s is not None and now_s - began_s > self._timeout_s
         if self._launched is not None:
             launched_s, event = self._launched
             is_stuck = is_stuck or (now_s - launched_s > self._timeout_s and not event.query())  # type: ignore[no-untyped-call]
-        return f"a step did not end within {self._timeout_s:g} s" if is_stuck else None
+        return f"a rank did not answer within {self._timeout_s:g} s" if is_stuck else None
 
     def _lose(self, reason: str) -> RankLost:
         """The group has ended; the error says of what. Whoever comes first says so to the worker."""
@@ -232,6 +226,14 @@ class Followers:
         if ranks is not None:
             ranks.abort()
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        self._began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began_s = None
+
     def _note_launched(self) -> None:
         if self._ranks is not None and self._ranks.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -242,8 +244,9 @@ class Followers:
 
     def _tell_all(self, message: ToFollower) -> None:
         packed = _packed(message)
-        for child in self._children:
-            self._send(child, packed)
+        with self._watched():
+            for child in self._children:
+                self._send(child, packed)
 
     def _send(self, child: _Child, packed: bytes) -> None:
         self.check()

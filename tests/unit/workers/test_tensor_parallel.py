@@ -20,6 +20,7 @@ from kvtransfer.errors import TransportUnavailable
 from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvSpan, span_bytes
+from tests.support.embedded_model import embedded_llama, embedded_prepared, embedded_tokenizer
 from tests.support.engine_model import PLAIN, EngineWithModel
 from tests.support.hf_folder import write_hf_folder
 from tests.support.rank_group import Group, group_of, prepared_model, quiet, spec_of, whole
@@ -128,6 +129,20 @@ def test_logits_are_those_of_one_process(
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < FP32_ERROR * expected.abs().max()
     assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+
+
+def test_real_weights_give_the_same_text_on_three_ranks() -> None:
+    prompts = [
+        tuple(embedded_tokenizer().encode(text).ids) for text in ("The capital of France is", "1, 2, 3, 4,")
+    ]
+    engines = [EngineWithModel(embedded_llama())]
+    with group_of(embedded_prepared(), 3) as made:
+        engines.append(made.engine())
+        for engine in engines:
+            for i, prompt in enumerate(prompts):
+                engine.submit(str(i), prompt, 12)
+            engine.run()
+    assert engines[0].tokens == engines[1].tokens
 
 
 @settings(max_examples=12, deadline=None)
