@@ -107,7 +107,7 @@ def place_on_ranks(
         caches = [partial(_same, kv_cache)]
         for ready, memory, held in zip(readies, memories[1:], heads[1:], strict=True):
             caches.append(partial(_reached, own, ready, memory, num_blocks, held))
-        pool = GroupPool(caches, heads, own.full_layout, num_blocks)
+        pool = GroupPool(caches, heads, own.full_layout, num_blocks, followers.check)
         return PlacedText(
             model,
             pool,

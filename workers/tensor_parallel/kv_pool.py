@@ -22,7 +22,8 @@ class GroupPool:
     """The KV caches of all ranks. Implements pool.KvPool for chunks by gRPC; nobody else can read it in place.
 
     caches: of each rank, what gives [num_layers, 2, num_blocks, block_size, heads, head_dim] on whichever device, called
-    when it is first needed. heads: [lo, hi) of the model's KV heads in each, in order; several may have the same.
+    when it is first needed. heads: [lo, hi) of the model's KV heads in each, in order; several may have the same. check: raises
+    when a rank is gone, and what was computed is worth nothing.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class GroupPool:
         heads: Sequence[tuple[int, int]],
         layout: KvLayout,
         num_blocks: int,
+        check: Callable[[], None],
     ) -> None:
         has_kernel()
         self._open = list(caches)
@@ -38,6 +40,7 @@ class GroupPool:
         self._heads = list(heads)
         self._layout = layout
         self._geometry = PoolGeometry(layout, num_blocks)
+        self._check = check
 
     @property
     def layout(self) -> KvLayout:
@@ -56,7 +59,7 @@ class GroupPool:
         )
 
     def read(self, span: KvSpan, out: memoryview) -> int:
-        """See pool.KvPool. Raises ValueError when `out` has another size."""
+        """See pool.KvPool. Raises ValueError when `out` has another size, and what `check` does."""
         check_span(span, self._geometry)
         expected = span_bytes(span, self._layout)
         if out.nbytes != expected:
@@ -70,6 +73,8 @@ class GroupPool:
                 rows = self._rows(index, span, first, last)
                 parts.append(rows[:, :, slots.to(rows.device)].cpu())
                 head = last
+        # After what was waited for: a step that ended because its group did has left nothing that could be used.
+        self._check()
         joined = torch.cat(parts, dim=3).contiguous() if parts else torch.empty(0, dtype=torch.uint8)
         return _copied(joined.view(-1).view(torch.uint8).numpy(), np.frombuffer(out, np.uint8))
 

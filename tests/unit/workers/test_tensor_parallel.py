@@ -284,7 +284,7 @@ def group_pool(
         for lo, hi in HEADS[degree]
     ]
     reach = [partial(torch.Tensor.view_as, one, one) for one in caches]
-    return GroupPool(reach, HEADS[degree], replace(LAYOUT, dtype=dtype), num_blocks), caches
+    return GroupPool(reach, HEADS[degree], replace(LAYOUT, dtype=dtype), num_blocks, lambda: None), caches
 
 
 @given(
@@ -437,6 +437,10 @@ def test_a_rank_that_is_killed_ends_the_group_with_the_reason(llama: PreparedMod
             engine.run()
         with pytest.raises(RankLost, match="rank 1 of 2 was ended by SIGKILL"):
             made.placed.forward(batch_of(LONG))  # type: ignore[misc]
+        pool = made.placed.pool
+        span = KvSpan((0,), 0, 1, 0, 1, 0, 2)
+        with pytest.raises(RankLost):
+            pool.read(span, memoryview(bytearray(span_bytes(span, pool.layout))))
     assert told == [
         "the tensor-parallel group has ended: rank 1 of 2 was ended by SIGKILL; the worker has to be started again"
     ]
