@@ -140,7 +140,6 @@ def _load_text(
     embeddings: EmbeddingMemory | None,
     progress: Callable[[str, float], None],
 ) -> LoadedText:
-    config = prepared.config
     if spec.engine.tensor_parallel > 1:
         # Brings torch.distributed, which takes a while.
         from workers.tensor_parallel.group import place_on_ranks
@@ -153,6 +152,22 @@ def _load_text(
         placed = place_on_gpu(spec, prepared, progress)
     else:
         placed = _place_on_cpu(spec, prepared, progress)
+    try:
+        return _loaded_text(spec, prepared, placed, embeddings, progress)
+    except BaseException:
+        if placed.followers is not None:
+            placed.followers.close()
+        raise
+
+
+def _loaded_text(
+    spec: WorkerSpec,
+    prepared: PreparedModel,
+    placed: PlacedText,
+    embeddings: EmbeddingMemory | None,
+    progress: Callable[[str, float], None],
+) -> LoadedText:
+    config = prepared.config
     kv_cache, layout = placed.kv_cache, placed.layout
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
@@ -168,12 +183,8 @@ def _load_text(
         placed.sampler,
         placed.followers,
     )
-    try:
-        progress("computing a first token", 0.0)
-        runner.warm_up()
-    except BaseException:
-        runner.close()
-        raise
+    progress("computing a first token", 0.0)
+    runner.warm_up()
     return LoadedText(
         config=config,
         runner=runner,

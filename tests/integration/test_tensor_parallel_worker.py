@@ -22,6 +22,7 @@ from tests.support.worker_client import (
     worker_spec,
 )
 from tests.support.worker_process import start_process, worker_processes
+from workers import loading
 from workers.api import FailureCode, WorkerState
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
@@ -84,6 +85,32 @@ def test_worker_fails_with_the_reason_when_a_rank_is_killed(model_path: Path) ->
             assert "rank 1 of 2 was ended by SIGKILL" in status.message
             await worker.send(submit(prompt(20), request_id="late"))
             assert "rank 1 of 2" in (await worker.failure_of("late"))[1]
+        assert not psutil.Process().children()
+
+    asyncio.run(scenario())
+
+
+def test_no_rank_stays_when_the_worker_cannot_load(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("cosmic ray")
+
+    async def scenario() -> None:
+        monkeypatch.setattr(loading, "GrammarCompiler", broken)
+        async with running_worker(worker_spec(model_path, tensor_parallel=2), is_ready=False) as worker:
+            status = await worker.wait_for_state(WorkerState.FAILED)
+            assert "cosmic ray" in status.message
+            assert not psutil.Process().children()
+
+    asyncio.run(scenario())
+
+
+def test_loading_can_be_stopped(model_path: Path) -> None:
+    async def scenario() -> None:
+        stop = asyncio.Event()
+        spec = worker_spec(model_path, tensor_parallel=2)
+        async with running_worker(spec, is_ready=False, stop=stop) as worker:
+            await worker.wait_for_status(lambda status: "rank 1" in status.message, "a rank to load")
+            stop.set()
         assert not psutil.Process().children()
 
     asyncio.run(scenario())
