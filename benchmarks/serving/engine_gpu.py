@@ -19,10 +19,8 @@ the host while it serves.
 import argparse
 import cProfile
 import json
-import math
 import platform
 import pstats
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -34,12 +32,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from workers.api import EngineConfig, Phase, RequestId, RequestKey, SamplingParams, Submit
+from benchmarks.serving.gpu_clients import BOTH, Clients
+from workers.api import EngineConfig
 from workers.device.buckets import decode_buckets
 from workers.device.forward import DeviceForward
 from workers.device.sampler import DeviceSampler
 from workers.engine.engine import Engine
-from workers.engine.messages import Output, TokensDecoded
 from workers.engine.runner import ModelRunner
 from workers.engine.step_loop import StepLoop
 from workers.model.config import ModelConfig, RopeConfig
@@ -69,11 +67,7 @@ PREFILL_TOKENS = 2048
 DECODES = ((64, 2048), (1, 2048))
 NUM_CLIENTS = 256
 TOKEN_BUDGET = 2048
-MEAN_PROMPT, MEAN_ANSWER = 930, 275
-#: What cutting at these lengths takes from the mean, given back.
-CUT_FACTORS = {4096: 1.065, 1024: 1.007}
 WARM_UP_S = 10.0
-BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 
 
 def main() -> None:
@@ -108,7 +102,7 @@ def main() -> None:
         about = {
             "date": datetime.now(UTC).date().isoformat(),
             "gpu": torch.cuda.get_device_name(0),
-            "driver": torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else "",
+            "cuda": torch.version.cuda,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "is_quick": args.quick,
@@ -291,77 +285,6 @@ class Bench:
             end.synchronize()
             found.append(begin.elapsed_time(end) / 5e3)
         return statistics.median(found)
-
-
-class Clients:
-    """Requests of random lengths, one after another for each client."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._random = random.Random(1)
-        self._num_submitted = 0
-        self._left: dict[RequestKey, int] = {}
-        self.reset()
-
-    def reset(self) -> None:
-        """Count from here."""
-        self.num_output = self.num_prompt = self.num_finished = self.num_running = self.num_looks = 0
-
-    def submit(self) -> None:
-        """One more."""
-        num_prompt = self._length(MEAN_PROMPT, 1.0, 4096)
-        num_answer = self._length(MEAN_ANSWER, 0.6, 1024)
-        key = RequestKey(RequestId(f"r{self._num_submitted}"), 1)
-        self._num_submitted += 1
-        tokens = np.random.default_rng(self._num_submitted).integers(0, 128_000, num_prompt).tolist()
-        self._left[key] = num_answer
-        self.num_prompt += num_prompt
-        self._engine.handle(
-            Submit(key, BOTH, tuple(tokens), SamplingParams(num_answer), 1e6), time.monotonic()
-        )
-
-    def take(self, outputs: list[Output]) -> None:
-        """Count tokens, and follow each request that ended by another."""
-        for output in outputs:
-            if isinstance(output, TokensDecoded):
-                pairs = [(key, 1) for key in output.keys]
-            elif hasattr(output, "token_ids") and hasattr(output, "key"):
-                pairs = [(output.key, len(output.token_ids))]
-            else:
-                continue
-            for key, num in pairs:
-                self.num_output += num
-                self._left[key] -= num
-                if self._left[key] == 0:
-                    del self._left[key]
-                    self.num_finished += 1
-                    self.submit()
-
-    def run(self, loop: StepLoop, duration_s: float) -> float:
-        """Steps for so long; returns the seconds in which the host waited for the GPU."""
-        waited_s, end_s = 0.0, time.perf_counter() + duration_s
-        synchronize = torch.cuda.Event.synchronize
-
-        def wait(event: torch.cuda.Event) -> None:
-            nonlocal waited_s
-            began_s = time.perf_counter()
-            synchronize(event)
-            waited_s += time.perf_counter() - began_s
-
-        torch.cuda.Event.synchronize = wait
-        try:
-            while time.perf_counter() < end_s:
-                loop.step()
-                self.num_running += self._engine.num_running
-                self.num_looks += 1
-        finally:
-            torch.cuda.Event.synchronize = synchronize
-        return waited_s
-
-    def _length(self, mean: float, sigma: float, most: int) -> int:
-        """Lognormal, cut at `most`; its mean is that of what is cut."""
-        median = mean / math.exp(sigma**2 / 2) * CUT_FACTORS[most]
-        return max(8, min(most, round(self._random.lognormvariate(math.log(median), sigma))))
 
 
 def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:

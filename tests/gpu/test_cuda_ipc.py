@@ -25,6 +25,7 @@ from phasewise_kernels.block_copy.reference import (
     checksum_reference,
     convert,
 )
+from tests.support.block_copy_pools import DTYPES as KV_DTYPES
 from tests.support.block_copy_pools import KERNEL_CASES, Case, bits_of, random_pool
 from tests.support.cuda_layouts import NUM_BLOCKS, a_span, layout_of, pool_tensor, values_in
 from tests.support.cuda_owner import BOUND_S, Owner, an_owner
@@ -85,12 +86,16 @@ def test_how_the_work_is_cut_up_changes_nothing(tile_vectors: int) -> None:
     assert checksum_of(start_block_copy(source, target, tuning=tuning)) == block_checksum(source)
 
 
-def test_a_conversion_in_parts_has_the_checksum_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "STAGING_BYTES", 1)
-    source, _ = KERNEL_CASES[0].rows("cuda")
-    target_pool = torch.zeros_like(source.kv_cache, dtype=torch.float16)
-    target = TokenRows(target_pool, source.slots, source.layers, source.heads)
+@pytest.mark.parametrize(("dtype", "target_dtype"), list(product(KV_DTYPES, KV_DTYPES)), ids=str)
+def test_a_conversion_is_as_the_reference_and_has_the_checksum_of_what_was_read(
+    dtype: torch.dtype, target_dtype: torch.dtype
+) -> None:
+    source, like = Case(dtype, source_block_size=8).rows("cuda")
+    target = TokenRows(like.kv_cache.float().to(target_dtype), like.slots, like.layers, like.heads)
+    expected = TokenRows(target.kv_cache.cpu(), like.slots, like.layers, like.heads)
+    block_copy_reference(Case(dtype, source_block_size=8).rows()[0], expected)
     assert block_copy(source, target) == block_checksum(source)
+    assert torch.equal(bits_of(target.kv_cache.cpu()), bits_of(expected.kv_cache))
 
 
 def test_a_pool_of_billions_of_words_is_addressed_rightly() -> None:

@@ -11,7 +11,7 @@ import torch
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.rope_write.op import rope_write
 from phasewise_kernels.swiglu.op import swiglu
-from tests.support.triton_checks import small_ops
+from tests.support.triton_checks import codecs, quantised, sampling, small_ops
 from tests.support.triton_checks.interpreter import checks_of
 
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 
 def all_checks() -> list[object]:
     """Each check of each module."""
-    modules = (small_ops,)
+    modules = (small_ops, codecs, quantised, sampling)
     return [
         pytest.param(check, id=f"{module.__name__.rpartition('.')[2]}-{name}")
         for module in modules

@@ -133,7 +133,9 @@ def test_the_first_call_in_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch)
     run(inputs)
     monkeypatch.setattr(cuda, "_own_semaphores", {})
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="must not be captured"), torch.cuda.graph(graph):
-        paged_attention_cuda(inputs.query, inputs.k_cache, inputs.v_cache, inputs.batch)
+    with torch.cuda.graph(graph):
+        inputs.query.add_(1)
+        with pytest.raises(RuntimeError, match="must not be captured"):
+            paged_attention_cuda(inputs.query, inputs.k_cache, inputs.v_cache, inputs.batch)
     torch.cuda.synchronize()
     run(inputs)

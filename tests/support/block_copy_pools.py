@@ -7,6 +7,7 @@ runs the kernel on the CPU and compares it with the reference; it leaves with 0 
 
 import sys
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -87,21 +88,27 @@ KERNEL_CASES = (
 )
 
 
-def interpret(case: Case) -> None:
+def interpret(case: Case, target_dtype: torch.dtype) -> None:
     """The kernel against the reference, on the CPU."""
     # Only where the interpreter is asked for: what it decorates is of no use to a GPU of the same process.
     from phasewise_kernels.block_copy import triton_kernel
 
     source, target = case.rows()
     expected = case.rows()[1]
+    if target_dtype != case.dtype:
+        target, expected = (
+            TokenRows(rows.kv_cache.float().to(target_dtype), rows.slots, rows.layers, rows.heads)
+            for rows in (target, expected)
+        )
     checksum = reference.block_copy_reference(source, expected)
+    view = op.words if target_dtype == case.dtype else op.numbers
     num_programs = 5
     partials = torch.zeros(num_programs, dtype=torch.int64)
     num_layers, _, num_tokens, *_ = source.shape
     triton_kernel.launch(
-        op.words(source),
-        op.words(target),
-        torch.from_numpy(op.table_of(source, target, 0)),
+        view(source),
+        view(target),
+        torch.from_numpy(op.table_of(source, target)),
         partials,
         num_planes=2 * num_layers,
         num_tokens=num_tokens,
@@ -111,10 +118,15 @@ def interpret(case: Case) -> None:
         num_warps=4,
     )
     assert op.checksum_of(partials) == checksum, case
-    assert torch.equal(bits_of(target.kv_cache), bits_of(expected.kv_cache)), case
+    assert torch.equal(bits_of(target.kv_cache), bits_of(expected.kv_cache)), (case, target_dtype)
 
 
 if __name__ == "__main__":
+    from tests.support.triton_checks.interpreter import round_as_a_gpu
+
+    round_as_a_gpu()
     for kernel_case in KERNEL_CASES:
-        interpret(kernel_case)
+        interpret(kernel_case, kernel_case.dtype)
+    for a_dtype, other_dtype in product(DTYPES, DTYPES):
+        interpret(Case(a_dtype, source_block_size=8, target_heads=(0, 2), source_heads=(1, 3)), other_dtype)
     sys.exit(0)

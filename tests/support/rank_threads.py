@@ -41,7 +41,7 @@ def rank_weights(config: ModelConfig, rank: Rank) -> dict[str, torch.Tensor]:
 
 
 class _Told:
-    """Rank 0's forward pass, which the others are told of. Implements runner.Forward."""
+    """Rank 0's forward pass, which the others are told of. Implements forwarding.Forward."""
 
     def __init__(self, forward: DeviceForward, others: "list[queue.SimpleQueue[Told | None]]") -> None:
         self._forward = forward

@@ -12,7 +12,7 @@ from workers.step_shape import DeviceShape
 
 if TYPE_CHECKING:
     from workers.device.sampler import DeviceSampler
-    from workers.engine.runner import Forward
+    from workers.engine.forwarding import Forward
     from workers.tensor_parallel.followers import Followers
 
 

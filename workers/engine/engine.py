@@ -155,8 +155,6 @@ class Engine:
         #: Of the model, as the runner tells of them.
         self._num_layers = pacing.num_layers if pacing is not None else 0
         self._lookahead = Lookahead(self._batch)
-        #: When a step was completed last.
-        self._completed_s = -math.inf
 
     # What others ask.
 
@@ -313,7 +311,7 @@ class Engine:
         plan.drafts = self._drafting.propose(
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
-        plan.planned_s, plan.pending = now_s, self.pool.pending
+        plan.began_s, plan.pending = now_s, self.pool.pending
         if self._gained:
             self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)
@@ -346,8 +344,7 @@ class Engine:
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """The step has run. A sequence whose token is NO_TOKEN fails."""
-        step_s = now_s - max(plan.planned_s, self._completed_s)
-        self._completed_s = now_s
+        step_s = now_s - plan.began_s
         self._scheduler.observe(plan, step_s)
         if self._pacing is not None and plan.num_tokens > 2 * len(plan.decodes):
             self._pacing.observe_step(plan.num_tokens, step_s)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from workers.api import CautiousDecoding, SuperposedDecoding, TokenLogprobs
 from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.acceptance import Accepted, walk
 from workers.engine.decoding.superposed import mix_settings
+from workers.engine.forwarding import Forward, HostForward
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker
@@ -35,22 +36,6 @@ if TYPE_CHECKING:
 NO_SOURCE = -1
 #: Enough for the way that projections of many rows take.
 WARM_UP_TOKENS = 64
-
-
-class Forward(Protocol):
-    """The forward pass on one device: `DeviceForward` on a GPU, that of the model itself on a CPU."""
-
-    def __call__(
-        self,
-        batch: ForwardBatch,
-        *,
-        layer_group_size: int | None = None,
-        on_layers: Callable[[int, int], None] | None = None,
-        sources: NDArray[np.int64] | None = None,
-        previous: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Llama.forward`. sources: which of `previous` is the token of each row, below 0 where `batch` has it. Returns logits in any floating-point dtype, where they were computed."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +68,7 @@ class ModelRunner:
         followers: "Followers | None" = None,
     ) -> None:
         self._model = model
-        self._run_forward: Forward = forward if forward is not None else OnHost(model, kv_cache)
+        self._run_forward: Forward = forward if forward is not None else HostForward(model, kv_cache)
         self._kv_cache = kv_cache
         self._block_size = block_size
         self._grammars = grammars
@@ -354,29 +339,6 @@ def _token_sources(step: StepBatch, previous: BegunStep | None) -> _TokenSources
     decodes = step.plan.decodes
     sources[: len(decodes)] = sources_of(previous.step.plan, decodes, NO_SOURCE)
     return {"sources": sources, "previous": previous.tokens.on_device}
-
-
-class OnHost:
-    """The model's own forward pass. Implements Forward."""
-
-    def __init__(self, model: Llama, kv_cache: torch.Tensor) -> None:
-        self._model = model
-        self._kv_cache = kv_cache
-
-    def __call__(
-        self,
-        batch: ForwardBatch,
-        *,
-        layer_group_size: int | None = None,
-        on_layers: Callable[[int, int], None] | None = None,
-        sources: NDArray[np.int64] | None = None,
-        previous: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert sources is None, "tokens of a CPU are known"
-        assert previous is None
-        return self._model.forward(
-            batch, self._kv_cache, layer_group_size=layer_group_size, on_layers=on_layers
-        )
 
 
 def _sample_rows(step: StepBatch) -> list[SampleRow]:

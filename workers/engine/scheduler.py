@@ -101,8 +101,8 @@ class StepPlan:
     drafts: Mapping[int, DraftTree] = field(default_factory=dict)
     #: Blocks that are told of as computed when it has run.
     pending: tuple[int, ...] = ()
-    #: When it was planned, in seconds.
-    planned_s: float = 0.0
+    #: When it began, in seconds: when it was planned, or the step before it had ended.
+    began_s: float = 0.0
     #: KV that is handed off leaves whenever so many layers are computed; None: when all are.
     layer_group_size: int | None = None
 

@@ -1,7 +1,6 @@
 """The worker's main loop: drain the mailbox, schedule, run, publish."""
 
 import logging
-import math
 import queue
 import time
 from collections.abc import Callable
@@ -126,7 +125,6 @@ class StepLoop:
         self._latency = latency
         self._overlapping = overlapping
         self._flight: _Flight | None = None
-        self._completed_s = -math.inf
         # Not bounded here: the engine refuses requests past its limits, and a transfer's messages must
         # never be lost. Each is a few hundred bytes.
         self._mailbox: queue.SimpleQueue[Message | Callable[[], None] | None] = queue.SimpleQueue()
@@ -263,6 +261,8 @@ class StepLoop:
                 self.engine.take_back()
         if flight is not None:
             self._complete(flight)
+            if self._flight is not None:
+                self._flight.plan.began_s = self._clock()
         if broken is not None:
             self._step_broke(*broken)
             self._publish_outputs()
@@ -278,7 +278,6 @@ class StepLoop:
         return _Flight(plan, begun, entries_of(plan), shape)
 
     def _complete(self, flight: _Flight) -> None:
-        began_s = max(flight.plan.planned_s, self._completed_s)
         try:
             result = flight.begun.result()
         except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
@@ -288,9 +287,8 @@ class StepLoop:
             self._num_broken_steps = 0
         self.num_steps += 1
         self._publish_outputs()
-        self._completed_s = self._clock()
         if flight.shape is not None and self._latency is not None:
-            self._latency.observe(flight.shape, self._completed_s - began_s)
+            self._latency.observe(flight.shape, self._clock() - flight.plan.began_s)
 
     def _idle_s(self) -> float:
         deadline_s = self.engine.next_deadline_s()

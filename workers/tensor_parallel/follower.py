@@ -19,7 +19,8 @@ import torch
 from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.shared_memory import HEADER_BYTES, SharedMemoryDescriptor
-from workers.engine.runner import NO_SOURCE, Forward
+from workers.engine.forwarding import Forward
+from workers.engine.runner import NO_SOURCE
 from workers.errors import PhasewiseWorkerError
 from workers.tensor_parallel.kv_moves import copy_blocks, move_slots
 from workers.tensor_parallel.messages import (

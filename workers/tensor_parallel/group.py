@@ -17,7 +17,7 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 from workers.api import Phase, WorkerSpec
 from workers.device.placed import PlacedText
-from workers.engine.runner import Forward
+from workers.engine.forwarding import Forward
 from workers.errors import UnsupportedModel
 from workers.limits import CARRYING_TRANSPORTS
 from workers.loaded_shapes import cpu_shape
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class GroupForward:
-    """The forward pass of all ranks. Implements runner.Forward; logits are those of rank 0."""
+    """The forward pass of all ranks. Implements forwarding.Forward; logits are those of rank 0."""
 
     def __init__(self, followers: Followers, forward: Forward, num_slots: int) -> None:
         self._followers = followers

@@ -12,7 +12,7 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from phasewise_kernels import jit
 from workers.api import Device, WorkerSpec
-from workers.engine.runner import Forward, OnHost
+from workers.engine.forwarding import Forward, HostForward
 from workers.errors import KvCacheTooSmall, OutOfMemory
 from workers.model.config import ModelConfig
 from workers.model.llama import Llama
@@ -117,7 +117,7 @@ def make_forward(
     model = Llama(loaded.config, loaded.weights, spec.engine.weight_dtype, ranks)
     if loaded.device.type != "cuda":
         jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
-        return model, OnHost(model, kv_cache)
+        return model, HostForward(model, kv_cache)
     from workers.device.buckets import decode_buckets
     from workers.device.forward import DeviceForward
 

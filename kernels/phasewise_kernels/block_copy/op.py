@@ -1,8 +1,7 @@
 """KV of some tokens from one block pool to another on a GPU, with a checksum of what was read.
 
-One kernel reads each vector of 16 bytes once, stores it and adds it to the checksum. Where pools differ in dtype, the
-tokens are first gathered (with the checksum) into memory of their own, converted there, and scattered. On the CPU, and
-for rows that are not whole vectors, `reference.py` runs.
+One kernel reads each vector of 16 bytes once, stores it, converted where the pools differ in dtype, and adds it to the
+checksum. On the CPU, and for rows that are not whole vectors, `reference.py` runs.
 """
 
 from dataclasses import dataclass
@@ -12,10 +11,7 @@ import numpy as np
 import torch
 
 from phasewise_kernels.block_copy import reference
-from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows, contiguous_rows
-
-#: Memory for conversions: as many layers at a time as fit, at least one.
-STAGING_BYTES = 64 << 20
+from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +68,6 @@ def start_block_copy(
         return _by_kernel(source, None, True, tuning) if is_by_kernel else _by_reference(source, None, True)
     if not (is_by_kernel and _is_in_vectors(target)):
         return _by_reference(source, target, is_checked)
-    if target.kv_cache.dtype != source.kv_cache.dtype:
-        return _convert(source, target, is_checked, tuning)
     return _by_kernel(source, target, is_checked, tuning)
 
 
@@ -92,32 +86,7 @@ def _by_reference(source: TokenRows, target: TokenRows | None, is_checked: bool)
     return reference.partial_checksums(kv) if is_checked else kv.new_empty(0, dtype=torch.int64)
 
 
-def _convert(source: TokenRows, target: TokenRows, is_checked: bool, tuning: Tuning) -> torch.Tensor:
-    num_layers, _, num_tokens, *_ = source.shape
-    layer_vectors = 2 * num_tokens * source.row_bytes // VECTOR_BYTES
-    layer_step = max(1, STAGING_BYTES // (layer_vectors * VECTOR_BYTES))
-    partials = []
-    for lo in range(0, num_layers, layer_step):
-        hi = min(lo + layer_step, num_layers)
-        part = _layers(source, lo, hi)
-        kv = torch.empty(part.shape, dtype=source.kv_cache.dtype, device=target.kv_cache.device)
-        partials.append(
-            _by_kernel(part, contiguous_rows(kv), is_checked, tuning, first_position=lo * layer_vectors)
-        )
-        converted = contiguous_rows(reference.convert(kv, target.kv_cache.dtype))
-        _by_kernel(converted, _layers(target, lo, hi), False, tuning)
-    return torch.cat(partials)
-
-
-def _layers(rows: TokenRows, lo: int, hi: int) -> TokenRows:
-    """Those of them, counted from the first one of `rows`."""
-    first = rows.layers[0]
-    return TokenRows(rows.kv_cache, rows.slots, (first + lo, first + hi), rows.heads)
-
-
-def _by_kernel(
-    source: TokenRows, target: TokenRows | None, is_checked: bool, tuning: Tuning, *, first_position: int = 0
-) -> torch.Tensor:
+def _by_kernel(source: TokenRows, target: TokenRows | None, is_checked: bool, tuning: Tuning) -> torch.Tensor:
     # Triton is there where torch has CUDA; nobody else pays for its import.
     from phasewise_kernels.block_copy import triton_kernel
 
@@ -128,11 +97,13 @@ def _by_kernel(
     num_programs = min(num_tiles, _num_sms(device) * tuning.programs_per_sm)
     with torch.cuda.device(device):
         # Page-locked, so that nothing waits for what runs on the stream.
-        table = torch.from_numpy(table_of(source, target, first_position)).pin_memory()
+        table = torch.from_numpy(table_of(source, target)).pin_memory()
         partials = torch.empty(num_programs if is_checked else 0, dtype=torch.int64, device=device)
+        is_converted = target is not None and target.kv_cache.dtype != source.kv_cache.dtype
+        view = numbers if is_converted else words
         triton_kernel.launch(
-            words(source),
-            None if target is None else words(target),
+            view(source),
+            None if target is None else view(target),
             table.to(device, non_blocking=True),
             partials if is_checked else None,
             num_planes=2 * num_layers,
@@ -145,11 +116,11 @@ def _by_kernel(
     return partials
 
 
-def table_of(source: TokenRows, target: TokenRows | None, first_position: int) -> np.ndarray:
+def table_of(source: TokenRows, target: TokenRows | None) -> np.ndarray:
     """As the kernel wants it, see there."""
     sides = (source, source if target is None else target)
     planes, rows = zip(*map(_places, sides), strict=True)
-    return np.concatenate(([first_position], *planes, *rows)).astype(np.int64, copy=False)
+    return np.concatenate((*planes, *rows)).astype(np.int64, copy=False)
 
 
 def _places(rows: TokenRows) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +136,11 @@ def _places(rows: TokenRows) -> tuple[np.ndarray, np.ndarray]:
 def words(rows: TokenRows) -> torch.Tensor:
     """The whole pool, as the kernel wants it."""
     return rows.kv_cache.view(-1).view(torch.int32)
+
+
+def numbers(rows: TokenRows) -> torch.Tensor:
+    """The whole pool, as the kernel wants it to convert."""
+    return rows.kv_cache.view(-1)
 
 
 @cache

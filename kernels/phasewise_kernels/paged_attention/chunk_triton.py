@@ -13,14 +13,14 @@ import triton.language as tl
 from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
     finished,
-    kernel_jit,
+    jit,
     load_rows,
     num_ancestors,
     store_rows,
 )
 
 
-@kernel_jit
+@jit
 def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
     query,
     k_cache,

@@ -15,6 +15,8 @@ import torch
 MAX_LEAN_ROWS = 64
 #: New tokens of a tree: bits of an int64.
 MAX_TREE_TOKENS = 64
+#: Kernels are compiled for this many sequences, or the next power of two.
+MIN_BLOCK_SEQUENCES = 64
 #: Three for each program of a launch.
 NUM_SEMAPHORES = 1 << 14
 _LOG2_E = 1.4426950408889634
@@ -91,10 +93,12 @@ def paged_attention_cuda(
 
 
 def lean_query_len(max_query_len: int, group: int) -> int:
-    """Most new tokens of a sequence that the lean kernel reads for: all, or what a tile of 16 rows has room for."""
-    if max_query_len * group <= MAX_LEAN_ROWS:
-        return max_query_len
-    return max(1, 16 // group)
+    """Most new tokens of a sequence that the lean kernel reads for: all, or what a tile of 16 rows has room for.
+
+    As many as fill a power of two of rows, since each number is a kernel of its own.
+    """
+    num_rows = _power_of_two(max_query_len * group)
+    return num_rows // group if num_rows <= MAX_LEAN_ROWS else max(1, 16 // group)
 
 
 def lean_attention(
@@ -114,7 +118,7 @@ def lean_attention(
     shape = _shape(query, k_cache)
     block_r = _power_of_two(max_query_len * shape["group"])
     block_m = max(16, block_r)
-    tuning = tuning or lean_tuning(k_cache, block_m)
+    tuning = tuning or lean_tuning(k_cache, block_m, len(batch.context_lens))
     num_kv_heads = k_cache.shape[2]
     num_programs = (batch.num_sms or _num_sms(query.device)) * tuning.programs_per_sm
     num_programs = max(1, num_programs // num_kv_heads) * num_kv_heads
@@ -142,7 +146,7 @@ def lean_attention(
         block_m=block_m,
         block_r=block_r,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(16, len(batch.context_lens))),
+        block_sequences=_power_of_two(max(MIN_BLOCK_SEQUENCES, len(batch.context_lens))),
         max_query_len=max_query_len,
         has_window=window > 0,
         has_tree=batch.tree_masks is not None and max_query_len > 1,
@@ -188,7 +192,7 @@ def chunk_attention(
         **shape,
         block_m=block_m,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(16, len(batch.context_lens))),
+        block_sequences=_power_of_two(max(MIN_BLOCK_SEQUENCES, len(batch.context_lens))),
         min_query_len=min_query_len,
         has_window=window > 0,
         has_tree=batch.tree_masks is not None,
@@ -213,7 +217,7 @@ def split_attention(
 
     shape = _shape(query, k_cache)
     block_m = max(16, _power_of_two(shape["group"]))
-    tuning = tuning or lean_tuning(k_cache, block_m)
+    tuning = tuning or lean_tuning(k_cache, block_m, len(batch.context_lens))
     num_outputs = len(batch.context_lens) * k_cache.shape[2]
     slots = num_outputs * num_splits * block_m
     stats = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
@@ -256,11 +260,17 @@ def split_attention(
     )
 
 
-def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md."""
+def lean_tuning(k_cache: torch.Tensor, block_m: int, num_sequences: int) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md: parts cost a merge, so few sequences are cut into few."""
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
-    tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
+    if row_bytes > 256 or block_m > 16:
+        tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+        return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
+    if row_bytes <= 128:
+        return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=2)
+    if num_sequences <= 16:
+        return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=1)
+    return Tuning(tile_tokens=128, num_warps=4, num_stages=2, programs_per_sm=2)
 
 
 def chunk_tuning(query: torch.Tensor, max_context_len: int) -> Tuning:

@@ -24,14 +24,13 @@ from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
     finished,
     jit,
-    kernel_jit,
     load_rows,
     num_ancestors,
     store_rows,
 )
 
 
-@kernel_jit
+@jit
 def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
     query,
     k_cache,
@@ -316,7 +315,7 @@ def merge_parts(  # type: ignore[no-untyped-def]
 
     They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
     """
-    block_p: tl.constexpr = 1 if block_r * block_d > 2048 else 4096 // (block_r * block_d)
+    block_p: tl.constexpr = 1 if block_r * block_d > 4096 else 8192 // (block_r * block_d)
     rows = tl.arange(0, block_r)
     dims = tl.arange(0, block_d)
     largest = tl.full([block_r], float("-inf"), tl.float32)

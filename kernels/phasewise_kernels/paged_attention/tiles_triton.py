@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-jit: Callable[[_F], Any] = triton.jit
-#: Of kernels that are launched with any number of sequences: one is compiled for all of these numbers.
-kernel_jit: Callable[[_F], Any] = triton.jit(do_not_specialize=["num_sequences", "table_stride", "window"])
+#: Not compiled anew for numbers that are 1 or divisible by 16: they differ from step to step.
+_VARYING = ["num_sequences", "window", "table_stride", "num_splits"]
+jit: Callable[[_F], Any] = triton.jit(do_not_specialize=_VARYING)
 
 
 @jit

@@ -119,31 +119,26 @@ def a_round(
 def check_pages_of_all_codecs(device: str) -> None:
     """Full and short pages, one token, one page and one token, head sizes."""
     for codec in CODECS:
-        for num_tokens, num_heads, head_dim in (
-            (64, 1, 64),
-            (1, 2, 16),
-            (129, 1, 32),
-            (100, 2, 128),
-            (45, 1, 64),
-        ):
-            a_round(codec, num_tokens, num_heads, head_dim, device)
+        for num_tokens in (64, 1, 129, 45, 16):
+            a_round(codec, num_tokens, 2, 64, device)
+        a_round(codec, 100, 1, 128, device)
+        a_round(codec, 65, 3, 16, device)
 
 
 def check_dtypes(device: str) -> None:
     """Of both pools."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     for (dtype, target_dtype), codec in zip(product(dtypes[:3], dtypes), CODECS * 3, strict=True):
-        a_round(codec, 70, 1, 64, device, dtype, target_dtype)
-        a_round("fp8", 20, 1, 64, device, dtype, target_dtype)
+        a_round(codec, 70, 2, 64, device, dtype, target_dtype)
 
 
 def check_what_no_codec_can_pack_is_counted(device: str) -> None:
     """NaN and infinity, in two pages' heads; the other pages are as ever."""
     for codec in CODECS:
-        pool = a_pool(torch.float32, 130, 2, 32)
+        pool = a_pool(torch.bfloat16, 130, 2, 64)
         slots = random_slots(pool, 130)
-        pool[1].view(2, -1, 2, 32)[0, int(slots[3]), 1, 5] = float("nan")
-        pool[2].view(2, -1, 2, 32)[1, int(slots[129]), 0, 31] = -float("inf")
+        pool[1].view(2, -1, 2, 64)[0, int(slots[3]), 1, 5] = float("nan")
+        pool[2].view(2, -1, 2, 64)[1, int(slots[129]), 0, 31] = -float("inf")
         source = TokenRows(pool.to(device), slots, (1, 3), (0, 2))
         assert int(encoded(source, codec).num_unusable) == 2
 
@@ -152,7 +147,7 @@ def check_odd_shapes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
     @settings(max_examples=20, deadline=None, database=None)
-    @given(st.sampled_from(CODECS), st.integers(1, 140), st.sampled_from([(1, 64), (3, 32)]))
+    @given(st.sampled_from(CODECS), st.integers(1, 140), st.sampled_from([(2, 64), (3, 16)]))
     def rounds(codec: PageCodec, num_tokens: int, shape: tuple[int, int]) -> None:
         a_round(codec, num_tokens, *shape, device)
 

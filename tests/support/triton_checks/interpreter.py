@@ -19,7 +19,10 @@ def checks_of(module: str) -> dict[str, Callable[[str], None]]:
 
 
 def round_as_a_gpu() -> None:
-    """The interpreter of Triton 3.6 cuts what bf16 and fp8 have no room for off, and does not round it to the nearest."""
+    """The interpreter of Triton 3.6 cuts what bf16 and fp8 have no room for off, and does not round it to the nearest.
+
+    Its numbers cannot be bounds of a `range` where numpy makes no scalar of an array of one.
+    """
     import torch
     from triton.runtime import interpreter
 
@@ -31,7 +34,14 @@ def round_as_a_gpu() -> None:
         converted = given.view(dtypes[source.name]).to(dtypes[target.name]).view(torch.uint8).numpy()
         return converted.view(f"u{target.primitive_bitwidth // 8}").reshape(values.shape)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     interpreter._convert_float = convert
+    interpreter._patch_lang_tensor = patch
 
 
 def main(module: str) -> int:

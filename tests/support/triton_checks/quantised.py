@@ -63,7 +63,7 @@ def an_attention(
 
 def check_int4(device: str) -> None:
     """Lengths about whole pages, groups that are no powers of two, few programs and many."""
-    for heads, num_sms in product(((2, 2, 64), (9, 3, 64), (8, 2, 128)), (1, 20)):
+    for heads, num_sms in product(((9, 3, 64), (8, 2, 128)), (1, 20)):
         an_attention(LENS, heads, "int4_hadamard", device, num_sms=num_sms)
     for dtype in (torch.bfloat16, torch.float16):
         an_attention(LENS, (8, 2, 128), "int4_hadamard", device, dtype)
@@ -71,15 +71,15 @@ def check_int4(device: str) -> None:
 
 def check_gear(device: str) -> None:
     """The same."""
-    for heads, codec in product(((9, 3, 64), (8, 2, 128)), ("gear", "gear_l")):
-        an_attention(LENS, heads, codec, device)
+    an_attention(LENS, (9, 3, 64), "gear", device)
+    an_attention(LENS, (8, 2, 128), "gear_l", device)
     an_attention(LENS, (8, 2, 128), "gear", device, torch.bfloat16)
 
 
 def check_no_sequences(device: str) -> None:
     """Nothing comes of nothing."""
-    an_attention((), (4, 2, 64), "int4_hadamard", device)
-    an_attention((0, 0), (4, 2, 64), "int4_hadamard", device)
+    an_attention((), (9, 3, 64), "int4_hadamard", device)
+    an_attention((0, 0), (9, 3, 64), "int4_hadamard", device)
 
 
 def check_odd_shapes(device: str) -> None:
@@ -88,7 +88,7 @@ def check_odd_shapes(device: str) -> None:
     @settings(max_examples=12, deadline=None, database=None)
     @given(
         st.lists(st.integers(0, 400), min_size=1, max_size=4),
-        st.sampled_from([(5, 1, 64), (4, 2, 128), (1, 3, 64)]),
+        st.sampled_from([(3, 3, 64), (4, 2, 128)]),
         st.integers(1, 9),
     )
     def attentions(lens: list[int], shape: tuple[int, int, int], num_sms: int) -> None:

@@ -200,7 +200,7 @@ def test_what_a_step_is_about_to_compute_can_be_shared_but_not_copied() -> None:
     assert match(pool, [1, 2, 3, 4, 5]) == PrefixMatch(tuple(blocks))
     assert match(pool, [1, 2, 3, 4]) == PrefixMatch((blocks[0],))
     assert match(pool, [1, 2, 3, 9]) == PrefixMatch((blocks[0],))
-    pool.settle()
+    pool.settle(pool.pending)
     assert match(pool, [1, 2, 3, 4]) == PrefixMatch((blocks[0],), blocks[1], 1)
 
 
@@ -229,7 +229,7 @@ def test_changes_are_told_from_when_somebody_watches() -> None:
     [second] = pool.allocate(1)
     store(pool, [second], [3, 4], is_pending=True)
     assert pool.take_events() == []
-    pool.settle()
+    pool.settle(pool.pending)
     other = hashes([3, 4])[1]
     assert pool.take_events() == [KvBlocksStored(ROOT, (other,))]
     pool.free([first])
@@ -309,7 +309,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(is_good=st.booleans())
     def end_step(self, is_good: bool) -> None:
         if is_good:
-            self.pool.settle()
+            self.pool.settle(self.pool.pending)
         else:
             self.pool.forget_pending()
 

@@ -209,7 +209,7 @@ class TieredPool(RuleBasedStateMachine):
         ):
             self.pool.store(block_id, name, parent, tokens, is_pending=is_pending, is_lossy=is_lossy)
         self.sequences.append(block_ids)
-        self.pool.settle()
+        self.pool.settle(self.pool.pending)
 
     @rule(text=st.integers(0, 3), num_blocks=st.integers(1, 3))
     def break_step(self, text: int, num_blocks: int) -> None:
