@@ -27,11 +27,13 @@ from workers.tensor_parallel.messages import (
     CopyBlocks,
     Failed,
     FromFollower,
+    Join,
     Loaded,
     Moved,
     MoveSlots,
     Progress,
     Ready,
+    Room,
     Start,
     Step,
     TakeKv,
@@ -67,16 +69,19 @@ class Follower:
 
         spec, rank = start.spec, start.rank
         loaded = load_rank(spec, start.prepared, rank, progress)
-        self._connection.send(Loaded(max_blocks(spec, loaded)))
+        self._connection.send(Loaded())
+        assert isinstance(self._receive(), Join)
+        ranks = join(rank, start.port, loaded.device, start.timeout_s)
+        # After NCCL has taken what it needs.
+        self._connection.send(Room(max_blocks(spec, loaded)))
         take = self._receive()
         assert isinstance(take, TakeKv)
-        ranks = join(rank, start.port, loaded.device, start.timeout_s)
         if take.memory is not None:
             kv_cache = _mapped(take.memory, loaded.layout, take.num_blocks)
         else:
             kv_cache = take_kv_cache(loaded, take.num_blocks)
         _, forward = make_forward(spec, loaded, ranks, kv_cache, progress)
-        self._connection.send(Ready(_handle(kv_cache)))
+        self._connection.send(Ready(_descriptor(kv_cache, loaded.layout)))
         return kv_cache, forward
 
     def _act(self, message: ToFollower, kv_cache: torch.Tensor, forward: Forward) -> None:
@@ -139,13 +144,13 @@ def _mapped(memory: SharedMemoryDescriptor, layout: KvLayout, num_blocks: int) -
     return torch.from_numpy(flat)[:num_bytes].view(dtype).view(pool_shape(layout, num_blocks))
 
 
-def _handle(kv_cache: torch.Tensor) -> bytes | None:
-    """How the parent reaches it on a GPU, by CUDA IPC."""
+def _descriptor(kv_cache: torch.Tensor, layout: KvLayout) -> bytes | None:
+    """How the parent reaches it on a GPU."""
     if not kv_cache.is_cuda:
         return None
-    from torch.multiprocessing.reductions import reduce_tensor
+    from kvtransfer.transports.cuda_ipc import CudaPool
 
-    return pickle.dumps(reduce_tensor(kv_cache))  # type: ignore[no-untyped-call]
+    return next((offer.descriptor for offer in CudaPool(kv_cache, layout).offers), None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A worker's text model on several ranks, from what the spec says to what an engine runs. Blocks for seconds."""
 
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvtransfer.config import TransportChoice
-from kvtransfer.errors import TransportUnavailable
+from kvtransfer.errors import PoolUnreachable, TransportUnavailable
 from kvtransfer.host_pool import pool_shape
+from kvtransfer.pool import KvSpan
 from kvtransfer.shared_memory import SharedMemory
 from workers.api import Phase, WorkerSpec
 from workers.device.placed import PlacedText
@@ -28,7 +28,7 @@ from workers.step_shape import DeviceShape
 from workers.tensor_parallel.cutting import Rank, degrees, kv_heads, problem
 from workers.tensor_parallel.followers import STEP_TIMEOUT_S, Followers
 from workers.tensor_parallel.kv_pool import GroupPool
-from workers.tensor_parallel.messages import Loaded, Ready, TakeKv
+from workers.tensor_parallel.messages import Join, Loaded, Ready, Room, TakeKv
 from workers.tensor_parallel.placing import (
     Progress,
     RankWeights,
@@ -92,21 +92,23 @@ def place_on_ranks(
     followers = Followers(spec, prepared, timeout_s=timeout_s)
     try:
         own = load_rank(spec, prepared, ranks[0], progress)
-        rooms = [max_blocks(spec, own), *(one.max_blocks for one in followers.gather(Loaded, progress))]
+        followers.gather(Loaded, progress)
+        followers.tell([Join() for _ in ranks[1:]])
+        group = followers.join(own.device)
+        rooms = [max_blocks(spec, own), *(one.max_blocks for one in followers.gather(Room, progress))]
         num_blocks = num_blocks_of(spec, own.full_layout, rooms)
         progress(f"taking the KV cache ({num_blocks * own.full_layout.block_bytes / 2**20:.0f} MiB)", 0.0)
         memories = _host_memories(spec, own, heads, num_blocks)
         takes = [TakeKv(num_blocks, one.descriptor() if one is not None else None) for one in memories]
         followers.tell([*takes[1:]])
-        group = followers.join(own.device)
         kv_cache = _tensor(own, memories[0], num_blocks, heads[0])
         if kv_cache is None:
             kv_cache = take_kv_cache(own, num_blocks)
         model, forward = make_forward(spec, own, group, kv_cache, progress)
         readies = followers.gather(Ready, progress)
         caches = [partial(_same, kv_cache)]
-        for ready, memory, held in zip(readies, memories[1:], heads[1:], strict=True):
-            caches.append(partial(_reached, own, ready, memory, num_blocks, held))
+        for i, ready in enumerate(readies, 1):
+            caches.append(partial(_reached, own, ready, memories[i], num_blocks, heads[i], i))
         pool = GroupPool(caches, heads, own.full_layout, num_blocks, followers.check)
         return PlacedText(
             model,
@@ -172,16 +174,25 @@ def _tensor(
 
 
 def _reached(
-    own: RankWeights, ready: Ready, memory: SharedMemory | None, num_blocks: int, heads: tuple[int, int]
+    own: RankWeights,
+    ready: Ready,
+    memory: SharedMemory | None,
+    num_blocks: int,
+    heads: tuple[int, int],
+    rank: int,
 ) -> torch.Tensor:
-    """The KV cache of another rank."""
+    """The KV cache of another rank. Raises PoolUnreachable."""
     tensor = _tensor(own, memory, num_blocks, heads)
     if tensor is not None:
         return tensor
-    assert ready.kv_handle is not None
-    rebuild, args = pickle.loads(ready.kv_handle)  # noqa: S301 - of our own child
-    found: torch.Tensor = rebuild(*args)
-    return found
+    from kvtransfer.transports.cuda_ipc import TRANSPORT, open_pool
+
+    if ready.kv_descriptor is None:
+        raise PoolUnreachable(TRANSPORT, "a rank's GPU memory cannot be shared; its log says why")
+    with torch.cuda.device(rank):
+        pool = open_pool(ready.kv_descriptor)
+    # Of no token: it is the memory that is asked for.
+    return pool.rows(KvSpan((), 0, 0, 0, 0, *heads)).kv_cache
 
 
 def _same(kv_cache: torch.Tensor) -> torch.Tensor:

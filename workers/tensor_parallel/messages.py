@@ -1,8 +1,8 @@
 """What rank 0 tells the other ranks, and they it, over a socket between parent and child. Pickled.
 
-start      Start ->            Progress* Loaded <-      TakeKv ->            Progress* Ready <-
-running    Step, CopyBlocks, MoveSlots ->               Moved <- (for MoveSlots)
-any time   Failed <-, after which the rank ends
+- start: Start to the rank, Progress and Loaded from it, Join to it, Room from it, TakeKv to it, Progress and Ready from it;
+- then Step, CopyBlocks and MoveSlots to it; Moved from it for each MoveSlots;
+- at any time Failed from it, after which it ends.
 """
 
 import pickle
@@ -42,7 +42,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The weights are there, and so many KV blocks have room; None: on a CPU, as many as there are to be."""
+    """The weights are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """All have loaded: meet the others now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """So many KV blocks have room; None: on a CPU, as many as there are to be."""
 
     max_blocks: int | None
 
@@ -57,9 +67,9 @@ class TakeKv:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Steps can come. kv_handle: how rank 0 reaches the KV cache on another GPU, pickled; None on a CPU."""
+    """Steps can come. kv_descriptor: how rank 0 reaches the KV cache by CUDA IPC; None on a CPU, and where that does not work."""
 
-    kv_handle: bytes | None
+    kv_descriptor: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +107,8 @@ class Failed:
     error: PhasewiseWorkerError | str
 
 
-ToFollower = Start | TakeKv | Step | CopyBlocks | MoveSlots
-FromFollower = Progress | Loaded | Ready | Moved | Failed
+ToFollower = Start | Join | TakeKv | Step | CopyBlocks | MoveSlots
+FromFollower = Progress | Loaded | Room | Ready | Moved | Failed
 
 
 def pack(batch: ForwardBatch) -> bytes:
