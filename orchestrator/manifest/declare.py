@@ -11,7 +11,8 @@ from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
 from orchestrator.manifest.image_reduction import ImageReductionSection
-from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
+from orchestrator.manifest.models import KIB, Deployment, KvTransfer
+from orchestrator.manifest.worker_group import WorkerGroup
 from workers.api import (
     Batching,
     Device,
