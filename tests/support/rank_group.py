@@ -5,10 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from tests.support.engine_model import PLAIN, EngineWithModel
 from workers.api import EngineConfig, Phase, PhaseSet, WorkerId, WorkerSpec
 from workers.device.placed import PlacedText
 from workers.engine.runner import ModelRunner
+from workers.model.forward_batch import ForwardBatch
 from workers.model.llama import Llama
 from workers.model.prepare import PreparedModel, load_weights, prepare
 from workers.tensor_parallel.group import place_on_ranks
@@ -68,3 +72,17 @@ def prepared_model(path: Path, cache_dir: Path) -> PreparedModel:
 def whole(prepared: PreparedModel) -> Llama:
     """The same model in one process."""
     return Llama(prepared.config, load_weights(prepared))
+
+
+def batch_of(token_ids: tuple[int, ...], block_size: int = 4) -> ForwardBatch:
+    """A prompt in the first blocks, with logits for every token."""
+    num = len(token_ids)
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids),
+        positions=torch.arange(num),
+        slots=torch.arange(num),
+        block_tables=np.arange(-(-num // block_size), dtype=np.int32)[None],
+        query_lens=np.array([num]),
+        context_lens=np.array([num]),
+        logit_rows=torch.arange(num),
+    )

@@ -18,9 +18,10 @@ def expected() -> list[list[int]]:
     return DeviceEngine(Llama(MODEL, random_weights(MODEL)), buckets=None).serve(PROMPTS, greedy())
 
 
-@pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("buckets", [(), (1, 2, 4, 8)])
-@pytest.mark.parametrize("is_overlapping", [False, True])
+@pytest.mark.parametrize(
+    ("degree", "buckets", "is_overlapping"),
+    [(2, (), False), (2, (), True), (2, (1, 2, 4, 8), True), (4, (1, 2, 4, 8), False)],
+)
 def test_tokens_are_those_of_one_rank(
     expected: list[list[int]], degree: int, buckets: tuple[int, ...], is_overlapping: bool
 ) -> None:
