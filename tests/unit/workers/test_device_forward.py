@@ -73,6 +73,14 @@ def test_padding_writes_nothing(model: Llama) -> None:
     assert int(used.sum()) == len(PROMPTS[0]) + 8 - 1
 
 
+def test_warming_up_leaves_nothing_behind(model: Llama, expected: list[list[int]]) -> None:
+    made = DeviceEngine(model, buckets=(1, 2, 4, 8))
+    told: list[float] = []
+    made.forward.warm_up(8, lambda _what, done: told.append(done))
+    assert told == sorted(told)
+    assert made.serve(PROMPTS, greedy()) == expected
+
+
 OVERLAPPED = {"buckets": (1, 2, 4, 8), "is_overlapping": True}
 
 
