@@ -157,6 +157,8 @@ class EngineConfig:
     max_waiting_requests: int = 256
     #: Threads of the CPU kernels.
     num_threads: int = 1
+    #: Devices, each with a process, that every layer is spread over; 1 is the worker's own alone.
+    tensor_parallel: int = 1
     batching: Batching = Batching.STALL_FREE
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     step_budget: StepBudget = StepBudget.FIXED

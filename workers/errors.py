@@ -16,6 +16,7 @@
         ├── OutOfMemory
         ├── OutOfDisk
         ├── GpuUnavailable      there is no GPU that can be used
+        ├── RankLost            a process of a tensor-parallel group has ended
         ├── AddressUnavailable  the address to listen on cannot be had
         ├── DecodePoolBusy      too many pictures wait to be decoded
         ├── MpsFailed           the MPS daemon does not do what it should
@@ -256,6 +257,17 @@ class GpuUnavailable(MachineError):
 
     def __str__(self) -> str:
         return f"no GPU can be used: {self.problem}; {self.remedy}"
+
+
+class RankLost(MachineError):
+    """A tensor-parallel group has ended: `problem` says which of its processes did, and why."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"the tensor-parallel group has ended: {self.problem}; the worker has to be started again"
 
 
 class AddressUnavailable(MachineError):

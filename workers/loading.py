@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -38,6 +39,9 @@ from workers.model.resources import check_memory
 from workers.model.vision.config import processor_digest, vision_json
 from workers.model.vision.make import make_encoder
 
+if TYPE_CHECKING:
+    from workers.tensor_parallel.followers import Followers
+
 logger = logging.getLogger(__name__)
 
 KV_DTYPE = "float32"
@@ -65,6 +69,8 @@ class LoadedText:
     punctuation: frozenset[int]
     #: None when no evicted block is kept.
     packer: KvPacker | None
+    #: The other ranks of a tensor-parallel group.
+    followers: "Followers | None"
 
     def root_of(self, submit: Submit) -> bytes:
         """What the first block of a request's KV is chained to in the prefix cache."""
@@ -138,14 +144,34 @@ def _load_text(
     embeddings: EmbeddingMemory | None,
     progress: Callable[[str, float], None],
 ) -> LoadedText:
-    config = prepared.config
-    if spec.device is Device.CUDA:
+    if spec.engine.tensor_parallel > 1:
+        # Brings torch.distributed, which takes a while.
+        from workers.tensor_parallel.group import place_on_ranks
+
+        placed = place_on_ranks(spec, prepared, progress)
+    elif spec.device is Device.CUDA:
         # Brings Triton, which is not there where torch has no CUDA.
         from workers.device.placing import place_on_gpu
 
         placed = place_on_gpu(spec, prepared, progress)
     else:
         placed = _place_on_cpu(spec, prepared, progress)
+    try:
+        return _loaded_text(spec, prepared, placed, embeddings, progress)
+    except BaseException:
+        if placed.followers is not None:
+            placed.followers.close()
+        raise
+
+
+def _loaded_text(
+    spec: WorkerSpec,
+    prepared: PreparedModel,
+    placed: PlacedText,
+    embeddings: EmbeddingMemory | None,
+    progress: Callable[[str, float], None],
+) -> LoadedText:
+    config = prepared.config
     kv_cache, layout = placed.kv_cache, placed.layout
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
@@ -159,6 +185,7 @@ def _load_text(
         embeddings,
         placed.forward,
         placed.sampler,
+        placed.followers,
     )
     progress("computing a first token", 0.0)
     runner.warm_up()
@@ -184,6 +211,7 @@ def _load_text(
         tokenizer_digest=hashlib.sha256(prepared.tokenizer_json).hexdigest(),
         punctuation=_punctuation(prepared.tokenizer_json),
         packer=packer,
+        followers=placed.followers,
     )
 
 

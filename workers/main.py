@@ -79,11 +79,30 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:
         return "argument --span-recompute: with --no-prefix-cache there is no block to reuse"
+    problem = _tensor_parallel_problem(arguments)
+    if problem is not None:
+        return problem
     if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
         if arguments.codec != "none":
             return f"argument --codec: with --transport {arguments.transport} nothing is packed; use auto or grpc"
         if arguments.streams > 1:
             return f"argument --streams: with --transport {arguments.transport} no chunks travel; use auto or grpc"
+    return None
+
+
+def _tensor_parallel_problem(arguments: argparse.Namespace) -> str | None:
+    degree = arguments.tensor_parallel
+    if degree == 1:
+        return None
+    start = f"argument --tensor-parallel: is {degree}; "
+    if arguments.host_cache_mib > 0:
+        return f"{start}with --host-cache-mib it is 1: evicted blocks of several ranks are not kept"
+    if arguments.span_recompute is not None:
+        return f"{start}with --span-recompute it is 1: several ranks do not choose what is computed again"
+    if Phase.ENCODE in arguments.phases:
+        return f"{start}with phase encode it is 1: several ranks do not encode pictures"
+    if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
+        return f"{start}with --transport {arguments.transport} it is 1: KV of several ranks is not read in place; use auto or grpc"
     return None
 
 
@@ -122,6 +141,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             max_running_sequences=arguments.max_running_sequences,
             max_waiting_requests=arguments.max_waiting_requests,
             num_threads=arguments.threads,
+            tensor_parallel=arguments.tensor_parallel,
             batching=Batching(arguments.batching),
             prefill_order=PrefillOrder(arguments.prefill_order),
             step_budget=StepBudget(arguments.step_budget),
@@ -204,6 +224,12 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=_whole(limits.THREADS),
         default=engine.num_threads,
         help="threads of the forward pass",
+    )
+    add(
+        "--tensor-parallel",
+        type=_whole(limits.TENSOR_PARALLEL),
+        default=engine.tensor_parallel,
+        help="GPUs that every layer is spread over, a process for each; with --device cpu processes alone",
     )
     add(
         "--kv-cache-mib",

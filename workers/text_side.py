@@ -90,6 +90,8 @@ class TextSide:
         """Begin to serve. embeddings: those of pictures; None when there are none."""
         self._embeddings = embeddings
         self._thread.start()
+        if self._loaded.followers is not None:
+            self._loaded.followers.watch(lambda reason: self._call_soon(self._on_broken, reason))
 
     def post(self, message: Message) -> None:
         """Hand a message to the engine, from any thread."""

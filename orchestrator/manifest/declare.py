@@ -12,7 +12,8 @@ from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
 from orchestrator.manifest.image_reduction import ImageReductionSection
-from orchestrator.manifest.models import KIB, Deployment, KvTransfer, WorkerGroup
+from orchestrator.manifest.models import KIB, Deployment, KvTransfer
+from orchestrator.manifest.worker_group import WorkerGroup
 from workers.api import (
     Batching,
     Device,
@@ -142,6 +143,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         max_running_sequences=engine.max_running_sequences,
         max_waiting_requests=engine.max_waiting_requests,
         num_threads=_num_threads(group),
+        tensor_parallel=group.tensor_parallel,
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
         step_budget=StepBudget(engine.step_budget),

@@ -79,6 +79,13 @@ class Engine(Section):
         le=limits.THREADS.most,
         description="Threads of the CPU kernels. Default: resources.cpus, rounded down, and at least one.",
     )
+    tensor_parallel: int | None = Field(
+        default=None,
+        ge=limits.TENSOR_PARALLEL.least,
+        le=limits.TENSOR_PARALLEL.most,
+        description="Devices that every layer of the model is spread over, a process for each; they are one worker. On a GPU "
+        "as many as resources.gpus, on a CPU processes that share its threads. Default: resources.gpus, and at least one.",
+    )
     batching: Literal["stall_free", "decode_maximal"] = Field(
         default=_ENGINE.batching.value,
         description="What a step is made of. stall_free: all decodes, then prompts up to tokenBudget. "

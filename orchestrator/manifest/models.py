@@ -1,4 +1,4 @@
-"""Every key of a manifest, those of `engine` aside: type, limits, default and meaning. Pure.
+"""Every key of a manifest, those of worker groups aside: type, limits, default and meaning. Pure.
 
 The table in docs/manifests.md and the JSON schema are made from these classes. Keys are camelCase in
 YAML and snake_case here. A rule that compares keys stands at the smallest section that has them all.
@@ -11,10 +11,11 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from orchestrator.manifest.controller import Controller
-from orchestrator.manifest.engine import MIB, Engine
+from orchestrator.manifest.engine import MIB
 from orchestrator.manifest.image_reduction import ImageReductionSection
 from orchestrator.manifest.section import Allowed, Section, inconsistent
 from orchestrator.manifest.tenants import Tenant, check_tenants
+from orchestrator.manifest.worker_group import Name, WorkerGroup, check_groups
 from workers import limits
 from workers.api import KvTransferConfig
 from workers.images.limits import ImageLimits
@@ -22,7 +23,6 @@ from workers.images.limits import ImageLimits
 API_VERSION = "phasewise/v1"
 PACKAGE_PREFIX = "package:"
 KIB = limits.KIB
-MAX_REPLICAS = 1000
 
 #: `https:`, or a misspelt `package:`.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
@@ -61,11 +61,6 @@ def _check_source(source: str, info: ValidationInfo) -> str:
     return source if folder is None or source.startswith("~") else str(Path(folder) / source)
 
 
-Name = Annotated[
-    str,
-    Field(pattern=r"^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$"),
-    Allowed("1 to 40 lower-case letters, digits and hyphens, the first a letter, the last no hyphen"),
-]
 ModelName = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"),
@@ -76,7 +71,6 @@ Address = Annotated[
     AfterValidator(_check_address),
     Allowed("host:port, with a port from 0 to 65535; port 0 takes a free one"),
 ]
-PhaseName = Literal["encode", "prefill", "decode"]
 
 
 class Metadata(Section):
@@ -113,86 +107,6 @@ class Model(Section):
         if self.source.startswith(PACKAGE_PREFIX):
             return self.source.removeprefix(PACKAGE_PREFIX)
         return Path(self.source).name.removesuffix(".gguf")
-
-
-class Resources(Section):
-    """What Ray reserves for one replica."""
-
-    cpus: float = Field(
-        default=1.0,
-        gt=0,
-        le=1024,
-        description="CPU cores; the worker computes with as many threads, unless engine.threads says otherwise.",
-    )
-    gpus: int = Field(
-        default=0, ge=0, le=1, description="GPUs, of NVIDIA; a worker computes with one at most."
-    )
-    memory_gib: float | None = Field(
-        default=None,
-        alias="memoryGiB",
-        gt=0,
-        le=65536,
-        description="Memory in GiB that Ray sets aside for placement. Default: none set aside.",
-    )
-
-
-class WorkerGroup(Section):
-    """Equal workers: the same phases, resources and engine."""
-
-    name: Name = Field(description="Name of the group; its workers are NAME-0, NAME-1 and so on.")
-    phases: Annotated[tuple[PhaseName, ...], Allowed("a list of encode, prefill, decode")] = Field(
-        min_length=1, max_length=3, description="Phases that these workers serve."
-    )
-    replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS, description="Number of workers.")
-    resources: Resources = Field(default_factory=Resources, description="What one worker gets.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto",
-        description="What the worker computes with. auto: cuda, an NVIDIA GPU, where resources.gpus is above 0. cuda with "
-        "resources.gpus: 0 shares a GPU that Ray does not hand out.",
-    )
-    engine: Engine = Field(default_factory=Engine, description="Limits of one worker's engine.")
-
-    @model_validator(mode="after")
-    def _check_phases(self) -> Self:
-        if len(set(self.phases)) < len(self.phases):
-            twice = next(i for i, phase in enumerate(self.phases) if phase in self.phases[:i])
-            inconsistent([(("phases", twice), f"{self.phases[twice]} is there twice; once is enough")])
-        return self
-
-    @property
-    def is_on_gpu(self) -> bool:
-        """`device`, with auto decided."""
-        return self.device == "cuda" or (self.device == "auto" and self.resources.gpus > 0)
-
-    @model_validator(mode="after")
-    def _check_device(self) -> Self:
-        dtype = self.engine.weight_dtype
-        if dtype is not None and not limits.is_computed_in(dtype, is_on_gpu=self.is_on_gpu):
-            where, dtypes = ("a GPU", limits.GPU_DTYPES) if self.is_on_gpu else ("a CPU", limits.CPU_DTYPES)
-            sentence = f"is {dtype}; allowed on {where}: {' or '.join(dtypes)}"
-            inconsistent([(("engine", "weightDtype"), sentence)])
-        if self.is_on_gpu and self.engine.span_reuse is not None:
-            inconsistent(
-                [(("engine", "spanReuse"), "is set; allowed: absent on a GPU, which does not do it yet")]
-            )
-        return self
-
-
-def _check_groups(groups: tuple[WorkerGroup, ...]) -> tuple[WorkerGroup, ...]:
-    problems: list[tuple[tuple[str | int, ...], str]] = []
-    first: dict[str, int] = {}
-    for i, group in enumerate(groups):
-        same = first.setdefault(group.name, i)
-        if same != i:
-            problems.append(((i, "name"), f"{group.name!r} is already the name of workers[{same}]"))
-    served = {phase for group in groups for phase in group.phases}
-    problems += [
-        ((), f"no worker serves {phase}; a request needs prefill and decode")
-        for phase in ("prefill", "decode")
-        if phase not in served
-    ]
-    inconsistent(problems)
-    return groups
 
 
 class Slo(Section):
@@ -353,7 +267,7 @@ class Spec(Section):
     """What is to run."""
 
     model: Model = Field(description="The model that all workers load.")
-    workers: Annotated[tuple[WorkerGroup, ...], AfterValidator(_check_groups)] = Field(
+    workers: Annotated[tuple[WorkerGroup, ...], AfterValidator(check_groups)] = Field(
         min_length=1, max_length=64, description="Groups of equal workers."
     )
     slo: Slo = Field(default_factory=Slo, description="Targets of every request.")
@@ -379,6 +293,15 @@ class Spec(Section):
                 f"is {autoscale.max_workers}; allowed: at least replicas of {group.name} = {group.replicas}"
             )
             inconsistent([((*where, "maxWorkers"), sentence)])
+        return self
+
+    @model_validator(mode="after")
+    def _check_ways_of_groups(self) -> Self:
+        transport = self.kv_transfer.transport
+        most = max(group.tensor_parallel for group in self.workers)
+        if most > 1 and transport not in limits.CARRYING_TRANSPORTS:
+            sentence = f"is {transport}; allowed: auto or grpc with workers over {most} devices (engine.tensorParallel)"
+            inconsistent([(("kvTransfer", "transport"), sentence)])
         return self
 
 

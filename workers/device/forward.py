@@ -139,6 +139,8 @@ class DeviceForward:
         )
         if device_sources is not None and previous is not None:
             token_ids = _with_previous(token_ids, device_sources, previous)
+        if sources is not None and self._model.ranks is not None:
+            self._model.ranks.share(token_ids)
         return ForwardInputs(
             token_ids=token_ids,
             positions=positions,
@@ -269,7 +271,8 @@ class DeviceForward:
             self._compute(inputs)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Threads of NCCL may ask their events meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._compute(inputs)
         return _Graph(size, graph, inputs, buffer, block_tables, logits)
 
@@ -303,6 +306,8 @@ class DeviceForward:
         graph.block_tables[:, :num_blocks].copy_(found[6])
         if sources is not None and previous is not None:
             found[0].copy_(_with_previous(found[0], found[4], previous))
+        if sources is not None and self._model.ranks is not None:
+            self._model.ranks.share(found[0])
         if graph.graph is None:
             return self._compute(graph.inputs)[:num_rows]
         graph.graph.replay()

@@ -13,8 +13,8 @@ from workers.errors import GpuUnavailable, OutOfMemory
 MIN_CAPABILITY = (8, 0)
 
 
-def open_gpu() -> torch.device:
-    """The first GPU that this process sees. Raises GpuUnavailable."""
+def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
+    """GPU `index` of the first num_gpus that this process sees. Raises GpuUnavailable."""
     if torch.version.cuda is None:
         raise GpuUnavailable(
             f"torch {torch.__version__} was built without CUDA", "install torch with CUDA, or use device cpu"
@@ -25,24 +25,42 @@ def open_gpu() -> torch.device:
             "see that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it (Ray hides it from a worker whose "
             "resources.gpus is 0), or use device cpu",
         )
-    capability = torch.cuda.get_device_capability(0)
+    if torch.cuda.device_count() < num_gpus:
+        raise GpuUnavailable(
+            f"engine.tensorParallel is {num_gpus} and this process sees {torch.cuda.device_count()}",
+            f"set resources.gpus: {num_gpus} on a node that has them, see what CUDA_VISIBLE_DEVICES hides, or lower "
+            "engine.tensorParallel",
+        )
+    capability = torch.cuda.get_device_capability(index)
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, one)) for one in (capability, MIN_CAPABILITY))
         raise GpuUnavailable(
-            f"{torch.cuda.get_device_name(0)} has compute capability {have} and {need} is needed",
+            f"{torch.cuda.get_device_name(index)} has compute capability {have} and {need} is needed",
             "use a newer GPU or device cpu",
         )
     try:
-        torch.zeros(1, device="cuda:0")
+        torch.zeros(1, device=f"cuda:{index}")
     except RuntimeError as error:
         raise GpuUnavailable(str(error).splitlines()[0], "see whether other programs use it alone") from error
-    return torch.device("cuda", 0)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def gpu_memory(device: torch.device) -> GpuMemory:
     """As of now."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     return GpuMemory(free_bytes, total_bytes)
+
+
+def check_room(need_bytes: int, device: torch.device, memory_fraction: float) -> None:
+    """Raise OutOfMemory when weights of so many bytes do not fit in this share of the GPU's memory."""
+    left_bytes = gpu_memory(device).left_of(memory_fraction)
+    if need_bytes > left_bytes:
+        remedy = (
+            "use a smaller model, more or larger GPUs, end other programs on it, or raise "
+            "engine.gpuMemoryFraction"
+        )
+        raise OutOfMemory("the model's weights on the GPU", need_bytes, left_bytes, remedy)
 
 
 def load_to_gpu(
@@ -59,14 +77,7 @@ def load_to_gpu(
     with safe_open(path, framework="pt", device="cpu") as file:
         names = list(file.keys())
         sizes = [_num_values(file.get_slice(name).get_shape()) for name in names]
-        need_bytes = sum(sizes) * dtype.itemsize
-        left_bytes = gpu_memory(device).left_of(memory_fraction)
-        if need_bytes > left_bytes:
-            remedy = (
-                "use a smaller model or a GPU with more memory, end other programs on it, or raise "
-                "engine.gpuMemoryFraction"
-            )
-            raise OutOfMemory("the model's weights on the GPU", need_bytes, left_bytes, remedy)
+        check_room(sum(sizes) * dtype.itemsize, device, memory_fraction)
         weights, num_done = {}, 0
         for name, size in zip(names, sizes, strict=True):
             weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)

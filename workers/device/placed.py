@@ -1,15 +1,19 @@
 """The text model of a worker where it computes."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvPool
-from workers.device.forward import DeviceForward
-from workers.device.sampler import DeviceSampler
 from workers.model.llama import Llama
 from workers.step_shape import DeviceShape
+
+if TYPE_CHECKING:
+    from workers.device.sampler import DeviceSampler
+    from workers.engine.forwarding import Forward
+    from workers.tensor_parallel.followers import Followers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,8 @@ class PlacedText:
     pool: KvPool
     kv_cache: torch.Tensor
     layout: KvLayout
-    forward: DeviceForward | None
-    sampler: DeviceSampler | None
+    forward: "Forward | None"
+    sampler: "DeviceSampler | None"
     shape: DeviceShape
+    #: The other ranks of a tensor-parallel group.
+    followers: "Followers | None" = None

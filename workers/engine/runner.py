@@ -26,9 +26,11 @@ from workers.engine.step_batch import EmbeddedRows, StepBatch, embedded_rows
 from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
+from workers.tensor_parallel.kv_moves import copy_blocks, move_slots
 
 if TYPE_CHECKING:
     from workers.device.sampler import DeviceSampler, DeviceTokens
+    from workers.tensor_parallel.followers import Followers
 
 #: Of a token that the plan has.
 NO_SOURCE = -1
@@ -50,7 +52,7 @@ class ModelRunner:
     kv_cache: of `Llama.kv_cache_shape`, contiguous, on the device of the model; fp32 on a CPU. grammars: None refuses
     nothing, but no request may have one. packer: that of the engine; without it no plan may restore a block. embeddings:
     what prompts with pictures read; None: there are none. forward: None is the model's own, for a CPU. sampler: chooses the tokens of plain
-    rows where the logits are; None brings all logits to the host.
+    rows where the logits are; None brings all logits to the host. followers: the other ranks of a tensor-parallel group.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ModelRunner:
         embeddings: EmbeddingMemory | None = None,
         forward: Forward | None = None,
         sampler: "DeviceSampler | None" = None,
+        followers: "Followers | None" = None,
     ) -> None:
         self._model = model
         self._run_forward: Forward = forward if forward is not None else HostForward(model, kv_cache)
@@ -70,6 +73,7 @@ class ModelRunner:
         self._block_size = block_size
         self._grammars = grammars
         self._sampler = sampler
+        self._followers = followers
         self._packer = packer
         self._embeddings = embeddings
 
@@ -90,8 +94,9 @@ class ModelRunner:
         previous: "BegunStep | None" = None,
     ) -> "BegunStep":
         """Begin what `run` does; on a GPU it goes on there. previous: the step whose tokens are assumed in the plan."""
-        for target, source in plan.copies.items():
-            self._kv_cache[:, :, target] = self._kv_cache[:, :, source]
+        copy_blocks(self._kv_cache, plan.copies)
+        if self._followers is not None:
+            self._followers.copy_blocks(plan.copies)
         for block_id, packed in plan.restores.items():
             assert self._packer is not None
             self._packer.unpack(packed, block_id)
@@ -117,6 +122,8 @@ class ModelRunner:
         try:
             prompt_logprobs = _score_prompts(step, begun.logits[step.num_sampled_rows :])
             result = self._sample(begun, prompt_logprobs)
+            if self._followers is not None:
+                self._followers.check()
             return replace(result, filtered=begun.filtered) if begun.filtered else result
         finally:
             # Nothing is left of them unless the step broke.
@@ -184,7 +191,9 @@ class ModelRunner:
             self._run_forward(batch)
 
     def close(self) -> None:
-        """End its threads."""
+        """End its threads, and the other ranks."""
+        if self._followers is not None:
+            self._followers.close()
         if self._grammars is not None:
             self._grammars.masks.close()
 
@@ -281,9 +290,9 @@ class ModelRunner:
         if moved:
             targets = slots[[to for to, _ in moved]]
             sources = slots[[row for _, row in moved]]
-            flat = self._kv_cache.flatten(2, 3)
-            # The right side is a copy, so that no row is overwritten before it is read.
-            flat[:, :, targets] = flat[:, :, sources]
+            move_slots(self._kv_cache, targets, sources)
+            if self._followers is not None:
+                self._followers.move_slots(targets, sources)
         return accepted
 
     def _rows_with_logprobs_and_grammar(

@@ -7,6 +7,7 @@ the gate of the MLP. Angles are in `rope`; here is the order in which all that r
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from workers.model.selective import (
     SelectiveBatch,
     rows_to_compute,
 )
+
+if TYPE_CHECKING:
+    from workers.tensor_parallel.ranks import Ranks
 
 #: [num_rows, in_size] to [num_rows, out_size].
 Projection = Callable[[torch.Tensor], torch.Tensor]
@@ -64,17 +68,22 @@ class Llama:
         config: ModelConfig,
         weights: Mapping[str, torch.Tensor],
         dtype: WeightDtype = WeightDtype.FLOAT32,
+        ranks: "Ranks | None" = None,
     ) -> None:
         """weights: as `prepare.load_weights` names them, fp32 on the CPU, or all of one dtype on a GPU, in which it
-        computes. dtype: of the matrices in memory of the CPU.
+        computes. dtype: of the matrices in memory of the CPU. ranks: those with the other parts of the model; config and
+        weights are then of this one's.
         """
         self.config = config
+        self.ranks = ranks
         self._embedding = weights["embedding"]
-        self._layers = [_layer(config, weights, dtype, i) for i in range(config.num_layers)]
+        self._layers = [_layer(config, weights, dtype, i, ranks) for i in range(config.num_layers)]
         self._norm = weights["norm"]
         self._lm_head = projection(
             weights["embedding" if config.tie_embeddings else "lm_head"], None, dtype.value
         )
+        if ranks is not None:
+            self._lm_head = ranks.gathered(self._lm_head, config.vocab_size)
         self._rope = Rope(config, self.device)
 
     @property
@@ -312,15 +321,26 @@ class Llama:
         hidden: [num_rows, hidden_size]; attended: [num_rows, num_heads, head_dim]. None without rows.
         """
         if not len(hidden):
+            if self.ranks is not None:
+                self.ranks.meet()
             return None
         projected = layer.attention_out(attended.flatten(1))
         normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps, added=projected)
         return layer.down(swiglu(layer.gate_up(normed)))
 
 
-def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: WeightDtype, i: int) -> _Layer:
+def _layer(
+    config: ModelConfig,
+    weights: Mapping[str, torch.Tensor],
+    dtype: WeightDtype,
+    i: int,
+    ranks: "Ranks | None",
+) -> _Layer:
     def linear(name: str) -> Projection:
         return projection(weights[f"layers.{i}.{name}"], weights.get(f"layers.{i}.{name}_bias"), dtype.value)
+
+    def summed(name: str) -> Projection:
+        return linear(name) if ranks is None else ranks.summed(linear(name))
 
     qk_norm = None
     if config.has_qk_norm:
@@ -332,10 +352,10 @@ def _layer(config: ModelConfig, weights: Mapping[str, torch.Tensor], dtype: Weig
         attention_norm=weights[f"layers.{i}.attention_norm"],
         qkv=linear("qkv"),
         qk_norm=qk_norm,
-        attention_out=linear("attention_out"),
+        attention_out=summed("attention_out"),
         mlp_norm=weights[f"layers.{i}.mlp_norm"],
         gate_up=linear("gate_up"),
-        down=linear("down"),
+        down=summed("down"),
         window=config.window(i),
         is_rotated=i not in config.nope_layers,
     )

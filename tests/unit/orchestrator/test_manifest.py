@@ -247,9 +247,79 @@ def test_a_worker_with_a_gpu_computes_with_it(options: dict[str, Any], device: D
     assert spec.engine.kv_cache_bytes == (0 if is_on_gpu else 512 * 2**20)
 
 
-def test_two_gpus_for_one_worker_are_refused() -> None:
-    text = manifest(workers=[group("w", "prefill", "decode", resources={"gpus": 2})])
-    assert "a whole number from 0 to 1" in only_problem(text)
+@pytest.mark.parametrize(
+    ("options", "degree"),
+    [
+        ({}, 1),
+        ({"resources": {"gpus": 1}}, 1),
+        ({"resources": {"gpus": 4}}, 4),
+        ({"resources": {"gpus": 4}, "engine": {"tensorParallel": 4}}, 4),
+        ({"device": "cuda", "engine": {"tensorParallel": 2}}, 2),
+        ({"engine": {"tensorParallel": 2}}, 2),
+    ],
+)
+def test_a_worker_with_several_gpus_is_spread_over_them(options: dict[str, Any], degree: int) -> None:
+    (declared,) = worker_specs(parse(manifest(workers=[group("w", "prefill", "decode", **options)])))
+    assert declared.spec(1, "127.0.0.1").engine.tensor_parallel == degree
+    assert declared.resources.num_gpus == options.get("resources", {}).get("gpus", 0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "phases", "engine", "says"),
+    [
+        (
+            2,
+            ("prefill", "decode"),
+            {"tensorParallel": 4},
+            "engine.tensorParallel: is 4; allowed: 2, as many as",
+        ),
+        (
+            2,
+            ("prefill", "decode"),
+            {"tensorParallel": 1},
+            "engine.tensorParallel: is 1; allowed: 2, as many as",
+        ),
+        (
+            2,
+            ("prefill", "decode"),
+            {"tensorParallel": 0},
+            "engine.tensorParallel: is 0; allowed: a whole number",
+        ),
+        (65, ("prefill", "decode"), {}, "resources.gpus: is 65; allowed: a whole number from 0 to 64"),
+        (
+            2,
+            ("encode", "prefill", "decode"),
+            {},
+            "phases[0]: is encode; allowed: prefill and decode over 2 devices",
+        ),
+        (
+            2,
+            ("prefill", "decode"),
+            {"hostCacheMiB": 8},
+            "engine.hostCacheMiB: is 8; allowed: 0 over 2 devices",
+        ),
+        (
+            2,
+            ("prefill", "decode"),
+            {"spanReuse": {}},
+            "engine.spanReuse: is set; allowed: absent over 2 devices",
+        ),
+    ],
+)
+def test_what_several_gpus_do_not_do_names_the_key(
+    gpus: int, phases: tuple[str, ...], engine: dict[str, Any], says: str
+) -> None:
+    text = manifest(workers=[group("w", *phases, engine=engine, resources={"gpus": gpus})])
+    assert says in only_problem(text)
+
+
+def test_kv_of_several_gpus_is_not_read_in_place() -> None:
+    workers = [group("w", "prefill", "decode", resources={"gpus": 2})]
+    text = manifest(workers=workers, kvTransfer={"transport": "cuda_ipc"})
+    assert (
+        "spec.kvTransfer.transport: is cuda_ipc; allowed: auto or grpc with workers over 2 devices"
+        in only_problem(text)
+    )
 
 
 @pytest.mark.parametrize(

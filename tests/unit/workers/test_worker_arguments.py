@@ -156,7 +156,7 @@ def test_the_manifest_s_bounds_are_those_of_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bounds = manifest_bounds()
-    assert len(bounds) == 19
+    assert len(bounds) == 20
     for option, (least, most) in bounds.items():
         assert isinstance(least, int)
         assert isinstance(most, int)
