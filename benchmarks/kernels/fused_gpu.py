@@ -21,21 +21,23 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from phasewise_kernels.block_copy.op import start_block_copy
-from phasewise_kernels.block_copy.reference import TokenRows, convert, gather, scatter
-from phasewise_kernels.kv_codec.op import decode_pages, encode_pages
-from phasewise_kernels.kv_codec.reference import CODECS, PageCodec
-from phasewise_kernels.quantised_attention.op import quantised_attention
-from phasewise_kernels.rms_norm.op import rms_norm
-from phasewise_kernels.rope_write.op import rope_write
-from phasewise_kernels.sample.op import sample
-from phasewise_kernels.swiglu.op import swiglu
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from phasewise_kernels.block_copy.op import start_block_copy  # noqa: E402
+from phasewise_kernels.block_copy.reference import TokenRows, convert, gather, scatter  # noqa: E402
+from phasewise_kernels.kv_codec.op import decode_pages, encode_pages  # noqa: E402
+from phasewise_kernels.kv_codec.reference import CODECS, PageCodec  # noqa: E402
+from phasewise_kernels.quantised_attention.op import quantised_attention  # noqa: E402
+from phasewise_kernels.rms_norm.op import rms_norm  # noqa: E402
+from phasewise_kernels.rope_write.op import rope_write  # noqa: E402
+from phasewise_kernels.sample.op import sample  # noqa: E402
+from phasewise_kernels.swiglu.op import swiglu  # noqa: E402
+
 #: Copies of the inputs together are as large.
 COPIES_BYTES = 256 << 20
 #: Llama-3-8B.

@@ -1,6 +1,6 @@
 """Attention over a paged KV cache on a GPU: decode by the lean kernel, chunks of prompts, beside what else there is.
 
-    PYTHONPATH=.:kernels python benchmarks/kernels/paged_attention_gpu.py [--quick] [--json FILE] [--commit NAME]
+    python benchmarks/kernels/paged_attention_gpu.py [--quick] [--json FILE] [--commit NAME]
 
 Decode: 32 query heads of 128 over 2, 8 and 32 KV heads, bf16, blocks of 16 tokens in random order. `split` is our kernel
 with a fixed number of pieces, the best of three numbers; `unsplit` one piece per output, as FlashAttention-2 was when
@@ -25,12 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own name for it
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from phasewise_kernels.paged_attention.cuda import (
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
+import triton  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
     CudaAttentionBatch,
     chunk_attention,
     lean_attention,
@@ -38,7 +41,6 @@ from phasewise_kernels.paged_attention.cuda import (
     split_attention,
 )
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = "tests/gpu/test_paged_attention_gpu.py"
 NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 128, 16
 CONTEXTS = (1024, 4096, 16384, 131072, 524288)

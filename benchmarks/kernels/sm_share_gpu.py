@@ -1,6 +1,6 @@
 """Sharing the SMs of one GPU: what layouts cost, how fast one switches, what a part of the SMs reaches, and what MPS takes instead.
 
-    PYTHONPATH=.:kernels python benchmarks/kernels/sm_share_gpu.py [--quick] [--json FILE] [--commit HASH]
+    python benchmarks/kernels/sm_share_gpu.py [--quick] [--json FILE] [--commit HASH]
 
 Runs tests/gpu/test_sm_share.py first and reports nothing when it fails. Needs an NVIDIA GPU, torch for CUDA, cuda-bindings, Triton, numpy and
 pytest; the part on MPS also nvidia-cuda-mps-control, and says so where it is not there.

@@ -1,6 +1,6 @@
 """The engine on one GPU with the shape of Llama-3-8B, random bf16 weights: prefill, decode steps, and a full house.
 
-    PYTHONPATH=.:kernels python benchmarks/serving/engine_gpu.py [--quick] [--profile] [--json FILE]
+    python benchmarks/serving/engine_gpu.py [--quick] [--profile] [--json FILE]
 
 - copy: 2 GiB within the device; bytes read and written are both counted. What a decode step could do at best follows from it:
   it reads all weights but the embedding table, and the KV of all sequences.
@@ -22,6 +22,7 @@ import json
 import platform
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,21 +30,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.serving.gpu_clients import BOTH, Clients
-from workers.api import EngineConfig
-from workers.device.buckets import decode_buckets
-from workers.device.forward import DeviceForward
-from workers.device.sampler import DeviceSampler
-from workers.engine.engine import Engine
-from workers.engine.runner import ModelRunner
-from workers.engine.step_loop import StepLoop
-from workers.model.config import ModelConfig, RopeConfig
-from workers.model.convert import output_shapes
-from workers.model.forward_batch import ForwardBatch
-from workers.model.llama import Llama
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
+from workers.api import EngineConfig  # noqa: E402
+from workers.device.buckets import decode_buckets  # noqa: E402
+from workers.device.forward import DeviceForward  # noqa: E402
+from workers.device.sampler import DeviceSampler  # noqa: E402
+from workers.engine.engine import Engine  # noqa: E402
+from workers.engine.runner import ModelRunner  # noqa: E402
+from workers.engine.step_loop import StepLoop  # noqa: E402
+from workers.model.config import ModelConfig, RopeConfig  # noqa: E402
+from workers.model.convert import output_shapes  # noqa: E402
+from workers.model.forward_batch import ForwardBatch  # noqa: E402
+from workers.model.llama import Llama  # noqa: E402
 
 LLAMA_3_8B = ModelConfig(
     architecture="LlamaForCausalLM",

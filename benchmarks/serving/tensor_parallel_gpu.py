@@ -1,6 +1,6 @@
 """Steps on one GPU and on two with the shape of Llama-3-8B, random bf16 weights: decode, prefill, and their ratio.
 
-    PYTHONPATH=.:kernels python benchmarks/serving/tensor_parallel_gpu.py [--quick] [--degrees 1,2] [--json FILE]
+    python benchmarks/serving/tensor_parallel_gpu.py [--quick] [--degrees 1,2] [--json FILE]
 
 Each rank is a process with its part of the weights and of KV, as in a worker; all run the same steps, and rank 0 measures, by
 CUDA events, medians. What the host does to tell the other ranks of a step is measured by itself: packing a batch of 64
@@ -27,16 +27,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from benchmarks.serving.engine_gpu import BLOCK_SIZE, LLAMA_3_8B, batch_of
-from workers.device.forward import DeviceForward
-from workers.model.convert import output_shapes
-from workers.model.forward_batch import ForwardBatch
-from workers.model.llama import Llama
-from workers.tensor_parallel.cutting import Rank, cut_shape, cuts, rank_config
-from workers.tensor_parallel.messages import Step, pack, unpack
-from workers.tensor_parallel.ranks import Ranks, join, open_store
+import torch  # noqa: E402
+
+from benchmarks.serving.engine_gpu import BLOCK_SIZE, LLAMA_3_8B, batch_of  # noqa: E402
+from workers.device.forward import DeviceForward  # noqa: E402
+from workers.model.convert import output_shapes  # noqa: E402
+from workers.model.forward_batch import ForwardBatch  # noqa: E402
+from workers.model.llama import Llama  # noqa: E402
+from workers.tensor_parallel.cutting import Rank, cut_shape, cuts, rank_config  # noqa: E402
+from workers.tensor_parallel.messages import Step, pack, unpack  # noqa: E402
+from workers.tensor_parallel.ranks import Ranks, join, open_store  # noqa: E402
 
 CONTEXT, PREFILL_TOKENS, BATCHES = 2048, 2048, (64, 1)
 TIMEOUT_S = 60.0
