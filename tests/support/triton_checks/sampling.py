@@ -173,7 +173,7 @@ def check_no_rows(device: str) -> None:
 def check_whatever_comes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
-    @settings(max_examples=40 if device == "cpu" else 200, deadline=None, database=None)
+    @settings(max_examples=20 if device == "cpu" else 200, deadline=None, database=None)
     @given(
         st.sampled_from(["peaked", "flat", "ties", "few"]),
         st.sampled_from([(2, torch.float32), (2500, torch.bfloat16)]),

@@ -51,6 +51,7 @@ def with_two(
 async def tell(it: Gateway, worker: FakeWorker) -> None:
     """The worker has the text, and the gateway has heard of it."""
     index = it.dispatcher._prefixes
+    await until(lambda: worker.num_subscriptions > 0, "it is asked")
     worker.say_of_cache(stored())
     await until(lambda: index.num_blocks_by_worker()[worker.worker_id, 1] > 0, "the gateway has heard")
 

@@ -190,7 +190,7 @@ def test_as_many_stop_tokens_as_a_worker_takes_are_taken() -> None:
             "sampling.choice",
             '\'["a", ""]\'; allowed: one or more',
         ),
-        (drafts(max_draft_tokens=0), "sampling.ngram_drafts.max_draft_tokens", "0; allowed: 1 to 64"),
+        (drafts(max_draft_tokens=0), "sampling.ngram_drafts.max_draft_tokens", "0; allowed: 1 to 63"),
         (cautious(max_branches=1), "sampling.cautious.max_branches", "1; allowed: 2 to 32"),
         (cautious(max_branch_tokens=0), "sampling.cautious.max_branch_tokens", "0; allowed: 1 to 256"),
         (cautious(min_entropy=-1), "sampling.cautious.min_entropy", "-1; allowed: 0 nats or more"),

@@ -40,10 +40,21 @@ def test_no_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _index: "T4")
     with pytest.raises(GpuUnavailable, match=r"T4 has compute capability 7\.5 and 8\.0 is needed"):
         gpu.open_gpu()
+
+
+def test_fewer_gpus_than_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(
+        GpuUnavailable, match=r"tensorParallel is 2 and this process sees 1; set resources.gpus: 2"
+    ):
+        gpu.open_gpu(0, 2)
 
 
 def test_weights_are_converted_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
