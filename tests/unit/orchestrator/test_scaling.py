@@ -102,6 +102,21 @@ def test_one_that_no_node_takes_is_given_up_and_the_reason_told() -> None:
     assert added(scaling, 1.2, 2, until_s=300.0, from_s=151.0)
 
 
+@pytest.mark.parametrize("event", [WorkerEvent.EXITED, WorkerEvent.REPLACE])
+def test_one_that_had_a_node_and_needs_a_new_process_is_waited_for_anew(event: WorkerEvent) -> None:
+    scaling, present = Scaling(CONFIG), machines(3)
+    scaling.adopt(EXTRA[0], 0.0)
+    for now_s in range(200):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    present[EXTRA[0]].handle(event, "a new process", 200.0)
+    for now_s in range(200, 255):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    assert not scaling.retiring
+    for now_s in range(255, 262):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    assert set(scaling.retiring) == {EXTRA[0]}
+
+
 def test_one_that_is_not_needed_goes_the_last_one_first_and_never_the_only_one_of_a_phase() -> None:
     scaling = Scaling(CONFIG)
     for now_s in range(19):
