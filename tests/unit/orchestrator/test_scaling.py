@@ -15,14 +15,16 @@ from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.observation import Observation
 from orchestrator.control.plan import Plan, RequestResources, StartWorker, StopWorker
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.scaling import Demand, Scaling, ScalingConfig
 from orchestrator.control.slo import Slo
-from orchestrator.control.view import LifecycleState, ScaleState
+from orchestrator.control.switching import Switching
+from orchestrator.control.view import ClusterView, LifecycleState, ScaleState, SwitchState, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from tests.support.fake_cluster import FakeMachines, controller_config, declare
 from tests.support.sim import ENGINE, LLAMA_ON_H100, load, worker
-from workers.api import Phase, PhaseWork, WorkerId
+from workers.api import Phase, PhaseWork, WorkerId, WorkerState, WorkerStatus
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 EXTRA = tuple(WorkerId(f"w-{i}") for i in range(2, 5))
@@ -243,6 +245,20 @@ def test_a_new_controller_keeps_those_that_were_added(monkeypatch: pytest.Monkey
     world.load = 0.5
     assert world.ready(world.tick(3)) == ["w-0", "w-1", "w-2", "w-3"]
     assert world.requested[-1] == 4
+
+
+def test_a_switch_of_one_that_is_given_up_meanwhile_ends_with_it() -> None:
+    one = EXTRA[0]
+    switching = Switching({one: P | D})
+    status = WorkerStatus(one, 1, P | D, WorkerState.READY)
+    present = WorkerView(one, 1, P | D, LifecycleState.READY, "w-2:1", "serves", 0, status)
+    other = replace(present, worker_id=WorkerId("w-0"))
+    view = ClusterView("test", 1, 1, "tiny", (present, other))
+    assert switching.begin([SwitchRequest("s", one, P, "asked")], view, 1.0) == 1
+    switching.forget(one, 2.0)
+    assert [(seen.state, seen.reason) for seen in switching.views()] == [
+        (SwitchState.UNDONE, "w-2 is given up")
+    ]
 
 
 # In the simulator.
