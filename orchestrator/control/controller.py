@@ -232,7 +232,7 @@ def _retire_drained(now_s: float, observation: Observation, state: ControllerSta
         ):
             state.used_incarnations[worker_id] = machine.incarnation
             del state.machines[worker_id]
-            switching.forget(worker_id)
+            switching.forget(worker_id, now_s)
             why = "was not empty in time, and is ended" if is_late else "is drained"
             scaling.gone(worker_id, why, len(state.machines))
     if scaling is not None:

@@ -3,7 +3,13 @@
 from dataclasses import astuple
 
 from orchestrator.control.auto_switch import Look
-from orchestrator.control.policies.policy import ClusterLoad, SwitchCost, WorkerLoad
+from orchestrator.control.policies.policy import (
+    ANY_PHASES,
+    FIRST_SWITCH_COST,
+    ClusterLoad,
+    SwitchCost,
+    WorkerLoad,
+)
 from orchestrator.control.slo import Slo
 from orchestrator.control.view_wire import totals_from_pb, totals_to_pb
 from protos import control_pb2 as pb
@@ -33,13 +39,15 @@ def look_from_pb(message: pb.Look) -> Look:
     if len(message.cost) != 6:
         raise ValueError(f"cost: has {len(message.cost)} numbers; a look has 6")
     load = ClusterLoad(tuple(map(_worker_from_pb, message.workers)), totals_from_pb(message.totals))
+    # Looks of the version before tell of no costs, nor of what processes have loaded.
+    has_costs = message.change_s > 0 or message.replace_s > 0
     return Look(
         message.at_s,
         load,
         StepCost(*message.cost),
         Slo(message.ttft_s, message.tpot_s),
         message.tile_s,
-        SwitchCost(message.change_s, message.replace_s),
+        SwitchCost(message.change_s, message.replace_s) if has_costs else FIRST_SWITCH_COST,
     )
 
 
@@ -75,5 +83,5 @@ def _worker_from_pb(message: pb.LookWorker) -> WorkerLoad:
         kv_tokens=message.kv_tokens,
         num_decode_steps=message.num_decode_steps,
         encode_tiles=message.encode_tiles,
-        loaded=phases_from_pb(message.loaded),
+        loaded=phases_from_pb(message.loaded) or ANY_PHASES,
     )

@@ -53,6 +53,7 @@ class Scaling:
     config: ScalingConfig
     #: Workers that go, and since when.
     retiring: dict[WorkerId, float] = field(default_factory=dict)
+    #: Since when each of them waits for a node; of those that have one, the last look.
     _asked_at_s: dict[WorkerId, float] = field(default_factory=dict)
     _above_since_s: float | None = None
     _below_since_s: float | None = None
@@ -107,7 +108,8 @@ class Scaling:
         self._end(ScaleState.UNDONE, reason)
 
     def _follow(self, now_s: float, added: Sequence[WorkerId], placed: set[WorkerId]) -> None:
-        """Whether those that were asked for have come."""
+        """Whether those that were asked for have come. One whose process ends later waits from then on."""
+        self._asked_at_s |= dict.fromkeys(placed, now_s)
         late = [
             one
             for one in added

@@ -68,11 +68,13 @@ class Switching:
         """A worker that was not declared; its process begins with these."""
         self.wanted[worker_id] = phases
 
-    def forget(self, worker_id: WorkerId) -> None:
+    def forget(self, worker_id: WorkerId, now_s: float) -> None:
         """A worker that was added is there no more."""
         del self.wanted[worker_id]
         switch = self._switches.pop(worker_id, None)
         if switch is not None:
+            # Else it would be under way for ever.
+            switch.handle(SwitchEvent.LOST, f"{worker_id} is given up", now_s)
             self._end(switch.view())
 
     def served(self, machines: Iterable[WorkerMachine]) -> Mapping[Phase, int]:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +55,7 @@ class Registry:
             temporary.replace(path)
 
     def get(self, name: str) -> RunningDeployment | None:
-        """The deployment of this name; None when there is none, or its file is not one of this version."""
+        """The deployment of this name; None when there is none, or its file is not one of ours."""
         return _read(self.path(name))
 
     def list(self) -> "list[RunningDeployment]":
@@ -130,6 +130,9 @@ def _read(path: Path) -> RunningDeployment | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(values, dict) or set(values) != {field.name for field in fields(RunningDeployment)}:
+    known = fields(RunningDeployment)
+    # What has a default came with a later version than the file may be of.
+    needed = {field.name for field in known if field.default is MISSING}
+    if not isinstance(values, dict) or not needed <= set(values) <= {field.name for field in known}:
         return None
     return RunningDeployment(**values)

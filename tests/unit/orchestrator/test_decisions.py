@@ -68,6 +68,17 @@ def test_a_look_is_the_same_after_its_way() -> None:
     assert len({one.digest for one in LOOKS}) == len(LOOKS)
 
 
+def test_a_look_of_the_version_before_has_every_process_able_and_the_first_costs() -> None:
+    for one in LOOKS:
+        message = look_to_pb(one)
+        for field in ("tile_s", "change_s", "replace_s"):
+            message.ClearField(field)
+        for worker in message.workers:
+            worker.ClearField("encode_tiles")
+            worker.ClearField("loaded")
+        assert look_from_pb(message) == one
+
+
 def test_a_decision_is_told_as_it_was_seen_last_and_since_when() -> None:
     log = DecisionLog()
     log.came(view(switch(1, SwitchState.LEAVING)), None, 10.0)

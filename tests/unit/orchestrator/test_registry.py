@@ -1,5 +1,7 @@
 """The files that remember which deployments run."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def test_a_file_that_is_none_of_ours_is_not_a_deployment(tmp_path: Path, content
     (tmp_path / "laptop.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert Registry(tmp_path).get("laptop") is None
     assert Registry(tmp_path).list() == []
+
+
+def test_a_file_of_the_version_before_is_read(tmp_path: Path) -> None:
+    values = asdict(RUNNING)
+    del values["is_autoscaled"]
+    (tmp_path / "laptop.json").write_text(json.dumps(values))
+    assert Registry(tmp_path).get("laptop") == RUNNING
+    assert Registry(tmp_path).list() == [RUNNING]
 
 
 def test_a_log_is_kept_only_if_something_is_in_it(tmp_path: Path) -> None:

@@ -15,14 +15,16 @@ from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.observation import Observation
 from orchestrator.control.plan import Plan, RequestResources, StartWorker, StopWorker
+from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.scaling import Demand, Scaling, ScalingConfig
 from orchestrator.control.slo import Slo
-from orchestrator.control.view import LifecycleState, ScaleState
+from orchestrator.control.switching import Switching
+from orchestrator.control.view import ClusterView, LifecycleState, ScaleState, SwitchState, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from tests.support.fake_cluster import FakeMachines, controller_config, declare
 from tests.support.sim import ENGINE, LLAMA_ON_H100, load, worker
-from workers.api import Phase, PhaseWork, WorkerId
+from workers.api import Phase, PhaseWork, WorkerId, WorkerState, WorkerStatus
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 EXTRA = tuple(WorkerId(f"w-{i}") for i in range(2, 5))
@@ -100,6 +102,21 @@ def test_one_that_no_node_takes_is_given_up_and_the_reason_told() -> None:
     # It is not asked again at once.
     assert not added(scaling, 1.2, 2, until_s=150.0, from_s=90.0)
     assert added(scaling, 1.2, 2, until_s=300.0, from_s=151.0)
+
+
+@pytest.mark.parametrize("event", [WorkerEvent.EXITED, WorkerEvent.REPLACE])
+def test_one_that_had_a_node_and_needs_a_new_process_is_waited_for_anew(event: WorkerEvent) -> None:
+    scaling, present = Scaling(CONFIG), machines(3)
+    scaling.adopt(EXTRA[0], 0.0)
+    for now_s in range(200):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    present[EXTRA[0]].handle(event, "a new process", 200.0)
+    for now_s in range(200, 255):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    assert not scaling.retiring
+    for now_s in range(255, 262):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    assert set(scaling.retiring) == {EXTRA[0]}
 
 
 def test_one_that_is_not_needed_goes_the_last_one_first_and_never_the_only_one_of_a_phase() -> None:
@@ -228,6 +245,20 @@ def test_a_new_controller_keeps_those_that_were_added(monkeypatch: pytest.Monkey
     world.load = 0.5
     assert world.ready(world.tick(3)) == ["w-0", "w-1", "w-2", "w-3"]
     assert world.requested[-1] == 4
+
+
+def test_a_switch_of_one_that_is_given_up_meanwhile_ends_with_it() -> None:
+    one = EXTRA[0]
+    switching = Switching({one: P | D})
+    status = WorkerStatus(one, 1, P | D, WorkerState.READY)
+    present = WorkerView(one, 1, P | D, LifecycleState.READY, "w-2:1", "serves", 0, status)
+    other = replace(present, worker_id=WorkerId("w-0"))
+    view = ClusterView("test", 1, 1, "tiny", (present, other))
+    assert switching.begin([SwitchRequest("s", one, P, "asked")], view, 1.0) == 1
+    switching.forget(one, 2.0)
+    assert [(seen.state, seen.reason) for seen in switching.views()] == [
+        (SwitchState.UNDONE, "w-2 is given up")
+    ]
 
 
 # In the simulator.
