@@ -46,6 +46,11 @@ def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
     return torch.device("cuda", index)
 
 
+def gpu_uuid(index: int = 0) -> str:
+    """Of GPU `index` of those that this process sees, as NVML names it."""
+    return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+
+
 def gpu_memory(device: torch.device) -> GpuMemory:
     """As of now."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
