@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from workers.api import (
+    Device,
     EngineConfig,
     Phase,
     RequestId,
@@ -36,7 +37,8 @@ from workers.launch_environment import missing_variables
 from workers.step_shape import StepCosts, StepShape
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
-KV_CACHE_BYTES = 512 * 2**20
+#: Of a GPU: its pool is what is left of its share, and what is captured and prepared goes up to the grid's largest steps.
+GPU_TOKEN_BUDGET, GPU_MAX_SEQUENCES = 8192, 256
 #: The grid is gone through so often, or until so many seconds have passed, but at least twice: the first round warms up.
 MAX_ROUNDS, MAX_S = 6, 100.0
 
@@ -74,6 +76,20 @@ GRID = (
     GridStep(4, 512, chunk_tokens=64),
     GridStep(8, 512, chunk_tokens=248),
     GridStep(16, 128, chunk_tokens=128, num_before=512),
+)
+#: Steps of a GPU are shorter than those of a CPU, and a worker's are larger there.
+GPU_GRID = (
+    *(GridStep(num, 128) for num in (1, 8, 32, 128, 256)),
+    *(GridStep(num, 1024) for num in (1, 8, 32, 64, 128, 256)),
+    *(GridStep(num, 4096) for num in (1, 16, 48)),
+    *(GridStep(chunk_tokens=num) for num in (64, 256, 512, 1024, 2048, 4096, 8192)),
+    GridStep(chunk_tokens=512, num_before=1536),
+    GridStep(chunk_tokens=1024, num_before=3072),
+    GridStep(chunk_tokens=2048, num_before=6144),
+    GridStep(16, 1024, chunk_tokens=256),
+    GridStep(64, 1024, chunk_tokens=512),
+    GridStep(64, 1024, chunk_tokens=1984),
+    GridStep(128, 512, chunk_tokens=1024, num_before=1024),
 )
 
 
@@ -122,11 +138,13 @@ def _sequence(number: int, num_tokens: int) -> TokenSequence:
     return sequence
 
 
-def grid_for(num_blocks: int, block_size: int, max_context_tokens: int) -> list[GridStep]:
-    """Steps whose sequences fit the pool and the model."""
+def grid_for(
+    num_blocks: int, block_size: int, max_context_tokens: int, *, steps: Sequence[GridStep] = GRID
+) -> list[GridStep]:
+    """Those of these steps whose sequences fit the pool and the model."""
     return [
         step
-        for step in GRID
+        for step in steps
         if max(step.sequence_tokens) <= max_context_tokens
         and sum(-(-num // block_size) for num in step.sequence_tokens) <= num_blocks
     ]
@@ -171,7 +189,8 @@ def calibrate(
     loaded = load(spec, lambda what, fraction: tell(f"{what} {fraction:.0%}"))
     text = loaded.text
     assert text is not None
-    grid = grid_for(text.num_blocks, spec.engine.block_size, text.config.max_context_tokens)
+    steps = GPU_GRID if spec.device is Device.CUDA else GRID
+    grid = grid_for(text.num_blocks, spec.engine.block_size, text.config.max_context_tokens, steps=steps)
     plans = [plan_of(step, spec.engine.block_size) for step in grid]
     shapes = [shape_of(plan) for plan in plans]
     rounds_s: list[list[float]] = []
@@ -187,8 +206,21 @@ def calibrate(
     finally:
         text.runner.close()
         text.compiler.close()
-    costs, steps = fit(text.latency, grid, shapes, rounds_s[1:])
-    return Calibration(text.model_digest, costs, steps)
+    costs, measured = fit(text.latency, grid, shapes, rounds_s[1:])
+    return Calibration(text.model_digest, costs, measured)
+
+
+def engine_for(device: Device, num_threads: int, weight_dtype: WeightDtype) -> EngineConfig:
+    """Limits that hold the grid of this device."""
+    if device is Device.CUDA:
+        return EngineConfig(
+            kv_cache_bytes=0,
+            token_budget=GPU_TOKEN_BUDGET,
+            max_running_sequences=GPU_MAX_SEQUENCES,
+            num_threads=num_threads,
+            weight_dtype=weight_dtype,
+        )
+    return EngineConfig(num_threads=num_threads, weight_dtype=weight_dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,12 +228,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.calibration")
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--weight-dtype", type=WeightDtype, default=WeightDtype.FLOAT32)
+    parser.add_argument("--device", type=Device, required=True)
+    parser.add_argument("--weight-dtype", type=WeightDtype, required=True)
     arguments = parser.parse_args(argv)
-    engine = EngineConfig(
-        kv_cache_bytes=KV_CACHE_BYTES, num_threads=arguments.threads, weight_dtype=arguments.weight_dtype
+    engine = engine_for(arguments.device, arguments.threads, arguments.weight_dtype)
+    spec = WorkerSpec(
+        WorkerId("calibration"), 1, BOTH, arguments.model, device=arguments.device, engine=engine
     )
-    spec = WorkerSpec(WorkerId("calibration"), 1, BOTH, arguments.model, engine=engine)
     try:
         found = calibrate(spec, lambda text: _write({"doing": text}))
     except PhasewiseWorkerError as error:

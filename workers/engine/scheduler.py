@@ -204,12 +204,14 @@ class Scheduler:
         """Chunks of running prefills, and of waiting sequences while they can be admitted."""
         batch = self._batch
         is_admitting = bool(batch.waiting) and batch.num_places < num_places
-        if not is_admitting and not batch.prefills:
+        # All of a prompt may be in the step that runs: nothing of it is left to plan.
+        prefills = [one for one in batch.prefills if one.num_uncomputed_tokens > 0]
+        if not is_admitting and not prefills:
             return
         waiting = batch.waiting.copy() if is_admitting else []
         # Looked at one by one, and no more once somebody has to wait.
         candidates = (one for one in waiting if is_admitting and one.arrived_s <= arrived_until_s)
-        ordered = self._in_order(batch.prefills, candidates, now_s)
+        ordered = self._in_order(prefills, candidates, now_s)
         if self._predicted is not None and batch.decodes:
             ordered = iter(ordered)
             first = next(ordered, None)

@@ -248,6 +248,8 @@ class StepLoop:
         if flight is not None and not self.engine.assume(flight.plan):
             self._complete(flight)
             flight = None
+            # What is planned now begins now: the time of the step before it is not its own.
+            now_s = self._clock()
         broken: tuple[StepPlan, Exception] | None = None
         try:
             plan = self._plan(now_s)

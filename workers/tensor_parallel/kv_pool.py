@@ -93,6 +93,8 @@ class GroupPool:
         shape = (span.layer_hi - span.layer_lo, 2, span.num_tokens, num_heads, self._layout.head_dim)
         values = _converted(staged.view(_dtype(dtype)).view(shape), _dtype(self._layout.dtype))
         slots = self._slots(span)
+        # A step that runs may still write to these blocks for a sequence that has left them, on a stream of each rank's own.
+        self._wait(0)
         for index, (lo, hi) in enumerate(self._heads):
             first, last = max(lo, span.head_lo), min(hi, span.head_hi)
             if first < last:

@@ -32,7 +32,12 @@ def test_a_model_is_measured_and_its_profile_written(
     ("arguments", "code", "said"),
     [
         (("--model", "no-such.gguf"), exit_codes.FAILURE, "no-such.gguf"),
-        (("--model", "x.gguf", "--device", "cuda"), exit_codes.USAGE, "supported: cpu"),
+        (
+            ("--model", "x.gguf", "--weight-dtype", "float16"),
+            exit_codes.USAGE,
+            "with --device cpu it is one of",
+        ),
+        (("--model", "x.gguf", "--device", "cuda", "--weight-dtype", "int8"), exit_codes.USAGE, "bfloat16"),
         (("--model", "x.gguf", "--out", "/no/such/folder/p.json"), exit_codes.USAGE, "no such folder"),
     ],
 )

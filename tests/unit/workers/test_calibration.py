@@ -3,8 +3,8 @@
 import pytest
 
 from orchestrator.control.known_shapes import MODELS
-from workers.api import WeightDtype
-from workers.calibration import GRID, GridStep, fit, grid_for, plan_of
+from workers.api import Device, WeightDtype
+from workers.calibration import GPU_GRID, GRID, GridStep, engine_for, fit, grid_for, plan_of
 from workers.engine.step_records import is_described, shape_of
 from workers.latency_model import LatencyModel
 from workers.loaded_shapes import cpu_shape, model_shape
@@ -14,7 +14,7 @@ from workers.step_shape import StepCosts, chunk, decodes
 CPU = cpu_shape(2, 2**34)
 
 
-@pytest.mark.parametrize("step", GRID, ids=str)
+@pytest.mark.parametrize("step", [*GRID, *GPU_GRID], ids=str)
 def test_each_step_of_the_grid_has_the_shape_that_it_names(step: GridStep) -> None:
     plan = plan_of(step, block_size=16)
     shape = decodes(step.num_decodes, step.num_decodes * step.context_tokens)
@@ -31,6 +31,16 @@ def test_what_does_not_fit_the_model_or_the_pool_is_left_out() -> None:
     assert grid_for(10**6, 16, 10**6) == list(GRID)
     assert all(max(step.sequence_tokens) <= 512 for step in grid_for(10**6, 16, 512))
     assert all(sum(step.sequence_tokens) <= 40 * 16 for step in grid_for(40, 16, 10**6))
+
+
+@pytest.mark.parametrize(("device", "grid"), [(Device.CPU, GRID), (Device.CUDA, GPU_GRID)])
+def test_an_engine_is_made_for_its_grid(device: Device, grid: tuple[GridStep, ...]) -> None:
+    engine = engine_for(device, 1, WeightDtype.BFLOAT16)
+    if device is Device.CUDA:
+        assert engine.kv_cache_bytes == 0
+        assert all(step.num_decodes + step.chunk_tokens <= engine.token_budget for step in grid)
+        assert all(len(step.sequence_tokens) <= engine.max_running_sequences for step in grid)
+    assert grid_for(10**6, engine.block_size, 10**6, steps=grid) == list(grid)
 
 
 def test_a_fit_finds_the_machine_that_made_the_times() -> None:

@@ -82,21 +82,21 @@ class World:
         self.device = DeviceFake()
         self.outputs: list[Output] = []
         self.tokens: dict[str, list[int]] = {}
-        self._now_s = 0.0
+        self.now_s = 0.0
         self.loop = StepLoop(
             self.engine, self.device, self.outputs.extend, pytest.fail, self._clock, overlapping=self.device
         )
 
     def _clock(self) -> float:
-        self._now_s += 0.001
-        return self._now_s
+        self.now_s += 0.001
+        return self.now_s
 
     def submit(self, name: str, num_prompt: int, max_new: int) -> None:
         self.tokens[name] = []
         asked = submit(name, BOTH, num_prompt=num_prompt, max_new=max_new)
         # Prompts differ, so that nobody finds those of others.
         tokens = tuple(1000 * int(name[1:]) + i for i in range(num_prompt))
-        self.engine.handle(replace(asked, token_ids=tokens), self._now_s)
+        self.engine.handle(replace(asked, token_ids=tokens), self.now_s)
 
     def step(self) -> bool:
         is_working = self.loop.step()
@@ -184,6 +184,31 @@ def test_a_request_that_needs_its_tokens_on_the_host_is_waited_for() -> None:
         pass
     assert world.tokens["r0"] == expected_tokens("r0", 3, 8)
     assert world.device.num_ahead == 0
+
+
+def test_a_step_that_waits_for_the_one_before_it_does_not_take_its_time_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(ROOMY, NUM_BLOCKS)
+    asked = submit("r2", BOTH, num_prompt=3, max_new=8)
+    sampling = replace(asked.sampling, repetition_penalty=1.5)
+    world.engine.handle(replace(asked, sampling=sampling), 0.0)
+    result, complete, times_s = BegunFake.result, world.engine.complete, list[float]()
+
+    def slow(begun: BegunFake) -> StepResult:
+        world.now_s += 1.0
+        return result(begun)
+
+    def timed(plan: StepPlan, found: StepResult, now_s: float) -> None:
+        times_s.append(now_s - plan.began_s)
+        complete(plan, found, now_s)
+
+    monkeypatch.setattr(BegunFake, "result", slow)
+    monkeypatch.setattr(world.engine, "complete", timed)
+    while world.loop.step():
+        pass
+    assert len(times_s) == len(expected_tokens("r2", 3, 8)) > 3
+    assert all(1.0 < one < 1.1 for one in times_s)
 
 
 def test_a_step_keeps_what_is_still_there() -> None:

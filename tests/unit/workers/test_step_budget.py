@@ -150,3 +150,13 @@ def test_everybody_ends_and_a_prompt_is_left_out_of_few_steps(
             left.remove(one)
             steps.batch.leave(one)
     assert steps.batch.pool.num_available == num_blocks
+
+
+def test_a_prompt_that_the_running_step_ends_leaves_the_budget_to_the_next() -> None:
+    steps = Steps(PREDICTED, num_blocks=1000, latency=learnt())
+    for _ in range(4):
+        steps.decoding(max_new=100, tpot_target_s=0.035)
+    # As a step that is planned while that one runs has it.
+    steps.prefilling(20, 20)
+    steps.wait(200)
+    assert sizes(steps, 1) == [16]

@@ -81,6 +81,22 @@ def test_kv_of_a_group_is_read_and_written_as_that_of_one_pool(
     assert [int((~one.isnan()).sum()) for one in caches] == [num_values * num for num in held]
 
 
+def test_nothing_is_written_before_what_rank_0_has_launched_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, caches = group_pool(2)
+    waits = list[tuple[int, bool]]()
+
+    def wait(index: int) -> None:
+        waits.append((index, all(bool(one.isnan().all()) for one in caches)))
+
+    monkeypatch.setattr(pool, "_wait", wait)
+    span = KvSpan((0, 1), 0, 8, 0, 3, 0, 4)
+    pool.write(span, memoryview(bytearray(span_bytes(span, LAYOUT))), "float32")
+    assert waits[0] == (0, True)
+    assert {index for index, was_untouched in waits if not was_untouched} == {0, 1}
+
+
 def test_a_span_or_payload_that_does_not_fit_is_refused() -> None:
     pool, _ = group_pool(2)
     span = KvSpan((0, 1), 0, 8, 0, 3, 0, 4)
