@@ -55,7 +55,7 @@ def gpu_uuid(index: int = 0) -> str:
 def gpu_memory(device: torch.device) -> GpuMemory:
     """As of now."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    return GpuMemory(free_bytes, total_bytes)
+    return GpuMemory(free_bytes, total_bytes, torch.cuda.memory_reserved(device))
 
 
 def check_room(need_bytes: int, device: torch.device, memory_fraction: float) -> None:

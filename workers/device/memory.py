@@ -13,14 +13,15 @@ SAMPLER_COPIES_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """free_bytes: now, of total_bytes; what is not free may belong to other processes."""
+    """free_bytes: now, of total_bytes. own_bytes: what this process holds of the rest; the others hold what remains."""
 
     free_bytes: int
     total_bytes: int
+    own_bytes: int = 0
 
     def left_of(self, fraction: float) -> int:
-        """What may still be taken so that no more than this share of the memory is in use."""
-        return max(0, int(fraction * self.total_bytes) - (self.total_bytes - self.free_bytes))
+        """What this process may still take so that it has no more than this share of the memory."""
+        return max(0, min(self.free_bytes, int(fraction * self.total_bytes) - self.own_bytes))
 
 
 def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> int:

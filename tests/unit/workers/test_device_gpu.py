@@ -70,15 +70,16 @@ def test_weights_are_converted_one_by_one(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "gpu_memory", lambda _device: GpuMemory(100, 200))
+    monkeypatch.setattr(gpu, "gpu_memory", lambda _device: GpuMemory(100, 200, 100))
     save_file({"a": torch.zeros(64)}, tmp_path / "weights")
     with pytest.raises(OutOfMemory, match=r"weights on the GPU.*raise engine.gpuMemoryFraction"):
         gpu.load_to_gpu(tmp_path / "weights", CPU, torch.bfloat16, 0.9, nothing)
 
 
 def taken(monkeypatch: pytest.MonkeyPatch, free_mib: int, kv_cache_bytes: int) -> torch.Tensor:
-    """The KV cache that is taken when so much of 100 MiB is free and a step needs 10."""
-    monkeypatch.setattr(placing, "gpu_memory", lambda _device: GpuMemory(free_mib * MIB, 100 * MIB))
+    """The KV cache that is taken when so much of 100 MiB is free, the rest is ours, and a step needs 10."""
+    memory = GpuMemory(free_mib * MIB, 100 * MIB, (100 - free_mib) * MIB)
+    monkeypatch.setattr(placing, "gpu_memory", lambda _device: memory)
     engine = replace(ENGINE, kv_cache_bytes=kv_cache_bytes, gpu_memory_fraction=0.9)
     spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", engine=engine, device=Device.CUDA)
     return placing._take_kv_cache(spec, LAYOUT, 10 * MIB, CPU, nothing)

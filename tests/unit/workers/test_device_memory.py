@@ -13,8 +13,8 @@ AUTO = replace(ENGINE, kv_cache_bytes=0)
 
 
 def test_what_is_left_of_the_share_is_taken() -> None:
-    # 20 GiB are in use: weights, and other processes.
-    memory = GpuMemory(60 * GIB, 80 * GIB)
+    # Its weights.
+    memory = GpuMemory(60 * GIB, 80 * GIB, 20 * GIB)
     assert memory.left_of(0.9) == 52 * GIB
     assert kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=0.9), 2 * GIB) == 50 * GIB
     assert kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=0.25), 2 * GIB) < 0
@@ -24,11 +24,23 @@ def test_a_size_that_is_named_is_kept() -> None:
     assert kv_cache_bytes(GpuMemory(0, GIB), replace(ENGINE, kv_cache_bytes=7), 0) == 7
 
 
-@given(st.integers(0, 80 * GIB), st.floats(0.05, 1), st.integers(0, 4 * GIB))
-def test_never_more_than_the_share(used: int, fraction: float, needed: int) -> None:
-    memory = GpuMemory(80 * GIB - used, 80 * GIB)
+def test_two_workers_of_one_gpu_have_a_share_each() -> None:
+    first = GpuMemory(64 * GIB, 80 * GIB, 16 * GIB)
+    assert first.left_of(0.45) == 20 * GIB
+    # The first one has all of its share, and the second one its weights.
+    second = GpuMemory(28 * GIB, 80 * GIB, 16 * GIB)
+    assert second.left_of(0.45) == 20 * GIB
+    assert second.left_of(0.9) == 28 * GIB
+
+
+@given(st.integers(0, 40 * GIB), st.integers(0, 40 * GIB), st.floats(0.05, 1), st.integers(0, 4 * GIB))
+def test_never_more_than_the_share_and_than_there_is(
+    own: int, others: int, fraction: float, needed: int
+) -> None:
+    memory = GpuMemory(80 * GIB - own - others, 80 * GIB, own)
     taken = kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=fraction), needed)
-    assert taken <= 0 or used + needed + taken <= fraction * 80 * GIB
+    assert taken <= 0 or own + needed + taken <= fraction * 80 * GIB
+    assert taken <= 0 or needed + taken <= memory.free_bytes
 
 
 def test_steps_need_more_with_more_tokens_and_sequences() -> None:
