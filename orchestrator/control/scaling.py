@@ -81,7 +81,7 @@ class Scaling:
         placed = {
             one for one in added if machines[one].address or machines[one].state is LifecycleState.READY
         }
-        self._follow(now_s, added, placed)
+        self._follow(now_s, added, placed, machines)
         if demand is None or demand.is_moving or self.retiring:
             # Moves come first; their effect is waited for.
             self._above_since_s = self._below_since_s = None
@@ -107,7 +107,13 @@ class Scaling:
         del self.retiring[worker_id]
         self._end(ScaleState.UNDONE, reason)
 
-    def _follow(self, now_s: float, added: Sequence[WorkerId], placed: set[WorkerId]) -> None:
+    def _follow(
+        self,
+        now_s: float,
+        added: Sequence[WorkerId],
+        placed: set[WorkerId],
+        machines: Mapping[WorkerId, WorkerMachine],
+    ) -> None:
         """Whether those that were asked for have come. One whose process ends later waits from then on."""
         self._asked_at_s |= dict.fromkeys(placed, now_s)
         late = [
@@ -119,10 +125,16 @@ class Scaling:
             self._blocked_until_s = now_s + self.config.blocked_s
             for one in late:
                 self.retiring.setdefault(one, now_s)
-            reason = f"no node took {', '.join(late)} in {self.config.give_up_s:g} s: is there an autoscaler, and may it add nodes?"
-            self._end(ScaleState.UNDONE, reason)
+            self._end(ScaleState.UNDONE, self._why_late([machines[one] for one in late]))
         elif added and len(placed) == len(added) and self._is_growing:
             self._end(ScaleState.DONE, "all of them have a node")
+
+    def _why_late(self, late: Sequence[WorkerMachine]) -> str:
+        broken = [one for one in late if one.state in (LifecycleState.LOST, LifecycleState.FAILED)]
+        if broken:
+            return "; ".join(f"{one.worker_id} does not start: {one.reason}" for one in broken)
+        names = ", ".join(one.worker_id for one in late)
+        return f"no node took {names} in {self.config.give_up_s:g} s: is there an autoscaler, and may it add nodes?"
 
     @property
     def _is_growing(self) -> bool:

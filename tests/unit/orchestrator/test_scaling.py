@@ -104,6 +104,16 @@ def test_one_that_no_node_takes_is_given_up_and_the_reason_told() -> None:
     assert added(scaling, 1.2, 2, until_s=300.0, from_s=151.0)
 
 
+def test_one_that_does_not_start_is_given_up_with_its_own_reason() -> None:
+    scaling, present = Scaling(CONFIG), machines(3, num_ready=2)
+    scaling.adopt(EXTRA[0], 0.0)
+    present[EXTRA[0]].handle(WorkerEvent.EXITED, "the model needs 9 GiB of memory", 1.0)
+    for now_s in range(70):
+        scaling.tick(float(now_s), demand(0.9), present, SERVED)
+    assert set(scaling.retiring) == {EXTRA[0]}
+    assert scaling._why_late([present[EXTRA[0]]]) == "w-2 does not start: the model needs 9 GiB of memory"
+
+
 @pytest.mark.parametrize("event", [WorkerEvent.EXITED, WorkerEvent.REPLACE])
 def test_one_that_had_a_node_and_needs_a_new_process_is_waited_for_anew(event: WorkerEvent) -> None:
     scaling, present = Scaling(CONFIG), machines(3)
