@@ -37,25 +37,29 @@ class Head:
     log_dir: str
     created_unix_s: float
 
+    def release(self) -> None:
+        """From now on it outlives us."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.close()
+
     def close(self) -> None:
-        """Let go of a process that has ended, or will: one that is bound to us ends when its stdin closes."""
+        """Let go of a process that has ended, or will since its stdin closes."""
         _close(self.process)
 
 
-def start_head(*, num_cpus: int, is_bound_to_us: bool, log: Path) -> Head:
+def start_head(*, num_cpus: int, log: Path) -> Head:
     """Start Ray, in a session of its own so that Ctrl-C here does not reach it.
 
-    is_bound_to_us: it ends when this process does, even by a kill. log: gets what it says on stderr.
+    It ends when this process does, even by a kill, unless it is released. log: gets what it says on stderr.
     Raises LaunchFailed.
     """
     command = [sys.executable, "-m", MODULE, f"--num-cpus={num_cpus}"]
-    if is_bound_to_us:
-        command.append("--until-stdin-closes")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stderr:
         process = subprocess.Popen(  # noqa: S603 - a command of ours
             command,
-            stdin=subprocess.PIPE if is_bound_to_us else subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
             start_new_session=True,

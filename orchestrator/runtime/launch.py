@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -42,6 +43,9 @@ ACTOR_TIMEOUT_S = 120.0
 #: For a gateway that runs already to say where.
 ANSWER_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+#: Below those that Linux gives to connections, which could take one before the gateway does (ip_local_port_range).
+OWN_PORTS = range(20_000, 32_768)
+NUM_TRIED_PORTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,10 @@ def launch(
     """
     registry = registry if registry is not None else Registry()
     with registry.starting(deployment.metadata.name), _undone_by_sigterm():
-        return _launch(deployment, progress, registry, ray_address, is_bound_to_us=is_bound_to_us)
+        launched = _launch(deployment, progress, registry, ray_address)
+        if launched.head is not None and not is_bound_to_us:
+            launched.head.release()
+        return launched
 
 
 def _launch(
@@ -76,8 +83,6 @@ def _launch(
     progress: Progress,
     registry: Registry,
     ray_address: str | None,
-    *,
-    is_bound_to_us: bool,
 ) -> Launched:
     name = deployment.metadata.name
     earlier = registry.get(name)
@@ -95,9 +100,7 @@ def _launch(
     try:
         if ray_address is None:
             progress("starting Ray")
-            head = start_head(
-                num_cpus=_num_cpus(deployment), is_bound_to_us=is_bound_to_us, log=registry.log_path(name)
-            )
+            head = start_head(num_cpus=_num_cpus(deployment), log=registry.log_path(name))
             running = replace(
                 running,
                 ray_address=head.ray_address,
@@ -229,8 +232,21 @@ def with_fixed_ports(config: GatewayConfig) -> GatewayConfig:
     )
 
 
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(
+        socket.AF_INET6 if host.startswith("[") else socket.AF_INET, socket.SOCK_STREAM
+    ) as probe:
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError:
+            return False
+    return True
+
+
 def _free_address(address: str, manifest_key: str) -> str:
     host, port = split_address(address)
+    if port == 0:
+        port = next((one for one in random.sample(OWN_PORTS, NUM_TRIED_PORTS) if _is_free(host, one)), 0)
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As servers do, so that connections of an earlier gateway that linger do not matter.

@@ -1,7 +1,7 @@
 """A Ray cluster of one node, which lives as long as this process: `python -m orchestrator.runtime.local_head`.
 
-Prints one line of JSON when the cluster is up. Ends on SIGTERM or SIGINT; with --until-stdin-closes also
-when whoever started it is gone, however that came about. Ray's own processes notice if this one is killed.
+Prints one line of JSON when the cluster is up. Ends on SIGTERM or SIGINT, and when its stdin closes: whoever started it is
+gone then, however that came about. Something on stdin releases it from that. Ray's own processes notice if this one is killed.
 """
 
 import argparse
@@ -25,16 +25,14 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 
 def _wait_for_end_of_stdin(is_over: threading.Event) -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    is_over.set()
+    if not os.read(sys.stdin.fileno(), 1):
+        is_over.set()
 
 
 def main() -> int:
     """Until told to end; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-cpus", type=int, required=True)
-    parser.add_argument("--until-stdin-closes", action="store_true")
     args = parser.parse_args()
     is_over = threading.Event()
 
@@ -58,8 +56,7 @@ def main() -> int:
         sys.stdout.flush()
         # Whoever read that may be gone before we are.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if args.until_stdin_closes:
-            threading.Thread(target=_wait_for_end_of_stdin, args=(is_over,), daemon=True).start()
+        threading.Thread(target=_wait_for_end_of_stdin, args=(is_over,), daemon=True).start()
         is_over.wait()
     finally:
         ray.shutdown()

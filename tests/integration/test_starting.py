@@ -61,9 +61,12 @@ def _being_prepared(model: Path) -> Iterator[None]:
 
 
 def _left_by(user: User) -> list[str]:
-    """What still runs, by number, parent, state and command line, for whoever reads a failure."""
+    """What does not end, by number, parent, state and command line, for whoever reads a failure.
+
+    A cluster ends by itself when who started it is gone.
+    """
     left = []
-    for process in _processes_of(user):
+    for process in psutil.wait_procs(_processes_of(user), timeout=BOUND_S)[1]:
         try:
             about = f"pid {process.pid} of {process.ppid()}, {process.status()}"
             left.append(f"{about}: {' '.join(process.cmdline())}")

@@ -26,7 +26,7 @@ def requested_resources() -> Any:
 @contextmanager
 def local_ray(folder: Path, *, num_cpus: int) -> Iterator[str]:
     """The address of a cluster that lives as long as the block; this process has joined it."""
-    head = start_head(num_cpus=num_cpus, is_bound_to_us=True, log=folder / "head.log")
+    head = start_head(num_cpus=num_cpus, log=folder / "head.log")
     try:
         ray.init(
             address=head.ray_address,
