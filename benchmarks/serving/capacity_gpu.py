@@ -41,6 +41,7 @@ from workers.api import (  # noqa: E402
     EngineConfig,
     Phase,
     PrefillOrder,
+    RequestFailed,
     RequestId,
     RequestKey,
     SamplingParams,
@@ -165,7 +166,8 @@ def serve(
     vocabulary = range(machine.config.vocab_size)
     prompts = [tuple(rng.choices(vocabulary, k=one.prompt_tokens)) for one in requests]
     served: dict[str, Served] = {}
-    is_done, problems = threading.Event(), []
+    is_done = threading.Event()
+    problems: list[RequestFailed | str] = []
     num_left = len(requests)
 
     def publish(outputs: list[Output]) -> None:
@@ -182,10 +184,9 @@ def serve(
                         num_left -= 1
                         if num_left == 0:
                             is_done.set()
-                case _:
-                    if hasattr(output, "reason"):
-                        problems.append(output)
-                        is_done.set()
+                case RequestFailed():
+                    problems.append(output)
+                    is_done.set()
 
     def broke(reason: str) -> None:
         problems.append(reason)
