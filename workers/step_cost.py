@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     # It brings numpy, which clients of a view do without.
     from workers.latency_model import LatencyModel
 
+#: Of a token: a model that has learnt from steps whose launch took longer than what they computed says that tokens cost nothing.
+LEAST_TOKEN_S = 1e-9
+
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
@@ -84,7 +87,7 @@ class StepCost:
         The chunk's own pairs are counted as if it had the length that it would have without them.
         """
         left_s = limit_s - self.overhead_s - self.context_s * context - self.decode_s * num_decodes
-        each_s = self.token_s + self.pair_s * num_before
+        each_s = max(self.token_s + self.pair_s * num_before, LEAST_TOKEN_S)
         if left_s <= 0 or self.overhead_s + self.weights_s + self.context_s * context > limit_s:
             return 0
         num_tokens = left_s / each_s

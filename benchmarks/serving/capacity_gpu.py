@@ -50,7 +50,7 @@ from workers.api import (  # noqa: E402
     TokensGenerated,
     WeightDtype,
 )
-from workers.device.buckets import decode_buckets  # noqa: E402
+from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
 from workers.device.forward import DeviceForward  # noqa: E402
 from workers.device.sampler import DeviceSampler  # noqa: E402
 from workers.engine.engine import Engine  # noqa: E402
@@ -119,6 +119,7 @@ class Machine:
             kv_cache,
             max_context_tokens=config.max_context_tokens,
             buckets=decode_buckets(max_running),
+            mixed_buckets=mixed_buckets(MOST_TOKENS),
         )
         self.forward.warm_up(max_running, shown)
         self.forward.capture(shown)

@@ -38,7 +38,7 @@ import torch  # noqa: E402
 
 from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
 from workers.api import EngineConfig  # noqa: E402
-from workers.device.buckets import decode_buckets  # noqa: E402
+from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
 from workers.device.forward import DeviceForward  # noqa: E402
 from workers.device.sampler import DeviceSampler  # noqa: E402
 from workers.engine.engine import Engine  # noqa: E402
@@ -156,6 +156,7 @@ class Bench:
             self._kv_cache,
             max_context_tokens=LLAMA_3_8B.max_context_tokens,
             buckets=decode_buckets(NUM_CLIENTS),
+            mixed_buckets=mixed_buckets(TOKEN_BUDGET),
         )
         self._forward.warm_up(NUM_CLIENTS, lambda _what, _done: None)
         torch.cuda.synchronize()

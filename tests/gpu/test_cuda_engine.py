@@ -43,7 +43,7 @@ def expected() -> list[list[int]]:
 
 def on_gpu(buckets: tuple[int, ...] = BUCKETS, dtype: torch.dtype = torch.float32, **options) -> DeviceEngine:
     model = Llama(TINY, random_weights(TINY, device="cuda", dtype=dtype))
-    return DeviceEngine(model, buckets=buckets, **options)
+    return DeviceEngine(model, buckets=buckets, **{"mixed_buckets": (16, 32, 64)} | options)
 
 
 @pytest.mark.parametrize("buckets", [(), BUCKETS, (8,)])
@@ -51,6 +51,13 @@ def test_greedy_tokens_are_those_of_a_cpu(buckets: tuple[int, ...]) -> None:
     made = on_gpu(buckets)
     assert made.serve(PROMPTS, greedy()) == expected()
     assert (made.forward.num_replayed > 0) == bool(buckets)
+    assert (made.forward.num_eager > 0) == (not buckets)
+
+
+def test_steps_with_prompts_that_are_not_captured_compute_the_same() -> None:
+    made = on_gpu(mixed_buckets=())
+    assert made.serve(PROMPTS, greedy(), steps_between=1) == expected()
+    assert made.forward.num_eager > 0
 
 
 @pytest.mark.parametrize("steps_between", [0, 1, 3])

@@ -81,6 +81,7 @@ class DeviceEngine:
         config: EngineConfig = ENGINE,
         num_blocks: int = 64,
         buckets: Sequence[int] | None = (),
+        mixed_buckets: Sequence[int] = (),
         kv_dtype: torch.dtype | None = None,
         is_overlapping: bool = False,
     ) -> None:
@@ -90,7 +91,11 @@ class DeviceEngine:
         self.forward: DeviceForward | None = None
         if buckets is not None:
             self.forward = DeviceForward(
-                model, self.kv_cache, max_context_tokens=model.config.max_context_tokens, buckets=buckets
+                model,
+                self.kv_cache,
+                max_context_tokens=model.config.max_context_tokens,
+                buckets=buckets,
+                mixed_buckets=mixed_buckets,
             )
             self.forward.capture(lambda _what, _done: None)
         sampler = DeviceSampler(model.device) if is_overlapping else None

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from tests.support.device_engine import DeviceEngine, random_weights
-from workers.device.forward import FROM_HOST, DeviceForward
+from workers.device.forward import DeviceForward
+from workers.device.step_graph import FROM_HOST
 from workers.model.config import ModelConfig
 from workers.model.convert import output_shapes
 from workers.model.forward_batch import ForwardBatch

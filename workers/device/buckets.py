@@ -1,10 +1,12 @@
-"""Sizes of batches for which decode steps are captured. Pure."""
+"""Sizes of batches for which steps are captured. Pure."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
 #: Batches between two sizes run as the larger one, with rows of padding: at most so much of a batch.
 MAX_PADDED_SHARE = 0.25
+#: Steps of more tokens take longer to compute than to launch.
+MAX_MIXED_TOKENS = 2048
 #: Sizes beyond the smallest are multiples of this.
 SIZE_STEP = 8
 
@@ -22,7 +24,17 @@ def decode_buckets(max_sequences: int) -> tuple[int, ...]:
     return (*dict.fromkeys(sizes), max_sequences)
 
 
-def bucket_of(num_sequences: int, buckets: Sequence[int]) -> int | None:
+def mixed_buckets(token_budget: int) -> tuple[int, ...]:
+    """Tokens of steps with prompts, ascending, up to token_budget, >= 1, or to MAX_MIXED_TOKENS.
+
+    Products are computed in tiles of 128 rows: closer sizes would save nothing.
+    """
+    most = min(token_budget, MAX_MIXED_TOKENS)
+    sizes = [size for size in (32, 64, *range(128, most, 128)) if size < most]
+    return (*sizes, most)
+
+
+def bucket_of(num: int, buckets: Sequence[int]) -> int | None:
     """The smallest of these sizes that holds so many; None when none does."""
-    index = bisect_left(buckets, num_sequences)
+    index = bisect_left(buckets, num)
     return buckets[index] if index < len(buckets) else None

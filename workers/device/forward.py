@@ -1,12 +1,10 @@
-"""Steps on a GPU: what the forward pass reads is staged by one copy, and decode steps replay CUDA graphs.
+"""Steps on a GPU: what the forward pass reads is staged by one copy, and steps replay CUDA graphs where they can.
 
 On a CPU the same code runs with padding and without graphs, for tests.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,18 +13,13 @@ from numpy.typing import NDArray
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
-from workers.device.staging import Staging, layout, views
+from workers.device.staging import Staging
+from workers.device.step_graph import MAX_PROMPTS, StepGraph, with_previous
 from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, Mixes, RowBatch, logit_row_batch
 from workers.model.llama import Llama
 
 logger = logging.getLogger(__name__)
 
-#: Of a row of padding: nothing is written.
-NO_SLOT = -1
-#: Of a token that the host knows; see DeviceForward.
-FROM_HOST = -1
-#: Eager steps before a capture: libraries choose kernels and take workspaces in them.
-NUM_WARM_UPS = 2
 #: Numbers of sequences between which kernels differ, and tokens that are no decode's.
 WARM_UP_SIZES = (1, 16, 32, 64, 128, 256, 512, 1024)
 WARM_UP_CHUNK = 64
@@ -34,24 +27,11 @@ WARM_UP_CHUNK = 64
 Array = NDArray[np.generic]
 
 
-@dataclass(frozen=True, slots=True)
-class _Graph:
-    """A captured decode step of so many rows, and the memory that it reads and writes."""
-
-    size: int
-    graph: torch.cuda.CUDAGraph | None
-    inputs: ForwardInputs
-    #: Where the arrays of a step are copied to; block tables are spread from it into `block_tables`.
-    buffer: torch.Tensor
-    block_tables: torch.Tensor
-    #: [size, vocab_size].
-    logits: torch.Tensor
-
-
 class DeviceForward:
     """Runs the forward pass of a model on its device.
 
     max_context_tokens: of one sequence. buckets: sizes of decode steps to capture, ascending; none captures nothing.
+    mixed_buckets: tokens of steps with prompts to capture, ascending, of as many sequences as the largest decode step has.
     Calls come from one thread and are on its current stream; what is returned is there too, and valid until the next call.
     """
 
@@ -62,6 +42,7 @@ class DeviceForward:
         *,
         max_context_tokens: int,
         buckets: Sequence[int] = (),
+        mixed_buckets: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -70,8 +51,11 @@ class DeviceForward:
         self._num_slots = kv_cache.shape[2] * kv_cache.shape[3]
         self._max_context_tokens = max_context_tokens
         self._buckets = tuple(buckets)
+        self._mixed_buckets = tuple(mixed_buckets) if buckets else ()
         self._staging = Staging(self._device)
-        self._graphs: dict[int, _Graph] = {}
+        #: By the size of the step, and its tokens.
+        self._decode_graphs: dict[int, StepGraph] = {}
+        self._mixed_graphs: dict[int, StepGraph] = {}
         #: Steps that replayed a graph, and others.
         self.num_replayed = 0
         self.num_eager = 0
@@ -93,10 +77,10 @@ class DeviceForward:
         """
         if int(batch.slots.max()) >= self._num_slots or int(batch.slots.min()) < 0:
             raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
-        size = self._graph_size(batch)
-        if size is not None:
+        graph = self._graph_for(batch, layer_group_size)
+        if graph is not None:
             self.num_replayed += 1
-            logits = self._replay(self._graphs[size], batch, sources, previous)
+            logits = graph.replay(batch, sources, previous)
             if on_layers is not None:
                 on_layers(0, len(self._kv_cache))
             return logits
@@ -138,7 +122,7 @@ class DeviceForward:
             next(found) if array is not None else None for array in optional
         )
         if device_sources is not None and previous is not None:
-            token_ids = _with_previous(token_ids, device_sources, previous)
+            token_ids = with_previous(token_ids, device_sources, previous)
         if sources is not None and self._model.ranks is not None:
             self._model.ranks.share(token_ids)
         return ForwardInputs(
@@ -191,20 +175,26 @@ class DeviceForward:
             return None
         return Embeds(embeds.rows.to(self._device), embeds.values.to(self._device, self._model.dtype))
 
-    # Decode steps.
+    # Captured steps.
 
-    def _graph_size(self, batch: ForwardBatch) -> int | None:
-        """Rows of the graph that computes this step; None when none can."""
-        num_rows = len(batch.token_ids)
-        is_plain = (
-            len(batch.query_lens) == num_rows
-            and _are_all_logit_rows(batch)
-            and batch.mixes is None
-            and batch.embeds is None
-            and batch.rope_positions is None
+    def _graph_for(self, batch: ForwardBatch, layer_group_size: int | None) -> StepGraph | None:
+        """That which computes this step; None when none can."""
+        if batch.mixes is not None or batch.embeds is not None or batch.rope_positions is not None:
+            return None
+        num_tokens, num_sequences = len(batch.token_ids), len(batch.query_lens)
+        if num_sequences == num_tokens and _are_all_logit_rows(batch):
+            size = bucket_of(num_tokens, self._buckets)
+            return self._decode_graphs.get(size) if size is not None else None
+        is_mixed = (
+            # What is sent as it is computed is told of by layers.
+            layer_group_size is None
+            and not batch.tree_masks
+            and len(batch.logit_rows) <= num_sequences
+            and int((batch.query_lens > 1).sum()) <= MAX_PROMPTS
         )
-        size = bucket_of(num_rows, self._buckets) if is_plain else None
-        return size if size in self._graphs else None
+        size = bucket_of(num_tokens, self._mixed_buckets) if is_mixed else None
+        graph = self._mixed_graphs.get(size) if size is not None else None
+        return graph if graph is not None and num_sequences <= graph.num_sequences else None
 
     @torch.inference_mode()
     def warm_up(self, max_sequences: int, progress: Callable[[str, float], None]) -> None:
@@ -231,101 +221,36 @@ class DeviceForward:
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, float], None]) -> None:
         """Capture all sizes, the largest first: the others then fit into the memory that it took."""
+        if not self._buckets:
+            return
         pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
-        for i, size in enumerate(reversed(self._buckets)):
-            progress(f"capturing decode steps ({size} sequences)", i / len(self._buckets))
-            self._graphs[size] = self._captured(size, pool)
-
-    def _captured(self, size: int, pool: Any) -> _Graph:
+        most = self._buckets[-1]
         max_blocks = -(-self._max_context_tokens // self._block_size)
-        arrays = _decode_arrays(size, max_blocks)
-        arrays[2][:] = NO_SLOT
-        _, num_bytes = layout(arrays)
-        buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-        static = self._staging.upload(arrays, buffer)
-        block_tables = torch.zeros(size, max_blocks, dtype=torch.int32, device=self._device)
-        query_starts = torch.arange(size + 1, dtype=torch.int32, device=self._device)
-        inputs = ForwardInputs(
-            token_ids=static[0],
-            positions=static[1],
-            slots=static[2],
-            rope_lens=static[3],
-            rope_positions=None,
-            mixes=None,
-            embeds=None,
-            attention=CudaAttentionBatch(
-                block_tables,
-                query_starts,
-                static[5],
-                self._block_size,
-                size,
-                1,
-                self._max_context_tokens,
-            ),
-            logit_rows=None,
-            logit_attention=None,
-        )
-        if self._device.type != "cuda":
-            return _Graph(size, None, inputs, buffer, block_tables, self._compute(inputs))
-        for _ in range(NUM_WARM_UPS):
-            self._compute(inputs)
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        # Threads of NCCL may ask their events meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = self._compute(inputs)
-        return _Graph(size, graph, inputs, buffer, block_tables, logits)
-
-    def _compute(self, inputs: ForwardInputs) -> torch.Tensor:
-        return self._model.compute(inputs, self._kv_cache)
-
-    def _replay(
-        self,
-        graph: _Graph,
-        batch: ForwardBatch,
-        sources: NDArray[np.int64] | None,
-        previous: torch.Tensor | None,
-    ) -> torch.Tensor:
-        num_rows, num_blocks = batch.block_tables.shape
-        arrays = _decode_arrays(graph.size, num_blocks)
-        token_ids, positions, slots, rope_lens, device_sources, context_lens, tables = arrays
-        slots[num_rows:] = NO_SLOT
-        device_sources[:] = FROM_HOST
-        token_ids[:num_rows] = batch.token_ids.numpy()
-        positions[:num_rows] = batch.positions.numpy()
-        slots[:num_rows] = batch.slots.numpy()
-        rope_lens[:num_rows] = (
-            batch.rope_lens.numpy() if batch.rope_lens is not None else positions[:num_rows] + 1
-        )
-        context_lens[:num_rows] = batch.context_lens
-        tables[:num_rows] = batch.block_tables
-        if sources is not None:
-            device_sources[:num_rows] = sources
-        self._staging.upload(arrays, graph.buffer)
-        found = views(graph.buffer, arrays)
-        graph.block_tables[:, :num_blocks].copy_(found[6])
-        if sources is not None and previous is not None:
-            found[0].copy_(_with_previous(found[0], found[4], previous))
-        if sources is not None and self._model.ranks is not None:
-            self._model.ranks.share(found[0])
-        if graph.graph is None:
-            return self._compute(graph.inputs)[:num_rows]
-        graph.graph.replay()
-        return graph.logits[:num_rows]
+        tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=self._device)
+        num_graphs = len(self._mixed_buckets) + len(self._buckets)
+        for i, size in enumerate(reversed(self._mixed_buckets)):
+            progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
+            self._mixed_graphs[size] = StepGraph(
+                *(self._model, self._kv_cache, self._staging, tables),
+                num_tokens=size,
+                num_sequences=min(size, most),
+                is_mixed=True,
+                pool=pool,
+            )
+        for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
+            progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
+            self._decode_graphs[size] = StepGraph(
+                *(self._model, self._kv_cache, self._staging, tables),
+                num_tokens=size,
+                num_sequences=size,
+                is_mixed=False,
+                pool=pool,
+            )
 
 
 def _are_all_logit_rows(batch: ForwardBatch) -> bool:
     """Every row needs logits, and in this order."""
     return np.array_equal(batch.logit_rows.numpy(), np.arange(len(batch.token_ids)))
-
-
-def _decode_arrays(size: int, num_blocks: int) -> list[NDArray[np.int64 | np.int32]]:
-    """Tokens, positions, slots, rope_lens, sources, contexts and block tables of a decode step, all 0."""
-    return [
-        *(np.zeros(size, np.int64) for _ in range(5)),
-        np.zeros(size, np.int32),
-        np.zeros((size, num_blocks), np.int32),
-    ]
 
 
 def _attention_arrays(
@@ -344,8 +269,3 @@ def _tree_bits(batch: ForwardBatch) -> Array:
     for i, mask in batch.tree_masks.items():
         bits[first_rows[i] : first_rows[i] + len(mask)] = tree_mask_bits(torch.from_numpy(mask)).numpy()
     return bits
-
-
-def _with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Tokens that were sampled on the device and that the host has not seen, in the place of those that it did not know."""
-    return torch.where(sources >= 0, previous[sources.clamp(min=0)].clamp(min=0), token_ids)

@@ -9,7 +9,7 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.cuda_ipc import CudaPool
 from workers.api import WorkerSpec
-from workers.device.buckets import decode_buckets
+from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.forward import DeviceForward
 from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
 from workers.device.memory import kv_cache_bytes, step_bytes
@@ -53,6 +53,7 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
         kv_cache,
         max_context_tokens=min(config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
         buckets=decode_buckets(engine.max_running_sequences),
+        mixed_buckets=mixed_buckets(engine.token_budget),
     )
     forward.warm_up(engine.max_running_sequences, progress)
     forward.capture(progress)

@@ -89,7 +89,7 @@ class Follower:
             case Step():
                 batch = unpack(message.batch)
                 sources = np.full(len(batch.token_ids), NO_SOURCE) if message.is_shared else None
-                forward(batch, sources=sources)
+                forward(batch, sources=sources, layer_group_size=message.layer_group_size)
             case CopyBlocks():
                 copy_blocks(kv_cache, message.blocks)
             case MoveSlots():

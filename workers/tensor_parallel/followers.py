@@ -114,11 +114,13 @@ class Followers:
     # Steps.
 
     @contextmanager
-    def step(self, batch: ForwardBatch, *, is_shared: bool) -> Iterator[None]:
+    def step(
+        self, batch: ForwardBatch, *, is_shared: bool, layer_group_size: int | None = None
+    ) -> Iterator[None]:
         """All ranks compute this, rank 0 within. is_shared: see Ranks.share. Raises RankLost."""
         self.check()
         try:
-            self._tell_all(Step(pack(batch), is_shared))
+            self._tell_all(Step(pack(batch), is_shared, layer_group_size))
             yield
             self._note_launched()
         except RankLost:

@@ -63,7 +63,7 @@ class GroupForward:
         """See Forward. Raises RankLost, and ValueError before any rank has begun."""
         if int(batch.slots.max()) >= self._num_slots or int(batch.slots.min()) < 0:
             raise ValueError(f"slots {batch.slots.tolist()} are not all in the KV cache")
-        with self._followers.step(batch, is_shared=sources is not None):
+        with self._followers.step(batch, is_shared=sources is not None, layer_group_size=layer_group_size):
             return self._forward(
                 batch,
                 layer_group_size=layer_group_size,

@@ -74,10 +74,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Compute these tokens. batch: see `pack`. is_shared: tokens come from rank 0's device; those in `batch` are not read."""
+    """Compute these tokens. batch: see `pack`. is_shared: tokens come from rank 0's device; those in `batch` are not read.
+
+    layer_group_size: see Forward; all ranks compute a step in the same way.
+    """
 
     batch: bytes
     is_shared: bool
+    layer_group_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

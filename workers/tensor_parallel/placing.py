@@ -118,7 +118,7 @@ def make_forward(
     if loaded.device.type != "cuda":
         jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
         return model, HostForward(model, kv_cache)
-    from workers.device.buckets import decode_buckets
+    from workers.device.buckets import decode_buckets, mixed_buckets
     from workers.device.forward import DeviceForward
 
     engine = spec.engine
@@ -127,6 +127,7 @@ def make_forward(
         kv_cache,
         max_context_tokens=min(loaded.config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
         buckets=decode_buckets(engine.max_running_sequences),
+        mixed_buckets=mixed_buckets(engine.token_budget),
     )
     forward.warm_up(engine.max_running_sequences, progress)
     forward.capture(progress)

@@ -52,6 +52,8 @@ class CudaAttentionBatch:
     semaphores: torch.Tensor | None = None
     #: Streaming multiprocessors that the launch may use; None is all of the device.
     num_sms: int | None = None
+    #: Sequences with more new tokens than the lean kernel reads for, at most; None: as many as there can be.
+    max_prompts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,10 @@ def chunk_attention(
     tuning = tuning or chunk_tuning(query, batch.max_context_len)
     block_q = block_m // shape["group"]
     # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
-    num_tiles = batch.num_tokens // block_q + min(len(batch.context_lens), batch.num_tokens // min_query_len)
+    num_prompts = min(len(batch.context_lens), batch.num_tokens // min_query_len)
+    if batch.max_prompts is not None:
+        num_prompts = min(num_prompts, batch.max_prompts)
+    num_tiles = batch.num_tokens // block_q + num_prompts
     chunk_kernel[(num_kv_heads, num_tiles)](
         query,
         k_cache,

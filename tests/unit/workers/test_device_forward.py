@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
 from workers.api import NgramDrafts, SamplingParams
+from workers.model.forward_batch import ForwardBatch
 from workers.model.llama import Llama
 
 
@@ -38,6 +40,53 @@ def test_tokens_are_those_of_the_models_own_forward_pass(
 def test_mixed_steps_compute_the_same(model: Llama, expected: list[list[int]]) -> None:
     made = DeviceEngine(model, buckets=(1, 2, 4, 8))
     assert made.serve(PROMPTS, greedy(), steps_between=3) == expected
+
+
+@pytest.mark.parametrize("is_overlapping", [False, True])
+@pytest.mark.parametrize("steps_between", [0, 1, 3])
+def test_captured_mixed_steps_compute_the_same(
+    model: Llama, expected: list[list[int]], steps_between: int, is_overlapping: bool
+) -> None:
+    made = DeviceEngine(
+        model, buckets=(1, 2, 4, 8), mixed_buckets=(16, 32, 64), is_overlapping=is_overlapping
+    )
+    assert made.serve(PROMPTS, greedy(), steps_between=steps_between) == expected
+    assert made.forward is not None
+    assert made.forward.num_eager == 0
+
+
+def test_what_no_graph_computes_runs_eagerly_beside_those_that_do(
+    model: Llama, expected: list[list[int]]
+) -> None:
+    def sampling(i: int) -> SamplingParams:
+        return SamplingParams(24 - i % 5, num_prompt_logprobs=1 if i % 3 == 0 else None)
+
+    made = DeviceEngine(model, buckets=(1, 2, 4, 8), mixed_buckets=(32,))
+    assert made.serve(PROMPTS, sampling, steps_between=1) == expected
+    assert made.forward is not None
+    assert made.forward.num_eager > 0
+    assert made.forward.num_replayed > 0
+
+
+def test_layers_that_are_told_of_one_by_one_are_not_replayed(model: Llama) -> None:
+    batch = ForwardBatch(
+        token_ids=torch.arange(5),
+        positions=torch.arange(5),
+        slots=torch.arange(5),
+        block_tables=np.zeros((1, 1), np.int32),
+        query_lens=np.array([5]),
+        context_lens=np.array([5]),
+        logit_rows=torch.tensor([4]),
+    )
+    made = DeviceEngine(model, buckets=(1, 8), mixed_buckets=(16,))
+    assert made.forward is not None
+    told: list[tuple[int, int]] = []
+    expected = made.forward(batch).clone()
+    assert made.forward.num_replayed == 1
+    found = made.forward(batch, layer_group_size=1, on_layers=lambda lo, hi: told.append((lo, hi)))
+    assert made.forward.num_eager == 1
+    assert told == [(i, i + 1) for i in range(TINY.num_layers)]
+    torch.testing.assert_close(found, expected)
 
 
 def test_more_sequences_than_any_bucket_has_run_eagerly(model: Llama, expected: list[list[int]]) -> None:
@@ -81,7 +130,7 @@ def test_warming_up_leaves_nothing_behind(model: Llama, expected: list[list[int]
     assert made.serve(PROMPTS, greedy()) == expected
 
 
-OVERLAPPED = {"buckets": (1, 2, 4, 8), "is_overlapping": True}
+OVERLAPPED = {"buckets": (1, 2, 4, 8), "mixed_buckets": (16, 32, 64), "is_overlapping": True}
 
 
 @pytest.mark.parametrize("steps_between", [0, 1, 3])

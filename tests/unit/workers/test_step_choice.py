@@ -95,3 +95,11 @@ def test_a_prompt_is_left_out_of_so_many_steps_at_most(
             assert step.token_budget - num >= choice.min_chunk_tokens
             num_waits = 0
         assert num_waits <= max_waits
+
+
+def test_tokens_that_cost_nothing_are_bounded_by_the_budget_alone() -> None:
+    """A latency model learns that of a device whose steps take as long as their launch."""
+    cost = replace(COST, token_s=0.0, pair_s=0.0)
+    step = replace(CHOICE, cost=cost).step(head(1000), 4, 400, pace(0.1))
+    assert isinstance(step, Mixed)
+    assert step.token_budget >= 1000

@@ -1,0 +1,161 @@
+"""One captured step: the memory that it reads, how a batch is put there, and its replay.
+
+On a CPU it is computed in place of the replay, padding and all, for tests.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
+from workers.device.staging import Staging, layout, views
+from workers.model.forward_batch import ForwardBatch, ForwardInputs
+from workers.model.llama import Llama
+
+#: Of a row of padding: nothing is written.
+NO_SLOT = -1
+#: Of a token that the host knows; see DeviceForward.
+FROM_HOST = -1
+#: Eager steps before a capture: libraries choose kernels and take workspaces in them.
+NUM_WARM_UPS = 2
+#: Sequences of a mixed step that have more new tokens than a decode's kernel takes: the launch has a tile for each.
+MAX_PROMPTS = 32
+#: By more, attention of prompts is cut otherwise; most contexts are shorter.
+TYPICAL_CONTEXT = 4096
+
+Array = NDArray[np.generic]
+
+
+class StepGraph:
+    """A step of up to num_tokens tokens of up to num_sequences sequences: of decodes alone, one token each, or mixed.
+
+    block_tables: [at least num_sequences, blocks of the longest sequence] int32 on the device, shared by all graphs.
+    pool: of the memory that graphs share. They run one after the other, on one stream.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        kv_cache: torch.Tensor,
+        staging: Staging,
+        block_tables: torch.Tensor,
+        *,
+        num_tokens: int,
+        num_sequences: int,
+        is_mixed: bool,
+        pool: Any,
+    ) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._staging = staging
+        self._num_tokens = num_tokens
+        self.num_sequences = num_sequences
+        self._is_mixed = is_mixed
+        #: The arrays of a step are copied here; block tables are spread from here into `_block_tables`.
+        arrays = self._arrays(block_tables.shape[1])
+        self._buffer = torch.zeros(layout(arrays)[1], dtype=torch.uint8, device=model.device)
+        self._block_tables = block_tables[:num_sequences]
+        token_ids, positions, slots, rope_lens, _, logit_rows, query_starts, context_lens, _ = staging.upload(
+            arrays, self._buffer
+        )
+        block_size = kv_cache.shape[3]
+        max_context = block_tables.shape[1] * block_size
+        self._inputs = ForwardInputs(
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            rope_lens=rope_lens,
+            rope_positions=None,
+            mixes=None,
+            embeds=None,
+            attention=CudaAttentionBatch(
+                self._block_tables,
+                query_starts,
+                context_lens,
+                block_size,
+                num_tokens,
+                num_tokens if is_mixed else 1,
+                min(max_context, TYPICAL_CONTEXT)
+                if is_mixed and model.device.type == "cuda"
+                else max_context,
+                max_prompts=MAX_PROMPTS,
+            ),
+            logit_rows=logit_rows if is_mixed else None,
+            logit_attention=None,
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if model.device.type == "cuda":
+            for _ in range(NUM_WARM_UPS):
+                self._compute()
+            torch.cuda.synchronize(model.device)
+            self._graph = torch.cuda.CUDAGraph()
+            # Threads of NCCL may ask their events meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._logits = self._compute()
+
+    def replay(
+        self,
+        batch: ForwardBatch,
+        sources: NDArray[np.int64] | None = None,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits, [len(batch.logit_rows), vocab_size], valid until the next replay of any. See DeviceForward."""
+        num_rows = len(batch.token_ids)
+        num_sequences, num_blocks = batch.block_tables.shape
+        arrays = self._arrays(num_blocks)
+        token_ids, positions, slots, rope_lens, device_sources, logit_rows, starts, context_lens, tables = (
+            arrays
+        )
+        token_ids[:num_rows] = batch.token_ids.numpy()
+        positions[:num_rows] = batch.positions.numpy()
+        slots[:num_rows] = batch.slots.numpy()
+        rope_lens[:num_rows] = (
+            batch.rope_lens.numpy() if batch.rope_lens is not None else positions[:num_rows] + 1
+        )
+        if self._is_mixed:
+            logit_rows[: len(batch.logit_rows)] = batch.logit_rows.numpy()
+            np.cumsum(batch.query_lens, out=starts[1 : num_sequences + 1])
+            starts[num_sequences + 1 :] = num_rows
+        context_lens[:num_sequences] = batch.context_lens
+        tables[:num_sequences] = batch.block_tables
+        if sources is not None:
+            device_sources[:num_rows] = sources
+        self._staging.upload(arrays, self._buffer)
+        found = views(self._buffer, arrays)
+        self._block_tables[:, :num_blocks].copy_(found[-1])
+        if sources is not None and previous is not None:
+            found[0].copy_(with_previous(found[0], found[4], previous))
+        if sources is not None and self._model.ranks is not None:
+            self._model.ranks.share(found[0])
+        if self._graph is None:
+            return self._compute()[: len(batch.logit_rows)]
+        self._graph.replay()
+        return self._logits[: len(batch.logit_rows)]
+
+    def _compute(self) -> torch.Tensor:
+        return self._model.compute(self._inputs, self._kv_cache)
+
+    def _arrays(self, num_blocks: int) -> list[Any]:
+        """Tokens, positions, slots, rope_lens, sources, logit rows, query starts, contexts and block tables of a step without sequences."""
+        tokens, sequences = self._num_tokens, self.num_sequences
+        starts = np.zeros(sequences + 1, np.int32)
+        if not self._is_mixed:
+            starts[:] = np.arange(sequences + 1)
+        return [
+            np.zeros(tokens, np.int64),
+            np.zeros(tokens, np.int64),
+            np.full(tokens, NO_SLOT, np.int64),
+            np.zeros(tokens, np.int64),
+            np.full(tokens, FROM_HOST, np.int64),
+            np.zeros(sequences, np.int64),
+            starts,
+            np.zeros(sequences, np.int32),
+            np.zeros((sequences, num_blocks), np.int32),
+        ]
+
+
+def with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Tokens that were sampled on the device and that the host has not seen, in the place of those that it did not know."""
+    return torch.where(sources >= 0, previous[sources.clamp(min=0)].clamp(min=0), token_ids)
