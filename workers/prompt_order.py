@@ -1,23 +1,76 @@
 """Which prompt is computed first where each has a time by which its first token should come. Pure.
 
-The engine's scheduler and the coarse simulator's policies sort by this. Keys change while a prompt waits only by what its tenant was
-given meanwhile: what ages does so by the same amount for all, and is left out. A key is never above deadline + LATE_S, so who comes
-later than that does not go first, and nobody waits for ever.
+The engine's scheduler sorts by this; coarse simulations, whose queues are heaps of keys that stay, by `slack_key`.
 """
 
+import heapq
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from enum import IntEnum
+from typing import NamedTuple
 
-#: Seconds by which a prompt that is too late, or whose tenant was given more than others, is put back at most.
+#: Seconds by which a prompt whose tenant was given more than others, or in a coarse simulation is too late, is put back at most.
 LATE_S = 30.0
+#: Part of the tokens of prompts that those that are too late get at least, oldest first: nobody waits for ever.
+LATE_SHARE = 0.05
 #: Tenants without a prompt that are remembered.
 MAX_IDLE_TENANTS = 1024
+
+
+class Standing(IntEnum):
+    """How a prompt stands beside the others that wait. Who has a smaller one goes first."""
+
+    ON_TIME = 0
+    #: It could make it alone, but not all can, and without it more do.
+    PASSED_OVER = 1
+    #: It cannot make it though it were the next one.
+    LATE = 2
+
+
+class Due(NamedTuple):
+    """A prompt. deadline_s: of its first token. left_s: that its computing takes beside what else runs. debt_s: of its tenant."""
+
+    deadline_s: float
+    left_s: float
+    debt_s: float = 0.0
+
+    @property
+    def key(self) -> float:
+        """Who has a smaller one goes first, among those who stand alike."""
+        return self.deadline_s + min(self.debt_s, LATE_S)
+
+
+def standings(prompts: Iterable[Due], begin_s: float) -> list[Standing]:
+    """Which of these, computed one after the other in this order, have their first token in time, so that as few as possible are late.
+
+    prompts: by key. begin_s: when the first one can begin. Where one would be late, that one of those so far is passed over which takes
+    longest, and of a tenant that was given more as if it took longer by what it owes. Without debts no other choice has fewer late ones.
+
+    Source: Moore, "An n job, one machine sequencing algorithm for minimizing the number of late jobs" (Management Science 15, 1968).
+    """
+    found: list[Standing] = []
+    kept: list[tuple[float, int, float]] = []
+    end_s = begin_s
+    for i, (deadline_s, left_s, debt_s) in enumerate(prompts):
+        if begin_s + left_s > deadline_s:
+            found.append(Standing.LATE)
+            continue
+        found.append(Standing.ON_TIME)
+        heapq.heappush(kept, (-left_s - min(debt_s, LATE_S), -i, left_s))
+        end_s += left_s
+        while end_s > deadline_s:
+            _, index, out_s = heapq.heappop(kept)
+            end_s -= out_s
+            found[-index] = Standing.PASSED_OVER
+    return found
 
 
 def slack_key(deadline_s: float, left_s: float, debt_s: float = 0.0, *, is_late: bool = False) -> float:
     """The prompt of the smallest key goes first: the one that has least time left to begin.
 
-    deadline_s: of its first token. left_s: that its computing takes. debt_s: of its tenant. is_late: it was found to be too late, and
-    lets the others past.
+    What ages does so by the same amount for all, and is left out. A key is never above deadline + LATE_S, so who comes later than that
+    does not go first, and nobody waits for ever. deadline_s: of its first token. left_s: that its computing takes. debt_s: of its tenant.
+    is_late: it was found to be too late, and lets the others past.
     """
     if is_late:
         return deadline_s + LATE_S

@@ -81,6 +81,11 @@ class StepCost:
         pairs = num_new * (num_before + (num_new + 1) / 2)
         return self.overhead_s + max(self.token_s * num_new, self.weights_s) + self.pair_s * pairs
 
+    def prompt_share(self, num_decodes: int, context: int, step_s: float) -> float:
+        """Part of the time that prompts get, 0 to 1, beside these decodes in steps that take so long."""
+        beside_s = self.overhead_s + self.context_s * context + self.decode_s * num_decodes
+        return max(0.0, 1 - beside_s / step_s)
+
     def tokens_within(self, num_decodes: int, context: int, num_before: int, limit_s: float) -> int:
         """Most tokens of a prompt, of which `num_before` are known, that a step of these decodes takes within `limit_s`; 0 for none.
 

@@ -28,7 +28,7 @@ from workers.engine.host_tier import PackedBlock
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.slack_order import SlackOrder
 from workers.engine.span_reuse.rule import SpanReuse
-from workers.engine.step_budget import PredictedBudget
+from workers.engine.step_budget import PredictedBudget, StepLimits
 from workers.latency_model import LatencyModel
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
@@ -143,12 +143,13 @@ class Scheduler:
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
+        limits = StepLimits(config, latency)
         self._slack: SlackOrder | None = None
         if config.prefill_order is PrefillOrder.LEAST_SLACK:
-            self._slack = SlackOrder(batch, latency)
+            self._slack = SlackOrder(batch, latency, limits)
         self._predicted: PredictedBudget | None = None
         if config.step_budget is StepBudget.PREDICTED and latency is not None:
-            self._predicted = PredictedBudget(config, latency, attention_tokens)
+            self._predicted = PredictedBudget(config, latency, limits, attention_tokens)
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -21,6 +21,7 @@ from workers.api import (
 )
 from workers.block_hash import block_hash
 from workers.engine.image_inputs import ImageInputs
+from workers.prompt_order import Standing
 
 #: Stands for the next token of a sequence whose logits are no numbers.
 NO_TOKEN = -1
@@ -153,8 +154,8 @@ class Sequence:
     tenant_weight: float = 1.0
     #: Of its prompt, while it waits: those whose KV is known, as of the last look; None before the first.
     num_known_tokens: int | None = None
-    #: It was found that its first token cannot come in time.
-    is_late: bool = False
+    #: Of its prompt beside others, as of the last look, where the order of prompts asks for it.
+    standing: Standing = Standing.ON_TIME
     #: Prompts of its priority that came later and have begun before it.
     num_passed_by: int = 0
     #: Why it began out of its turn; empty when it did not.

@@ -1,83 +1,126 @@
-"""Prompts of an engine by least slack to their first token's target, fair between tenants. Pure."""
+"""Prompts of an engine so that as few as possible miss their targets for the first token, fair between tenants. Pure."""
 
 from collections.abc import Collection
-from itertools import chain
+from itertools import chain, groupby
 
 from workers.engine.batch import Batch
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_budget import StepLimits
 from workers.latency_model import ENOUGH_STEPS, LatencyModel
-from workers.prompt_order import TenantTokens, is_too_late, slack_key
+from workers.prompt_order import LATE_SHARE, Due, Standing, TenantTokens, standings
 from workers.step_cost import StepCost
+
+#: Part of the time that prompts get at least beside decodes, as is assumed.
+LEAST_SHARE = 0.05
+#: Steps that pass beside the computing of a prompt: the one that runs, and half of the one in which its last token is.
+STEPS_AROUND = 1.5
 
 
 class SlackOrder:
-    """latency: how long prompts take, once it has learnt enough; None never has.
+    """latency: how long prompts take, once it has learnt enough; None never has. limits: what steps take of prompts beside decodes.
 
     A tenant is what a request's cache_salt names.
     """
 
-    def __init__(self, batch: Batch, latency: LatencyModel | None) -> None:
+    def __init__(self, batch: Batch, latency: LatencyModel | None, limits: StepLimits) -> None:
         self._batch = batch
         self._latency = latency
+        self._limits = limits
         self._tokens = TenantTokens()
+        #: Tokens that those that are too late have not got of their share. Whether there are any.
+        self._owed_tokens = 0.0
+        self._is_anyone_late = False
 
     def sorted(
         self, prompts: Collection[Sequence], now_s: float, prefill_tokens_per_s: float
     ) -> list[Sequence]:
-        """Some prompts of the batch, highest priority first, then by slack. prefill_tokens_per_s: taken before the latency model has
-        learnt enough.
-
-        Those that have not begun and cannot make it any more are marked.
+        """Some prompts of the batch, highest priority first; of one priority those that make it, by deadline, then those that others
+        make it without, then those that cannot any more, but for the share that is theirs. prefill_tokens_per_s: taken before the
+        latency model has learnt enough.
         """
         if not prompts:
             return []
-        token_s, pair_s = self._speed(prefill_tokens_per_s)
+        token_s, pair_s, share, step_s = self._speed(prefill_tokens_per_s)
         # Who waits for a place is none of these prompts, and what others get meanwhile is owed to him.
         batch = self._batch
         self._tokens.are_waiting({one.cache_salt for one in chain(batch.waiting, batch.prefills)})
         debts = self._tokens.debts()
-        ranked: list[tuple[int, float, int, Sequence]] = []
+        found: list[tuple[int, float, int, Sequence, Due]] = []
         for one in prompts:
-            by_s = one.first_token_by_s
             if one.num_known_tokens is None:
-                one.num_known_tokens = self._batch.num_known_tokens(one)
-            left_s = _left_s(one, token_s, pair_s)
-            may_be_late = one.state is SequenceState.WAITING and not one.is_late and not one.has_first_token
-            if may_be_late and is_too_late(now_s, by_s, left_s):
+                one.num_known_tokens = batch.num_known_tokens(one)
+            by_s, left_s = one.first_token_by_s, _left_s(one, token_s, pair_s)
+            if one.state is SequenceState.WAITING and now_s + left_s > by_s:
                 # Others may have computed its beginning since.
-                one.num_known_tokens = self._batch.num_known_tokens(one)
+                one.num_known_tokens = batch.num_known_tokens(one)
                 left_s = _left_s(one, token_s, pair_s)
-                one.is_late = is_too_late(now_s, by_s, left_s)
-            key = slack_key(by_s, left_s, debts[one.cache_salt] * token_s, is_late=one.is_late)
+            due = Due(by_s, left_s / share, debts[one.cache_salt] * token_s)
+            # Who had its first token before it was preempted waits for the next one.
+            key = due.key if not one.has_first_token else -one.arrived_s
             # Numbers of arrival differ, so that sequences are never compared.
-            ranked.append((one.rank[0], key, one.rank[2], one))
-        ranked.sort()
-        return [one for _, _, _, one in ranked]
+            found.append((one.rank[0], key, one.rank[2], one, due))
+        found.sort()
+        ordered: list[Sequence] = []
+        begin_s = now_s + STEPS_AROUND * step_s
+        for _, group in groupby(found, key=lambda item: item[0]):
+            some = [(one, due) for *_, one, due in group]
+            ordered += self._by_standing(some, begin_s)
+            begin_s += sum(due.left_s for _, due in some)
+        return ordered
+
+    def _by_standing(self, prompts: list[tuple[Sequence, Due]], begin_s: float) -> list[Sequence]:
+        """Prompts of one priority, by key."""
+        again = [(one, due) for one, due in prompts if one.has_first_token]
+        others = [(one, due) for one, due in prompts if not one.has_first_token]
+        begin_s += sum(due.left_s for _, due in again)
+        for (one, _), standing in zip(others, standings((due for _, due in others), begin_s), strict=True):
+            one.standing = standing
+        # Stable: by key among those who stand alike.
+        ordered = sorted((one for one, _ in others), key=lambda one: one.standing)
+        first_late = next((one for one in ordered if one.standing is Standing.LATE), None)
+        self._is_anyone_late = first_late is not None
+        if first_late is not None and self._owed_tokens >= first_late.num_uncomputed_tokens:
+            ordered.remove(first_late)
+            ordered.insert(0, first_late)
+        return [one for one, _ in again] + ordered
 
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """So much of its prompt was computed."""
         self._tokens.charge(sequence.cache_salt, num_tokens, sequence.tenant_weight)
+        if sequence.standing is Standing.LATE:
+            self._owed_tokens = max(0.0, self._owed_tokens - num_tokens)
+        elif self._is_anyone_late:
+            self._owed_tokens += LATE_SHARE * num_tokens
+        else:
+            self._owed_tokens = 0.0
 
     def reason(self, sequence: Sequence, num_passed: int, now_s: float, prefill_tokens_per_s: float) -> str:
         """Why it begins now, before `num_passed` that came earlier; empty when that is its turn."""
         if num_passed == 0 and sequence.num_passed_by == 0:
             return ""
-        slack_s = sequence.first_token_by_s - now_s - _left_s(sequence, *self._speed(prefill_tokens_per_s))
+        token_s, pair_s, share, _ = self._speed(prefill_tokens_per_s)
+        slack_s = sequence.first_token_by_s - now_s - _left_s(sequence, token_s, pair_s) / share
         debt_s = self._tokens.debts().get(sequence.cache_salt, 0.0) / prefill_tokens_per_s
         found = [f"slack {slack_s:.3f} s"]
-        if sequence.is_late:
+        if sequence.standing is Standing.LATE:
             found.append("too late for its target, so others went first")
+        elif sequence.standing is Standing.PASSED_OVER:
+            found.append("others made it without it")
         if debt_s > 0:
             found.append(f"its tenant had {debt_s:.3f} s more than another that waits")
         return f"before {num_passed} that came earlier, after {sequence.num_passed_by} that came later: {', '.join(found)}"
 
-    def _speed(self, prefill_tokens_per_s: float) -> tuple[float, float]:
-        """Seconds of a token, and of a pair of one and one that it attends to."""
-        latency = self._latency
+    def _speed(self, prefill_tokens_per_s: float) -> tuple[float, float, float, float]:
+        """Seconds of a token, and of a pair of one and one that it attends to; the part of the time that prompts get; and how long a
+        step is."""
+        latency, decodes = self._latency, self._batch.decodes
         if latency is None or latency.num_observed < ENOUGH_STEPS:
-            return 1.0 / prefill_tokens_per_s, 0.0
+            return 1.0 / prefill_tokens_per_s, 0.0, 1.0, 0.0
         cost = StepCost.of(latency)
-        return cost.token_s, cost.pair_s
+        context = sum(len(one.token_ids) for one in decodes)
+        step_s = self._limits.step_s(cost, decodes, context)
+        share = max(LEAST_SHARE, cost.prompt_share(len(decodes), context, step_s))
+        return cost.token_s, cost.pair_s, share, step_s
 
 
 def _left_s(sequence: Sequence, token_s: float, pair_s: float) -> float:

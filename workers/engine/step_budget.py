@@ -2,7 +2,7 @@
 
 import math
 
-from workers.api import EngineConfig
+from workers.api import EngineConfig, StepBudget
 from workers.engine.sequence import Sequence
 from workers.latency_model import ENOUGH_STEPS, LatencyModel
 from workers.step_choice import Head, Mixed, StepChoice, StepPace
@@ -14,6 +14,27 @@ MIN_ERROR = 0.05
 MAX_WAITS = 8
 
 
+class StepLimits:
+    """How long an engine's steps with decodes are to be."""
+
+    def __init__(self, config: EngineConfig, latency: LatencyModel | None) -> None:
+        self._config = config
+        self._latency = latency
+
+    def planned_s(self, decodes: list[Sequence]) -> float:
+        """By the least target of these, with what the latency model is off; infinity where nobody has one, or the budget is fixed."""
+        if self._config.step_budget is StepBudget.FIXED or not decodes or self._latency is None:
+            return math.inf
+        target_s = min(one.tpot_target_s for one in decodes)
+        return target_s / (1 + max(MIN_ERROR, self._latency.mean_error or 0.0))
+
+    def step_s(self, cost: StepCost, decodes: list[Sequence], context: int) -> float:
+        """That, or what a step takes whose prompts fill the token budget. context: of the decodes."""
+        num = len(decodes)
+        full_s = cost.step_s(num, context, max(0, self._config.token_budget - num))
+        return min(full_s, self.planned_s(decodes))
+
+
 class PredictedBudget:
     """What the least target of those that decode leaves for prompts, on average over a few steps.
 
@@ -21,8 +42,11 @@ class PredictedBudget:
     but the engine's token budget.
     """
 
-    def __init__(self, config: EngineConfig, latency: LatencyModel, attention_tokens: float) -> None:
+    def __init__(
+        self, config: EngineConfig, latency: LatencyModel, limits: StepLimits, attention_tokens: float
+    ) -> None:
         self._config = config
+        self._limits = limits
         self._latency = latency
         self._attention_tokens = attention_tokens
         self._pace = StepPace()
@@ -43,10 +67,9 @@ class PredictedBudget:
     def budget(self, now_s: float, decodes: list[Sequence], first: Sequence) -> float:
         """In tokens of a prompt's beginning, beside these decodes; 0 leaves prompts out of this step. first: of the prompts."""
         latency = self._latency
-        target_s = min(one.tpot_target_s for one in decodes)
-        if target_s == math.inf or latency.num_observed < ENOUGH_STEPS:
+        planned_s = self._limits.planned_s(decodes)
+        if planned_s == math.inf or latency.num_observed < ENOUGH_STEPS:
             return math.inf
-        planned_s = target_s / (1 + max(MIN_ERROR, latency.mean_error or 0.0))
         cost = StepCost.of(latency)
         num_decodes = len(decodes) + self._num_drafts
         context = sum(len(one.token_ids) for one in decodes)

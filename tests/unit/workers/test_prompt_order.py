@@ -1,10 +1,21 @@
-"""Least slack, and the tokens of tenants."""
+"""Who is passed over where not all can be in time, least slack, and the tokens of tenants."""
+
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.prompt_order import LATE_S, MAX_IDLE_TENANTS, TenantTokens, is_too_late, slack_key
+from workers.prompt_order import (
+    LATE_S,
+    MAX_IDLE_TENANTS,
+    Due,
+    Standing,
+    TenantTokens,
+    is_too_late,
+    slack_key,
+    standings,
+)
 
 SECONDS = st.floats(0, 1000)
 
@@ -23,6 +34,49 @@ def test_who_comes_much_later_never_goes_first(
     first = slack_key(deadline_s, left_s, debt_s, is_late=is_late)
     other = slack_key(deadline_s + LATE_S + left_s + later_s, left_s)
     assert first <= other + 1e-9
+
+
+def is_in_time(prompts: list[Due], begin_s: float) -> bool:
+    end_s = begin_s
+    for one in sorted(prompts):
+        end_s += one.left_s
+        if end_s > one.deadline_s:
+            return False
+    return True
+
+
+DUES = st.builds(Due, st.integers(0, 20).map(float), st.integers(1, 8).map(float), st.just(0.0))
+
+
+@given(st.lists(DUES, max_size=8), st.integers(0, 5).map(float))
+def test_no_choice_of_others_has_fewer_late_ones(prompts: list[Due], begin_s: float) -> None:
+    """Beside all that there are."""
+    prompts.sort(key=lambda one: one.key)
+    found = standings(prompts, begin_s)
+    kept = [one for one, kind in zip(prompts, found, strict=True) if kind is Standing.ON_TIME]
+    assert is_in_time(kept, begin_s)
+    assert not any(is_in_time(list(some), begin_s) for some in combinations(prompts, len(kept) + 1))
+    for one, kind in zip(prompts, found, strict=True):
+        assert (kind is Standing.LATE) == (begin_s + one.left_s > one.deadline_s)
+
+
+@given(
+    st.lists(st.builds(Due, st.floats(0, 20), st.floats(0, 8), st.floats(0, 100)), max_size=20),
+    st.floats(0, 5),
+)
+def test_who_is_on_time_is_so_whatever_tenants_owe(prompts: list[Due], begin_s: float) -> None:
+    prompts.sort(key=lambda one: one.key)
+    end_s = begin_s
+    for one, kind in zip(prompts, standings(prompts, begin_s), strict=True):
+        if kind is Standing.ON_TIME:
+            end_s += one.left_s
+            assert end_s <= one.deadline_s + 1e-6
+
+
+def test_who_owes_is_passed_over_before_who_takes_longer() -> None:
+    owing, long = Due(3.0, 1.0, 10.0), Due(2.5, 2.0)
+    last = Due(20.0, 1.0)
+    assert standings([long, owing, last], 0.5) == [Standing.ON_TIME, Standing.PASSED_OVER, Standing.ON_TIME]
 
 
 def test_a_tenant_that_got_more_owes_it_by_weight() -> None:
