@@ -10,7 +10,8 @@ attention is computed. The parts do not hide each other: on an H100 they come on
 figures). c0 is what a step costs whatever it computes; on a CPU that is, most of all, reading the weights.
 
 The four factors follow the steps that are observed, by least squares that forget, beside a prior that does not: a model that has
-seen nothing is the roofline, and one that has seen one kind of step changes little about the others.
+seen nothing is the roofline, and one that has seen one kind of step changes little about the others. It forgets what new steps are
+about, and nothing else (directional forgetting: Cao and Schwartz, Automatica 36, 2000).
 
 Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
 Bullet (ASPLOS'26); two linear fits: DistServe's simulator.
@@ -25,7 +26,7 @@ from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, Step
 
 #: Steps after which a model is believed.
 ENOUGH_STEPS = 30
-#: Steps of the past that count: the weight of one halves after about 0.7 times as many.
+#: Steps of the past that count: of those of one kind, the weight of one halves after about 0.7 times as many.
 MEMORY_STEPS = 500
 #: Standard deviation of the prior: of c0 as a part of one typical step, and of the other factors.
 PRIOR_DEVIATION = (1.0, 0.5, 0.5, 0.5)
@@ -138,9 +139,16 @@ class Factors:
         self.upper_ratio = min(max(self.upper_ratio, 1.0), MAX_RATIO)
 
     def _learn(self, row: Vector, target: float) -> None:
-        forgetting = 1 - 1 / MEMORY_STEPS
-        self._products = self._products * forgetting + row[:, None] * row
-        self._targets = self._targets * forgetting + row * target
+        # What is known is forgotten along this row alone, and what it says there stays: an engine that chooses its steps by these
+        # predictions computes steps that are much alike, and would forget for them how the parts differ.
+        along = self._products @ row
+        known = float(row @ along)
+        if known > 0:
+            part = along / (MEMORY_STEPS * known)
+            self._targets = self._targets - part * float(row @ self._targets)
+            self._products = self._products - part[:, None] * along
+        self._products = self._products + row[:, None] * row
+        self._targets = self._targets + row * target
         self.values = tuple(self._solve().tolist())
 
     def _solve(self) -> Vector:

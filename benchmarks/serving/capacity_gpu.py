@@ -69,7 +69,7 @@ ORDERS = {
     "slack": PrefillOrder.LEAST_SLACK,
 }
 #: What `predicted` may take at most in one step.
-MOST_TOKENS = 4096
+MOST_TOKENS = 2048
 WARM_RPS, WARM_S = 12.0, 15.0
 #: What the engine promises on a GPU.
 TESTS = ("tests/gpu/test_cuda_engine.py",)

@@ -20,6 +20,12 @@ class DeviceTokens:
     _on_host: torch.Tensor
     _event: torch.cuda.Event | None
 
+    def seconds_since(self, before: "DeviceTokens") -> float | None:
+        """Between the two, of which both are there; None on a CPU."""
+        if self._event is None or before._event is None:
+            return None
+        return float(before._event.elapsed_time(self._event)) / 1e3
+
     def wait(self) -> list[int]:
         """Until the device has chosen them."""
         if self._event is not None:
@@ -45,7 +51,7 @@ class DeviceSampler:
             return DeviceTokens(tokens, tokens, None)
         on_host = torch.empty(len(rows), dtype=torch.int64, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return DeviceTokens(tokens, on_host, event)
 

@@ -116,6 +116,7 @@ def still_there(plan: StepPlan, entries: SequenceOf[int], result: StepResult) ->
             {tokens[i]: detail for i, detail in result.details.items() if i in tokens},
             {parts[i]: found for i, found in result.prompt_logprobs.items() if i in parts},
             {parts[i]: found for i, found in result.filtered.items() if i in parts},
+            result.device_s,
         ),
     )
 

@@ -108,9 +108,11 @@ class ModelRunner:
             logits, filtered = self._forward(step, on_layers, previous)
             sampled = logits[: step.num_sampled_rows]
             tokens = None
-            if self._sampler is not None and len(on_host) < len(rows):
+            # Without rows too: they say when the step has ended.
+            if self._sampler is not None and (len(on_host) < len(rows) or not rows):
                 tokens = self._sampler.begin(sampled, rows)
-            return BegunStep(self, step, rows, on_host, logits, tokens, filtered)
+            before = previous.tokens if previous is not None else None
+            return BegunStep(self, step, rows, on_host, logits, tokens, filtered, before)
         except BaseException:
             self._drop_masks()
             raise
@@ -124,7 +126,7 @@ class ModelRunner:
             result = self._sample(begun, prompt_logprobs)
             if self._followers is not None:
                 self._followers.check()
-            return replace(result, filtered=begun.filtered) if begun.filtered else result
+            return replace(result, filtered=begun.filtered, device_s=_device_s(begun))
         finally:
             # Nothing is left of them unless the step broke.
             self._drop_masks()
@@ -212,6 +214,8 @@ class ModelRunner:
     ) -> StepResult:
         step = begun.step
         if not step.sampled:
+            if begun.tokens is not None:
+                begun.tokens.wait()
             return StepResult((), {}, prompt_logprobs)
         logits = begun.logits[: step.num_sampled_rows]
         tops = _tops(step, logits)
@@ -319,10 +323,20 @@ class BegunStep:
     logits: torch.Tensor
     tokens: "DeviceTokens | None"
     filtered: dict[int, FilteredChunk]
+    #: Of the step that ran when this one was begun.
+    before: "DeviceTokens | None"
 
     def result(self) -> StepResult:
         """Wait for it."""
         return self.runner.finish(self)
+
+
+def _device_s(begun: BegunStep) -> float | None:
+    """How long it kept the device. What the host does while it waits for a device, it does at any time: by its clock a step may
+    end when the next one was begun, long after it did."""
+    if begun.tokens is None or begun.before is None or begun.on_host:
+        return None
+    return begun.tokens.seconds_since(begun.before)
 
 
 class _TokenSources(TypedDict, total=False):
@@ -332,7 +346,7 @@ class _TokenSources(TypedDict, total=False):
 
 def _token_sources(step: StepBatch, previous: BegunStep | None) -> _TokenSources:
     """Where the forward pass finds the tokens that are assumed in the plan."""
-    if previous is None or previous.tokens is None:
+    if previous is None or previous.tokens is None or not len(previous.tokens.on_device):
         return {}
     assert step.forward is not None
     sources = np.full(len(step.forward.token_ids), NO_SOURCE, np.int64)

@@ -102,7 +102,7 @@ class StepLoop:
 
     `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
     `on_broken` once, when steps keep failing. latency: learns from each step what it took, from its planning until its tokens were
-    published. overlapping: plans a step while the one before it runs, where that can be; None waits for each.
+    published, or on the device where the next one was begun meanwhile. overlapping: plans a step while the one before it runs, where that can be; None waits for each.
     """
 
     def __init__(
@@ -280,8 +280,10 @@ class StepLoop:
         return _Flight(plan, begun, entries_of(plan), shape)
 
     def _complete(self, flight: _Flight) -> None:
+        device_s: float | None = None
         try:
             result = flight.begun.result()
+            device_s = result.device_s
         except Exception as error:  # noqa: BLE001 - logged there; only this step's requests fail
             self._step_broke(flight.plan, error)
         else:
@@ -290,7 +292,9 @@ class StepLoop:
         self.num_steps += 1
         self._publish_outputs()
         if flight.shape is not None and self._latency is not None:
-            self._latency.observe(flight.shape, self._clock() - flight.plan.began_s)
+            self._latency.observe(
+                flight.shape, device_s if device_s is not None else self._clock() - flight.plan.began_s
+            )
 
     def _idle_s(self) -> float:
         deadline_s = self.engine.next_deadline_s()

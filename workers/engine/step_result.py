@@ -48,3 +48,5 @@ class StepResult:
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     #: By index in the plan's chunks: of each that is filtered.
     filtered: Mapping[int, FilteredChunk] = field(default_factory=dict)
+    #: Since the step before it ended on the device, in seconds by the device's clock; None where the host's says it.
+    device_s: float | None = None

@@ -1,5 +1,6 @@
 """Predictions of step times: the roofline against what an H100 was measured to take, and what learning makes of it."""
 
+import math
 import random
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from workers.latency_model import EncodeModel, LatencyModel, rate_at, roofline
 from workers.loaded_shapes import cpu_shape
+from workers.step_cost import StepCost
 from workers.step_shape import DeviceShape, StepCosts, StepShape, chunk, decodes
 
 LLAMA, H100 = MODELS["llama-3-8b"], DEVICES["h100"]
@@ -278,3 +280,32 @@ def test_whatever_is_observed_predictions_stay_numbers(steps: list[tuple[StepSha
         model.observe(shape, measured_s)
     for shape, _ in MEASURED.values():
         assert 0.0 <= model.step_s(shape) < float("inf")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_that_are_much_alike_do_not_make_it_forget_how_their_parts_differ(seed: int) -> None:
+    """An engine that fills each step up to the same length computes such steps for hours."""
+    rng = random.Random(seed)
+    real = LatencyModel.fitted(
+        StepCosts(MODELS["llama-3-8b"], DEVICES["h100"], (2.3, 0.9, 1.2, 1.7), 100, 0.05, 1.1)
+    )
+    model = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"])
+
+    def compute(shape: StepShape) -> None:
+        # Products are computed in tiles of 128 rows.
+        padding_s = 22e-6 * (-shape.num_tokens % 128) if shape.num_prefill_tokens else 0.0
+        model.observe(shape, (real.step_s(shape) + padding_s) * rng.gauss(1.0, 0.05))
+
+    for i in range(400):
+        num = rng.randrange(5, 60)
+        compute(
+            decodes(num, num * 1100) + (chunk(rng.choice([300, 1000, 1900])) if i % 5 == 0 else StepShape())
+        )
+    num = 60
+    for i in range(6000):
+        num = min(250, max(20, num + rng.choice((-1, 0, 1))))
+        context = int(num * (1000 + 100 * math.sin(i / 300)))
+        num_tokens = StepCost.of(model).tokens_within(num, context, 0, 0.0285)
+        compute(decodes(num, context) + (chunk(num_tokens) if num_tokens else StepShape()))
+    for shape in (decodes(16, 16 * 16384), decodes(200, 200_000), chunk(2048), decodes(1, 1000)):
+        assert model.step_s(shape) == pytest.approx(real.step_s(shape), rel=0.15)

@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_engine import gather
-from tests.support.engine_fakes import BOTH, CONFIG, STOP_TOKEN, key, make_engine, submit
+from tests.support.engine_fakes import (
+    BOTH,
+    CONFIG,
+    STEP_DEVICE,
+    STEP_MODEL,
+    STOP_TOKEN,
+    key,
+    make_engine,
+    submit,
+)
 from workers.api import Abort, BlockCounts, EngineConfig, RequestFailed
 from workers.engine.engine import Engine
 from workers.engine.lookahead import ASSUMED_TOKEN, entries_of, sources_of, still_there
@@ -17,6 +26,7 @@ from workers.engine.messages import Output
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_loop import StepLoop
 from workers.engine.step_result import StepResult
+from workers.latency_model import LatencyModel
 
 NUM_BLOCKS = 24
 ROOMY = replace(CONFIG, max_running_sequences=6, max_waiting_requests=20, token_budget=24)
@@ -33,6 +43,8 @@ class DeviceFake:
 
     def __init__(self) -> None:
         self.num_ahead = 0
+        #: What steps say that they took, by the device's clock.
+        self.device_s: float | None = None
         self._running: deque[BegunFake] = deque()
 
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
@@ -73,7 +85,7 @@ class BegunFake:
 
     def result(self) -> StepResult:
         self._device.end(self)
-        return StepResult(self.tokens)
+        return StepResult(self.tokens, device_s=self._device.device_s)
 
 
 class World:
@@ -83,8 +95,15 @@ class World:
         self.outputs: list[Output] = []
         self.tokens: dict[str, list[int]] = {}
         self.now_s = 0.0
+        self.latency = LatencyModel(STEP_MODEL, STEP_DEVICE)
         self.loop = StepLoop(
-            self.engine, self.device, self.outputs.extend, pytest.fail, self._clock, overlapping=self.device
+            self.engine,
+            self.device,
+            self.outputs.extend,
+            pytest.fail,
+            self._clock,
+            latency=self.latency,
+            overlapping=self.device,
         )
 
     def _clock(self) -> float:
@@ -265,3 +284,16 @@ def test_a_step_that_breaks_fails_its_requests_and_no_other(
         pass
     assert world.tokens["r4"] == expected_tokens("r4", 5, 6)
     assert_idle(world.engine, NUM_BLOCKS)
+
+
+def test_steps_count_as_long_as_they_took_on_the_device() -> None:
+    """By the host's clock a step may end when the next one was begun, long after it did."""
+    world = World(ROOMY, NUM_BLOCKS)
+    world.device.device_s = 0.125
+    seen: list[float] = []
+    world.latency.observe = lambda _shape, measured_s: seen.append(measured_s)  # type: ignore[method-assign]
+    world.submit("r1", 5, 8)
+    while world.step():
+        pass
+    assert len(seen) == 8
+    assert set(seen) == {0.125}
