@@ -66,8 +66,8 @@ class ControllerState:
     auto: AutoSwitch | None = None
     #: None where the number of workers is fixed.
     scaling: Scaling | None = None
-    #: What the autoscaler was last told, and when.
-    told_workers: tuple[WorkerId, ...] = ()
+    #: What the autoscaler was last told, and when; None before that.
+    told_workers: tuple[WorkerId, ...] | None = None
     told_at_s: float = -math.inf
     #: When the stop of a process that still lives was last asked for.
     stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
@@ -242,15 +242,23 @@ def _retire_drained(now_s: float, observation: Observation, state: ControllerSta
 def _tell_autoscaler(
     now_s: float, state: ControllerState, config: ControllerConfig
 ) -> list[RequestResources]:
-    """Of all workers, whenever they are others, and now and then, as it may have been lost."""
+    """Of all workers while one of them waits for a place, and now and then, as it may have been lost; else of none.
+
+    Ray's autoscaler has what it is asked for fit on any nodes: it would keep one that is empty for a worker that has its place
+    on another. Nodes with workers on them stay as they are.
+    """
     if state.scaling is None:
         return []
-    workers = tuple(one for one in state.machines if one not in state.scaling.retiring)
-    if workers == state.told_workers and now_s - state.told_at_s < TELL_AUTOSCALER_S:
+    present = [machine for one, machine in state.machines.items() if one not in state.scaling.retiring]
+    is_waiting = any(one.waits_for_place for one in present)
+    workers = tuple(one.worker_id for one in present) if is_waiting else ()
+    is_due = is_waiting and now_s - state.told_at_s >= TELL_AUTOSCALER_S
+    if workers == state.told_workers and not is_due:
         return []
     state.told_workers, state.told_at_s = workers, now_s
     resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
-    return [RequestResources(tuple(resources[one] for one in workers), f"{len(workers)} workers")]
+    reason = f"{len(workers)} workers" if workers else "all workers have their place"
+    return [RequestResources(tuple(resources[one] for one in workers), reason)]
 
 
 def _begin_switches(

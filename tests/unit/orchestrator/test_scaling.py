@@ -191,11 +191,14 @@ class World:
             "orchestrator.control.auto_switch.AutoSwitch.demand", lambda *_a, **_k: demand(self.load)
         )
         self.requested: list[int] = []
+        #: Processes get a place.
+        self.has_room = True
 
     def tick(self, num: int = 1) -> Plan:
         for _ in range(num):
             self.now_s += 1.0
-            self.machines.advance()
+            if self.has_room:
+                self.machines.advance()
             seen = Observation(self.machines.reports(), self.machines.statuses())
             plan = decide(self.now_s, seen, self.state, config())
             self.state.check_invariants()
@@ -218,11 +221,12 @@ def test_the_autoscaler_is_asked_the_worker_started_drained_and_given_back(
 ) -> None:
     world = World(monkeypatch)
     assert world.ready(world.tick(5)) == ["w-0", "w-1"]
-    assert world.requested == [2]
+    # What has its place is not asked for any more.
+    assert world.requested == [2, 0]
     world.load = 1.2
     plan = world.tick(16)
     assert world.ready(plan) == ["w-0", "w-1", "w-2", "w-3"]
-    assert 4 in world.requested
+    assert world.requested == [2, 0, 4, 0]
     assert plan.view.scales[-1].state is ScaleState.DONE
     world.load = 0.2
     process = world.machines.newest("w-3")
@@ -238,7 +242,7 @@ def test_the_autoscaler_is_asked_the_worker_started_drained_and_given_back(
     plan = world.tick(2)
     assert plan.view.worker(WorkerId("w-3")) is None
     assert plan.view.scales[-1].reason == "w-3 is drained; 3 workers are left"
-    assert world.requested[-1] == 3
+    assert world.requested == [2, 0, 4, 0]
     assert all(key[0] != "w-3" for key in world.machines.processes)
     world.load = 2.0
     world.tick(20)
@@ -254,7 +258,31 @@ def test_a_new_controller_keeps_those_that_were_added(monkeypatch: pytest.Monkey
     world.state = recover(plan.view, world.machines.reports(), config(), world.now_s)
     world.load = 0.5
     assert world.ready(world.tick(3)) == ["w-0", "w-1", "w-2", "w-3"]
-    assert world.requested[-1] == 4
+    # What the one before may have asked for is taken back.
+    assert world.requested == [2, 0, 4, 0, 0]
+
+
+def test_the_autoscaler_is_told_again_of_all_while_one_waits_for_a_node_and_of_none_after_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.machines.crash((WorkerId("w-1"), 1))
+    world.has_room = False
+    world.tick(65)
+    assert world.requested == [2, 0, 2, 2, 2]
+    world.has_room = True
+    world.tick(65)
+    assert world.requested == [2, 0, 2, 2, 2, 0]
+
+
+def test_a_worker_that_cannot_start_asks_for_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.tick(1)
+    world.machines.newest("w-1").state = WorkerState.FAILED
+    world.tick(3)
+    assert world.state.machines[WorkerId("w-1")].state is LifecycleState.FAILED
+    assert world.requested == [2, 0]
 
 
 def test_a_switch_of_one_that_is_given_up_meanwhile_ends_with_it() -> None:
