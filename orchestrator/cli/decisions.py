@@ -1,4 +1,4 @@
-"""`phasewise decisions`: what the controller decided about phases, from what, and what came of it."""
+"""`phasewise decisions`: what the controller decided about phases and the number of workers, from what, and what came of it."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from orchestrator import interruptible
 from orchestrator.cli import exit_codes, table, target
 from orchestrator.cli.switch_text import scale_json, switch_json
-from orchestrator.cli.transfer_text import seconds
+from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.control.view_wire import scale_from_pb, switch_from_pb
@@ -101,7 +101,7 @@ def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
         for one in answer.decisions
     ]
     if not rows:
-        return ["no worker has changed its phases"]
+        return ["the controller has decided nothing yet"]
     return table.lines(_HEADER, rows, left=_LEFT)
 
 
@@ -121,7 +121,7 @@ def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
 
 def _scale_row(age_s: float, scale: ScaleView) -> tuple[str, ...]:
     why = "; ".join(dict.fromkeys(text for text in (scale.why, scale.reason) if text))
-    before, wanted = f"{scale.num_before} workers", f"{scale.num_wanted} workers"
+    before, wanted = counted(scale.num_before, "worker"), counted(scale.num_wanted, "worker")
     return (seconds(age_s), "(all)", before, wanted, scale.state.value, "-", "-", scale.digest or "-", why)
 
 

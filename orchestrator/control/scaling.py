@@ -100,7 +100,7 @@ class Scaling:
         """It has been removed; num_workers: those that are left."""
         self.retiring.pop(worker_id, None)
         self._asked_at_s.pop(worker_id, None)
-        self._end(ScaleState.DONE, f"{worker_id} {reason}; {num_workers} workers are left")
+        self._end(ScaleState.DONE, f"{worker_id} {reason}; workers left: {num_workers}")
 
     def keeps(self, worker_id: WorkerId, reason: str) -> None:
         """It was to go and stays."""

@@ -107,7 +107,7 @@ def test_the_table_says_what_was_expected_and_what_came() -> None:
         *("d0", "decode", "prefill", "changed", "2.00x", "50%", "->", "-", "c0ffee"),
         *("load", "1.20", "would", "be", "0.60"),
     ]
-    assert text_lines(pb.GetDecisionsResponse()) == ["no worker has changed its phases"]
+    assert text_lines(pb.GetDecisionsResponse()) == ["the controller has decided nothing yet"]
 
 
 def test_policies_are_asked_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -241,7 +241,7 @@ def test_the_autoscaler_is_asked_the_worker_started_drained_and_given_back(
     process.work = PhaseWork()
     plan = world.tick(2)
     assert plan.view.worker(WorkerId("w-3")) is None
-    assert plan.view.scales[-1].reason == "w-3 is drained; 3 workers are left"
+    assert plan.view.scales[-1].reason == "w-3 is drained; workers left: 3"
     assert world.requested == [2, 0, 4, 0]
     assert all(key[0] != "w-3" for key in world.machines.processes)
     world.load = 2.0
