@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from orchestrator.control.auto_switch import AutoSwitch, SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Action, Plan, RequestResources, StartWorker, StopWorker
-from orchestrator.control.role_switch import phase_text
-from orchestrator.control.scaling import Scaling, ScalingConfig, is_drained
+from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
+from orchestrator.control.resizing import Resizing
+from orchestrator.control.scaling import Scaling, ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
@@ -23,10 +23,6 @@ from workers.api import PhaseSet, WorkerId, WorkerState, WorkerStatus
 
 #: A stop that has not ended its process is asked for again after this, in seconds.
 STOP_RETRY_S = 5.0
-#: Of one worker that was added, under one controller.
-INCARNATIONS_PER_EPOCH = 1000
-#: The autoscaler is told again after this, in seconds.
-TELL_AUTOSCALER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +61,9 @@ class ControllerState:
     #: None in switch mode off.
     auto: AutoSwitch | None = None
     #: None where the number of workers is fixed.
-    scaling: Scaling | None = None
-    #: What the autoscaler was last told, and when; None before that.
-    told_workers: tuple[WorkerId, ...] | None = None
-    told_at_s: float = -math.inf
+    resizing: Resizing | None = None
     #: When the stop of a process that still lives was last asked for.
     stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
-    #: Highest incarnation of workers that were added and are gone.
-    used_incarnations: dict[WorkerId, int] = field(default_factory=dict)
 
     def check_invariants(self) -> None:
         """What holds between ticks."""
@@ -106,11 +97,12 @@ def recover(
         epoch=1 + (config.used_up if last_view is None else last_view.controller_epoch),
         switching=Switching({declared.worker_id: _last_phases(last_view, declared) for declared in present}),
         auto=_auto_switch(config),
-        scaling=None if config.scaling is None else Scaling(config.scaling),
     )
-    if state.scaling is not None:
+    if config.scaling is not None:
+        resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
+        state.resizing = Resizing(Scaling(config.scaling), resources, state.epoch)
         for one in added:
-            state.scaling.adopt(one.worker_id, now_s)
+            state.resizing.scaling.adopt(one.worker_id, now_s)
     for machine in state.machines.values():
         if last_view is None:
             machine.saw_incarnation(config.used_up)
@@ -184,7 +176,8 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         change = state.switching.follow(machine, served, status, refusal, now_s)
         start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
         actions += [one for one in (change, start) if one is not None]
-    _retire_drained(now_s, observation, state)
+    if state.resizing is not None:
+        state.resizing.retire_drained(now_s, observation.statuses, state.machines, state.switching)
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
@@ -192,73 +185,18 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     view = _view(state, config)
     wanted = _begin_switches(now_s, view, observation.gateway, state, config)
     look = state.auto.last if state.auto is not None else None
-    is_scaled = _scale(now_s, view, state, has_moved=wanted)
-    actions += _tell_autoscaler(now_s, state, config)
-    return Plan((*stops, *actions), _view(state, config) if wanted or is_scaled else view, look)
+    is_resized = _resize(now_s, view, state, has_moved=wanted)
+    if state.resizing is not None:
+        actions += state.resizing.tell_autoscaler(now_s, state.machines)
+    return Plan((*stops, *actions), _view(state, config) if wanted or is_resized else view, look)
 
 
-def _scale(now_s: float, view: ClusterView, state: ControllerState, *, has_moved: bool) -> bool:
+def _resize(now_s: float, view: ClusterView, state: ControllerState, *, has_moved: bool) -> bool:
     """Decide how many workers there are to be; whether anything is to change."""
-    scaling, switching = state.scaling, state.switching
-    if scaling is None or state.auto is None:
+    if state.resizing is None or state.auto is None:
         return False
     demand = state.auto.demand(view, has_moved=has_moved)
-    before = scaling.views()
-    new = scaling.tick(now_s, demand, state.machines, switching.served(state.machines.values()))
-    for worker_id in new:
-        assert demand is not None
-        state.machines[worker_id] = machine = WorkerMachine(worker_id)
-        # No incarnation of an earlier life of it is used again, nor one that an earlier controller gave it.
-        earlier = (state.epoch - 1) * INCARNATIONS_PER_EPOCH
-        machine.saw_incarnation(max(earlier, state.used_incarnations.get(worker_id, 0)))
-        switching.add(worker_id, demand.one_more)
-    switching.retiring = frozenset(scaling.retiring)
-    return scaling.views() != before
-
-
-def _retire_drained(now_s: float, observation: Observation, state: ControllerState) -> None:
-    """Let go of workers that were to go and hold nothing any more; one that nobody can stand in for stays."""
-    scaling, switching = state.scaling, state.switching
-    for worker_id, since_s in list(scaling.retiring.items()) if scaling is not None else ():
-        assert scaling is not None
-        machine, phases = state.machines[worker_id], switching.wanted[worker_id]
-        served = switching.served(state.machines.values())
-        alone = [phase for phase in phases if not served[phase]]
-        is_late = now_s - since_s > scaling.config.drain_s
-        if machine.state is LifecycleState.READY and alone:
-            scaling.keeps(worker_id, f"no other worker that is ready serves {phase_text(frozenset(alone))}")
-        elif is_late or is_drained(
-            machine, observation.statuses.get((worker_id, machine.incarnation)), phases
-        ):
-            state.used_incarnations[worker_id] = machine.incarnation
-            del state.machines[worker_id]
-            switching.forget(worker_id, now_s)
-            why = "was not empty in time, and is ended" if is_late else "is drained"
-            scaling.gone(worker_id, why, len(state.machines))
-    if scaling is not None:
-        switching.retiring = frozenset(scaling.retiring)
-
-
-def _tell_autoscaler(
-    now_s: float, state: ControllerState, config: ControllerConfig
-) -> list[RequestResources]:
-    """Of all workers while one of them waits for a place, and now and then, as it may have been lost; else of none.
-
-    Ray's autoscaler has what it is asked for fit on any nodes: it would keep one that is empty for a worker that has its place
-    on another. Nodes with workers on them stay as they are.
-    """
-    if state.scaling is None:
-        return []
-    present = [machine for one, machine in state.machines.items() if one not in state.scaling.retiring]
-    is_waiting = any(one.waits_for_place for one in present)
-    workers = tuple(one.worker_id for one in present) if is_waiting else ()
-    is_due = is_waiting and now_s - state.told_at_s >= TELL_AUTOSCALER_S
-    if workers == state.told_workers and not is_due:
-        return []
-    state.told_workers, state.told_at_s = workers, now_s
-    resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
-    reason = f"{len(workers)} workers" if workers else "all workers have their place"
-    return [RequestResources(tuple(resources[one] for one in workers), reason)]
+    return state.resizing.tick(now_s, demand, state.machines, state.switching)
 
 
 def _begin_switches(
@@ -397,7 +335,7 @@ def _view(state: ControllerState, config: ControllerConfig) -> ClusterView:
         ),
         controller_pid=config.controller_pid,
         switches=state.switching.views(),
-        scales=state.scaling.views() if state.scaling is not None else (),
+        scales=state.resizing.scaling.views() if state.resizing is not None else (),
     )
 
 

@@ -231,7 +231,7 @@ def test_the_autoscaler_is_asked_the_worker_started_drained_and_given_back(
     world.load = 0.2
     process = world.machines.newest("w-3")
     process.work = PhaseWork(num_decodes=1)
-    while not world.state.scaling or not world.state.scaling.retiring:
+    while not world.state.resizing or not world.state.resizing.scaling.retiring:
         plan = world.tick()
     view = plan.view.worker(WorkerId("w-3"))
     assert view is not None
