@@ -88,21 +88,28 @@ def recover(
     tells of those that have gone, none up to `config.used_up` either.
     """
     reports = tuple(processes)
-    seen = {report.worker_id for report in reports if report.is_alive}
-    seen |= {worker.worker_id for worker in last_view.workers} if last_view is not None else set()
+    # A process that the last view does not tell of is one that was to be ended.
+    seen = (
+        {report.worker_id for report in reports if report.is_alive}
+        if last_view is None
+        else {worker.worker_id for worker in last_view.workers}
+    )
     added = [one for one in config.extra if one.worker_id in seen]
     present = (*config.declared, *added)
     state = ControllerState(
         machines={declared.worker_id: WorkerMachine(declared.worker_id) for declared in present},
         epoch=1 + (config.used_up if last_view is None else last_view.controller_epoch),
-        switching=Switching({declared.worker_id: _last_phases(last_view, declared) for declared in present}),
+        switching=Switching(
+            {declared.worker_id: _last_phases(last_view, declared) for declared in present},
+            () if last_view is None else last_view.switches,
+        ),
         auto=_auto_switch(config),
     )
     if config.scaling is not None:
         resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
         state.resizing = Resizing(Scaling(config.scaling), resources, state.epoch)
-        for one in added:
-            state.resizing.scaling.adopt(one.worker_id, now_s)
+        scales = () if last_view is None else last_view.scales
+        state.resizing.scaling.recover(scales, [one.worker_id for one in added], now_s)
     for machine in state.machines.values():
         if last_view is None:
             machine.saw_incarnation(config.used_up)

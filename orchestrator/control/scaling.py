@@ -65,9 +65,14 @@ class Scaling:
         """The last decisions, in order."""
         return tuple(self._views)
 
-    def adopt(self, worker_id: WorkerId, now_s: float) -> None:
-        """An earlier controller has added it."""
-        self._asked_at_s[worker_id] = now_s
+    def recover(self, views: Sequence[ScaleView], added: Sequence[WorkerId], now_s: float) -> None:
+        """An earlier controller has decided these, and added these workers. Those that it was draining stay."""
+        self._views, self._num_decisions = list(views), len(views)
+        self._asked_at_s = dict.fromkeys(added, now_s)
+        if not (added and self._is_growing):
+            self._end(
+                ScaleState.UNDONE, "its controller died before it ended; the workers that there are stay"
+            )
 
     def tick(
         self,

@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from orchestrator.control.plan import SetPhases
 from orchestrator.control.policies.policy import Totals
@@ -21,21 +22,32 @@ from workers.api import Phase, PhaseSet, PhasesRefused, WorkerId, WorkerStatus
 #: Switches that are remembered, those under way not counted.
 MAX_REMEMBERED = 32
 NO_PHASES: PhaseSet = frozenset()
+ORPHANED = "its controller died before it ended"
 
 
 class Switching:
     """The phases that each worker is to have, and the switches between them.
 
-    wanted: of each declared worker; a process is started with these.
+    wanted: of each declared worker; a process is started with these. earlier: switches of a controller that died; what became of those
+    that were under way its workers say.
     """
 
-    def __init__(self, wanted: dict[WorkerId, PhaseSet]) -> None:
+    def __init__(self, wanted: dict[WorkerId, PhaseSet], earlier: Sequence[SwitchView] = ()) -> None:
         self.wanted = wanted
         #: Workers that are to be given up altogether.
         self.retiring: frozenset[WorkerId] = frozenset()
         self._switches: dict[WorkerId, RoleSwitch] = {}
-        self._ended: list[SwitchView] = []
-        self._seen: dict[str, None] = {}
+        self._ended: list[SwitchView] = [one for one in earlier if not one.is_under_way]
+        self._seen: dict[str, None] = {one.switch_id: None for one in earlier}
+        #: Those of a controller that died half-way.
+        self._orphans: dict[WorkerId, SwitchView] = {}
+        for one in earlier:
+            if one.is_under_way and one.worker_id in wanted:
+                self._orphans[one.worker_id] = one
+            elif one.is_under_way:
+                self._end(
+                    replace(one, state=SwitchState.UNDONE, reason=f"{ORPHANED}; there is no such worker")
+                )
         #: Time, requests that had finished, and those of them that met their targets.
         self._served: deque[tuple[float, int, int]] = deque()
 
@@ -47,7 +59,7 @@ class Switching:
     def views(self) -> tuple[SwitchView, ...]:
         """The last ones, in the order in which they began."""
         present = sorted(self._switches.values(), key=lambda switch: switch.began_at_s)
-        return (*self._ended[-MAX_REMEMBERED:], *(switch.view() for switch in present))
+        return (*self._ended, *self._orphans.values(), *(switch.view() for switch in present))
 
     def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
         """What a worker may be used for, and what it is giving up."""
@@ -71,6 +83,7 @@ class Switching:
     def forget(self, worker_id: WorkerId, now_s: float) -> None:
         """A worker that was added is there no more."""
         del self.wanted[worker_id]
+        self._end_orphan(worker_id, SwitchState.UNDONE, "it is given up")
         switch = self._switches.pop(worker_id, None)
         if switch is not None:
             # Else it would be under way for ever.
@@ -178,9 +191,7 @@ class Switching:
         """
         switch = self._switches.get(machine.worker_id)
         if switch is None:
-            if status is not None and machine.state is LifecycleState.READY and status.phases:
-                # An earlier controller has changed them.
-                self.wanted[machine.worker_id] = status.phases
+            self._believe(machine, status)
             return None
         own = self.phases(machine)[0] if machine.state is LifecycleState.READY else frozenset()
         others = frozenset(phase for phase, num in served.items() if num > (phase in own))
@@ -194,12 +205,30 @@ class Switching:
         )
         return self._tell(switch, machine, status, wanted, now_s)
 
+    def _believe(self, machine: WorkerMachine, status: WorkerStatus | None) -> None:
+        """What it serves an earlier controller may have changed, in a switch that it did not see the end of."""
+        worker_id = machine.worker_id
+        if status is not None and machine.state is LifecycleState.READY and status.phases:
+            self.wanted[worker_id] = status.phases
+            orphan = self._orphans.get(worker_id)
+            has_changed = orphan is not None and status.phases == orphan.phases
+            state = SwitchState.CHANGED if has_changed else SwitchState.UNDONE
+            self._end_orphan(worker_id, state, f"{worker_id} serves {phase_text(status.phases)}")
+        elif machine.state in (LifecycleState.LOST, LifecycleState.FAILED):
+            self._end_orphan(worker_id, SwitchState.UNDONE, f"{worker_id} is {machine.state}")
+
+    def _end_orphan(self, worker_id: WorkerId, state: SwitchState, reason: str) -> None:
+        orphan = self._orphans.pop(worker_id, None)
+        if orphan is not None:
+            self._end(replace(orphan, state=state, reason=f"{ORPHANED}; {reason}"))
+
     def check_invariants(self) -> None:
         """Of each switch."""
         for worker_id, switch in self._switches.items():
             assert switch.request.worker_id == worker_id
             switch.check_invariants()
         assert all(self.wanted.values())
+        assert self._orphans.keys() <= self.wanted.keys() - self._switches.keys()
 
     def _follow(
         self,

@@ -242,15 +242,69 @@ def test_one_that_changed_too_late_is_told_to_change_back() -> None:
     assert process.phases == D
 
 
-def test_a_new_controller_undoes_what_nobody_follows() -> None:
+def restarted(world: World) -> None:
+    world.state = recover(world.plan.view, world.machines.reports(), world.config, world.now_s)
+    world.state.check_invariants()
+
+
+def test_a_new_controller_undoes_what_it_finds_half_done_and_says_so() -> None:
     world = World()
     world.process("d-1").work = PhaseWork(num_decodes=2)
     world.tick(wanted("d-1", P))
-    again = recover(world.plan.view, world.machines.reports(), world.config, world.now_s)
-    world.state = again
-    world.tick()
+    restarted(world)
+    # The gateway may not know yet that it was carried out.
+    world.tick(wanted("d-1", P))
     assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
-    assert world.plan.view.switches == ()
+    [switch] = world.plan.view.switches
+    assert (switch.switch_id, switch.state, switch.why) == ("s1", S.UNDONE, "more prompts")
+    assert switch.reason == "its controller died before it ended; d-1 serves decode"
+    world.process("d-1").work = PhaseWork()
+    for _ in range(4):
+        world.tick(wanted("d-1", P, "s2"))
+    assert [one.state for one in world.plan.view.switches] == [S.UNDONE, S.CHANGED]
+
+
+def test_a_new_controller_tells_of_a_switch_that_was_done_without_one() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.tick()
+    assert (world.switch.state, world.process("d-1").phases) == (S.CHANGING, P)
+    restarted(world)
+    world.tick()
+    [switch] = world.plan.view.switches
+    assert (switch.state, world.worker("d-1").phases) == (S.CHANGED, P)
+    assert switch.reason == "its controller died before it ended; d-1 serves prefill"
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_new_controller_finds_a_worker_between_two_processes(*, is_started: bool) -> None:
+    world = World(config_of(e_0=E, e_1=E, p_0=P, p_1=P, d_0=D))
+    world.process("p-1").refusal = PhasesRefused("it would need weights", needs_new_process=True)
+    for _ in range(4):
+        world.tick(wanted("p-1", E))
+    assert world.switch.state is S.CHANGING
+    if not is_started:
+        # The view was told, and nothing else.
+        world.machines.stop((WorkerId("p-1"), 2))
+    restarted(world)
+    for _ in range(8):
+        world.tick(elapsed_s=1.0)
+        assert len(world.plan.view.switches) == 1
+    assert world.worker("p-1").state is LifecycleState.READY
+    assert world.switch.state is (S.CHANGED if is_started else S.UNDONE)
+    assert world.worker("p-1").phases == (E if is_started else P) == world.process("p-1").phases
+
+
+def test_a_worker_that_is_lost_with_its_controller_ends_the_switch() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.machines.crash((WorkerId("d-1"), 1))
+    restarted(world)
+    world.tick()
+    assert (world.switch.state, world.switch.reason) == (
+        S.UNDONE,
+        "its controller died before it ended; d-1 is lost",
+    )
 
 
 def test_a_new_controller_believes_a_worker_that_has_changed() -> None:

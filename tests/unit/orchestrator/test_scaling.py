@@ -106,7 +106,7 @@ def test_one_that_no_node_takes_is_given_up_and_the_reason_told() -> None:
 
 def test_one_that_does_not_start_is_given_up_with_its_own_reason() -> None:
     scaling, present = Scaling(CONFIG), machines(3, num_ready=2)
-    scaling.adopt(EXTRA[0], 0.0)
+    scaling.recover((), EXTRA[:1], 0.0)
     present[EXTRA[0]].handle(WorkerEvent.EXITED, "the model needs 9 GiB of memory", 1.0)
     for now_s in range(70):
         scaling.tick(float(now_s), demand(0.9), present, SERVED)
@@ -117,7 +117,7 @@ def test_one_that_does_not_start_is_given_up_with_its_own_reason() -> None:
 @pytest.mark.parametrize("event", [WorkerEvent.EXITED, WorkerEvent.REPLACE])
 def test_one_that_had_a_node_and_needs_a_new_process_is_waited_for_anew(event: WorkerEvent) -> None:
     scaling, present = Scaling(CONFIG), machines(3)
-    scaling.adopt(EXTRA[0], 0.0)
+    scaling.recover((), EXTRA[:1], 0.0)
     for now_s in range(200):
         scaling.tick(float(now_s), demand(0.9), present, SERVED)
     present[EXTRA[0]].handle(event, "a new process", 200.0)
@@ -260,6 +260,57 @@ def test_a_new_controller_keeps_those_that_were_added(monkeypatch: pytest.Monkey
     assert world.ready(world.tick(3)) == ["w-0", "w-1", "w-2", "w-3"]
     # What the one before may have asked for is taken back.
     assert world.requested == [2, 0, 4, 0, 0]
+
+
+def test_a_new_controller_goes_on_with_nodes_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.has_room, world.load = False, 1.2
+    plan = world.tick(16)
+    assert [one.state for one in plan.view.scales] == [ScaleState.ASKED]
+    world.state = recover(plan.view, world.machines.reports(), config(), world.now_s)
+    world.has_room = True
+    [scale] = world.tick(3).view.scales
+    assert (scale.scale_id, scale.state) == (plan.view.scales[0].scale_id, ScaleState.DONE)
+    assert world.ready(world.tick(3)) == ["w-0", "w-1", "w-2", "w-3"]
+
+
+def test_a_new_controller_tells_that_a_worker_was_to_go_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.load = 1.2
+    world.tick(16)
+    world.load = 0.2
+    world.machines.newest("w-3").work = PhaseWork(num_decodes=1)
+    while not world.state.resizing or not world.state.resizing.scaling.retiring:
+        plan = world.tick()
+    world.state = recover(plan.view, world.machines.reports(), config(), world.now_s)
+    plan = world.tick(3)
+    assert [one.state for one in plan.view.scales] == [ScaleState.DONE, ScaleState.UNDONE]
+    assert (
+        plan.view.scales[-1].reason == "its controller died before it ended; the workers that there are stay"
+    )
+    view = plan.view.worker(WorkerId("w-3"))
+    assert view is not None
+    assert (view.phases, view.leaving) == (P | D, frozenset())
+
+
+def test_a_new_controller_ends_a_worker_that_was_let_go_and_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.load = 1.2
+    world.tick(16)
+    world.load = 0.2
+    alive = dict(world.machines.processes)
+    while world.state.resizing and len(world.state.machines) == 4:
+        plan = world.tick()
+    assert plan.view.scales[-1].state is ScaleState.DONE
+    # The controller died before it could end the process.
+    world.machines.processes = alive
+    world.state = recover(plan.view, world.machines.reports(), config(), world.now_s)
+    assert WorkerId("w-3") not in world.state.machines
+    world.tick()
+    assert all(worker_id != "w-3" for worker_id, _ in world.machines.processes)
 
 
 def test_the_autoscaler_is_told_again_of_all_while_one_waits_for_a_node_and_of_none_after_that(
