@@ -8,7 +8,8 @@ from pathlib import Path
 from google.protobuf.json_format import Parse, ParseError
 
 from orchestrator.cli import exit_codes
-from orchestrator.control.auto_switch import Look, allowed_sets, phase_sets
+from orchestrator.control.auto_switch import allowed_sets, phase_sets
+from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb
 from orchestrator.control.policies.disaggregated import EpdQueue
 from orchestrator.control.policies.policy import Switch

@@ -1,22 +1,20 @@
 """Switches that the controller wants itself: what workers and gateway tell becomes a policy's load, its moves become requests. Pure."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from enum import StrEnum
 
+from orchestrator.control.look import Look
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import (
     ANY_PHASES,
-    FIRST_SWITCH_COST,
     ClusterLoad,
-    SwitchCost,
     Totals,
     WorkerLoad,
 )
 from orchestrator.control.prefill_speed import most_learnt
-from orchestrator.control.role_switch import SwitchRequest, phase_text, switch_cost
+from orchestrator.control.role_switch import SwitchRequest, switch_cost
 from orchestrator.control.scaling import Demand
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, LifecycleState
@@ -38,39 +36,6 @@ class SwitchMode(StrEnum):
     #: They are told, with their reasons, and not made.
     DRY_RUN = "dry_run"
     ON = "on"
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock.
-
-    tile_s: to encode a tile of a picture; 0 while that is not known.
-    """
-
-    at_s: float
-    load: ClusterLoad
-    cost: StepCost
-    slo: Slo
-    tile_s: float = 0.0
-    switch_cost: SwitchCost = FIRST_SWITCH_COST
-
-    @property
-    def digest(self) -> str:
-        """Names it among all looks."""
-        others = (self.load.totals, self.cost, self.tile_s, self.switch_cost)
-        text = "|".join((*map(_as_text, self.load.workers), *map(repr, others)))
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-_LOAD_FIELDS = tuple(one.name for one in fields(WorkerLoad))
-
-
-def _as_text(load: WorkerLoad) -> str:
-    """All that it says."""
-    told = {name: getattr(load, name) for name in _LOAD_FIELDS}
-    # A set has no order of its own.
-    told["phases"] = told["loaded"] = frozenset()
-    return f"{phase_text(load.phases)}/{phase_text(load.loaded)}{told!r}"
 
 
 class AutoSwitch:

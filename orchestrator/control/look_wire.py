@@ -2,7 +2,7 @@
 
 from dataclasses import astuple
 
-from orchestrator.control.auto_switch import Look
+from orchestrator.control.look import Look
 from orchestrator.control.policies.policy import (
     ANY_PHASES,
     FIRST_SWITCH_COST,

@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.look import Look
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, Plan, RequestResources, SetPhases, StartWorker, StopWorker
 from orchestrator.control.role_switch import phase_text

@@ -9,7 +9,7 @@ from google.protobuf.json_format import MessageToJson
 from orchestrator.cli import replay_decisions
 from orchestrator.cli.decisions import text_lines
 from orchestrator.cli.replay_decisions import POLICIES, read_looks, replay
-from orchestrator.control.auto_switch import Look
+from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb, look_to_pb
 from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
 from orchestrator.control.slo import Slo
