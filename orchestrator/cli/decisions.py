@@ -28,8 +28,8 @@ examples:
   phasewise decisions --looks looks.jsonl
   phasewise replay-decisions looks.jsonl --policy epd_queue
 
-PREDICTED is goodput after the switch over that before, as the policy expected it. MET is the part of the requests that met their
-targets for 15 s before the switch and after it. SEEN names what the policy saw, in the file that --looks writes.
+PREDICTED is goodput after the decision over that before, as the policy expected it. MET is the part of the requests that met their
+targets for 15 s before it was made and after it was carried out. SEEN names what the policy saw, in the file that --looks writes.
 
 exit codes: 0 it was told, 2 wrong command line, 4 no such deployment, or its gateway does not answer
 """
@@ -106,23 +106,24 @@ def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
 
 
 def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
-    return (
-        seconds(age_s),
-        switch.worker_id,
-        phase_text(switch.before),
-        phase_text(switch.phases),
-        switch.state.value,
-        "-" if switch.predicted is None else f"{switch.predicted:.2f}x",
-        f"{_share(switch.met_before)} -> {_share(switch.met_after)}",
-        switch.digest or "-",
-        "; ".join(dict.fromkeys(text for text in (switch.why, switch.reason) if text)),
-    )
+    before, after = phase_text(switch.before), phase_text(switch.phases)
+    return (seconds(age_s), switch.worker_id, before, after, *_told(switch))
 
 
 def _scale_row(age_s: float, scale: ScaleView) -> tuple[str, ...]:
-    why = "; ".join(dict.fromkeys(text for text in (scale.why, scale.reason) if text))
     before, wanted = counted(scale.num_before, "worker"), counted(scale.num_wanted, "worker")
-    return (seconds(age_s), "(all)", before, wanted, scale.state.value, "-", "-", scale.digest or "-", why)
+    return (seconds(age_s), "(all)", before, wanted, *_told(scale))
+
+
+def _told(decision: SwitchView | ScaleView) -> tuple[str, ...]:
+    """What is told of both kinds."""
+    return (
+        decision.state.value,
+        "-" if decision.predicted is None else f"{decision.predicted:.2f}x",
+        f"{_share(decision.met_before)} -> {_share(decision.met_after)}",
+        decision.digest or "-",
+        "; ".join(dict.fromkeys(text for text in (decision.why, decision.reason) if text)),
+    )
 
 
 def _share(value: float | None) -> str:

@@ -14,7 +14,8 @@ from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
 from orchestrator.control.resizing import Resizing
-from orchestrator.control.scaling import Scaling, ScalingConfig
+from orchestrator.control.scaling import Scaling
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
@@ -127,7 +128,7 @@ def _auto_switch(config: ControllerConfig) -> AutoSwitch | None:
     if config.switch_mode is SwitchMode.OFF:
         return None
     block_sizes = {one.worker_id: one.engine.block_size for one in (*config.declared, *config.extra)}
-    return AutoSwitch(config.slo, block_sizes, (one.phases for one in config.declared))
+    return AutoSwitch(config.slo, block_sizes, (one.phases for one in config.declared), config.scaling)
 
 
 def _last_phases(last_view: ClusterView | None, declared: DeclaredWorker) -> PhaseSet:
@@ -191,8 +192,8 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
     state.switching.observe(observation.gateway.totals, now_s)
     view = _view(state, config)
     wanted = _begin_switches(now_s, view, observation.gateway, state, config)
-    look = state.auto.last if state.auto is not None else None
     is_resized = _resize(now_s, view, state, has_moved=wanted)
+    look = state.auto.last if state.auto is not None else None
     if state.resizing is not None:
         actions += state.resizing.tell_autoscaler(now_s, state.machines)
     return Plan((*stops, *actions), _view(state, config) if wanted or is_resized else view, look)
@@ -203,7 +204,11 @@ def _resize(now_s: float, view: ClusterView, state: ControllerState, *, has_move
     if state.resizing is None or state.auto is None:
         return False
     demand = state.auto.demand(view, has_moved=has_moved)
-    return state.resizing.tick(now_s, demand, state.machines, state.switching)
+    before = state.resizing.scaling.num_decisions
+    is_resized = state.resizing.tick(now_s, demand, state.machines, state.switching)
+    if state.resizing.scaling.num_decisions > before:
+        state.auto.tell()
+    return is_resized
 
 
 def _begin_switches(

@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields
 
 from orchestrator.control.policies.policy import FIRST_SWITCH_COST, ClusterLoad, SwitchCost, WorkerLoad
 from orchestrator.control.role_switch import phase_text
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
+from workers.api import PhaseSet, WorkerId
 from workers.step_cost import StepCost
 
 
@@ -13,7 +15,8 @@ from workers.step_cost import StepCost
 class Look:
     """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock.
 
-    tile_s: to encode a tile of a picture; 0 while that is not known.
+    tile_s: to encode a tile of a picture; 0 while that is not known. allowed: what a worker may come to serve. scaling: of how many workers;
+    None where their number is fixed. waiting: those that were added and are not ready.
     """
 
     at_s: float
@@ -22,6 +25,9 @@ class Look:
     slo: Slo
     tile_s: float = 0.0
     switch_cost: SwitchCost = FIRST_SWITCH_COST
+    allowed: tuple[PhaseSet, ...] = ()
+    scaling: ScalingConfig | None = None
+    waiting: tuple[WorkerId, ...] = ()
 
     @property
     def digest(self) -> str:

@@ -42,7 +42,8 @@ class Resizing:
     ) -> bool:
         """Decide how many workers there are to be, and add machines for new ones; whether anything is to change."""
         before = self.scaling.views()
-        new = self.scaling.tick(now_s, demand, machines, switching.served(machines.values()))
+        served = switching.served(machines.values())
+        new = self.scaling.tick(now_s, demand, machines, served, switching.met())
         for worker_id in new:
             assert demand is not None
             machines[worker_id] = machine = WorkerMachine(worker_id)

@@ -110,9 +110,9 @@ class Switching:
             if changed_at_s is None or switch.met_after is not None:
                 continue
             if changed_at_s + OBSERVED_S <= now_s < changed_at_s + 2 * OBSERVED_S:
-                switch.met_after = self._met()
+                switch.met_after = self.met()
 
-    def _met(self) -> float | None:
+    def met(self) -> float | None:
         """Of the requests that finished in the last OBSERVED_S."""
         if not self._served:
             return None
@@ -158,7 +158,7 @@ class Switching:
                     began_at_s=now_s,
                     predicted=request.predicted,
                     digest=request.digest,
-                    met_before=self._met(),
+                    met_before=self.met(),
                     needs_new_process=is_new,
                 )
                 self._end(refused)
@@ -172,7 +172,7 @@ class Switching:
                 self._end(last.view())
             before = self.wanted[request.worker_id]
             switch = RoleSwitch.begin(request, before, number, now_s, needs_new_process=is_new)
-            switch.met_before = self._met()
+            switch.met_before = self.met()
             self._switches[request.worker_id] = switch
             num_begun += 1
         return num_begun

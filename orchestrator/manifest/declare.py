@@ -7,7 +7,7 @@ from kvtransfer.config import TransportChoice
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker, WorkerResources, token_budgets
-from orchestrator.control.scaling import ScalingConfig
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse

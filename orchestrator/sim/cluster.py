@@ -11,7 +11,7 @@ from orchestrator.control.observation import GatewayNews, Observation, ProcessKe
 from orchestrator.control.plan import SetPhases, StartWorker, StopWorker
 from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
-from orchestrator.control.scaling import ScalingConfig
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener

@@ -13,10 +13,13 @@ from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
+from orchestrator.control.look import Look
 from orchestrator.control.observation import Observation
 from orchestrator.control.plan import Plan, RequestResources, StartWorker, StopWorker
+from orchestrator.control.policies.policy import ClusterLoad, Totals
 from orchestrator.control.role_switch import SwitchRequest
-from orchestrator.control.scaling import Demand, Scaling, ScalingConfig
+from orchestrator.control.scaling import Demand, Scaling
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleState, SwitchState, WorkerView
@@ -25,11 +28,14 @@ from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from tests.support.fake_cluster import FakeMachines, controller_config, declare
 from tests.support.sim import ENGINE, LLAMA_ON_H100, load, worker
 from workers.api import Phase, PhaseWork, WorkerId, WorkerState, WorkerStatus
+from workers.step_cost import StepCost
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 EXTRA = tuple(WorkerId(f"w-{i}") for i in range(2, 5))
 CONFIG = ScalingConfig(EXTRA, hold_s=10.0, release_s=20.0, give_up_s=60.0, blocked_s=100.0)
 SERVED = {Phase.PREFILL: 5, Phase.DECODE: 5}
+COST = StepCost(0.002, 2.5e-5, 2.6e-5, 0.005, 5e-8, 1e-9)
+LOOK = Look(0.0, ClusterLoad((), Totals()), COST, Slo(1.0, 0.05))
 
 
 def machine(worker_id: str, *, is_ready: bool = True) -> WorkerMachine:
@@ -47,7 +53,7 @@ def machines(num: int, *, num_ready: int | None = None) -> dict[WorkerId, Worker
 
 
 def demand(load: float, *, is_moving: bool = False) -> Demand:
-    return Demand(load, is_moving, P | D, "seen")
+    return Demand(load, is_moving, P | D, LOOK)
 
 
 def added(scaling: Scaling, load: float, num: int, *, until_s: float, from_s: float = 0.0) -> list[WorkerId]:
@@ -66,8 +72,34 @@ def test_a_load_that_lasts_gets_as_many_workers_as_it_needs() -> None:
     # 2 x 1.2 / 0.7 are four workers.
     assert added(scaling, 1.2, 2, until_s=20.0, from_s=10.0) == ["w-2", "w-3"]
     [view] = scaling.views()
-    assert (view.num_before, view.num_wanted, view.state, view.digest) == (2, 4, ScaleState.ASKED, "seen")
+    assert (view.num_before, view.num_wanted, view.state, view.digest) == (
+        2,
+        4,
+        ScaleState.ASKED,
+        LOOK.digest,
+    )
     assert view.why == "load 1.20 for 10 s, and no move of phases helps"
+
+
+def test_the_effect_is_looked_at_once_those_that_came_are_ready() -> None:
+    scaling, present = Scaling(CONFIG), machines(2)
+    for now_s in range(11):
+        scaling.tick(float(now_s), demand(1.2), present, SERVED, 0.4)
+    assert (scaling.views()[-1].met_before, scaling.views()[-1].met_after) == (0.4, None)
+    # 1.2 of what two can do is 0.6 of what four can: all of it is served, after 1 / 1.2.
+    assert scaling.views()[-1].predicted == pytest.approx(1.2)
+    present = machines(4)
+    for one in EXTRA[:2]:
+        present[one] = machine(one, is_ready=False)
+        present[one].address = "w:1"
+    for now_s in range(11, 40):
+        scaling.tick(float(now_s), demand(0.7), present, SERVED, 0.5)
+    assert (scaling.views()[-1].state, scaling.views()[-1].met_after) == (ScaleState.DONE, None)
+    present = machines(4)
+    for now_s in range(40, 60):
+        scaling.tick(float(now_s), demand(0.7), present, SERVED, 0.5 + now_s / 100)
+    # As of 15 s after that.
+    assert scaling.views()[-1].met_after == 0.5 + 55 / 100
 
 
 def test_a_load_that_falls_or_a_move_of_phases_begins_the_wait_anew() -> None:
@@ -392,4 +424,11 @@ def test_a_simulated_cluster_grows_and_shrinks_and_loses_nothing(seed: int) -> N
     assert grown[0][0] == 2
     assert max(wanted for _, wanted in grown) > 2
     assert grown[-1][1] < grown[-1][0]
+    for one in result.scales:
+        assert one.digest
+        assert one.predicted is not None
+    first = result.scales[0]
+    assert first.predicted is not None
+    assert first.predicted > 1
+    assert first.met_before is not None
     assert num_met(result) > 1.2 * num_met(run(seed, can_grow=False))
