@@ -174,6 +174,7 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         status = observation.statuses.get((machine.worker_id, machine.incarnation))
         _follow_status(machine, status, listened_s, config, now_s)
     actions: list[Action] = []
+    state.switching.known_version = observation.gateway.version
     served = state.switching.served(state.machines.values())
     for declared in (*config.declared, *config.extra):
         if declared.worker_id not in state.machines:
@@ -185,7 +186,7 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
         actions += [one for one in (change, start) if one is not None]
     if state.resizing is not None:
-        state.resizing.retire_drained(now_s, observation.statuses, state.machines, state.switching)
+        state.resizing.retire_drained(now_s, observation, state.machines, state.switching)
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
@@ -205,7 +206,7 @@ def _resize(now_s: float, view: ClusterView, state: ControllerState, *, has_move
         return False
     demand = state.auto.demand(view, has_moved=has_moved)
     before = state.resizing.scaling.num_decisions
-    is_resized = state.resizing.tick(now_s, demand, state.machines, state.switching)
+    is_resized = state.resizing.tick(now_s, demand, view.version, state.machines, state.switching)
     if state.resizing.scaling.num_decisions > before:
         state.auto.tell()
     return is_resized

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.control.declared import WorkerResources
-from orchestrator.control.observation import ProcessKey
+from orchestrator.control.observation import Observation
 from orchestrator.control.plan import RequestResources
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.scaling import Demand, Scaling, is_drained
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import LifecycleState
 from orchestrator.control.worker_machine import WorkerMachine
-from workers.api import WorkerId, WorkerStatus
+from workers.api import WorkerId
 
 #: Of one worker that was added, under one controller.
 INCARNATIONS_PER_EPOCH = 1000
@@ -29,6 +29,8 @@ class Resizing:
     epoch: int
     #: Highest incarnation of workers that were added and are gone.
     _used_incarnations: dict[WorkerId, int] = field(default_factory=dict)
+    #: Version of the first view that tells of a worker that it goes.
+    _going_since: dict[WorkerId, int] = field(default_factory=dict)
     #: What the autoscaler was last told, and when; None before that.
     _told: tuple[WorkerId, ...] | None = None
     _told_at_s: float = -math.inf
@@ -37,10 +39,14 @@ class Resizing:
         self,
         now_s: float,
         demand: Demand | None,
+        version: int,
         machines: dict[WorkerId, WorkerMachine],
         switching: Switching,
     ) -> bool:
-        """Decide how many workers there are to be, and add machines for new ones; whether anything is to change."""
+        """Decide how many workers there are to be, and add machines for new ones; whether anything is to change.
+
+        version: of the view that tells of it.
+        """
         before = self.scaling.views()
         served = switching.served(machines.values())
         new = self.scaling.tick(now_s, demand, machines, served, switching.met())
@@ -52,27 +58,35 @@ class Resizing:
             machine.saw_incarnation(max(earlier, self._used_incarnations.get(worker_id, 0)))
             switching.add(worker_id, demand.one_more)
         switching.retiring = frozenset(self.scaling.retiring)
+        self._going_since = {one: self._going_since.get(one, version) for one in self.scaling.retiring}
         return self.scaling.views() != before
 
     def retire_drained(
         self,
         now_s: float,
-        statuses: Mapping[ProcessKey, WorkerStatus],
+        observation: Observation,
         machines: dict[WorkerId, WorkerMachine],
         switching: Switching,
     ) -> None:
-        """Let go of workers that were to go and hold nothing any more; one that nobody can stand in for stays."""
+        """Let go of workers that were to go and hold nothing any more; one that nobody can stand in for stays.
+
+        One that is ready stays too while the gateway does not know that it goes: requests may come to it.
+        """
         scaling = self.scaling
         for worker_id, since_s in list(scaling.retiring.items()):
             machine, phases = machines[worker_id], switching.wanted[worker_id]
             served = switching.served(machines.values())
             alone = [phase for phase in phases if not served[phase]]
+            is_ready = machine.state is LifecycleState.READY
             is_late = now_s - since_s > scaling.config.drain_s
-            if machine.state is LifecycleState.READY and alone:
+            status = observation.statuses.get((worker_id, machine.incarnation))
+            if is_ready and alone:
                 scaling.keeps(
                     worker_id, f"no other worker that is ready serves {phase_text(frozenset(alone))}"
                 )
-            elif is_late or is_drained(machine, statuses.get((worker_id, machine.incarnation)), phases):
+            elif is_ready and observation.gateway.version < self._going_since[worker_id]:
+                scaling.retiring[worker_id] = now_s
+            elif is_late or is_drained(machine, status, phases):
                 self._used_incarnations[worker_id] = machine.incarnation
                 del machines[worker_id]
                 switching.forget(worker_id, now_s)

@@ -36,6 +36,8 @@ class Switching:
         self.wanted = wanted
         #: Workers that are to be given up altogether.
         self.retiring: frozenset[WorkerId] = frozenset()
+        #: Of the last view that the gateway has.
+        self.known_version = 0
         self._switches: dict[WorkerId, RoleSwitch] = {}
         self._ended: list[SwitchView] = [one for one in earlier if not one.is_under_way]
         self._seen: dict[str, None] = {one.switch_id: None for one in earlier}
@@ -172,6 +174,7 @@ class Switching:
                 self._end(last.view())
             before = self.wanted[request.worker_id]
             switch = RoleSwitch.begin(request, before, number, now_s, needs_new_process=is_new)
+            switch.view_version = view.version
             switch.met_before = self.met()
             self._switches[request.worker_id] = switch
             num_begun += 1
@@ -260,7 +263,9 @@ class Switching:
     def _heard(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus, now_s: float) -> None:
         # A process that is to end has to bring away what it sends as well.
         num_left = status.work.of(switch.leaving) + (status.num_leases if switch.needs_new_process else 0)
-        if switch.state is SwitchState.LEAVING and num_left == 0:
+        # While the gateway does not know of it more may come.
+        is_known = self.known_version >= switch.view_version
+        if switch.state is SwitchState.LEAVING and num_left == 0 and is_known:
             left = phase_text(switch.leaving)
             reason = f"nothing needs {left} there any more" if left else "it gives nothing up"
             switch.handle(SwitchEvent.EMPTY, reason, now_s)
@@ -366,6 +371,8 @@ def _needs_new_process(request: SwitchRequest, view: ClusterView) -> bool:
 def _left(switch: RoleSwitch, status: WorkerStatus | None) -> str:
     if status is None:
         return "the worker says nothing"
+    if switch.state is SwitchState.LEAVING and not status.work.of(switch.leaving):
+        return "the gateway does not answer, and may give it more"
     if switch.state is SwitchState.LEAVING:
         return f"{status.work.of(switch.leaving)} requests there still need {phase_text(switch.leaving)}"
     return f"it serves {phase_text(status.phases)}"

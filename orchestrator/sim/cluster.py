@@ -302,7 +302,7 @@ class SimCluster:
             for key, process in self.processes.items()
             if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
         }
-        news = GatewayNews(tuple(self._wanted), self._totals())
+        news = GatewayNews(tuple(self._wanted), self._totals(), self._state.version)
         observation = Observation(tuple(reports), statuses, news, self._refusals)
         self._wanted, self._refusals = [], {}
         plan = decide(now_s, observation, self._state, self._config)

@@ -50,6 +50,9 @@ class World:
     state: ControllerState = field(init=False)
     plan: Plan = field(init=False)
     refusals: dict[ProcessKey, PhasesRefused] = field(default_factory=dict)
+    #: The gateway gets the views.
+    is_reachable: bool = True
+    known_version: int = 0
 
     def __post_init__(self) -> None:
         self.state = recover(None, (), self.config, 0.0)
@@ -63,12 +66,14 @@ class World:
         observation = Observation(
             self.machines.reports(),
             self.machines.statuses(),
-            GatewayNews(requests, replace(totals) if totals else None),
+            GatewayNews(requests, replace(totals) if totals else None, self.known_version),
             dict(self.refusals),
         )
         self.refusals.clear()
         self.plan = decide(self.now_s, observation, self.state, self.config)
         self.state.check_invariants()
+        if self.is_reachable:
+            self.known_version = self.plan.view.version
         for action in self.plan.actions:
             key = (
                 action.declared.worker_id if isinstance(action, StartWorker) else action.worker_id,
@@ -166,6 +171,28 @@ def test_a_request_that_came_after_all_is_waited_for() -> None:
     for _ in range(3):
         world.tick()
     assert world.switch.state is S.CHANGED
+
+
+def test_nothing_is_given_up_that_the_gateway_may_still_use() -> None:
+    world = World()
+    world.is_reachable = False
+    world.tick(wanted("d-1", P))
+    for _ in range(5):
+        assert world.tick().actions == ()
+    assert world.switch.state is S.LEAVING
+    world.is_reachable = True
+    for _ in range(4):
+        world.tick()
+    assert world.switch.state is S.CHANGED
+
+
+def test_a_switch_that_the_gateway_never_hears_of_is_undone() -> None:
+    world = World()
+    world.is_reachable = False
+    world.tick(wanted("d-1", P))
+    world.tick(elapsed_s=CHANGE_TIMEOUT_S + 1)
+    assert world.switch.state is S.UNDONE
+    assert world.switch.reason == "leaving took too long: the gateway does not answer, and may give it more"
 
 
 def test_a_refusal_leaves_it_as_it_was() -> None:

@@ -14,7 +14,7 @@ from orchestrator.bench.records import OK
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.look import Look
-from orchestrator.control.observation import Observation
+from orchestrator.control.observation import GatewayNews, Observation
 from orchestrator.control.plan import Plan, RequestResources, StartWorker, StopWorker
 from orchestrator.control.policies.policy import ClusterLoad, Totals
 from orchestrator.control.role_switch import SwitchRequest
@@ -223,6 +223,8 @@ class World:
             "orchestrator.control.auto_switch.AutoSwitch.demand", lambda *_a, **_k: demand(self.load)
         )
         self.requested: list[int] = []
+        #: The gateway gets the views.
+        self.is_reachable, self.known_version = True, 0
         #: Processes get a place.
         self.has_room = True
 
@@ -231,8 +233,11 @@ class World:
             self.now_s += 1.0
             if self.has_room:
                 self.machines.advance()
-            seen = Observation(self.machines.reports(), self.machines.statuses())
+            news = GatewayNews(version=self.known_version)
+            seen = Observation(self.machines.reports(), self.machines.statuses(), news)
             plan = decide(self.now_s, seen, self.state, config())
+            if self.is_reachable:
+                self.known_version = plan.view.version
             self.state.check_invariants()
             for action in plan.actions:
                 match action:
@@ -280,6 +285,41 @@ def test_the_autoscaler_is_asked_the_worker_started_drained_and_given_back(
     world.tick(20)
     # No incarnation is used twice.
     assert world.machines.newest("w-3").incarnation == 2
+
+
+def test_a_worker_is_not_ended_while_the_gateway_does_not_know_that_it_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.load = 1.2
+    world.tick(16)
+    world.load, world.is_reachable = 0.2, False
+    plan = world.tick(25 + int(CONFIG.drain_s) * 2)
+    # It has nothing to do, but may get something in any moment.
+    view = plan.view.worker(WorkerId("w-3"))
+    assert view is not None
+    assert (view.phases, view.leaving) == (frozenset(), P | D)
+    process = world.machines.newest("w-3")
+    process.work, world.is_reachable = PhaseWork(num_prefills=1), True
+    world.tick(int(CONFIG.drain_s) // 2)
+    assert process in world.machines.processes.values()
+    process.work = PhaseWork()
+    plan = world.tick(3)
+    assert plan.view.scales[-1].reason == "w-3 is drained; workers left: 3"
+    assert process not in world.machines.processes.values()
+
+
+def test_a_worker_that_is_lost_goes_without_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.tick(5)
+    world.load = 1.2
+    world.tick(16)
+    world.load, world.is_reachable = 0.2, False
+    while not world.state.resizing or not world.state.resizing.scaling.retiring:
+        world.tick()
+    world.machines.crash((WorkerId("w-3"), 1))
+    assert world.tick(2).view.worker(WorkerId("w-3")) is None
 
 
 def test_a_new_controller_keeps_those_that_were_added(monkeypatch: pytest.MonkeyPatch) -> None:
