@@ -227,6 +227,8 @@ class Scaling:
         look: Look,
         predicted: float,
     ) -> None:
+        # Of those that were still waited for some may have come.
+        self._end(ScaleState.UNDONE, f"overtaken: {reason}")
         self._num_decisions += 1
         self._effect_since_s = None
         view = ScaleView(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK
+from orchestrator.bench.trace import TraceRow
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.look import Look
@@ -24,13 +25,14 @@ from orchestrator.control.slo import Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleState, SwitchState, WorkerView
 from orchestrator.control.worker_machine import WorkerEvent, WorkerMachine
+from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from tests.support.fake_cluster import FakeMachines, controller_config, declare
 from tests.support.sim import ENGINE, LLAMA_ON_H100, load, worker
 from workers.api import Phase, PhaseWork, WorkerId, WorkerState, WorkerStatus
 from workers.step_cost import StepCost
 
-P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+E, P, D = (frozenset({phase}) for phase in Phase)
 EXTRA = tuple(WorkerId(f"w-{i}") for i in range(2, 5))
 CONFIG = ScalingConfig(EXTRA, hold_s=10.0, release_s=20.0, give_up_s=60.0, blocked_s=100.0)
 SERVED = {Phase.PREFILL: 5, Phase.DECODE: 5}
@@ -100,6 +102,18 @@ def test_the_effect_is_looked_at_once_those_that_came_are_ready() -> None:
         scaling.tick(float(now_s), demand(0.7), present, SERVED, 0.5 + now_s / 100)
     # As of 15 s after that.
     assert scaling.views()[-1].met_after == 0.5 + 55 / 100
+
+
+def test_a_load_that_goes_while_nodes_are_waited_for_ends_that() -> None:
+    scaling, present = Scaling(CONFIG), machines(4, num_ready=2)
+    assert added(scaling, 1.2, 2, until_s=20.0)
+    for now_s in range(20, 50):
+        scaling.tick(float(now_s), demand(0.1), present, SERVED)
+    assert [(one.num_wanted, one.state) for one in scaling.views()] == [
+        (4, ScaleState.UNDONE),
+        (3, ScaleState.ASKED),
+    ]
+    assert scaling.views()[0].reason.startswith("overtaken: one worker fewer would have load 0.20")
 
 
 def test_a_load_that_falls_or_a_move_of_phases_begins_the_wait_anew() -> None:
@@ -472,3 +486,56 @@ def test_a_simulated_cluster_grows_and_shrinks_and_loses_nothing(seed: int) -> N
     assert first.predicted > 1
     assert first.met_before is not None
     assert num_met(result) > 1.2 * num_met(run(seed, can_grow=False))
+
+
+def run_pictures(seed: int, drain_s: float) -> tuple[SimResult, bool]:
+    """More pictures than one encoder can do, and settings with which one goes all the same; whether it had some then."""
+    engine = replace(ENGINE, kv_cache_bytes=20 * 10**9, token_budget=2048, max_running_sequences=256)
+    # Slow enough that pictures are there whenever a worker goes.
+    pictures = replace(Pictures.of(LLAMA_ON_H100, tiles=3), batch_s=0.02, patch_s=4e-5)
+    rng, at_s, plan = random.Random(seed), 0.0, []
+    while at_s < 30.0:
+        at_s += rng.expovariate(3.0)
+        num_images = rng.randint(3, 6)
+        prompt = rng.randint(1, 60) + num_images * pictures.num_tokens
+        row = TraceRow(len(plan) + 1, at_s, prompt, rng.randint(2, 10), (), num_images)
+        plan.append(PlannedRequest(row, at_s, prompt, row.output_tokens, num_images))
+    sim = SimConfig(
+        (worker("e-0", E, engine), worker("t-0", P | D, engine)),
+        LLAMA_ON_H100,
+        slo=Slo(0.6, 0.03),
+        switch_mode=SwitchMode.ON,
+        load_s=1.0,
+        seed=seed,
+        pictures=pictures,
+        extra=tuple(worker(one, E, engine) for one in EXTRA[:2]),
+        scaling=ScalingConfig(EXTRA[:2], hold_s=3.0, release_s=2.0, below=9.0, drain_s=drain_s),
+    )
+    simulation, had_some = Simulation(sim, plan, plan[-1].arrival_s), False
+    update_view = simulation.dispatcher.update_view
+
+    def on_view(view: ClusterView) -> bool:
+        nonlocal had_some
+        had_some |= any(
+            one.leaving and one.status is not None and one.status.work.num_encodes > 0 for one in view.workers
+        )
+        return update_view(view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation.dispatcher, "update_view", on_view)
+        return simulation.run(), had_some
+
+
+@pytest.mark.parametrize("drain_s", [60.0, 0.2])
+def test_an_encoder_that_goes_takes_no_picture_with_it(drain_s: float) -> None:
+    """Also when it is ended with pictures that requests wait for: others encode them anew."""
+    all_had_some, reasons = [], []
+    for seed in range(1, 4):
+        result, had_some = run_pictures(seed, drain_s)
+        assert {record.status for record in result.load.records} == {OK}
+        assert result.num_wrong_tokens == 0
+        assert result.scales[0].num_wanted > 2
+        all_had_some.append(had_some)
+        reasons += [one.reason for one in result.scales if one.num_wanted < one.num_before]
+    assert any(all_had_some)
+    assert any(("in time" if drain_s < 1 else "is drained") in one for one in reasons)
