@@ -181,7 +181,7 @@ class Scaling:
         if not new:
             self._blocked_until_s = now_s + self.config.blocked_s
             reason = f"{reason}; maxWorkers are there already"
-        predicted = _goodput(demand.load * num_ready / (num_ready + len(new))) / _goodput(demand.load)
+        predicted = _gain(demand.load, demand.load * num_ready / (num_ready + len(new)))
         self._decided(now_s, num_workers, num_workers + len(new), reason, demand.look, predicted)
         if not new:
             self._end(ScaleState.UNDONE, reason)
@@ -213,7 +213,7 @@ class Scaling:
                 self._below_since_s = None
                 self.retiring[one] = now_s
                 reason = f"one worker fewer would have load {lower:.2f}, for {self.config.release_s:g} s: {one} goes"
-                predicted = _goodput(lower) / _goodput(demand.load)
+                predicted = _gain(demand.load, lower)
                 num = len(machines)
                 self._decided(now_s, num, num - 1, reason, demand.look, predicted)
                 return
@@ -225,7 +225,7 @@ class Scaling:
         wanted: int,
         reason: str,
         look: Look,
-        predicted: float,
+        predicted: float | None,
     ) -> None:
         # Of those that were still waited for some may have come.
         self._end(ScaleState.UNDONE, f"overtaken: {reason}")
@@ -240,7 +240,7 @@ class Scaling:
             reason,
             reason,
             look.digest,
-            predicted if math.isfinite(predicted) else None,
+            predicted,
             met_before=self._met,
         )
         self._views.append(view)
@@ -251,9 +251,9 @@ class Scaling:
             self._views[-1] = replace(self._views[-1], state=state, reason=reason)
 
 
-def _goodput(load: float) -> float:
-    """Part of what comes that is served at its targets."""
-    return min(1.0, 1.0 / load) if load > 0 else 1.0
+def _gain(before: float, after: float) -> float | None:
+    """Goodput after over goodput before, of two loads: of one above 1 a part is served. None when nothing was, as a phase had no worker."""
+    return max(1.0, before) / max(1.0, after) if math.isfinite(before) else None
 
 
 def is_drained(machine: WorkerMachine, status: WorkerStatus | None, phases: PhaseSet) -> bool:

@@ -1,5 +1,6 @@
 """How many workers there are: more when moves of phases do not help, fewer when they do not need to be, none lost on the way."""
 
+import math
 import random
 from dataclasses import replace
 from functools import cache
@@ -190,7 +191,7 @@ def test_one_that_is_not_needed_goes_the_last_one_first_and_never_the_only_one_o
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.floats(0.0, 5.0), st.booleans(), st.integers(1, 40), st.booleans()),
+        st.tuples(st.floats(0.0, 5.0) | st.just(math.inf), st.booleans(), st.integers(1, 40), st.booleans()),
         min_size=1,
         max_size=30,
     )
