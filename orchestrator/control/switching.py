@@ -211,12 +211,17 @@ class Switching:
     def _believe(self, machine: WorkerMachine, status: WorkerStatus | None) -> None:
         """What it serves an earlier controller may have changed, in a switch that it did not see the end of."""
         worker_id = machine.worker_id
-        if status is not None and machine.state is LifecycleState.READY and status.phases:
-            self.wanted[worker_id] = status.phases
-            orphan = self._orphans.get(worker_id)
-            has_changed = orphan is not None and status.phases == orphan.phases
+        serves = status.phases if status is not None and machine.state is LifecycleState.READY else None
+        if serves:
+            self.wanted[worker_id] = serves
+        orphan = self._orphans.get(worker_id)
+        if orphan is None:
+            # So it is with nearly all of them.
+            return
+        if serves:
+            has_changed = serves == orphan.phases
             state = SwitchState.CHANGED if has_changed else SwitchState.UNDONE
-            self._end_orphan(worker_id, state, f"{worker_id} serves {phase_text(status.phases)}")
+            self._end_orphan(worker_id, state, f"{worker_id} serves {phase_text(serves)}")
         elif machine.state in (LifecycleState.LOST, LifecycleState.FAILED):
             self._end_orphan(worker_id, SwitchState.UNDONE, f"{worker_id} is {machine.state}")
 
