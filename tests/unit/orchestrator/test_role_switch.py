@@ -334,6 +334,58 @@ def test_a_worker_that_is_lost_with_its_controller_ends_the_switch() -> None:
     )
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("want"), st.sampled_from(NAMES), st.sampled_from([P, D, P | D])),
+            st.tuples(st.just("work"), st.sampled_from(NAMES), st.integers(0, 1)),
+            st.tuples(st.sampled_from(["restart", "cut", "heal", "tick"]), st.none(), st.none()),
+            st.tuples(st.just("crash"), st.sampled_from(NAMES), st.none()),
+        ),
+        max_size=25,
+    )
+)
+def test_every_switch_has_an_end_however_often_controllers_die(steps: list[tuple[str, str, object]]) -> None:
+    world, seen = World(), set[str]()
+    for number, (what, name, value) in enumerate(steps):
+        requests: tuple[SwitchRequest, ...] = ()
+        match what:
+            case "want":
+                assert isinstance(value, frozenset)
+                requests = (wanted(name, value, f"s{number}"),)
+            case "work":
+                for process in world.machines.processes.values():
+                    if process.declared.worker_id == name and isinstance(value, int):
+                        process.work = PhaseWork(num_decodes=value, num_prefills=value)
+            case "crash":
+                for (worker_id, _), process in world.machines.processes.items():
+                    if worker_id == name:
+                        process.exit_reason = "killed"
+            case "restart" if world.is_reachable:
+                # It starts from the view that the gateway has.
+                restarted(world)
+            case "cut" | "heal":
+                world.is_reachable = what == "heal"
+        before = {one.switch_id: one.state for one in world.plan.view.switches}
+        world.tick(*requests, elapsed_s=0.5)
+        now = {one.switch_id: one.state for one in world.plan.view.switches}
+        seen |= now.keys()
+        assert before.keys() <= now.keys()
+        for switch_id, state in before.items():
+            assert state in (S.LEAVING, S.CHANGING, S.CHANGED) or now[switch_id] is state
+    world.is_reachable = True
+    for process in world.machines.processes.values():
+        process.work = PhaseWork()
+    for _ in range(90):
+        world.tick(elapsed_s=1.0)
+    assert {one.switch_id for one in world.plan.view.switches} == seen
+    assert not any(one.is_under_way for one in world.plan.view.switches)
+    for worker in world.plan.view.workers:
+        assert (worker.state, worker.leaving) == (LifecycleState.READY, frozenset())
+        assert worker.phases == world.process(worker.worker_id).phases
+
+
 def test_a_new_controller_believes_a_worker_that_has_changed() -> None:
     world = World()
     for _ in range(4):
