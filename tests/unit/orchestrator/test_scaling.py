@@ -423,6 +423,51 @@ def test_a_worker_that_cannot_start_asks_for_no_node(monkeypatch: pytest.MonkeyP
     assert world.requested == [2, 0]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.1, 0.65, 1.5, 4.0]),
+            st.integers(1, 40),
+            st.sampled_from(["", "restart", "no room", "room", "cut", "heal", "busy", "idle", "crash"]),
+        ),
+        max_size=12,
+    )
+)
+def test_every_decision_has_an_end_and_every_worker_a_process(steps: list[tuple[float, int, str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(patch)
+        plan = world.tick(5)
+        for load, num_ticks, what in steps:
+            world.load = load
+            match what:
+                case "restart" if world.is_reachable:
+                    world.state = recover(plan.view, world.machines.reports(), config(), world.now_s)
+                case "room" | "no room":
+                    world.has_room = what == "room"
+                case "cut" | "heal":
+                    world.is_reachable = what == "heal"
+                case "busy" | "idle":
+                    for process in world.machines.processes.values():
+                        process.work = PhaseWork(num_decodes=what == "busy")
+                case "crash":
+                    for process in world.machines.processes.values():
+                        process.exit_reason = "killed"
+            plan = world.tick(num_ticks)
+            assert not any(one.state is ScaleState.ASKED for one in plan.view.scales[:-1])
+        world.is_reachable = world.has_room = True
+        world.load = 0.65
+        for process in world.machines.processes.values():
+            process.work = PhaseWork()
+        # Longer than an attempt to start a worker again.
+        plan = world.tick(150)
+    assert not any(one.state is ScaleState.ASKED for one in plan.view.scales)
+    alive = {key[0] for key, process in world.machines.processes.items() if process.is_alive}
+    assert alive == set(world.ready(plan))
+    assert {"w-0", "w-1"} <= set(world.ready(plan))
+    assert world.requested[-1] == 0
+
+
 def test_a_switch_of_one_that_is_given_up_meanwhile_ends_with_it() -> None:
     one = EXTRA[0]
     switching = Switching({one: P | D})
