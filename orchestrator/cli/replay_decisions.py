@@ -3,12 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from google.protobuf.json_format import Parse, ParseError
 
 from orchestrator.cli import exit_codes
-from orchestrator.control.auto_switch import allowed_sets, phase_sets
+from orchestrator.control.auto_switch import LOOK_EVERY_S, allowed_sets, phase_sets
 from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb
 from orchestrator.control.policies.disaggregated import EpdQueue
@@ -21,6 +22,9 @@ from orchestrator.control.worker_machine import WorkerMachine
 from orchestrator.errors import LooksError
 from protos import control_pb2 as pb
 from workers.api import Phase, PhaseSet, WorkerId
+
+#: Between two looks there is at most so much time: what lasts may have begun as much before it was seen.
+GAP_S = 2 * LOOK_EVERY_S
 
 Decision = Switch | ScaleView
 Tick = Callable[[Look], Sequence[Decision]]
@@ -36,9 +40,11 @@ def _phasewise(looks: Sequence[Look]) -> Tick:
         switches = sets.tick(look.at_s, look.load)
         if look.scaling is None:
             return switches
+        hold_s, release_s = look.scaling.hold_s - GAP_S, look.scaling.release_s - GAP_S
+        seen = replace(look.scaling, hold_s=max(0.0, hold_s), release_s=max(0.0, release_s))
         if scaling is None:
-            scaling = Scaling(look.scaling)
-        scaling.config = look.scaling
+            scaling = Scaling(seen)
+        scaling.config = seen
         return (*switches, *_scale(look, sets, scaling, is_moving=bool(switches)))
 
     return tick

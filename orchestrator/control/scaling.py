@@ -169,7 +169,8 @@ class Scaling:
     def _add(
         self, now_s: float, demand: Demand, added: Sequence[WorkerId], num_workers: int, num_ready: int
     ) -> tuple[WorkerId, ...]:
-        self._above_since_s = None
+        assert self._above_since_s is not None
+        lasted_s, self._above_since_s = now_s - self._above_since_s, None
         free = [one for one in self.config.extra if one not in added]
         missing = (
             math.ceil(num_ready * demand.load / self.config.aim) - num_workers
@@ -177,7 +178,7 @@ class Scaling:
             else 1
         )
         new = tuple(free[: max(1, missing)])
-        reason = f"load {demand.load:.2f} for {self.config.hold_s:g} s, and no move of phases helps"
+        reason = f"load {demand.load:.2f} for {lasted_s:.0f} s, and no move of phases helps"
         if not new:
             self._blocked_until_s = now_s + self.config.blocked_s
             reason = f"{reason}; maxWorkers are there already"
@@ -203,7 +204,8 @@ class Scaling:
             return
         if self._below_since_s is None:
             self._below_since_s = now_s
-        if now_s - self._below_since_s < self.config.release_s:
+        lasted_s = now_s - self._below_since_s
+        if lasted_s < self.config.release_s:
             return
         # The last one first, unless nobody else serves what it does.
         for one in reversed(added):
@@ -212,7 +214,7 @@ class Scaling:
             if machine.state is not LifecycleState.READY or all(served.get(phase, 0) > 1 for phase in phases):
                 self._below_since_s = None
                 self.retiring[one] = now_s
-                reason = f"one worker fewer would have load {lower:.2f}, for {self.config.release_s:g} s: {one} goes"
+                reason = f"one worker fewer would have load {lower:.2f}, for {lasted_s:.0f} s: {one} goes"
                 predicted = _gain(demand.load, lower)
                 num = len(machines)
                 self._decided(now_s, num, num - 1, reason, demand.look, predicted)

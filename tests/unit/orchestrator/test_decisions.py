@@ -161,7 +161,7 @@ def test_decisions_about_the_number_of_workers_are_asked_for_too(
     [line] = out.splitlines()
     # While they are waited for no more are asked for.
     assert "s  2 -> 4 workers: load " in line
-    assert " for 10 s, and no move of phases helps (seen " in line
+    assert " for 8 s, and no move of phases helps (seen " in line
 
 
 def test_what_a_worker_may_serve_does_not_depend_on_who_was_there_first() -> None:
