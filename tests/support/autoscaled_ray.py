@@ -25,6 +25,8 @@ from orchestrator.runtime.local_head import NODE_ADDRESS, OBJECT_STORE_BYTES
 from tests.support.waiting import until_in_thread
 
 RAY = str(Path(sys.executable).parent / "ray")
+#: That nodes show each other.
+TOKEN = Path.home() / ".ray" / "auth_token"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 #: Of a configuration, that Ray asks for.
@@ -42,7 +44,7 @@ EMPTY_LISTS = (
 
 
 @contextmanager
-def autoscaled_ray(folder: Path, *, max_nodes: int, idle_s: float = 2.0) -> Iterator[str]:
+def autoscaled_ray(folder: Path, *, max_nodes: int, idle_s: float = 1.0) -> Iterator[str]:
     """The address of a cluster that lives as long as the block. This process does not join it, as one that has is ended with it.
 
     Up to max_nodes nodes of one CPU come beside the head, which has none; one that is idle for idle_s goes.
@@ -52,7 +54,8 @@ def autoscaled_ray(folder: Path, *, max_nodes: int, idle_s: float = 2.0) -> Iter
         address = f"{NODE_ADDRESS}:{probe.getsockname()[1]}"
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_config(address, max_nodes, idle_s)), encoding="utf-8")
-    subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
+    if not TOKEN.exists():
+        subprocess.run([RAY, "get-auth-token", "--generate"], check=True, capture_output=True)
     with (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(_command(address, config), stdout=log, stderr=log, env=_environment())
     try:
