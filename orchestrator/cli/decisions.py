@@ -41,8 +41,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "decisions",
-        help="show what the controller decided about phases, and what came of it",
-        description="Show what the controller decided about the phases of workers, from what, and what came of it.",
+        help="show what the controller decided about phases and the number of workers, and what came of it",
+        description="Show what the controller decided about phases and the number of workers, from what, and what came of it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
