@@ -166,6 +166,8 @@ class Look(_message.Message):
     TILE_S_FIELD_NUMBER: _builtins.int
     CHANGE_S_FIELD_NUMBER: _builtins.int
     REPLACE_S_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    SCALING_FIELD_NUMBER: _builtins.int
     at_s: _builtins.float
     """On the controller's clock."""
     ttft_s: _builtins.float
@@ -185,6 +187,14 @@ class Look(_message.Message):
     def cost(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """How long steps take: overhead_s, token_s, decode_s, weights_s, context_s, pair_s of orchestrator.control.step_cost."""
 
+    @_builtins.property
+    def allowed(self) -> _containers.RepeatedCompositeFieldContainer[Global___PhaseSet]:
+        """What a worker may come to serve; empty from versions before."""
+
+    @_builtins.property
+    def scaling(self) -> Global___LookScaling:
+        """Absent where the number of workers is fixed."""
+
     def __init__(
         self,
         *,
@@ -198,14 +208,93 @@ class Look(_message.Message):
         tile_s: _builtins.float = ...,
         change_s: _builtins.float = ...,
         replace_s: _builtins.float = ...,
+        allowed: _abc.Iterable[Global___PhaseSet] | None = ...,
+        scaling: Global___LookScaling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["totals", b"totals"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scaling", b"scaling", "totals", b"totals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "change_s", b"change_s", "cost", b"cost", "digest", b"digest", "replace_s", b"replace_s", "tile_s", b"tile_s", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "at_s", b"at_s", "change_s", b"change_s", "cost", b"cost", "digest", b"digest", "replace_s", b"replace_s", "scaling", b"scaling", "tile_s", b"tile_s", "totals", b"totals", "tpot_s", b"tpot_s", "ttft_s", b"ttft_s", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Look: _TypeAlias = Look  # noqa: Y015
+
+@_typing.final
+class PhaseSet(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        phases: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phases", b"phases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PhaseSet: _TypeAlias = PhaseSet  # noqa: Y015
+
+@_typing.final
+class LookScaling(_message.Message):
+    """How many workers there may be: ids of those that were added, how many more may be, and the settings of
+    orchestrator.control.scaling_config.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDED_FIELD_NUMBER: _builtins.int
+    NUM_FREE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    ABOVE_FIELD_NUMBER: _builtins.int
+    AIM_FIELD_NUMBER: _builtins.int
+    BELOW_FIELD_NUMBER: _builtins.int
+    HOLD_S_FIELD_NUMBER: _builtins.int
+    RELEASE_S_FIELD_NUMBER: _builtins.int
+    GIVE_UP_S_FIELD_NUMBER: _builtins.int
+    BLOCKED_S_FIELD_NUMBER: _builtins.int
+    DRAIN_S_FIELD_NUMBER: _builtins.int
+    num_free: _builtins.int
+    above: _builtins.float
+    aim: _builtins.float
+    below: _builtins.float
+    hold_s: _builtins.float
+    release_s: _builtins.float
+    give_up_s: _builtins.float
+    blocked_s: _builtins.float
+    drain_s: _builtins.float
+    @_builtins.property
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of those that were added, not ready."""
+
+    def __init__(
+        self,
+        *,
+        added: _abc.Iterable[_builtins.str] | None = ...,
+        num_free: _builtins.int = ...,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
+        above: _builtins.float = ...,
+        aim: _builtins.float = ...,
+        below: _builtins.float = ...,
+        hold_s: _builtins.float = ...,
+        release_s: _builtins.float = ...,
+        give_up_s: _builtins.float = ...,
+        blocked_s: _builtins.float = ...,
+        drain_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["above", b"above", "added", b"added", "aim", b"aim", "below", b"below", "blocked_s", b"blocked_s", "drain_s", b"drain_s", "give_up_s", b"give_up_s", "hold_s", b"hold_s", "num_free", b"num_free", "release_s", b"release_s", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LookScaling: _TypeAlias = LookScaling  # noqa: Y015
 
 @_typing.final
 class LookWorker(_message.Message):
@@ -604,6 +693,9 @@ class ScaleView(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WHY_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    PREDICTED_FIELD_NUMBER: _builtins.int
+    MET_BEFORE_FIELD_NUMBER: _builtins.int
+    MET_AFTER_FIELD_NUMBER: _builtins.int
     scale_id: _builtins.str
     began_at_s: _builtins.float
     """On the controller's clock."""
@@ -614,6 +706,10 @@ class ScaleView(_message.Message):
     """Why it is in this state, and why it was decided."""
     why: _builtins.str
     digest: _builtins.str
+    predicted: _builtins.float
+    """As of SwitchView."""
+    met_before: _builtins.float
+    met_after: _builtins.float
     def __init__(
         self,
         *,
@@ -625,12 +721,26 @@ class ScaleView(_message.Message):
         reason: _builtins.str = ...,
         why: _builtins.str = ...,
         digest: _builtins.str = ...,
+        predicted: _builtins.float | None = ...,
+        met_before: _builtins.float | None = ...,
+        met_after: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "met_after", b"met_after", "met_before", b"met_before", "predicted", b"predicted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["began_at_s", b"began_at_s", "digest", b"digest", "num_before", b"num_before", "num_wanted", b"num_wanted", "reason", b"reason", "scale_id", b"scale_id", "state", b"state", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_met_after", b"_met_after", "_met_before", b"_met_before", "_predicted", b"_predicted", "began_at_s", b"began_at_s", "digest", b"digest", "met_after", b"met_after", "met_before", b"met_before", "num_before", b"num_before", "num_wanted", b"num_wanted", "predicted", b"predicted", "reason", b"reason", "scale_id", b"scale_id", "state", b"state", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__met_after: _TypeAlias = _typing.Literal["met_after"]  # noqa: Y015
+    _WhichOneofArgType__met_after: _TypeAlias = _typing.Literal["_met_after", b"_met_after"]  # noqa: Y015
+    _WhichOneofReturnType__met_before: _TypeAlias = _typing.Literal["met_before"]  # noqa: Y015
+    _WhichOneofArgType__met_before: _TypeAlias = _typing.Literal["_met_before", b"_met_before"]  # noqa: Y015
+    _WhichOneofReturnType__predicted: _TypeAlias = _typing.Literal["predicted"]  # noqa: Y015
+    _WhichOneofArgType__predicted: _TypeAlias = _typing.Literal["_predicted", b"_predicted"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met_after) -> _WhichOneofReturnType__met_after | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__met_before) -> _WhichOneofReturnType__met_before | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__predicted) -> _WhichOneofReturnType__predicted | None: ...
 
 Global___ScaleView: _TypeAlias = ScaleView  # noqa: Y015
 

@@ -1,9 +1,9 @@
 """Seeded simulations with faults and switches of phases: whatever happens, nothing is lost, doubled or held for ever.
 
-    python benchmarks/control/safety.py [--quick] [--count N] [--first SEED] [--json FILE]
+    python benchmarks/control/safety.py [--quick] [--count N] [--first SEED] [--pictures] [--json FILE]
 
 Each seed draws a shape of two to four workers, of which some encode in every third, a small load, with pictures there, up to three faults (crashes, pauses, slow steps, cuts), up to four switches that
-somebody asks for, and whether the controller switches by itself. It is simulated with the code that serves (docs/simulation.md). What must
+somebody asks for, whether the controller switches by itself, and whether it adds workers and gives them back. It is simulated with the code that serves (docs/simulation.md). What must
 hold, at every view, at moments in between, and at the end:
 
     - every phase that is needed has a worker that is declared for it, and no worker is used for a phase that it is giving up;
@@ -16,6 +16,7 @@ A seed that fails is printed, and `--first SEED --count 1` runs it again.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import random
@@ -23,7 +24,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from orchestrator.control.auto_switch import SwitchMode  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.control.role_switch import SwitchRequest  # noqa: E402
+from orchestrator.control.scaling_config import ScalingConfig  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.control.view import ClusterView, SwitchState  # noqa: E402
 from orchestrator.sim.faults import Fault, FaultKind  # noqa: E402
@@ -67,7 +69,7 @@ PICTURE_SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
 ENGINE = EngineConfig(
     kv_cache_bytes=10**9, token_budget=512, max_running_sequences=16, max_waiting_requests=100
 )
-PICTURES_PER_REQUEST = 3
+PICTURE_SHARE, PICTURES_PER_REQUEST = 1 / 3, 3
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 #: Faults and switches happen in so many seconds; requests that must be served arrive so long after them.
 TROUBLE_S, CALM_S = 3.0, 45.0
@@ -88,10 +90,15 @@ class Case:
     num_after: int
 
 
+def has_pictures(seed: int) -> bool:
+    """What `draw` draws first."""
+    return random.Random(seed).random() < PICTURE_SHARE
+
+
 def draw(seed: int) -> Case:
     """One case."""
     rng = random.Random(seed)
-    pictures = Pictures.of(LATENCY, rng.randint(1, 4)) if rng.random() < 1 / 3 else None
+    pictures = Pictures.of(LATENCY, rng.randint(1, 4)) if rng.random() < PICTURE_SHARE else None
     shape = rng.choice(SHAPES if pictures is None else PICTURE_SHAPES)
     names = [f"w{i}" for i in range(len(shape))]
     declared = tuple(
@@ -132,6 +139,19 @@ def draw(seed: int) -> Case:
         _request(rng, n, at_s, pictures, most_tokens=3000 if is_rush else 1500)
         for n, at_s in enumerate(arrivals, 1)
     )
+    switch_mode = SwitchMode.ON if rng.random() < 0.5 else SwitchMode.OFF
+    # With settings that make a worker come, and go again while requests run.
+    is_scaled = switch_mode is SwitchMode.ON and rng.random() < 0.5
+    extra = tuple(replace(declared[-1], worker_id=WorkerId(f"w{len(shape) + i}")) for i in range(2))
+    above = rng.choice((1.0, 0.02))
+    scaling = ScalingConfig(
+        tuple(one.worker_id for one in extra),
+        above=above,
+        aim=0.7 * above,
+        below=rng.choice((0.6, 2.0)) * above,
+        hold_s=1.0,
+        release_s=1.0,
+    )
     config = SimConfig(
         declared,
         LATENCY,
@@ -142,9 +162,11 @@ def draw(seed: int) -> Case:
         faults=faults,
         switches=switches,
         slo=Slo(0.05, 0.02),
-        switch_mode=SwitchMode.ON if rng.random() < 0.5 else SwitchMode.OFF,
+        switch_mode=switch_mode,
         check_every=500,
         pictures=pictures,
+        extra=extra if is_scaled else (),
+        scaling=scaling if is_scaled else None,
     )
     return Case(config, plan, NUM_AFTER)
 
@@ -205,6 +227,8 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
             switches_done=sum(switch.state is not SwitchState.UNDONE for switch in result.switches),
             switches_undone=sum(switch.state is SwitchState.UNDONE for switch in result.switches),
             switches_by_itself=len(done),
+            workers_added=sum(max(0, one.num_wanted - one.num_before) for one in result.scales),
+            workers_gone=sum(one.num_wanted < one.num_before for one in result.scales),
             events=result.num_events,
         )
     except Exception:  # noqa: BLE001 - told with its seed
@@ -234,6 +258,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="200 seeds instead of 10,000")
     parser.add_argument("--count", type=int, metavar="N", help="so many seeds")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first of them (default: 0)")
+    parser.add_argument("--pictures", action="store_true", help="leave out seeds without pictures")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="at a time (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     args = parser.parse_args()
@@ -242,7 +267,8 @@ def main() -> int:
     total: Counter[str] = Counter()
     failed: list[int] = []
     with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        seeds = range(args.first, args.first + count)
+        drawn = (seed for seed in itertools.count(args.first) if has_pictures(seed) or not args.pictures)
+        seeds = list(itertools.islice(drawn, count))
         for done, (seed, problem, counts) in enumerate(pool.imap_unordered(run, seeds, chunksize=8), 1):
             total += counts
             if problem:
@@ -255,6 +281,7 @@ def main() -> int:
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "num_seeds": count,
         "first_seed": args.first,
+        "only_with_pictures": args.pictures,
         "failed_seeds": sorted(failed),
         "took_s": round(time.monotonic() - began_s, 1),
         **total,
@@ -262,7 +289,8 @@ def main() -> int:
     print(
         f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, {total['pictures']:,} pictures, "
         f"{total['faults']:,} faults, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
-        f"controller itself), {total['switches_undone']:,} refused or undone, {total['events']:,} events"
+        f"controller itself), {total['switches_undone']:,} refused or undone, {total['workers_added']:,} workers asked for, {total['workers_gone']:,} given back, "
+        f"{total['events']:,} events"
     )
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

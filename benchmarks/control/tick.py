@@ -72,7 +72,7 @@ def measure(num_workers: int, num_ticks: int) -> dict[str, float]:
     gc.freeze()
     for i in range(num_ticks):
         totals = Totals(100 * i, 100_000 * i, 0, 100 * i, 20_000 * i, 90 * i)
-        observation = Observation(reports, statuses, GatewayNews((), totals))
+        observation = Observation(reports, statuses, GatewayNews((), totals, state.version))
         began_s = time.process_time()
         decide(i * TICK_S, observation, state, config)
         took_ms.append(1000 * (time.process_time() - began_s))

@@ -1,4 +1,4 @@
-"""`phasewise decisions`: what the controller decided about phases, from what, and what came of it."""
+"""`phasewise decisions`: what the controller decided about phases and the number of workers, from what, and what came of it."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from google.protobuf.json_format import MessageToDict
 from orchestrator import interruptible
 from orchestrator.cli import exit_codes, table, target
 from orchestrator.cli.switch_text import scale_json, switch_json
-from orchestrator.cli.transfer_text import seconds
+from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.control.view_wire import scale_from_pb, switch_from_pb
@@ -28,8 +28,8 @@ examples:
   phasewise decisions --looks looks.jsonl
   phasewise replay-decisions looks.jsonl --policy epd_queue
 
-PREDICTED is goodput after the switch over that before, as the policy expected it. MET is the part of the requests that met their
-targets for 15 s before the switch and after it. SEEN names what the policy saw, in the file that --looks writes.
+PREDICTED is goodput after the decision over that before, as the policy expected it. MET is the part of the requests that met their
+targets for 15 s before it was made and after it was carried out. SEEN names what the policy saw, in the file that --looks writes.
 
 exit codes: 0 it was told, 2 wrong command line, 4 no such deployment, or its gateway does not answer
 """
@@ -41,8 +41,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "decisions",
-        help="show what the controller decided about phases, and what came of it",
-        description="Show what the controller decided about the phases of workers, from what, and what came of it.",
+        help="show what the controller decided about phases and the number of workers, and what came of it",
+        description="Show what the controller decided about phases and the number of workers, from what, and what came of it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -101,28 +101,29 @@ def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
         for one in answer.decisions
     ]
     if not rows:
-        return ["no worker has changed its phases"]
+        return ["the controller has decided nothing yet"]
     return table.lines(_HEADER, rows, left=_LEFT)
 
 
 def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:
-    return (
-        seconds(age_s),
-        switch.worker_id,
-        phase_text(switch.before),
-        phase_text(switch.phases),
-        switch.state.value,
-        "-" if switch.predicted is None else f"{switch.predicted:.2f}x",
-        f"{_share(switch.met_before)} -> {_share(switch.met_after)}",
-        switch.digest or "-",
-        "; ".join(dict.fromkeys(text for text in (switch.why, switch.reason) if text)),
-    )
+    before, after = phase_text(switch.before), phase_text(switch.phases)
+    return (seconds(age_s), switch.worker_id, before, after, *_told(switch))
 
 
 def _scale_row(age_s: float, scale: ScaleView) -> tuple[str, ...]:
-    why = "; ".join(dict.fromkeys(text for text in (scale.why, scale.reason) if text))
-    before, wanted = f"{scale.num_before} workers", f"{scale.num_wanted} workers"
-    return (seconds(age_s), "(all)", before, wanted, scale.state.value, "-", "-", scale.digest or "-", why)
+    before, wanted = counted(scale.num_before, "worker"), counted(scale.num_wanted, "worker")
+    return (seconds(age_s), "(all)", before, wanted, *_told(scale))
+
+
+def _told(decision: SwitchView | ScaleView) -> tuple[str, ...]:
+    """What is told of both kinds."""
+    return (
+        decision.state.value,
+        "-" if decision.predicted is None else f"{decision.predicted:.2f}x",
+        f"{_share(decision.met_before)} -> {_share(decision.met_after)}",
+        decision.digest or "-",
+        "; ".join(dict.fromkeys(text for text in (decision.why, decision.reason) if text)),
+    )
 
 
 def _share(value: float | None) -> str:

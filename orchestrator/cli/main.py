@@ -37,7 +37,8 @@ VERBS = {
     "kv": Verb("orchestrator.cli.kv", "show who holds the KV blocks of the workers"),
     "switch": Verb("orchestrator.cli.switch", "have a worker serve other phases, while requests run"),
     "decisions": Verb(
-        "orchestrator.cli.decisions", "show what the controller decided about phases, and what came of it"
+        "orchestrator.cli.decisions",
+        "show what the controller decided about phases and the number of workers, and what came of it",
     ),
     "replay-decisions": Verb(
         "orchestrator.cli.replay_decisions", "tell what another policy would have decided"

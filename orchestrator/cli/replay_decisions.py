@@ -3,39 +3,86 @@
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from google.protobuf.json_format import Parse, ParseError
 
 from orchestrator.cli import exit_codes
-from orchestrator.control.auto_switch import Look, allowed_sets, phase_sets
+from orchestrator.control.auto_switch import LOOK_EVERY_S, allowed_sets, phase_sets
+from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb
 from orchestrator.control.policies.disaggregated import EpdQueue
+from orchestrator.control.policies.phase_sets import PhaseSets
 from orchestrator.control.policies.policy import Switch
 from orchestrator.control.role_switch import phase_text
+from orchestrator.control.scaling import Demand, Scaling
+from orchestrator.control.view import LifecycleState, ScaleView
+from orchestrator.control.worker_machine import WorkerMachine
 from orchestrator.errors import LooksError
 from protos import control_pb2 as pb
+from workers.api import Phase, PhaseSet, WorkerId
 
-Tick = Callable[[Look], Sequence[Switch]]
+#: Between two looks there is at most so much time: what lasts may have begun as much before it was seen.
+GAP_S = 2 * LOOK_EVERY_S
+
+Decision = Switch | ScaleView
+Tick = Callable[[Look], Sequence[Decision]]
 
 
-def _phasewise(first: Look) -> Tick:
-    sets = phase_sets(first, allowed_sets(worker.phases for worker in first.load.workers))
+def _phasewise(looks: Sequence[Look]) -> Tick:
+    sets = phase_sets(looks[0], allowed_of(looks))
+    scaling: Scaling | None = None
 
-    def tick(look: Look) -> Sequence[Switch]:
+    def tick(look: Look) -> Sequence[Decision]:
+        nonlocal scaling
         sets.learn(look.cost, look.tile_s, look.switch_cost)
-        return sets.tick(look.at_s, look.load)
+        switches = sets.tick(look.at_s, look.load)
+        if look.scaling is None:
+            return switches
+        hold_s, release_s = look.scaling.hold_s - GAP_S, look.scaling.release_s - GAP_S
+        seen = replace(look.scaling, hold_s=max(0.0, hold_s), release_s=max(0.0, release_s))
+        if scaling is None:
+            scaling = Scaling(seen)
+        scaling.config = seen
+        return (*switches, *_scale(look, sets, scaling, is_moving=bool(switches)))
 
     return tick
 
 
-def _epd_queue(_first: Look) -> Tick:
+def allowed_of(looks: Sequence[Look]) -> tuple[PhaseSet, ...]:
+    """What a worker may come to serve. Looks of the version before do not tell: what any worker served at any time."""
+    return looks[0].allowed or allowed_sets(worker.phases for look in looks for worker in look.load.workers)
+
+
+def _scale(look: Look, sets: PhaseSets, scaling: Scaling, *, is_moving: bool) -> Sequence[ScaleView]:
+    """What is decided about the number of workers; whether it is carried out the next looks say."""
+    ready = (_machine(one.worker_id, LifecycleState.READY) for one in look.load.workers)
+    waiting = (_machine(one, LifecycleState.STARTING) for one in look.waiting)
+    machines = {one.worker_id: one for one in (*ready, *waiting)}
+    served = {phase: sum(phase in one.phases for one in look.load.workers) for phase in Phase}
+    one_more, before = sets.one_more(), scaling.num_decisions
+    is_moving = is_moving or any(one.is_switching for one in look.load.workers)
+    demand = None
+    if sets.load is not None and one_more is not None:
+        demand = Demand(sets.load, is_moving, one_more, look)
+    scaling.tick(look.at_s, demand, machines, served)
+    scaling.retiring.clear()
+    return scaling.views()[-1:] if scaling.num_decisions > before else ()
+
+
+def _machine(worker_id: WorkerId, state: LifecycleState) -> WorkerMachine:
+    address = "seen" if state is LifecycleState.READY else ""
+    return WorkerMachine(worker_id, state, incarnation=1, highest_incarnation=1, address=address)
+
+
+def _epd_queue(_looks: Sequence[Look]) -> Tick:
     policy = EpdQueue()
     return lambda look: policy.tick(look.at_s, look.load)
 
 
-#: Each made for the first look.
-POLICIES: dict[str, Callable[[Look], Tick]] = {"phasewise": _phasewise, "epd_queue": _epd_queue}
+#: Each made for all looks.
+POLICIES: dict[str, Callable[[Sequence[Look]], Tick]] = {"phasewise": _phasewise, "epd_queue": _epd_queue}
 
 EXAMPLES = """\
 examples:
@@ -74,12 +121,9 @@ def run(args: argparse.Namespace) -> int:
     except LooksError as error:
         print(error, file=sys.stderr)
         return exit_codes.FAILURE
-    found = list(replay(looks, POLICIES[args.policy](looks[0])))
-    for look, switch in found:
-        at_s = look.at_s - looks[0].at_s
-        print(
-            f"{at_s:8.1f} s  {switch.worker_id} -> {phase_text(switch.phases)}: {switch.reason} (seen {look.digest})"
-        )
+    found = list(replay(looks, POLICIES[args.policy](looks)))
+    for look, decision in found:
+        print(f"{look.at_s - looks[0].at_s:8.1f} s  {_text(decision)} (seen {look.digest})")
     took_s = looks[-1].at_s - looks[0].at_s
     print(
         f"{len(found)} decisions of {args.policy} from {len(looks)} looks in {took_s:.1f} s", file=sys.stderr
@@ -87,11 +131,19 @@ def run(args: argparse.Namespace) -> int:
     return exit_codes.OK
 
 
-def replay(looks: Sequence[Look], tick: Tick) -> Iterator[tuple[Look, Switch]]:
+def _text(decision: Decision) -> str:
+    match decision:
+        case Switch():
+            return f"{decision.worker_id} -> {phase_text(decision.phases)}: {decision.reason}"
+        case ScaleView():
+            return f"{decision.num_before} -> {decision.num_wanted} workers: {decision.why}"
+
+
+def replay(looks: Sequence[Look], tick: Tick) -> Iterator[tuple[Look, Decision]]:
     """Each decision, with what it was made from."""
     for look in looks:
-        for switch in tick(look):
-            yield look, switch
+        for decision in tick(look):
+            yield look, decision
 
 
 def read_looks(path: Path) -> Iterator[Look]:

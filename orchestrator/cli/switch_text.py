@@ -60,7 +60,10 @@ def scale_json(scale: ScaleView) -> dict[str, Any]:
         "state": scale.state.value,
         "reason": scale.reason,
         "why": scale.why,
+        "predicted": scale.predicted,
         "digest": scale.digest,
+        "met_before": scale.met_before,
+        "met_after": scale.met_after,
     }
 
 

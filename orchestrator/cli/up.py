@@ -14,7 +14,7 @@ from orchestrator.errors import (
     LaunchFailed,
     ManifestError,
 )
-from orchestrator.manifest.declare import thread_warnings
+from orchestrator.manifest.declare import cpu_warnings
 from orchestrator.manifest.load import load
 
 EXAMPLES = """\
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return exit_codes.INVALID_MANIFEST
     num_cpus = os.cpu_count() if args.ray_address is None else None
-    for warning in thread_warnings(deployment, num_cpus):
+    for warning in cpu_warnings(deployment, num_cpus):
         print(f"warning: {args.manifest}: {warning}", file=sys.stderr)
     # Ray takes a second to import.
     from orchestrator.runtime.launch import launch

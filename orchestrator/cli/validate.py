@@ -7,7 +7,7 @@ from pathlib import Path
 
 from orchestrator.cli import exit_codes
 from orchestrator.errors import ManifestError
-from orchestrator.manifest.declare import thread_warnings
+from orchestrator.manifest.declare import cpu_warnings
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return exit_codes.INVALID_MANIFEST
     # Where it will run is not known here.
-    for warning in thread_warnings(deployment):
+    for warning in cpu_warnings(deployment):
         print(f"warning: {args.manifest}: {warning}", file=sys.stderr)
     print(f"valid: {args.manifest}: {summary(deployment)}")
     return exit_codes.OK

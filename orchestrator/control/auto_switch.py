@@ -1,23 +1,22 @@
 """Switches that the controller wants itself: what workers and gateway tell becomes a policy's load, its moves become requests. Pure."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from enum import StrEnum
 
+from orchestrator.control.look import Look
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import (
     ANY_PHASES,
-    FIRST_SWITCH_COST,
     ClusterLoad,
-    SwitchCost,
     Totals,
     WorkerLoad,
 )
 from orchestrator.control.prefill_speed import most_learnt
-from orchestrator.control.role_switch import SwitchRequest, phase_text, switch_cost
+from orchestrator.control.role_switch import SwitchRequest, switch_cost
 from orchestrator.control.scaling import Demand
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
@@ -40,50 +39,24 @@ class SwitchMode(StrEnum):
     ON = "on"
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the policy saw at one moment, so that another one can be asked. at_s: of the controller's clock.
-
-    tile_s: to encode a tile of a picture; 0 while that is not known.
-    """
-
-    at_s: float
-    load: ClusterLoad
-    cost: StepCost
-    slo: Slo
-    tile_s: float = 0.0
-    switch_cost: SwitchCost = FIRST_SWITCH_COST
-
-    @property
-    def digest(self) -> str:
-        """Names it among all looks."""
-        others = (self.load.totals, self.cost, self.tile_s, self.switch_cost)
-        text = "|".join((*map(_as_text, self.load.workers), *map(repr, others)))
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-_LOAD_FIELDS = tuple(one.name for one in fields(WorkerLoad))
-
-
-def _as_text(load: WorkerLoad) -> str:
-    """All that it says."""
-    told = {name: getattr(load, name) for name in _LOAD_FIELDS}
-    # A set has no order of its own.
-    told["phases"] = told["loaded"] = frozenset()
-    return f"{phase_text(load.phases)}/{phase_text(load.loaded)}{told!r}"
-
-
 class AutoSwitch:
-    """The policy of one cluster. block_sizes: tokens of a KV block of each declared worker. declared: phases of each.
+    """The policy of one cluster. block_sizes: tokens of a KV block of each worker. declared: phases of each that is declared.
 
     Workers that encode are left as they are while pictures come and no worker has learnt what they cost.
     """
 
     def __init__(
-        self, slo: Slo, block_sizes: Mapping[WorkerId, int], declared: Iterable[PhaseSet] = ()
+        self,
+        slo: Slo,
+        block_sizes: Mapping[WorkerId, int],
+        declared: Iterable[PhaseSet] = (),
+        scaling: ScalingConfig | None = None,
     ) -> None:
         #: What the last tick saw, if it is to be told.
         self.last: Look | None = None
+        #: What the last tick saw; None when it knew too little.
+        self._seen: Look | None = None
+        self._scaling = scaling
         self._told_at_s = -math.inf
         self._slo = slo
         self._block_sizes = block_sizes
@@ -94,7 +67,7 @@ class AutoSwitch:
 
     def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
         """The switches to make now; none while no worker has learnt how long its steps take."""
-        self.last = None
+        self.last = self._seen = None
         learnt = most_learnt(view)
         if learnt is None or totals is None:
             return ()
@@ -102,8 +75,17 @@ class AutoSwitch:
         tile_s = self._tile_s if totals.tiles else 0.0
         load = cluster_load(view, totals, self._block_sizes, with_encode=tile_s is not None)
         look = Look(
-            now_s, load, StepCost.learnt(learnt), self._slo, tile_s or 0.0, switch_cost(view.switches)
+            now_s,
+            load,
+            StepCost.learnt(learnt),
+            self._slo,
+            tile_s or 0.0,
+            switch_cost(view.switches),
+            self._allowed,
+            self._scaling,
+            self._waiting(view),
         )
+        self._seen = look
         if self._sets is None:
             self._sets = phase_sets(look, self._allowed)
         self._sets.learn(look.cost, look.tile_s, look.switch_cost)
@@ -126,12 +108,26 @@ class AutoSwitch:
         )
 
     def demand(self, view: ClusterView, *, has_moved: bool) -> Demand | None:
-        """What the last tick saw, for the number of workers; None while nothing is known. has_moved: it began a switch."""
+        """What the last tick saw, for the number of workers; None when it knew too little. has_moved: it began a switch."""
         one_more = self._sets.one_more() if self._sets is not None else None
-        if self._sets is None or self._sets.load is None or one_more is None:
+        if self._seen is None or self._sets is None or self._sets.load is None or one_more is None:
             return None
         is_moving = has_moved or any(one.is_under_way for one in view.switches)
-        return Demand(self._sets.load, is_moving, one_more, self.last.digest if self.last is not None else "")
+        return Demand(self._sets.load, is_moving, one_more, self._seen)
+
+    def tell(self) -> None:
+        """What the last tick saw is to be told: somebody has decided from it."""
+        self.last = self._seen
+
+    def _waiting(self, view: ClusterView) -> tuple[WorkerId, ...]:
+        if self._scaling is None:
+            return ()
+        extra = frozenset(self._scaling.extra)
+        return tuple(
+            one.worker_id
+            for one in view.workers
+            if one.worker_id in extra and one.state is not LifecycleState.READY
+        )
 
     def not_made(self, now_s: float) -> None:
         """What the last tick wanted was not done."""

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from orchestrator.control.auto_switch import AutoSwitch, SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
-from orchestrator.control.plan import Action, Plan, RequestResources, StartWorker, StopWorker
-from orchestrator.control.role_switch import phase_text
-from orchestrator.control.scaling import Scaling, ScalingConfig, is_drained
+from orchestrator.control.plan import Action, Plan, StartWorker, StopWorker
+from orchestrator.control.resizing import Resizing
+from orchestrator.control.scaling import Scaling
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.switching import Switching
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
@@ -23,10 +24,6 @@ from workers.api import PhaseSet, WorkerId, WorkerState, WorkerStatus
 
 #: A stop that has not ended its process is asked for again after this, in seconds.
 STOP_RETRY_S = 5.0
-#: Of one worker that was added, under one controller.
-INCARNATIONS_PER_EPOCH = 1000
-#: The autoscaler is told again after this, in seconds.
-TELL_AUTOSCALER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +62,9 @@ class ControllerState:
     #: None in switch mode off.
     auto: AutoSwitch | None = None
     #: None where the number of workers is fixed.
-    scaling: Scaling | None = None
-    #: What the autoscaler was last told, and when.
-    told_workers: tuple[WorkerId, ...] = ()
-    told_at_s: float = -math.inf
+    resizing: Resizing | None = None
     #: When the stop of a process that still lives was last asked for.
     stops_asked_at_s: dict[ProcessKey, float] = field(default_factory=dict)
-    #: Highest incarnation of workers that were added and are gone.
-    used_incarnations: dict[WorkerId, int] = field(default_factory=dict)
 
     def check_invariants(self) -> None:
         """What holds between ticks."""
@@ -97,20 +89,28 @@ def recover(
     tells of those that have gone, none up to `config.used_up` either.
     """
     reports = tuple(processes)
-    seen = {report.worker_id for report in reports if report.is_alive}
-    seen |= {worker.worker_id for worker in last_view.workers} if last_view is not None else set()
+    # A process that the last view does not tell of is one that was to be ended.
+    seen = (
+        {report.worker_id for report in reports if report.is_alive}
+        if last_view is None
+        else {worker.worker_id for worker in last_view.workers}
+    )
     added = [one for one in config.extra if one.worker_id in seen]
     present = (*config.declared, *added)
     state = ControllerState(
         machines={declared.worker_id: WorkerMachine(declared.worker_id) for declared in present},
         epoch=1 + (config.used_up if last_view is None else last_view.controller_epoch),
-        switching=Switching({declared.worker_id: _last_phases(last_view, declared) for declared in present}),
+        switching=Switching(
+            {declared.worker_id: _last_phases(last_view, declared) for declared in present},
+            () if last_view is None else last_view.switches,
+        ),
         auto=_auto_switch(config),
-        scaling=None if config.scaling is None else Scaling(config.scaling),
     )
-    if state.scaling is not None:
-        for one in added:
-            state.scaling.adopt(one.worker_id, now_s)
+    if config.scaling is not None:
+        resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
+        state.resizing = Resizing(Scaling(config.scaling), resources, state.epoch)
+        scales = () if last_view is None else last_view.scales
+        state.resizing.scaling.recover(scales, [one.worker_id for one in added], now_s)
     for machine in state.machines.values():
         if last_view is None:
             machine.saw_incarnation(config.used_up)
@@ -128,7 +128,7 @@ def _auto_switch(config: ControllerConfig) -> AutoSwitch | None:
     if config.switch_mode is SwitchMode.OFF:
         return None
     block_sizes = {one.worker_id: one.engine.block_size for one in (*config.declared, *config.extra)}
-    return AutoSwitch(config.slo, block_sizes, (one.phases for one in config.declared))
+    return AutoSwitch(config.slo, block_sizes, (one.phases for one in config.declared), config.scaling)
 
 
 def _last_phases(last_view: ClusterView | None, declared: DeclaredWorker) -> PhaseSet:
@@ -174,6 +174,7 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         status = observation.statuses.get((machine.worker_id, machine.incarnation))
         _follow_status(machine, status, listened_s, config, now_s)
     actions: list[Action] = []
+    state.switching.known_version = observation.gateway.version
     served = state.switching.served(state.machines.values())
     for declared in (*config.declared, *config.extra):
         if declared.worker_id not in state.machines:
@@ -184,73 +185,31 @@ def decide(now_s: float, observation: Observation, state: ControllerState, confi
         change = state.switching.follow(machine, served, status, refusal, now_s)
         start = _start_if_due(machine, declared, state.switching.wanted[machine.worker_id], now_s)
         actions += [one for one in (change, start) if one is not None]
-    _retire_drained(now_s, observation, state)
+    if state.resizing is not None:
+        state.resizing.retire_drained(now_s, observation, state.machines, state.switching)
     stops = _stop_unwanted(observation.processes, state, now_s)
     state.decided_at_s = now_s
     state.version += 1
     state.switching.observe(observation.gateway.totals, now_s)
     view = _view(state, config)
     wanted = _begin_switches(now_s, view, observation.gateway, state, config)
+    is_resized = _resize(now_s, view, state, has_moved=wanted)
     look = state.auto.last if state.auto is not None else None
-    is_scaled = _scale(now_s, view, state, has_moved=wanted)
-    actions += _tell_autoscaler(now_s, state, config)
-    return Plan((*stops, *actions), _view(state, config) if wanted or is_scaled else view, look)
+    if state.resizing is not None:
+        actions += state.resizing.tell_autoscaler(now_s, state.machines)
+    return Plan((*stops, *actions), _view(state, config) if wanted or is_resized else view, look)
 
 
-def _scale(now_s: float, view: ClusterView, state: ControllerState, *, has_moved: bool) -> bool:
+def _resize(now_s: float, view: ClusterView, state: ControllerState, *, has_moved: bool) -> bool:
     """Decide how many workers there are to be; whether anything is to change."""
-    scaling, switching = state.scaling, state.switching
-    if scaling is None or state.auto is None:
+    if state.resizing is None or state.auto is None:
         return False
     demand = state.auto.demand(view, has_moved=has_moved)
-    before = scaling.views()
-    new = scaling.tick(now_s, demand, state.machines, switching.served(state.machines.values()))
-    for worker_id in new:
-        assert demand is not None
-        state.machines[worker_id] = machine = WorkerMachine(worker_id)
-        # No incarnation of an earlier life of it is used again, nor one that an earlier controller gave it.
-        earlier = (state.epoch - 1) * INCARNATIONS_PER_EPOCH
-        machine.saw_incarnation(max(earlier, state.used_incarnations.get(worker_id, 0)))
-        switching.add(worker_id, demand.one_more)
-    switching.retiring = frozenset(scaling.retiring)
-    return scaling.views() != before
-
-
-def _retire_drained(now_s: float, observation: Observation, state: ControllerState) -> None:
-    """Let go of workers that were to go and hold nothing any more; one that nobody can stand in for stays."""
-    scaling, switching = state.scaling, state.switching
-    for worker_id, since_s in list(scaling.retiring.items()) if scaling is not None else ():
-        assert scaling is not None
-        machine, phases = state.machines[worker_id], switching.wanted[worker_id]
-        served = switching.served(state.machines.values())
-        alone = [phase for phase in phases if not served[phase]]
-        is_late = now_s - since_s > scaling.config.drain_s
-        if machine.state is LifecycleState.READY and alone:
-            scaling.keeps(worker_id, f"no other worker that is ready serves {phase_text(frozenset(alone))}")
-        elif is_late or is_drained(
-            machine, observation.statuses.get((worker_id, machine.incarnation)), phases
-        ):
-            state.used_incarnations[worker_id] = machine.incarnation
-            del state.machines[worker_id]
-            switching.forget(worker_id, now_s)
-            why = "was not empty in time, and is ended" if is_late else "is drained"
-            scaling.gone(worker_id, why, len(state.machines))
-    if scaling is not None:
-        switching.retiring = frozenset(scaling.retiring)
-
-
-def _tell_autoscaler(
-    now_s: float, state: ControllerState, config: ControllerConfig
-) -> list[RequestResources]:
-    """Of all workers, whenever they are others, and now and then, as it may have been lost."""
-    if state.scaling is None:
-        return []
-    workers = tuple(one for one in state.machines if one not in state.scaling.retiring)
-    if workers == state.told_workers and now_s - state.told_at_s < TELL_AUTOSCALER_S:
-        return []
-    state.told_workers, state.told_at_s = workers, now_s
-    resources = {one.worker_id: one.resources for one in (*config.declared, *config.extra)}
-    return [RequestResources(tuple(resources[one] for one in workers), f"{len(workers)} workers")]
+    before = state.resizing.scaling.num_decisions
+    is_resized = state.resizing.tick(now_s, demand, view.version, state.machines, state.switching)
+    if state.resizing.scaling.num_decisions > before:
+        state.auto.tell()
+    return is_resized
 
 
 def _begin_switches(
@@ -389,7 +348,7 @@ def _view(state: ControllerState, config: ControllerConfig) -> ClusterView:
         ),
         controller_pid=config.controller_pid,
         switches=state.switching.views(),
-        scales=state.scaling.views() if state.scaling is not None else (),
+        scales=state.resizing.scaling.views() if state.resizing is not None else (),
     )
 
 

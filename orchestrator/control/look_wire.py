@@ -1,8 +1,8 @@
 """What a policy saw to and from phasewise.control.v1. Pure."""
 
-from dataclasses import astuple
+from dataclasses import astuple, fields
 
-from orchestrator.control.auto_switch import Look
+from orchestrator.control.look import Look
 from orchestrator.control.policies.policy import (
     ANY_PHASES,
     FIRST_SWITCH_COST,
@@ -10,12 +10,16 @@ from orchestrator.control.policies.policy import (
     SwitchCost,
     WorkerLoad,
 )
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.control.view_wire import totals_from_pb, totals_to_pb
 from protos import control_pb2 as pb
 from workers.api import WorkerId
 from workers.step_cost import StepCost
 from workers.wire import phases_from_pb, phases_to_pb
+
+#: Of ScalingConfig, all but the workers.
+_SETTINGS = tuple(one.name for one in fields(ScalingConfig) if one.name != "extra")
 
 
 def look_to_pb(look: Look) -> pb.Look:
@@ -31,6 +35,8 @@ def look_to_pb(look: Look) -> pb.Look:
         tile_s=look.tile_s,
         change_s=look.switch_cost.change_s,
         replace_s=look.switch_cost.replace_s,
+        allowed=[pb.PhaseSet(phases=phases_to_pb(one)) for one in look.allowed],
+        scaling=_scaling_to_pb(look),
     )
 
 
@@ -48,7 +54,32 @@ def look_from_pb(message: pb.Look) -> Look:
         Slo(message.ttft_s, message.tpot_s),
         message.tile_s,
         SwitchCost(message.change_s, message.replace_s) if has_costs else FIRST_SWITCH_COST,
+        tuple(phases_from_pb(one.phases) for one in message.allowed),
+        _scaling_from_pb(message.scaling) if message.HasField("scaling") else None,
+        tuple(map(WorkerId, message.scaling.waiting)),
     )
+
+
+def _scaling_to_pb(look: Look) -> pb.LookScaling | None:
+    """Of those that may be added only how many, as there is a look each second."""
+    config = look.scaling
+    if config is None:
+        return None
+    present = {one.worker_id for one in look.load.workers} | set(look.waiting)
+    added = [one for one in config.extra if one in present]
+    return pb.LookScaling(
+        added=added,
+        num_free=len(config.extra) - len(added),
+        waiting=look.waiting,
+        **{name: getattr(config, name) for name in _SETTINGS},
+    )
+
+
+def _scaling_from_pb(message: pb.LookScaling) -> ScalingConfig:
+    """Those that were not there have other names than they had."""
+    free = [f"more-{i}" for i in range(message.num_free)]
+    extra = tuple(map(WorkerId, (*message.added, *free)))
+    return ScalingConfig(extra, **{name: getattr(message, name) for name in _SETTINGS})
 
 
 def _worker_to_pb(worker: WorkerLoad) -> pb.LookWorker:

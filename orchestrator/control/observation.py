@@ -40,10 +40,12 @@ class GatewayNews:
     """What a gateway answers to a view.
 
     wanted_switches: that somebody has asked it for and no view has told of yet. totals: what it has served; None before its first answer.
+    version: of the last view that it has of this controller; 0 before the first.
     """
 
     wanted_switches: tuple[SwitchRequest, ...] = ()
     totals: Totals | None = None
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from orchestrator.control.auto_switch import Look
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.look import Look
 from orchestrator.control.view import ClusterView
 from workers.api import PhaseSet, WorkerId
 

@@ -92,6 +92,8 @@ class RoleSwitch:
     before: PhaseSet
     phase_epoch: int
     began_at_s: float
+    #: Version of the first view that tells of it.
+    view_version: int = 0
     state: SwitchState = SwitchState.LEAVING
     #: Why it is in this state.
     reason: str = ""

@@ -8,6 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from orchestrator.control.look import Look
+from orchestrator.control.role_switch import OBSERVED_S
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.view import LifecycleState, ScaleState, ScaleView
 from orchestrator.control.worker_machine import WorkerMachine
 from workers.api import Phase, PhaseSet, WorkerId, WorkerStatus
@@ -17,33 +20,13 @@ MAX_REMEMBERED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class ScalingConfig:
-    """extra: workers that may be added, in this order.
-
-    above: load from which more are asked for once it has lasted hold_s without a move of phases, so many that it would be `aim`. below: load
-    that one fewer would have, so that one is given back once that has lasted release_s. A worker that no node took for give_up_s is
-    not waited for any longer, and no other one asked for in the next blocked_s. drain_s: in which a worker that goes is to be empty.
-    """
-
-    extra: tuple[WorkerId, ...]
-    above: float = 1.0
-    aim: float = 0.7
-    below: float = 0.6
-    hold_s: float = 30.0
-    release_s: float = 120.0
-    give_up_s: float = 300.0
-    blocked_s: float = 600.0
-    drain_s: float = 60.0
-
-
-@dataclass(frozen=True, slots=True)
 class Demand:
-    """What the policy says in this tick: the load now, whether phases are being moved, and what one more worker would serve."""
+    """What the policy says in this tick: the load now, whether phases are being moved, what one more worker would serve, and what it saw."""
 
     load: float
     is_moving: bool
     one_more: PhaseSet
-    digest: str = ""
+    look: Look
 
 
 @dataclass(slots=True)
@@ -60,14 +43,30 @@ class Scaling:
     _blocked_until_s: float = -math.inf
     _views: list[ScaleView] = field(default_factory=list)
     _num_decisions: int = 0
+    #: As of the last look.
+    _met: float | None = None
+    #: Since when the last decision has its effect.
+    _effect_since_s: float | None = None
+
+    @property
+    def num_decisions(self) -> int:
+        """So far."""
+        return self._num_decisions
 
     def views(self) -> tuple[ScaleView, ...]:
         """The last decisions, in order."""
         return tuple(self._views)
 
-    def adopt(self, worker_id: WorkerId, now_s: float) -> None:
-        """An earlier controller has added it."""
-        self._asked_at_s[worker_id] = now_s
+    def recover(self, views: Sequence[ScaleView], added: Sequence[WorkerId], now_s: float) -> None:
+        """An earlier controller has decided these, and added these workers. Those that it was draining stay."""
+        self._views, self._num_decisions = list(views), len(views)
+        self._asked_at_s = dict.fromkeys(added, now_s)
+        # Whose effect has begun nobody has seen.
+        self._effect_since_s = None if self._is_growing else -math.inf
+        if not (added and self._is_growing):
+            self._end(
+                ScaleState.UNDONE, "its controller died before it ended; the workers that there are stay"
+            )
 
     def tick(
         self,
@@ -75,13 +74,19 @@ class Scaling:
         demand: Demand | None,
         machines: Mapping[WorkerId, WorkerMachine],
         served: Mapping[Phase, int],
+        met: float | None = None,
     ) -> tuple[WorkerId, ...]:
-        """Workers to add now; those that are to go are in `retiring`. served: how many ready workers can be used for each phase."""
+        """Workers to add now; those that are to go are in `retiring`.
+
+        served: how many ready workers can be used for each phase. met: part of the requests of the last OBSERVED_S that met their targets.
+        """
+        self._met = met
         added = [one for one in self.config.extra if one in machines]
         placed = {
             one for one in added if machines[one].address or machines[one].state is LifecycleState.READY
         }
         self._follow(now_s, added, placed, machines)
+        self._observe(now_s, [machines[one] for one in added])
         if demand is None or demand.is_moving or self.retiring:
             # Moves come first; their effect is waited for.
             self._above_since_s = self._below_since_s = None
@@ -100,7 +105,7 @@ class Scaling:
         """It has been removed; num_workers: those that are left."""
         self.retiring.pop(worker_id, None)
         self._asked_at_s.pop(worker_id, None)
-        self._end(ScaleState.DONE, f"{worker_id} {reason}; {num_workers} workers are left")
+        self._end(ScaleState.DONE, f"{worker_id} {reason}; workers left: {num_workers}")
 
     def keeps(self, worker_id: WorkerId, reason: str) -> None:
         """It was to go and stays."""
@@ -129,6 +134,18 @@ class Scaling:
         elif added and len(placed) == len(added) and self._is_growing:
             self._end(ScaleState.DONE, "all of them have a node")
 
+    def _observe(self, now_s: float, added: Sequence[WorkerMachine]) -> None:
+        """Give the last decision, once it was carried out, the part of the requests that met their targets after it."""
+        last = self._views[-1] if self._views else None
+        if last is None or last.state is not ScaleState.DONE or last.met_after is not None:
+            return
+        if self._effect_since_s is None:
+            # A node alone has no effect.
+            is_effective = all(one.state is LifecycleState.READY for one in added)
+            self._effect_since_s = now_s if is_effective else None
+        elif OBSERVED_S <= now_s - self._effect_since_s < 2 * OBSERVED_S:
+            self._views[-1] = replace(last, met_after=self._met)
+
     def _why_late(self, late: Sequence[WorkerMachine]) -> str:
         broken = [one for one in late if one.state in (LifecycleState.LOST, LifecycleState.FAILED)]
         if broken:
@@ -152,7 +169,8 @@ class Scaling:
     def _add(
         self, now_s: float, demand: Demand, added: Sequence[WorkerId], num_workers: int, num_ready: int
     ) -> tuple[WorkerId, ...]:
-        self._above_since_s = None
+        assert self._above_since_s is not None
+        lasted_s, self._above_since_s = now_s - self._above_since_s, None
         free = [one for one in self.config.extra if one not in added]
         missing = (
             math.ceil(num_ready * demand.load / self.config.aim) - num_workers
@@ -160,17 +178,16 @@ class Scaling:
             else 1
         )
         new = tuple(free[: max(1, missing)])
-        reason = f"load {demand.load:.2f} for {self.config.hold_s:g} s, and no move of phases helps"
+        reason = f"load {demand.load:.2f} for {lasted_s:.0f} s, and no move of phases helps"
         if not new:
             self._blocked_until_s = now_s + self.config.blocked_s
-            self._decided(
-                now_s, num_workers, num_workers, f"{reason}; maxWorkers are there already", demand.digest
-            )
-            self._end(ScaleState.UNDONE, self._views[-1].reason)
-            return ()
+            reason = f"{reason}; maxWorkers are there already"
+        predicted = _gain(demand.load, demand.load * num_ready / (num_ready + len(new)))
+        self._decided(now_s, num_workers, num_workers + len(new), reason, demand.look, predicted)
+        if not new:
+            self._end(ScaleState.UNDONE, reason)
         for one in new:
             self._asked_at_s[one] = now_s
-        self._decided(now_s, num_workers, num_workers + len(new), reason, demand.digest)
         return new
 
     def _release_if_due(
@@ -187,7 +204,8 @@ class Scaling:
             return
         if self._below_since_s is None:
             self._below_since_s = now_s
-        if now_s - self._below_since_s < self.config.release_s:
+        lasted_s = now_s - self._below_since_s
+        if lasted_s < self.config.release_s:
             return
         # The last one first, unless nobody else serves what it does.
         for one in reversed(added):
@@ -196,12 +214,25 @@ class Scaling:
             if machine.state is not LifecycleState.READY or all(served.get(phase, 0) > 1 for phase in phases):
                 self._below_since_s = None
                 self.retiring[one] = now_s
-                reason = f"one worker fewer would have load {lower:.2f}, for {self.config.release_s:g} s: {one} goes"
-                self._decided(now_s, len(machines), len(machines) - 1, reason, demand.digest)
+                reason = f"one worker fewer would have load {lower:.2f}, for {lasted_s:.0f} s: {one} goes"
+                predicted = _gain(demand.load, lower)
+                num = len(machines)
+                self._decided(now_s, num, num - 1, reason, demand.look, predicted)
                 return
 
-    def _decided(self, now_s: float, before: int, wanted: int, reason: str, digest: str) -> None:
+    def _decided(
+        self,
+        now_s: float,
+        before: int,
+        wanted: int,
+        reason: str,
+        look: Look,
+        predicted: float | None,
+    ) -> None:
+        # Of those that were still waited for some may have come.
+        self._end(ScaleState.UNDONE, f"overtaken: {reason}")
         self._num_decisions += 1
+        self._effect_since_s = None
         view = ScaleView(
             f"scale-{self._num_decisions}-{now_s:.3f}",
             now_s,
@@ -210,7 +241,9 @@ class Scaling:
             ScaleState.ASKED,
             reason,
             reason,
-            digest,
+            look.digest,
+            predicted,
+            met_before=self._met,
         )
         self._views.append(view)
         del self._views[:-MAX_REMEMBERED]
@@ -218,6 +251,11 @@ class Scaling:
     def _end(self, state: ScaleState, reason: str) -> None:
         if self._views and self._views[-1].state is ScaleState.ASKED:
             self._views[-1] = replace(self._views[-1], state=state, reason=reason)
+
+
+def _gain(before: float, after: float) -> float | None:
+    """Goodput after over goodput before, of two loads: of one above 1 a part is served. None when nothing was, as a phase had no worker."""
+    return max(1.0, before) / max(1.0, after) if math.isfinite(before) else None
 
 
 def is_drained(machine: WorkerMachine, status: WorkerStatus | None, phases: PhaseSet) -> bool:

@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from orchestrator.control.plan import SetPhases
 from orchestrator.control.policies.policy import Totals
@@ -21,21 +22,34 @@ from workers.api import Phase, PhaseSet, PhasesRefused, WorkerId, WorkerStatus
 #: Switches that are remembered, those under way not counted.
 MAX_REMEMBERED = 32
 NO_PHASES: PhaseSet = frozenset()
+ORPHANED = "its controller died before it ended"
 
 
 class Switching:
     """The phases that each worker is to have, and the switches between them.
 
-    wanted: of each declared worker; a process is started with these.
+    wanted: of each declared worker; a process is started with these. earlier: switches of a controller that died; what became of those
+    that were under way its workers say.
     """
 
-    def __init__(self, wanted: dict[WorkerId, PhaseSet]) -> None:
+    def __init__(self, wanted: dict[WorkerId, PhaseSet], earlier: Sequence[SwitchView] = ()) -> None:
         self.wanted = wanted
         #: Workers that are to be given up altogether.
         self.retiring: frozenset[WorkerId] = frozenset()
+        #: Of the last view that the gateway has.
+        self.known_version = 0
         self._switches: dict[WorkerId, RoleSwitch] = {}
-        self._ended: list[SwitchView] = []
-        self._seen: dict[str, None] = {}
+        self._ended: list[SwitchView] = [one for one in earlier if not one.is_under_way]
+        self._seen: dict[str, None] = {one.switch_id: None for one in earlier}
+        #: Those of a controller that died half-way.
+        self._orphans: dict[WorkerId, SwitchView] = {}
+        for one in earlier:
+            if one.is_under_way and one.worker_id in wanted:
+                self._orphans[one.worker_id] = one
+            elif one.is_under_way:
+                self._end(
+                    replace(one, state=SwitchState.UNDONE, reason=f"{ORPHANED}; there is no such worker")
+                )
         #: Time, requests that had finished, and those of them that met their targets.
         self._served: deque[tuple[float, int, int]] = deque()
 
@@ -47,7 +61,7 @@ class Switching:
     def views(self) -> tuple[SwitchView, ...]:
         """The last ones, in the order in which they began."""
         present = sorted(self._switches.values(), key=lambda switch: switch.began_at_s)
-        return (*self._ended[-MAX_REMEMBERED:], *(switch.view() for switch in present))
+        return (*self._ended, *self._orphans.values(), *(switch.view() for switch in present))
 
     def phases(self, machine: WorkerMachine) -> tuple[PhaseSet, PhaseSet]:
         """What a worker may be used for, and what it is giving up."""
@@ -71,6 +85,7 @@ class Switching:
     def forget(self, worker_id: WorkerId, now_s: float) -> None:
         """A worker that was added is there no more."""
         del self.wanted[worker_id]
+        self._end_orphan(worker_id, SwitchState.UNDONE, "it is given up")
         switch = self._switches.pop(worker_id, None)
         if switch is not None:
             # Else it would be under way for ever.
@@ -97,9 +112,9 @@ class Switching:
             if changed_at_s is None or switch.met_after is not None:
                 continue
             if changed_at_s + OBSERVED_S <= now_s < changed_at_s + 2 * OBSERVED_S:
-                switch.met_after = self._met()
+                switch.met_after = self.met()
 
-    def _met(self) -> float | None:
+    def met(self) -> float | None:
         """Of the requests that finished in the last OBSERVED_S."""
         if not self._served:
             return None
@@ -145,7 +160,7 @@ class Switching:
                     began_at_s=now_s,
                     predicted=request.predicted,
                     digest=request.digest,
-                    met_before=self._met(),
+                    met_before=self.met(),
                     needs_new_process=is_new,
                 )
                 self._end(refused)
@@ -159,7 +174,8 @@ class Switching:
                 self._end(last.view())
             before = self.wanted[request.worker_id]
             switch = RoleSwitch.begin(request, before, number, now_s, needs_new_process=is_new)
-            switch.met_before = self._met()
+            switch.view_version = view.version
+            switch.met_before = self.met()
             self._switches[request.worker_id] = switch
             num_begun += 1
         return num_begun
@@ -178,9 +194,7 @@ class Switching:
         """
         switch = self._switches.get(machine.worker_id)
         if switch is None:
-            if status is not None and machine.state is LifecycleState.READY and status.phases:
-                # An earlier controller has changed them.
-                self.wanted[machine.worker_id] = status.phases
+            self._believe(machine, status)
             return None
         own = self.phases(machine)[0] if machine.state is LifecycleState.READY else frozenset()
         others = frozenset(phase for phase, num in served.items() if num > (phase in own))
@@ -194,12 +208,35 @@ class Switching:
         )
         return self._tell(switch, machine, status, wanted, now_s)
 
+    def _believe(self, machine: WorkerMachine, status: WorkerStatus | None) -> None:
+        """What it serves an earlier controller may have changed, in a switch that it did not see the end of."""
+        worker_id = machine.worker_id
+        serves = status.phases if status is not None and machine.state is LifecycleState.READY else None
+        if serves:
+            self.wanted[worker_id] = serves
+        orphan = self._orphans.get(worker_id)
+        if orphan is None:
+            # So it is with nearly all of them.
+            return
+        if serves:
+            has_changed = serves == orphan.phases
+            state = SwitchState.CHANGED if has_changed else SwitchState.UNDONE
+            self._end_orphan(worker_id, state, f"{worker_id} serves {phase_text(serves)}")
+        elif machine.state in (LifecycleState.LOST, LifecycleState.FAILED):
+            self._end_orphan(worker_id, SwitchState.UNDONE, f"{worker_id} is {machine.state}")
+
+    def _end_orphan(self, worker_id: WorkerId, state: SwitchState, reason: str) -> None:
+        orphan = self._orphans.pop(worker_id, None)
+        if orphan is not None:
+            self._end(replace(orphan, state=state, reason=f"{ORPHANED}; {reason}"))
+
     def check_invariants(self) -> None:
         """Of each switch."""
         for worker_id, switch in self._switches.items():
             assert switch.request.worker_id == worker_id
             switch.check_invariants()
         assert all(self.wanted.values())
+        assert self._orphans.keys() <= self.wanted.keys() - self._switches.keys()
 
     def _follow(
         self,
@@ -231,7 +268,9 @@ class Switching:
     def _heard(self, switch: RoleSwitch, machine: WorkerMachine, status: WorkerStatus, now_s: float) -> None:
         # A process that is to end has to bring away what it sends as well.
         num_left = status.work.of(switch.leaving) + (status.num_leases if switch.needs_new_process else 0)
-        if switch.state is SwitchState.LEAVING and num_left == 0:
+        # While the gateway does not know of it more may come.
+        is_known = self.known_version >= switch.view_version
+        if switch.state is SwitchState.LEAVING and num_left == 0 and is_known:
             left = phase_text(switch.leaving)
             reason = f"nothing needs {left} there any more" if left else "it gives nothing up"
             switch.handle(SwitchEvent.EMPTY, reason, now_s)
@@ -337,6 +376,8 @@ def _needs_new_process(request: SwitchRequest, view: ClusterView) -> bool:
 def _left(switch: RoleSwitch, status: WorkerStatus | None) -> str:
     if status is None:
         return "the worker says nothing"
+    if switch.state is SwitchState.LEAVING and not status.work.of(switch.leaving):
+        return "the gateway does not answer, and may give it more"
     if switch.state is SwitchState.LEAVING:
         return f"{status.work.of(switch.leaving)} requests there still need {phase_text(switch.leaving)}"
     return f"it serves {phase_text(status.phases)}"

@@ -81,7 +81,10 @@ class ScaleState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ScaleView:
-    """One decision about the number of workers. began_at_s: on the controller's clock. digest: of what the policy saw."""
+    """One decision about the number of workers. began_at_s: on the controller's clock. digest: of what the policy saw.
+
+    predicted, met_before, met_after: as of SwitchView; after it is when all are ready, or one has gone.
+    """
 
     scale_id: str
     began_at_s: float
@@ -92,6 +95,9 @@ class ScaleView:
     reason: str
     why: str
     digest: str = ""
+    predicted: float | None = None
+    met_before: float | None = None
+    met_after: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

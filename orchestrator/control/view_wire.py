@@ -79,6 +79,9 @@ def scale_to_pb(scale: ScaleView) -> pb.ScaleView:
         reason=scale.reason,
         why=scale.why,
         digest=scale.digest,
+        predicted=scale.predicted,
+        met_before=scale.met_before,
+        met_after=scale.met_after,
     )
 
 
@@ -93,6 +96,9 @@ def scale_from_pb(message: pb.ScaleView) -> ScaleView:
         message.reason,
         message.why,
         message.digest,
+        message.predicted if message.HasField("predicted") else None,
+        message.met_before if message.HasField("met_before") else None,
+        message.met_after if message.HasField("met_after") else None,
     )
 
 

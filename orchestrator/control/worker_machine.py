@@ -106,6 +106,11 @@ class WorkerMachine:
         """The newest process is wanted. In every other state none is."""
         return self.state is _READY or self.state is _STARTING
 
+    @property
+    def waits_for_place(self) -> bool:
+        """A process is to run, now or soon, and no node has taken it yet."""
+        return not self.address and self.state is not _FAILED
+
     def handle(self, event: WorkerEvent, reason: str, now_s: float) -> None:
         """Apply one event. `reason` says why it happened and becomes the reason of the state."""
         assert reason, event

@@ -7,7 +7,7 @@ from kvtransfer.config import TransportChoice
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker, WorkerResources, token_budgets
-from orchestrator.control.scaling import ScalingConfig
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
 from orchestrator.manifest.engine import MIB, SpanReuse
@@ -103,8 +103,8 @@ def switch_mode_of(deployment: Deployment) -> SwitchMode:
     return modes[deployment.spec.controller.role_switch]
 
 
-def thread_warnings(deployment: Deployment, num_machine_cpus: int | None = None) -> list[str]:
-    """What makes threads wait for each other, as sentences that begin with the key.
+def cpu_warnings(deployment: Deployment, num_machine_cpus: int | None = None) -> list[str]:
+    """What makes threads wait for each other, or workers for CPUs, as sentences that begin with the key.
 
     num_machine_cpus: CPUs of the machine that all workers run on; None when that is not known.
     """
@@ -120,6 +120,11 @@ def thread_warnings(deployment: Deployment, num_machine_cpus: int | None = None)
         warnings.append(
             f"spec.workers: they compute with {num_threads} threads in all and this machine has {num_machine_cpus} "
             "CPUs: workers get in each other's way and answer late"
+        )
+    if num_machine_cpus is not None and deployment.spec.controller.autoscale is not None:
+        warnings.append(
+            "spec.controller.autoscale: Ray on this machine has no autoscaler: workers are added only while some of its "
+            f"{num_machine_cpus} CPUs are free"
         )
     return warnings
 

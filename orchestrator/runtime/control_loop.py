@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig, ControllerState, decide, recover
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.look import Look
 from orchestrator.control.observation import GatewayNews, Observation, ProcessKey, ProcessReport
 from orchestrator.control.plan import Action, Plan, RequestResources, SetPhases, StartWorker, StopWorker
 from orchestrator.control.role_switch import phase_text
@@ -239,7 +239,8 @@ class ControlLoop:
         # What was told before stands, but for what has been asked for: that is told again.
         self._gateway = replace(self._gateway, wanted_switches=())
         async with self._tolerate("publish", max(MIN_PUBLISH_TIMEOUT_S, self._tick_s)):
-            self._gateway = await self._publisher.publish(plan.view, plan.look)
+            news = await self._publisher.publish(plan.view, plan.look)
+            self._gateway = replace(news, version=plan.view.version)
 
     async def _apply(self, action: Action) -> None:
         match action:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import grpc.aio
 
-from orchestrator.control.auto_switch import Look
+from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_to_pb
 from orchestrator.control.observation import GatewayNews
 from orchestrator.control.role_switch import SwitchRequest

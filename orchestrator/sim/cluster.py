@@ -11,7 +11,7 @@ from orchestrator.control.observation import GatewayNews, Observation, ProcessKe
 from orchestrator.control.plan import SetPhases, StartWorker, StopWorker
 from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
-from orchestrator.control.scaling import ScalingConfig
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
 from orchestrator.gateway.links import LinkListener
@@ -302,7 +302,7 @@ class SimCluster:
             for key, process in self.processes.items()
             if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
         }
-        news = GatewayNews(tuple(self._wanted), self._totals())
+        news = GatewayNews(tuple(self._wanted), self._totals(), self._state.version)
         observation = Observation(tuple(reports), statuses, news, self._refusals)
         self._wanted, self._refusals = [], {}
         plan = decide(now_s, observation, self._state, self._config)

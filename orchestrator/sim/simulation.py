@@ -17,7 +17,7 @@ from orchestrator.control.declared import DeclaredWorker, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
-from orchestrator.control.scaling import ScalingConfig
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.errors import PhasewiseOrchestratorError

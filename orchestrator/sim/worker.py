@@ -304,6 +304,9 @@ class SimWorker:
     def _turn(self) -> None:
         """Drain the mailbox, schedule, run, publish: as workers.engine.step_loop."""
         self._wake = None
+        if self._is_busy:
+            # What was told before this batch of pictures began asked for this turn; its end brings one.
+            return
         if self._timers.time() < self._paused_until_s:
             self._turn_soon()
             return

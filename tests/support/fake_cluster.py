@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.control.auto_switch import Look
 from orchestrator.control.controller import ControllerConfig
 from orchestrator.control.declared import DeclaredWorker, WorkerResources
+from orchestrator.control.look import Look
 from orchestrator.control.observation import GatewayNews, ProcessKey, ProcessReport
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.view import ClusterView

@@ -173,3 +173,23 @@ def test_any_cluster_can_be_looked_at(
             }
             assert ready[request.worker_id].phases - request.phases <= others
             assert request.phases != ready[request.worker_id].phases
+
+
+def test_a_demand_names_what_the_tick_saw_also_when_that_was_not_to_be_told() -> None:
+    seen = view(worker(0, P | D), worker(1, P | D))
+    policy = auto(seen)
+    for tick in range(6):
+        policy.tick(tick * 0.3, seen, Totals(tick, 100 * tick))
+        demand = policy.demand(seen, has_moved=False)
+        if tick == 0:
+            # There is no rate before the second look.
+            assert demand is None
+            continue
+        assert demand is not None
+        assert demand.look.at_s == pytest.approx(tick * 0.3)
+        if policy.last is None:
+            policy.tell()
+        assert policy.last is demand.look
+    # Workers that have just been replaced have learnt nothing: what was seen before is nothing to go by.
+    policy.tick(2.0, view(), Totals(6, 600))
+    assert policy.demand(view(), has_moved=False) is None

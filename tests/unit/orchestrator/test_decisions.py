@@ -1,6 +1,7 @@
 """What was decided about phases, and what it was made from: kept, told, read again and replayed."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,15 @@ from google.protobuf.json_format import MessageToJson
 
 from orchestrator.cli import replay_decisions
 from orchestrator.cli.decisions import text_lines
-from orchestrator.cli.replay_decisions import POLICIES, read_looks, replay
-from orchestrator.control.auto_switch import Look
+from orchestrator.cli.replay_decisions import POLICIES, allowed_of, read_looks, replay
+from orchestrator.control.auto_switch import ALLOWED
+from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb, look_to_pb
-from orchestrator.control.policies.policy import ClusterLoad, Totals, WorkerLoad
+from orchestrator.control.policies.policy import ClusterLoad, Switch, Totals, WorkerLoad
+from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
-from orchestrator.control.view import ClusterView, SwitchState, SwitchView
+from orchestrator.control.view import ClusterView, ScaleState, ScaleView, SwitchState, SwitchView
+from orchestrator.control.view_wire import scale_from_pb, scale_to_pb
 from orchestrator.errors import LooksError
 from orchestrator.gateway.decision_log import MAX_DECISIONS, MAX_LOOKS, DecisionLog
 from protos import control_pb2 as pb
@@ -21,6 +25,7 @@ from workers.api import Phase, PhaseSet, WorkerId
 from workers.step_cost import StepCost
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+CONFIG = ScalingConfig((WorkerId("w2"), WorkerId("w3")), hold_s=10.0, release_s=20.0)
 COST = StepCost(0.002, 2.5e-5, 2.6e-5, 0.005, 5e-8, 1e-9)
 
 
@@ -107,22 +112,83 @@ def test_the_table_says_what_was_expected_and_what_came() -> None:
         *("d0", "decode", "prefill", "changed", "2.00x", "50%", "->", "-", "c0ffee"),
         *("load", "1.20", "would", "be", "0.60"),
     ]
-    assert text_lines(pb.GetDecisionsResponse()) == ["no worker has changed its phases"]
+    assert text_lines(pb.GetDecisionsResponse()) == ["the controller has decided nothing yet"]
 
 
 def test_policies_are_asked_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     looks = list(read_looks(file_of(tmp_path, LOOKS)))
     assert looks == LOOKS
     for make in POLICIES.values():
-        found = list(replay(looks, make(looks[0])))
+        found = list(replay(looks, make(looks)))
         assert found
-        assert Phase.PREFILL in found[0][1].phases
-        assert found[0][1].worker_id in ("d0", "d1")
+        first = found[0][1]
+        assert isinstance(first, Switch)
+        assert Phase.PREFILL in first.phases
+        assert first.worker_id in ("d0", "d1")
     arguments = argparse.Namespace(file=tmp_path / "looks.jsonl", policy="epd_queue")
     assert replay_decisions.run(arguments) == 0
     out, err = capsys.readouterr()
     assert "-> prefill: " in out
     assert "decisions of epd_queue from 30 looks in 29.0 s" in err
+
+
+def both(at_s: float, num: int, num_requests: int, more: tuple[str, ...] = ()) -> Look:
+    """So many workers of both phases, which all have more prompts than they can do."""
+    names = [*(f"w{i}" for i in range(num)), *more]
+    workers = tuple(
+        WorkerLoad(WorkerId(one), P | D, 100_000, prefill_tokens=40_000, num_prefills=10) for one in names
+    )
+    totals = Totals(num_requests, 40_000 * num_requests, 0, num_requests, 10 * num_requests, num_requests)
+    return Look(at_s, ClusterLoad(workers, totals), COST, Slo(1.0, 0.05), scaling=CONFIG, allowed=ALLOWED)
+
+
+def test_decisions_about_the_number_of_workers_are_asked_for_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = [both(100.0 + i, 2, 12 * i) for i in range(15)]
+    looks += [
+        replace(both(115.0 + i, 2, 180 + 12 * i), waiting=(WorkerId("w2"), WorkerId("w3"))) for i in range(20)
+    ]
+    looks += [replace(both(135.0 + i, 2, 420, ("w2", "w3"))) for i in range(3)]
+    path = file_of(tmp_path, looks)
+    read = list(read_looks(path))
+    # Those that may be added have no names in a file until they are there.
+    assert read[0].scaling == replace(CONFIG, extra=(WorkerId("more-0"), WorkerId("more-1")))
+    assert [one.scaling for one in read[15:]] == [CONFIG] * 23
+    assert [one.digest for one in read] == [one.digest for one in looks]
+    assert replay_decisions.run(argparse.Namespace(file=path, policy="phasewise")) == 0
+    out, _ = capsys.readouterr()
+    [line] = out.splitlines()
+    # While they are waited for no more are asked for.
+    assert "s  2 -> 4 workers: load " in line
+    assert " for 8 s, and no move of phases helps (seen " in line
+
+
+def test_what_a_worker_may_serve_does_not_depend_on_who_was_there_first() -> None:
+    mixed = frozenset({Phase.ENCODE, Phase.PREFILL})
+
+    def seen(at_s: float, *workers: tuple[str, PhaseSet]) -> Look:
+        found = tuple(WorkerLoad(WorkerId(name), phases, 1000) for name, phases in workers)
+        return Look(at_s, ClusterLoad(found, Totals()), COST, Slo(1.0, 0.05))
+
+    looks = [seen(0.0, ("d0", D)), seen(1.0, ("d0", D), ("ep0", mixed))]
+    assert mixed in allowed_of(looks)
+    told = [replace(one, allowed=ALLOWED) for one in looks]
+    assert allowed_of(told) == ALLOWED
+
+
+def test_the_table_tells_of_the_number_of_workers_too() -> None:
+    scale = ScaleView(
+        "scale-1", 1.0, 1, 3, ScaleState.DONE, "all of them have a node", "load 1.20", "c0ffee", 1.2, 0.5, 1.0
+    )
+    assert scale_from_pb(scale_to_pb(scale)) == scale
+    log = DecisionLog()
+    log.came(replace(view(), scales=(scale,)), None, 10.0)
+    _, row = text_lines(log.answer(12.0, with_looks=False))
+    assert row.split()[2:] == [
+        *("(all)", "1", "worker", "3", "workers", "done", "1.20x", "50%", "->", "100%", "c0ffee"),
+        *("load", "1.20;", "all", "of", "them", "have", "a", "node"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import yaml
 from orchestrator.control.declared import WorkerResources
 from orchestrator.errors import ManifestError
 from orchestrator.manifest.declare import (
+    cpu_warnings,
     extra_workers,
     gateway_config,
     scaling_of,
-    thread_warnings,
     worker_specs,
 )
 from orchestrator.manifest.engine import Engine
@@ -474,15 +474,15 @@ def test_threads_beyond_the_cpus_of_a_worker_are_warned_of() -> None:
         group("a", "prefill", resources=resources, engine={"threads": 2}),
         group("b", "decode", resources=resources, engine={"threads": 3}),
     ]
-    (warning,) = thread_warnings(parse(manifest(workers=workers)))
+    (warning,) = cpu_warnings(parse(manifest(workers=workers)))
     assert warning.startswith("spec.workers[1].engine.threads: is 3 and resources.cpus is 1.5, which is all")
 
 
 def test_threads_beyond_the_cpus_of_the_machine_are_warned_of() -> None:
     workers = [group("a", "prefill", replicas=2), group("b", "decode", resources={"cpus": 2})]
     deployment = parse(manifest(workers=workers))
-    assert thread_warnings(deployment) == thread_warnings(deployment, 4) == []
-    (warning,) = thread_warnings(deployment, 3)
+    assert cpu_warnings(deployment) == cpu_warnings(deployment, 4) == []
+    (warning,) = cpu_warnings(deployment, 3)
     assert warning.startswith("spec.workers: they compute with 4 threads in all and this machine has 3 CPUs")
 
 
@@ -607,6 +607,13 @@ def autoscaled(role_switch: str = "on", **autoscale: Any) -> str:
     controller = {"roleSwitch": role_switch, "autoscale": {"group": "text", "maxWorkers": 4, **autoscale}}
     groups = [group("encode", "encode"), group("text", "prefill", "decode", replicas=2)]
     return manifest(workers=groups, controller=controller)
+
+
+def test_a_machine_of_its_own_adds_workers_only_within_its_cpus_and_says_so() -> None:
+    deployment = parse(autoscaled())
+    assert cpu_warnings(deployment) == []
+    (warning,) = cpu_warnings(deployment, 64)
+    assert warning.startswith("spec.controller.autoscale: Ray on this machine has no autoscaler")
 
 
 def test_workers_that_may_be_added_are_like_those_of_their_group() -> None:

@@ -50,6 +50,9 @@ class World:
     state: ControllerState = field(init=False)
     plan: Plan = field(init=False)
     refusals: dict[ProcessKey, PhasesRefused] = field(default_factory=dict)
+    #: The gateway gets the views.
+    is_reachable: bool = True
+    known_version: int = 0
 
     def __post_init__(self) -> None:
         self.state = recover(None, (), self.config, 0.0)
@@ -63,12 +66,14 @@ class World:
         observation = Observation(
             self.machines.reports(),
             self.machines.statuses(),
-            GatewayNews(requests, replace(totals) if totals else None),
+            GatewayNews(requests, replace(totals) if totals else None, self.known_version),
             dict(self.refusals),
         )
         self.refusals.clear()
         self.plan = decide(self.now_s, observation, self.state, self.config)
         self.state.check_invariants()
+        if self.is_reachable:
+            self.known_version = self.plan.view.version
         for action in self.plan.actions:
             key = (
                 action.declared.worker_id if isinstance(action, StartWorker) else action.worker_id,
@@ -168,6 +173,28 @@ def test_a_request_that_came_after_all_is_waited_for() -> None:
     assert world.switch.state is S.CHANGED
 
 
+def test_nothing_is_given_up_that_the_gateway_may_still_use() -> None:
+    world = World()
+    world.is_reachable = False
+    world.tick(wanted("d-1", P))
+    for _ in range(5):
+        assert world.tick().actions == ()
+    assert world.switch.state is S.LEAVING
+    world.is_reachable = True
+    for _ in range(4):
+        world.tick()
+    assert world.switch.state is S.CHANGED
+
+
+def test_a_switch_that_the_gateway_never_hears_of_is_undone() -> None:
+    world = World()
+    world.is_reachable = False
+    world.tick(wanted("d-1", P))
+    world.tick(elapsed_s=CHANGE_TIMEOUT_S + 1)
+    assert world.switch.state is S.UNDONE
+    assert world.switch.reason == "leaving took too long: the gateway does not answer, and may give it more"
+
+
 def test_a_refusal_leaves_it_as_it_was() -> None:
     world = World()
     world.process("d-1").refusal = PhasesRefused("phases: this model takes no pictures")
@@ -242,15 +269,121 @@ def test_one_that_changed_too_late_is_told_to_change_back() -> None:
     assert process.phases == D
 
 
-def test_a_new_controller_undoes_what_nobody_follows() -> None:
+def restarted(world: World) -> None:
+    world.state = recover(world.plan.view, world.machines.reports(), world.config, world.now_s)
+    world.state.check_invariants()
+
+
+def test_a_new_controller_undoes_what_it_finds_half_done_and_says_so() -> None:
     world = World()
     world.process("d-1").work = PhaseWork(num_decodes=2)
     world.tick(wanted("d-1", P))
-    again = recover(world.plan.view, world.machines.reports(), world.config, world.now_s)
-    world.state = again
-    world.tick()
+    restarted(world)
+    # The gateway may not know yet that it was carried out.
+    world.tick(wanted("d-1", P))
     assert (world.worker("d-1").phases, world.worker("d-1").leaving) == (D, frozenset())
-    assert world.plan.view.switches == ()
+    [switch] = world.plan.view.switches
+    assert (switch.switch_id, switch.state, switch.why) == ("s1", S.UNDONE, "more prompts")
+    assert switch.reason == "its controller died before it ended; d-1 serves decode"
+    world.process("d-1").work = PhaseWork()
+    for _ in range(4):
+        world.tick(wanted("d-1", P, "s2"))
+    assert [one.state for one in world.plan.view.switches] == [S.UNDONE, S.CHANGED]
+
+
+def test_a_new_controller_tells_of_a_switch_that_was_done_without_one() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.tick()
+    assert (world.switch.state, world.process("d-1").phases) == (S.CHANGING, P)
+    restarted(world)
+    world.tick()
+    [switch] = world.plan.view.switches
+    assert (switch.state, world.worker("d-1").phases) == (S.CHANGED, P)
+    assert switch.reason == "its controller died before it ended; d-1 serves prefill"
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+def test_a_new_controller_finds_a_worker_between_two_processes(*, is_started: bool) -> None:
+    world = World(config_of(e_0=E, e_1=E, p_0=P, p_1=P, d_0=D))
+    world.process("p-1").refusal = PhasesRefused("it would need weights", needs_new_process=True)
+    for _ in range(4):
+        world.tick(wanted("p-1", E))
+    assert world.switch.state is S.CHANGING
+    if not is_started:
+        # The view was told, and nothing else.
+        world.machines.stop((WorkerId("p-1"), 2))
+    restarted(world)
+    for _ in range(8):
+        world.tick(elapsed_s=1.0)
+        assert len(world.plan.view.switches) == 1
+    assert world.worker("p-1").state is LifecycleState.READY
+    assert world.switch.state is (S.CHANGED if is_started else S.UNDONE)
+    assert world.worker("p-1").phases == (E if is_started else P) == world.process("p-1").phases
+
+
+def test_a_worker_that_is_lost_with_its_controller_ends_the_switch() -> None:
+    world = World()
+    world.tick(wanted("d-1", P))
+    world.machines.crash((WorkerId("d-1"), 1))
+    restarted(world)
+    world.tick()
+    assert (world.switch.state, world.switch.reason) == (
+        S.UNDONE,
+        "its controller died before it ended; d-1 is lost",
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("want"), st.sampled_from(NAMES), st.sampled_from([P, D, P | D])),
+            st.tuples(st.just("work"), st.sampled_from(NAMES), st.integers(0, 1)),
+            st.tuples(st.sampled_from(["restart", "cut", "heal", "tick"]), st.none(), st.none()),
+            st.tuples(st.just("crash"), st.sampled_from(NAMES), st.none()),
+        ),
+        max_size=25,
+    )
+)
+def test_every_switch_has_an_end_however_often_controllers_die(steps: list[tuple[str, str, object]]) -> None:
+    world, seen = World(), set[str]()
+    for number, (what, name, value) in enumerate(steps):
+        requests: tuple[SwitchRequest, ...] = ()
+        match what:
+            case "want":
+                assert isinstance(value, frozenset)
+                requests = (wanted(name, value, f"s{number}"),)
+            case "work":
+                for process in world.machines.processes.values():
+                    if process.declared.worker_id == name and isinstance(value, int):
+                        process.work = PhaseWork(num_decodes=value, num_prefills=value)
+            case "crash":
+                for (worker_id, _), process in world.machines.processes.items():
+                    if worker_id == name:
+                        process.exit_reason = "killed"
+            case "restart" if world.is_reachable:
+                # It starts from the view that the gateway has.
+                restarted(world)
+            case "cut" | "heal":
+                world.is_reachable = what == "heal"
+        before = {one.switch_id: one.state for one in world.plan.view.switches}
+        world.tick(*requests, elapsed_s=0.5)
+        now = {one.switch_id: one.state for one in world.plan.view.switches}
+        seen |= now.keys()
+        assert before.keys() <= now.keys()
+        for switch_id, state in before.items():
+            assert state in (S.LEAVING, S.CHANGING, S.CHANGED) or now[switch_id] is state
+    world.is_reachable = True
+    for process in world.machines.processes.values():
+        process.work = PhaseWork()
+    for _ in range(90):
+        world.tick(elapsed_s=1.0)
+    assert {one.switch_id for one in world.plan.view.switches} == seen
+    assert not any(one.is_under_way for one in world.plan.view.switches)
+    for worker in world.plan.view.workers:
+        assert (worker.state, worker.leaving) == (LifecycleState.READY, frozenset())
+        assert worker.phases == world.process(worker.worker_id).phases
 
 
 def test_a_new_controller_believes_a_worker_that_has_changed() -> None:

@@ -73,6 +73,16 @@ def test_every_picture_is_encoded_once_in_every_shape(name: str) -> None:
     assert simulation.dispatcher.totals.tiles == num_tiles
 
 
+@pytest.mark.parametrize("seed", [4, 11])
+def test_a_worker_that_encodes_and_prefills_does_one_thing_at_a_time(seed: int) -> None:
+    """A batch of pictures began while a turn was due, and a step beside it; the next step began before that one had ended."""
+    result, simulation = run((E | P, E | P, D, D), load(seed, 60, 30.0), slo=Slo(0.05, 0.02))
+    assert {record.status for record in result.load.records} == {OK}
+    for process in simulation.cluster.living():
+        # Nobody works for longer than there is time.
+        assert process.busy_s <= simulation.timers.time()
+
+
 def test_one_seed_gives_the_same_run_byte_for_byte() -> None:
     faults = random_faults(random.Random(4), ["w0", "w1", "w2"], rate_per_s=1.0, until_s=3.0)  # type: ignore[list-item]
     first, _ = run(SHAPES["2E+PD"], load(2), seed=3, faults=faults)
