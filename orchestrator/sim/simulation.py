@@ -137,7 +137,7 @@ class Simulation:
             is_calm=lambda: not self.dispatcher.is_leaving,
         )
         self.dispatcher = Dispatcher(
-            HeedfulTimers(self.timers, self._read_leaps),
+            HeedfulTimers(self.timers, self._read_all),
             self.cluster.make_links,
             max_waiting_requests=config.max_waiting_requests,
             max_running_requests=config.max_running_requests,
@@ -164,6 +164,7 @@ class Simulation:
         latest_s = self._start_s + self._duration_s + self._config.timeout_s
         every = self._config.check_every
         timers, dispatcher, num_wanted = self.timers, self.dispatcher, len(self._plan)
+        next_check, next_told = every, 4096
         while len(self._records) < num_wanted:
             if not timers.run_next(latest_s + 60.0):
                 raise AssertionError(f"{num_wanted - len(self._records)} requests have no end")
@@ -172,9 +173,11 @@ class Simulation:
                 self._num_failed = dispatcher.num_failed
                 failed = [one for one, client in self._clients.items() if client.request.is_failed]
                 self._read_answers(failed, ())
-            if every and timers.num_events % every == 0:
+            if every and timers.num_events >= next_check:
+                next_check = timers.num_events + every
                 self.check_invariants()
-            if timers.num_events % 4096 == 0:
+            if timers.num_events >= next_told:
+                next_told = timers.num_events + 4096
                 on_progress(len(self._records), num_wanted)
         self.check_invariants()
         now_s = self.timers.time()
@@ -193,7 +196,7 @@ class Simulation:
 
     def check_invariants(self) -> None:
         """Of all that serves."""
-        self._read_leaps()
+        self._read_all()
         self.dispatcher.check_invariants()
         self.cluster.check_invariants()
 
@@ -220,9 +223,9 @@ class Simulation:
             return
         self._clients[request_id] = _Client(index, planned, request, now_s)
 
-    def _read_leaps(self) -> None:
+    def _read_all(self) -> None:
         assert self.cluster.links is not None
-        self.cluster.links.read_leaps()
+        self.cluster.links.read_all()
 
     def _read_answers(self, request_ids: Sequence[RequestId], times_s: Sequence[float]) -> None:
         for request_id in request_ids:

@@ -5,12 +5,14 @@ import random
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, tokens_of
-from orchestrator.sim.network import SimNetwork
+from orchestrator.sim.network import GATEWAY, SimNetwork
+from orchestrator.sim.noise import factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -40,7 +42,6 @@ from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
-from workers.engine.sequence import Sequence
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
@@ -81,14 +82,23 @@ class WorkerWorld:
 class GatewayWay(Protocol):
     """The way of a process to the gateway."""
 
-    def publish(self, process: "SimWorker", events: list[Event], kv_events: list[KvEvent]) -> None:
+    def publish(
+        self,
+        process: "SimWorker",
+        events: list[Event],
+        kv_events: list[KvEvent],
+        decoded: list[TokensDecoded],
+    ) -> None:
         """It says this of requests now."""
 
-    def can_leap(self, process: "SimWorker") -> bool:
+    def can_wait(self, process: "SimWorker") -> bool:
         """Nobody at the gateway needs to know now which tokens have come from it."""
 
     def begin_leap(self, process: "SimWorker", leap: Leap) -> None:
         """Tokens of this leap will be told of by `leap_step`."""
+
+    def end_leap(self, process: "SimWorker") -> None:
+        """There will be no more of them."""
 
     def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[Output]) -> None:
         """It sends the tokens of one more step now, and this beside them."""
@@ -130,7 +140,9 @@ class SimWorker:
         self._world = world
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._gateway = gateway
-        self._rng = rng
+        self._noise = factors(rng, world.noise) if world.noise else repeat(1.0)
+        #: To the gateway.
+        self.way = world.network.way(address, GATEWAY)
         self._timers = world.timers
         self._ready_at_s = self._timers.time() + world.load_s
         #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
@@ -172,7 +184,7 @@ class SimWorker:
                 self._timers,
                 world.network,
                 self.post,
-                lambda events: self._gateway.publish(self, events, []),
+                lambda events: self._gateway.publish(self, events, [], []),
                 world.images_at,
             )
         #: Pictures and steps take turns.
@@ -181,12 +193,9 @@ class SimWorker:
         self._is_busy = False
         self._paused_until_s = 0.0
         self._wake: SimTimer | None = None
-        #: The steps that it is in, if they are one; what they take, and until when nothing expires.
+        #: The steps that it is in, if they are one; what they take.
         self._leap: Leap | None = None
         self._leap_steps = self._latency.decode_steps(1)
-        self._leap_until_s = 0.0
-        #: Those of the last step that was no leap's, or of the last leap.
-        self._decoded: frozenset[Sequence] = frozenset()
 
     @property
     def key(self) -> ProcessKey:
@@ -261,7 +270,7 @@ class SimWorker:
             return
         if self.images is None or Phase.ENCODE not in self.phases:
             reason = f"asked for encode; serves {'+'.join(sorted(self.phases))}"
-            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [])
+            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [], [])
             return
         self.images.submit(encode)
         self._turn_soon()
@@ -276,11 +285,13 @@ class SimWorker:
     def pause(self, until_s: float) -> None:
         """It does nothing until then: a machine that is suspended."""
         self._paused_until_s = max(self._paused_until_s, until_s)
+        self._look_at_leap()
         self.transfers.pause(self._paused_until_s)
 
     def die(self) -> None:
         """Its process ends, and all that it holds is gone."""
         self.is_alive = False
+        self._look_at_leap()
         self.ended_at_s = self._timers.time()
         self.transfers.die()
         if self._wake is not None:
@@ -348,8 +359,9 @@ class SimWorker:
 
     def _takes_s(self, predicted_s: float) -> float:
         """With noise, and as slow as it is now."""
-        noise = self._rng.lognormvariate(0.0, self._world.noise) if self._world.noise else 1.0
-        took_s = predicted_s * noise * math.prod(self.slowdowns)
+        took_s = predicted_s * next(self._noise)
+        if self.slowdowns:
+            took_s *= math.prod(self.slowdowns)
         self.busy_s += took_s
         return took_s
 
@@ -376,43 +388,63 @@ class SimWorker:
         """Do this step, and those after it, as a leap, if that may be."""
         # Who learns from each step, or encodes between two, is not the same for many steps.
         is_disturbed = plan.chunks or self._mailbox or self._learnt is not None or self.images is not None
-        if not self._world.is_leaping or is_disturbed or not self._gateway.can_leap(self):
+        if is_disturbed or not self._gateway.can_wait(self):
             return False
         num_steps = self.engine.num_plain_steps(plan)
         if num_steps < MIN_LEAP:
             return False
-        has_new = not self._decoded.issuperset(plan.decodes)
-        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, has_new=has_new)
+        until_s = self.engine.next_deadline_s() or math.inf
+        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, until_s)
         self._leap_steps = self._latency.decode_steps(len(plan.decodes))
-        self._leap_until_s = self.engine.next_deadline_s() or math.inf
         self._gateway.begin_leap(self, leap)
-        self._timers.call_later(self._takes_s(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+        step_s = self._takes_s(self._leap_steps.step_s(leap.context))
+        self._timers.repeat_at(self._timers.time() + step_s, self._leap_step)
         return True
 
     def stop_leap(self) -> None:
         """Its present step is the last one of its leap, if it is in one."""
         if self._leap is not None:
-            self._leap.num_left = 0
+            self._leap.stop()
 
-    def _leap_step(self, leap: Leap) -> None:
-        """A step of a leap has ended."""
-        now_s, full = self._timers.time(), leap.full()
-        if not self.is_alive or (now_s < self._paused_until_s and self._is_paused(self._leap_step, leap)):
-            return
-        is_over = leap.num_left == 0 or now_s >= self._leap_until_s
+    def _look_at_leap(self) -> None:
+        if self._leap is not None:
+            self._leap.look()
+
+    def _leap_step(self, now_s: float) -> float | None:
+        """A step of a leap has ended; returns when the next one does."""
+        leap = self._leap
+        assert leap is not None
+        if leap.num_quick == 0 or now_s >= leap.until_s:
+            return self._see_to_leap(leap, now_s)
+        leap.num_quick -= 1
+        leap.num_left -= 1
+        leap.num_done += 1
+        leap.context += leap.num_sequences
+        leap.arrivals_s.append(self._world.network.carry(self.way, now_s, leap.num_bytes))
+        self.num_steps += 1
+        return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
+
+    def _see_to_leap(self, leap: Leap, now_s: float) -> float | None:
+        """The same where there is more to do than to count."""
+        if not self.is_alive:
+            return None
+        if now_s < self._paused_until_s:
+            return self._paused_until_s
+        full = leap.full()
+        is_over = leap.num_left == 0 or now_s >= leap.until_s
         if is_over or (full and self.engine.pool.num_available < len(full)):
             self._catch_up()
+            self._gateway.end_leap(self)
             self._leap = None
             self._step_done(leap.plan)
-            return
+            return None
         leap.end_step()
         self.num_steps += 1
         if full:
             self._fill_blocks(leap, full)
         else:
             self._gateway.leap_step(self, leap, ())
-        step_s = self._takes_s(self._leap_steps.step_s(leap.context))
-        self._timers.call_at(now_s + step_s, self._leap_step, leap)
+        return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
         """These sequences have filled a block with the step that has just ended, and need another one for the next."""
@@ -449,7 +481,6 @@ class SimWorker:
             if part.yields_token
         ]
         self.engine.complete(plan, StepResult(tokens), self._timers.time())
-        self._decoded = frozenset(plan.decodes)
         self.num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())
@@ -458,9 +489,10 @@ class SimWorker:
     def _publish(self, outputs: list[Output]) -> None:
         events: list[Event] = []
         kv_events: list[KvEvent] = []
+        decoded: list[TokensDecoded] = []
         for output in outputs:
             if isinstance(output, TokensDecoded):
-                events.extend(output.events())
+                decoded.append(output)
             elif isinstance(output, ImagesNeeded | ImagesReleased):
                 assert self.images is not None
                 self.images.handle(output)
@@ -468,8 +500,8 @@ class SimWorker:
                 kv_events.append(output)
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
-        if events or kv_events:
-            self._gateway.publish(self, events, kv_events)
+        if events or kv_events or decoded:
+            self._gateway.publish(self, events, kv_events, decoded)
 
 
 def _is_predicting(engine: EngineConfig) -> bool:
