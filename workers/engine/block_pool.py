@@ -59,10 +59,13 @@ class BlockPool:
         #: Knows some of the blocks that the prefix index knows. `Batch` adds to it; what is forgotten here goes there.
         self.spans = spans
         self._tier = tier
-        self._num_sequences = [0] * num_blocks
-        self._num_transfers = [0] * num_blocks
-        # A stack: the block freed last is the one most likely still in a cache.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        #: All blocks, whoever holds them.
+        self.num_blocks = num_blocks
+        #: Of the blocks that anybody has ever taken: the others come after them, and nothing has to be known of them.
+        self._num_sequences: list[int] = []
+        self._num_transfers: list[int] = []
+        #: Of these blocks, a stack: the one freed last is the one most likely still in a cache.
+        self._free: list[int] = []
         #: Held by nobody but known to the index; the one to take first is first.
         self._cached: dict[int, None] = {}
         self._num_in_use = 0
@@ -81,26 +84,25 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free ones, and cached ones at the price of what they hold."""
-        return len(self._free) + len(self._cached)
+        return self._num_free + len(self._cached)
 
     @property
-    def num_blocks(self) -> int:
-        """All blocks, whoever holds them."""
-        return len(self._num_sequences)
+    def _num_free(self) -> int:
+        return self.num_blocks - len(self._num_sequences) + len(self._free)
 
     def counts(self) -> BlockCounts:
         """The four counts, whose sum is the total."""
         return BlockCounts(
-            free=len(self._free),
+            free=self._num_free,
             cached=len(self._cached),
             in_use=self._num_in_use,
             leased=self._num_leased,
-            total=len(self._num_sequences),
+            total=self.num_blocks,
         )
 
     def free_block_ids(self) -> tuple[int, ...]:
         """Blocks that nobody holds and that hold nothing."""
-        return tuple(self._free)
+        return (*range(self.num_blocks - 1, len(self._num_sequences) - 1, -1), *self._free)
 
     def cached_block_ids(self) -> tuple[int, ...]:
         """Blocks that nobody holds and that the index knows."""
@@ -136,7 +138,7 @@ class BlockPool:
                 if self._num_transfers[block_id] > 0:
                     self._num_leased -= 1
                 else:
-                    # A block that holds nothing cannot be shared: KeyError.
+                    # A block that holds nothing cannot be shared: KeyError, or IndexError where nobody ever took it.
                     del self._cached[block_id]
             self._num_sequences[block_id] += 1
 
@@ -327,6 +329,34 @@ class BlockPool:
             self._events.append(self._stored[block_id])
         return True
 
+    def store_chain(
+        self,
+        block_ids: Sequence[int],
+        names: Sequence[bytes],
+        token_ids: Sequence[int],
+        *,
+        is_pending: bool = False,
+    ) -> None:
+        """`store` for blocks that follow on each other, exact ones. names: the parent of the first, then theirs. token_ids: of all of them."""
+        size, by_hash, stored, children = self.block_size, self._by_hash, self._stored, self._children
+        first, parent = 0, names[0]
+        for block_id, name in zip(block_ids, names[1:], strict=True):
+            last = first + size
+            if name not in by_hash:
+                assert block_id not in stored, f"block {block_id} holds something else"
+                stored[block_id] = one = _Stored(name, parent, tuple(token_ids[first:last]))
+                by_hash[name] = block_id
+                siblings = children.get(parent)
+                if siblings is None:
+                    children[parent] = {block_id: None}
+                else:
+                    siblings[block_id] = None
+                if is_pending:
+                    self._pending[block_id] = None
+                elif self._is_watched:
+                    self._events.append(one)
+            first, parent = last, name
+
     @property
     def pending(self) -> tuple[int, ...]:
         """Blocks that will hold what the index says when the steps have run that are planned."""
@@ -369,25 +399,28 @@ class BlockPool:
         if not self._events:
             return []
         events, self._events = self._events, []
+        (first, *others) = events
+        if not others and isinstance(first, _Stored):
+            # So it is with all blocks of decodes.
+            return [KvBlocksStored(first.parent, (first.hash,))]
         return list(_told(events))
 
     # Checks.
 
     def check_invariants(self) -> None:
         """Counts agree with holders, and the index with the blocks."""
-        # Pools are large, and most of their blocks are nobody's: those are counted, and the others looked at.
-        total = len(self._num_sequences)
-        used = list(compress(range(total), self._num_sequences))
-        sent = list(compress(range(total), self._num_transfers))
+        touched = len(self._num_sequences)
+        assert len(self._num_transfers) == touched <= self.num_blocks
+        used = list(compress(range(touched), self._num_sequences))
+        sent = list(compress(range(touched), self._num_transfers))
         assert all(self._num_sequences[i] > 0 for i in used)
         assert all(self._num_transfers[i] > 0 for i in sent)
         held = {*used, *sent}
         assert self._num_in_use == len(used)
         assert self._num_leased == len(held) - len(used)
         free, cached, stored = set(self._free), self._cached.keys(), self._stored
-        assert len(free) == len(self._free) == total - len(held) - len(cached)
-        assert not free or (min(free) >= 0 and max(free) < total)
-        assert all(0 <= block_id < total for block_id in cached)
+        assert len(free) == len(self._free) == touched - len(held) - len(cached)
+        assert all(0 <= block_id < touched for block_id in (*free, *cached))
         assert free.isdisjoint(held)
         assert free.isdisjoint(stored)
         assert held.isdisjoint(cached)
@@ -417,8 +450,22 @@ class BlockPool:
 
     def _take(self, num_blocks: int) -> list[int]:
         assert 0 <= num_blocks <= self.num_available, f"asked for {num_blocks} of {self.num_available} blocks"
+        if num_blocks > self._num_free:
+            self._evict(num_blocks - self._num_free)
+        free = self._free
+        num_old = min(num_blocks, len(free))
+        taken = [free.pop() for _ in range(num_old)]
+        if num_old < num_blocks:
+            num_new, touched = num_blocks - num_old, len(self._num_sequences)
+            taken += range(touched, touched + num_new)
+            self._num_sequences += [0] * num_new
+            self._num_transfers += [0] * num_new
+        return taken
+
+    def _evict(self, num_blocks: int) -> None:
+        """So many of the cached blocks are free now, the one that was used longest ago the first."""
         removed: list[bytes] = []
-        while len(self._free) < num_blocks:
+        for _ in range(num_blocks):
             block_id = next(iter(self._cached))
             del self._cached[block_id]
             one = self._stored[block_id]
@@ -431,7 +478,6 @@ class BlockPool:
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
         self._tell_removed(removed)
-        return [self._free.pop() for _ in range(num_blocks)]
 
     def _put_back(self, block_id: int) -> None:
         """Nobody holds it any more."""

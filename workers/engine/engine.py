@@ -244,8 +244,9 @@ class Engine:
 
     def take_outputs(self) -> list[Output]:
         """What has come out since the last call, in order."""
-        outputs = [*self._outputs, *self.pool.take_events()]
+        outputs = self._outputs.copy()
         self._outputs.clear()
+        outputs += self.pool.take_events()
         return outputs
 
     # Messages.

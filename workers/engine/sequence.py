@@ -19,7 +19,7 @@ from workers.api import (
     Submit,
     SuperposedDecoding,
 )
-from workers.block_hash import block_hash
+from workers.block_hash import block_hash, chain_hashes
 from workers.engine.image_inputs import ImageInputs
 from workers.prompt_order import Standing
 
@@ -325,6 +325,10 @@ class Sequence:
     def hash_blocks(self, num_blocks: int, block_size: int) -> None:
         """Make `block_hashes` reach this many full blocks."""
         hashes = self.block_hashes
+        if self.images is None:
+            new = self.token_ids[(len(hashes) - 1) * block_size : num_blocks * block_size]
+            hashes += chain_hashes(hashes[-1], new, block_size)
+            return
         for i in range(len(hashes) - 1, num_blocks):
             hashes.append(self._block_hash(hashes[i], i * block_size, (i + 1) * block_size))
 
