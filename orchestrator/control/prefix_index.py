@@ -4,7 +4,6 @@ It may be wrong in both directions: what it knows is as old as the last event, a
 wrong guess costs time and nothing else, as workers look for themselves.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
 
 from orchestrator.control.view import WorkerView
@@ -25,7 +24,7 @@ class PromptChain:
     def __init__(self, root: bytes, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self._root = root
-        self._token_ids = array("I", token_ids)
+        self._token_ids = token_ids
         self._hashes: dict[int, list[bytes]] = {}
 
     def hashes(self, block_size: int) -> Iterator[bytes]:

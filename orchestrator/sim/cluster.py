@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, decide, recover
@@ -23,7 +24,7 @@ from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.unread import UnreadTokens
 from orchestrator.sim.worker import SimWorker, WorkerWorld
 from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
-from workers.engine.messages import Output, TokensDecoded
+from workers.engine.messages import TokensDecoded
 
 TICK_S = 0.5
 #: While a worker takes other phases.
@@ -78,6 +79,10 @@ class SimLinks:
         self._links: dict[ProcessKey, SimLink] = {}
         #: That the dispatcher has not been told of.
         self.unread = UnreadTokens()
+        #: What processes have told of their caches alone, by when it comes; it changes nothing but the dispatcher's index of blocks, so it is told
+        #: of that before it looks.
+        self._kv_coming: list[tuple[float, int, SimWorker, Sequence[KvEvent]]] = []
+        self._num_kv = 0
         #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
         self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
 
@@ -128,12 +133,27 @@ class SimLinks:
 
     def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
         """From a process; of one whose link is closed they are lost."""
+        self.read_caches()
         link = self._links.get(process.key)
         if link is not None and link.is_open:
             if kv_events:
                 self._listener.cache_changed(link, kv_events)
             if events:
                 self._dispatch(link, events)
+
+    def cache_events_come(self, process: SimWorker, kv_events: Sequence[KvEvent], arrive_s: float) -> None:
+        """The same for what changes no request, later."""
+        self._num_kv += 1
+        heappush(self._kv_coming, (arrive_s, self._num_kv, process, kv_events))
+
+    def read_caches(self) -> None:
+        """The dispatcher is told what has come by now of caches alone."""
+        coming, now_s = self._kv_coming, self._cluster.timers.time()
+        while coming and coming[0][0] <= now_s:
+            _, _, process, kv_events = heappop(coming)
+            link = self._links.get(process.key)
+            if link is not None and link.is_open:
+                self._listener.cache_changed(link, kv_events)
 
     def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
         request_ids = list(dict.fromkeys(event.key.request_id for event in events))
@@ -146,7 +166,8 @@ class SimLinks:
     # Tokens that the dispatcher is told of later.
 
     def read_all(self) -> None:
-        """The dispatcher is told of all tokens that have come by now, each with its time."""
+        """The dispatcher is told of all that has come by now, of tokens with the time of each."""
+        self.read_caches()
         for request_id in self.unread.request_ids():
             self._read(request_id)
 
@@ -168,6 +189,7 @@ class SimLinks:
         )
 
     def _read(self, request_id: RequestId) -> None:
+        self.read_caches()
         for told in self.unread.read(request_id, self._cluster.timers.time()):
             link = self._links.get(told.process)
             if link is not None and link.is_open:
@@ -309,6 +331,7 @@ class SimCluster:
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
         self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        self.links.read_caches()
         if not self.links.is_steady(plan.view):
             self.links.read_all()
         self._on_view(plan.view)
@@ -365,8 +388,10 @@ class SimCluster:
             arrive_s = self._carry(process, num_events)
             for one in decoded:
                 self.links.unread.add(process.key, one, arrive_s)
-            if events or kv_events:
+            if events:
                 self.timers.call_at(arrive_s, self.links.events_came, process, events, kv_events)
+            elif kv_events:
+                self.links.cache_events_come(process, kv_events, arrive_s)
             return
         events = [event for one in decoded for event in one.events()] + events
         num_bytes = EVENT_BYTES * (len(events) + _num_told(kv_events))
@@ -387,13 +412,13 @@ class SimCluster:
         assert self.links is not None
         self.links.unread.end_leap(process.key)
 
-    def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[Output]) -> None:
+    def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[KvEvent]) -> None:
         """See GatewayWay."""
         assert self.links is not None
         arrive_s = self._carry(process, leap.num_sequences + _num_told(kv_events))
         leap.arrivals_s.append(arrive_s)
         if kv_events:
-            self.timers.call_at(arrive_s, self.links.events_came, process, (), kv_events)
+            self.links.cache_events_come(process, kv_events, arrive_s)
 
     def _carry(self, process: SimWorker, num_events: int) -> float:
         return self._world.network.carry(process.way, self.timers.time(), EVENT_BYTES * num_events)
@@ -440,6 +465,9 @@ class SimCluster:
             self.timers.call_later(duration_s, self._world.network.mend, address, other)
 
 
-def _num_told(events: Sequence[Output]) -> int:
+def _num_told(events: Sequence[KvEvent]) -> int:
     """Each new block counts as an event, and blocks that are gone together as one."""
-    return sum(len(one.hashes) if isinstance(one, KvBlocksStored) else 1 for one in events)
+    num = 0
+    for one in events:
+        num += len(one.hashes) if isinstance(one, KvBlocksStored) else 1
+    return num

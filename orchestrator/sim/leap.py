@@ -23,7 +23,7 @@ class Leap:
         self.num_sequences = len(plan.decodes)
         #: Of a step's message that tells of tokens alone.
         self.num_bytes = EVENT_BYTES * self.num_sequences
-        self.num_left = num_steps
+        self._num_steps = num_steps
         self.num_done = 0
         self.until_s = until_s
         #: Tokens of all sequences, that of the present step included.
@@ -42,9 +42,14 @@ class Leap:
         #: Steps before the next one at whose end there is something to do.
         self.num_quick = self._count_quick()
 
+    @property
+    def num_left(self) -> int:
+        """Steps after the present one."""
+        return self._num_steps - self.num_done
+
     def _count_quick(self) -> int:
-        next_one = self.num_done + 1
-        return min(self.num_left, min((at - next_one) % self._block_size for at in self._full))
+        next_one, size = self.num_done + 1, self._block_size
+        return min(self.num_left, min([(at - next_one) % size for at in self._full]))
 
     def full(self) -> list[int]:
         """Sequences, by their index, that have filled a block with the present step."""
@@ -53,13 +58,12 @@ class Leap:
     def end_step(self) -> None:
         """The present step has ended, and the next one begins. One of `num_quick` is to be taken from it, and of them alone."""
         self.num_done += 1
-        self.num_left -= 1
         self.context += self.num_sequences
         self.num_quick = self._count_quick()
 
     def stop(self) -> None:
         """The present step is its last one."""
-        self.num_left = self.num_quick = 0
+        self._num_steps, self.num_quick = self.num_done, 0
 
     def look(self) -> None:
         """There is something to see to at the end of the present step."""
@@ -72,7 +76,12 @@ class Leap:
         return tokens_of(sequence.key.request_id, len(sequence.token_ids), end)
 
 
+def token_of(request_id: str, position: int) -> int:
+    """The token of a request at a position, whoever computes it."""
+    return (zlib.crc32(request_id.encode()) + 7919 * position) % VOCAB_SIZE
+
+
 def tokens_of(request_id: str, start: int, end: int) -> list[int]:
-    """The tokens of a request at positions [start, end), whoever computes them."""
+    """Those at positions [start, end)."""
     name = zlib.crc32(request_id.encode())
     return [number % VOCAB_SIZE for number in range(name + 7919 * start, name + 7919 * end, 7919)]

@@ -216,6 +216,8 @@ class Simulation:
             else None
         )
         checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root, images=images)
+        assert self.cluster.links is not None
+        self.cluster.links.read_caches()
         try:
             request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
         except PhasewiseOrchestratorError as error:

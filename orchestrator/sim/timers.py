@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from heapq import heappop, heappush, heapreplace
+from math import inf
 from typing import Any
 
 
@@ -48,8 +49,8 @@ class SimTimers:
         """Call this after so many seconds."""
         return self.call_at(self._now_s + delay, callback, *args)
 
-    def repeat_at(self, when: float, callback: Callable[[float], float | None]) -> None:
-        """Call this then, with the time, and again at each time that it returns, until it returns None.
+    def repeat_at(self, when: float, callback: Callable[[float], float]) -> None:
+        """Call this then, with the time, and again at each time that it returns, until it returns infinity.
 
         For what happens more often than all else: it costs no timer of its own.
         """
@@ -85,7 +86,7 @@ class SimTimers:
             self._now_s = when
             self.num_events += 1
             again_s = callback(when)
-            if again_s is None:
+            if again_s == inf:
                 heappop(repeated)
             else:
                 self._number += 1

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -10,7 +10,7 @@ from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
-from orchestrator.sim.leap import Leap, tokens_of
+from orchestrator.sim.leap import Leap, token_of
 from orchestrator.sim.network import GATEWAY, SimNetwork
 from orchestrator.sim.noise import factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
@@ -100,7 +100,7 @@ class GatewayWay(Protocol):
     def end_leap(self, process: "SimWorker") -> None:
         """There will be no more of them."""
 
-    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[Output]) -> None:
+    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[KvEvent]) -> None:
         """It sends the tokens of one more step now, and this beside them."""
 
 
@@ -143,6 +143,7 @@ class SimWorker:
         self._noise = factors(rng, world.noise) if world.noise else repeat(1.0)
         #: To the gateway.
         self.way = world.network.way(address, GATEWAY)
+        self._carry = world.network.carry
         self._timers = world.timers
         self._ready_at_s = self._timers.time() + world.load_s
         #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
@@ -196,6 +197,8 @@ class SimWorker:
         #: The steps that it is in, if they are one; what they take.
         self._leap: Leap | None = None
         self._leap_steps = self._latency.decode_steps(1)
+        #: By the number of decodes.
+        self._decode_steps = {1: self._leap_steps}
 
     @property
     def key(self) -> ProcessKey:
@@ -395,10 +398,13 @@ class SimWorker:
             return False
         until_s = self.engine.next_deadline_s() or math.inf
         self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, until_s)
-        self._leap_steps = self._latency.decode_steps(len(plan.decodes))
+        num = leap.num_sequences
+        if num not in self._decode_steps:
+            self._decode_steps[num] = self._latency.decode_steps(num)
+        self._leap_steps = self._decode_steps[num]
         self._gateway.begin_leap(self, leap)
-        step_s = self._takes_s(self._leap_steps.step_s(leap.context))
-        self._timers.repeat_at(self._timers.time() + step_s, self._leap_step)
+        steps = self._steps(leap)
+        self._timers.repeat_at(next(steps), steps.send)
         return True
 
     def stop_leap(self) -> None:
@@ -410,24 +416,28 @@ class SimWorker:
         if self._leap is not None:
             self._leap.look()
 
-    def _leap_step(self, now_s: float) -> float | None:
-        """A step of a leap has ended; returns when the next one does."""
-        leap = self._leap
-        assert leap is not None
-        if leap.num_quick == 0 or now_s >= leap.until_s:
-            return self._see_to_leap(leap, now_s)
-        leap.num_quick -= 1
-        leap.num_left -= 1
-        leap.num_done += 1
-        leap.context += leap.num_sequences
-        leap.arrivals_s.append(self._world.network.carry(self.way, now_s, leap.num_bytes))
-        self.num_steps += 1
-        return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
+    def _steps(self, leap: Leap) -> Generator[float, float, None]:
+        """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
+        carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
+        step_s, num_sequences = self._leap_steps.step_s, leap.num_sequences
+        end_s = self._timers.time() + self._takes_s(step_s(leap.context))
+        while end_s < math.inf:
+            now_s = yield end_s
+            if leap.num_quick == 0 or now_s >= leap.until_s:
+                end_s = self._see_to_leap(leap, now_s)
+                continue
+            leap.num_quick -= 1
+            leap.num_done += 1
+            leap.context = context = leap.context + num_sequences
+            arrived(carry(way, now_s, num_bytes))
+            self.num_steps += 1
+            end_s = now_s + self._takes_s(step_s(context))
+        yield math.inf
 
-    def _see_to_leap(self, leap: Leap, now_s: float) -> float | None:
-        """The same where there is more to do than to count."""
+    def _see_to_leap(self, leap: Leap, now_s: float) -> float:
+        """The same for a step after which there is more to do than to count."""
         if not self.is_alive:
-            return None
+            return math.inf
         if now_s < self._paused_until_s:
             return self._paused_until_s
         full = leap.full()
@@ -437,7 +447,7 @@ class SimWorker:
             self._gateway.end_leap(self)
             self._leap = None
             self._step_done(leap.plan)
-            return None
+            return math.inf
         leap.end_step()
         self.num_steps += 1
         if full:
@@ -451,9 +461,11 @@ class SimWorker:
         engine, decodes = self.engine, leap.plan.decodes
         for index in full:
             engine.extend(decodes[index], leap.missing(index))
-        self._gateway.leap_step(self, leap, engine.take_outputs())
+        # Nothing else comes of it.
+        self._gateway.leap_step(self, leap, engine.pool.take_events())
         engine.make_room([decodes[index] for index in full])
-        self._publish(engine.take_outputs())
+        if engine.pool.news:
+            self._publish(engine.take_outputs())
 
     def _catch_up(self) -> None:
         """The engine gets what the steps of a leap have done so far."""
@@ -475,11 +487,8 @@ class SimWorker:
     def _step_done(self, plan: StepPlan) -> None:
         if not self.is_alive or self._is_paused(self._step_done, plan):
             return
-        tokens = [
-            token_of(part.sequence.key.request_id, len(part.sequence.token_ids))
-            for part in plan.slices
-            if part.yields_token
-        ]
+        yielding = [*plan.decodes, *(part.sequence for part in plan.chunks if part.yields_token)]
+        tokens = [token_of(one.key.request_id, len(one.token_ids)) for one in yielding]
         self.engine.complete(plan, StepResult(tokens), self._timers.time())
         self.num_steps += 1
         self._is_busy = False
@@ -506,8 +515,3 @@ class SimWorker:
 
 def _is_predicting(engine: EngineConfig) -> bool:
     return engine.step_budget is StepBudget.PREDICTED or engine.prefill_order is PrefillOrder.LEAST_SLACK
-
-
-def token_of(request_id: str, position: int) -> int:
-    """The token of a request at a position, whoever computes it."""
-    return tokens_of(request_id, position, position + 1)[0]

@@ -214,7 +214,8 @@ class Batch:
         """
         if sequence.is_tail_shared:
             self._own_tail(sequence)
-        missing = blocks_needed(num_tokens, self.pool.block_size) - len(sequence.block_table)
+        # As blocks_needed.
+        missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
         if missing > 0:
             self._extend(sequence, self.pool.allocate(missing))
 

@@ -8,25 +8,22 @@ holds is saved there in that moment, before its next holder can write to it.
 free + cached + in use + leased = total, always.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock, SavedBlock
+from workers.engine.kv_news import KvNews
 from workers.engine.span_reuse.span_index import SpanIndex
 
 #: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
 MAX_SIBLINGS = 32
 
 
-class _Stored(NamedTuple):
-    """What the prefix index knows of a block. A tuple: one is made for every block that is filled."""
-
-    hash: bytes
-    parent: bytes
-    token_ids: tuple[int, ...]
+#: What the prefix index knows of a block: its name, that of the block before it, and its tokens. A plain tuple, since one is made for every
+#: block that is filled.
+_Stored = tuple[bytes, bytes, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +71,12 @@ class BlockPool:
         #: Of those, blocks whose KV came through a lossy codec or was computed from such: for prompts of this worker alone.
         self._lossy: set[int] = set()
         self._by_hash: dict[bytes, int] = {}
-        self._children: dict[bytes, dict[int, None]] = {}
+        #: By the name of the block before them: nearly always it is one.
+        self._children: dict[bytes, int | dict[int, None]] = {}
         #: In the index already, but computed by the step that is being planned or run.
         self._pending: dict[int, None] = {}
-        self._is_watched = False
-        #: What has not been told yet, in order; each new block by itself.
-        self._events: list[_Stored | KvBlocksStored | KvBlocksRemoved] = []
+        #: What has not been told yet.
+        self.news = KvNews()
 
     @property
     def num_available(self) -> int:
@@ -206,9 +203,7 @@ class BlockPool:
         found: list[int] = []
         for i, name in enumerate(parents[1:]):
             block_id = self._by_hash.get(name)
-            if block_id is None or self._stored[block_id].token_ids != tuple(
-                token_ids[i * size : (i + 1) * size]
-            ):
+            if block_id is None or self._stored[block_id][2] != tuple(token_ids[i * size : (i + 1) * size]):
                 break
             found.append(block_id)
         if len(found) * size == len(token_ids):
@@ -217,13 +212,20 @@ class BlockPool:
             if last in self._pending:
                 return PrefixMatch(tuple(found))
             return PrefixMatch(tuple(found), last, size - 1)
-        rest = token_ids[len(found) * size : len(token_ids) - 1][:size]
+        begin = len(found) * size
+        rest = token_ids[begin : min(begin + size, len(token_ids) - 1)]
+        if not rest:
+            return PrefixMatch(tuple(found))
         best, num_best = None, 0
-        siblings = self._children.get(parents[len(found)], {})
-        for block_id, _ in zip(reversed(siblings), range(MAX_SIBLINGS), strict=False):
+        siblings = self._children.get(parents[len(found)], ())
+        newest = (siblings,) if isinstance(siblings, int) else reversed(siblings)
+        for block_id, _ in zip(newest, range(MAX_SIBLINGS), strict=False):
             # What this step computes cannot be copied before it.
-            num_same = 0 if block_id in self._pending else _common(self._stored[block_id].token_ids, rest)
-            if num_same > num_best:
+            if block_id in self._pending:
+                continue
+            known = self._stored[block_id][2]
+            # Most have nothing in common.
+            if known[0] == rest[0] and (num_same := _common(known, rest)) > num_best:
                 best, num_best = block_id, num_same
         return PrefixMatch(tuple(found), best, num_best)
 
@@ -314,19 +316,15 @@ class BlockPool:
         if name in self._by_hash:
             return False
         assert block_id not in self._stored, f"block {block_id} holds something else"
-        self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
+        self._stored[block_id] = name, parent, tuple(token_ids)
         self._by_hash[name] = block_id
         if is_lossy:
             self._lossy.add(block_id)
-        siblings = self._children.get(parent)
-        if siblings is None:
-            self._children[parent] = {block_id: None}
-        else:
-            siblings[block_id] = None
+        self._add_child(parent, block_id)
         if is_pending:
             self._pending[block_id] = None
-        elif self._is_watched:
-            self._events.append(self._stored[block_id])
+        else:
+            self.news.stored(parent, (name,))
         return True
 
     def store_chain(
@@ -338,24 +336,43 @@ class BlockPool:
         is_pending: bool = False,
     ) -> None:
         """`store` for blocks that follow on each other, exact ones. names: the parent of the first, then theirs. token_ids: of all of them."""
-        size, by_hash, stored, children = self.block_size, self._by_hash, self._stored, self._children
-        first, parent = 0, names[0]
-        for block_id, name in zip(block_ids, names[1:], strict=True):
-            last = first + size
-            if name not in by_hash:
-                assert block_id not in stored, f"block {block_id} holds something else"
-                stored[block_id] = one = _Stored(name, parent, tuple(token_ids[first:last]))
-                by_hash[name] = block_id
-                siblings = children.get(parent)
-                if siblings is None:
-                    children[parent] = {block_id: None}
-                else:
-                    siblings[block_id] = None
-                if is_pending:
-                    self._pending[block_id] = None
-                elif self._is_watched:
-                    self._events.append(one)
-            first, parent = last, name
+        size, new = self.block_size, names[1:]
+        if len(block_ids) == 1 or not self._by_hash.keys().isdisjoint(new):
+            for i, (block_id, name) in enumerate(zip(block_ids, new, strict=True)):
+                self.store(
+                    block_id, name, names[i], token_ids[i * size : (i + 1) * size], is_pending=is_pending
+                )
+            return
+        assert self._stored.keys().isdisjoint(block_ids), f"one of blocks {block_ids} holds something else"
+        tokens = zip(*[iter(token_ids)] * size, strict=False)
+        self._stored.update(zip(block_ids, zip(new, names, tokens, strict=False), strict=True))
+        self._by_hash.update(zip(new, block_ids, strict=True))
+        if self._children.keys().isdisjoint(names):
+            self._children.update(zip(names, block_ids, strict=False))
+        else:
+            for parent, block_id in zip(names, block_ids, strict=False):
+                self._add_child(parent, block_id)
+        if is_pending:
+            self._pending.update(dict.fromkeys(block_ids))
+        else:
+            self.news.stored(names[0], new)
+
+    def _add_child(self, parent: bytes, block_id: int) -> None:
+        siblings = self._children.setdefault(parent, block_id)
+        if siblings == block_id:
+            return
+        if isinstance(siblings, int):
+            self._children[parent] = {siblings: None, block_id: None}
+        else:
+            siblings[block_id] = None
+
+    def _remove_child(self, parent: bytes, block_id: int) -> None:
+        siblings = self._children[parent]
+        if not isinstance(siblings, int):
+            del siblings[block_id]
+            if siblings:
+                return
+        del self._children[parent]
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -364,11 +381,19 @@ class BlockPool:
 
     def settle(self, block_ids: Iterable[int]) -> None:
         """A step has run: what was pending of these is computed."""
+        pending, stored = self._pending, self._stored
+        first, names = b"", list[bytes]()
         for block_id in block_ids:
-            if block_id in self._pending:
-                del self._pending[block_id]
-                if self._is_watched:
-                    self._events.append(self._stored[block_id])
+            if block_id not in pending:
+                continue
+            del pending[block_id]
+            name, parent, _ = stored[block_id]
+            if names and parent == names[-1]:
+                names.append(name)
+            else:
+                self.news.stored(first, names)
+                first, names = parent, [name]
+        self.news.stored(first, names)
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""
@@ -381,29 +406,21 @@ class BlockPool:
 
     def watch(self) -> None:
         """From now on changes of the index are told, beginning with all that it knows."""
-        self._is_watched = True
         known = self._tier.parents() if self._tier is not None else {}
-        known |= {one.hash: one.parent for i, one in self._stored.items() if i not in self._pending}
+        known |= {name: parent for i, (name, parent, _) in self._stored.items() if i not in self._pending}
         #: By the last block of each: what comes before its first, and all of it.
         chains: dict[bytes, tuple[bytes, list[bytes]]] = {}
         for name, parent in known.items():
             first, names = chains.pop(parent, (parent, []))
             names.append(name)
             chains[name] = first, names
-        self._events.extend(
+        self.news.watch(
             KvBlocksStored(first, tuple(names), is_known=True) for first, names in chains.values()
         )
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
-        if not self._events:
-            return []
-        events, self._events = self._events, []
-        (first, *others) = events
-        if not others and isinstance(first, _Stored):
-            # So it is with all blocks of decodes.
-            return [KvBlocksStored(first.parent, (first.hash,))]
-        return list(_told(events))
+        return self.news.take() if self.news else []
 
     # Checks.
 
@@ -425,10 +442,13 @@ class BlockPool:
         assert free.isdisjoint(stored)
         assert held.isdisjoint(cached)
         assert cached <= stored.keys()
-        assert self._by_hash == {one.hash: block_id for block_id, one in stored.items()}
-        assert all(block_id in self._children[one.parent] for block_id, one in stored.items())
-        assert all(self._children.values())
-        assert sum(map(len, self._children.values())) == len(stored)
+        assert self._by_hash == {name: block_id for block_id, (name, _, _) in stored.items()}
+        only = {block_id: parent for parent, block_id in self._children.items() if isinstance(block_id, int)}
+        several = [(parent, one) for parent, one in self._children.items() if not isinstance(one, int)]
+        parents = only | {block_id: parent for parent, siblings in several for block_id in siblings}
+        assert parents == {block_id: parent for block_id, (_, parent, _) in stored.items()}
+        assert len(parents) == len(only) + sum(len(siblings) for _, siblings in several)
+        assert all(siblings for _, siblings in several)
         assert self._pending.keys() <= self._stored.keys()
         assert self._lossy <= self._stored.keys()
         if self._tier is not None:
@@ -449,10 +469,11 @@ class BlockPool:
             assert found == counted, name
 
     def _take(self, num_blocks: int) -> list[int]:
-        assert 0 <= num_blocks <= self.num_available, f"asked for {num_blocks} of {self.num_available} blocks"
-        if num_blocks > self._num_free:
-            self._evict(num_blocks - self._num_free)
         free = self._free
+        num_short = num_blocks - (self.num_blocks - len(self._num_sequences) + len(free))
+        if num_short > 0:
+            assert num_short <= len(self._cached), f"asked for {num_blocks} of {self.num_available} blocks"
+            self._evict(num_short)
         num_old = min(num_blocks, len(free))
         taken = [free.pop() for _ in range(num_old)]
         if num_old < num_blocks:
@@ -468,13 +489,13 @@ class BlockPool:
         for _ in range(num_blocks):
             block_id = next(iter(self._cached))
             del self._cached[block_id]
-            one = self._stored[block_id]
-            removed.append(one.hash)
+            name, parent, token_ids = self._stored[block_id]
+            removed.append(name)
             if self._tier is not None:
                 # A block that a step is still to compute is held by its sequence, so this one is computed.
                 assert block_id not in self._pending, f"block {block_id} is not computed yet"
                 is_lossy = block_id in self._lossy
-                self._tier.save(block_id, one.hash, one.parent, one.token_ids, is_lossy=is_lossy)
+                self._tier.save(block_id, name, parent, token_ids, is_lossy=is_lossy)
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
         self._tell_removed(removed)
@@ -488,50 +509,27 @@ class BlockPool:
 
     def _forget(self, block_id: int, *, is_told: bool = True) -> None:
         """Take it out of the index."""
-        one = self._stored.pop(block_id)
+        name, parent, _ = self._stored.pop(block_id)
         self._lossy.discard(block_id)
         if self.spans is not None:
             self.spans.remove(block_id)
-        del self._by_hash[one.hash]
-        siblings = self._children[one.parent]
-        del siblings[block_id]
-        if not siblings:
-            del self._children[one.parent]
+        del self._by_hash[name]
+        self._remove_child(parent, block_id)
         is_pending = self._pending.pop(block_id, self) is None
         if is_told and not is_pending:
-            self._tell_removed([one.hash])
+            self._tell_removed([name])
 
     def _tell_removed(self, names: list[bytes]) -> None:
         """These have left the pool, and some perhaps the tier: tell of those that are in neither now."""
         if self._tier is not None:
             tier, left = self._tier, [*names, *self._tier.take_dropped()]
             names = [name for name in dict.fromkeys(left) if name not in tier and not self._is_told(name)]
-        if names and self._is_watched:
-            self._events.append(KvBlocksRemoved(tuple(names)))
+        self.news.removed(names)
 
     def _is_told(self, name: bytes) -> bool:
         """A block of the pool holds it, and it is computed."""
         block_id = self._by_hash.get(name)
         return block_id is not None and block_id not in self._pending
-
-
-def _told(
-    events: Iterable[_Stored | KvBlocksStored | KvBlocksRemoved],
-) -> Iterator[KvBlocksStored | KvBlocksRemoved]:
-    """One event for all blocks that follow on each other."""
-    first, names = b"", list[bytes]()
-    for event in events:
-        if names and not (isinstance(event, _Stored) and event.parent == names[-1]):
-            yield KvBlocksStored(first, tuple(names))
-            names = []
-        if not isinstance(event, _Stored):
-            yield event
-            continue
-        if not names:
-            first = event.parent
-        names.append(event.hash)
-    if names:
-        yield KvBlocksStored(first, tuple(names))
 
 
 def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:

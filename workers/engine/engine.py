@@ -246,7 +246,8 @@ class Engine:
         """What has come out since the last call, in order."""
         outputs = self._outputs.copy()
         self._outputs.clear()
-        outputs += self.pool.take_events()
+        if self.pool.news:
+            outputs += self.pool.take_events()
         return outputs
 
     # Messages.
@@ -398,7 +399,9 @@ class Engine:
 
     def make_room(self, sequences: list[Sequence]) -> None:
         """Blocks for the next of those steps, of which there are enough, for sequences that have filled theirs."""
-        for sequence in sorted(sequences, key=lambda one: one.rank):
+        if len(sequences) > 1:
+            sequences.sort(key=lambda one: one.rank)
+        for sequence in sequences:
             self._batch.grow(sequence, len(sequence.token_ids))
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:
