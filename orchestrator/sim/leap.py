@@ -25,6 +25,8 @@ class Leap:
         self.num_bytes = EVENT_BYTES * self.num_sequences
         self._num_steps = num_steps
         self.num_done = 0
+        #: A message has come, which the engine hears when the present step has ended.
+        self.is_stopped = False
         self.until_s = until_s
         #: Tokens of all sequences, that of the present step included.
         self.context = 0
@@ -43,13 +45,13 @@ class Leap:
         self.num_quick = self._count_quick()
 
     @property
-    def num_left(self) -> int:
-        """Steps after the present one."""
-        return self._num_steps - self.num_done
+    def is_last(self) -> bool:
+        """With the present step a sequence ends."""
+        return self.num_done == self._num_steps
 
     def _count_quick(self) -> int:
         next_one, size = self.num_done + 1, self._block_size
-        return min(self.num_left, min([(at - next_one) % size for at in self._full]))
+        return min(self._num_steps - self.num_done, min([(at - next_one) % size for at in self._full]))
 
     def full(self) -> list[int]:
         """Sequences, by their index, that have filled a block with the present step."""
@@ -62,8 +64,8 @@ class Leap:
         self.num_quick = self._count_quick()
 
     def stop(self) -> None:
-        """The present step is its last one."""
-        self._num_steps, self.num_quick = self.num_done, 0
+        """It is over when the present step has ended."""
+        self.is_stopped, self.num_quick = True, 0
 
     def look(self) -> None:
         """There is something to see to at the end of the present step."""

@@ -139,6 +139,7 @@ class SimWorker:
         self.ended_at_s: float | None = None
         self._world = world
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
+        self._costs = world.latency.costs()
         self._gateway = gateway
         self._noise = factors(rng, world.noise) if world.noise else repeat(1.0)
         #: To the gateway.
@@ -230,7 +231,7 @@ class SimWorker:
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
-            step_costs=replace(self._world.latency.costs(), num_steps=self.num_steps) if has_text else None,
+            step_costs=replace(self._costs, num_steps=self.num_steps) if has_text else None,
             loaded=self._loaded,
         )
         return status if self.images is None else self.images.with_status(status)
@@ -419,7 +420,7 @@ class SimWorker:
     def _steps(self, leap: Leap) -> Generator[float, float, None]:
         """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
         carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
-        step_s, num_sequences = self._leap_steps.step_s, leap.num_sequences
+        step_s, num_sequences, noise = self._leap_steps.step_s, leap.num_sequences, self._noise
         end_s = self._timers.time() + self._takes_s(step_s(leap.context))
         while end_s < math.inf:
             now_s = yield end_s
@@ -431,7 +432,12 @@ class SimWorker:
             leap.context = context = leap.context + num_sequences
             arrived(carry(way, now_s, num_bytes))
             self.num_steps += 1
-            end_s = now_s + self._takes_s(step_s(context))
+            # As _takes_s.
+            took_s = step_s(context) * next(noise)
+            if self.slowdowns:
+                took_s *= math.prod(self.slowdowns)
+            self.busy_s += took_s
+            end_s = now_s + took_s
         yield math.inf
 
     def _see_to_leap(self, leap: Leap, now_s: float) -> float:
@@ -441,11 +447,10 @@ class SimWorker:
         if now_s < self._paused_until_s:
             return self._paused_until_s
         full = leap.full()
-        is_over = leap.num_left == 0 or now_s >= leap.until_s
-        if is_over or (full and self.engine.pool.num_available < len(full)):
-            self._catch_up()
-            self._gateway.end_leap(self)
-            self._leap = None
+        is_short = self.engine.pool.num_available < len(full)
+        is_heard = leap.is_stopped and not self._gateway.can_wait(self)
+        if leap.is_last or now_s >= leap.until_s or is_short or is_heard:
+            self._leave_leap()
             self._step_done(leap.plan)
             return math.inf
         leap.end_step()
@@ -454,7 +459,18 @@ class SimWorker:
             self._fill_blocks(leap, full)
         else:
             self._gateway.leap_step(self, leap, ())
+        if leap.is_stopped:
+            # What comes next is the engine's to say.
+            self._leave_leap()
+            self._is_busy = False
+            self._turn_soon()
+            return math.inf
         return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
+
+    def _leave_leap(self) -> None:
+        self._catch_up()
+        self._gateway.end_leap(self)
+        self._leap = None
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
         """These sequences have filled a block with the step that has just ended, and need another one for the next."""
@@ -463,7 +479,8 @@ class SimWorker:
             engine.extend(decodes[index], leap.missing(index))
         # Nothing else comes of it.
         self._gateway.leap_step(self, leap, engine.pool.take_events())
-        engine.make_room([decodes[index] for index in full])
+        if not leap.is_stopped:
+            engine.make_room([decodes[index] for index in full])
         if engine.pool.news:
             self._publish(engine.take_outputs())
 

@@ -303,6 +303,11 @@ class Batch:
         tokens = sequence.named_tokens(num_before * size, num_whole * size)
         spans, lossless = self.pool.spans, sequence.num_lossless_tokens
         if spans is None and lossless is None:
+            if num_whole == num_before + 1:
+                # As nearly always.
+                block_id, parent, name = table[num_before], hashes[num_before], hashes[num_whole]
+                self.pool.store(block_id, name, parent, tokens, is_pending=is_pending)
+                return
             names = hashes[num_before : num_whole + 1]
             self.pool.store_chain(table[num_before:num_whole], names, tokens, is_pending=is_pending)
             return

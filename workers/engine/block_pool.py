@@ -337,7 +337,7 @@ class BlockPool:
     ) -> None:
         """`store` for blocks that follow on each other, exact ones. names: the parent of the first, then theirs. token_ids: of all of them."""
         size, new = self.block_size, names[1:]
-        if len(block_ids) == 1 or not self._by_hash.keys().isdisjoint(new):
+        if len(block_ids) < 2 or not self._by_hash.keys().isdisjoint(new):
             for i, (block_id, name) in enumerate(zip(block_ids, new, strict=True)):
                 self.store(
                     block_id, name, names[i], token_ids[i * size : (i + 1) * size], is_pending=is_pending
@@ -347,10 +347,12 @@ class BlockPool:
         tokens = zip(*[iter(token_ids)] * size, strict=False)
         self._stored.update(zip(block_ids, zip(new, names, tokens, strict=False), strict=True))
         self._by_hash.update(zip(new, block_ids, strict=True))
-        if self._children.keys().isdisjoint(names):
-            self._children.update(zip(names, block_ids, strict=False))
+        # Others may begin as they do; of the rest nobody is the child, but for what was evicted before its children.
+        self._add_child(names[0], block_ids[0])
+        if self._children.keys().isdisjoint(new):
+            self._children.update(zip(new, block_ids[1:], strict=False))
         else:
-            for parent, block_id in zip(names, block_ids, strict=False):
+            for parent, block_id in zip(new, block_ids[1:], strict=False):
                 self._add_child(parent, block_id)
         if is_pending:
             self._pending.update(dict.fromkeys(block_ids))

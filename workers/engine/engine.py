@@ -395,7 +395,10 @@ class Engine:
 
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
-        self._completion.extend(sequence, token_ids)
+        sequence.token_ids += token_ids
+        sequence.num_computed_tokens = num_computed = len(sequence.token_ids) - 1
+        if num_computed // self._config.block_size > sequence.num_stored_blocks:
+            self._batch.store_blocks(sequence, num_computed, is_pending=False)
 
     def make_room(self, sequences: list[Sequence]) -> None:
         """Blocks for the next of those steps, of which there are enough, for sequences that have filled theirs."""

@@ -160,6 +160,8 @@ class Sequence:
     num_passed_by: int = 0
     #: Why it began out of its turn; empty when it did not.
     order_reason: str = ""
+    #: See prompt_digest, once somebody has asked.
+    known_prompt_digest: bytes | None = None
     #: The prompt as it came, once a token has left it.
     whole_prompt: list[int] | None = None
 
@@ -244,7 +246,9 @@ class Sequence:
 
     def prompt_digest(self) -> bytes:
         """See kvtransfer.digest: of the whole prompt's tokens and pictures, and of how these are reduced."""
-        return self.digest(self.num_prompt_tokens + self.num_dropped_tokens)
+        if self.known_prompt_digest is None:
+            self.known_prompt_digest = self.digest(self.num_prompt_tokens + self.num_dropped_tokens)
+        return self.known_prompt_digest
 
     def digest(self, num_tokens: int) -> bytes:
         """That of a sequence whose whole prompt is the first `num_tokens` tokens of this one, not fewer than its own."""
