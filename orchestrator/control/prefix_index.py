@@ -129,11 +129,13 @@ class PrefixIndex:
 
     def check_invariants(self) -> None:
         """Both ways of looking agree."""
-        have: dict[bytes, int] = {}
+        have = self._have
         for key, blocks in self._blocks.items():
-            for name in blocks:
-                have[name] = have.get(name, 0) | self._bits[key]
-        assert have == self._have
+            bit = self._bits[key]
+            assert all(have.get(name, 0) & bit for name in blocks)
+        # And nothing beyond that.
+        assert sum(map(int.bit_count, have.values())) == sum(map(len, self._blocks.values()))
+        assert all(have.values())
         assert self._bits.keys() == self._block_sizes.keys() == self._blocks.keys()
         assert self._keys == {bit: key for key, bit in self._bits.items()}
         bits = [bit.bit_length() - 1 for bit in self._bits.values()]

@@ -79,11 +79,16 @@ class Leap:
 
 
 def token_of(request_id: str, position: int) -> int:
-    """The token of a request at a position, whoever computes it."""
-    return (zlib.crc32(request_id.encode()) + 7919 * position) % VOCAB_SIZE
+    """The token of a request at a position, whoever computes it: no other position of it has the same, and hardly another request."""
+    return _first_token(request_id) + position
 
 
 def tokens_of(request_id: str, start: int, end: int) -> list[int]:
     """Those at positions [start, end)."""
-    name = zlib.crc32(request_id.encode())
-    return [number % VOCAB_SIZE for number in range(name + 7919 * start, name + 7919 * end, 7919)]
+    first = _first_token(request_id)
+    return [*range(first + start, first + end)]
+
+
+def _first_token(request_id: str) -> int:
+    # With any position it fits into 32 bits, as tokens are hashed.
+    return zlib.crc32(request_id.encode()) >> 1

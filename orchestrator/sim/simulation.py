@@ -243,8 +243,9 @@ class Simulation:
                 self._end(client, news.kind.upper(), news.reason)
                 return
             num_new, begin = len(news.token_ids), client.planned.prompt_tokens + len(client.times_s)
-            expected = tokens_of(client.request.request_id, begin, begin + num_new)
-            self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
+            expected = tuple(tokens_of(client.request.request_id, begin, begin + num_new))
+            if news.token_ids != expected:
+                self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
             came_s = times_s or [now_s] * num_new
             assert len(came_s) == num_new
             client.times_s += [at_s - client.arrived_at_s for at_s in came_s]

@@ -447,7 +447,7 @@ class SimWorker:
         if now_s < self._paused_until_s:
             return self._paused_until_s
         full = leap.full()
-        is_short = self.engine.pool.num_available < len(full)
+        is_short = bool(full) and self.engine.pool.num_available < len(full)
         is_heard = leap.is_stopped and not self._gateway.can_wait(self)
         if leap.is_last or now_s >= leap.until_s or is_short or is_heard:
             self._leave_leap()

@@ -50,6 +50,11 @@ class Batch:
         self._growth_reserve = config.growth_reserve
         self._span_reuse = config.span_reuse
 
+    @property
+    def is_empty(self) -> bool:
+        """Nobody waits or runs."""
+        return not (self.decodes or self.prefills or self.waiting or self.branched)
+
     def running(self) -> Iterator[Sequence]:
         """All that hold blocks for the steps, branches included."""
         yield from self.decodes

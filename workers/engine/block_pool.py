@@ -344,7 +344,8 @@ class BlockPool:
                 )
             return
         assert self._stored.keys().isdisjoint(block_ids), f"one of blocks {block_ids} holds something else"
-        tokens = zip(*[iter(token_ids)] * size, strict=False)
+        all_ids = tuple(token_ids)
+        tokens = [all_ids[i : i + size] for i in range(0, size * len(block_ids), size)]
         self._stored.update(zip(block_ids, zip(new, names, tokens, strict=False), strict=True))
         self._by_hash.update(zip(new, block_ids, strict=True))
         # Others may begin as they do; of the rest nobody is the child, but for what was evicted before its children.

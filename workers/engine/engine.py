@@ -303,6 +303,8 @@ class Engine:
 
         A plan is followed by `complete` or `fail_step` before the next, but for what `assume` allows.
         """
+        if self._batch.is_empty:
+            return None
         plan = self._scheduler.plan(
             now_s,
             may_preempt=not self._lookahead.is_on,
