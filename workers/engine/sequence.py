@@ -358,6 +358,8 @@ class Sequence:
         assert len(self.block_hashes) - 1 <= len(self.token_ids) // block_size, self
         for i, (parent, name) in enumerate(pairwise(self.block_hashes)):
             assert name == self._block_hash(parent, i * block_size, (i + 1) * block_size), self
+        whole = self.num_prompt_tokens + self.num_dropped_tokens
+        assert self.known_prompt_digest in (None, self.digest(whole)), self
 
     def _block_hash(self, parent: bytes, start: int, end: int) -> bytes:
         contents = self.images.contents(start, end) if self.images is not None else ()
