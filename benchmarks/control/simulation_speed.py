@@ -9,6 +9,7 @@ millisecond of processor time, in further runs.
 """
 
 import argparse
+import gc
 import json
 import signal
 import statistics
@@ -46,18 +47,20 @@ ENGINE = EngineConfig(
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 #: Seen from the inside: the first of these that a sample is in is what it counts for.
 PARTS = {
-    "check_invariants": "check at the end",
-    "_tick": "controller's ticks",
-    "_arrive": "arrivals: tokens of the prompt, routing",
-    "_fill_blocks": "blocks that a leap fills: names, books, index",
-    "_leap_step": "other steps of leaps",
-    "_read": "tokens of leaps: gateway, client",
-    "_dispatch": "other messages: gateway, client",
-    "_turn": "engine, before a step: requests, plan, blocks of prompts",
-    "_step_done": "engine, after a step",
-    "_begin": "transfers",
-    "frame_came": "transfers",
-    "cache_changed": "the gateway's index of blocks",
+    "Simulation.check_invariants": "check at the end",
+    "SimCluster._tick": "controller's ticks",
+    "Simulation._arrive": "arrivals: tokens of the prompt, routing",
+    "SimWorker._fill_blocks": "blocks that a leap fills: names, books, index",
+    "SimWorker._steps": "other steps of leaps",
+    "SimLinks._read": "tokens that came before: gateway, client",
+    "SimLinks.events_came": "other messages: gateway, client",
+    "SimLinks.read_caches": "the gateway's index of blocks",
+    "SimWorker._turn": "engine, before a step: requests, plan, blocks of prompts",
+    "SimWorker._step_done": "engine, after a step",
+    "SimWorker._layers_done": "transfers",
+    "SimTransfers.frame_came": "transfers",
+    "SimTransfers.handle": "transfers",
+    "_Side.post": "transfers",
 }
 
 
@@ -94,9 +97,9 @@ class Sampler:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
     def _sample(self, _signal: int, frame: FrameType | None) -> None:
-        while frame is not None and frame.f_code.co_name not in PARTS:
+        while frame is not None and frame.f_code.co_qualname not in PARTS:
             frame = frame.f_back
-        self.counts[PARTS[frame.f_code.co_name] if frame is not None else "clock and its heap"] += 1
+        self.counts[PARTS[frame.f_code.co_qualname] if frame is not None else "clock and its heap"] += 1
 
     def shares(self) -> dict[str, float]:
         return {part: num / self.counts.total() for part, num in self.counts.most_common()}
@@ -137,6 +140,9 @@ def main() -> int:
     )
     num_tokens = sum(one.output_tokens for one in plan)
     rows = []
+    # As `phasewise simulate` does: what is loaded is there to stay.
+    gc.collect()
+    gc.freeze()
     print(f"{len(plan)} requests, {num_tokens} tokens of output")
     print(
         f"{'shape':<26}{'simulated s':>12}{'CPU s':>8}{'times real':>12}{'us a token':>12}{'times stepping':>16}"

@@ -1,6 +1,7 @@
 """`phasewise simulate`: replay a request trace on a simulated cluster."""
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -159,8 +160,13 @@ def run(args: argparse.Namespace) -> int:
     except (TraceError, ProfileError, _Wrong) as error:
         return _failed(str(error), exit_codes.USAGE)
     runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
-    for one in runs:
-        one.simulate()
+    # All that is loaded stays, and need not be looked at by each collection.
+    gc.freeze()
+    try:
+        for one in runs:
+            one.simulate()
+    finally:
+        gc.unfreeze()
     if len(runs) == 1:
         print("\n".join(runs[0].lines(trace)))
     else:
