@@ -64,8 +64,13 @@ class Leap:
         self.num_quick = self._count_quick()
 
     def stop(self) -> None:
-        """It is over when the present step has ended."""
+        """When the present step has ended, it goes on only if the engine says so."""
         self.is_stopped, self.num_quick = True, 0
+
+    def go_on(self, num_steps: int, until_s: float) -> None:
+        """It does, with so many steps from the next one on."""
+        self.is_stopped, self._num_steps, self.until_s = False, self.num_done + num_steps, until_s
+        self.num_quick = self._count_quick()
 
     def look(self) -> None:
         """There is something to see to at the end of the present step."""

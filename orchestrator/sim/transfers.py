@@ -324,13 +324,16 @@ class _Side:
         self._owner._send(self, chunk, num_bytes)
 
     def _set_timer(self) -> None:
+        # Mostly it is later than before, and the old timer finds that out. Infinite once the machine has ended.
         due_s = self._machine.next_deadline_s
-        if self._timer is not None and (self._machine.is_ended or due_s < self._timer_at_s):
-            self._timer.cancel()
-            self._timer_at_s = math.inf
-        if due_s < self._timer_at_s and not self._machine.is_ended:
+        if due_s < self._timer_at_s:
+            if self._timer is not None:
+                self._timer.cancel()
             self._timer_at_s = due_s
             self._timer = self._owner._timers.call_at(due_s, self._on_timer)
+        elif self._timer is not None and self._machine.is_ended:
+            self._timer.cancel()
+            self._timer_at_s = math.inf
 
     def _on_timer(self) -> None:
         owner = self._owner

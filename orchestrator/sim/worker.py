@@ -327,6 +327,8 @@ class SimWorker:
         for message in messages:
             engine.handle(message, now_s)
         engine.expire(now_s)
+        if self._leap is not None and self._go_on(self._leap):
+            return
         if self._is_encodes_turn and self._run_batch():
             self._publish(engine.take_outputs())
             return
@@ -404,9 +406,24 @@ class SimWorker:
             self._decode_steps[num] = self._latency.decode_steps(num)
         self._leap_steps = self._decode_steps[num]
         self._gateway.begin_leap(self, leap)
+        self._take_steps(leap)
+        return True
+
+    def _go_on(self, leap: Leap) -> bool:
+        """Whether it does, after messages; it is over if not."""
+        num_steps = self.engine.go_on(leap.plan) if self._gateway.can_wait(self) else 0
+        if num_steps == 0:
+            self._leave_leap()
+            return False
+        self._is_busy = True
+        leap.go_on(num_steps, self.engine.next_deadline_s() or math.inf)
+        self._publish(self.engine.take_outputs())
+        self._take_steps(leap)
+        return True
+
+    def _take_steps(self, leap: Leap) -> None:
         steps = self._steps(leap)
         self._timers.repeat_at(next(steps), steps.send)
-        return True
 
     def stop_leap(self) -> None:
         """Its present step is the last one of its leap, if it is in one."""
@@ -461,7 +478,7 @@ class SimWorker:
             self._gateway.leap_step(self, leap, ())
         if leap.is_stopped:
             # What comes next is the engine's to say.
-            self._leave_leap()
+            self._catch_up()
             self._is_busy = False
             self._turn_soon()
             return math.inf

@@ -395,6 +395,18 @@ class Engine:
             return 0
         return min(one.max_tokens - len(one.token_ids) - 1 for one in plan.decodes)
 
+    def go_on(self, plan: StepPlan) -> int:
+        """The same after one of those steps, when messages have come and their blocks are not taken yet: takes them if all goes on as
+        before. 0: it does not, nothing is taken, and what comes next is to be planned.
+        """
+        batch = self._batch
+        num_steps = self.num_plain_steps(plan) if batch.decodes == plan.decodes else 0
+        needy = [one for one in batch.decodes if len(one.token_ids) > one.capacity]
+        if num_steps < 1 or len(needy) > self.pool.num_available:
+            return 0
+        self.make_room(needy)
+        return num_steps
+
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
         sequence.token_ids += token_ids
