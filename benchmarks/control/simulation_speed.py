@@ -9,7 +9,6 @@ millisecond of processor time, in further runs.
 """
 
 import argparse
-import gc
 import json
 import signal
 import statistics
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import PlannedRequest, plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
+from orchestrator.cli.collector import collecting_rarely  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
@@ -77,9 +77,11 @@ def simulation_of(
 
 def cpu_s(simulation: Simulation) -> tuple[float, float]:
     """Of a run: seconds of the processor, and that were simulated."""
-    began_s = time.process_time()
-    simulated_s = simulation.run().load.elapsed_s
-    return time.process_time() - began_s, simulated_s
+    # As `phasewise simulate` does.
+    with collecting_rarely():
+        began_s = time.process_time()
+        simulated_s = simulation.run().load.elapsed_s
+        return time.process_time() - began_s, simulated_s
 
 
 class Sampler:
@@ -114,7 +116,7 @@ def measure(shape: str, plan: list[PlannedRequest], duration_s: float, num_round
     sampler = Sampler()
     for _ in range(num_rounds):
         simulation = simulation_of(shape, plan, duration_s)
-        with sampler:
+        with collecting_rarely(), sampler:
             simulation.run()
     return {
         "shape": shape,
@@ -140,9 +142,6 @@ def main() -> int:
     )
     num_tokens = sum(one.output_tokens for one in plan)
     rows = []
-    # As `phasewise simulate` does: what is loaded is there to stay.
-    gc.collect()
-    gc.freeze()
     print(f"{len(plan)} requests, {num_tokens} tokens of output")
     print(
         f"{'shape':<26}{'simulated s':>12}{'CPU s':>8}{'times real':>12}{'us a token':>12}{'times stepping':>16}"

@@ -1,7 +1,6 @@
 """`phasewise simulate`: replay a request trace on a simulated cluster."""
 
 import argparse
-import gc
 import json
 import sys
 import time
@@ -17,6 +16,7 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli.collector import collecting_rarely
 from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
@@ -160,13 +160,9 @@ def run(args: argparse.Namespace) -> int:
     except (TraceError, ProfileError, _Wrong) as error:
         return _failed(str(error), exit_codes.USAGE)
     runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
-    # All that is loaded stays, and need not be looked at by each collection.
-    gc.freeze()
-    try:
-        for one in runs:
+    for one in runs:
+        with collecting_rarely():
             one.simulate()
-    finally:
-        gc.unfreeze()
     if len(runs) == 1:
         print("\n".join(runs[0].lines(trace)))
     else:

@@ -21,7 +21,7 @@ from orchestrator.sim.leap import Leap
 from orchestrator.sim.network import EVENT_BYTES, GATEWAY
 from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.transfers import SimTransfers
-from orchestrator.sim.unread import UnreadTokens
+from orchestrator.sim.unread import Calm, UnreadTokens
 from orchestrator.sim.worker import SimWorker, WorkerWorld
 from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
 from workers.engine.messages import TokensDecoded
@@ -382,20 +382,25 @@ class SimCluster:
     ) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        num_events = len(events) + _num_told(kv_events)
-        if decoded and self.can_wait(process):
-            num_events += sum(len(one.keys) for one in decoded)
-            arrive_s = self._carry(process, num_events)
-            for one in decoded:
-                self.links.unread.add(process.key, one, arrive_s)
-            if events:
-                self.timers.call_at(arrive_s, self.links.events_came, process, events, kv_events)
-            elif kv_events:
-                self.links.cache_events_come(process, kv_events, arrive_s)
+        num_events = sum(len(one.keys) for one in decoded) + len(events) + _num_told(kv_events)
+        if not self.can_wait(process):
+            events = [event for one in decoded for event in one.events()] + events
+            num_bytes = EVENT_BYTES * num_events
+            self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
             return
-        events = [event for one in decoded for event in one.events()] + events
-        num_bytes = EVENT_BYTES * (len(events) + _num_told(kv_events))
-        self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+        arrive_s, unread = self._carry(process, num_events), self.links.unread
+        for one in decoded:
+            unread.add(process.key, one, arrive_s)
+        urgent: list[Event] = []
+        for event in events:
+            if isinstance(event, Calm) and not urgent:
+                unread.say(process.key, event, arrive_s)
+            else:
+                urgent.append(event)
+        if urgent:
+            self.timers.call_at(arrive_s, self.links.events_came, process, urgent, kv_events)
+        elif kv_events:
+            self.links.cache_events_come(process, kv_events, arrive_s)
 
     def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""

@@ -1,16 +1,20 @@
 """Tokens that have come to the gateway, and that it is told of when somebody looks at their request. Pure.
 
 One token more changes nothing at a gateway but its own request, so it is the same whether it is told of each at its time, or of all
-of them later with the times at which they came.
+of them later with the times at which they came. So it is with some other events.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, tokens_of
-from workers.api import RequestId, RequestKey, TokensGenerated
+from workers.api import KvTransferred, PrefillStarted, RequestId, RequestKey, TokensGenerated
 from workers.engine.messages import TokensDecoded
+
+#: Events that change no more than their request either.
+Calm = PrefillStarted | KvTransferred
 
 
 @dataclass(slots=True)
@@ -47,12 +51,21 @@ class _Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Tokens that are told of now. times_s: when each came."""
+class _Said:
+    """Another event of that kind, and when it comes."""
 
     process: ProcessKey
-    event: TokensGenerated
-    times_s: list[float]
+    event: Calm
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What is told of now. times_s: when each of its tokens came; of what has none, when it came."""
+
+    process: ProcessKey
+    event: TokensGenerated | Calm
+    times_s: SequenceOf[float]
 
 
 class UnreadTokens:
@@ -60,7 +73,7 @@ class UnreadTokens:
 
     def __init__(self) -> None:
         #: In the order in which they were sent; more than one where a request has changed its process.
-        self._stretches: dict[RequestId, list[_Stretch]] = {}
+        self._stretches: dict[RequestId, list[_Stretch | _Said]] = {}
         self._leaps: dict[ProcessKey, list[_Stretch]] = {}
 
     def add(self, process: ProcessKey, decoded: TokensDecoded, arrive_s: float) -> None:
@@ -69,6 +82,10 @@ class UnreadTokens:
             stretch = self._stretch(process, key, position)
             stretch.token_ids.append(token_id)
             stretch.times_s.append(arrive_s)
+
+    def say(self, process: ProcessKey, event: Calm, arrive_s: float) -> None:
+        """This will come then."""
+        self._stretches.setdefault(event.key.request_id, []).append(_Said(process, event, arrive_s))
 
     def begin_leap(self, process: ProcessKey, leap: Leap) -> None:
         """Its tokens will come."""
@@ -96,7 +113,14 @@ class UnreadTokens:
         if stretches is None:
             return []
         found = []
+        left: list[_Stretch | _Said] = []
         for stretch in stretches:
+            if isinstance(stretch, _Said):
+                if stretch.at_s <= now_s:
+                    found.append(Told(stretch.process, stretch.event, (stretch.at_s,)))
+                else:
+                    left.append(stretch)
+                continue
             if stretch.leap is not None:
                 stretch.take(bisect_right(stretch.leap.arrivals_s, now_s))
             first, end = stretch.num_read, bisect_right(stretch.times_s, now_s)
@@ -106,7 +130,8 @@ class UnreadTokens:
                 first = 1
             if first < end:
                 found.append(_told(stretch, first, end))
-        left = [one for one in stretches if one.leap is not None or one.num_read < len(one.times_s)]
+            if stretch.leap is not None or end < len(stretch.times_s):
+                left.append(stretch)
         if left:
             self._stretches[request_id] = left
         else:
@@ -117,6 +142,9 @@ class UnreadTokens:
         """When tokens of it come that are on their way."""
         found = set[float]()
         for stretch in self._stretches.get(request_id, ()):
+            if isinstance(stretch, _Said):
+                found.add(stretch.at_s)
+                continue
             found.update(stretch.times_s)
             if stretch.leap is not None:
                 found.update(stretch.leap.arrivals_s)
@@ -127,11 +155,17 @@ class UnreadTokens:
         stretches = self._stretches.setdefault(key.request_id, [])
         if stretches:
             last = stretches[-1]
-            is_same = last.key == key and last.process == process and last.leap is None
-            if is_same and position == last.begin + len(last.token_ids):
+            if (
+                isinstance(last, _Stretch)
+                and last.leap is None
+                and last.key == key
+                and last.process == process
+                and position == last.begin + len(last.token_ids)
+            ):
                 return last
-        stretches.append(_Stretch(key, process, position))
-        return stretches[-1]
+        stretch = _Stretch(key, process, position)
+        stretches.append(stretch)
+        return stretch
 
 
 def _told(stretch: _Stretch, first: int, end: int) -> Told:
