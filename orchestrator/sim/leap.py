@@ -85,15 +85,11 @@ class Leap:
 
 def token_of(request_id: str, position: int) -> int:
     """The token of a request at a position, whoever computes it: no other position of it has the same, and hardly another request."""
-    return _first_token(request_id) + position
+    # With any position it fits into 32 bits, as tokens are hashed.
+    return (zlib.crc32(request_id.encode()) >> 1) + position
 
 
 def tokens_of(request_id: str, start: int, end: int) -> list[int]:
     """Those at positions [start, end)."""
-    first = _first_token(request_id)
+    first = zlib.crc32(request_id.encode()) >> 1
     return [*range(first + start, first + end)]
-
-
-def _first_token(request_id: str) -> int:
-    # With any position it fits into 32 bits, as tokens are hashed.
-    return zlib.crc32(request_id.encode()) >> 1

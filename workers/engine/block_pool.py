@@ -142,15 +142,22 @@ class BlockPool:
     def free(self, block_ids: Sequence[int]) -> None:
         """A sequence is done with these, in the order of its tokens."""
         # From the end: a block is of use only with those before it, so it should be taken before them.
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
+        stored, cached, free = self._stored, self._cached, self._free
         for block_id in reversed(block_ids):
-            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
-            self._num_sequences[block_id] -= 1
-            if self._num_sequences[block_id] == 0:
-                self._num_in_use -= 1
-                if self._num_transfers[block_id] > 0:
-                    self._num_leased += 1
-                else:
-                    self._put_back(block_id)
+            num_left = num_sequences[block_id] - 1
+            assert num_left >= 0, f"block {block_id} is in use by no sequence"
+            num_sequences[block_id] = num_left
+            if num_left:
+                continue
+            self._num_in_use -= 1
+            if num_transfers[block_id] > 0:
+                self._num_leased += 1
+            # As _put_back.
+            elif block_id in stored:
+                cached[block_id] = None
+            else:
+                free.append(block_id)
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """A transfer holds these too, which are in use."""
@@ -440,7 +447,7 @@ class BlockPool:
         assert self._num_leased == len(held) - len(used)
         free, cached, stored = set(self._free), self._cached.keys(), self._stored
         assert len(free) == len(self._free) == touched - len(held) - len(cached)
-        assert all(0 <= block_id < touched for block_id in (*free, *cached))
+        assert all(min(found) >= 0 and max(found) < touched for found in (free, cached) if found)
         assert free.isdisjoint(held)
         assert free.isdisjoint(stored)
         assert held.isdisjoint(cached)
