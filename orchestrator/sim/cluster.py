@@ -148,7 +148,7 @@ class SimLinks:
 
     def read_caches(self) -> None:
         """The dispatcher is told what has come by now of caches alone."""
-        coming, now_s = self._kv_coming, self._cluster.timers.time()
+        coming, now_s = self._kv_coming, self._cluster.timers.now_s
         while coming and coming[0][0] <= now_s:
             _, _, process, kv_events = heappop(coming)
             link = self._links.get(process.key)
@@ -190,7 +190,7 @@ class SimLinks:
 
     def _read(self, request_id: RequestId) -> None:
         self.read_caches()
-        for told in self.unread.read(request_id, self._cluster.timers.time()):
+        for told in self.unread.read(request_id, self._cluster.timers.now_s):
             link = self._links.get(told.process)
             if link is not None and link.is_open:
                 self._listener.events_came(link, (told.event,), told.times_s[-1])
@@ -247,7 +247,7 @@ class SimCluster:
             extra=tuple(extra),
             scaling=scaling,
         )
-        self._state = recover(None, (), self._config, self.timers.time())
+        self._state = recover(None, (), self._config, self.timers.now_s)
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
@@ -315,7 +315,7 @@ class SimCluster:
 
     def _tick(self) -> None:
         assert self.links is not None
-        network, now_s = self._world.network, self.timers.time()
+        network, now_s = self._world.network, self.timers.now_s
         reports = [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
             for key, process in self.processes.items()
@@ -353,7 +353,7 @@ class SimCluster:
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
             machine = self._state.machines.get(key[0])
             if machine is None or key[1] < machine.incarnation:
-                self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.time()))
+                self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.now_s))
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
@@ -426,7 +426,7 @@ class SimCluster:
             self.links.cache_events_come(process, kv_events, arrive_s)
 
     def _carry(self, process: SimWorker, num_events: int) -> float:
-        return self._world.network.carry(process.way, self.timers.time(), EVENT_BYTES * num_events)
+        return self._world.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:
@@ -444,7 +444,7 @@ class SimCluster:
     # Faults.
 
     def _break(self, fault: Fault) -> None:
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
             return

@@ -70,7 +70,7 @@ class SimNetwork:
             held = self._held.setdefault(frozenset((source, target)), [])
             held.append((source, target, num_bytes, deliver, args))
         else:
-            arrive_s = self.carry(self.way(source, target), self._timers.time(), num_bytes)
+            arrive_s = self.carry(self.way(source, target), self._timers.now_s, num_bytes)
             self._timers.call_at(arrive_s, deliver, *args)
 
     def way(self, source: Host, target: Host) -> "Way":

@@ -180,7 +180,7 @@ class Simulation:
                 next_told = timers.num_events + 4096
                 on_progress(len(self._records), num_wanted)
         self.check_invariants()
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         records = tuple(self._records[index] for index in range(len(self._plan)))
         uses = [WorkerUse.of(process, now_s) for process in self.cluster.processes.values()]
         load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
@@ -203,7 +203,7 @@ class Simulation:
     # Clients.
 
     def _arrive(self, index: int, planned: PlannedRequest) -> None:
-        now_s, config = self.timers.time(), self._config
+        now_s, config = self.timers.now_s, self._config
         request_id = RequestId(f"r{index}")
         prompt = prompt_token_ids(planned.row, planned.prompt_tokens, vocab_size=VOCAB_SIZE, seed=config.seed)
         sampling = SamplingParams(planned.output_tokens)
@@ -237,7 +237,7 @@ class Simulation:
 
     def _read_answer(self, client: "_Client", times_s: Sequence[float]) -> None:
         """times_s: when each of its new tokens came, if that was before now."""
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         while (news := client.request.take_now()) is not None:
             if isinstance(news, Fail):
                 self._end(client, news.kind.upper(), news.reason)
@@ -258,7 +258,7 @@ class Simulation:
         self.dispatcher.release(client.request)
         del self._clients[request_id]
         times_s = tuple(client.times_s)
-        total_s = self.timers.time() - client.arrived_at_s
+        total_s = self.timers.now_s - client.arrived_at_s
         gateway = _timings(client.request.samples[0].machine) if status == OK else None
         self._records[client.index] = RequestRecord(
             client.planned, status, message, 0.0, times_s, total_s, gateway

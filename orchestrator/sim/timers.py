@@ -27,7 +27,8 @@ class SimTimers:
 
     def __init__(self) -> None:
         self.num_events = 0
-        self._now_s = 0.0
+        #: What `time` says.
+        self.now_s = 0.0
         self._number = 0
         self._heap: list[SimTimer] = []
         #: What happens again and again; see `repeat_at`.
@@ -35,19 +36,19 @@ class SimTimers:
 
     def time(self) -> float:
         """Now, in seconds."""
-        return self._now_s
+        return self.now_s
 
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
         """Call this then; at once, after all else that is due now, when that is over."""
         self._number += 1
-        now_s = self._now_s
+        now_s = self.now_s
         timer = SimTimer((when if when > now_s else now_s, self._number, callback, args))
         heappush(self._heap, timer)
         return timer
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
         """Call this after so many seconds."""
-        return self.call_at(self._now_s + delay, callback, *args)
+        return self.call_at(self.now_s + delay, callback, *args)
 
     def repeat_at(self, when: float, callback: Callable[[float], float]) -> None:
         """Call this then, with the time, and again at each time that it returns, until it returns infinity.
@@ -68,7 +69,7 @@ class SimTimers:
             return False
         when, _, callback, args = heappop(heap)
         if callback is not None:
-            self._now_s = when
+            self.now_s = when
             self.num_events += 1
             callback(*args)
         return True
@@ -83,7 +84,7 @@ class SimTimers:
             when, _, callback = timer
             if when > until_s:
                 return
-            self._now_s = when
+            self.now_s = when
             self.num_events += 1
             again_s = callback(when)
             if again_s == inf:

@@ -146,7 +146,7 @@ class SimWorker:
         self.way = world.network.way(address, GATEWAY)
         self._carry = world.network.carry
         self._timers = world.timers
-        self._ready_at_s = self._timers.time() + world.load_s
+        self._ready_at_s = self._timers.now_s + world.load_s
         #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
         self._learnt = (
             LatencyModel(world.model, self._latency.device) if _is_predicting(spec.engine) else None
@@ -209,11 +209,11 @@ class SimWorker:
     @property
     def is_ready(self) -> bool:
         """It has loaded its model."""
-        return self.is_alive and self._timers.time() >= self._ready_at_s
+        return self.is_alive and self._timers.now_s >= self._ready_at_s
 
     def status(self) -> WorkerStatus | None:
         """What it answers when it is asked; None when it does not."""
-        if not self.is_alive or self._timers.time() < self._paused_until_s:
+        if not self.is_alive or self._timers.now_s < self._paused_until_s:
             return None
         self._catch_up()
         engine, spec = self.engine, self.spec
@@ -246,7 +246,7 @@ class SimWorker:
 
     def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
         """As workers.worker: between two steps, and at once when it is in one."""
-        if not self.is_ready or self._timers.time() < self._paused_until_s:
+        if not self.is_ready or self._timers.now_s < self._paused_until_s:
             return PhasesRefused("it does not answer", is_busy=True)
         if phase_epoch < self._phase_epoch:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
@@ -256,7 +256,7 @@ class SimWorker:
             return PhasesRefused(f"{self.images.num_encodes} pictures are encoded here", is_busy=True)
         if phases != self.phases:
             self._catch_up()
-            problem = self.engine.set_phases(phases, self._timers.time())
+            problem = self.engine.set_phases(phases, self._timers.now_s)
             if problem is not None:
                 return PhasesRefused(problem, is_busy=True)
         self.phases, self._phase_epoch = phases, phase_epoch
@@ -296,7 +296,7 @@ class SimWorker:
         """Its process ends, and all that it holds is gone."""
         self.is_alive = False
         self._look_at_leap()
-        self.ended_at_s = self._timers.time()
+        self.ended_at_s = self._timers.now_s
         self.transfers.die()
         if self._wake is not None:
             self._wake.cancel()
@@ -311,7 +311,7 @@ class SimWorker:
     def _turn_soon(self, delay_s: float = 0.0) -> None:
         if self._is_busy or not self.is_alive:
             return
-        at_s = max(self._timers.time() + delay_s, self._paused_until_s)
+        at_s = max(self._timers.now_s + delay_s, self._paused_until_s)
         if self._wake is not None:
             self._wake.cancel()
         self._wake = self._timers.call_at(at_s, self._turn)
@@ -319,10 +319,10 @@ class SimWorker:
     def _turn(self) -> None:
         """Drain the mailbox, schedule, run, publish: as workers.engine.step_loop."""
         self._wake = None
-        if self._timers.time() < self._paused_until_s:
+        if self._timers.now_s < self._paused_until_s:
             self._turn_soon()
             return
-        now_s, engine = self._timers.time(), self.engine
+        now_s, engine = self._timers.now_s, self.engine
         messages, self._mailbox = self._mailbox, []
         for message in messages:
             engine.handle(message, now_s)
@@ -438,7 +438,7 @@ class SimWorker:
         """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
         carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
         step_s, num_sequences, noise = self._leap_steps.step_s, leap.num_sequences, self._noise
-        end_s = self._timers.time() + self._takes_s(step_s(leap.context))
+        end_s = self._timers.now_s + self._takes_s(step_s(leap.context))
         while end_s < math.inf:
             now_s = yield end_s
             if leap.num_quick == 0 or now_s >= leap.until_s:
@@ -509,7 +509,7 @@ class SimWorker:
 
     def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
         """Whether it does nothing now; this is then called when it goes on."""
-        if self._timers.time() >= self._paused_until_s:
+        if self._timers.now_s >= self._paused_until_s:
             return False
         self._timers.call_at(self._paused_until_s, callback, *args)
         return True
@@ -523,7 +523,7 @@ class SimWorker:
             return
         yielding = [*plan.decodes, *(part.sequence for part in plan.chunks if part.yields_token)]
         tokens = [token_of(one.key.request_id, len(one.token_ids)) for one in yielding]
-        self.engine.complete(plan, StepResult(tokens), self._timers.time())
+        self.engine.complete(plan, StepResult(tokens), self._timers.now_s)
         self.num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())
