@@ -10,7 +10,7 @@ from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
-from orchestrator.sim.leap import Leap, token_of
+from orchestrator.sim.leap import Leap, token_of, tokens_of
 from orchestrator.sim.network import GATEWAY, SimNetwork
 from orchestrator.sim.noise import factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
@@ -503,9 +503,14 @@ class SimWorker:
 
     def _catch_up(self) -> None:
         """The engine gets what the steps of a leap have done so far."""
-        if self._leap is not None:
-            for index, sequence in enumerate(self._leap.plan.decodes):
-                self.engine.extend(sequence, self._leap.missing(index))
+        leap = self._leap
+        if leap is None:
+            return
+        extend, num_done = self.engine.extend, leap.num_done
+        for sequence, start in zip(leap.plan.decodes, leap.starts, strict=True):
+            num_known, end = len(sequence.token_ids), start + num_done
+            if num_known < end:
+                extend(sequence, tokens_of(sequence.key.request_id, num_known, end))
 
     def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
         """Whether it does nothing now; this is then called when it goes on."""

@@ -411,7 +411,7 @@ class Engine:
         """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
         sequence.token_ids += token_ids
         sequence.num_computed_tokens = num_computed = len(sequence.token_ids) - 1
-        if num_computed // self._config.block_size > sequence.num_stored_blocks:
+        if num_computed // self.pool.block_size > sequence.num_stored_blocks:
             self._batch.store_blocks(sequence, num_computed, is_pending=False)
 
     def make_room(self, sequences: list[Sequence]) -> None:
