@@ -269,6 +269,8 @@ class _Side:
                 owner._send(self, action.frame)
             case SendChunk():
                 self._send_chunk(action)
+            case WriteChunk():
+                owner._timers.call_later(0.0, self.post, ChunkWritten(action.chunk.sequence_number))
             case Reconnect():
                 owner._timers.call_later(action.delay_s, self.post, Started())
             case ReserveBlocks():
@@ -284,8 +286,6 @@ class _Side:
                 )
             case CancelReservation():
                 owner._post(messages.CancelReservation(transfer_id))
-            case WriteChunk():
-                owner._timers.call_later(0.0, self.post, ChunkWritten(action.chunk.sequence_number))
             case CommitBlocks():
                 owner._post(
                     messages.CommitTransfer(

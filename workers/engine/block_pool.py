@@ -452,12 +452,14 @@ class BlockPool:
         assert free.isdisjoint(stored)
         assert held.isdisjoint(cached)
         assert cached <= stored.keys()
-        assert self._by_hash == {name: block_id for block_id, (name, _, _) in stored.items()}
-        only = {block_id: parent for parent, block_id in self._children.items() if isinstance(block_id, int)}
+        assert len(self._by_hash) == len(stored)
+        assert all(self._by_hash[name] == block_id for block_id, (name, _, _) in stored.items())
+        # Each child is listed under its parent, and there are as many of them as there are blocks: each is listed, and once.
         several = [(parent, one) for parent, one in self._children.items() if not isinstance(one, int)]
-        parents = only | {block_id: parent for parent, siblings in several for block_id in siblings}
-        assert parents == {block_id: parent for block_id, (_, parent, _) in stored.items()}
-        assert len(parents) == len(only) + sum(len(siblings) for _, siblings in several)
+        listed = [(parent, one) for parent, one in self._children.items() if isinstance(one, int)]
+        listed += [(parent, block_id) for parent, siblings in several for block_id in siblings]
+        assert len(listed) == len(stored)
+        assert all(stored[block_id][1] == parent for parent, block_id in listed)
         assert all(siblings for _, siblings in several)
         assert self._pending.keys() <= self._stored.keys()
         assert self._lossy <= self._stored.keys()
