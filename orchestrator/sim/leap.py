@@ -1,7 +1,7 @@
 """Decode steps of a batch that nothing disturbs: the engine gets their tokens later, many at a time. Pure.
 
-Each step still ends at a time of its own, and its message leaves then. But until a message comes, a block is full or a sequence
-ends, all that the steps do is to lengthen each sequence by one token, and that is the same whenever it is done, as long as it is before
+Each step still ends at a time of its own, and its message leaves then. But until a message comes that changes the batch, a block is full
+or a sequence ends, all that the steps do is to lengthen each sequence by one token, and that is the same whenever it is done, as long as it is before
 anybody looks.
 """
 
@@ -58,7 +58,7 @@ class Leap:
         return self._full.get((self.num_done + 1) % self._block_size, [])
 
     def end_step(self) -> None:
-        """The present step has ended, and the next one begins. One of `num_quick` is to be taken from it, and of them alone."""
+        """The present step has ended, which was none of `num_quick`, and the next one begins."""
         self.num_done += 1
         self.context += self.num_sequences
         self.num_quick = self._count_quick()

@@ -89,7 +89,7 @@ class GatewayWay(Protocol):
         kv_events: list[KvEvent],
         decoded: list[TokensDecoded],
     ) -> None:
-        """It says this of requests now."""
+        """It says this now: of requests, of its cache, and one token more of each of some sequences."""
 
     def can_wait(self, process: "SimWorker") -> bool:
         """Nobody at the gateway needs to know now which tokens have come from it."""
@@ -426,7 +426,7 @@ class SimWorker:
         self._timers.repeat_at(next(steps), steps.send)
 
     def stop_leap(self) -> None:
-        """Its present step is the last one of its leap, if it is in one."""
+        """If it is in a leap, that goes on after the present step only if the engine says so."""
         if self._leap is not None:
             self._leap.stop()
 
