@@ -91,8 +91,9 @@ class Coverage:
         if kv_range.is_empty or not is_inside:
             return f"{kv_range} of {num_layers} layers and {self._num_tokens} tokens"
         mask = _mask(kv_range)
-        if any(bits & mask for bits in self._bits[kv_range.layer_lo : kv_range.layer_hi]):
-            return f"{kv_range} overlap what came before"
+        for bits in self._bits[kv_range.layer_lo : kv_range.layer_hi]:
+            if bits & mask:
+                return f"{kv_range} overlap what came before"
         return None
 
     def add(self, kv_range: KvRange) -> None:

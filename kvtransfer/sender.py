@@ -409,6 +409,8 @@ class SenderMachine(Machine):
         return TransferState.RECEIVING if self._chunks.num_sent > 0 else TransferState.RESERVED
 
     def _cut(self, granted: Granted) -> None:
+        if not self._uncut:
+            return
         layout = self._request.layout
         max_bytes = (
             self._max_chunk_bytes if granted.transport == "grpc" else IN_PLACE_BYTES[granted.transport]

@@ -30,3 +30,16 @@ def block_hash(parent: bytes, token_ids: Sequence[int], contents: Sequence[bytes
     for content in contents:
         data += len(content).to_bytes(4, "little") + content
     return hashlib.blake2b(data, digest_size=HASH_BYTES).digest()
+
+
+def chain_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """The hashes of all full blocks of these tokens, without contents, each the child of the one before it.
+
+    parent: as for `block_hash`, of the first. block_size: in tokens.
+    """
+    data, blake2b, num_bytes = array("I", token_ids).tobytes(), hashlib.blake2b, 4 * block_size
+    names = []
+    for end in range(num_bytes, len(data) + 1, num_bytes):
+        parent = blake2b(parent + data[end - num_bytes : end], digest_size=HASH_BYTES).digest()
+        names.append(parent)
+    return names

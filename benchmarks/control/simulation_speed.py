@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import PlannedRequest, plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
+from orchestrator.cli.collector import collecting_rarely  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
@@ -46,18 +47,20 @@ ENGINE = EngineConfig(
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 #: Seen from the inside: the first of these that a sample is in is what it counts for.
 PARTS = {
-    "check_invariants": "check at the end",
-    "_tick": "controller's ticks",
-    "_arrive": "arrivals: tokens of the prompt, routing",
-    "_fill_blocks": "blocks that a leap fills: names, books, index",
-    "_leap_step": "other steps of leaps",
-    "_read": "tokens of leaps: gateway, client",
-    "_dispatch": "other messages: gateway, client",
-    "_turn": "engine, before a step: requests, plan, blocks of prompts",
-    "_step_done": "engine, after a step",
-    "_begin": "transfers",
-    "frame_came": "transfers",
-    "cache_changed": "the gateway's index of blocks",
+    "Simulation.check_invariants": "check at the end",
+    "SimCluster._tick": "controller's ticks",
+    "Simulation._arrive": "arrivals: tokens of the prompt, routing",
+    "SimWorker._fill_blocks": "blocks that a leap fills: names, books, index",
+    "SimWorker._steps": "other steps of leaps",
+    "SimLinks._read": "tokens that came before: gateway, client",
+    "SimLinks.events_came": "other messages: gateway, client",
+    "SimLinks.read_caches": "the gateway's index of blocks",
+    "SimWorker._turn": "engine, before a step: requests, plan, blocks of prompts",
+    "SimWorker._step_done": "engine, after a step",
+    "SimWorker._layers_done": "transfers",
+    "SimTransfers.frame_came": "transfers",
+    "SimTransfers.handle": "transfers",
+    "_Side.post": "transfers",
 }
 
 
@@ -74,9 +77,11 @@ def simulation_of(
 
 def cpu_s(simulation: Simulation) -> tuple[float, float]:
     """Of a run: seconds of the processor, and that were simulated."""
-    began_s = time.process_time()
-    simulated_s = simulation.run().load.elapsed_s
-    return time.process_time() - began_s, simulated_s
+    # As `phasewise simulate` does.
+    with collecting_rarely():
+        began_s = time.process_time()
+        simulated_s = simulation.run().load.elapsed_s
+        return time.process_time() - began_s, simulated_s
 
 
 class Sampler:
@@ -94,9 +99,9 @@ class Sampler:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
 
     def _sample(self, _signal: int, frame: FrameType | None) -> None:
-        while frame is not None and frame.f_code.co_name not in PARTS:
+        while frame is not None and frame.f_code.co_qualname not in PARTS:
             frame = frame.f_back
-        self.counts[PARTS[frame.f_code.co_name] if frame is not None else "clock and its heap"] += 1
+        self.counts[PARTS[frame.f_code.co_qualname] if frame is not None else "clock and its heap"] += 1
 
     def shares(self) -> dict[str, float]:
         return {part: num / self.counts.total() for part, num in self.counts.most_common()}
@@ -109,9 +114,10 @@ def measure(shape: str, plan: list[PlannedRequest], duration_s: float, num_round
         leaping.append(leaping_s)
         stepping.append(cpu_s(simulation_of(shape, plan, duration_s, is_leaping=False))[0])
     sampler = Sampler()
-    for _ in range(num_rounds):
+    # The kernel takes few samples in a run.
+    for _ in range(5 * num_rounds):
         simulation = simulation_of(shape, plan, duration_s)
-        with sampler:
+        with collecting_rarely(), sampler:
             simulation.run()
     return {
         "shape": shape,
@@ -153,7 +159,7 @@ def main() -> int:
     for row in rows:
         print(f"\n{row['shape']}:")
         for part, share in row["shares"].items():
-            print(f"{share:>7.1%}  {part}")
+            print(f"{share:>7.1%}{share * row['cpu_s'] / len(plan) * 1e6:>7.0f} us a request  {part}")
     if args.json:
         date = datetime.now(UTC).isoformat(timespec="seconds")
         data = {"date": date, "machine": describe_machine(), "rate_rps": RATE_RPS, "rows": rows}

@@ -4,7 +4,6 @@ It may be wrong in both directions: what it knows is as old as the last event, a
 wrong guess costs time and nothing else, as workers look for themselves.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
 
 from orchestrator.control.view import WorkerView
@@ -25,7 +24,7 @@ class PromptChain:
     def __init__(self, root: bytes, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self._root = root
-        self._token_ids = array("I", token_ids)
+        self._token_ids = token_ids
         self._hashes: dict[int, list[bytes]] = {}
 
     def hashes(self, block_size: int) -> Iterator[bytes]:
@@ -130,11 +129,13 @@ class PrefixIndex:
 
     def check_invariants(self) -> None:
         """Both ways of looking agree."""
-        have: dict[bytes, int] = {}
+        have = self._have
         for key, blocks in self._blocks.items():
-            for name in blocks:
-                have[name] = have.get(name, 0) | self._bits[key]
-        assert have == self._have
+            bit = self._bits[key]
+            assert all(have.get(name, 0) & bit for name in blocks)
+        # And nothing beyond that.
+        assert sum(map(int.bit_count, have.values())) == sum(map(len, self._blocks.values()))
+        assert all(have.values())
         assert self._bits.keys() == self._block_sizes.keys() == self._blocks.keys()
         assert self._keys == {bit: key for key, bit in self._bits.items()}
         bits = [bit.bit_length() - 1 for bit in self._bits.values()]

@@ -438,6 +438,8 @@ class RequestMachine:
         """What the next attempt is to do beyond what the client has."""
         sampling, num_delivered = self.sampling, len(self.delivered)
         is_scored = self._next_scored >= len(self.prompt_ids)
+        if not num_delivered and not (is_scored and sampling.num_prompt_logprobs is not None):
+            return sampling
         return replace(
             sampling,
             max_new_tokens=sampling.max_new_tokens - num_delivered,

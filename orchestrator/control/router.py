@@ -115,14 +115,16 @@ class LoadLedger:
         encode_patches: int = 0,
     ) -> None:
         """Count work that was submitted (positive) or has ended (negative)."""
-        load = self.loads.setdefault(worker_id, Load())
+        load = self.loads.get(worker_id)
+        if load is None:
+            self.loads[worker_id] = load = Load()
         load.prefill_tokens += prefill_tokens
         load.decode_sequences += decode_sequences
         load.encode_patches += encode_patches
         assert load.prefill_tokens >= 0, worker_id
         assert load.decode_sequences >= 0, worker_id
         assert load.encode_patches >= 0, worker_id
-        if load == Load():
+        if not (load.prefill_tokens or load.decode_sequences or load.encode_patches):
             del self.loads[worker_id]
 
 

@@ -524,7 +524,8 @@ class Dispatcher:
 
         All want the same phases, so what the first cannot have the second cannot either.
         """
-        self._give_encoders()
+        if self._encoders.is_wanted:
+            self._give_encoders()
         while self._waiting and self.num_running < self._max_running:
             sample = self._waiting[0]
             choice = self._choose_for(sample)

@@ -63,6 +63,11 @@ class Encoders:
         tiles = images.tiles if images is not None else ()
         return sum(not self._memory.knows(salt, placed.tile.key) for placed in tiles)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Some sample may want workers."""
+        return bool(self._wanting)
+
     def wanting(self) -> Iterator[LiveSample]:
         """Those that want workers, the first first; who is settled meanwhile is left out."""
         return (sample for sample in list(self._wanting) if sample.machine.encodes.wanted)

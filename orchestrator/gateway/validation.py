@@ -61,6 +61,8 @@ class CheckedRequest:
 
     def samplings(self) -> list[SamplingParams]:
         """Those of each sample: each has a seed of its own, and the prompt is scored once."""
+        if self.num_samples == 1:
+            return [self.sampling]
         others = replace(self.sampling, num_prompt_logprobs=None)
         return [
             self.sampling,

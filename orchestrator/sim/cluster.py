@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, decide, recover
@@ -17,20 +18,21 @@ from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, Sw
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.leap import Leap
+from orchestrator.sim.network import EVENT_BYTES, GATEWAY
 from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.transfers import SimTransfers
+from orchestrator.sim.unread import Calm, UnreadTokens
 from orchestrator.sim.worker import SimWorker, WorkerWorld
 from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
-from workers.engine.messages import Output
+from workers.engine.messages import TokensDecoded
 
-GATEWAY = "gateway"
 TICK_S = 0.5
 #: While a worker takes other phases.
 SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
-#: Of a message of tokens and of a command, in bytes.
-EVENT_BYTES, COMMAND_BYTES = 64, 4096
+#: Of a command, in bytes.
+COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,12 @@ class SimLinks:
         self._cluster = cluster
         self._listener = listener
         self._links: dict[ProcessKey, SimLink] = {}
-        #: By process, in order: leaps with tokens that the dispatcher has not been told of.
-        self._leaps: dict[ProcessKey, list[Leap]] = {}
+        #: That the dispatcher has not been told of.
+        self.unread = UnreadTokens()
+        #: What processes have told of their caches alone, by when it comes; it changes nothing but the dispatcher's index of blocks, so it is told
+        #: of that before it looks.
+        self._kv_coming: list[tuple[float, int, SimWorker, Sequence[KvEvent]]] = []
+        self._num_kv = 0
         #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
         self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
 
@@ -98,7 +104,7 @@ class SimLinks:
 
     def _opened(self, link: SimLink) -> None:
         # What came before is lost.
-        self._read(link.process.key)
+        self.read_all()
         if link.process.is_alive and self.has(link):
             link.is_open = True
             self._listener.link_opened(link)
@@ -127,6 +133,7 @@ class SimLinks:
 
     def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
         """From a process; of one whose link is closed they are lost."""
+        self.read_caches()
         link = self._links.get(process.key)
         if link is not None and link.is_open:
             if kv_events:
@@ -134,47 +141,64 @@ class SimLinks:
             if events:
                 self._dispatch(link, events)
 
+    def cache_events_come(self, process: SimWorker, kv_events: Sequence[KvEvent], arrive_s: float) -> None:
+        """The same for what changes no request, later."""
+        self._num_kv += 1
+        heappush(self._kv_coming, (arrive_s, self._num_kv, process, kv_events))
+
+    def read_caches(self) -> None:
+        """The dispatcher is told what has come by now of caches alone."""
+        coming, now_s = self._kv_coming, self._cluster.timers.now_s
+        while coming and coming[0][0] <= now_s:
+            _, _, process, kv_events = heappop(coming)
+            link = self._links.get(process.key)
+            if link is not None and link.is_open:
+                self._listener.cache_changed(link, kv_events)
+
     def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
         request_ids = list(dict.fromkeys(event.key.request_id for event in events))
-        # What these requests got before.
-        for key, leaps in self._leaps.items():
-            for leap in leaps:
-                if key == link.process.key or not leap.request_ids.isdisjoint(request_ids):
-                    self._read(key)
-                    break
+        for request_id in request_ids:
+            # What it got before.
+            self._read(request_id)
         self._listener.events_came(link, events)
         self.on_events(request_ids, ())
 
-    # Leaps.
+    # Tokens that the dispatcher is told of later.
 
-    def begin_leap(self, process: SimWorker, leap: Leap) -> None:
-        """Tokens of this leap will come."""
-        known = [one for one in self._leaps.get(process.key, ()) if not one.is_read]
-        self._leaps[process.key] = [*known, leap]
-
-    def read_leaps(self) -> None:
-        """The dispatcher is told of all tokens that have come by now, each with its time."""
-        for key in self._leaps:
-            self._read(key)
+    def read_all(self) -> None:
+        """The dispatcher is told of all that has come by now, of tokens with the time of each."""
+        self.read_caches()
+        for request_id in self.unread.request_ids():
+            self._read(request_id)
 
     def read_on_time(self) -> None:
         """It is told of tokens that are on their way when they come."""
-        for key, leaps in self._leaps.items():
-            for at_s in (at_s for leap in leaps for at_s in leap.unread_s):
-                self._cluster.timers.call_at(at_s, self._read, key)
+        timers = self._cluster.timers
+        for request_id in self.unread.request_ids():
+            for at_s in sorted(self.unread.coming_s(request_id, timers.time())):
+                timers.call_at(at_s, self._read, request_id)
 
-    def _read(self, key: ProcessKey) -> None:
-        link, now_s = self._links.get(key), self._cluster.timers.time()
-        for leap in self._leaps.get(key, ()):
-            while (found := leap.read(now_s))[0]:
-                events, times_s = found
-                if link is not None and link.is_open:
-                    self._listener.events_came(link, events, times_s[-1])
-                    self.on_events([event.key.request_id for event in events], times_s)
+    def is_steady(self, view: ClusterView) -> bool:
+        """With this view all workers that are linked can go on as they do."""
+        return all(
+            (worker := view.worker(worker_id)) is not None
+            and worker.incarnation == incarnation
+            and worker.state is LifecycleState.READY
+            and not worker.leaving
+            for worker_id, incarnation in self._links
+        )
+
+    def _read(self, request_id: RequestId) -> None:
+        self.read_caches()
+        for told in self.unread.read(request_id, self._cluster.timers.now_s):
+            link = self._links.get(told.process)
+            if link is not None and link.is_open:
+                self._listener.events_came(link, (told.event,), told.times_s[-1])
+                self.on_events((request_id,), told.times_s)
 
     def broke(self, process: SimWorker) -> None:
         """The process has ended."""
-        self.read_leaps()
+        self.read_all()
         link = self._links.get(process.key)
         if link is not None and link.is_open:
             link.is_open = False
@@ -223,7 +247,7 @@ class SimCluster:
             extra=tuple(extra),
             scaling=scaling,
         )
-        self._state = recover(None, (), self._config, self.timers.time())
+        self._state = recover(None, (), self._config, self.timers.now_s)
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
@@ -291,8 +315,7 @@ class SimCluster:
 
     def _tick(self) -> None:
         assert self.links is not None
-        network, now_s = self._world.network, self.timers.time()
-        self.links.read_leaps()
+        network, now_s = self._world.network, self.timers.now_s
         reports = [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
             for key, process in self.processes.items()
@@ -308,6 +331,9 @@ class SimCluster:
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
         self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        self.links.read_caches()
+        if not self.links.is_steady(plan.view):
+            self.links.read_all()
         self._on_view(plan.view)
         if not self._is_calm():
             self.links.read_on_time()
@@ -327,7 +353,7 @@ class SimCluster:
         for key in [key for key, one in self.processes.items() if not one.is_alive]:
             machine = self._state.machines.get(key[0])
             if machine is None or key[1] < machine.incarnation:
-                self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.time()))
+                self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.now_s))
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
@@ -351,29 +377,56 @@ class SimCluster:
 
     # What processes say: see GatewayWay.
 
-    def publish(self, process: SimWorker, events: list[Event], kv_events: list[KvEvent]) -> None:
+    def publish(
+        self, process: SimWorker, events: list[Event], kv_events: list[KvEvent], decoded: list[TokensDecoded]
+    ) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        num_bytes = EVENT_BYTES * (len(events) + _num_told(kv_events))
-        self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+        num_events = sum(len(one.keys) for one in decoded) + len(events) + _num_told(kv_events)
+        if not self.can_wait(process):
+            events = [event for one in decoded for event in one.events()] + events
+            num_bytes = EVENT_BYTES * num_events
+            self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+            return
+        arrive_s, unread = self._carry(process, num_events), self.links.unread
+        for one in decoded:
+            unread.add(process.key, one, arrive_s)
+        urgent: list[Event] = []
+        for event in events:
+            if isinstance(event, Calm) and not urgent:
+                unread.say(process.key, event, arrive_s)
+            else:
+                urgent.append(event)
+        if urgent:
+            self.timers.call_at(arrive_s, self.links.events_came, process, urgent, kv_events)
+        elif kv_events:
+            self.links.cache_events_come(process, kv_events, arrive_s)
 
-    def can_leap(self, process: SimWorker) -> bool:
+    def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""
-        return self._is_calm() and not self._world.network.is_cut(process.address, GATEWAY)
+        world = self._world
+        return world.is_leaping and self._is_calm() and not world.network.is_cut(process.address, GATEWAY)
 
     def begin_leap(self, process: SimWorker, leap: Leap) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        self.links.begin_leap(process, leap)
+        self.links.unread.begin_leap(process.key, leap)
 
-    def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[Output]) -> None:
+    def end_leap(self, process: SimWorker) -> None:
         """See GatewayWay."""
         assert self.links is not None
-        num_bytes = EVENT_BYTES * (len(leap.plan.decodes) + _num_told(kv_events))
-        arrive_s = self._world.network.carry(process.address, GATEWAY, num_bytes)
+        self.links.unread.end_leap(process.key)
+
+    def leap_step(self, process: SimWorker, leap: Leap, kv_events: Sequence[KvEvent]) -> None:
+        """See GatewayWay."""
+        assert self.links is not None
+        arrive_s = self._carry(process, leap.num_sequences + _num_told(kv_events))
         leap.arrivals_s.append(arrive_s)
         if kv_events:
-            self.timers.call_at(arrive_s, self.links.events_came, process, (), kv_events)
+            self.links.cache_events_come(process, kv_events, arrive_s)
+
+    def _carry(self, process: SimWorker, num_events: int) -> float:
+        return self._world.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:
@@ -391,7 +444,7 @@ class SimCluster:
     # Faults.
 
     def _break(self, fault: Fault) -> None:
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
             return
@@ -417,6 +470,9 @@ class SimCluster:
             self.timers.call_later(duration_s, self._world.network.mend, address, other)
 
 
-def _num_told(events: Sequence[Output]) -> int:
+def _num_told(events: Sequence[KvEvent]) -> int:
     """Each new block counts as an event, and blocks that are gone together as one."""
-    return sum(len(one.hashes) if isinstance(one, KvBlocksStored) else 1 for one in events)
+    num = 0
+    for one in events:
+        num += len(one.hashes) if isinstance(one, KvBlocksStored) else 1
+    return num

@@ -13,6 +13,9 @@ from typing import Any
 from orchestrator.sim.timers import SimTimers
 
 Host = str
+GATEWAY: Host = "gateway"
+#: Of what a message to the gateway says of one request or block, in bytes.
+EVENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +30,32 @@ class NetworkShape:
     jitter: float = 0.2
 
 
+@dataclass(slots=True)
+class _Host:
+    """When it can send again, and receive again."""
+
+    sends_at_s: float = 0.0
+    receives_at_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Way:
+    """From one host to another. last_at_s: when the last message arrives."""
+
+    source: _Host
+    target: _Host
+    last_at_s: float = 0.0
+
+
 class SimNetwork:
     """Carries messages. rng: for the jitter alone."""
 
     def __init__(self, timers: SimTimers, shape: NetworkShape, rng: random.Random) -> None:
         self._timers = timers
         self._shape = shape
-        self._rng = rng
-        #: When a host can send again, and receive again, and when the last message from one to another arrives.
-        self._sends_at_s: dict[Host, float] = {}
-        self._receives_at_s: dict[Host, float] = {}
-        self._last_at_s: dict[tuple[Host, Host], float] = {}
+        self._random = rng.random
+        self._hosts: dict[Host, _Host] = {}
+        self._ways: dict[tuple[Host, Host], Way] = {}
         #: How often a pair was cut and not yet mended; those that are not cut are not in it.
         self._cut: Counter[frozenset[Host]] = Counter()
         self._held: dict[
@@ -52,18 +70,32 @@ class SimNetwork:
             held = self._held.setdefault(frozenset((source, target)), [])
             held.append((source, target, num_bytes, deliver, args))
         else:
-            self._timers.call_at(self.carry(source, target, num_bytes), deliver, *args)
+            arrive_s = self.carry(self.way(source, target), self._timers.now_s, num_bytes)
+            self._timers.call_at(arrive_s, deliver, *args)
 
-    def carry(self, source: Host, target: Host, num_bytes: int) -> float:
+    def way(self, source: Host, target: Host) -> "Way":
+        """From the one to the other."""
+        way = self._ways.get((source, target))
+        if way is None:
+            hosts = self._hosts
+            way = Way(hosts.setdefault(source, _Host()), hosts.setdefault(target, _Host()))
+            self._ways[source, target] = way
+        return way
+
+    def carry(self, way: "Way", now_s: float, num_bytes: int) -> float:
         """A message leaves now, between two that are not cut from each other; returns when it arrives."""
-        way, now_s = (source, target), self._timers.time()
-        begin_s = max(now_s, self._sends_at_s.get(source, 0.0), self._receives_at_s.get(target, 0.0))
-        end_s = begin_s + num_bytes / self._shape.bytes_per_s
-        self._sends_at_s[source] = self._receives_at_s[target] = end_s
-        arrive_s = end_s + self._shape.latency_s * (1 + self._shape.jitter * self._rng.random())
+        source, target, shape = way.source, way.target, self._shape
+        begin_s = now_s
+        if source.sends_at_s > begin_s:
+            begin_s = source.sends_at_s
+        if target.receives_at_s > begin_s:
+            begin_s = target.receives_at_s
+        source.sends_at_s = target.receives_at_s = end_s = begin_s + num_bytes / shape.bytes_per_s
+        arrive_s = end_s + shape.latency_s * (1 + shape.jitter * self._random())
         # In order, whatever the jitter.
-        arrive_s = max(arrive_s, self._last_at_s.get(way, 0.0))
-        self._last_at_s[way] = arrive_s
+        if way.last_at_s > arrive_s:
+            arrive_s = way.last_at_s
+        way.last_at_s = arrive_s
         return arrive_s
 
     def is_cut(self, one: Host, other: Host) -> bool:

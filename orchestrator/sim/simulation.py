@@ -137,7 +137,7 @@ class Simulation:
             is_calm=lambda: not self.dispatcher.is_leaving,
         )
         self.dispatcher = Dispatcher(
-            HeedfulTimers(self.timers, self._read_leaps),
+            HeedfulTimers(self.timers, self._read_all),
             self.cluster.make_links,
             max_waiting_requests=config.max_waiting_requests,
             max_running_requests=config.max_running_requests,
@@ -164,6 +164,7 @@ class Simulation:
         latest_s = self._start_s + self._duration_s + self._config.timeout_s
         every = self._config.check_every
         timers, dispatcher, num_wanted = self.timers, self.dispatcher, len(self._plan)
+        next_check, next_told = every, 4096
         while len(self._records) < num_wanted:
             if not timers.run_next(latest_s + 60.0):
                 raise AssertionError(f"{num_wanted - len(self._records)} requests have no end")
@@ -172,12 +173,14 @@ class Simulation:
                 self._num_failed = dispatcher.num_failed
                 failed = [one for one, client in self._clients.items() if client.request.is_failed]
                 self._read_answers(failed, ())
-            if every and timers.num_events % every == 0:
+            if every and timers.num_events >= next_check:
+                next_check = timers.num_events + every
                 self.check_invariants()
-            if timers.num_events % 4096 == 0:
+            if timers.num_events >= next_told:
+                next_told = timers.num_events + 4096
                 on_progress(len(self._records), num_wanted)
         self.check_invariants()
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         records = tuple(self._records[index] for index in range(len(self._plan)))
         uses = [WorkerUse.of(process, now_s) for process in self.cluster.processes.values()]
         load = LoadResult(records, self._duration_s, now_s - self._start_s, was_interrupted=False)
@@ -193,14 +196,14 @@ class Simulation:
 
     def check_invariants(self) -> None:
         """Of all that serves."""
-        self._read_leaps()
+        self._read_all()
         self.dispatcher.check_invariants()
         self.cluster.check_invariants()
 
     # Clients.
 
     def _arrive(self, index: int, planned: PlannedRequest) -> None:
-        now_s, config = self.timers.time(), self._config
+        now_s, config = self.timers.now_s, self._config
         request_id = RequestId(f"r{index}")
         prompt = prompt_token_ids(planned.row, planned.prompt_tokens, vocab_size=VOCAB_SIZE, seed=config.seed)
         sampling = SamplingParams(planned.output_tokens)
@@ -213,6 +216,8 @@ class Simulation:
             else None
         )
         checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root, images=images)
+        assert self.cluster.links is not None
+        self.cluster.links.read_caches()
         try:
             request = self.dispatcher.submit(checked, arrived_at_s=now_s, deadline_s=now_s + config.timeout_s)
         except PhasewiseOrchestratorError as error:
@@ -220,9 +225,9 @@ class Simulation:
             return
         self._clients[request_id] = _Client(index, planned, request, now_s)
 
-    def _read_leaps(self) -> None:
+    def _read_all(self) -> None:
         assert self.cluster.links is not None
-        self.cluster.links.read_leaps()
+        self.cluster.links.read_all()
 
     def _read_answers(self, request_ids: Sequence[RequestId], times_s: Sequence[float]) -> None:
         for request_id in request_ids:
@@ -232,14 +237,15 @@ class Simulation:
 
     def _read_answer(self, client: "_Client", times_s: Sequence[float]) -> None:
         """times_s: when each of its new tokens came, if that was before now."""
-        now_s = self.timers.time()
+        now_s = self.timers.now_s
         while (news := client.request.take_now()) is not None:
             if isinstance(news, Fail):
                 self._end(client, news.kind.upper(), news.reason)
                 return
             num_new, begin = len(news.token_ids), client.planned.prompt_tokens + len(client.times_s)
-            expected = tokens_of(client.request.request_id, begin, begin + num_new)
-            self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
+            expected = tuple(tokens_of(client.request.request_id, begin, begin + num_new))
+            if news.token_ids != expected:
+                self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
             came_s = times_s or [now_s] * num_new
             assert len(came_s) == num_new
             client.times_s += [at_s - client.arrived_at_s for at_s in came_s]
@@ -252,7 +258,7 @@ class Simulation:
         self.dispatcher.release(client.request)
         del self._clients[request_id]
         times_s = tuple(client.times_s)
-        total_s = self.timers.time() - client.arrived_at_s
+        total_s = self.timers.now_s - client.arrived_at_s
         gateway = _timings(client.request.samples[0].machine) if status == OK else None
         self._records[client.index] = RequestRecord(
             client.planned, status, message, 0.0, times_s, total_s, gateway

@@ -1,7 +1,8 @@
 """Simulated time: what is to happen, in order. Pure."""
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
+from math import inf
 from typing import Any
 
 
@@ -26,42 +27,72 @@ class SimTimers:
 
     def __init__(self) -> None:
         self.num_events = 0
-        self._now_s = 0.0
+        #: What `time` says.
+        self.now_s = 0.0
         self._number = 0
         self._heap: list[SimTimer] = []
+        #: What happens again and again; see `repeat_at`.
+        self._repeated: list[SimTimer] = []
 
     def time(self) -> float:
         """Now, in seconds."""
-        return self._now_s
+        return self.now_s
 
     def call_at(self, when: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
         """Call this then; at once, after all else that is due now, when that is over."""
         self._number += 1
-        now_s = self._now_s
+        now_s = self.now_s
         timer = SimTimer((when if when > now_s else now_s, self._number, callback, args))
         heappush(self._heap, timer)
         return timer
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
         """Call this after so many seconds."""
-        return self.call_at(self._now_s + delay, callback, *args)
+        return self.call_at(self.now_s + delay, callback, *args)
+
+    def repeat_at(self, when: float, callback: Callable[[float], float]) -> None:
+        """Call this then, with the time, and again at each time that it returns, until it returns infinity.
+
+        For what happens more often than all else: it costs no timer of its own.
+        """
+        self._number += 1
+        heappush(self._repeated, SimTimer((when, self._number, callback)))
 
     def run_next(self, until_s: float) -> bool:
-        """Let the next thing happen; False, and nothing does, when it is due after `until_s` or there is none."""
+        """Let the next thing happen, after all before it that is repeated; False when it is due after `until_s` or there is none."""
         heap = self._heap
-        while heap:
-            when, _, callback, args = heap[0]
-            if callback is None:
-                heappop(heap)
-                continue
-            if when > until_s:
-                return False
+        while heap and heap[0][2] is None:
             heappop(heap)
-            self._now_s = when
+        if self._repeated:
+            self._repeat(until_s)
+        if not heap or heap[0][0] > until_s:
+            return False
+        when, _, callback, args = heappop(heap)
+        if callback is not None:
+            self.now_s = when
             self.num_events += 1
             callback(*args)
-            return True
-        return False
+        return True
+
+    def _repeat(self, until_s: float) -> None:
+        """What is repeated, until something else is the next."""
+        heap, repeated = self._heap, self._repeated
+        while repeated:
+            timer = repeated[0]
+            if heap and heap[0] < timer:
+                return
+            when, _, callback = timer
+            if when > until_s:
+                return
+            self.now_s = when
+            self.num_events += 1
+            again_s = callback(when)
+            if again_s == inf:
+                heappop(repeated)
+            else:
+                self._number += 1
+                timer[0], timer[1] = again_s, self._number
+                heapreplace(repeated, timer)
 
 
 class HeedfulTimers:

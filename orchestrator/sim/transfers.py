@@ -128,7 +128,7 @@ class SimTransfers:
             start.block_ids,
             max_chunk_bytes=self._config.max_chunk_bytes,
             resume_s=self._config.resume_s,
-            now_s=self._timers.time(),
+            now_s=self._timers.now_s,
         )
         side = _Side(self, machine, start.decode_address, start.block_ids)
         self._sending[start.transfer_id] = side
@@ -145,7 +145,7 @@ class SimTransfers:
         """From the other side of a transfer. sender: its address."""
         if self._is_dead:
             return
-        if self._timers.time() < self._paused_until_s:
+        if self._timers.now_s < self._paused_until_s:
             self._timers.call_at(
                 self._paused_until_s,
                 lambda: self.frame_came(sender, transfer_id, frame, is_for_receiver=is_for_receiver),
@@ -166,7 +166,7 @@ class SimTransfers:
             lease_s=self._config.lease_s,
             resume_s=self._config.resume_s,
             max_in_flight=self._config.credits,
-            now_s=self._timers.time(),
+            now_s=self._timers.now_s,
         )
 
     def lost(self, address: str) -> None:
@@ -253,7 +253,7 @@ class _Side:
             return
         if isinstance(event, Reserve):
             self.transfer_id = event.transfer_id
-        for action in self._machine.handle(event, owner._timers.time()):
+        for action in self._machine.handle(event, owner._timers.now_s):
             self._perform(action)
         self._set_timer()
 
@@ -269,6 +269,8 @@ class _Side:
                 owner._send(self, action.frame)
             case SendChunk():
                 self._send_chunk(action)
+            case WriteChunk():
+                owner._timers.call_later(0.0, self.post, ChunkWritten(action.chunk.sequence_number))
             case Reconnect():
                 owner._timers.call_later(action.delay_s, self.post, Started())
             case ReserveBlocks():
@@ -278,14 +280,12 @@ class _Side:
                         transfer_id,
                         request.num_tokens,
                         request.max_tokens,
-                        owner._timers.time() + request.timeout_s,
+                        owner._timers.now_s + request.timeout_s,
                         self.peer_address,
                     )
                 )
             case CancelReservation():
                 owner._post(messages.CancelReservation(transfer_id))
-            case WriteChunk():
-                owner._timers.call_later(0.0, self.post, ChunkWritten(action.chunk.sequence_number))
             case CommitBlocks():
                 owner._post(
                     messages.CommitTransfer(
@@ -324,17 +324,20 @@ class _Side:
         self._owner._send(self, chunk, num_bytes)
 
     def _set_timer(self) -> None:
+        # Mostly it is later than before, and the old timer finds that out. Infinite once the machine has ended.
         due_s = self._machine.next_deadline_s
-        if self._timer is not None and (self._machine.is_ended or due_s < self._timer_at_s):
-            self._timer.cancel()
-            self._timer_at_s = math.inf
-        if due_s < self._timer_at_s and not self._machine.is_ended:
+        if due_s < self._timer_at_s:
+            if self._timer is not None:
+                self._timer.cancel()
             self._timer_at_s = due_s
             self._timer = self._owner._timers.call_at(due_s, self._on_timer)
+        elif self._timer is not None and self._machine.is_ended:
+            self._timer.cancel()
+            self._timer_at_s = math.inf
 
     def _on_timer(self) -> None:
         owner = self._owner
-        if owner._timers.time() < owner._paused_until_s:
+        if owner._timers.now_s < owner._paused_until_s:
             self._timer = owner._timers.call_at(owner._paused_until_s, self._on_timer)
             return
         self._timer_at_s = math.inf

@@ -2,15 +2,17 @@
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
-from orchestrator.sim.leap import Leap, tokens_of
-from orchestrator.sim.network import SimNetwork
+from orchestrator.sim.leap import Leap, token_of, tokens_of
+from orchestrator.sim.network import GATEWAY, SimNetwork
+from orchestrator.sim.noise import factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -40,7 +42,6 @@ from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import StepPlan
-from workers.engine.sequence import Sequence
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
@@ -81,16 +82,25 @@ class WorkerWorld:
 class GatewayWay(Protocol):
     """The way of a process to the gateway."""
 
-    def publish(self, process: "SimWorker", events: list[Event], kv_events: list[KvEvent]) -> None:
-        """It says this of requests now."""
+    def publish(
+        self,
+        process: "SimWorker",
+        events: list[Event],
+        kv_events: list[KvEvent],
+        decoded: list[TokensDecoded],
+    ) -> None:
+        """It says this now: of requests, of its cache, and one token more of each of some sequences."""
 
-    def can_leap(self, process: "SimWorker") -> bool:
+    def can_wait(self, process: "SimWorker") -> bool:
         """Nobody at the gateway needs to know now which tokens have come from it."""
 
     def begin_leap(self, process: "SimWorker", leap: Leap) -> None:
         """Tokens of this leap will be told of by `leap_step`."""
 
-    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[Output]) -> None:
+    def end_leap(self, process: "SimWorker") -> None:
+        """There will be no more of them."""
+
+    def leap_step(self, process: "SimWorker", leap: Leap, kv_events: SequenceOf[KvEvent]) -> None:
         """It sends the tokens of one more step now, and this beside them."""
 
 
@@ -129,10 +139,14 @@ class SimWorker:
         self.ended_at_s: float | None = None
         self._world = world
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
+        self._costs = world.latency.costs()
         self._gateway = gateway
-        self._rng = rng
+        self._noise = factors(rng, world.noise) if world.noise else repeat(1.0)
+        #: To the gateway.
+        self.way = world.network.way(address, GATEWAY)
+        self._carry = world.network.carry
         self._timers = world.timers
-        self._ready_at_s = self._timers.time() + world.load_s
+        self._ready_at_s = self._timers.now_s + world.load_s
         #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
         self._learnt = (
             LatencyModel(world.model, self._latency.device) if _is_predicting(spec.engine) else None
@@ -172,7 +186,7 @@ class SimWorker:
                 self._timers,
                 world.network,
                 self.post,
-                lambda events: self._gateway.publish(self, events, []),
+                lambda events: self._gateway.publish(self, events, [], []),
                 world.images_at,
             )
         #: Pictures and steps take turns.
@@ -181,12 +195,11 @@ class SimWorker:
         self._is_busy = False
         self._paused_until_s = 0.0
         self._wake: SimTimer | None = None
-        #: The steps that it is in, if they are one; what they take, and until when nothing expires.
+        #: The steps that it is in, if they are one; what they take.
         self._leap: Leap | None = None
         self._leap_steps = self._latency.decode_steps(1)
-        self._leap_until_s = 0.0
-        #: Those of the last step that was no leap's, or of the last leap.
-        self._decoded: frozenset[Sequence] = frozenset()
+        #: By the number of decodes.
+        self._decode_steps = {1: self._leap_steps}
 
     @property
     def key(self) -> ProcessKey:
@@ -196,11 +209,11 @@ class SimWorker:
     @property
     def is_ready(self) -> bool:
         """It has loaded its model."""
-        return self.is_alive and self._timers.time() >= self._ready_at_s
+        return self.is_alive and self._timers.now_s >= self._ready_at_s
 
     def status(self) -> WorkerStatus | None:
         """What it answers when it is asked; None when it does not."""
-        if not self.is_alive or self._timers.time() < self._paused_until_s:
+        if not self.is_alive or self._timers.now_s < self._paused_until_s:
             return None
         self._catch_up()
         engine, spec = self.engine, self.spec
@@ -218,7 +231,7 @@ class SimWorker:
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
-            step_costs=replace(self._world.latency.costs(), num_steps=self.num_steps) if has_text else None,
+            step_costs=replace(self._costs, num_steps=self.num_steps) if has_text else None,
             loaded=self._loaded,
         )
         return status if self.images is None else self.images.with_status(status)
@@ -233,7 +246,7 @@ class SimWorker:
 
     def set_phases(self, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
         """As workers.worker: between two steps, and at once when it is in one."""
-        if not self.is_ready or self._timers.time() < self._paused_until_s:
+        if not self.is_ready or self._timers.now_s < self._paused_until_s:
             return PhasesRefused("it does not answer", is_busy=True)
         if phase_epoch < self._phase_epoch:
             return PhasesRefused(f"switch {self._phase_epoch} was later than {phase_epoch}")
@@ -243,7 +256,7 @@ class SimWorker:
             return PhasesRefused(f"{self.images.num_encodes} pictures are encoded here", is_busy=True)
         if phases != self.phases:
             self._catch_up()
-            problem = self.engine.set_phases(phases, self._timers.time())
+            problem = self.engine.set_phases(phases, self._timers.now_s)
             if problem is not None:
                 return PhasesRefused(problem, is_busy=True)
         self.phases, self._phase_epoch = phases, phase_epoch
@@ -261,7 +274,7 @@ class SimWorker:
             return
         if self.images is None or Phase.ENCODE not in self.phases:
             reason = f"asked for encode; serves {'+'.join(sorted(self.phases))}"
-            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [])
+            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [], [])
             return
         self.images.submit(encode)
         self._turn_soon()
@@ -276,12 +289,14 @@ class SimWorker:
     def pause(self, until_s: float) -> None:
         """It does nothing until then: a machine that is suspended."""
         self._paused_until_s = max(self._paused_until_s, until_s)
+        self._look_at_leap()
         self.transfers.pause(self._paused_until_s)
 
     def die(self) -> None:
         """Its process ends, and all that it holds is gone."""
         self.is_alive = False
-        self.ended_at_s = self._timers.time()
+        self._look_at_leap()
+        self.ended_at_s = self._timers.now_s
         self.transfers.die()
         if self._wake is not None:
             self._wake.cancel()
@@ -296,7 +311,7 @@ class SimWorker:
     def _turn_soon(self, delay_s: float = 0.0) -> None:
         if self._is_busy or not self.is_alive:
             return
-        at_s = max(self._timers.time() + delay_s, self._paused_until_s)
+        at_s = max(self._timers.now_s + delay_s, self._paused_until_s)
         if self._wake is not None:
             self._wake.cancel()
         self._wake = self._timers.call_at(at_s, self._turn)
@@ -307,14 +322,16 @@ class SimWorker:
         if self._is_busy:
             # What was told before this batch of pictures began asked for this turn; its end brings one.
             return
-        if self._timers.time() < self._paused_until_s:
+        if self._timers.now_s < self._paused_until_s:
             self._turn_soon()
             return
-        now_s, engine = self._timers.time(), self.engine
+        now_s, engine = self._timers.now_s, self.engine
         messages, self._mailbox = self._mailbox, []
         for message in messages:
             engine.handle(message, now_s)
         engine.expire(now_s)
+        if self._leap is not None and self._go_on(self._leap):
+            return
         if self._is_encodes_turn and self._run_batch():
             self._publish(engine.take_outputs())
             return
@@ -351,8 +368,9 @@ class SimWorker:
 
     def _takes_s(self, predicted_s: float) -> float:
         """With noise, and as slow as it is now."""
-        noise = self._rng.lognormvariate(0.0, self._world.noise) if self._world.noise else 1.0
-        took_s = predicted_s * noise * math.prod(self.slowdowns)
+        took_s = predicted_s * next(self._noise)
+        if self.slowdowns:
+            took_s *= math.prod(self.slowdowns)
         self.busy_s += took_s
         return took_s
 
@@ -379,62 +397,127 @@ class SimWorker:
         """Do this step, and those after it, as a leap, if that may be."""
         # Who learns from each step, or encodes between two, is not the same for many steps.
         is_disturbed = plan.chunks or self._mailbox or self._learnt is not None or self.images is not None
-        if not self._world.is_leaping or is_disturbed or not self._gateway.can_leap(self):
+        if is_disturbed or not self._gateway.can_wait(self):
             return False
         num_steps = self.engine.num_plain_steps(plan)
         if num_steps < MIN_LEAP:
             return False
-        has_new = not self._decoded.issuperset(plan.decodes)
-        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, has_new=has_new)
-        self._leap_steps = self._latency.decode_steps(len(plan.decodes))
-        self._leap_until_s = self.engine.next_deadline_s() or math.inf
+        until_s = self.engine.next_deadline_s() or math.inf
+        self._leap = leap = Leap(plan, num_steps, self.engine.pool.block_size, until_s)
+        num = leap.num_sequences
+        if num not in self._decode_steps:
+            self._decode_steps[num] = self._latency.decode_steps(num)
+        self._leap_steps = self._decode_steps[num]
         self._gateway.begin_leap(self, leap)
-        self._timers.call_later(self._takes_s(self._leap_steps.step_s(leap.context)), self._leap_step, leap)
+        self._take_steps(leap)
         return True
 
-    def stop_leap(self) -> None:
-        """Its present step is the last one of its leap, if it is in one."""
-        if self._leap is not None:
-            self._leap.num_left = 0
+    def _go_on(self, leap: Leap) -> bool:
+        """Whether it does, after messages; it is over if not."""
+        num_steps = self.engine.go_on(leap.plan) if self._gateway.can_wait(self) else 0
+        if num_steps == 0:
+            self._leave_leap()
+            return False
+        self._is_busy = True
+        leap.go_on(num_steps, self.engine.next_deadline_s() or math.inf)
+        self._publish(self.engine.take_outputs())
+        self._take_steps(leap)
+        return True
 
-    def _leap_step(self, leap: Leap) -> None:
-        """A step of a leap has ended."""
-        now_s, full = self._timers.time(), leap.full()
-        if not self.is_alive or (now_s < self._paused_until_s and self._is_paused(self._leap_step, leap)):
-            return
-        is_over = leap.num_left == 0 or now_s >= self._leap_until_s
-        if is_over or (full and self.engine.pool.num_available < len(full)):
-            self._catch_up()
-            self._leap = None
+    def _take_steps(self, leap: Leap) -> None:
+        steps = self._steps(leap)
+        self._timers.repeat_at(next(steps), steps.send)
+
+    def stop_leap(self) -> None:
+        """If it is in a leap, that goes on after the present step only if the engine says so."""
+        if self._leap is not None:
+            self._leap.stop()
+
+    def _look_at_leap(self) -> None:
+        if self._leap is not None:
+            self._leap.look()
+
+    def _steps(self, leap: Leap) -> Generator[float, float, None]:
+        """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
+        carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
+        step_s, num_sequences, noise = self._leap_steps.step_s, leap.num_sequences, self._noise
+        end_s = self._timers.now_s + self._takes_s(step_s(leap.context))
+        while end_s < math.inf:
+            now_s = yield end_s
+            if leap.num_quick == 0 or now_s >= leap.until_s:
+                end_s = self._see_to_leap(leap, now_s)
+                continue
+            leap.num_quick -= 1
+            leap.num_done += 1
+            leap.context = context = leap.context + num_sequences
+            arrived(carry(way, now_s, num_bytes))
+            self.num_steps += 1
+            # As _takes_s.
+            took_s = step_s(context) * next(noise)
+            if self.slowdowns:
+                took_s *= math.prod(self.slowdowns)
+            self.busy_s += took_s
+            end_s = now_s + took_s
+        yield math.inf
+
+    def _see_to_leap(self, leap: Leap, now_s: float) -> float:
+        """The same for a step after which there is more to do than to count."""
+        if not self.is_alive:
+            return math.inf
+        if now_s < self._paused_until_s:
+            return self._paused_until_s
+        full = leap.full()
+        is_short = bool(full) and self.engine.pool.num_available < len(full)
+        is_heard = leap.is_stopped and not self._gateway.can_wait(self)
+        if leap.is_last or now_s >= leap.until_s or is_short or is_heard:
+            self._leave_leap()
             self._step_done(leap.plan)
-            return
+            return math.inf
         leap.end_step()
         self.num_steps += 1
         if full:
             self._fill_blocks(leap, full)
         else:
             self._gateway.leap_step(self, leap, ())
-        step_s = self._takes_s(self._leap_steps.step_s(leap.context))
-        self._timers.call_at(now_s + step_s, self._leap_step, leap)
+        if leap.is_stopped:
+            # What comes next is the engine's to say.
+            self._catch_up()
+            self._is_busy = False
+            self._turn_soon()
+            return math.inf
+        return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
+
+    def _leave_leap(self) -> None:
+        self._catch_up()
+        self._gateway.end_leap(self)
+        self._leap = None
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
         """These sequences have filled a block with the step that has just ended, and need another one for the next."""
         engine, decodes = self.engine, leap.plan.decodes
         for index in full:
             engine.extend(decodes[index], leap.missing(index))
-        self._gateway.leap_step(self, leap, engine.take_outputs())
-        engine.make_room([decodes[index] for index in full])
-        self._publish(engine.take_outputs())
+        # Nothing else comes of it.
+        self._gateway.leap_step(self, leap, engine.pool.take_events())
+        if not leap.is_stopped:
+            engine.make_room([decodes[index] for index in full])
+        if engine.pool.news:
+            self._publish(engine.take_outputs())
 
     def _catch_up(self) -> None:
         """The engine gets what the steps of a leap have done so far."""
-        if self._leap is not None:
-            for index, sequence in enumerate(self._leap.plan.decodes):
-                self.engine.extend(sequence, self._leap.missing(index))
+        leap = self._leap
+        if leap is None:
+            return
+        extend, num_done = self.engine.extend, leap.num_done
+        for sequence, start in zip(leap.plan.decodes, leap.starts, strict=True):
+            num_known, end = len(sequence.token_ids), start + num_done
+            if num_known < end:
+                extend(sequence, tokens_of(sequence.key.request_id, num_known, end))
 
     def _is_paused(self, callback: Callable[..., None], *args: object) -> bool:
         """Whether it does nothing now; this is then called when it goes on."""
-        if self._timers.time() >= self._paused_until_s:
+        if self._timers.now_s >= self._paused_until_s:
             return False
         self._timers.call_at(self._paused_until_s, callback, *args)
         return True
@@ -446,13 +529,9 @@ class SimWorker:
     def _step_done(self, plan: StepPlan) -> None:
         if not self.is_alive or self._is_paused(self._step_done, plan):
             return
-        tokens = [
-            token_of(part.sequence.key.request_id, len(part.sequence.token_ids))
-            for part in plan.slices
-            if part.yields_token
-        ]
-        self.engine.complete(plan, StepResult(tokens), self._timers.time())
-        self._decoded = frozenset(plan.decodes)
+        yielding = [*plan.decodes, *(part.sequence for part in plan.chunks if part.yields_token)]
+        tokens = [token_of(one.key.request_id, len(one.token_ids)) for one in yielding]
+        self.engine.complete(plan, StepResult(tokens), self._timers.now_s)
         self.num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())
@@ -461,9 +540,10 @@ class SimWorker:
     def _publish(self, outputs: list[Output]) -> None:
         events: list[Event] = []
         kv_events: list[KvEvent] = []
+        decoded: list[TokensDecoded] = []
         for output in outputs:
             if isinstance(output, TokensDecoded):
-                events.extend(output.events())
+                decoded.append(output)
             elif isinstance(output, ImagesNeeded | ImagesReleased):
                 assert self.images is not None
                 self.images.handle(output)
@@ -471,14 +551,9 @@ class SimWorker:
                 kv_events.append(output)
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
-        if events or kv_events:
-            self._gateway.publish(self, events, kv_events)
+        if events or kv_events or decoded:
+            self._gateway.publish(self, events, kv_events, decoded)
 
 
 def _is_predicting(engine: EngineConfig) -> bool:
     return engine.step_budget is StepBudget.PREDICTED or engine.prefill_order is PrefillOrder.LEAST_SLACK
-
-
-def token_of(request_id: str, position: int) -> int:
-    """The token of a request at a position, whoever computes it."""
-    return tokens_of(request_id, position, position + 1)[0]

@@ -50,6 +50,11 @@ class Batch:
         self._growth_reserve = config.growth_reserve
         self._span_reuse = config.span_reuse
 
+    @property
+    def is_empty(self) -> bool:
+        """Nobody waits or runs."""
+        return not (self.decodes or self.prefills or self.waiting or self.branched)
+
     def running(self) -> Iterator[Sequence]:
         """All that hold blocks for the steps, branches included."""
         yield from self.decodes
@@ -212,8 +217,10 @@ class Batch:
 
         The caller has checked `num_blocks_to_grow` against `num_available`.
         """
-        self._own_tail(sequence)
-        missing = blocks_needed(num_tokens, self.pool.block_size) - len(sequence.block_table)
+        if sequence.is_tail_shared:
+            self._own_tail(sequence)
+        # As blocks_needed.
+        missing = -(-num_tokens // self.pool.block_size) - len(sequence.block_table)
         if missing > 0:
             self._extend(sequence, self.pool.allocate(missing))
 
@@ -296,18 +303,28 @@ class Batch:
         if not self._is_cache_on or num_whole <= sequence.num_stored_blocks:
             return
         sequence.hash_blocks(num_whole, size)
-        hashes, table = sequence.block_hashes, sequence.block_table
+        hashes, table, num_before = sequence.block_hashes, sequence.block_table, sequence.num_stored_blocks
+        sequence.num_stored_blocks = num_whole
+        tokens = sequence.named_tokens(num_before * size, num_whole * size)
         spans, lossless = self.pool.spans, sequence.num_lossless_tokens
-        for i in range(sequence.num_stored_blocks, num_whole):
-            tokens = sequence.named_tokens(i * size, (i + 1) * size)
+        if spans is None and lossless is None:
+            if num_whole == num_before + 1:
+                # As nearly always.
+                block_id, parent, name = table[num_before], hashes[num_before], hashes[num_whole]
+                self.pool.store(block_id, name, parent, tokens, is_pending=is_pending)
+                return
+            names = hashes[num_before : num_whole + 1]
+            self.pool.store_chain(table[num_before:num_whole], names, tokens, is_pending=is_pending)
+            return
+        for i in range(num_before, num_whole):
+            own = tokens[(i - num_before) * size : (i - num_before + 1) * size]
             is_lossy = lossless is not None and (i + 1) * size > lossless
             is_new = self.pool.store(
-                table[i], hashes[i + 1], hashes[i], tokens, is_pending=is_pending, is_lossy=is_lossy
+                table[i], hashes[i + 1], hashes[i], own, is_pending=is_pending, is_lossy=is_lossy
             )
             if is_new and spans is not None and sequence.images is None:
-                names = {"root": hashes[0], "name": hashes[i + 1], "parent": hashes[i]}
-                spans.add(table[i], **names, position=i * size, token_ids=tokens)
-        sequence.num_stored_blocks = num_whole
+                chained = {"root": hashes[0], "name": hashes[i + 1], "parent": hashes[i]}
+                spans.add(table[i], **chained, position=i * size, token_ids=own)
 
     # KV of other contexts.
 
@@ -404,10 +421,15 @@ class Batch:
                 return self.branched
 
     def _extend(self, sequence: Sequence, block_ids: list[int] | tuple[int, ...]) -> None:
-        begin = len(sequence.block_table)
-        sequence.block_table.extend(block_ids)
-        self.block_tables[sequence.row, begin : len(sequence.block_table)] = block_ids
-        sequence.capacity = len(sequence.block_table) * self.pool.block_size
+        table = sequence.block_table
+        begin = len(table)
+        table.extend(block_ids)
+        if len(block_ids) == 1:
+            # As nearly always, and much faster.
+            self.block_tables[sequence.row, begin] = block_ids[0]
+        else:
+            self.block_tables[sequence.row, begin : len(table)] = block_ids
+        sequence.capacity = len(table) * self.pool.block_size
 
     def _tail(self, sequence: Sequence) -> list[int]:
         """Blocks that it has from its next token on and that it may have to copy; mostly none."""

@@ -8,25 +8,22 @@ holds is saved there in that moment, before its next holder can write to it.
 free + cached + in use + leased = total, always.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import NamedTuple
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock, SavedBlock
+from workers.engine.kv_news import KvNews
 from workers.engine.span_reuse.span_index import SpanIndex
 
 #: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
 MAX_SIBLINGS = 32
 
 
-class _Stored(NamedTuple):
-    """What the prefix index knows of a block. A tuple: one is made for every block that is filled."""
-
-    hash: bytes
-    parent: bytes
-    token_ids: tuple[int, ...]
+#: What the prefix index knows of a block: its name, that of the block before it, and its tokens. A plain tuple, since one is made for every
+#: block that is filled.
+_Stored = tuple[bytes, bytes, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +56,13 @@ class BlockPool:
         #: Knows some of the blocks that the prefix index knows. `Batch` adds to it; what is forgotten here goes there.
         self.spans = spans
         self._tier = tier
-        self._num_sequences = [0] * num_blocks
-        self._num_transfers = [0] * num_blocks
-        # A stack: the block freed last is the one most likely still in a cache.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        #: All blocks, whoever holds them.
+        self.num_blocks = num_blocks
+        #: Of the blocks that anybody has ever taken: the others come after them, and nothing has to be known of them.
+        self._num_sequences: list[int] = []
+        self._num_transfers: list[int] = []
+        #: Of these blocks, a stack: the one freed last is the one most likely still in a cache.
+        self._free: list[int] = []
         #: Held by nobody but known to the index; the one to take first is first.
         self._cached: dict[int, None] = {}
         self._num_in_use = 0
@@ -71,36 +71,35 @@ class BlockPool:
         #: Of those, blocks whose KV came through a lossy codec or was computed from such: for prompts of this worker alone.
         self._lossy: set[int] = set()
         self._by_hash: dict[bytes, int] = {}
-        self._children: dict[bytes, dict[int, None]] = {}
+        #: By the name of the block before them: nearly always it is one.
+        self._children: dict[bytes, int | dict[int, None]] = {}
         #: In the index already, but computed by the step that is being planned or run.
         self._pending: dict[int, None] = {}
-        self._is_watched = False
-        #: What has not been told yet, in order; each new block by itself.
-        self._events: list[_Stored | KvBlocksStored | KvBlocksRemoved] = []
+        #: What has not been told yet.
+        self.news = KvNews()
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free ones, and cached ones at the price of what they hold."""
-        return len(self._free) + len(self._cached)
+        return self._num_free + len(self._cached)
 
     @property
-    def num_blocks(self) -> int:
-        """All blocks, whoever holds them."""
-        return len(self._num_sequences)
+    def _num_free(self) -> int:
+        return self.num_blocks - len(self._num_sequences) + len(self._free)
 
     def counts(self) -> BlockCounts:
         """The four counts, whose sum is the total."""
         return BlockCounts(
-            free=len(self._free),
+            free=self._num_free,
             cached=len(self._cached),
             in_use=self._num_in_use,
             leased=self._num_leased,
-            total=len(self._num_sequences),
+            total=self.num_blocks,
         )
 
     def free_block_ids(self) -> tuple[int, ...]:
         """Blocks that nobody holds and that hold nothing."""
-        return tuple(self._free)
+        return (*range(self.num_blocks - 1, len(self._num_sequences) - 1, -1), *self._free)
 
     def cached_block_ids(self) -> tuple[int, ...]:
         """Blocks that nobody holds and that the index knows."""
@@ -136,22 +135,29 @@ class BlockPool:
                 if self._num_transfers[block_id] > 0:
                     self._num_leased -= 1
                 else:
-                    # A block that holds nothing cannot be shared: KeyError.
+                    # A block that holds nothing cannot be shared: KeyError, or IndexError where nobody ever took it.
                     del self._cached[block_id]
             self._num_sequences[block_id] += 1
 
     def free(self, block_ids: Sequence[int]) -> None:
         """A sequence is done with these, in the order of its tokens."""
         # From the end: a block is of use only with those before it, so it should be taken before them.
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
+        stored, cached, free = self._stored, self._cached, self._free
         for block_id in reversed(block_ids):
-            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
-            self._num_sequences[block_id] -= 1
-            if self._num_sequences[block_id] == 0:
-                self._num_in_use -= 1
-                if self._num_transfers[block_id] > 0:
-                    self._num_leased += 1
-                else:
-                    self._put_back(block_id)
+            num_left = num_sequences[block_id] - 1
+            assert num_left >= 0, f"block {block_id} is in use by no sequence"
+            num_sequences[block_id] = num_left
+            if num_left:
+                continue
+            self._num_in_use -= 1
+            if num_transfers[block_id] > 0:
+                self._num_leased += 1
+            # As _put_back.
+            elif block_id in stored:
+                cached[block_id] = None
+            else:
+                free.append(block_id)
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """A transfer holds these too, which are in use."""
@@ -204,9 +210,7 @@ class BlockPool:
         found: list[int] = []
         for i, name in enumerate(parents[1:]):
             block_id = self._by_hash.get(name)
-            if block_id is None or self._stored[block_id].token_ids != tuple(
-                token_ids[i * size : (i + 1) * size]
-            ):
+            if block_id is None or self._stored[block_id][2] != tuple(token_ids[i * size : (i + 1) * size]):
                 break
             found.append(block_id)
         if len(found) * size == len(token_ids):
@@ -215,13 +219,20 @@ class BlockPool:
             if last in self._pending:
                 return PrefixMatch(tuple(found))
             return PrefixMatch(tuple(found), last, size - 1)
-        rest = token_ids[len(found) * size : len(token_ids) - 1][:size]
+        begin = len(found) * size
+        rest = token_ids[begin : min(begin + size, len(token_ids) - 1)]
+        if not rest:
+            return PrefixMatch(tuple(found))
         best, num_best = None, 0
-        siblings = self._children.get(parents[len(found)], {})
-        for block_id, _ in zip(reversed(siblings), range(MAX_SIBLINGS), strict=False):
+        siblings = self._children.get(parents[len(found)], ())
+        newest = (siblings,) if isinstance(siblings, int) else reversed(siblings)
+        for block_id, _ in zip(newest, range(MAX_SIBLINGS), strict=False):
             # What this step computes cannot be copied before it.
-            num_same = 0 if block_id in self._pending else _common(self._stored[block_id].token_ids, rest)
-            if num_same > num_best:
+            if block_id in self._pending:
+                continue
+            known = self._stored[block_id][2]
+            # Most have nothing in common.
+            if known[0] == rest[0] and (num_same := _common(known, rest)) > num_best:
                 best, num_best = block_id, num_same
         return PrefixMatch(tuple(found), best, num_best)
 
@@ -312,20 +323,66 @@ class BlockPool:
         if name in self._by_hash:
             return False
         assert block_id not in self._stored, f"block {block_id} holds something else"
-        self._stored[block_id] = _Stored(name, parent, tuple(token_ids))
+        self._stored[block_id] = name, parent, tuple(token_ids)
         self._by_hash[name] = block_id
         if is_lossy:
             self._lossy.add(block_id)
-        siblings = self._children.get(parent)
-        if siblings is None:
-            self._children[parent] = {block_id: None}
-        else:
-            siblings[block_id] = None
+        self._add_child(parent, block_id)
         if is_pending:
             self._pending[block_id] = None
-        elif self._is_watched:
-            self._events.append(self._stored[block_id])
+        else:
+            self.news.stored(parent, (name,))
         return True
+
+    def store_chain(
+        self,
+        block_ids: Sequence[int],
+        names: Sequence[bytes],
+        token_ids: Sequence[int],
+        *,
+        is_pending: bool = False,
+    ) -> None:
+        """`store` for blocks that follow on each other, exact ones. names: the parent of the first, then theirs. token_ids: of all of them."""
+        size, new = self.block_size, names[1:]
+        if len(block_ids) < 2 or not self._by_hash.keys().isdisjoint(new):
+            for i, (block_id, name) in enumerate(zip(block_ids, new, strict=True)):
+                self.store(
+                    block_id, name, names[i], token_ids[i * size : (i + 1) * size], is_pending=is_pending
+                )
+            return
+        assert self._stored.keys().isdisjoint(block_ids), f"one of blocks {block_ids} holds something else"
+        all_ids = tuple(token_ids)
+        tokens = [all_ids[i : i + size] for i in range(0, size * len(block_ids), size)]
+        self._stored.update(zip(block_ids, zip(new, names, tokens, strict=False), strict=True))
+        self._by_hash.update(zip(new, block_ids, strict=True))
+        # Others may begin as they do; of the rest nobody is the child, but for what was evicted before its children.
+        self._add_child(names[0], block_ids[0])
+        if self._children.keys().isdisjoint(new):
+            self._children.update(zip(new, block_ids[1:], strict=False))
+        else:
+            for parent, block_id in zip(new, block_ids[1:], strict=False):
+                self._add_child(parent, block_id)
+        if is_pending:
+            self._pending.update(dict.fromkeys(block_ids))
+        else:
+            self.news.stored(names[0], new)
+
+    def _add_child(self, parent: bytes, block_id: int) -> None:
+        siblings = self._children.setdefault(parent, block_id)
+        if siblings == block_id:
+            return
+        if isinstance(siblings, int):
+            self._children[parent] = {siblings: None, block_id: None}
+        else:
+            siblings[block_id] = None
+
+    def _remove_child(self, parent: bytes, block_id: int) -> None:
+        siblings = self._children[parent]
+        if not isinstance(siblings, int):
+            del siblings[block_id]
+            if siblings:
+                return
+        del self._children[parent]
 
     @property
     def pending(self) -> tuple[int, ...]:
@@ -334,11 +391,19 @@ class BlockPool:
 
     def settle(self, block_ids: Iterable[int]) -> None:
         """A step has run: what was pending of these is computed."""
+        pending, stored = self._pending, self._stored
+        first, names = b"", list[bytes]()
         for block_id in block_ids:
-            if block_id in self._pending:
-                del self._pending[block_id]
-                if self._is_watched:
-                    self._events.append(self._stored[block_id])
+            if block_id not in pending:
+                continue
+            del pending[block_id]
+            name, parent, _ = stored[block_id]
+            if names and parent == names[-1]:
+                names.append(name)
+            else:
+                self.news.stored(first, names)
+                first, names = parent, [name]
+        self.news.stored(first, names)
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""
@@ -351,51 +416,51 @@ class BlockPool:
 
     def watch(self) -> None:
         """From now on changes of the index are told, beginning with all that it knows."""
-        self._is_watched = True
         known = self._tier.parents() if self._tier is not None else {}
-        known |= {one.hash: one.parent for i, one in self._stored.items() if i not in self._pending}
+        known |= {name: parent for i, (name, parent, _) in self._stored.items() if i not in self._pending}
         #: By the last block of each: what comes before its first, and all of it.
         chains: dict[bytes, tuple[bytes, list[bytes]]] = {}
         for name, parent in known.items():
             first, names = chains.pop(parent, (parent, []))
             names.append(name)
             chains[name] = first, names
-        self._events.extend(
+        self.news.watch(
             KvBlocksStored(first, tuple(names), is_known=True) for first, names in chains.values()
         )
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
-        if not self._events:
-            return []
-        events, self._events = self._events, []
-        return list(_told(events))
+        return self.news.take() if self.news else []
 
     # Checks.
 
     def check_invariants(self) -> None:
         """Counts agree with holders, and the index with the blocks."""
-        # Pools are large, and most of their blocks are nobody's: those are counted, and the others looked at.
-        total = len(self._num_sequences)
-        used = list(compress(range(total), self._num_sequences))
-        sent = list(compress(range(total), self._num_transfers))
+        touched = len(self._num_sequences)
+        assert len(self._num_transfers) == touched <= self.num_blocks
+        used = list(compress(range(touched), self._num_sequences))
+        sent = list(compress(range(touched), self._num_transfers))
         assert all(self._num_sequences[i] > 0 for i in used)
         assert all(self._num_transfers[i] > 0 for i in sent)
         held = {*used, *sent}
         assert self._num_in_use == len(used)
         assert self._num_leased == len(held) - len(used)
         free, cached, stored = set(self._free), self._cached.keys(), self._stored
-        assert len(free) == len(self._free) == total - len(held) - len(cached)
-        assert not free or (min(free) >= 0 and max(free) < total)
-        assert all(0 <= block_id < total for block_id in cached)
+        assert len(free) == len(self._free) == touched - len(held) - len(cached)
+        assert all(min(found) >= 0 and max(found) < touched for found in (free, cached) if found)
         assert free.isdisjoint(held)
         assert free.isdisjoint(stored)
         assert held.isdisjoint(cached)
         assert cached <= stored.keys()
-        assert self._by_hash == {one.hash: block_id for block_id, one in stored.items()}
-        assert all(block_id in self._children[one.parent] for block_id, one in stored.items())
-        assert all(self._children.values())
-        assert sum(map(len, self._children.values())) == len(stored)
+        assert len(self._by_hash) == len(stored)
+        assert all(self._by_hash[name] == block_id for block_id, (name, _, _) in stored.items())
+        # Each child is listed under its parent, and there are as many of them as there are blocks: each is listed, and once.
+        several = [(parent, one) for parent, one in self._children.items() if not isinstance(one, int)]
+        listed = [(parent, one) for parent, one in self._children.items() if isinstance(one, int)]
+        listed += [(parent, block_id) for parent, siblings in several for block_id in siblings]
+        assert len(listed) == len(stored)
+        assert all(stored[block_id][1] == parent for parent, block_id in listed)
+        assert all(siblings for _, siblings in several)
         assert self._pending.keys() <= self._stored.keys()
         assert self._lossy <= self._stored.keys()
         if self._tier is not None:
@@ -416,22 +481,36 @@ class BlockPool:
             assert found == counted, name
 
     def _take(self, num_blocks: int) -> list[int]:
-        assert 0 <= num_blocks <= self.num_available, f"asked for {num_blocks} of {self.num_available} blocks"
+        free = self._free
+        num_short = num_blocks - (self.num_blocks - len(self._num_sequences) + len(free))
+        if num_short > 0:
+            assert num_short <= len(self._cached), f"asked for {num_blocks} of {self.num_available} blocks"
+            self._evict(num_short)
+        num_old = min(num_blocks, len(free))
+        taken = [free.pop() for _ in range(num_old)]
+        if num_old < num_blocks:
+            num_new, touched = num_blocks - num_old, len(self._num_sequences)
+            taken += range(touched, touched + num_new)
+            self._num_sequences += [0] * num_new
+            self._num_transfers += [0] * num_new
+        return taken
+
+    def _evict(self, num_blocks: int) -> None:
+        """So many of the cached blocks are free now, the one that was used longest ago the first."""
         removed: list[bytes] = []
-        while len(self._free) < num_blocks:
+        for _ in range(num_blocks):
             block_id = next(iter(self._cached))
             del self._cached[block_id]
-            one = self._stored[block_id]
-            removed.append(one.hash)
+            name, parent, token_ids = self._stored[block_id]
+            removed.append(name)
             if self._tier is not None:
                 # A block that a step is still to compute is held by its sequence, so this one is computed.
                 assert block_id not in self._pending, f"block {block_id} is not computed yet"
                 is_lossy = block_id in self._lossy
-                self._tier.save(block_id, one.hash, one.parent, one.token_ids, is_lossy=is_lossy)
+                self._tier.save(block_id, name, parent, token_ids, is_lossy=is_lossy)
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
         self._tell_removed(removed)
-        return [self._free.pop() for _ in range(num_blocks)]
 
     def _put_back(self, block_id: int) -> None:
         """Nobody holds it any more."""
@@ -442,50 +521,27 @@ class BlockPool:
 
     def _forget(self, block_id: int, *, is_told: bool = True) -> None:
         """Take it out of the index."""
-        one = self._stored.pop(block_id)
+        name, parent, _ = self._stored.pop(block_id)
         self._lossy.discard(block_id)
         if self.spans is not None:
             self.spans.remove(block_id)
-        del self._by_hash[one.hash]
-        siblings = self._children[one.parent]
-        del siblings[block_id]
-        if not siblings:
-            del self._children[one.parent]
+        del self._by_hash[name]
+        self._remove_child(parent, block_id)
         is_pending = self._pending.pop(block_id, self) is None
         if is_told and not is_pending:
-            self._tell_removed([one.hash])
+            self._tell_removed([name])
 
     def _tell_removed(self, names: list[bytes]) -> None:
         """These have left the pool, and some perhaps the tier: tell of those that are in neither now."""
         if self._tier is not None:
             tier, left = self._tier, [*names, *self._tier.take_dropped()]
             names = [name for name in dict.fromkeys(left) if name not in tier and not self._is_told(name)]
-        if names and self._is_watched:
-            self._events.append(KvBlocksRemoved(tuple(names)))
+        self.news.removed(names)
 
     def _is_told(self, name: bytes) -> bool:
         """A block of the pool holds it, and it is computed."""
         block_id = self._by_hash.get(name)
         return block_id is not None and block_id not in self._pending
-
-
-def _told(
-    events: Iterable[_Stored | KvBlocksStored | KvBlocksRemoved],
-) -> Iterator[KvBlocksStored | KvBlocksRemoved]:
-    """One event for all blocks that follow on each other."""
-    first, names = b"", list[bytes]()
-    for event in events:
-        if names and not (isinstance(event, _Stored) and event.parent == names[-1]):
-            yield KvBlocksStored(first, tuple(names))
-            names = []
-        if not isinstance(event, _Stored):
-            yield event
-            continue
-        if not names:
-            first = event.parent
-        names.append(event.hash)
-    if names:
-        yield KvBlocksStored(first, tuple(names))
 
 
 def _common(stored: Sequence[int], wanted: Sequence[int]) -> int:

@@ -86,12 +86,6 @@ class Completion:
         assert index == len(result.token_ids), f"{len(result.token_ids)} tokens for {index} slices"
         return self._ended
 
-    def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """Decode steps have yielded these, none of them its last one."""
-        sequence.token_ids += token_ids
-        sequence.num_computed_tokens = len(sequence.token_ids) - 1
-        self._batch.store_blocks(sequence, sequence.num_computed_tokens, is_pending=False)
-
     def forget(self, sequence: Sequence) -> None:
         """It is dropped or was preempted: its branches go, and what was gathered for it."""
         self._branching.forget(sequence)

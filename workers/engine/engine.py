@@ -244,8 +244,10 @@ class Engine:
 
     def take_outputs(self) -> list[Output]:
         """What has come out since the last call, in order."""
-        outputs = [*self._outputs, *self.pool.take_events()]
+        outputs = self._outputs.copy()
         self._outputs.clear()
+        if self.pool.news:
+            outputs += self.pool.take_events()
         return outputs
 
     # Messages.
@@ -301,6 +303,8 @@ class Engine:
 
         A plan is followed by `complete` or `fail_step` before the next, but for what `assume` allows.
         """
+        if self._batch.is_empty:
+            return None
         plan = self._scheduler.plan(
             now_s,
             may_preempt=not self._lookahead.is_on,
@@ -391,13 +395,30 @@ class Engine:
             return 0
         return min(one.max_tokens - len(one.token_ids) - 1 for one in plan.decodes)
 
+    def go_on(self, plan: StepPlan) -> int:
+        """The same after one of those steps, when messages have come and their blocks are not taken yet: takes them if all goes on as
+        before. 0: it does not, nothing is taken, and what comes next is to be planned.
+        """
+        batch = self._batch
+        num_steps = self.num_plain_steps(plan) if batch.decodes == plan.decodes else 0
+        needy = [one for one in batch.decodes if len(one.token_ids) > one.capacity]
+        if num_steps < 1 or len(needy) > self.pool.num_available:
+            return 0
+        self.make_room(needy)
+        return num_steps
+
     def extend(self, sequence: Sequence, token_ids: list[int]) -> None:
         """What some of the steps that `num_plain_steps` counts have yielded for one of their sequences."""
-        self._completion.extend(sequence, token_ids)
+        sequence.token_ids += token_ids
+        sequence.num_computed_tokens = num_computed = len(sequence.token_ids) - 1
+        if num_computed // self.pool.block_size > sequence.num_stored_blocks:
+            self._batch.store_blocks(sequence, num_computed, is_pending=False)
 
     def make_room(self, sequences: list[Sequence]) -> None:
         """Blocks for the next of those steps, of which there are enough, for sequences that have filled theirs."""
-        for sequence in sorted(sequences, key=lambda one: one.rank):
+        if len(sequences) > 1:
+            sequences.sort(key=lambda one: one.rank)
+        for sequence in sequences:
             self._batch.grow(sequence, len(sequence.token_ids))
 
     def fail_step(self, plan: StepPlan, reason: str, now_s: float) -> None:

@@ -5,7 +5,6 @@ is small. Many: fewer messages. The best size follows from how fast layers are c
 were measured.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 from kvtransfer.session import TransferReport
@@ -88,23 +87,24 @@ def best_group_size(
     layer_s: to compute one layer. layer_bytes: its KV. message_s: of a message, whatever its size.
     """
 
+    def message_parts(num: int) -> tuple[float, float]:
+        """Of a group of so many layers: its messages, and its bytes, in seconds."""
+        num_bytes = num * layer_bytes
+        return -(-num_bytes // max_chunk_bytes) * message_s, num_bytes / bytes_per_s
+
     def cost_s(size: int) -> float:
-        left_at_s = 0.0
-        groups = list(_groups(num_layers, size))
-        for layer_lo, layer_hi in groups:
-            num_bytes = (layer_hi - layer_lo) * layer_bytes
-            num_messages = -(-num_bytes // max_chunk_bytes)
-            left_at_s = (
-                max(left_at_s, layer_hi * layer_s) + num_messages * message_s + num_bytes / bytes_per_s
-            )
-        return left_at_s - num_layers * layer_s + len(groups) * GROUP_COST_S
+        left_at_s, num_whole = 0.0, num_layers // size
+        messages_s, bytes_s = message_parts(size)
+        for layer_hi in range(size, num_whole * size + 1, size):
+            computed_s = layer_hi * layer_s
+            left_at_s = (left_at_s if left_at_s > computed_s else computed_s) + messages_s + bytes_s
+        rest = num_layers - num_whole * size
+        if rest > 0:
+            messages_s, bytes_s = message_parts(rest)
+            left_at_s = max(left_at_s, num_layers * layer_s) + messages_s + bytes_s
+        return left_at_s - num_layers * layer_s + (num_whole + (rest > 0)) * GROUP_COST_S
 
     return min(range(1, num_layers + 1), key=lambda size: (cost_s(size), size))
-
-
-def _groups(num_layers: int, size: int) -> Iterator[tuple[int, int]]:
-    for layer in range(0, num_layers, size):
-        yield layer, min(layer + size, num_layers)
 
 
 def _clamped(value: float, bounds: tuple[float, float]) -> float:

@@ -19,7 +19,7 @@ from workers.api import (
     Submit,
     SuperposedDecoding,
 )
-from workers.block_hash import block_hash
+from workers.block_hash import block_hash, chain_hashes
 from workers.engine.image_inputs import ImageInputs
 from workers.prompt_order import Standing
 
@@ -160,6 +160,8 @@ class Sequence:
     num_passed_by: int = 0
     #: Why it began out of its turn; empty when it did not.
     order_reason: str = ""
+    #: See prompt_digest, once somebody has asked.
+    known_prompt_digest: bytes | None = None
     #: The prompt as it came, once a token has left it.
     whole_prompt: list[int] | None = None
 
@@ -244,7 +246,9 @@ class Sequence:
 
     def prompt_digest(self) -> bytes:
         """See kvtransfer.digest: of the whole prompt's tokens and pictures, and of how these are reduced."""
-        return self.digest(self.num_prompt_tokens + self.num_dropped_tokens)
+        if self.known_prompt_digest is None:
+            self.known_prompt_digest = self.digest(self.num_prompt_tokens + self.num_dropped_tokens)
+        return self.known_prompt_digest
 
     def digest(self, num_tokens: int) -> bytes:
         """That of a sequence whose whole prompt is the first `num_tokens` tokens of this one, not fewer than its own."""
@@ -325,6 +329,10 @@ class Sequence:
     def hash_blocks(self, num_blocks: int, block_size: int) -> None:
         """Make `block_hashes` reach this many full blocks."""
         hashes = self.block_hashes
+        if self.images is None:
+            new = self.token_ids[(len(hashes) - 1) * block_size : num_blocks * block_size]
+            hashes += chain_hashes(hashes[-1], new, block_size)
+            return
         for i in range(len(hashes) - 1, num_blocks):
             hashes.append(self._block_hash(hashes[i], i * block_size, (i + 1) * block_size))
 
@@ -350,6 +358,8 @@ class Sequence:
         assert len(self.block_hashes) - 1 <= len(self.token_ids) // block_size, self
         for i, (parent, name) in enumerate(pairwise(self.block_hashes)):
             assert name == self._block_hash(parent, i * block_size, (i + 1) * block_size), self
+        whole = self.num_prompt_tokens + self.num_dropped_tokens
+        assert self.known_prompt_digest in (None, self.digest(whole)), self
 
     def _block_hash(self, parent: bytes, start: int, end: int) -> bytes:
         contents = self.images.contents(start, end) if self.images is not None else ()

@@ -13,9 +13,8 @@ from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.slo import Slo
 from orchestrator.sim.faults import random_faults
-from orchestrator.sim.leap import tokens_of
+from orchestrator.sim.leap import token_of, tokens_of
 from orchestrator.sim.simulation import SimConfig, Simulation
-from orchestrator.sim.worker import token_of
 from tests.support.sim import BOTH, ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, worker
 from workers.api import EngineConfig, RequestId
 from workers.latency_model import LatencyModel

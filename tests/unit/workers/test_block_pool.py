@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
-from workers.block_hash import block_hash, root_hash
+from workers.block_hash import block_hash, chain_hashes, root_hash
 from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
 
 SIZE = 2
@@ -101,7 +101,7 @@ def test_more_than_is_available_is_never_taken() -> None:
 
 def test_a_free_block_cannot_be_shared() -> None:
     pool = BlockPool(2, SIZE)
-    with pytest.raises(KeyError):
+    with pytest.raises(LookupError):
         pool.share([0])
 
 
@@ -369,3 +369,38 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
+
+
+def _index_of(pool: BlockPool) -> tuple[object, ...]:
+    return pool._stored, pool._by_hash, pool._children, pool._pending, pool.take_events()
+
+
+@given(st.data(), st.booleans(), st.booleans())
+def test_a_chain_is_stored_as_its_blocks_one_by_one_are(
+    data: st.DataObject, is_pending: bool, is_watched: bool
+) -> None:
+    """Some of its names may be known already, in blocks of others."""
+    one, other = BlockPool(40, SIZE), BlockPool(40, SIZE)
+    for pool in (one, other) if is_watched else ():
+        pool.watch()
+    for _ in range(data.draw(st.integers(1, 3))):
+        token_ids = data.draw(st.lists(st.integers(0, 1), max_size=5 * SIZE))
+        names = [ROOT, *chain_hashes(ROOT, token_ids, SIZE)]
+        first = data.draw(st.integers(0, len(names) - 1))
+        block_ids = one.allocate(len(names) - 1 - first)
+        assert other.allocate(len(block_ids)) == block_ids
+        own = token_ids[first * SIZE : (len(names) - 1) * SIZE]
+        one.store_chain(block_ids, names[first:], own, is_pending=is_pending)
+        for i, block_id in enumerate(block_ids):
+            tokens = own[i * SIZE : (i + 1) * SIZE]
+            other.store(block_id, names[first + i + 1], names[first + i], tokens, is_pending=is_pending)
+        one.check_invariants()
+        assert _index_of(one) == _index_of(other)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(1, 7))
+def test_hashes_of_a_chain_are_those_of_its_blocks(token_ids: list[int], size: int) -> None:
+    names = [ROOT]
+    for i in range(len(token_ids) // size):
+        names.append(block_hash(names[-1], token_ids[i * size : (i + 1) * size]))
+    assert chain_hashes(ROOT, token_ids, size) == names[1:]

@@ -8,19 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.engine_fakes import BOTH, key, make_engine, outputs_of, run_step
+from tests.support.engine_fakes import BOTH, DECODE, key, make_engine, outputs_of, run_step
 from workers.api import (
+    Abort,
     EngineConfig,
     Grammar,
     GrammarKind,
+    Handoff,
     KvBlocksRemoved,
     KvBlocksStored,
     NgramDrafts,
+    PrefixPeer,
     SamplingParams,
     Submit,
     SubscribeKvEvents,
 )
 from workers.engine.engine import Engine
+from workers.engine.messages import Message, ReserveBlocks, TokensDecoded
 from workers.engine.step_result import StepResult
 
 SIZE = 4
@@ -90,6 +94,60 @@ def test_what_is_told_late_ends_in_the_same_state(
         assert state(caught_up) == state(engine)
         caught_up.check_invariants()
     assert told == told_late
+
+
+MESSAGES: dict[str, Message] = {
+    "a prompt": Submit(key("new"), BOTH, (1, 2, 3), SamplingParams(4), 60.0),
+    "a prompt that others may know": Submit(
+        key("new"), BOTH, tuple(range(40)), SamplingParams(4), 60.0, prefix_peers=(PrefixPeer("w1:1", 1),)
+    ),
+    "a request that waits for its KV": Submit(
+        key("new"), DECODE, (1, 2, 3), SamplingParams(4), 60.0, Handoff("new")
+    ),
+    "KV that asks for blocks": ReserveBlocks("other", 8, 10, 60.0, "w1:1"),
+    "the end of one": Abort(key("r0")),
+    "the end of none": Abort(key("other")),
+}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(5, 40)), min_size=1, max_size=5),
+    st.integers(20, 120),
+    st.integers(0, 1000),
+    st.lists(st.sampled_from(sorted(MESSAGES)), max_size=2, unique=True),
+)
+def test_after_messages_it_goes_on_as_it_would_be_planned(
+    requests: list[tuple[int, int]], num_blocks: int, seed: int, names: list[str]
+) -> None:
+    engine = begun(requests, num_blocks, seed)
+    plan = engine.schedule(2.0)
+    if plan is None or engine.num_plain_steps(plan) < 1:
+        return
+    outputs_of(engine)
+    other, other_plan = copy.deepcopy((engine, plan))
+    rng = random.Random(seed)
+    tokens = [rng.randrange(100, 200) for _ in plan.decodes]
+    engine.complete(plan, StepResult(tokens), 2.0)
+    for sequence, token in zip(other_plan.decodes, tokens, strict=True):
+        other.extend(sequence, [token])
+    for name in names:
+        engine.handle(MESSAGES[name], 2.0)
+        other.handle(MESSAGES[name], 2.0)
+    before = state(other)
+    num_steps = other.go_on(other_plan)
+    next_plan = engine.schedule(2.0)
+    if num_steps == 0:
+        assert state(other) == before
+        other.schedule(2.0)
+    else:
+        assert next_plan is not None
+        assert not next_plan.chunks
+        assert [one.key for one in next_plan.decodes] == [one.key for one in other_plan.decodes]
+        assert engine.num_plain_steps(next_plan) == num_steps
+    assert state(other) == state(engine)
+    other.check_invariants()
+    told = [one for one in engine.take_outputs() if not isinstance(one, TokensDecoded)]
+    assert other.take_outputs() == told
 
 
 def test_none_of_them_is_the_last_one_of_a_sequence() -> None:
