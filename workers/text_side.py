@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from kvtransfer.stream import MessageStream
 from workers.api import (
-    Device,
     EngineCommand,
     Event,
     KvEvent,
@@ -18,7 +17,6 @@ from workers.api import (
     WorkerSpec,
     WorkerStatus,
 )
-from workers.device.buckets import TILE_TOKENS
 from workers.embeddings.host import EmbeddingHost
 from workers.engine.engine import Engine
 from workers.engine.ledger import with_leases
@@ -69,7 +67,6 @@ class TextSide:
             packer=loaded.packer,
             pacing=loaded.pacing,
             latency=loaded.latency,
-            tile_tokens=TILE_TOKENS if spec.device is Device.CUDA else 1,
         )
         # One callback for each publication, at most a few in each step; both ends take them in order.
         self.step_loop = StepLoop(

@@ -50,7 +50,7 @@ from workers.api import (  # noqa: E402
     TokensGenerated,
     WeightDtype,
 )
-from workers.device.buckets import TILE_TOKENS, decode_buckets, mixed_buckets  # noqa: E402
+from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
 from workers.device.forward import DeviceForward  # noqa: E402
 from workers.device.sampler import DeviceSampler  # noqa: E402
 from workers.engine.engine import Engine  # noqa: E402
@@ -162,7 +162,6 @@ def serve(
         claim_s=5.0,
         attention_tokens=machine.config.attention_tokens,
         latency=latency,
-        tile_tokens=TILE_TOKENS,
     )
     rng = random.Random(1)
     vocabulary = range(machine.config.vocab_size)

@@ -25,13 +25,10 @@ class Steps:
         num_blocks: int = 100,
         attention_tokens: float = math.inf,
         latency: LatencyModel | None = None,
-        tile_tokens: int = 1,
     ) -> None:
         self.config = config
         self.batch = Batch(config, BlockPool(num_blocks, config.block_size), MAX_BLOCKS)
-        self.scheduler = Scheduler(
-            config, self.batch, attention_tokens=attention_tokens, latency=latency, tile_tokens=tile_tokens
-        )
+        self.scheduler = Scheduler(config, self.batch, attention_tokens=attention_tokens, latency=latency)
         self.num_arrived = 0
 
     def wait(

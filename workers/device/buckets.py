@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 #: Batches between two sizes run as the larger one, with rows of padding: at most so much of a batch.
 MAX_PADDED_SHARE = 0.25
-#: Rows of a product that are computed together.
-TILE_TOKENS = 128
 #: Steps of more tokens take longer to compute than to launch.
 MAX_MIXED_TOKENS = 2048
 #: Sizes beyond the smallest are multiples of this.
@@ -29,10 +27,10 @@ def decode_buckets(max_sequences: int) -> tuple[int, ...]:
 def mixed_buckets(token_budget: int) -> tuple[int, ...]:
     """Tokens of steps with prompts, ascending, up to token_budget, >= 1, or to MAX_MIXED_TOKENS.
 
-    Closer sizes than TILE_TOKENS would save nothing.
+    Products are computed in tiles of 128 rows: closer sizes would save nothing.
     """
     most = min(token_budget, MAX_MIXED_TOKENS)
-    sizes = [size for size in (32, 64, *range(TILE_TOKENS, most, TILE_TOKENS)) if size < most]
+    sizes = [size for size in (32, 64, *range(128, most, 128)) if size < most]
     return (*sizes, most)
 
 

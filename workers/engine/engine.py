@@ -83,8 +83,7 @@ class Engine:
     Scheduler. root_of: the hash that a request's first block is chained to; see block_hash. punctuation: tokens
     that end a branch of cautious decoding. packer: reads the KV cache, for evicted blocks that are kept in host
     memory; None keeps none. pacing: after how many layers KV that is handed off leaves; None: when all are computed.
-    latency: predicts steps, and is told of them by others; see Scheduler. tile_tokens: what is computed together; a step takes no longer
-    up to the next multiple, so budgets that are predicted are multiples.
+    latency: predicts steps, and is told of them by others; see Scheduler.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Engine:
         packer: Packer | None = None,
         pacing: LayerPacing | None = None,
         latency: LatencyModel | None = None,
-        tile_tokens: int = 1,
     ) -> None:
         # Less would never let a prompt's first block in.
         assert config.token_budget >= config.block_size, config
@@ -123,9 +121,7 @@ class Engine:
         self._root_of = root_of
         max_blocks = min(num_blocks, blocks_needed(max_context_tokens, config.block_size))
         self._batch = Batch(config, self.pool, max_blocks)
-        self._scheduler = Scheduler(
-            config, self._batch, attention_tokens=attention_tokens, latency=latency, tile_tokens=tile_tokens
-        )
+        self._scheduler = Scheduler(config, self._batch, attention_tokens=attention_tokens, latency=latency)
         self._sequences: dict[RequestKey, Sequence] = {}
         self._num_arrived = 0
         #: Those whose state is AWAITING_KV, and FETCHING.

@@ -128,7 +128,7 @@ class Scheduler:
     attention_tokens: the context at which a token's attention is as much work as everything else. A chunk
     that late in its prompt costs its tokens twice in the budget; without it (infinity) tokens alone count.
     latency: of the order by slack and of budgets by prediction; without one, or before it has learnt enough, the first goes by the
-    speed of the last steps and the second is the whole budget. tile_tokens: see Engine.
+    speed of the last steps and the second is the whole budget.
     """
 
     def __init__(
@@ -138,7 +138,6 @@ class Scheduler:
         *,
         attention_tokens: float,
         latency: LatencyModel | None = None,
-        tile_tokens: int = 1,
     ) -> None:
         self._config = config
         self._batch = batch
@@ -150,7 +149,7 @@ class Scheduler:
             self._slack = SlackOrder(batch, latency, limits)
         self._predicted: PredictedBudget | None = None
         if config.step_budget is StepBudget.PREDICTED and latency is not None:
-            self._predicted = PredictedBudget(config, latency, limits, attention_tokens, tile_tokens)
+            self._predicted = PredictedBudget(config, latency, limits, attention_tokens)
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -38,21 +38,13 @@ class StepLimits:
 class PredictedBudget:
     """What the least target of those that decode leaves for prompts, on average over a few steps.
 
-    tile_tokens: see Engine.
-
     Before the latency model has learnt enough, where nobody has a target, and where a sequence would miss it alone, there is no limit
     but the engine's token budget.
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        latency: LatencyModel,
-        limits: StepLimits,
-        attention_tokens: float,
-        tile_tokens: int = 1,
+        self, config: EngineConfig, latency: LatencyModel, limits: StepLimits, attention_tokens: float
     ) -> None:
-        self._tile_tokens = tile_tokens
         self._config = config
         self._limits = limits
         self._latency = latency
@@ -97,8 +89,5 @@ class PredictedBudget:
         step = choice.step(head, num_decodes, context, self._pace)
         if not isinstance(step, Mixed):
             return 0.0
-        num_tokens = step.token_budget - step.token_budget % self._tile_tokens
-        if num_tokens < num_decodes + choice.min_chunk_tokens:
-            num_tokens = step.token_budget
         # A late chunk costs more of a budget for that reason; here its pairs are counted already.
-        return (num_tokens - num_decodes) * (1 + num_done / self._attention_tokens)
+        return (step.token_budget - num_decodes) * (1 + num_done / self._attention_tokens)

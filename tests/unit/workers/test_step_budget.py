@@ -22,8 +22,7 @@ def predicted(**options: object) -> Steps:
     """Four sequences decode, at their targets; a prompt of 200 waits."""
     latency = options.pop("latency", learnt())
     target_s = options.pop("target_s", 0.035)
-    tile_tokens = options.pop("tile_tokens", 1)
-    steps = Steps(replace(PREDICTED, **options), num_blocks=1000, latency=latency, tile_tokens=tile_tokens)  # type: ignore[arg-type]
+    steps = Steps(replace(PREDICTED, **options), num_blocks=1000, latency=latency)  # type: ignore[arg-type]
     for _ in range(4):
         steps.decoding(max_new=100, tpot_target_s=target_s)
     steps.wait(200)
@@ -56,14 +55,6 @@ def test_what_a_step_did_not_use_is_the_next_ones() -> None:
     found = sizes(predicted(), 8)
     assert sum(found) >= 7 * 19
     assert max(found) <= 16 + 24
-
-
-def test_steps_are_whole_tiles_where_there_is_room_for_one() -> None:
-    assert sizes(predicted(block_size=1, tile_tokens=1), 1) == [19]
-    assert sizes(predicted(block_size=1, tile_tokens=8), 1) == [16 - 4]
-    # What it saved goes to the steps after it.
-    assert sum(sizes(predicted(block_size=1, tile_tokens=8), 8)) >= 7 * 19
-    assert sizes(predicted(block_size=1, tile_tokens=64), 1) == [19]
 
 
 def test_the_least_target_counts() -> None:
