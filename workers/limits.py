@@ -25,6 +25,8 @@ GPU_MEMORY_FRACTION = Bounds(0, 1)
 THREADS = Bounds(1, 1024)
 TENSOR_PARALLEL = Bounds(1, 64)
 TILE_TOKENS = Bounds(1, 4096)
+#: Rows of a product that a GPU computes together: a step with more tokens takes no longer up to the next multiple.
+GPU_TILE_TOKENS = 128
 GROWTH_RESERVE = Bounds(0, 1)
 HOST_CACHE_MIB = Bounds(0, 16 * MIB)
 IMAGE_CACHE_MIB = Bounds(1, 16 * MIB)

@@ -58,6 +58,7 @@ from workers.engine.messages import Output, TokensDecoded  # noqa: E402
 from workers.engine.runner import ModelRunner  # noqa: E402
 from workers.engine.step_loop import StepLoop  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
+from workers.limits import GPU_TILE_TOKENS  # noqa: E402
 from workers.loaded_shapes import gpu_shape, model_shape  # noqa: E402
 from workers.model.config import ModelConfig  # noqa: E402
 from workers.model.llama import Llama  # noqa: E402
@@ -109,6 +110,7 @@ class Machine:
         self._device = torch.device("cpu" if is_tiny else "cuda")
         self._dtype = torch.float32 if is_tiny else torch.bfloat16
         self.max_running = max_running
+        self.tile_tokens = 1 if is_tiny else GPU_TILE_TOKENS
         model = Llama(config, tiny_weights() if is_tiny else random_weights(config))
         self.block_size = 16
         self.num_blocks = 512 if is_tiny else self._num_blocks(model)
@@ -150,6 +152,7 @@ def serve(
         max_running_sequences=machine.max_running,
         max_waiting_requests=100_000,
         prefill_order=policy.order,
+        tile_tokens=machine.tile_tokens,
         step_budget=StepBudget.PREDICTED if policy.budget is None else StepBudget.FIXED,
         is_prefix_cache_on=False,
         weight_dtype=WeightDtype.BFLOAT16,

@@ -28,6 +28,7 @@ from workers.api import (
     WeightDtype,
     WorkerId,
 )
+from workers.limits import GPU_TILE_TOKENS
 
 GIB = 2**30
 
@@ -152,7 +153,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
         step_budget=StepBudget(engine.step_budget),
-        tile_tokens=engine.tile_tokens,
+        tile_tokens=_tile_tokens(group),
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
         weight_dtype=_weight_dtype(group),
@@ -168,6 +169,13 @@ def _kv_cache_bytes(group: WorkerGroup) -> int:
     if group.engine.kv_cache_mib is not None:
         return group.engine.kv_cache_mib * MIB
     return 0 if group.is_on_gpu else EngineConfig().kv_cache_bytes
+
+
+def _tile_tokens(group: WorkerGroup) -> int:
+    engine = group.engine
+    if engine.tile_tokens is not None:
+        return engine.tile_tokens
+    return min(GPU_TILE_TOKENS, engine.token_budget) if group.is_on_gpu else EngineConfig().tile_tokens
 
 
 def _weight_dtype(group: WorkerGroup) -> WeightDtype:

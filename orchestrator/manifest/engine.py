@@ -94,19 +94,20 @@ class Engine(Section):
     prefill_order: Literal["fcfs", "shortest_remaining", "least_slack"] = Field(
         default=_ENGINE.prefill_order.value,
         description="Which prompt goes first among those of one priority. fcfs: the one that came first. shortest_remaining: the one "
-        "with the least left to do, where waiting makes up for length. least_slack: the one with the least time left to begin for "
-        "slo.ttftMs, fair between tenants; who is too late lets the others past, for 30 s at most.",
+        "with the least left to do, where waiting makes up for length. least_slack: the one that is due first for "
+        "slo.ttftMs, fair between tenants: where not all can make it, as few as possible are late.",
     )
     step_budget: Literal["fixed", "predicted"] = Field(
         default=_ENGINE.step_budget.value,
         description="Tokens of prompts that a step computes beside decodes. fixed: what they leave of tokenBudget. predicted: no more than "
         "slo.tpotMs leaves, as the worker has learnt how long its steps take.",
     )
-    tile_tokens: int = Field(
-        default=_ENGINE.tile_tokens,
+    tile_tokens: int | None = Field(
+        default=None,
         ge=limits.TILE_TOKENS.least,
         le=limits.TILE_TOKENS.most,
-        description="Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.",
+        description="Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere. Without it: 128 on a GPU, "
+        "whose products are computed in tiles of so many rows, else 1.",
     )
     growth_reserve: float = Field(
         default=_ENGINE.growth_reserve,
@@ -168,7 +169,7 @@ class Engine(Section):
                 "every running sequence gets its token and a prompt its next block"
             )
             inconsistent([(("tokenBudget",), sentence)])
-        if self.tile_tokens > self.token_budget:
+        if self.tile_tokens is not None and self.tile_tokens > self.token_budget:
             sentence = f"is {self.tile_tokens}; allowed: at most tokenBudget = {self.token_budget}"
             inconsistent([(("tileTokens",), sentence)])
         if self.host_cache_mib > 0 and not self.prefix_cache:

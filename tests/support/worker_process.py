@@ -33,9 +33,10 @@ class WorkerProcess:
 def start_process(*arguments: str) -> "subprocess.Popen[str]":
     """Its output comes by pipes."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", "workers.main", *arguments],
-        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        env={**environment, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

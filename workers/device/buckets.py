@@ -3,6 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from workers.limits import GPU_TILE_TOKENS
+
 #: Batches between two sizes run as the larger one, with rows of padding: at most so much of a batch.
 MAX_PADDED_SHARE = 0.25
 #: Steps of more tokens take longer to compute than to launch.
@@ -27,10 +29,10 @@ def decode_buckets(max_sequences: int) -> tuple[int, ...]:
 def mixed_buckets(token_budget: int) -> tuple[int, ...]:
     """Tokens of steps with prompts, ascending, up to token_budget, >= 1, or to MAX_MIXED_TOKENS.
 
-    Products are computed in tiles of 128 rows: closer sizes would save nothing.
+    Closer sizes than GPU_TILE_TOKENS would save nothing.
     """
     most = min(token_budget, MAX_MIXED_TOKENS)
-    sizes = [size for size in (32, 64, *range(128, most, 128)) if size < most]
+    sizes = [size for size in (32, 64, *range(GPU_TILE_TOKENS, most, GPU_TILE_TOKENS)) if size < most]
     return (*sizes, most)
 
 

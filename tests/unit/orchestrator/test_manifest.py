@@ -245,6 +245,7 @@ def test_a_worker_with_a_gpu_computes_with_it(options: dict[str, Any], device: D
     is_on_gpu = device is Device.CUDA
     assert spec.engine.weight_dtype is (WeightDtype.BFLOAT16 if is_on_gpu else WeightDtype.FLOAT32)
     assert spec.engine.kv_cache_bytes == (0 if is_on_gpu else 512 * 2**20)
+    assert spec.engine.tile_tokens == (128 if is_on_gpu else 1)
 
 
 @pytest.mark.parametrize(
