@@ -227,11 +227,14 @@ class DeviceForward:
         most = self._buckets[-1]
         max_blocks = -(-self._max_context_tokens // self._block_size)
         tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=self._device)
+        logits = torch.zeros(
+            most, self._model.config.vocab_size, dtype=self._model.dtype, device=self._device
+        )
         num_graphs = len(self._mixed_buckets) + len(self._buckets)
         for i, size in enumerate(reversed(self._mixed_buckets)):
             progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
             self._mixed_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables),
+                *(self._model, self._kv_cache, self._staging, tables, logits),
                 num_tokens=size,
                 num_sequences=min(size, most),
                 is_mixed=True,
@@ -240,7 +243,7 @@ class DeviceForward:
         for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
             progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
             self._decode_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables),
+                *(self._model, self._kv_cache, self._staging, tables, logits),
                 num_tokens=size,
                 num_sequences=size,
                 is_mixed=False,

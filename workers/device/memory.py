@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from workers.api import EngineConfig
+from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.model.config import ModelConfig
 
 #: What libraries, kernels and graphs take beside what is counted here, in bytes.
@@ -28,8 +29,11 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     """What the largest step needs beside weights and KV. value_bytes: of one number between the layers."""
     num_tokens = max(engine.token_budget, engine.max_running_sequences)
     inner = 3 * config.intermediate_size + 2 * config.qkv_size + 6 * config.hidden_size
-    logits = engine.max_running_sequences * config.vocab_size * (value_bytes + SAMPLER_COPIES_BYTES)
-    return CONTEXT_BYTES + num_tokens * inner * value_bytes + logits
+    logits = engine.max_running_sequences * config.vocab_size
+    # Steps that are captured have memory of their own.
+    num_captured = max(min(engine.token_budget, MAX_MIXED_TOKENS), engine.max_running_sequences)
+    num_values = (num_tokens + num_captured) * inner + 2 * logits
+    return CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
 
 
 def kv_cache_bytes(memory: GpuMemory, engine: EngineConfig, needed_bytes: int) -> int:

@@ -31,8 +31,8 @@ Array = NDArray[np.generic]
 class StepGraph:
     """A step of up to num_tokens tokens of up to num_sequences sequences: of decodes alone, one token each, or mixed.
 
-    block_tables: [at least num_sequences, blocks of the longest sequence] int32 on the device, shared by all graphs.
-    pool: of the memory that graphs share. They run one after the other, on one stream.
+    block_tables: [at least num_sequences, blocks of the longest sequence] int32; logits: [at least num_sequences, vocab_size]. Both are on
+    the device and shared by all graphs, as is the memory of `pool`: they run one after the other, on one stream.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class StepGraph:
         kv_cache: torch.Tensor,
         staging: Staging,
         block_tables: torch.Tensor,
+        logits: torch.Tensor,
         *,
         num_tokens: int,
         num_sequences: int,
@@ -57,6 +58,7 @@ class StepGraph:
         arrays = self._arrays(block_tables.shape[1])
         self._buffer = torch.zeros(layout(arrays)[1], dtype=torch.uint8, device=model.device)
         self._block_tables = block_tables[:num_sequences]
+        self._logits = logits[:num_sequences]
         token_ids, positions, slots, rope_lens, _, logit_rows, query_starts, context_lens, _ = staging.upload(
             arrays, self._buffer
         )
@@ -88,12 +90,12 @@ class StepGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         if model.device.type == "cuda":
             for _ in range(NUM_WARM_UPS):
-                self._compute()
+                self._run()
             torch.cuda.synchronize(model.device)
             self._graph = torch.cuda.CUDAGraph()
             # Threads of NCCL may ask their events meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._logits = self._compute()
+                self._run()
 
     def replay(
         self,
@@ -130,12 +132,14 @@ class StepGraph:
         if sources is not None and self._model.ranks is not None:
             self._model.ranks.share(found[0])
         if self._graph is None:
-            return self._compute()[: len(batch.logit_rows)]
-        self._graph.replay()
+            self._run()
+        else:
+            self._graph.replay()
         return self._logits[: len(batch.logit_rows)]
 
-    def _compute(self) -> torch.Tensor:
-        return self._model.compute(self._inputs, self._kv_cache)
+    def _run(self) -> None:
+        # A copy, or each graph would keep its own: of a large vocabulary they are as much as thousands of tokens of KV.
+        self._logits.copy_(self._model.compute(self._inputs, self._kv_cache))
 
     def _arrays(self, num_blocks: int) -> list[Any]:
         """Tokens, positions, slots, rope_lens, sources, logit rows, query starts, contexts and block tables of a step without sequences."""
