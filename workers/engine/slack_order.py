@@ -66,6 +66,10 @@ class SlackOrder:
             some = [(one, due) for *_, one, due in group]
             ordered += self._by_standing(some, begin_s)
             begin_s += sum(due.left_s for _, due in some)
+        # Where all places are taken, those that wait are none of these prompts.
+        self._is_anyone_late = any(
+            one.standing is Standing.LATE for one in chain(batch.waiting, batch.prefills)
+        )
         return ordered
 
     def _by_standing(self, prompts: list[tuple[Sequence, Due]], begin_s: float) -> list[Sequence]:
@@ -73,12 +77,13 @@ class SlackOrder:
         again = [(one, due) for one, due in prompts if one.has_first_token]
         others = [(one, due) for one, due in prompts if not one.has_first_token]
         begin_s += sum(due.left_s for _, due in again)
+        for one, _ in again:
+            one.standing = Standing.ON_TIME
         for (one, _), standing in zip(others, standings((due for _, due in others), begin_s), strict=True):
             one.standing = standing
         # Stable: by key among those who stand alike.
         ordered = sorted((one for one, _ in others), key=lambda one: one.standing)
         first_late = next((one for one in ordered if one.standing is Standing.LATE), None)
-        self._is_anyone_late = first_late is not None
         if first_late is not None and self._owed_tokens >= first_late.num_uncomputed_tokens:
             ordered.remove(first_late)
             ordered.insert(0, first_late)

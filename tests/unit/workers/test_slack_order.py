@@ -235,3 +235,46 @@ def test_a_stream_of_urgent_prompts_does_not_keep_out_one_that_is_late(tenant: s
         steps.num_arrived = int(now_s) - 1
         steps.wait(4, ttft_left_s=3.0, cache_salt=tenant)
     assert num_others > 0.5 / LATE_SHARE
+
+
+def test_who_is_late_gets_its_share_beside_prompts_of_a_lower_priority() -> None:
+    steps = Steps(ONE)
+    late = steps.wait(4, ttft_left_s=-1.0, timeout_s=1000.0, priority=1)
+    steps.wait(4, timeout_s=1000.0)
+    for _ in range(int(2 / LATE_SHARE)):
+        steps.num_arrived = 1
+        other = steps.wait(4, ttft_left_s=9.0, priority=1)
+        [first] = order_of(plan := steps.plan(now_s=2.0))
+        steps.compute(plan, step_s=0.0)
+        steps.batch.leave(first)
+        if first is late:
+            return
+        assert first is other
+    pytest.fail("it waits for ever")
+
+
+def test_who_is_late_gets_its_share_though_prompts_take_several_steps_and_all_places() -> None:
+    steps = Steps(ONE)
+    late = steps.wait(4, ttft_left_s=-1.0, timeout_s=1000.0)
+    for _ in range(int(1 / LATE_SHARE)):
+        steps.num_arrived = 1
+        other = steps.wait(16, ttft_left_s=9.0)
+        while not other.has_first_token:
+            [first] = order_of(plan := steps.plan(now_s=2.0))
+            if first is late:
+                return
+            steps.compute(plan, step_s=0.0)
+        steps.batch.leave(other)
+    pytest.fail("it waits for ever")
+
+
+def test_who_begins_again_takes_nothing_from_those_that_are_late() -> None:
+    steps = Steps(SLACK)
+    again = steps.wait(6, ttft_left_s=-1.0)
+    steps.wait(40, ttft_left_s=-1.0)
+    found = []
+    for _ in range(2):
+        steps.plan(now_s=3.0)
+        found.append(again.standing)
+        again.append(50)
+    assert found == [Standing.LATE, Standing.ON_TIME]
