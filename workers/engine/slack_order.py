@@ -55,8 +55,8 @@ class SlackOrder:
                 one.num_known_tokens = batch.num_known_tokens(one)
                 left_s = _left_s(one, token_s, pair_s)
             due = Due(by_s, left_s / share, debts[one.cache_salt] * token_s)
-            # Who had its first token before it was preempted waits for the next one.
-            key = due.key if not one.has_first_token else -one.arrived_s
+            # Who had its first token before it was preempted waits for the next one, whatever was its target.
+            key = due.key if not one.has_first_token else one.arrived_s
             # Numbers of arrival differ, so that sequences are never compared.
             found.append((one.rank[0], key, one.rank[2], one, due))
         found.sort()

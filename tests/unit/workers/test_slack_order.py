@@ -278,3 +278,11 @@ def test_who_begins_again_takes_nothing_from_those_that_are_late() -> None:
         found.append(again.standing)
         again.append(50)
     assert found == [Standing.LATE, Standing.ON_TIME]
+
+
+def test_those_that_begin_again_do_so_by_rank() -> None:
+    steps = Steps(SLACK)
+    both = [steps.wait(6) for _ in range(2)]
+    for one in both:
+        one.append(50)
+    assert order_of(steps.plan(now_s=5.0)) == both
