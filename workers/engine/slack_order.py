@@ -50,8 +50,9 @@ class SlackOrder:
             if one.num_known_tokens is None:
                 one.num_known_tokens = batch.num_known_tokens(one)
             by_s, left_s = one.first_token_by_s, _left_s(one, token_s, pair_s)
-            if one.state is SequenceState.WAITING and now_s + left_s > by_s:
-                # Others may have computed its beginning since.
+            may_be_late = one.state is SequenceState.WAITING and not one.has_first_token
+            if may_be_late and one.standing is not Standing.LATE and now_s + left_s > by_s:
+                # Others may have computed its beginning since. Asked once: of all that are late it would take longer than a step.
                 one.num_known_tokens = batch.num_known_tokens(one)
                 left_s = _left_s(one, token_s, pair_s)
             due = Due(by_s, left_s / share, debts[one.cache_salt] * token_s)

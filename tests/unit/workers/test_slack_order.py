@@ -286,3 +286,17 @@ def test_those_that_begin_again_do_so_by_rank() -> None:
     for one in both:
         one.append(50)
     assert order_of(steps.plan(now_s=5.0)) == both
+
+
+def test_the_cache_is_not_asked_at_each_step_about_those_that_are_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = Steps(replace(SLACK, is_prefix_cache_on=True))
+    for _ in range(3):
+        steps.wait(40, ttft_left_s=-1.0)
+    steps.plan(now_s=9.0, num_places=2)
+    asked: list[Sequence] = []
+    monkeypatch.setattr(steps.batch, "num_known_tokens", asked.append)
+    for _ in range(3):
+        steps.plan(now_s=9.0, num_places=2)
+    assert asked == []
