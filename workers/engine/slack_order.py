@@ -40,7 +40,8 @@ class SlackOrder:
         """
         if not prompts:
             return []
-        token_s, pair_s, share, step_s = self._speed(prefill_tokens_per_s)
+        num_tokens = sum(one.num_uncomputed_tokens for one in prompts)
+        token_s, pair_s, share, step_s = self._speed(prefill_tokens_per_s, num_tokens)
         # Who waits for a place is none of these prompts, and what others get meanwhile is owed to him.
         batch = self._batch
         self._tokens.are_waiting({one.cache_salt for one in chain(batch.waiting, batch.prefills)})
@@ -104,7 +105,7 @@ class SlackOrder:
         """Why it begins now, before `num_passed` that came earlier; empty when that is its turn."""
         if num_passed == 0 and sequence.num_passed_by == 0:
             return ""
-        token_s, pair_s, share, _ = self._speed(prefill_tokens_per_s)
+        token_s, pair_s, share, _ = self._speed(prefill_tokens_per_s, sequence.num_uncomputed_tokens)
         slack_s = sequence.first_token_by_s - now_s - _left_s(sequence, token_s, pair_s) / share
         debt_s = self._tokens.debts().get(sequence.cache_salt, 0.0) / prefill_tokens_per_s
         found = [f"slack {slack_s:.3f} s"]
@@ -116,15 +117,15 @@ class SlackOrder:
             found.append(f"its tenant had {debt_s:.3f} s more than another that waits")
         return f"before {num_passed} that came earlier, after {sequence.num_passed_by} that came later: {', '.join(found)}"
 
-    def _speed(self, prefill_tokens_per_s: float) -> tuple[float, float, float, float]:
+    def _speed(self, prefill_tokens_per_s: float, num_tokens: int) -> tuple[float, float, float, float]:
         """Seconds of a token, and of a pair of one and one that it attends to; the part of the time that prompts get; and how long a
-        step is."""
+        step is. num_tokens: of prompts that are there."""
         latency, decodes = self._latency, self._batch.decodes
         if latency is None or latency.num_observed < ENOUGH_STEPS:
             return 1.0 / prefill_tokens_per_s, 0.0, 1.0, 0.0
         cost = StepCost.of(latency)
         context = sum(len(one.token_ids) for one in decodes)
-        step_s = self._limits.step_s(cost, decodes, context)
+        step_s = self._limits.step_s(cost, decodes, context, num_tokens)
         share = max(LEAST_SHARE, cost.prompt_share(len(decodes), context, step_s))
         return cost.token_s, cost.pair_s, share, step_s
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.layout import blocks_needed
-from tests.support.engine_fakes import CONFIG, make_engine, outputs_of, run_step, submit
+from tests.support.engine_fakes import CONFIG, learnt, make_engine, outputs_of, run_step, submit
 from tests.support.scheduler_steps import Steps
-from workers.api import PrefillOrder, PrefillStarted
+from workers.api import PrefillOrder, PrefillStarted, StepBudget
 from workers.engine.scheduler import FIRST_PREFILL_RATE, StepPlan
 from workers.engine.sequence import Sequence
 from workers.prompt_order import LATE_SHARE, Standing
@@ -300,3 +300,23 @@ def test_the_cache_is_not_asked_at_each_step_about_those_that_are_late(
     for _ in range(3):
         steps.plan(now_s=9.0, num_places=2)
     assert asked == []
+
+
+def test_a_target_that_decodes_miss_alone_leaves_prompts_all_the_time_that_they_get() -> None:
+    config = replace(SLACK, step_budget=StepBudget.PREDICTED, token_budget=64)
+    steps = Steps(config, num_blocks=1000, latency=learnt())
+    # A step takes 10 ms without any token.
+    steps.decoding(max_new=100, tpot_target_s=0.005)
+    prompt = steps.wait(200, ttft_left_s=2.0)
+    steps.plan(now_s=2.0)
+    assert prompt.standing is Standing.ON_TIME
+
+
+def test_steps_are_not_taken_for_longer_than_what_waits_for_them() -> None:
+    steps = Steps(replace(ONE, token_budget=2048), num_blocks=1000, latency=learnt())
+    # A step of 2,048 tokens takes two seconds, both of these together 0.13.
+    soon = steps.wait(20, ttft_left_s=1.0)
+    steps.num_arrived = 0
+    steps.wait(100, ttft_left_s=30.0)
+    assert order_of(steps.plan(now_s=1.0)) == [soon]
+    assert soon.standing is Standing.ON_TIME
