@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 #: Seconds by which a prompt whose tenant was given more than others, or in a coarse simulation is too late, is put back at most.
 LATE_S = 30.0
-#: Part of the tokens of prompts that those that are too late get at least, oldest first: nobody waits for ever.
+#: Part of the tokens of prompts that those that are too late get at least, by deadline: nobody waits for ever.
 LATE_SHARE = 0.05
 #: Tenants without a prompt that are remembered.
 MAX_IDLE_TENANTS = 1024

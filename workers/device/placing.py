@@ -1,4 +1,4 @@
-"""The text model of a worker and its KV on a GPU, with decode steps captured. Blocks for seconds."""
+"""The text model of a worker and its KV on a GPU, with steps captured. Blocks for seconds."""
 
 import logging
 from collections.abc import Callable

@@ -21,18 +21,21 @@ class StepLimits:
         self._config = config
         self._latency = latency
 
-    def planned_s(self, decodes: list[Sequence]) -> float:
-        """By the least target of these, with what the latency model is off; infinity where nobody has one, or the budget is fixed."""
+    def planned_s(self, cost: StepCost, decodes: list[Sequence], context: int) -> float:
+        """By the least target of these, with what the latency model is off; infinity for no limit: nobody has a target, the budget is
+        fixed, or one of them would miss it alone. context: of all of them."""
         if self._config.step_budget is StepBudget.FIXED or not decodes or self._latency is None:
             return math.inf
         target_s = min(one.tpot_target_s for one in decodes)
-        return target_s / (1 + max(MIN_ERROR, self._latency.mean_error or 0.0))
+        planned_s = target_s / (1 + max(MIN_ERROR, self._latency.mean_error or 0.0))
+        # What no order of things meets on this device is no reason to leave prompts out: that would only make these late too.
+        return planned_s if cost.step_s(1, context // len(decodes)) <= planned_s else math.inf
 
-    def step_s(self, cost: StepCost, decodes: list[Sequence], context: int) -> float:
-        """That, or what a step takes whose prompts fill the token budget. context: of the decodes."""
+    def step_s(self, cost: StepCost, decodes: list[Sequence], context: int, num_tokens: int) -> float:
+        """That, or what a step takes with so many tokens of prompts, as far as they fit into the token budget."""
         num = len(decodes)
-        full_s = cost.step_s(num, context, max(0, self._config.token_budget - num))
-        return min(full_s, self.planned_s(decodes))
+        num_tokens = min(num_tokens, max(0, self._config.token_budget - num))
+        return min(cost.step_s(num, context, num_tokens), self.planned_s(cost, decodes, context))
 
 
 class PredictedBudget:
@@ -67,14 +70,13 @@ class PredictedBudget:
     def budget(self, now_s: float, decodes: list[Sequence], first: Sequence) -> float:
         """In tokens of a prompt's beginning, beside these decodes; 0 leaves prompts out of this step. first: of the prompts."""
         latency = self._latency
-        planned_s = self._limits.planned_s(decodes)
-        if planned_s == math.inf or latency.num_observed < ENOUGH_STEPS:
+        if latency.num_observed < ENOUGH_STEPS:
             return math.inf
         cost = StepCost.of(latency)
         num_decodes = len(decodes) + self._num_drafts
         context = sum(len(one.token_ids) for one in decodes)
-        if cost.step_s(1, context // len(decodes)) > planned_s:
-            # No order of things meets it on this device: leaving prompts out would only make these late too.
+        planned_s = self._limits.planned_s(cost, decodes, context)
+        if planned_s == math.inf:
             return math.inf
         num_done = first.num_computed_tokens
         choice = StepChoice(

@@ -113,7 +113,7 @@ def num_blocks_of(spec: WorkerSpec, full_layout: KvLayout, rooms: list[int | Non
 def make_forward(
     spec: WorkerSpec, loaded: RankWeights, ranks: Ranks, kv_cache: torch.Tensor, progress: Progress
 ) -> tuple[Llama, Forward]:
-    """On a GPU with decode steps captured, by all ranks at the same time."""
+    """On a GPU with steps captured, by all ranks at the same time."""
     model = Llama(loaded.config, loaded.weights, spec.engine.weight_dtype, ranks)
     if loaded.device.type != "cuda":
         jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.layout import blocks_needed
-from tests.support.engine_fakes import CONFIG, make_engine, outputs_of, run_step, submit
+from tests.support.engine_fakes import CONFIG, learnt, make_engine, outputs_of, run_step, submit
 from tests.support.scheduler_steps import Steps
-from workers.api import PrefillOrder, PrefillStarted
+from workers.api import PrefillOrder, PrefillStarted, StepBudget
 from workers.engine.scheduler import FIRST_PREFILL_RATE, StepPlan
 from workers.engine.sequence import Sequence
 from workers.prompt_order import LATE_SHARE, Standing
@@ -235,3 +235,88 @@ def test_a_stream_of_urgent_prompts_does_not_keep_out_one_that_is_late(tenant: s
         steps.num_arrived = int(now_s) - 1
         steps.wait(4, ttft_left_s=3.0, cache_salt=tenant)
     assert num_others > 0.5 / LATE_SHARE
+
+
+def test_who_is_late_gets_its_share_beside_prompts_of_a_lower_priority() -> None:
+    steps = Steps(ONE)
+    late = steps.wait(4, ttft_left_s=-1.0, timeout_s=1000.0, priority=1)
+    steps.wait(4, timeout_s=1000.0)
+    for _ in range(int(2 / LATE_SHARE)):
+        steps.num_arrived = 1
+        other = steps.wait(4, ttft_left_s=9.0, priority=1)
+        [first] = order_of(plan := steps.plan(now_s=2.0))
+        steps.compute(plan, step_s=0.0)
+        steps.batch.leave(first)
+        if first is late:
+            return
+        assert first is other
+    pytest.fail("it waits for ever")
+
+
+def test_who_is_late_gets_its_share_though_prompts_take_several_steps_and_all_places() -> None:
+    steps = Steps(ONE)
+    late = steps.wait(4, ttft_left_s=-1.0, timeout_s=1000.0)
+    for _ in range(int(1 / LATE_SHARE)):
+        steps.num_arrived = 1
+        other = steps.wait(16, ttft_left_s=9.0)
+        while not other.has_first_token:
+            [first] = order_of(plan := steps.plan(now_s=2.0))
+            if first is late:
+                return
+            steps.compute(plan, step_s=0.0)
+        steps.batch.leave(other)
+    pytest.fail("it waits for ever")
+
+
+def test_who_begins_again_takes_nothing_from_those_that_are_late() -> None:
+    steps = Steps(SLACK)
+    again = steps.wait(6, ttft_left_s=-1.0)
+    steps.wait(40, ttft_left_s=-1.0)
+    found = []
+    for _ in range(2):
+        steps.plan(now_s=3.0)
+        found.append(again.standing)
+        again.append(50)
+    assert found == [Standing.LATE, Standing.ON_TIME]
+
+
+def test_those_that_begin_again_do_so_by_rank() -> None:
+    steps = Steps(SLACK)
+    both = [steps.wait(6) for _ in range(2)]
+    for one in both:
+        one.append(50)
+    assert order_of(steps.plan(now_s=5.0)) == both
+
+
+def test_the_cache_is_not_asked_at_each_step_about_those_that_are_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps = Steps(replace(SLACK, is_prefix_cache_on=True))
+    for _ in range(3):
+        steps.wait(40, ttft_left_s=-1.0)
+    steps.plan(now_s=9.0, num_places=2)
+    asked: list[Sequence] = []
+    monkeypatch.setattr(steps.batch, "num_known_tokens", asked.append)
+    for _ in range(3):
+        steps.plan(now_s=9.0, num_places=2)
+    assert asked == []
+
+
+def test_a_target_that_decodes_miss_alone_leaves_prompts_all_the_time_that_they_get() -> None:
+    config = replace(SLACK, step_budget=StepBudget.PREDICTED, token_budget=64)
+    steps = Steps(config, num_blocks=1000, latency=learnt())
+    # A step takes 10 ms without any token.
+    steps.decoding(max_new=100, tpot_target_s=0.005)
+    prompt = steps.wait(200, ttft_left_s=2.0)
+    steps.plan(now_s=2.0)
+    assert prompt.standing is Standing.ON_TIME
+
+
+def test_steps_are_not_taken_for_longer_than_what_waits_for_them() -> None:
+    steps = Steps(replace(ONE, token_budget=2048), num_blocks=1000, latency=learnt())
+    # A step of 2,048 tokens takes two seconds, both of these together 0.13.
+    soon = steps.wait(20, ttft_left_s=1.0)
+    steps.num_arrived = 0
+    steps.wait(100, ttft_left_s=30.0)
+    assert order_of(steps.plan(now_s=1.0)) == [soon]
+    assert soon.standing is Standing.ON_TIME
