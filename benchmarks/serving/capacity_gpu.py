@@ -30,65 +30,17 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import torch  # noqa: E402
 
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
-from benchmarks.serving.capacity_rows import Served  # noqa: E402
+from benchmarks.serving.capacity_rows import report, show  # noqa: E402
 from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import PlannedRequest, plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
-from orchestrator.control.slo import Slo, itl_s, percentiles, tpot_s  # noqa: E402
-from workers.engine.engine import Engine  # noqa: E402
+from orchestrator.control.slo import Slo  # noqa: E402
 from workers.model.config import ModelConfig  # noqa: E402
 
 WARM_RPS, WARM_S = 12.0, 15.0
 #: What the engine promises on a GPU.
 TESTS = ("tests/gpu/test_cuda_engine.py",)
-
-
-def report(
-    policy: Policy, rate_rps: float, served: Sequence[Served], engine: Engine, slo: Slo
-) -> dict[str, Any]:
-    """One row."""
-    ttfts_s = [one.times_s[0] - one.due_s for one in served]
-    tpots = [tpot_s(one.times_s) for one in served]
-    tpots_s = [value for value in tpots if value is not None]
-    met = [slo.is_met(ttft, tpot) for ttft, tpot in zip(ttfts_s, tpots, strict=True)]
-    gaps_s = [gap for one in served for gap in itl_s(one.times_s)]
-    first_s, last_s = min(one.due_s for one in served), max(one.times_s[-1] for one in served)
-    num_tokens = sum(len(one.times_s) for one in served)
-    shown = {
-        name: asdict(found)
-        for name, values in (("ttft_s", ttfts_s), ("tpot_s", tpots_s), ("itl_s", gaps_s))
-        if (found := percentiles(values)) is not None
-    }
-    return {
-        "policy": policy.name,
-        "rate_rps": rate_rps,
-        "num_requests": len(served),
-        "attainment": sum(met) / len(met),
-        "late_first_tokens": sum(ttft > slo.ttft_s for ttft in ttfts_s) / len(met),
-        "slow_decodes": sum(value is not None and value > slo.tpot_s for value in tpots) / len(met),
-        **shown,
-        "longest_ttft_s": max(ttfts_s),
-        "output_tokens_per_s": num_tokens / (last_s - first_s),
-        "num_preemptions": engine.num_preemptions,
-    }
-
-
-def show(row: dict[str, Any]) -> None:
-    """A line."""
-    ttft, tpot, itl = (
-        "/".join(f"{1e3 * row[name][p]:.1f}" if name != "ttft_s" else f"{1e3 * row[name][p]:.0f}" for p in ps)
-        for name, ps in (
-            ("ttft_s", ("p50", "p90", "p99")),
-            ("tpot_s", ("p50", "p90", "p99")),
-            ("itl_s", ("p99",)),
-        )
-    )
-    print(
-        f"{row['policy']:<18}{row['rate_rps']:>5g}/s  attainment {row['attainment']:.3f} (late {row['late_first_tokens']:.3f}, "
-        f"slow {row['slow_decodes']:.3f})  TTFT {ttft}  TPOT {tpot}  ITL p99 {itl} ms  {row['output_tokens_per_s']:.0f} tok/s",
-        flush=True,
-    )
 
 
 def planned(
@@ -181,7 +133,8 @@ def main() -> int:
         requests = planned(trace, rate, duration_s, args.first_row, config)
         for policy in policies:
             served, engine = serve(machine, policy, requests, slo, latency)
-            rows.append(report(policy, rate, served, engine, slo))
+            rows.append(report(policy.name, rate, served, slo))
+            rows[-1]["num_preemptions"] = engine.num_preemptions
             rows[-1]["latency_model_error"] = latency.mean_error
             rows[-1]["latency_model_factors"] = latency.factors
             show(rows[-1])
