@@ -1,18 +1,15 @@
 """Our engine under a load: a model on its device, and its requests served by a policy."""
 
 import math
-import random
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.serving.capacity_rows import Served
+from benchmarks.serving.capacity_rows import Load, Served
 from benchmarks.serving.engine_gpu import random_weights
-from orchestrator.bench.plan import PlannedRequest
 from orchestrator.control.slo import Slo
 from workers.api import (
     EngineConfig,
@@ -108,7 +105,7 @@ class Machine:
 
 
 def serve(
-    machine: Machine, policy: Policy, requests: Sequence[PlannedRequest], slo: Slo, latency: LatencyModel
+    machine: Machine, policy: Policy, load: Load, slo: Slo, latency: LatencyModel
 ) -> tuple[list[Served], Engine]:
     """All requests to their end."""
     config = EngineConfig(
@@ -131,13 +128,10 @@ def serve(
         attention_tokens=machine.config.attention_tokens,
         latency=latency,
     )
-    rng = random.Random(1)
-    vocabulary = range(machine.config.vocab_size)
-    prompts = [tuple(rng.choices(vocabulary, k=one.prompt_tokens)) for one in requests]
     served: dict[str, Served] = {}
     is_done = threading.Event()
     problems: list[RequestFailed | str] = []
-    num_left = len(requests)
+    num_left = len(load.requests)
 
     def publish(outputs: list[Output]) -> None:
         nonlocal num_left
@@ -172,7 +166,7 @@ def serve(
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     began_s = time.monotonic() + 0.1
-    for number, (one, prompt) in enumerate(zip(requests, prompts, strict=True)):
+    for number, (one, prompt) in enumerate(zip(load.requests, load.prompts, strict=True)):
         due_s = began_s + one.arrival_s
         time.sleep(max(0.0, due_s - time.monotonic()))
         name = f"r{number}"

@@ -9,6 +9,8 @@ rate with their bursts. Every request is served to its end; attainment is the sh
 Policies are an order of prompts and a budget of tokens for each step: `fcfs@2048` and `spf@2048` are Sarathi-Serve's batches with first come first
 served and shortest prompt first; `slack@predicted` takes prompts by the slack to their target and as many tokens as the TPOT target leaves
 beside the decodes, by the latency model that the engine fits to its own steps (before the first rate it serves some rows untimed).
+`vllm@2048` is vLLM with so many batched tokens, where it is installed: the same requests at the same times in its AsyncLLM, with the same shape, random
+weights, bfloat16, context, 90 % of the memory, greedy and without prefix cache; all else as `vllm serve` has it. It gets its own process, before our engine starts.
 It refuses to report when the engine's tests fail here. `--tiny` runs a tiny model on the CPU, to see that it works.
 """
 
@@ -17,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,10 +32,11 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import torch  # noqa: E402
 
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
-from benchmarks.serving.capacity_rows import report, show  # noqa: E402
+from benchmarks.serving.capacity_rows import Load, report, show  # noqa: E402
+from benchmarks.serving.capacity_vllm import MISSING, PREFIX, is_installed, vllm_serving  # noqa: E402
 from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
 from orchestrator.bench.machine import describe_machine  # noqa: E402
-from orchestrator.bench.plan import PlannedRequest, plan_requests, take_slice  # noqa: E402
+from orchestrator.bench.plan import plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from workers.model.config import ModelConfig  # noqa: E402
@@ -43,11 +46,37 @@ WARM_RPS, WARM_S = 12.0, 15.0
 TESTS = ("tests/gpu/test_cuda_engine.py",)
 
 
-def planned(
-    trace: Trace, rate_rps: float, duration_s: float, first_row: int, config: ModelConfig
-) -> list[PlannedRequest]:
+def planned(trace: Trace, rate_rps: float, duration_s: float, first_row: int, config: ModelConfig) -> Load:
     part = take_slice(trace, rate_rps=rate_rps, duration_s=duration_s, first_row=first_row)
-    return plan_requests(part, max_context_tokens=config.max_context_tokens)
+    return Load.of(plan_requests(part, max_context_tokens=config.max_context_tokens), config.vocab_size)
+
+
+def our_rows(
+    machine: Machine, policies: Sequence[Policy], warm: Load, loads: Mapping[float, Load], slo: Slo
+) -> Iterator[dict[str, Any]]:
+    """Of each rate by each policy. They share what the latency model learns."""
+    latency = machine.latency()
+    serve(machine, policies[0], warm, slo, latency)
+    for rate, load in loads.items():
+        for policy in policies:
+            served, engine = serve(machine, policy, load, slo, latency)
+            yield report(policy.name, rate, served, slo) | {
+                "num_preemptions": engine.num_preemptions,
+                "latency_model_error": latency.mean_error,
+                "latency_model_factors": latency.factors,
+            }
+
+
+def vllm_rows(
+    name: str, batched_tokens: int, config: ModelConfig, warm: Load, loads: Mapping[float, Load], slo: Slo
+) -> Iterator[dict[str, Any]]:
+    """Of each rate by one vLLM."""
+    began_s = time.monotonic()
+    with vllm_serving(config, batched_tokens) as (serve_by_vllm, about):
+        print(f"{name}: vLLM {about['version']}, ready in {time.monotonic() - began_s:.0f} s", flush=True)
+        serve_by_vllm(warm)
+        for rate, load in loads.items():
+            yield report(name, rate, serve_by_vllm(load), slo) | {"vllm": about}
 
 
 def tests_problem() -> str | None:
@@ -87,7 +116,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--first-row", type=int, default=200)
     add("--rates", default="20,23,26", metavar="R,R")
     add("--duration", type=float, default=60.0, metavar="S", help="of each rate")
-    add("--policies", default="fcfs@2048,spf@2048,slack@predicted", metavar="ORDER@BUDGET,...")
+    add("--policies", default="fcfs@2048,spf@2048,slack@predicted", metavar="NAME,...")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-tpot-ms", type=float, default=30.0)
     add("--max-running", type=int, default=384, metavar="N")
@@ -100,23 +129,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit status."""
     args = parse()
-    policies = [Policy.of(name) for name in args.policies.split(",")]
+    names = args.policies.split(",")
+    if any(name.startswith(PREFIX) for name in names) and not is_installed():
+        print(MISSING, file=sys.stderr)
+        return 2
+    batched_tokens = {name: int(name.removeprefix(PREFIX)) for name in names if name.startswith(PREFIX)}
+    policies = [Policy.of(name) for name in names if name not in batched_tokens]
     rates = [float(rate) for rate in args.rates.split(",")][: 1 if args.quick else None]
     duration_s = 20.0 if args.quick else args.duration
-    if not args.tiny and (problem := tests_problem()) is not None:
+    if policies and not args.tiny and (problem := tests_problem()) is not None:
         print(f"no numbers: the tests fail here\n{problem}", file=sys.stderr)
         return 1
     config = tiny_config() if args.tiny else LLAMA_3_8B
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_tpot_ms / 1e3)
     trace = read_trace(args.trace)
-    began_s = time.monotonic()
-    machine = Machine(config, is_tiny=args.tiny, max_running=args.max_running)
-    print(
-        f"\r{machine.num_blocks * machine.block_size} tokens of KV; ready in {time.monotonic() - began_s:.0f} s"
-    )
-    latency = machine.latency()
-    warm = planned(trace, WARM_RPS, WARM_S, 1, config)
-    serve(machine, policies[0], warm, slo, latency)
+    warm = planned(trace, WARM_RPS, 1.0 if args.tiny else WARM_S, 1, config)
+    loads = {rate: planned(trace, rate, duration_s, args.first_row, config) for rate in rates}
     rows: list[dict[str, Any]] = []
     about = {
         "format": "phasewise-capacity-gpu/v1",
@@ -127,20 +155,27 @@ def main() -> int:
         "duration_s": duration_s,
         "slo": asdict(slo),
         "max_running": args.max_running,
-        "kv_tokens": machine.num_blocks * machine.block_size,
     }
-    for rate in rates:
-        requests = planned(trace, rate, duration_s, args.first_row, config)
-        for policy in policies:
-            served, engine = serve(machine, policy, requests, slo, latency)
-            rows.append(report(policy.name, rate, served, slo))
-            rows[-1]["num_preemptions"] = engine.num_preemptions
-            rows[-1]["latency_model_error"] = latency.mean_error
-            rows[-1]["latency_model_factors"] = latency.factors
-            show(rows[-1])
-            # Each time: what is measured by then is kept.
-            if args.json:
-                args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    def keep(row: dict[str, Any]) -> None:
+        """Each time: what is measured by then is kept."""
+        rows.append(row)
+        show(row)
+        if args.json:
+            args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    # vLLM first: its processes take the GPU with them when they end, and ours would keep it.
+    for name, num_tokens in batched_tokens.items():
+        for row in vllm_rows(name, num_tokens, config, warm, loads, slo):
+            keep(row)
+    if not policies:
+        return 0
+    began_s = time.monotonic()
+    machine = Machine(config, is_tiny=args.tiny, max_running=args.max_running)
+    about["kv_tokens"] = machine.num_blocks * machine.block_size
+    print(f"\r{about['kv_tokens']} tokens of KV; ready in {time.monotonic() - began_s:.0f} s")
+    for row in our_rows(machine, policies, warm, loads, slo):
+        keep(row)
     return 0
 
 

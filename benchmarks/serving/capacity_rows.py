@@ -1,11 +1,29 @@
-"""What came of the requests of one load, as a row of the report."""
+"""A load, what came of its requests, and that as a row of the report."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.control.slo import Slo, itl_s, percentiles, tpot_s
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests and the tokens of their prompts, one for one."""
+
+    requests: tuple[PlannedRequest, ...]
+    prompts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, requests: Sequence[PlannedRequest], vocab_size: int) -> "Load":
+        """Random tokens, the same for the same lengths."""
+        rng = random.Random(1)
+        vocabulary = range(vocab_size)
+        return cls(
+            tuple(requests), tuple(tuple(rng.choices(vocabulary, k=one.prompt_tokens)) for one in requests)
+        )
 
 
 @dataclass(slots=True)
