@@ -1,6 +1,6 @@
 """How many requests a second one GPU serves inside TTFT and TPOT targets: the engine itself, fed with rows of a trace.
 
-    python benchmarks/serving/capacity_gpu.py --trace azure_llm_2023_conv.csv [--rates R,R] [--policies NAMES] [--quick] [--json FILE]
+    python benchmarks/serving/capacity_gpu.py --trace azure_llm_2023_conv.csv [--rates R,R] [--policies NAMES] [--quick] [--json FILE] [--plot FILE.svg]
 
 Llama-3-8B's shape with random weights in bfloat16, prefill and decode on one worker, no prefix cache, greedy, outputs as long as in the trace.
 The engine runs in its own thread, as in a worker; requests are posted when they are due, and no gateway stands between. Rows from --first-row on, re-timed to each
@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import torch  # noqa: E402
 
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
+from benchmarks.serving.capacity_plot import plot  # noqa: E402
 from benchmarks.serving.capacity_rows import Load, report, show  # noqa: E402
 from benchmarks.serving.capacity_vllm import MISSING, PREFIX, is_installed, vllm_serving  # noqa: E402
 from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
@@ -123,6 +124,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="one rate, 20 seconds")
     add("--tiny", action="store_true")
     add("--json", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE.svg", help="attainment against the rate")
     return parser.parse_args(argv)
 
 
@@ -163,6 +165,8 @@ def main() -> int:
         show(row)
         if args.json:
             args.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        if args.plot:
+            args.plot.write_text(plot(rows, slo), encoding="utf-8")
 
     # vLLM first: its processes take the GPU with them when they end, and ours would keep it.
     for name, num_tokens in batched_tokens.items():

@@ -143,7 +143,8 @@ def test_without_vllm_it_says_so_before_it_begins() -> None:
 def test_the_script_makes_rows_of_vllm_like_ours(told: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = run_script(
-        *("--policies", "vllm@2048,vllm@8192", "--rates", "20,40", "--duration", "0.5", "--json", str(out))
+        *("--policies", "vllm@2048,vllm@8192", "--rates", "20,40", "--duration", "0.5"),
+        *("--json", str(out), "--plot", str(tmp_path / "out.svg")),
     )
     assert done.returncode == 0, done.stderr
     assert "words of vLLM" not in done.stdout
@@ -151,4 +152,5 @@ def test_the_script_makes_rows_of_vllm_like_ours(told: Path, tmp_path: Path) -> 
     assert [(row["policy"], row["rate_rps"], row["num_requests"]) for row in rows] == [
         (policy, rate, num) for policy in ("vllm@2048", "vllm@8192") for rate, num in ((20.0, 10), (40.0, 20))
     ]
+    assert "vllm@8192 (dashed)" in (tmp_path / "out.svg").read_text(encoding="utf-8")
     assert rows[3]["vllm"]["max_num_batched_tokens"] == 8192
