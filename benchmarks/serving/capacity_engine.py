@@ -1,0 +1,209 @@
+"""Our engine under a load: a model on its device, and its requests served by a policy."""
+
+import math
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.serving.capacity_rows import Load, Served
+from benchmarks.serving.engine_gpu import random_weights
+from orchestrator.control.slo import Slo
+from workers.api import (
+    EngineConfig,
+    Phase,
+    PrefillOrder,
+    RequestFailed,
+    RequestId,
+    RequestKey,
+    SamplingParams,
+    StepBudget,
+    Submit,
+    TokensGenerated,
+    WeightDtype,
+)
+from workers.device.buckets import decode_buckets, mixed_buckets
+from workers.device.forward import DeviceForward
+from workers.device.sampler import DeviceSampler
+from workers.engine.engine import Engine
+from workers.engine.messages import Output, TokensDecoded
+from workers.engine.runner import ModelRunner
+from workers.engine.step_loop import StepLoop
+from workers.latency_model import LatencyModel
+from workers.limits import GPU_TILE_TOKENS
+from workers.loaded_shapes import gpu_shape, model_shape
+from workers.model.config import ModelConfig
+from workers.model.llama import Llama
+
+BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
+ORDERS = {
+    "fcfs": PrefillOrder.FCFS,
+    "spf": PrefillOrder.SHORTEST_REMAINING,
+    "slack": PrefillOrder.LEAST_SLACK,
+}
+#: What `predicted` may take at most in one step.
+MOST_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """budget: tokens of a step; None where it is predicted."""
+
+    name: str
+    order: PrefillOrder
+    budget: int | None
+
+    @classmethod
+    def of(cls, name: str) -> "Policy":
+        """From ORDER@BUDGET. Raises ValueError."""
+        order, _, budget = name.partition("@")
+        if order not in ORDERS:
+            raise ValueError(f"{name}: the order is one of {', '.join(ORDERS)}")
+        return cls(name, ORDERS[order], None if budget == "predicted" else int(budget))
+
+
+class Machine:
+    """A model on its device with captured decode steps, for as many engines as one wants, one after the other."""
+
+    def __init__(self, config: ModelConfig, *, is_tiny: bool, max_running: int) -> None:
+        self.config = config
+        self._device = torch.device("cpu" if is_tiny else "cuda")
+        self._dtype = torch.float32 if is_tiny else torch.bfloat16
+        self.max_running = max_running
+        self.tile_tokens = 1 if is_tiny else GPU_TILE_TOKENS
+        model = Llama(config, tiny_weights() if is_tiny else random_weights(config))
+        self.block_size = 16
+        self.num_blocks = 512 if is_tiny else self._num_blocks(model)
+        shape = model.kv_cache_shape(self.num_blocks, self.block_size)
+        kv_cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self.forward = DeviceForward(
+            model,
+            kv_cache,
+            max_context_tokens=config.max_context_tokens,
+            buckets=decode_buckets(max_running),
+            mixed_buckets=mixed_buckets(MOST_TOKENS),
+        )
+        self.forward.warm_up(max_running, shown)
+        self.forward.capture(shown)
+        sampler = None if is_tiny else DeviceSampler(self._device)
+        self.runner = ModelRunner(model, kv_cache, self.block_size, forward=self.forward, sampler=sampler)
+
+    def _num_blocks(self, model: Llama) -> int:
+        """What 90 % of the memory leaves beside weights and 6 GB for steps and graphs."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        room_bytes = int(0.9 * total_bytes) - (total_bytes - free_bytes) - 6 * 10**9
+        block_bytes = math.prod(model.kv_cache_shape(1, self.block_size)) * self._dtype.itemsize
+        return room_bytes // block_bytes
+
+    def latency(self) -> LatencyModel:
+        """As a worker begins with it."""
+        dtype = WeightDtype.FLOAT32 if self._device.type == "cpu" else WeightDtype.BFLOAT16
+        shape = model_shape(self.config, "llama-3-8b", dtype, kv_value_bytes=self._dtype.itemsize)
+        return LatencyModel(shape, gpu_shape("h100", 80 * 10**9))
+
+
+def serve(
+    machine: Machine, policy: Policy, load: Load, slo: Slo, latency: LatencyModel
+) -> tuple[list[Served], Engine]:
+    """All requests to their end."""
+    config = EngineConfig(
+        block_size=machine.block_size,
+        token_budget=policy.budget or MOST_TOKENS,
+        max_running_sequences=machine.max_running,
+        max_waiting_requests=100_000,
+        prefill_order=policy.order,
+        tile_tokens=machine.tile_tokens,
+        step_budget=StepBudget.PREDICTED if policy.budget is None else StepBudget.FIXED,
+        is_prefix_cache_on=False,
+        weight_dtype=WeightDtype.BFLOAT16,
+    )
+    engine = Engine(
+        config,
+        BOTH,
+        num_blocks=machine.num_blocks,
+        max_context_tokens=machine.config.max_context_tokens,
+        claim_s=5.0,
+        attention_tokens=machine.config.attention_tokens,
+        latency=latency,
+    )
+    served: dict[str, Served] = {}
+    is_done = threading.Event()
+    problems: list[RequestFailed | str] = []
+    num_left = len(load.requests)
+
+    def publish(outputs: list[Output]) -> None:
+        nonlocal num_left
+        now_s = time.monotonic()
+        for output in outputs:
+            match output:
+                case TokensDecoded():
+                    for key in output.keys:
+                        served[key.request_id].times_s.append(now_s)
+                case TokensGenerated():
+                    served[output.key.request_id].times_s += [now_s] * len(output.token_ids)
+                    if output.finish_reason is not None:
+                        num_left -= 1
+                        if num_left == 0:
+                            is_done.set()
+                case RequestFailed():
+                    problems.append(output)
+                    is_done.set()
+
+    def broke(reason: str) -> None:
+        problems.append(reason)
+        is_done.set()
+
+    loop = StepLoop(
+        engine,
+        machine.runner,
+        publish,
+        broke,
+        latency=latency,
+        overlapping=machine.runner if machine.runner.may_overlap else None,
+    )
+    thread = threading.Thread(target=loop.run, daemon=True)
+    thread.start()
+    began_s = time.monotonic() + 0.1
+    for number, (one, prompt) in enumerate(zip(load.requests, load.prompts, strict=True)):
+        due_s = began_s + one.arrival_s
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        name = f"r{number}"
+        served[name] = Served(one, due_s, [])
+        sampling = SamplingParams(one.output_tokens)
+        ttft_left_s = slo.ttft_s - (time.monotonic() - due_s)
+        loop.post(
+            Submit(
+                RequestKey(RequestId(name), 1),
+                BOTH,
+                prompt,
+                sampling,
+                1e6,
+                ttft_left_s=ttft_left_s,
+                tpot_target_s=slo.tpot_s,
+            )
+        )
+    is_done.wait(timeout=300)
+    loop.stop()
+    thread.join(timeout=60)
+    if problems or num_left:
+        raise RuntimeError(f"{policy.name}: {num_left} requests have no end: {problems[:3]}")
+    return list(served.values()), engine
+
+
+def shown(what: str, done: float) -> None:
+    """Progress, on one line."""
+    print(f"\r{what} {done:.0%}   ", end="", file=sys.stderr)
+
+
+def tiny_config() -> ModelConfig:
+    from tests.support.device_engine import TINY
+
+    return TINY
+
+
+def tiny_weights() -> dict[str, torch.Tensor]:
+    from tests.support.device_engine import random_weights as tiny
+
+    return tiny(tiny_config())
