@@ -11,7 +11,7 @@ figures). c0 is what a step costs whatever it computes; on a CPU that is, most o
 
 The four factors follow the steps that are observed, by least squares that forget, beside a prior that does not: a model that has
 seen nothing is the roofline, and one that has seen one kind of step changes little about the others. It forgets what new steps are
-about, and nothing else (directional forgetting: Cao and Schwartz, Automatica 36, 2000).
+about, and the rest ten times slower (directional forgetting: Cao and Schwartz, Automatica 36, 2000).
 
 Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
 Bullet (ASPLOS'26); two linear fits: DistServe's simulator.
@@ -28,6 +28,8 @@ from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, Step
 ENOUGH_STEPS = 30
 #: Steps of the past that count: of those of one kind, the weight of one halves after about 0.7 times as many.
 MEMORY_STEPS = 500
+#: Of what is known about anything else, after one step: a machine that gets slower is slower at all.
+FADING = 1 - 1 / (10 * MEMORY_STEPS)
 #: Standard deviation of the prior: of c0 as a part of one typical step, and of the other factors.
 PRIOR_DEVIATION = (1.0, 0.5, 0.5, 0.5)
 #: Of one step, as a part of it: the prior is weighed by it.
@@ -145,8 +147,8 @@ class Factors:
         known = float(row @ along)
         if known > 0:
             part = along / (MEMORY_STEPS * known)
-            self._targets = self._targets - part * float(row @ self._targets)
-            self._products = self._products - part[:, None] * along
+            self._targets = FADING * (self._targets - part * float(row @ self._targets))
+            self._products = FADING * (self._products - part[:, None] * along)
         self._products = self._products + row[:, None] * row
         self._targets = self._targets + row * target
         self.values = tuple(self._solve().tolist())

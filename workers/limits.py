@@ -58,3 +58,8 @@ def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:
 def min_token_budget(max_running_sequences: int, block_size: int) -> int:
     """Tokens in a step with which every running sequence gets its token and a prompt its next block."""
     return max_running_sequences + block_size
+
+
+def default_tile_tokens(token_budget: int, *, is_on_gpu: bool) -> int:
+    """Of an engine whose tileTokens nobody has said."""
+    return min(GPU_TILE_TOKENS, token_budget) if is_on_gpu else 1

@@ -64,7 +64,7 @@ def _problem(arguments: argparse.Namespace) -> str | None:
             f"argument --token-budget: is {arguments.token_budget}; it must be at least --max-running-sequences + "
             f"--block-size = {need}, so that every running sequence gets its token and a prompt its next block"
         )
-    if arguments.tile_tokens > arguments.token_budget:
+    if arguments.tile_tokens is not None and arguments.tile_tokens > arguments.token_budget:
         return (
             f"argument --tile-tokens: is {arguments.tile_tokens}; it must not be more than "
             f"--token-budget {arguments.token_budget}"
@@ -145,7 +145,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             batching=Batching(arguments.batching),
             prefill_order=PrefillOrder(arguments.prefill_order),
             step_budget=StepBudget(arguments.step_budget),
-            tile_tokens=arguments.tile_tokens,
+            tile_tokens=_tile_tokens(arguments),
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
             weight_dtype=_weight_dtype(arguments),
@@ -183,6 +183,12 @@ def _weight_dtype(arguments: argparse.Namespace) -> WeightDtype:
     if arguments.weight_dtype is not None:
         return WeightDtype(arguments.weight_dtype)
     return WeightDtype.BFLOAT16 if _is_on_gpu(arguments) else WeightDtype.FLOAT32
+
+
+def _tile_tokens(arguments: argparse.Namespace) -> int:
+    if arguments.tile_tokens is not None:
+        return int(arguments.tile_tokens)
+    return limits.default_tile_tokens(arguments.token_budget, is_on_gpu=_is_on_gpu(arguments))
 
 
 def _span_reuse(arguments: argparse.Namespace) -> SpanReuseConfig | None:
@@ -269,8 +275,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--tile-tokens",
         type=_whole(limits.TILE_TOKENS),
-        default=engine.tile_tokens,
-        help="steps are cut to a multiple of this",
+        default=None,
+        help="steps are cut to a multiple of this (default: 128 on a GPU, else 1)",
     )
     add(
         "--growth-reserve",

@@ -28,7 +28,7 @@ from workers.api import (
     WeightDtype,
     WorkerId,
 )
-from workers.limits import GPU_TILE_TOKENS
+from workers.limits import default_tile_tokens
 
 GIB = 2**30
 
@@ -153,7 +153,9 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
         step_budget=StepBudget(engine.step_budget),
-        tile_tokens=_tile_tokens(group),
+        tile_tokens=default_tile_tokens(engine.token_budget, is_on_gpu=group.is_on_gpu)
+        if engine.tile_tokens is None
+        else engine.tile_tokens,
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
         weight_dtype=_weight_dtype(group),
@@ -169,13 +171,6 @@ def _kv_cache_bytes(group: WorkerGroup) -> int:
     if group.engine.kv_cache_mib is not None:
         return group.engine.kv_cache_mib * MIB
     return 0 if group.is_on_gpu else EngineConfig().kv_cache_bytes
-
-
-def _tile_tokens(group: WorkerGroup) -> int:
-    engine = group.engine
-    if engine.tile_tokens is not None:
-        return engine.tile_tokens
-    return min(GPU_TILE_TOKENS, engine.token_budget) if group.is_on_gpu else EngineConfig().tile_tokens
 
 
 def _weight_dtype(group: WorkerGroup) -> WeightDtype:

@@ -14,7 +14,7 @@ from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
 from workers.device.staging import Staging
-from workers.device.step_graph import MAX_PROMPTS, StepGraph, with_previous
+from workers.device.step_graph import MAX_PROMPTS, StepGraph, buffer_bytes, with_previous
 from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, Mixes, RowBatch, logit_row_batch
 from workers.model.llama import Llama
 
@@ -187,7 +187,7 @@ class DeviceForward:
             return self._decode_graphs.get(size) if size is not None else None
         is_mixed = (
             # What is sent as it is computed is told of by layers.
-            layer_group_size is None
+            (layer_group_size is None or layer_group_size >= len(self._kv_cache))
             and not batch.tree_masks
             and len(batch.logit_rows) <= num_sequences
             and int((batch.query_lens > 1).sum()) <= MAX_PROMPTS
@@ -230,11 +230,15 @@ class DeviceForward:
         logits = torch.zeros(
             most, self._model.config.vocab_size, dtype=self._model.dtype, device=self._device
         )
+        num_tokens = max(most, *self._mixed_buckets) if self._mixed_buckets else most
+        buffer = torch.zeros(
+            buffer_bytes(num_tokens, most, max_blocks), dtype=torch.uint8, device=self._device
+        )
         num_graphs = len(self._mixed_buckets) + len(self._buckets)
         for i, size in enumerate(reversed(self._mixed_buckets)):
             progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
             self._mixed_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables, logits),
+                *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
                 num_tokens=size,
                 num_sequences=min(size, most),
                 is_mixed=True,
@@ -243,7 +247,7 @@ class DeviceForward:
         for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
             progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
             self._decode_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables, logits),
+                *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
                 num_tokens=size,
                 num_sequences=size,
                 is_mixed=False,

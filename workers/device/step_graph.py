@@ -32,7 +32,8 @@ class StepGraph:
     """A step of up to num_tokens tokens of up to num_sequences sequences: of decodes alone, one token each, or mixed.
 
     block_tables: [at least num_sequences, blocks of the longest sequence] int32; logits: [at least num_sequences, vocab_size]. Both are on
-    the device and shared by all graphs, as is the memory of `pool`: they run one after the other, on one stream.
+    the device and shared by all graphs, as are `buffer`, [buffer_bytes of the largest] uint8, and the memory of `pool`: they run one after
+    the other, on one stream.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class StepGraph:
         staging: Staging,
         block_tables: torch.Tensor,
         logits: torch.Tensor,
+        buffer: torch.Tensor,
         *,
         num_tokens: int,
         num_sequences: int,
@@ -56,7 +58,7 @@ class StepGraph:
         self._is_mixed = is_mixed
         #: The arrays of a step are copied here; block tables are spread from here into `_block_tables`.
         arrays = self._arrays(block_tables.shape[1])
-        self._buffer = torch.zeros(layout(arrays)[1], dtype=torch.uint8, device=model.device)
+        self._buffer = buffer
         self._block_tables = block_tables[:num_sequences]
         self._logits = logits[:num_sequences]
         token_ids, positions, slots, rope_lens, _, logit_rows, query_starts, context_lens, _ = staging.upload(
@@ -142,22 +144,30 @@ class StepGraph:
         self._logits.copy_(self._model.compute(self._inputs, self._kv_cache))
 
     def _arrays(self, num_blocks: int) -> list[Any]:
-        """Tokens, positions, slots, rope_lens, sources, logit rows, query starts, contexts and block tables of a step without sequences."""
-        tokens, sequences = self._num_tokens, self.num_sequences
-        starts = np.zeros(sequences + 1, np.int32)
+        arrays = _arrays(self._num_tokens, self.num_sequences, num_blocks)
         if not self._is_mixed:
-            starts[:] = np.arange(sequences + 1)
-        return [
-            np.zeros(tokens, np.int64),
-            np.zeros(tokens, np.int64),
-            np.full(tokens, NO_SLOT, np.int64),
-            np.zeros(tokens, np.int64),
-            np.full(tokens, FROM_HOST, np.int64),
-            np.zeros(sequences, np.int64),
-            starts,
-            np.zeros(sequences, np.int32),
-            np.zeros((sequences, num_blocks), np.int32),
-        ]
+            arrays[6][:] = np.arange(self.num_sequences + 1)
+        return arrays
+
+
+def buffer_bytes(num_tokens: int, num_sequences: int, max_blocks: int) -> int:
+    """What the arrays of a step take, and less than those of any larger one."""
+    return layout(_arrays(num_tokens, num_sequences, max_blocks))[1]
+
+
+def _arrays(num_tokens: int, num_sequences: int, num_blocks: int) -> list[Any]:
+    """Tokens, positions, slots, rope_lens, sources, logit rows, query starts, contexts and block tables of a step without sequences."""
+    return [
+        np.zeros(num_tokens, np.int64),
+        np.zeros(num_tokens, np.int64),
+        np.full(num_tokens, NO_SLOT, np.int64),
+        np.zeros(num_tokens, np.int64),
+        np.full(num_tokens, FROM_HOST, np.int64),
+        np.zeros(num_sequences, np.int64),
+        np.zeros(num_sequences + 1, np.int32),
+        np.zeros(num_sequences, np.int32),
+        np.zeros((num_sequences, num_blocks), np.int32),
+    ]
 
 
 def with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

@@ -314,3 +314,19 @@ def test_steps_that_are_much_alike_do_not_make_it_forget_how_their_parts_differ(
         compute(decodes(num, context) + (chunk(num_tokens) if num_tokens else StepShape()))
     for shape in (decodes(16, 16 * 16384), decodes(200, 200_000), chunk(2048), decodes(1, 1000)):
         assert model.step_s(shape) == pytest.approx(real.step_s(shape), rel=0.15)
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_it_follows_a_machine_that_gets_slower_or_faster(factor: float) -> None:
+    """Within 5,000 steps that are much alike, a few minutes of an H100."""
+    rng = random.Random(1)
+    real = LatencyModel.fitted(StepCosts(LLAMA, H100, (2.3, 0.9, 1.2, 1.7), 100, 0.05, 1.1))
+    model, speed = LatencyModel(LLAMA, H100), 1.0
+    for i in range(8000):
+        speed = factor if i >= 3000 else 1.0
+        num = 80 + 60 * (i // 50 % 2)
+        num_tokens = rng.randrange(300, 900) if i % 3 else 0
+        shape = decodes(num, num * 1000) + (chunk(num_tokens) if num_tokens else StepShape())
+        model.observe(shape, speed * real.step_s(shape) * rng.gauss(1.0, 0.03))
+    for shape in (decodes(100, 100_000), decodes(100, 100_000) + chunk(600), chunk(2048)):
+        assert model.step_s(shape) == pytest.approx(factor * real.step_s(shape), rel=0.1)
