@@ -11,6 +11,7 @@ served and shortest prompt first; `slack@predicted` takes prompts by the slack t
 beside the decodes, by the latency model that the engine fits to its own steps (before the first rate it serves some rows untimed).
 `vllm@2048` is vLLM with so many batched tokens, where it is installed: the same requests at the same times in its AsyncLLM, with the same shape, random
 weights, bfloat16, context, 90 % of the memory, greedy and without prefix cache; all else as `vllm serve` has it. It gets its own process, before our engine starts.
+`--rows 400` takes so many rows for every rate, in place of a duration: each rate then has the same requests.
 It refuses to report when the engine's tests fail here. `--tiny` runs a tiny model on the CPU, to see that it works.
 """
 
@@ -48,6 +49,7 @@ TESTS = ("tests/gpu/test_cuda_engine.py",)
 
 
 def planned(trace: Trace, rate_rps: float, duration_s: float, first_row: int, config: ModelConfig) -> Load:
+    """Rows of the trace from this one on, for so long at this rate."""
     part = take_slice(trace, rate_rps=rate_rps, duration_s=duration_s, first_row=first_row)
     return Load.of(plan_requests(part, max_context_tokens=config.max_context_tokens), config.vocab_size)
 
@@ -117,6 +119,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--first-row", type=int, default=200)
     add("--rates", default="20,23,26", metavar="R,R")
     add("--duration", type=float, default=60.0, metavar="S", help="of each rate")
+    add("--rows", type=int, metavar="N", help="of the trace, for each rate; in place of a duration")
     add("--policies", default="fcfs@2048,spf@2048,slack@predicted", metavar="NAME,...")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-tpot-ms", type=float, default=30.0)
@@ -146,7 +149,8 @@ def main() -> int:
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_tpot_ms / 1e3)
     trace = read_trace(args.trace)
     warm = planned(trace, WARM_RPS, 1.0 if args.tiny else WARM_S, 1, config)
-    loads = {rate: planned(trace, rate, duration_s, args.first_row, config) for rate in rates}
+    durations_s = {rate: args.rows / rate if args.rows else duration_s for rate in rates}
+    loads = {rate: planned(trace, rate, durations_s[rate], args.first_row, config) for rate in rates}
     rows: list[dict[str, Any]] = []
     about = {
         "format": "phasewise-capacity-gpu/v1",
@@ -154,7 +158,8 @@ def main() -> int:
         "machine": describe_machine() | about_gpu(),
         "trace": args.trace.name,
         "first_row": args.first_row,
-        "duration_s": duration_s,
+        "rows_of_trace": args.rows,
+        "duration_s": None if args.rows else duration_s,
         "slo": asdict(slo),
         "max_running": args.max_running,
     }

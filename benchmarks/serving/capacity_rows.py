@@ -53,6 +53,8 @@ def report(policy: str, rate_rps: float, served: Sequence[Served], slo: Slo) -> 
         "policy": policy,
         "rate_rps": rate_rps,
         "num_requests": len(served),
+        "prompt_tokens_mean": sum(one.plan.prompt_tokens for one in served) / len(served),
+        "output_tokens_mean": sum(one.plan.output_tokens for one in served) / len(served),
         "attainment": sum(met) / len(met),
         "late_first_tokens": sum(ttft > slo.ttft_s for ttft in ttfts_s) / len(met),
         "slow_decodes": sum(value is not None and value > slo.tpot_s for value in tpots) / len(met),

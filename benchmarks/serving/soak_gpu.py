@@ -1,0 +1,120 @@
+"""Minutes at a part of capacity on one GPU: nothing may grow, fail or be stuck.
+
+    python benchmarks/serving/soak_gpu.py --trace azure_llm_2023_conv.csv [--rate R] [--minutes M] [--policy NAME] [--quick] [--json FILE]
+
+The engine and load of capacity_gpu.py, in rounds of the same requests; before and after each round, when all have ended, it reads the memory of the process and of the
+GPU, and asks the engine's books for what is left. Random numbers differ by nothing between rounds, so that memory after the second and after the last may be compared: the first
+round takes what is kept for good. Exit status 1 where the last round has more than the second, by more than --slack-mib. `--tiny` runs on a CPU.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "kernels"))
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+
+from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
+from benchmarks.serving.capacity_gpu import about_gpu, planned  # noqa: E402
+from benchmarks.serving.capacity_rows import report, show  # noqa: E402
+from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
+from orchestrator.bench.machine import describe_machine  # noqa: E402
+from orchestrator.bench.trace import read_trace  # noqa: E402
+from orchestrator.control.slo import Slo  # noqa: E402
+
+#: Rounds at least: the first one takes what is kept.
+MIN_ROUNDS = 3
+
+
+def memory_mib(*, is_tiny: bool) -> dict[str, float]:
+    """Of this process on the host, and of the whole GPU."""
+    gc.collect()
+    found = {"host": psutil.Process().memory_info().rss / 2**20}
+    if not is_tiny:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        found |= {
+            "gpu": (total_bytes - free_bytes) / 2**20,
+            "gpu_allocated": torch.cuda.memory_allocated() / 2**20,
+        }
+    return found
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--trace", type=Path, required=True, metavar="FILE")
+    add("--first-row", type=int, default=200)
+    add("--rate", type=float, default=20.0, metavar="R")
+    add("--minutes", type=float, default=10.0, metavar="M")
+    add("--round-s", type=float, default=60.0, metavar="S", help="of load in one round")
+    add("--policy", default="slack@predicted", metavar="ORDER@BUDGET")
+    add("--max-running", type=int, default=384, metavar="N")
+    add("--slack-mib", type=float, default=64.0, metavar="MIB")
+    add("--quick", action="store_true", help="three rounds of 20 seconds")
+    add("--tiny", action="store_true")
+    add("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Returns the exit status."""
+    args = parse()
+    round_s = 20.0 if args.quick else args.round_s
+    ends_s = time.monotonic() + (0.0 if args.quick else 60.0 * args.minutes)
+    config = tiny_config() if args.tiny else LLAMA_3_8B
+    policy, slo = Policy.of(args.policy), Slo(0.5, 0.03)
+    load = planned(read_trace(args.trace), args.rate, round_s, args.first_row, config)
+    machine = Machine(config, is_tiny=args.tiny, max_running=args.max_running)
+    latency = machine.latency()
+    rows: list[dict[str, Any]] = []
+    while len(rows) < MIN_ROUNDS or time.monotonic() + round_s < ends_s:
+        # Raises where a request failed or has no end.
+        served, engine = serve(machine, policy, load, slo, latency)
+        engine.check_invariants()
+        counts = engine.block_counts()
+        assert counts.free == counts.total, counts
+        row = report(policy.name, args.rate, served, slo)
+        del served, engine
+        row["memory_mib"] = memory_mib(is_tiny=args.tiny)
+        rows.append(row)
+        show(row)
+        print(
+            "  " + ", ".join(f"{name} {value:.0f} MiB" for name, value in row["memory_mib"].items()),
+            flush=True,
+        )
+        if args.json:
+            result = {
+                "format": "phasewise-soak-gpu/v1",
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "machine": describe_machine() | about_gpu(),
+                "trace": args.trace.name,
+                "first_row": args.first_row,
+                "round_s": round_s,
+                "slo": asdict(slo),
+                "rows": rows,
+            }
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    second, last = rows[1]["memory_mib"], rows[-1]["memory_mib"]
+    grown = {name: last[name] - second[name] for name in last if last[name] - second[name] > args.slack_mib}
+    print(
+        f"{len(rows)} rounds, {sum(row['num_requests'] for row in rows)} requests, none failed; grown: {grown or 'nothing'}"
+    )
+    return 1 if grown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
