@@ -13,6 +13,8 @@ from typing import NamedTuple
 LATE_S = 30.0
 #: Part of the tokens of prompts that those that are too late get at least, by deadline: nobody waits for ever.
 LATE_SHARE = 0.05
+#: Part of the time that prompts get at least beside decodes, as is assumed.
+LEAST_SHARE = 0.05
 #: Tenants without a prompt that are remembered.
 MAX_IDLE_TENANTS = 1024
 
@@ -80,6 +82,28 @@ def slack_key(deadline_s: float, left_s: float, debt_s: float = 0.0, *, is_late:
 def is_too_late(now_s: float, deadline_s: float, left_s: float) -> bool:
     """Its first token cannot come in time any more, though it began now."""
     return now_s + left_s > deadline_s
+
+
+class LateTokens:
+    """What those that are too late have not got of their share."""
+
+    def __init__(self) -> None:
+        #: Whether somebody waits who is. Nothing is owed to nobody.
+        self.is_anyone_late = False
+        self._owed = 0.0
+
+    def is_enough_for(self, num_left: int) -> bool:
+        """The first of them goes before all others now. num_left: tokens that it needs."""
+        return self._owed >= num_left
+
+    def charge(self, standing: Standing, num_tokens: int) -> None:
+        """So much was computed for one that stands so."""
+        if standing is Standing.LATE:
+            self._owed = max(0.0, self._owed - num_tokens)
+        elif self.is_anyone_late:
+            self._owed += LATE_SHARE * num_tokens
+        else:
+            self._owed = 0.0
 
 
 class TenantTokens:
