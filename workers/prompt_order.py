@@ -1,6 +1,6 @@
 """Which prompt is computed first where each has a time by which its first token should come. Pure.
 
-The engine's scheduler sorts by this; coarse simulations, whose queues are heaps of keys that stay, by `slack_key`.
+The engine's scheduler and the coarse simulator's order sort by this.
 """
 
 import heapq
@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from enum import IntEnum
 from typing import NamedTuple
 
-#: Seconds by which a prompt whose tenant was given more than others, or in a coarse simulation is too late, is put back at most.
+#: Seconds by which a prompt whose tenant was given more than others is put back at most.
 LATE_S = 30.0
 #: Part of the tokens of prompts that those that are too late get at least, by deadline: nobody waits for ever.
 LATE_SHARE = 0.05
@@ -65,23 +65,6 @@ def standings(prompts: Iterable[Due], begin_s: float) -> list[Standing]:
             end_s -= out_s
             found[-index] = Standing.PASSED_OVER
     return found
-
-
-def slack_key(deadline_s: float, left_s: float, debt_s: float = 0.0, *, is_late: bool = False) -> float:
-    """The prompt of the smallest key goes first: the one that has least time left to begin.
-
-    What ages does so by the same amount for all, and is left out. A key is never above deadline + LATE_S, so who comes later than that
-    does not go first, and nobody waits for ever. deadline_s: of its first token. left_s: that its computing takes. debt_s: of its tenant.
-    is_late: it was found to be too late, and lets the others past.
-    """
-    if is_late:
-        return deadline_s + LATE_S
-    return deadline_s - left_s + min(debt_s, LATE_S)
-
-
-def is_too_late(now_s: float, deadline_s: float, left_s: float) -> bool:
-    """Its first token cannot come in time any more, though it began now."""
-    return now_s + left_s > deadline_s
 
 
 class LateTokens:
