@@ -136,10 +136,12 @@ class FrontQueue:
 
     def _first_to_last(self, now_s: float) -> Iterator[Entry]:
         """Who has begun or may begin; where the first that has not may not, none that has not."""
-        by_key: Iterable[Entry] = merge(self._waiting, self._begun)
-        jobs = (live.job for _, _, live in merge(self._waiting, self._begun))
-        if ranks := self.order.ranks(now_s, jobs, self.load):
-            by_key = [entry for _, entry in sorted(zip(ranks, by_key, strict=True))]
+        waiting, begun = self._waiting, self._begun
+        by_key: Iterable[Entry] = merge(waiting, begun) if waiting and begun else waiting or begun
+        if len(waiting) + len(begun) > 1:
+            jobs = (live.job for _, _, live in merge(waiting, begun))
+            if ranks := self.order.ranks(now_s, jobs, self.load):
+                by_key = [entry for _, entry in sorted(zip(ranks, by_key, strict=True))]
         is_blocked = False
         for entry in by_key:
             live = entry[2]

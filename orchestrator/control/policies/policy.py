@@ -174,7 +174,7 @@ class Order(Protocol):
         ...
 
     def ranks(self, now_s: float, jobs: Iterable[Job], device: WorkerLoad) -> Sequence[int]:
-        """Asked before each step, of all prompts of the device, which come by key; empty where keys alone decide."""
+        """Asked before each step, of all prompts of the device where there are several, by key; empty where keys alone decide."""
         ...
 
     def waits(self, job: Job) -> None:
