@@ -1,6 +1,6 @@
 """Which prompt is computed first where each has a time by which its first token should come. Pure.
 
-The engine's scheduler sorts by this; coarse simulations, whose queues are heaps of keys that stay, by `slack_key`.
+The engine's scheduler and the coarse simulator's order sort by this.
 """
 
 import heapq
@@ -9,10 +9,12 @@ from collections.abc import Set as AbstractSet
 from enum import IntEnum
 from typing import NamedTuple
 
-#: Seconds by which a prompt whose tenant was given more than others, or in a coarse simulation is too late, is put back at most.
+#: Seconds by which a prompt whose tenant was given more than others is put back at most.
 LATE_S = 30.0
 #: Part of the tokens of prompts that those that are too late get at least, by deadline: nobody waits for ever.
 LATE_SHARE = 0.05
+#: Part of the time that prompts get at least beside decodes, as is assumed.
+LEAST_SHARE = 0.05
 #: Tenants without a prompt that are remembered.
 MAX_IDLE_TENANTS = 1024
 
@@ -65,21 +67,26 @@ def standings(prompts: Iterable[Due], begin_s: float) -> list[Standing]:
     return found
 
 
-def slack_key(deadline_s: float, left_s: float, debt_s: float = 0.0, *, is_late: bool = False) -> float:
-    """The prompt of the smallest key goes first: the one that has least time left to begin.
+class LateTokens:
+    """What those that are too late have not got of their share."""
 
-    What ages does so by the same amount for all, and is left out. A key is never above deadline + LATE_S, so who comes later than that
-    does not go first, and nobody waits for ever. deadline_s: of its first token. left_s: that its computing takes. debt_s: of its tenant.
-    is_late: it was found to be too late, and lets the others past.
-    """
-    if is_late:
-        return deadline_s + LATE_S
-    return deadline_s - left_s + min(debt_s, LATE_S)
+    def __init__(self) -> None:
+        #: Whether somebody waits who is. Nothing is owed to nobody.
+        self.is_anyone_late = False
+        self._owed = 0.0
 
+    def is_enough_for(self, num_left: int) -> bool:
+        """The first of them goes before all others now. num_left: tokens that it needs."""
+        return self._owed >= num_left
 
-def is_too_late(now_s: float, deadline_s: float, left_s: float) -> bool:
-    """Its first token cannot come in time any more, though it began now."""
-    return now_s + left_s > deadline_s
+    def charge(self, standing: Standing, num_tokens: int) -> None:
+        """So much was computed for one that stands so."""
+        if standing is Standing.LATE:
+            self._owed = max(0.0, self._owed - num_tokens)
+        elif self.is_anyone_late:
+            self._owed += LATE_SHARE * num_tokens
+        else:
+            self._owed = 0.0
 
 
 class TenantTokens:

@@ -55,7 +55,7 @@ def measure(name: str, num_workers: int, rate_rps: float, duration_s: float) -> 
         num_workers, LATENCY, SLO, Workload(1155.0, 211.0, 0.0), split, COSTS.kv_token_s, COSTS.tile_s, 256
     )
     order = "slack" if name.startswith("phasewise") else "fcfs"
-    policy = POLICIES[name](setting, orders(COSTS.step)[order])
+    policy = POLICIES[name](setting, orders(COSTS.step, SLO)[order])
     requests = poisson(rate_rps * num_workers, duration_s)
     simulation = CoarseSimulation(CoarseConfig(COSTS, 400_000), policy, requests)
     began_s = time.process_time()

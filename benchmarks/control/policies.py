@@ -132,7 +132,9 @@ class Case:
     order: str
 
     def simulation(self, seed: int, rate_rps: float) -> CoarseSimulation:
-        one = POLICIES[self.policy](setting_of(self.load, self.split), orders(COSTS.step)[self.order])
+        one = POLICIES[self.policy](
+            setting_of(self.load, self.split), orders(COSTS.step, self.load.slo)[self.order]
+        )
         requests = self.load.make(random.Random(seed), rate_rps)
         return CoarseSimulation(CoarseConfig(COSTS, KV_TOKENS, MAX_SEQUENCES), one, requests)
 
@@ -180,11 +182,11 @@ def best_split(load: Load, num_steps: int) -> tuple[Any, ...]:
 
 
 def variants() -> list[tuple[str, str]]:
-    """Published ones with both orders; ours with its own too."""
+    """Published ones with both orders; ours, and the best of the others without admission, with that of ours too."""
     both = [
         (policy, order) for policy in POLICIES for order in ("fcfs", "spf") if policy != "phasewise_apart"
     ]
-    return [*both, ("phasewise", "slack"), ("phasewise_apart", "slack")]
+    return [*both, ("sarathi", "slack"), ("phasewise", "slack"), ("phasewise_apart", "slack")]
 
 
 def cell(case: Case, seeds: range, num_steps: int) -> dict[str, Any]:

@@ -271,7 +271,14 @@ class CoarseSimulation:
     def preempted(self, live: Live) -> None:
         """It begins again, with what it has produced as a part of its prompt."""
         old = live.job
-        live.job = Job(live.number, old.arrived_at_s, old.deadline_s, old.tenant, live.context)
+        live.job = Job(
+            live.number,
+            old.arrived_at_s,
+            old.deadline_s,
+            old.tenant,
+            live.context,
+            has_first_token=True,
+        )
         self._promise(live)
         load = live.prefill.load
         load.prefill_tokens += live.job.num_left

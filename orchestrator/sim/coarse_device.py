@@ -51,7 +51,7 @@ class CoarseDevice:
         self._stepping = world.policy.stepping
         self._order = order
         self._max_sequences = max_sequences
-        self.queue = FrontQueue(order, self._costs.attention_tokens, self._may_begin, self._begin)
+        self.queue = FrontQueue(order, load, self._costs.attention_tokens, self._may_begin, self._begin)
         #: Prompts that have begun, and sequences whose KV is on its way.
         self._num_begun = self._num_arriving = 0
         #: Sequences whose KV is to come from another worker and has no place yet, with the worker that has it.

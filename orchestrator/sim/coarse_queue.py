@@ -2,16 +2,20 @@
 
 import heapq
 import math
-from collections.abc import Callable
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from heapq import merge
 
-from orchestrator.control.policies.policy import Order
+from orchestrator.control.policies.policy import Order, WorkerLoad
 from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import Live
 from workers.step_choice import Head
 
 #: What of requests one step computes: tokens or tiles of each.
 Parts = list[tuple[Live, int]]
+#: A prompt behind its key and its number, which differs, so that prompts are never compared.
+Entry = tuple[float, int, Live]
 
 
 @dataclass(slots=True)
@@ -40,14 +44,16 @@ class Front:
 
 @dataclass(slots=True)
 class FrontQueue:
-    """may_begin: whether a prompt that has not begun has place and memory now; begin: it takes them."""
+    """load: of the device. may_begin: whether a prompt that has not begun has place and memory now; begin: it takes them."""
 
     order: Order
+    load: WorkerLoad
     attention_tokens: float
     may_begin: Callable[[Live], bool]
     begin: Callable[[Live], None]
-    _waiting: list[tuple[float, int, Live]] = field(default_factory=list)
-    _begun: list[tuple[float, int, Live]] = field(default_factory=list)
+    #: By key, the number for equal ones.
+    _waiting: list[Entry] = field(default_factory=list)
+    _begun: list[Entry] = field(default_factory=list)
     _tiles: list[tuple[float, int, Live, int]] = field(default_factory=list)
 
     @property
@@ -64,7 +70,7 @@ class FrontQueue:
         """A prompt, or what is left of it."""
         prompts = self._begun if live.job.is_begun else self._waiting
         self.order.waits(live.job)
-        heapq.heappush(prompts, (self.order.key(live.job), live.number, live))
+        insort(prompts, (self.order.key(live.job), live.number, live))
 
     def add_tiles(self, live: Live, num_tiles: int) -> None:
         """Of the pictures of a request."""
@@ -81,7 +87,7 @@ class FrontQueue:
 
     def head(self, now_s: float, num_tiles: int) -> Head | None:
         """What may begin; None for nothing. num_tiles: that wait."""
-        live = self._first(now_s)
+        live = next((entry[2] for entry in self._first_to_last(now_s)), None)
         if live is None and not self._tiles:
             return None
         num_left, num_done, deadline_s = 0, 0, math.inf
@@ -108,30 +114,41 @@ class FrontQueue:
         """Of the first prompts, as far as the budget reaches; one late in its prompt costs more, as in the engine's scheduler."""
         found: Parts = []
         budget = float(num_tokens)
-        while budget >= 1 and (live := self._first(now_s)) is not None:
+        taken: list[Entry] = []
+        for entry in self._first_to_last(now_s):
+            if budget < 1:
+                break
+            live = entry[2]
             job = live.job
-            if job.is_begun:
-                heapq.heappop(self._begun)
-            else:
-                heapq.heappop(self._waiting)
-                job.is_begun = True
+            taken.append(entry)
+            if not job.is_begun:
                 self.begin(live)
             rate = 1 + job.num_done / self.attention_tokens
             size = min(job.num_left, max(1, int(budget / rate)))
             budget -= size * rate
             found.append((live, size))
+        for entry in taken:
+            job = entry[2].job
+            prompts = self._begun if job.is_begun else self._waiting
+            del prompts[bisect_left(prompts, entry)]
+            job.is_begun = True
         return found
 
-    def _first(self, now_s: float) -> Live | None:
-        """Who has begun or may begin; those that are too late are put back where the order wants that."""
+    def _first_to_last(self, now_s: float) -> Iterator[Entry]:
+        """Who has begun or may begin; where the first that has not may not, none that has not."""
         waiting, begun = self._waiting, self._begun
-        while waiting:
-            key, number, live = waiting[0]
-            late_key = self.order.late_key(now_s, live.job)
-            if late_key is not None:
-                heapq.heapreplace(waiting, (late_key, number, live))
-            elif (not begun or (key, number) < begun[0][:2]) and self.may_begin(live):
-                return live
-            else:
-                break
-        return begun[0][2] if begun else None
+        by_key: Iterable[Entry] = merge(waiting, begun) if waiting and begun else waiting or begun
+        if len(waiting) + len(begun) > 1:
+            jobs = (live.job for _, _, live in merge(waiting, begun))
+            if ranks := self.order.ranks(now_s, jobs, self.load):
+                by_key = [entry for _, entry in sorted(zip(ranks, by_key, strict=True))]
+        is_blocked = False
+        for entry in by_key:
+            live = entry[2]
+            if live.job.is_begun:
+                yield entry
+            elif not is_blocked:
+                if self.may_begin(live):
+                    yield entry
+                else:
+                    is_blocked = True

@@ -1,5 +1,6 @@
 """A plan of requests on the workers of a manifest, in the coarse mode, with the result that the fine one gives. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from orchestrator.bench.records import OK, LoadResult, RequestRecord
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.policies.aggregated import StallFree
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
-from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedSteps
+from orchestrator.control.policies.phasewise import MARGIN, PhasewiseConfig, PredictedSteps
 from orchestrator.control.policies.placing import LeastLoaded
 from orchestrator.control.policies.policy import Order, Policy, Stepping
 from orchestrator.control.slo import Slo
@@ -34,16 +35,19 @@ def simulation(
 ) -> CoarseSimulation:
     """Of workers of these phases with one engine. Pictures of a request are spread over all that encode, as the gateway does."""
     costs = CoarseCosts.of(latency)
+    least_tpot_s = min((one.slo.tpot_s for one in requests), default=math.inf)
+    is_predicted = engine.step_budget is StepBudget.PREDICTED
+    planned_s = MARGIN * least_tpot_s if is_predicted else math.inf
     orders: dict[PrefillOrder, Callable[[], Order]] = {
         PrefillOrder.FCFS: Fcfs,
         PrefillOrder.SHORTEST_REMAINING: ShortestFirst,
-        PrefillOrder.LEAST_SLACK: lambda: LeastSlack(costs.step.token_s),
+        PrefillOrder.LEAST_SLACK: lambda: LeastSlack(costs.step, engine.token_budget, planned_s),
     }
     num_encoders = sum(Phase.ENCODE in phases for phases in shape)
     placing = LeastLoaded(most_encoders=max(1, num_encoders))
     stepping: Stepping = StallFree(engine.token_budget)
-    if engine.step_budget is StepBudget.PREDICTED and requests:
-        least = Slo(requests[0].slo.ttft_s, min(one.slo.tpot_s for one in requests))
+    if is_predicted and requests:
+        least = Slo(requests[0].slo.ttft_s, least_tpot_s)
         stepping = PredictedSteps(
             PhasewiseConfig(
                 least,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.policies.aggregated import StallFree
-from orchestrator.control.policies.orders import Fcfs
+from orchestrator.control.policies.orders import Fcfs, LeastSlack
 from orchestrator.control.policies.placing import LeastLoaded
 from orchestrator.control.policies.policy import ClusterLoad, Order, Placing, Policy, Stepping, Switch
 from orchestrator.control.policies.policy import no_switches as never
@@ -19,6 +19,11 @@ from workers.latency_model import LatencyModel
 E, P, D = (frozenset({phase}) for phase in Phase)
 SLO = Slo(0.5, 0.03)
 COSTS = CoarseCosts.of(LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False))
+
+
+def slack_order(weights: dict[str, float] | None = None) -> LeastSlack:
+    """Of steps as long as the target for TPOT."""
+    return LeastSlack(COSTS.step, 2048, SLO.tpot_s, weights)
 
 
 def policy(

@@ -7,11 +7,9 @@ from workers.engine.batch import Batch
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.step_budget import StepLimits
 from workers.latency_model import ENOUGH_STEPS, LatencyModel
-from workers.prompt_order import LATE_SHARE, Due, Standing, TenantTokens, standings
+from workers.prompt_order import LEAST_SHARE, Due, LateTokens, Standing, TenantTokens, standings
 from workers.step_cost import StepCost
 
-#: Part of the time that prompts get at least beside decodes, as is assumed.
-LEAST_SHARE = 0.05
 #: Steps that pass beside the computing of a prompt: the one that runs, and half of the one in which its last token is.
 STEPS_AROUND = 1.5
 
@@ -27,9 +25,7 @@ class SlackOrder:
         self._latency = latency
         self._limits = limits
         self._tokens = TenantTokens()
-        #: Tokens that those that are too late have not got of their share. Whether there are any.
-        self._owed_tokens = 0.0
-        self._is_anyone_late = False
+        self._late_tokens = LateTokens()
 
     def sorted(
         self, prompts: Collection[Sequence], now_s: float, prefill_tokens_per_s: float
@@ -69,7 +65,7 @@ class SlackOrder:
             ordered += self._by_standing(some, begin_s)
             begin_s += sum(due.left_s for _, due in some)
         # Where all places are taken, those that wait are none of these prompts.
-        self._is_anyone_late = any(
+        self._late_tokens.is_anyone_late = any(
             one.standing is Standing.LATE for one in chain(batch.waiting, batch.prefills)
         )
         return ordered
@@ -86,7 +82,7 @@ class SlackOrder:
         # Stable: by key among those who stand alike.
         ordered = sorted((one for one, _ in others), key=lambda one: one.standing)
         first_late = next((one for one in ordered if one.standing is Standing.LATE), None)
-        if first_late is not None and self._owed_tokens >= first_late.num_uncomputed_tokens:
+        if first_late is not None and self._late_tokens.is_enough_for(first_late.num_uncomputed_tokens):
             ordered.remove(first_late)
             ordered.insert(0, first_late)
         return [one for one, _ in again] + ordered
@@ -94,12 +90,7 @@ class SlackOrder:
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """So much of its prompt was computed."""
         self._tokens.charge(sequence.cache_salt, num_tokens, sequence.tenant_weight)
-        if sequence.standing is Standing.LATE:
-            self._owed_tokens = max(0.0, self._owed_tokens - num_tokens)
-        elif self._is_anyone_late:
-            self._owed_tokens += LATE_SHARE * num_tokens
-        else:
-            self._owed_tokens = 0.0
+        self._late_tokens.charge(sequence.standing, num_tokens)
 
     def reason(self, sequence: Sequence, num_passed: int, now_s: float, prefill_tokens_per_s: float) -> str:
         """Why it begins now, before `num_passed` that came earlier; empty when that is its turn."""

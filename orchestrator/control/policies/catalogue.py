@@ -8,7 +8,13 @@ from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Wor
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.partitioned import NexusSteps, SemiPdSteps
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
-from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
+from orchestrator.control.policies.phasewise import (
+    MARGIN,
+    MOST_PREFILL_TOKENS,
+    PhasewiseConfig,
+    PredictedPlacing,
+    PredictedSteps,
+)
 from orchestrator.control.policies.placing import LeastLoaded
 from orchestrator.control.policies.policy import Order, Policy
 from orchestrator.control.policies.sarathi import token_budget
@@ -169,6 +175,10 @@ POLICIES: dict[str, Callable[[Setting, MakeOrder], Policy]] = {
 }
 
 
-def orders(cost: StepCost) -> dict[str, MakeOrder]:
-    """By name."""
-    return {"fcfs": Fcfs, "spf": ShortestFirst, "slack": lambda: LeastSlack(cost.token_s)}
+def orders(cost: StepCost, slo: Slo) -> dict[str, MakeOrder]:
+    """By name. The last one takes steps for those of phasewise."""
+    return {
+        "fcfs": Fcfs,
+        "spf": ShortestFirst,
+        "slack": lambda: LeastSlack(cost, MOST_PREFILL_TOKENS, MARGIN * slo.tpot_s),
+    }

@@ -22,6 +22,10 @@ from workers.step_cost import StepCost
 
 #: Steps in a row that prompts are left out of at most.
 MAX_WAITS = 8
+#: Part of the TPOT target that steps are planned to take.
+MARGIN = 0.95
+#: Tokens of prompts in a step without decodes at most.
+MOST_PREFILL_TOKENS = 2048
 #: However many decode, some time is left.
 MIN_FREE = 0.05
 
@@ -42,9 +46,9 @@ class PhasewiseConfig:
     tile_s: float = 0.0
     kv_token_s: float = math.inf
     layouts: tuple[Layout, ...] = ()
-    margin: float = 0.95
+    margin: float = MARGIN
     max_credit: float = 1.0
-    max_prefill_tokens: int = 2048
+    max_prefill_tokens: int = MOST_PREFILL_TOKENS
     min_chunk_tokens: int = 64
     max_waits: int = MAX_WAITS
     max_tiles: int = 8

@@ -7,12 +7,13 @@ waits on a device, and any policy can have any order. A policy is told of each r
 What they are decided from is plain numbers, which the simulator keeps and which a controller can make of what workers report.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from orchestrator.control.slo import Slo
 from workers.api import Phase, PhaseSet, WorkerId
+from workers.prompt_order import Standing
 from workers.step_choice import Head, Step
 
 ANY_PHASES = frozenset(Phase)
@@ -159,19 +160,21 @@ class Job:
     num_left: int
     num_done: int = 0
     is_begun: bool = False
-    #: It was found to be too late.
-    is_late: bool = False
+    #: It was preempted, and waits for its next one.
+    has_first_token: bool = False
+    #: As its order found it last.
+    standing: Standing = Standing.ON_TIME
 
 
 class Order(Protocol):
-    """Which prompt of a device's queue is first: the one of the smallest key."""
+    """Which prompt of a device's queue is first: the one of the smallest rank, and of those that have one rank of the smallest key."""
 
     def key(self, job: Job) -> float:
         """Asked when it comes, and when a part of it has been computed. Ageing is in it: now is the same for all."""
         ...
 
-    def late_key(self, now_s: float, job: Job) -> float | None:
-        """Another key for the first of the queue that cannot meet its target any more; None leaves it."""
+    def ranks(self, now_s: float, jobs: Iterable[Job], device: WorkerLoad) -> Sequence[int]:
+        """Asked before each step, of all prompts of the device where there are several, by key; empty where keys alone decide."""
         ...
 
     def waits(self, job: Job) -> None:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
-from orchestrator.control.policies.orders import LeastSlack, ShortestFirst
+from orchestrator.control.policies.orders import ShortestFirst
 from orchestrator.control.policies.policy import ClusterLoad, Switch, WorkerLoad
 from orchestrator.control.slo import Slo, percentile, tpot_s
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation
 from orchestrator.sim.coarse_costs import CoarseCosts, rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support import sim
-from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
+from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run, slack_order
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import EngineConfig, Phase
 from workers.latency_model import LatencyModel
@@ -87,7 +87,7 @@ def test_whatever_a_policy_decides_every_request_gets_its_tokens(
     one = policy(
         SHAPES[shape],
         stepping=AnyStep(rng),
-        order=(lambda: LeastSlack(COSTS.step.token_s)) if is_slack else ShortestFirst,
+        order=slack_order if is_slack else ShortestFirst,
         tick=any_switches(rng),
     )
     requests = random_load(seed, rate_rps=rng.choice((5.0, 20.0, 200.0)), has_images=True)

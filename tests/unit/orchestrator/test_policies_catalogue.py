@@ -32,7 +32,7 @@ SETTING = Setting(
 @pytest.mark.parametrize("order", ["fcfs", "spf", "slack"])
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
-    one = POLICIES[name](SETTING, orders(COSTS.step)[order])
+    one = POLICIES[name](SETTING, orders(COSTS.step, SLO)[order])
     assert one.name == name
     assert len(one.shape) == SETTING.num_workers
     result, _ = run(one, random_load(7, 80, 10.0, has_images=True))
@@ -45,7 +45,8 @@ def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_meets_the_targets_of_a_light_load(name: str) -> None:
     one = POLICIES[name](
-        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D)), orders(COSTS.step)["fcfs"]
+        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D)),
+        orders(COSTS.step, SLO)["fcfs"],
     )
     result, _ = run(one, random_load(3, 60, 4.0))
     assert result.attainment >= 0.95

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
+from orchestrator.control.policies.orders import AGAIN, LATE_TURN, Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.phase_sets import Asked, PhaseSets, PhaseSetsConfig, load_of
 from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
 from orchestrator.control.policies.placing import MAX_CANDIDATES, LeastLoaded, candidates
@@ -16,9 +16,9 @@ from orchestrator.control.policies.policy import ClusterLoad, Job, Placement, Pr
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_costs import rates
 from orchestrator.sim.coarse_request import CoarseRequest
-from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run
+from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run, slack_order
 from workers.api import Phase, WorkerId
-from workers.prompt_order import LATE_S
+from workers.prompt_order import Standing
 from workers.step_choice import Exclusive, Head, Layout, Mixed, Split
 
 FULL = E | P | D
@@ -47,13 +47,7 @@ def test_orders_say_who_is_first() -> None:
     long, short = job(0, 0.0, 3000), job(1, 0.1, 100)
     assert Fcfs().key(long) < Fcfs().key(short)
     assert ShortestFirst().key(short) < ShortestFirst().key(long)
-    # A long prompt has to begin sooner for the same deadline.
-    order = LeastSlack(2e-5)
-    assert order.key(long) < order.key(replace_job(short, 0.0))
-
-
-def replace_job(one: Job, arrived_at_s: float) -> Job:
-    return job(one.number, arrived_at_s, one.num_left)
+    assert slack_order().key(long) < slack_order().key(short)
 
 
 def test_waiting_makes_up_for_length() -> None:
@@ -61,17 +55,45 @@ def test_waiting_makes_up_for_length() -> None:
     assert order.key(job(0, 0.0, 1000)) < order.key(job(1, 10.0, 100))
 
 
-def test_who_is_too_late_lets_others_past_but_not_for_ever() -> None:
-    order, late = LeastSlack(1e-3), job(0, 0.0, 100)
-    assert order.late_key(0.3, late) is None
-    key = order.late_key(0.45, late)
-    assert key == late.deadline_s + LATE_S
-    assert order.late_key(0.5, late) is None
-    assert order.key(job(1, 1.0, 100)) < key < order.key(job(2, LATE_S + 1.0, 100))
+def ranks(order: LeastSlack, now_s: float, jobs: list[Job]) -> list[int]:
+    for one in jobs:
+        order.waits(one)
+    return list(order.ranks(now_s, jobs, worker("w")))
+
+
+def test_the_longest_is_passed_over_where_not_all_can_be_in_time() -> None:
+    """A token takes about 25 us: all three take longer than the 0.5 s that they have."""
+    jobs = [job(0, 0.0, 6000), job(1, 0.0, 9000), job(2, 0.0, 6000)]
+    assert ranks(slack_order(), 0.0, jobs) == [Standing.ON_TIME, Standing.PASSED_OVER, Standing.ON_TIME]
+    assert [one.standing for one in jobs] == [Standing.ON_TIME, Standing.PASSED_OVER, Standing.ON_TIME]
+    # Beside decodes it takes longer.
+    busy = worker("w", num_decoding=200, decode_context=200_000)
+    order = slack_order()
+    for one in jobs:
+        order.waits(one)
+    assert order.ranks(0.0, jobs, busy).count(Standing.ON_TIME) < 2
+
+
+def test_who_is_too_late_lets_others_past_but_for_a_share() -> None:
+    order, late, other = slack_order(), job(0, 0.0, 1000), job(1, 1.0, 1000)
+    assert ranks(order, 1.0, [late, other]) == [Standing.LATE, Standing.ON_TIME]
+    order.charge(other, 19_000)
+    assert ranks(order, 1.0, [late, other]) == [Standing.LATE, Standing.ON_TIME]
+    order.charge(other, 1000)
+    assert ranks(order, 1.0, [late, other]) == [LATE_TURN, Standing.ON_TIME]
+    order.charge(late, 1000)
+    assert ranks(order, 1.0, [late, other]) == [Standing.LATE, Standing.ON_TIME]
+
+
+def test_who_was_preempted_goes_first() -> None:
+    jobs = [job(0, 0.0, 1000), job(1, 0.2, 1000), job(2, 0.6, 1000)]
+    jobs[1].has_first_token = True
+    assert slack_order().key(jobs[1]) == 0.2
+    assert ranks(slack_order(), 0.6, jobs) == [Standing.LATE, AGAIN, Standing.ON_TIME]
 
 
 def test_a_tenant_that_got_more_waits_for_the_other() -> None:
-    order = LeastSlack(1e-3, {"paying": 2.0})
+    order = slack_order({"paying": 2.0})
     for number, tenant in enumerate(("greedy", "modest", "paying")):
         order.waits(job(number, 0.0, 100, tenant))
     for tenant, tokens in (("greedy", 5000), ("modest", 1000), ("paying", 5000)):
@@ -82,13 +104,13 @@ def test_a_tenant_that_got_more_waits_for_the_other() -> None:
 
 
 def test_a_tenant_without_prompts_leaves_the_others_no_debts() -> None:
-    order, once = LeastSlack(1e-3), job(0, 0.0, 100, "once")
+    order, once = slack_order(), job(0, 0.0, 100, "once")
     order.waits(once)
     order.leaves(once)
     alone = job(1, 0.0, 100, "busy")
     order.waits(alone)
     order.charge(alone, 100_000)
-    assert order.key(alone) == alone.deadline_s - 0.1
+    assert order.key(alone) == alone.deadline_s
 
 
 def test_a_flood_of_one_tenant_leaves_the_other_its_targets() -> None:
@@ -96,7 +118,7 @@ def test_a_flood_of_one_tenant_leaves_the_other_its_targets() -> None:
     modest = [CoarseRequest(0.2 * i, 1000, 5, SLO, tenant="modest") for i in range(1, 20)]
     requests = sorted(flood + modest, key=lambda one: one.arrival_s)
     met = {}
-    for name, order in (("fcfs", Fcfs), ("fair", lambda: LeastSlack(COSTS.step.token_s))):
+    for name, order in (("fcfs", Fcfs), ("fair", slack_order)):
         result, _ = run(policy([FULL], order=order), requests)  # type: ignore[arg-type]
         own = [record.is_met for record in result.records if record.request.tenant == "modest"]
         met[name] = sum(own) / len(own)
@@ -353,7 +375,7 @@ def test_targets_of_a_deployment_bound_what_it_takes() -> None:
         [FULL],
         placing=PredictedPlacing(CONFIG),  # type: ignore[arg-type]
         stepping=PredictedSteps(CONFIG),
-        order=lambda: LeastSlack(COSTS.step.token_s),
+        order=slack_order,
     )
     result, _ = run(one, requests)
     taken = [record for record in result.records if record.status == "OK"]

@@ -1,4 +1,4 @@
-"""Who is passed over where not all can be in time, least slack, and the tokens of tenants."""
+"""Who is passed over where not all can be in time, what those that are too late get, and the tokens of tenants."""
 
 from itertools import combinations
 
@@ -7,33 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.prompt_order import (
-    LATE_S,
+    LATE_SHARE,
     MAX_IDLE_TENANTS,
     Due,
+    LateTokens,
     Standing,
     TenantTokens,
-    is_too_late,
-    slack_key,
     standings,
 )
-
-SECONDS = st.floats(0, 1000)
-
-
-def test_who_has_least_time_left_to_begin_goes_first() -> None:
-    assert slack_key(10.0, 3.0) < slack_key(9.0, 1.0) < slack_key(9.0, 1.0, 0.5)
-    assert not is_too_late(7.0, 10.0, 3.0)
-    assert is_too_late(7.1, 10.0, 3.0)
-
-
-@given(deadline_s=SECONDS, left_s=SECONDS, debt_s=SECONDS, is_late=st.booleans(), later_s=SECONDS)
-def test_who_comes_much_later_never_goes_first(
-    deadline_s: float, left_s: float, debt_s: float, is_late: bool, later_s: float
-) -> None:
-    """However late the first one is, and whatever its tenant owes."""
-    first = slack_key(deadline_s, left_s, debt_s, is_late=is_late)
-    other = slack_key(deadline_s + LATE_S + left_s + later_s, left_s)
-    assert first <= other + 1e-9
 
 
 def is_in_time(prompts: list[Due], begin_s: float) -> bool:
@@ -77,6 +58,31 @@ def test_who_owes_is_passed_over_before_who_takes_longer() -> None:
     owing, long = Due(3.0, 1.0, 10.0), Due(2.5, 2.0)
     last = Due(20.0, 1.0)
     assert standings([long, owing, last], 0.5) == [Standing.ON_TIME, Standing.PASSED_OVER, Standing.ON_TIME]
+
+
+@given(steps=st.lists(st.integers(1, 500), min_size=1, max_size=300), most=st.integers(1, 3000))
+def test_those_that_are_too_late_get_their_share(steps: list[int], most: int) -> None:
+    """Beside others that always have something; num_left and steps in tokens."""
+    late, given, total, num_left = LateTokens(), 0, 0, most
+    late.is_anyone_late = True
+    for size in steps:
+        is_turn = late.is_enough_for(num_left)
+        taken = num_left if is_turn else size
+        late.charge(Standing.LATE if is_turn else Standing.ON_TIME, taken)
+        given, total = given + taken * is_turn, total + taken * (not is_turn)
+        assert given <= LATE_SHARE * total <= given + most + LATE_SHARE * 500
+
+
+def test_where_nobody_is_too_late_nothing_is_owed() -> None:
+    late = LateTokens()
+    late.charge(Standing.ON_TIME, 10_000)
+    assert not late.is_enough_for(10)
+    late.is_anyone_late = True
+    late.charge(Standing.ON_TIME, 10_000)
+    assert late.is_enough_for(10)
+    late.is_anyone_late = False
+    late.charge(Standing.ON_TIME, 10_000)
+    assert not late.is_enough_for(10)
 
 
 def test_a_tenant_that_got_more_owes_it_by_weight() -> None:
