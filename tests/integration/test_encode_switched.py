@@ -26,7 +26,7 @@ from tests.support.gateway import Gateway, collect, gateway, tokens_of
 from tests.support.image_shapes import D, E, P, image_request
 from tests.support.pictures import picture
 from tests.support.tiny_vision_models import Layout, write_vision_folder
-from tests.support.waiting import until
+from tests.support.waiting import BOUND_S, until
 from tests.support.worker_client import RunningWorker, running_worker, worker_spec
 from workers.api import Phase, WorkerId
 
@@ -37,6 +37,8 @@ SLO = Slo(600.0, 60.0)
 SHAPE = {"encode-0": E, "text-0": P | D, "text-1": P | D}
 #: Requests at a time.
 CONCURRENCY = 48
+#: A move that brought nothing, while the machine had other work say, is not tried again for a minute (PhaseSets.blocked_s).
+MOVE_BOUND_S = BOUND_S + 60.0
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +181,13 @@ def test_pictures_get_another_worker_and_text_gets_it_back(model: Path) -> None:
                 await until(lambda: texts.num_answers > 0, "answers")
             assert encoders() == {"encode-0"}
             async with pictures.flowing():
-                await until(lambda: len(encoders()) == 2, "another encoder")
+                await until(lambda: len(encoders()) == 2, "another encoder", MOVE_BOUND_S)
                 num = pictures.num_answers
                 await until(lambda: pictures.num_answers > num, "answers with both")
             async with texts.flowing():
-                await until(lambda: len(serving(it.dispatcher.view, Phase.PREFILL)) == 2, "its return")
+                await until(
+                    lambda: len(serving(it.dispatcher.view, Phase.PREFILL)) == 2, "its return", MOVE_BOUND_S
+                )
                 num = texts.num_answers
                 await until(lambda: texts.num_answers > num, "answers with both")
             assert len(encoders()) == 1

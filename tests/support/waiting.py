@@ -22,11 +22,11 @@ def in_loop(test: Callable[Args, Coroutine[None, None, None]]) -> Callable[Args,
     return run
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
+async def until(condition: Callable[[], bool], what: str, bound_s: float = BOUND_S) -> None:
     """Return once `condition` holds; fail and name `what` when it does not come true in time."""
-    give_up_s = time.monotonic() + BOUND_S
+    give_up_s = time.monotonic() + bound_s
     while not condition():
-        assert time.monotonic() < give_up_s, f"waited {BOUND_S:g} s in vain for: {what}"
+        assert time.monotonic() < give_up_s, f"waited {bound_s:g} s in vain for: {what}"
         await asyncio.sleep(POLL_S)
 
 

@@ -48,7 +48,7 @@ def test_without_options_the_engine_has_its_defaults(monkeypatch: pytest.MonkeyP
 def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of(monkeypatch, "--device", "cuda")
     assert spec.device is Device.CUDA
-    assert spec.engine == EngineConfig(weight_dtype=WeightDtype.BFLOAT16, kv_cache_bytes=0)
+    assert spec.engine == EngineConfig(weight_dtype=WeightDtype.BFLOAT16, kv_cache_bytes=0, tile_tokens=128)
     spec = spec_of(monkeypatch, *["--device", "cuda", "--weight-dtype", "float16", "--kv-cache-mib", "7"])
     assert (spec.engine.weight_dtype, spec.engine.kv_cache_bytes) == (WeightDtype.FLOAT16, 7 * 2**20)
 
