@@ -262,22 +262,15 @@ class DecodeSteps:
         """empty: of such a step without any context."""
         (c0, c1, self._factor, _), model, device = latency.factors, latency.model, latency.device
         self._fixed_s = c0 * empty[0] + c1 * empty[1]
-        by_bytes = model.kv_token_bytes, device.bytes_per_s
-        by_pairs = model.pair_flops, device.attention_flops_per_s
-        #: What a token of context takes of a resource, and how fast that is: of the slower one.
-        self._amount, self._per_s = max(by_bytes, by_pairs, key=lambda one: one[0] / one[1])
-        other = min(by_bytes, by_pairs, key=lambda one: one[0] / one[1])
-        #: The other one, where the two are so near each other that rounding decides.
-        is_near = other[0] / other[1] > (1 - 1e-9) * self._amount / self._per_s
-        self._other = other if is_near else None
+        self._kv_token_bytes, self._bytes_per_s = model.kv_token_bytes, device.bytes_per_s
+        self._pair_flops, self._flops_per_s = model.pair_flops, device.attention_flops_per_s
 
     def step_s(self, context: int) -> float:
         """Seconds, with so many tokens of context over all of them."""
-        decoding_s = context * self._amount / self._per_s
-        if self._other is not None:
-            decoding_s = max(decoding_s, context * self._other[0] / self._other[1])
-        step_s = self._fixed_s + self._factor * decoding_s
-        return step_s if step_s > 0.0 else 0.0
+        decoding_s = max(
+            context * self._kv_token_bytes / self._bytes_per_s, context * self._pair_flops / self._flops_per_s
+        )
+        return max(0.0, self._fixed_s + self._factor * decoding_s)
 
 
 class EncodeModel:

@@ -4,7 +4,7 @@
 
 The engine and load of capacity_gpu.py, in rounds of the same requests; before and after each round, when all have ended, it reads the memory of the process and of the
 GPU, and asks the engine's books for what is left. Random numbers differ by nothing between rounds, so that memory after the second and after the last may be compared: the first
-round takes what is kept for good. Exit status 1 where the last round has more than the second, by more than --slack-mib. `--tiny` runs on a CPU.
+round takes what is kept for good. It refuses to begin when the engine's tests fail here. Exit status 1 where the last round has more than the second, by more than --slack-mib. `--tiny` runs on a CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
-from benchmarks.serving.capacity_gpu import about_gpu, planned  # noqa: E402
+from benchmarks.serving.capacity_gpu import about_gpu, planned, tests_problem  # noqa: E402
 from benchmarks.serving.capacity_rows import report, show  # noqa: E402
 from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
 from orchestrator.bench.machine import describe_machine  # noqa: E402
@@ -73,6 +73,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit status."""
     args = parse()
+    if not args.tiny and (problem := tests_problem()) is not None:
+        print(f"no numbers: the tests fail here\n{problem}", file=sys.stderr)
+        return 1
     round_s = 20.0 if args.quick else args.round_s
     ends_s = time.monotonic() + (0.0 if args.quick else 60.0 * args.minutes)
     config = tiny_config() if args.tiny else LLAMA_3_8B

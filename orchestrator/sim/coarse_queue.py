@@ -5,7 +5,6 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import merge
 
 from orchestrator.control.policies.policy import Order, WorkerLoad
 from orchestrator.sim.coarse_costs import CoarseCosts
@@ -137,9 +136,9 @@ class FrontQueue:
     def _first_to_last(self, now_s: float) -> Iterator[Entry]:
         """Who has begun or may begin; where the first that has not may not, none that has not."""
         waiting, begun = self._waiting, self._begun
-        by_key: Iterable[Entry] = merge(waiting, begun) if waiting and begun else waiting or begun
+        by_key: Iterable[Entry] = heapq.merge(waiting, begun) if waiting and begun else waiting or begun
         if len(waiting) + len(begun) > 1:
-            jobs = (live.job for _, _, live in merge(waiting, begun))
+            jobs = (live.job for _, _, live in heapq.merge(waiting, begun))
             if ranks := self.order.ranks(now_s, jobs, self.load):
                 by_key = [entry for _, entry in sorted(zip(ranks, by_key, strict=True))]
         is_blocked = False

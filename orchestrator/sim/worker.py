@@ -5,14 +5,12 @@ import random
 from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from itertools import repeat
 from typing import Protocol
 
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, token_of, tokens_of
 from orchestrator.sim.network import GATEWAY, SimNetwork
-from orchestrator.sim.noise import factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -141,7 +139,7 @@ class SimWorker:
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._costs = world.latency.costs()
         self._gateway = gateway
-        self._noise = factors(rng, world.noise) if world.noise else repeat(1.0)
+        self._rng, self._noise = rng, world.noise
         #: To the gateway.
         self.way = world.network.way(address, GATEWAY)
         self._carry = world.network.carry
@@ -368,7 +366,9 @@ class SimWorker:
 
     def _takes_s(self, predicted_s: float) -> float:
         """With noise, and as slow as it is now."""
-        took_s = predicted_s * next(self._noise)
+        took_s = predicted_s
+        if self._noise:
+            took_s *= self._rng.lognormvariate(0.0, self._noise)
         if self.slowdowns:
             took_s *= math.prod(self.slowdowns)
         self.busy_s += took_s
@@ -440,7 +440,7 @@ class SimWorker:
     def _steps(self, leap: Leap) -> Generator[float, float, None]:
         """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
         carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
-        step_s, num_sequences, noise = self._leap_steps.step_s, leap.num_sequences, self._noise
+        step_s, num_sequences = self._leap_steps.step_s, leap.num_sequences
         end_s = self._timers.now_s + self._takes_s(step_s(leap.context))
         while end_s < math.inf:
             now_s = yield end_s
@@ -452,12 +452,7 @@ class SimWorker:
             leap.context = context = leap.context + num_sequences
             arrived(carry(way, now_s, num_bytes))
             self.num_steps += 1
-            # As _takes_s.
-            took_s = step_s(context) * next(noise)
-            if self.slowdowns:
-                took_s *= math.prod(self.slowdowns)
-            self.busy_s += took_s
-            end_s = now_s + took_s
+            end_s = now_s + self._takes_s(step_s(context))
         yield math.inf
 
     def _see_to_leap(self, leap: Leap, now_s: float) -> float:

@@ -3,14 +3,14 @@
 On a CPU it is computed in place of the replay, padding and all, for tests.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
-from workers.device.staging import Staging, layout, views
+from workers.device.staging import Staging, layout
 from workers.model.forward_batch import ForwardBatch, ForwardInputs
 from workers.model.llama import Llama
 
@@ -24,8 +24,6 @@ NUM_WARM_UPS = 2
 MAX_PROMPTS = 32
 #: By more, attention of prompts is cut otherwise; most contexts are shorter.
 TYPICAL_CONTEXT = 4096
-
-Array = NDArray[np.generic]
 
 
 class StepGraph:
@@ -57,27 +55,24 @@ class StepGraph:
         self.num_sequences = num_sequences
         self._is_mixed = is_mixed
         #: The arrays of a step are copied here; block tables are spread from here into `_block_tables`.
-        arrays = self._arrays(block_tables.shape[1])
         self._buffer = buffer
         self._block_tables = block_tables[:num_sequences]
         self._logits = logits[:num_sequences]
-        token_ids, positions, slots, rope_lens, _, logit_rows, query_starts, context_lens, _ = staging.upload(
-            arrays, self._buffer
-        )
+        static = self._upload(self._empty(block_tables.shape[1]))
         block_size = kv_cache.shape[3]
         max_context = block_tables.shape[1] * block_size
         self._inputs = ForwardInputs(
-            token_ids=token_ids,
-            positions=positions,
-            slots=slots,
-            rope_lens=rope_lens,
+            token_ids=static.token_ids,
+            positions=static.positions,
+            slots=static.slots,
+            rope_lens=static.rope_lens,
             rope_positions=None,
             mixes=None,
             embeds=None,
             attention=CudaAttentionBatch(
                 self._block_tables,
-                query_starts,
-                context_lens,
+                static.query_starts,
+                static.context_lens,
                 block_size,
                 num_tokens,
                 num_tokens if is_mixed else 1,
@@ -86,7 +81,7 @@ class StepGraph:
                 else max_context,
                 max_prompts=MAX_PROMPTS,
             ),
-            logit_rows=logit_rows if is_mixed else None,
+            logit_rows=static.logit_rows if is_mixed else None,
             logit_attention=None,
         )
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -108,31 +103,27 @@ class StepGraph:
         """Logits, [len(batch.logit_rows), vocab_size], valid until the next replay of any. See DeviceForward."""
         num_rows = len(batch.token_ids)
         num_sequences, num_blocks = batch.block_tables.shape
-        arrays = self._arrays(num_blocks)
-        token_ids, positions, slots, rope_lens, device_sources, logit_rows, starts, context_lens, tables = (
-            arrays
-        )
-        token_ids[:num_rows] = batch.token_ids.numpy()
-        positions[:num_rows] = batch.positions.numpy()
-        slots[:num_rows] = batch.slots.numpy()
-        rope_lens[:num_rows] = (
-            batch.rope_lens.numpy() if batch.rope_lens is not None else positions[:num_rows] + 1
+        arrays = self._empty(num_blocks)
+        arrays.token_ids[:num_rows] = batch.token_ids.numpy()
+        arrays.positions[:num_rows] = batch.positions.numpy()
+        arrays.slots[:num_rows] = batch.slots.numpy()
+        arrays.rope_lens[:num_rows] = (
+            batch.rope_lens.numpy() if batch.rope_lens is not None else arrays.positions[:num_rows] + 1
         )
         if self._is_mixed:
-            logit_rows[: len(batch.logit_rows)] = batch.logit_rows.numpy()
-            np.cumsum(batch.query_lens, out=starts[1 : num_sequences + 1])
-            starts[num_sequences + 1 :] = num_rows
-        context_lens[:num_sequences] = batch.context_lens
-        tables[:num_sequences] = batch.block_tables
+            arrays.logit_rows[: len(batch.logit_rows)] = batch.logit_rows.numpy()
+            np.cumsum(batch.query_lens, out=arrays.query_starts[1 : num_sequences + 1])
+            arrays.query_starts[num_sequences + 1 :] = num_rows
+        arrays.context_lens[:num_sequences] = batch.context_lens
+        arrays.block_tables[:num_sequences] = batch.block_tables
         if sources is not None:
-            device_sources[:num_rows] = sources
-        self._staging.upload(arrays, self._buffer)
-        found = views(self._buffer, arrays)
-        self._block_tables[:, :num_blocks].copy_(found[-1])
+            arrays.sources[:num_rows] = sources
+        found = self._upload(arrays)
+        self._block_tables[:, :num_blocks].copy_(found.block_tables)
         if sources is not None and previous is not None:
-            found[0].copy_(with_previous(found[0], found[4], previous))
+            found.token_ids.copy_(with_previous(found.token_ids, found.sources, previous))
         if sources is not None and self._model.ranks is not None:
-            self._model.ranks.share(found[0])
+            self._model.ranks.share(found.token_ids)
         if self._graph is None:
             self._run()
         else:
@@ -143,31 +134,49 @@ class StepGraph:
         # A copy, or each graph would keep its own: of a large vocabulary they are as much as thousands of tokens of KV.
         self._logits.copy_(self._model.compute(self._inputs, self._kv_cache))
 
-    def _arrays(self, num_blocks: int) -> list[Any]:
-        arrays = _arrays(self._num_tokens, self.num_sequences, num_blocks)
+    def _upload(self, arrays: "_Arrays") -> "_Arrays":
+        return _Arrays(*self._staging.upload(arrays, self._buffer))
+
+    def _empty(self, num_blocks: int) -> "_Arrays":
+        arrays = _empty(self._num_tokens, self.num_sequences, num_blocks)
         if not self._is_mixed:
-            arrays[6][:] = np.arange(self.num_sequences + 1)
+            arrays.query_starts[:] = np.arange(self.num_sequences + 1)
         return arrays
+
+
+class _Arrays(NamedTuple):
+    """What a step reads, on the host or on the device; fields as in ForwardInputs and CudaAttentionBatch. sources: see DeviceForward."""
+
+    token_ids: Any
+    positions: Any
+    slots: Any
+    rope_lens: Any
+    sources: Any
+    logit_rows: Any
+    query_starts: Any
+    context_lens: Any
+    #: Last: what comes before is where it is however many blocks there are.
+    block_tables: Any
 
 
 def buffer_bytes(num_tokens: int, num_sequences: int, max_blocks: int) -> int:
     """What the arrays of a step take, and less than those of any larger one."""
-    return layout(_arrays(num_tokens, num_sequences, max_blocks))[1]
+    return layout(_empty(num_tokens, num_sequences, max_blocks))[1]
 
 
-def _arrays(num_tokens: int, num_sequences: int, num_blocks: int) -> list[Any]:
-    """Tokens, positions, slots, rope_lens, sources, logit rows, query starts, contexts and block tables of a step without sequences."""
-    return [
-        np.zeros(num_tokens, np.int64),
-        np.zeros(num_tokens, np.int64),
-        np.full(num_tokens, NO_SLOT, np.int64),
-        np.zeros(num_tokens, np.int64),
-        np.full(num_tokens, FROM_HOST, np.int64),
-        np.zeros(num_sequences, np.int64),
-        np.zeros(num_sequences + 1, np.int32),
-        np.zeros(num_sequences, np.int32),
-        np.zeros((num_sequences, num_blocks), np.int32),
-    ]
+def _empty(num_tokens: int, num_sequences: int, num_blocks: int) -> _Arrays:
+    """Of a step without sequences."""
+    return _Arrays(
+        token_ids=np.zeros(num_tokens, np.int64),
+        positions=np.zeros(num_tokens, np.int64),
+        slots=np.full(num_tokens, NO_SLOT, np.int64),
+        rope_lens=np.zeros(num_tokens, np.int64),
+        sources=np.full(num_tokens, FROM_HOST, np.int64),
+        logit_rows=np.zeros(num_sequences, np.int64),
+        query_starts=np.zeros(num_sequences + 1, np.int32),
+        context_lens=np.zeros(num_sequences, np.int32),
+        block_tables=np.zeros((num_sequences, num_blocks), np.int32),
+    )
 
 
 def with_previous(token_ids: torch.Tensor, sources: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:

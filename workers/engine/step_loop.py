@@ -102,7 +102,8 @@ class StepLoop:
 
     `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
     `on_broken` once, when steps keep failing. latency: learns from each step what it took, from its planning until its tokens were
-    published, or on the device where the next one was begun meanwhile. overlapping: plans a step while the one before it runs, where that can be; None waits for each.
+    published, or on the device where the next one was begun meanwhile. overlapping: plans a step while the one before it runs, where
+    that can be; None waits for each.
     """
 
     def __init__(

@@ -1,14 +1,11 @@
-"""Simulated time, and the noise of steps: what is fast does the same as what is plain."""
+"""Simulated time: what is fast does the same as what is plain."""
 
-import random
 from collections.abc import Callable
-from itertools import islice
 from math import inf
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sim.noise import factors
 from orchestrator.sim.timers import SimTimers
 
 #: Few different ones, so that many things are due at once.
@@ -67,10 +64,3 @@ def test_what_is_repeated_happens_as_if_it_asked_for_each_time(
     fast, plain = worlds
     assert fast.seen == plain.seen
     assert fast.timers.num_events == plain.timers.num_events
-
-
-@given(st.integers(0, 10**9), st.floats(1e-6, 2.0))
-def test_noise_is_that_of_the_standard_library_to_the_last_bit(seed: int, deviation: float) -> None:
-    rng = random.Random(seed)
-    wanted = [rng.lognormvariate(0.0, deviation) for _ in range(20)]
-    assert list(islice(factors(random.Random(seed), deviation), 20)) == wanted

@@ -8,6 +8,7 @@ import torch
 
 from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
 from workers.api import NgramDrafts, SamplingParams
+from workers.device.step_graph import MAX_PROMPTS
 from workers.model.forward_batch import ForwardBatch
 from workers.model.llama import Llama
 
@@ -188,3 +189,24 @@ def test_requests_that_need_the_host_go_beside_others(model: Llama) -> None:
 
     wanted = DeviceEngine(model, buckets=None).serve(PROMPTS, sampling)
     assert DeviceEngine(model, **OVERLAPPED).serve(PROMPTS, sampling, steps_between=2) == wanted
+
+
+@pytest.mark.parametrize(("num_prompts", "is_replayed"), [(MAX_PROMPTS, True), (MAX_PROMPTS + 1, False)])
+def test_a_step_with_more_prompts_than_a_launch_has_tiles_for_is_not_replayed(
+    model: Llama, num_prompts: int, is_replayed: bool
+) -> None:
+    num_tokens = 2 * num_prompts
+    batch = ForwardBatch(
+        token_ids=torch.arange(num_tokens) + 3,
+        positions=torch.arange(2).repeat(num_prompts),
+        slots=(16 * torch.arange(num_prompts)[:, None] + torch.arange(2)).flatten(),
+        block_tables=np.arange(num_prompts, dtype=np.int32)[:, None],
+        query_lens=np.full(num_prompts, 2),
+        context_lens=np.full(num_prompts, 2),
+        logit_rows=2 * torch.arange(num_prompts) + 1,
+    )
+    expected = DeviceEngine(model).forward(batch)  # type: ignore[misc]
+    made = DeviceEngine(model, buckets=(1, 64), mixed_buckets=(128,))
+    assert made.forward is not None
+    torch.testing.assert_close(made.forward(batch), expected)
+    assert (made.forward.num_replayed, made.forward.num_eager) == (int(is_replayed), int(not is_replayed))
