@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: What a policy's name begins with; the tokens of a step follow.
 PREFIX = "vllm@"
 MISSING = "policies of vLLM are asked for, and it is not installed here: pip install vllm"
+#: For its start, and for a whole load.
+ANSWER_PATIENCE_S = 1800.0
 #: After the last request was sent, and after there is nothing more to serve.
 SERVE_PATIENCE_S, STOP_PATIENCE_S = 300.0, 60.0
 
@@ -118,13 +120,18 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _answer(process: "subprocess.Popen[bytes]", connection: Connection, question: object) -> Any:
-    """What it says to that. Raises RuntimeError when it ends instead."""
+    """What it says to that. Raises RuntimeError when it ends instead, or says nothing for too long."""
+    gives_up_s = time.monotonic() + ANSWER_PATIENCE_S
     with suppress(EOFError, OSError):
         connection.send(question)
         # A child of it may hold the connection open after it.
         while process.poll() is None or connection.poll():
             if connection.poll(1.0):
                 return connection.recv()
+            if time.monotonic() > gives_up_s:
+                raise RuntimeError(
+                    f"vLLM has said nothing for {ANSWER_PATIENCE_S:g} s; what it said before is on stderr"
+                )
     raise RuntimeError(f"vLLM ended with {process.wait()}; what it said is on stderr")
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/serving/soak_gpu.py --trace azure_llm_2023_conv.csv [--rate R] [--minutes M] [--policy NAME] [--quick] [--json FILE]
 
-The engine and load of capacity_gpu.py, in rounds of the same requests; before and after each round, when all have ended, it reads the memory of the process and of the
-GPU, and asks the engine's books for what is left. Random numbers differ by nothing between rounds, so that memory after the second and after the last may be compared: the first
-round takes what is kept for good. It refuses to begin when the engine's tests fail here. Exit status 1 where the last round has more than the second, by more than --slack-mib. `--tiny` runs on a CPU.
+The engine and load of capacity_gpu.py, in rounds of the same requests. After each, when all have ended, it reads the memory of the process and of the
+GPU, and asks the engine's books for what is left. The first round takes what is kept for good; after that nothing may be more: exit status 1 where
+the last round leaves more than the second, by more than --slack-mib. It refuses to begin when the engine's tests fail here. `--tiny` runs on a CPU.
 """
 
 import argparse
