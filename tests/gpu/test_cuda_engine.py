@@ -1,5 +1,6 @@
 """The engine on a GPU: what it computes is what a CPU does, however its steps are made up."""
 
+import gc
 from dataclasses import replace
 from functools import cache
 
@@ -52,6 +53,19 @@ def test_greedy_tokens_are_those_of_a_cpu(buckets: tuple[int, ...]) -> None:
     assert made.serve(PROMPTS, greedy()) == expected()
     assert (made.forward.num_replayed > 0) == bool(buckets)
     assert (made.forward.num_eager > 0) == (not buckets)
+
+
+def test_graphs_that_are_garbage_do_not_end_a_capture() -> None:
+    older = on_gpu()
+    older.itself = older  # a cycle, as any object may be part of one
+    del older
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        made = on_gpu()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert made.serve(PROMPTS, greedy()) == expected()
 
 
 def test_steps_with_prompts_that_are_not_captured_compute_the_same() -> None:

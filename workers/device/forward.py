@@ -3,8 +3,10 @@
 On a CPU the same code runs with padding and without graphs, for tests.
 """
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -235,24 +237,38 @@ class DeviceForward:
             buffer_bytes(num_tokens, most, max_blocks), dtype=torch.uint8, device=self._device
         )
         num_graphs = len(self._mixed_buckets) + len(self._buckets)
-        for i, size in enumerate(reversed(self._mixed_buckets)):
-            progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
-            self._mixed_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
-                num_tokens=size,
-                num_sequences=min(size, most),
-                is_mixed=True,
-                pool=pool,
-            )
-        for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
-            progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
-            self._decode_graphs[size] = StepGraph(
-                *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
-                num_tokens=size,
-                num_sequences=size,
-                is_mixed=False,
-                pool=pool,
-            )
+        with no_collection():
+            for i, size in enumerate(reversed(self._mixed_buckets)):
+                progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
+                self._mixed_graphs[size] = StepGraph(
+                    *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
+                    num_tokens=size,
+                    num_sequences=min(size, most),
+                    is_mixed=True,
+                    pool=pool,
+                )
+            for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
+                progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
+                self._decode_graphs[size] = StepGraph(
+                    *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
+                    num_tokens=size,
+                    num_sequences=size,
+                    is_mixed=False,
+                    pool=pool,
+                )
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Garbage is collected before, and not while steps are captured: a graph among it that is destroyed would end the capture."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _are_all_logit_rows(batch: ForwardBatch) -> bool:

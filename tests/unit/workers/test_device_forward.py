@@ -1,5 +1,6 @@
 """DeviceForward on a CPU: padded batches and staged inputs compute what the model's own forward pass does."""
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
 from workers.api import NgramDrafts, SamplingParams
+from workers.device.forward import no_collection
 from workers.device.step_graph import MAX_PROMPTS
 from workers.model.forward_batch import ForwardBatch
 from workers.model.llama import Llama
@@ -210,3 +212,26 @@ def test_a_step_with_more_prompts_than_a_launch_has_tiles_for_is_not_replayed(
     assert made.forward is not None
     torch.testing.assert_close(made.forward(batch), expected)
     assert (made.forward.num_replayed, made.forward.num_eager) == (int(is_replayed), int(not is_replayed))
+
+
+def test_nothing_is_collected_while_steps_are_captured_and_the_rest_after() -> None:
+    collected: list[int] = []
+
+    class Kept:
+        def __del__(self) -> None:
+            collected.append(1)
+
+    def cycle() -> None:
+        one = Kept()
+        one.itself = one
+
+    cycle()
+    with no_collection():
+        assert collected == [1]
+        cycle()
+        assert not gc.isenabled()
+    assert collected == [1]
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError), no_collection():
+        raise RuntimeError
+    assert gc.isenabled()
