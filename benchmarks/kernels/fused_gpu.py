@@ -1,6 +1,6 @@
 """The small and the KV-moving kernels on a GPU, against torch, eager and compiled.
 
-    python benchmarks/kernels/fused_gpu.py [--quick] [--json FILE]
+    python benchmarks/kernels/fused_gpu.py [--quick] [--only PART] [--json FILE]
 
 Needs an NVIDIA GPU. Before it measures, it makes the checks of tests/support/triton_checks on that GPU, and reports
 nothing when one fails. Every way runs as a CUDA graph of several launches over different copies of its inputs, which
@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from inspect import signature
 from pathlib import Path
@@ -32,6 +32,7 @@ from phasewise_kernels.block_copy.op import start_block_copy  # noqa: E402
 from phasewise_kernels.block_copy.reference import TokenRows, convert, gather, scatter  # noqa: E402
 from phasewise_kernels.kv_codec.op import decode_pages, encode_pages  # noqa: E402
 from phasewise_kernels.kv_codec.reference import CODECS, PageCodec  # noqa: E402
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch, paged_attention_cuda  # noqa: E402
 from phasewise_kernels.quantised_attention.op import quantised_attention  # noqa: E402
 from phasewise_kernels.rms_norm.op import rms_norm  # noqa: E402
 from phasewise_kernels.rope_write.op import rope_write  # noqa: E402
@@ -45,18 +46,21 @@ HIDDEN, MLP, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_LAYERS = 4096, 14336, 32, 8,
 EPS = 1e-5
 BF16 = torch.bfloat16
 Way = Callable[[int], Any]
+#: Small: norms, gates, rotation.
+PARTS = ("small", "sample", "transfer", "attention")
 
 
-def check_all(is_quick: bool) -> None:
-    """Make the checks of the kernels on this GPU, of which the first that fails raises; quick leaves out random shapes."""
+def check_all(parts: Sequence[str], is_quick: bool) -> None:
+    """Make the checks of these parts' kernels on this GPU, of which the first that fails raises; quick leaves out random shapes."""
     from tests.support.triton_checks import codecs, quantised, sampling, small_ops
     from tests.support.triton_checks.interpreter import checks_of
 
-    for module in (small_ops, codecs, quantised, sampling):
-        for name, check in checks_of(module.__name__).items():
+    modules = {"small": small_ops, "sample": sampling, "transfer": codecs, "attention": quantised}
+    for part in parts:
+        for name, check in checks_of(modules[part].__name__).items():
             if not (is_quick and name in ("check_odd_shapes", "check_whatever_comes")):
                 check("cuda")
-                print(f"green: {module.__name__.rpartition('.')[2]}.{name}", flush=True)
+                print(f"green: {part}: {name}", flush=True)
 
 
 def seconds(way: Way, num_copies: int, num_rounds: int, is_graph: bool = True) -> float:
@@ -305,6 +309,16 @@ def attention_ways(table: Table, batch: int, context_len: int) -> None:
 
     ways: dict[str, Way] = {"bf16, SDPA": attend, "bf16, SDPA rows": attend_packed}
     ways |= varlen_way(query, pool, context_len)
+    batch_of = CudaAttentionBatch(
+        page_table,
+        torch.arange(batch + 1, dtype=torch.int32, device="cuda"),
+        lens,
+        64,
+        num_tokens=batch,
+        max_query_len=1,
+        max_context_len=context_len,
+    )
+    ways["bf16, our paged"] = lambda _: paged_attention_cuda(query, pool[0, 0], pool[0, 1], batch_of)
     table.measure(name, 2 * k.numel() * 2, 1, ways)
 
 
@@ -347,29 +361,32 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measure_all(is_quick: bool) -> dict[str, Any]:
-    """All rows."""
-    table = Table(5 if is_quick else 20)
-    for num_rows in (64, 2048):
-        norm_ways(table, num_rows)
-        gate_ways(table, num_rows)
-        for cache_dtype in (BF16, torch.float8_e4m3fn):
-            rope_ways(table, num_rows, cache_dtype)
-    for num_rows in (1, 64, 256):
-        for kind, options in (
-            ("peaked", (0.0, 0, 1.0)),
-            ("peaked", (1.0, 0, 1.0)),
-            ("peaked", (0.8, 0, 0.95)),
-            ("peaked", (0.8, 50, 1.0)),
-            ("flat", (1.0, 0, 1.0)),
-            ("flat", (1.0, 0, 0.9)),
-        ):
-            sample_ways(table, num_rows, 128256, kind, options)
-    transfer_ways(table, 4096 if is_quick else 8192)
-    for batch, context_len in ((1, 32768), (8, 32768), (32, 32768), (64, 2048)):
-        attention_ways(table, batch, context_len)
-        torch.cuda.empty_cache()
-    return {"machine": machine(), "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
+def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
+    """All rows of one part."""
+    match part:
+        case "small":
+            for num_rows in (64, 2048):
+                norm_ways(table, num_rows)
+                gate_ways(table, num_rows)
+                for cache_dtype in (BF16, torch.float8_e4m3fn):
+                    rope_ways(table, num_rows, cache_dtype)
+        case "sample":
+            for num_rows in (1, 64, 256):
+                for kind, options in (
+                    ("peaked", (0.0, 0, 1.0)),
+                    ("peaked", (1.0, 0, 1.0)),
+                    ("peaked", (0.8, 0, 0.95)),
+                    ("peaked", (0.8, 50, 1.0)),
+                    ("flat", (1.0, 0, 1.0)),
+                    ("flat", (1.0, 0, 0.9)),
+                ):
+                    sample_ways(table, num_rows, 128256, kind, options)
+        case "transfer":
+            transfer_ways(table, 4096 if is_quick else 8192)
+        case "attention":
+            for batch, context_len in ((1, 32768), (8, 32768), (32, 32768), (64, 2048)):
+                attention_ways(table, batch, context_len)
+                torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -377,14 +394,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer checks, rounds and tokens, for a look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument("--only", choices=PARTS, metavar="PART", help=f"one of {', '.join(PARTS)}")
     args = parser.parse_args()
+    parts = [args.only] if args.only else PARTS
     if not torch.cuda.is_available():
         print("there is no NVIDIA GPU here", file=sys.stderr)
         return 1
-    check_all(args.quick)
-    results = measure_all(args.quick)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    check_all(parts, args.quick)
+    table = Table(5 if args.quick else 20)
+    for part in parts:
+        measure_part(table, part, is_quick=args.quick)
+        if args.json:
+            results = {"machine": machine(), "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
+            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

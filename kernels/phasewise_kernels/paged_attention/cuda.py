@@ -120,7 +120,7 @@ def lean_attention(
     shape = _shape(query, k_cache)
     block_r = _power_of_two(max_query_len * shape["group"])
     block_m = max(16, block_r)
-    tuning = tuning or lean_tuning(k_cache, block_m, len(batch.context_lens))
+    tuning = tuning or lean_tuning(k_cache, block_m)
     num_kv_heads = k_cache.shape[2]
     num_programs = (batch.num_sms or _num_sms(query.device)) * tuning.programs_per_sm
     num_programs = max(1, num_programs // num_kv_heads) * num_kv_heads
@@ -222,7 +222,7 @@ def split_attention(
 
     shape = _shape(query, k_cache)
     block_m = max(16, _power_of_two(shape["group"]))
-    tuning = tuning or lean_tuning(k_cache, block_m, len(batch.context_lens))
+    tuning = tuning or lean_tuning(k_cache, block_m)
     num_outputs = len(batch.context_lens) * k_cache.shape[2]
     slots = num_outputs * num_splits * block_m
     stats = torch.empty(slots * 2, dtype=torch.float32, device=query.device)
@@ -265,17 +265,18 @@ def split_attention(
     )
 
 
-def lean_tuning(k_cache: torch.Tensor, block_m: int, num_sequences: int) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md: parts cost a merge, so few sequences are cut into few."""
+def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md."""
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
         return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
+    if row_bytes == 128 and k_cache.element_size() == 1:
+        # Many small programs: while one converts, others read.
+        return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
     if row_bytes <= 128:
         return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=2)
-    if num_sequences <= 16:
-        return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=1)
-    return Tuning(tile_tokens=128, num_warps=4, num_stages=2, programs_per_sm=2)
+    return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
 def chunk_tuning(query: torch.Tensor, max_context_len: int) -> Tuning:
