@@ -110,6 +110,7 @@ class DeviceForward:
             batch.rope_positions.numpy() if batch.rope_positions is not None else None,
             sources,
             _tree_bits(batch) if batch.tree_masks else None,
+            batch.embeds.rows.numpy() if batch.embeds is not None else None,
         ]
         if rows is not None:
             arrays += _attention_arrays(
@@ -120,7 +121,7 @@ class DeviceForward:
         token_ids, positions, slots, logit_rows = (next(found) for _ in range(4))
         tables = [next(found) for _ in range(3)]
         row_tables = [next(found) for _ in range(3)] if rows is not None else None
-        rope_lens, rope_positions, device_sources, tree_masks = (
+        rope_lens, rope_positions, device_sources, tree_masks, embed_rows = (
             next(found) if array is not None else None for array in optional
         )
         if device_sources is not None and previous is not None:
@@ -134,7 +135,7 @@ class DeviceForward:
             rope_lens=rope_lens,
             rope_positions=rope_positions,
             mixes=self._mixes(batch.mixes),
-            embeds=self._embeds(batch.embeds),
+            embeds=self._embeds(batch.embeds, embed_rows),
             attention=self._attention(batch, tables, tree_masks),
             logit_rows=None if _are_all_logit_rows(batch) else logit_rows,
             logit_attention=self._row_attention(rows, row_tables),
@@ -172,10 +173,11 @@ class DeviceForward:
             return None
         return Mixes(*(one.to(self._device) for one in (mixes.rows, mixes.token_ids, mixes.weights)))
 
-    def _embeds(self, embeds: Embeds | None) -> Embeds | None:
-        if embeds is None:
+    def _embeds(self, embeds: Embeds | None, rows: torch.Tensor | None) -> Embeds | None:
+        """The values are on the device already."""
+        if embeds is None or rows is None:
             return None
-        return Embeds(embeds.rows.to(self._device), embeds.values.to(self._device, self._model.dtype))
+        return Embeds(rows, embeds.values.to(self._model.dtype))
 
     # Captured steps.
 

@@ -173,8 +173,8 @@ class ModelRunner:
     def _embeds(self, embedded: list[EmbeddedRows]) -> Embeds:
         assert self._embeddings is not None
         rows = torch.tensor([row for some, _, _ in embedded for row in some])
-        values = [self._embeddings.read(blocks, first, len(some)) for some, blocks, first in embedded]
-        return Embeds(rows, torch.cat(values))
+        spans = [(blocks, first, len(some)) for some, blocks, first in embedded]
+        return Embeds(rows, self._embeddings.read(spans))
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""
