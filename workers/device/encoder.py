@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from workers.api import ImageReduction
+from workers.device.forward import no_collection
 from workers.device.step_graph import NUM_WARM_UPS
 from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.encoder import VisionEncoder
@@ -145,14 +146,15 @@ class TileGraphs:
             return
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream(self._pixels.device)
-        for num_tiles in range(self._max_tiles, 0, -1):
-            progress(1 - num_tiles / self._max_tiles)
-            for _ in range(NUM_WARM_UPS):
-                self._run(num_tiles)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._run(num_tiles)
-            self._graphs[num_tiles] = graph
+        with no_collection():
+            for num_tiles in range(self._max_tiles, 0, -1):
+                progress(1 - num_tiles / self._max_tiles)
+                for _ in range(NUM_WARM_UPS):
+                    self._run(num_tiles)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self._run(num_tiles)
+                self._graphs[num_tiles] = graph
 
     def _run(self, num_tiles: int) -> None:
         self._embeddings[:num_tiles].copy_(self._encoder.embed(self._pixels[:num_tiles]))

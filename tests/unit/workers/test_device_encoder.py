@@ -4,29 +4,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_worker import cpu_as_gpu
-from tests.support.picture_models import IDEFICS3, QWEN
+from tests.support.tiny_encoders import ENCODERS, SIZES, device_encoder, tiles, weights_of
 from tests.support.tiny_vision_models import write_vision_folder
 from tests.support.worker_client import worker_spec
 from workers.api import Device, ImageReduction, Phase, PhaseSet, WeightDtype
 from workers.device.buckets import MAX_GRAPH_TILES, graph_tiles
 from workers.device.encoder import DeviceEncoder
 from workers.device.memory import GpuMemory, encoder_step_bytes
-from workers.device.pictures import largest_batch
 from workers.errors import NotOnGpu, OutOfMemory
 from workers.loading import LoadedModel, load
 from workers.model.vision.config import VisionConfig
-from workers.model.vision.encoder import VisionEncoder
 from workers.model.vision.make import make_encoder
-from workers.model.vision.shapes import vision_shapes
 
-CPU = torch.device("cpu")
+IDEFICS3, QWEN = ENCODERS["idefics3"], ENCODERS["qwen"]
 #: fp32 sums in another order, as batches differ.
 TOLERANCE = 1e-5
 #: Of bfloat16, relative to the norm of all embeddings: 8 bits in each of some dozen operations.
@@ -34,37 +30,11 @@ BF16_ERROR = 0.03
 MIB = 2**20
 
 
-def weights_of(config: VisionConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for name, shape in vision_shapes(config).items():
-        values = torch.randn(shape, generator=generator)
-        is_norm = name.endswith("norm")
-        found[name] = (1 + 0.1 * values if is_norm else values * max(1, values[0].numel()) ** -0.5).to(dtype)
-    return found
-
-
-def made(config: VisionConfig, max_tiles: int, dtype: torch.dtype = torch.float32) -> DeviceEncoder:
-    encoder = DeviceEncoder(make_encoder(config, weights_of(config, dtype)), CPU, dtype, max_tiles=max_tiles)
-    encoder.warm_up(largest_batch(config, 64, max_tiles), lambda _what, _done: None)
-    return encoder
-
-
-def tiles(config: VisionConfig, encoder: VisionEncoder, *sizes: tuple[int, int]) -> list[torch.Tensor]:
-    """Pixels of pictures of these widths and heights."""
-    found = []
-    for width, height in sizes:
-        plan = config.plan(width, height)
-        image = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), np.uint8)
-        found += encoder.prepare(image, plan, range(len(plan.tiles)))
-    return found
-
-
-@pytest.mark.parametrize("config", [IDEFICS3, QWEN], ids=["idefics3", "qwen"])
+@pytest.mark.parametrize("config", ENCODERS.values(), ids=ENCODERS)
 @pytest.mark.parametrize("max_tiles", [1, 2, 8])
 def test_embeddings_are_those_of_the_vision_model(config: VisionConfig, max_tiles: int) -> None:
-    wanted_from, encoder = make_encoder(config, weights_of(config)), made(config, max_tiles)
-    pixels = tiles(config, encoder, (30, 20), (9, 40), (16, 16))
+    wanted_from, encoder = make_encoder(config, weights_of(config)), device_encoder(config, max_tiles)
+    pixels = tiles(config, encoder, *SIZES)
     for num in range(len(pixels) + 1):
         wanted, found = wanted_from.encode(pixels[:num]), encoder.encode(pixels[:num])
         assert [one.shape for one in found] == [one.shape for one in wanted]
@@ -73,7 +43,7 @@ def test_embeddings_are_those_of_the_vision_model(config: VisionConfig, max_tile
 
 
 def test_what_was_returned_stays_when_others_are_encoded() -> None:
-    encoder = made(IDEFICS3, 2)
+    encoder = device_encoder(IDEFICS3, 2)
     pixels = tiles(IDEFICS3, encoder, (30, 20))
     first = encoder.encode(pixels[:1])[0]
     before = first.clone()
@@ -82,7 +52,7 @@ def test_what_was_returned_stays_when_others_are_encoded() -> None:
 
 
 def test_embeddings_in_bfloat16_are_near() -> None:
-    encoder = made(IDEFICS3, 2, torch.bfloat16)
+    encoder = device_encoder(IDEFICS3, 2, dtype=torch.bfloat16)
     pixels = tiles(IDEFICS3, encoder, (30, 20), (9, 40))
     found = torch.cat(encoder.encode(pixels))
     assert found.dtype == torch.bfloat16
@@ -92,7 +62,7 @@ def test_embeddings_in_bfloat16_are_near() -> None:
 
 
 def test_merged_embeddings_are_those_of_the_vision_model() -> None:
-    wanted_from, encoder = make_encoder(IDEFICS3, weights_of(IDEFICS3)), made(IDEFICS3, 2)
+    wanted_from, encoder = make_encoder(IDEFICS3, weights_of(IDEFICS3)), device_encoder(IDEFICS3, 2)
     reduction = ImageReduction(merge_threshold=0.1)
     for tile in tiles(IDEFICS3, encoder, (30, 20)):
         wanted, wanted_kept = wanted_from.encode_reduced(tile, reduction)
