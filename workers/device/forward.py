@@ -135,7 +135,9 @@ class DeviceForward:
             rope_lens=rope_lens,
             rope_positions=rope_positions,
             mixes=self._mixes(batch.mixes),
-            embeds=self._embeds(batch.embeds, embed_rows),
+            embeds=Embeds(embed_rows, batch.embeds.values)
+            if embed_rows is not None and batch.embeds is not None
+            else None,
             attention=self._attention(batch, tables, tree_masks),
             logit_rows=None if _are_all_logit_rows(batch) else logit_rows,
             logit_attention=self._row_attention(rows, row_tables),
@@ -172,12 +174,6 @@ class DeviceForward:
         if mixes is None:
             return None
         return Mixes(*(one.to(self._device) for one in (mixes.rows, mixes.token_ids, mixes.weights)))
-
-    def _embeds(self, embeds: Embeds | None, rows: torch.Tensor | None) -> Embeds | None:
-        """The values are on the device already."""
-        if embeds is None or rows is None:
-            return None
-        return Embeds(rows, embeds.values.to(self._model.dtype))
 
     # Captured steps.
 

@@ -149,7 +149,7 @@ class ModelRunner:
             batch = step.filtering_batch(part, self._embeds(list(embedded_rows(part, 0))))
             found = self._model.forward_filtering(batch, self._kv_cache)
             alone.append(found.logits)
-            gone = np.setdiff1d(np.arange(part.end), found.rows.numpy(), assume_unique=True)
+            gone = np.setdiff1d(np.arange(part.end), found.rows.cpu().numpy(), assume_unique=True)
             filtered[i] = FilteredChunk(tuple(gone.tolist()), found.layer_rows)
         if step.forward is None:
             on_layers(0, len(self._kv_cache))

@@ -209,13 +209,14 @@ class Llama:
 
         A row that leaves after a layer takes part in that layer and in none after it. In the end the cache has, in the
         first slots of the sequence and in all layers, the KV of the rows that are left.
-        kv_cache: as for `forward`.
+        kv_cache: as for `compute`. Rows are counted on the host, which on a GPU waits for each layer after which some may leave.
         """
         eps, last = self.config.rms_norm_eps, self.config.num_layers - 1
+        batch = batch.on(self.device)
         rotation = self._rotation(batch.positions, batch.rope_positions, batch.rope_lens)
         hidden = self._embed(batch)
         added: torch.Tensor | None = None
-        rows = LayerRows(batch, torch.arange(len(batch.token_ids)))
+        rows = LayerRows(batch, torch.arange(len(batch.token_ids), device=self.device))
         layers: list[LayerRows] = []
         for i, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, eps, added=added)
@@ -283,7 +284,7 @@ class Llama:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
             hidden[batch.mixes.rows] = mixed.sum(dim=1).to(hidden.dtype)
         if batch.embeds is not None:
-            hidden[batch.embeds.rows] = batch.embeds.values
+            hidden[batch.embeds.rows] = batch.embeds.values.to(hidden.dtype)
         return hidden
 
     def _project(
