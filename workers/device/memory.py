@@ -37,6 +37,8 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     # Steps that are captured have memory of their own.
     num_captured = max(min(engine.token_budget, MAX_MIXED_TOKENS), engine.max_running_sequences)
     num_values = (num_tokens + num_captured) * inner + 2 * logits
+    if config.vision is not None:
+        num_values += num_captured * config.hidden_size
     return CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
 
 

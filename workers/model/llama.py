@@ -22,7 +22,7 @@ from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.model.forward_batch import Embeds as Embeds
 from workers.model.forward_batch import ForwardBatch as ForwardBatch
-from workers.model.forward_batch import ForwardInputs, logit_row_batch
+from workers.model.forward_batch import ForwardInputs, PlacedEmbeds, logit_row_batch
 from workers.model.forward_batch import Mixes as Mixes
 from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
@@ -283,8 +283,12 @@ class Llama:
         if isinstance(batch, ForwardInputs) and batch.mixes is not None:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
             hidden[batch.mixes.rows] = mixed.sum(dim=1).to(hidden.dtype)
-        if batch.embeds is not None:
-            hidden[batch.embeds.rows] = batch.embeds.values.to(hidden.dtype)
+        embeds = batch.embeds
+        if isinstance(embeds, PlacedEmbeds):
+            given = embeds.values[embeds.sources.clamp(min=0)]
+            return torch.where(embeds.sources[:, None] >= 0, given, hidden)
+        if embeds is not None:
+            hidden[embeds.rows] = embeds.values.to(hidden.dtype)
         return hidden
 
     def _project(
