@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from kvtransfer.host_pool import pool_shape
 from kvtransfer.transports.cuda_ipc import CudaPool
+from protos import inference_pb2 as pb
 from tests.support.both_shapes import ROOMY, use
 from tests.support.device_engine import PROMPTS, TINY, DeviceEngine, greedy, random_weights
 from tests.support.gateway import collect, gateway, tokens_of
@@ -16,7 +18,7 @@ from tests.support.image_shapes import SHAPES, D, E, P, image_request, served
 from tests.support.pictures import picture
 from tests.support.tiny_encoders import ENCODERS, SIZES, device_encoder, tiles, weights_of
 from tests.support.tiny_qwen_vl import write_qwen_vl_folder
-from tests.support.tiny_vision_models import write_vision_folder
+from tests.support.tiny_vision_models import LAYOUTS, write_vision_folder
 from tests.support.worker_process import worker_processes
 from workers.api import Device, ImageReduction
 from workers.embeddings.memory import BLOCK_SIZE, EmbeddingMemory, embedding_layout
@@ -156,6 +158,25 @@ def test_greedy_tokens_after_pictures_are_those_of_a_cpu(write: object, tmp_path
     assert answers(tmp_path, placeholder, "EPD", cuda) == expected
     assert answers(tmp_path, placeholder, "E+PD", cuda, cpu) == expected
     assert answers(tmp_path, placeholder, "E+PD", cpu, cuda) == expected
+
+
+def test_embeddings_that_leave_do_so_as_on_a_cpu(tmp_path: Path) -> None:
+    """Merged in the encoder, and left out between the layers of the text model."""
+    write_vision_folder(tmp_path, replace(LAYOUTS["tiles"], tile_size=64, image_size=64, longest_edge=100))
+    reduction = pb.ImageReduction(merge_threshold=0.05, global_threshold=0.02, individual_threshold=0.08)
+    requests = [
+        image_request(text, *map(picture, seeds), image_reduction=reduction)
+        for text, seeds in PROMPTS_WITH_PICTURES[:2]
+    ]
+
+    async def main(*devices: Device) -> list[list[int]]:
+        async with served(tmp_path, SHAPES["E+PD"], devices) as it:
+            found = [await collect(it.gateway.client.Generate(one)) for one in requests]
+            assert all(one[-1].usage.image_reduction.kept_tokens > 0 for one in found)
+            return [tokens_of(messages) for messages in found]
+
+    expected = asyncio.run(main(Device.CPU, Device.CPU))
+    assert asyncio.run(main(Device.CUDA, Device.CUDA)) == expected
 
 
 @pytest.mark.parametrize("prefill", [(), ON_GPU], ids=["cpu", "cuda"])

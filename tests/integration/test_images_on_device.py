@@ -48,7 +48,8 @@ def answers(folder: Path, placeholder: str, shape: str, devices: tuple[Device, .
     ]
 
     async def main() -> list[list[int]]:
-        async with served(folder, SHAPES[shape], devices) as it:
+        # Prompts take several steps.
+        async with served(folder, SHAPES[shape], devices, token_budget=40) as it:
             found = await asyncio.gather(*map(it.tokens, requests))
             assert await asyncio.gather(*map(it.tokens, requests)) == found
             await it.check_invariants()
