@@ -22,7 +22,7 @@ from workers.block_hash import root_hash
 from workers.device.gpu import gpu_uuid
 from workers.device.placed import PlacedText
 from workers.embeddings.encoding import VisionTools
-from workers.embeddings.memory import EmbeddingMemory, embedding_layout
+from workers.embeddings.memory import EmbeddingMemory, embedding_layout, host_memory
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
 from workers.engine.grammar_masks import GrammarMasks
@@ -38,6 +38,7 @@ from workers.model.llama import Llama
 from workers.model.prepare import Part, PreparedModel, load_weights, prepare
 from workers.model.resources import check_memory
 from workers.model.vision.config import processor_digest, vision_json
+from workers.model.vision.encoder import VisionEncoder
 from workers.model.vision.make import make_encoder
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
         block_size=spec.engine.block_size if text is not None and spec.engine.is_prefix_cache_on else 0,
     )
     # Of a tensor-parallel group: that of rank 0, which is this process.
-    uuid = gpu_uuid() if text is not None and spec.device is Device.CUDA else None
+    uuid = gpu_uuid() if spec.device is Device.CUDA else None
     return LoadedModel(info, text, images, uuid)
 
 
@@ -248,18 +249,22 @@ def _load_images(
     num_blocks = spec.engine.image_cache_bytes // len(users) // layout.block_bytes
     if num_blocks < 1:
         raise ImageCacheTooSmall(spec.engine.image_cache_bytes, len(users) * layout.block_bytes)
-    num_bytes = num_blocks * layout.block_bytes
-    check_memory("the embeddings of pictures", len(users) * num_bytes, "lower engine.imageCacheMiB")
-    progress(f"taking the image cache ({len(users) * num_bytes / 2**20:.0f} MiB)", 0.0)
-    is_in_nixl = spec.kv_transfer.transport is TransportChoice.NIXL
-    memory = {
-        phase: EmbeddingMemory(layout, num_blocks, _shared_memory(num_bytes, spec), is_in_nixl=is_in_nixl)
-        for phase in users
-    }
+    total_mib = len(users) * num_blocks * layout.block_bytes / 2**20
+    progress(f"taking the image cache ({total_mib:.0f} MiB)", 0.0)
+    taken = (_take_embeddings_on_gpu if spec.device is Device.CUDA else _take_embeddings)(
+        spec, layout, num_blocks, len(users)
+    )
+    memory = dict(zip(users, taken, strict=True))
     if Phase.ENCODE not in spec.phases:
         return LoadedImages(memory[Phase.PREFILL], None, None)
     progress("loading the vision weights", 0.0)
-    encoder = make_encoder(vision, load_weights(prepared, {Part.VISION}))
+    encoder: VisionEncoder
+    if spec.device is Device.CUDA:
+        from workers.device.pictures import place_encoder
+
+        encoder = place_encoder(spec, prepared, vision, progress)
+    else:
+        encoder = make_encoder(vision, load_weights(prepared, {Part.VISION}))
     tools = VisionTools(
         encoder=encoder,
         plan=vision.plan,
@@ -270,6 +275,27 @@ def _load_images(
         max_waiting=spec.engine.max_waiting_requests,
     )
     return LoadedImages(memory.get(Phase.PREFILL), memory[Phase.ENCODE], tools)
+
+
+def _take_embeddings(
+    spec: WorkerSpec, layout: KvLayout, num_blocks: int, number: int
+) -> list[EmbeddingMemory]:
+    num_bytes = num_blocks * layout.block_bytes
+    check_memory("the embeddings of pictures", number * num_bytes, "lower engine.imageCacheMiB")
+    is_in_nixl = spec.kv_transfer.transport is TransportChoice.NIXL
+    return [
+        host_memory(layout, num_blocks, _shared_memory(num_bytes, spec), is_in_nixl=is_in_nixl)
+        for _ in range(number)
+    ]
+
+
+def _take_embeddings_on_gpu(
+    spec: WorkerSpec, layout: KvLayout, num_blocks: int, number: int
+) -> list[EmbeddingMemory]:
+    # Brings Triton, which is not there where torch has no CUDA.
+    from workers.device.pictures import take_embeddings
+
+    return take_embeddings(spec, layout, num_blocks, number)
 
 
 def _punctuation(tokenizer_json: bytes) -> frozenset[int]:

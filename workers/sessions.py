@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from workers.api import (
     Abort,
     Command,
-    Device,
     DraftsGenerated,
     Encode,
     Event,
@@ -116,15 +115,11 @@ class SessionTable:
         self._refusal: str | None = "the worker is still loading its model"
         self._post: Callable[[Command], None] = _post_nowhere
         self._vocab_size = 0
-        self._device = Device.CPU
 
-    def serve_with(
-        self, post: Callable[[Command], None], vocab_size: int, device: Device = Device.CPU
-    ) -> None:
+    def serve_with(self, post: Callable[[Command], None], vocab_size: int) -> None:
         """From now on requests go to the engine, by `post`."""
         self._post = post
         self._vocab_size = vocab_size
-        self._device = device
         self._refusal = None
         if self._subscribed:
             post(SubscribeKvEvents())
@@ -161,7 +156,7 @@ class SessionTable:
         """A command that came by this session."""
         match command:
             case Submit():
-                self._submit(session, command, submit_problem(command, self._vocab_size, self._device))
+                self._submit(session, command, submit_problem(command, self._vocab_size))
             case Encode():
                 self._submit(session, command, encode_problem(command))
             case Abort(key):

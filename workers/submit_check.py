@@ -7,7 +7,6 @@ import math
 
 from workers.api import (
     MAX_SALT_CHARS,
-    Device,
     Encode,
     Handoff,
     ImageReduction,
@@ -25,8 +24,8 @@ MAX_TILES = 4096
 MAX_KEY_BYTES = 64
 
 
-def submit_problem(submit: Submit, vocab_size: int, device: Device = Device.CPU) -> str | None:
-    """What is wrong, beginning with the field's name; None when nothing is. device: of the worker."""
+def submit_problem(submit: Submit, vocab_size: int) -> str | None:
+    """What is wrong, beginning with the field's name; None when nothing is."""
     if not 0 < len(submit.key.request_id) <= MAX_ID_CHARS:
         return f"request_id: has {len(submit.key.request_id)} characters; 1 to {MAX_ID_CHARS} are allowed"
     if not submit.phases:
@@ -55,16 +54,6 @@ def submit_problem(submit: Submit, vocab_size: int, device: Device = Device.CPU)
     is_reduced = submit.reduction is not None and submit.reduction.is_on and bool(submit.images)
     if is_reduced and submit.sampling.num_prompt_logprobs is not None:
         return "reduction: is set, and prompt_logprobs need every token of the prompt; ask for one of them"
-    if (
-        is_reduced
-        and device is Device.CUDA
-        and submit.reduction is not None
-        and submit.reduction.is_filtering
-    ):
-        return (
-            "reduction: drops embeddings between layers, which a worker on a GPU does not do yet; ask for merge_threshold "
-            "alone, or for none"
-        )
     return _handoff_problem(submit.handoff, submit.phases)
 
 

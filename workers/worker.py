@@ -269,7 +269,7 @@ class Worker:
             self._telemetry = GpuTelemetry(loaded.gpu_uuid, on_unhealthy=self._gpu_failed)
             self._telemetry.start()
         self._info = loaded.info
-        self._sessions.serve_with(self._take, loaded.info.vocab_size, self.spec.device)
+        self._sessions.serve_with(self._take, loaded.info.vocab_size)
 
     def _take(self, command: Command) -> None:
         """A command that came by a session, to whom it is for."""

@@ -145,7 +145,8 @@ class Engine(Section):
         ge=limits.IMAGE_CACHE_MIB.least,
         le=limits.IMAGE_CACHE_MIB.most,
         description="Memory for embeddings of pictures in MiB, taken at start by workers that encode or prefill a model "
-        "that takes pictures; one that does both gives half of it to each. It bounds the pictures of one request too.",
+        "that takes pictures; one that does both gives half of it to each. On a GPU it is the GPU's. It bounds the pictures of "
+        "one request too.",
     )
     encode_patch_budget: int = Field(
         default=_ENGINE.encode_patch_budget,

@@ -10,7 +10,7 @@ from protos import inference_pb2 as pb
 from tests.support.both_shapes import ROOMY, use, view
 from tests.support.gateway import Gateway, collect, gateway, tokens_of
 from tests.support.worker_client import RunningWorker, running_worker, worker_spec
-from workers.api import Phase, PhaseSet, WorkerId
+from workers.api import Device, Phase, PhaseSet, WorkerId
 
 E, P, D = (frozenset({phase}) for phase in Phase)
 #: One worker for all; each phase apart; several of each; the pairs; and several for all.
@@ -46,13 +46,16 @@ class ServedImages:
 
 
 @asynccontextmanager
-async def served(model: Path | str, shape: Sequence[PhaseSet], **engine: Any) -> AsyncIterator[ServedImages]:
-    """Workers with these phases."""
+async def served(
+    model: Path | str, shape: Sequence[PhaseSet], devices: Sequence[Device] = (), **engine: Any
+) -> AsyncIterator[ServedImages]:
+    """Workers with these phases. devices: of each; all on the CPU without."""
     async with AsyncExitStack() as stack:
         workers = []
         for i, phases in enumerate(shape):
             spec = worker_spec(model, phases, **engine)
-            spec = replace(spec, worker_id=WorkerId(f"{spec.worker_id[:-2]}-{i}"))
+            device = devices[i] if devices else Device.CPU
+            spec = replace(spec, worker_id=WorkerId(f"{spec.worker_id[:-2]}-{i}"), device=device)
             workers.append(await stack.enter_async_context(running_worker(spec)))
         it = await stack.enter_async_context(gateway(config=ROOMY))
         await use(it, *map(view, workers))

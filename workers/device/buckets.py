@@ -9,6 +9,8 @@ from workers.limits import GPU_TILE_TOKENS
 MAX_PADDED_SHARE = 0.25
 #: Steps of more tokens take longer to compute than to launch.
 MAX_MIXED_TOKENS = 2048
+#: Tiles that a graph of the encoder computes at most: more of them take longer to compute than to launch.
+MAX_GRAPH_TILES = 8
 #: Sizes beyond the smallest are multiples of this.
 SIZE_STEP = 8
 
@@ -34,6 +36,11 @@ def mixed_buckets(token_budget: int) -> tuple[int, ...]:
     most = min(token_budget, MAX_MIXED_TOKENS)
     sizes = [size for size in (32, 64, *range(GPU_TILE_TOKENS, most, GPU_TILE_TOKENS)) if size < most]
     return (*sizes, most)
+
+
+def graph_tiles(tile_patches: int, patch_budget: int) -> int:
+    """Tiles of so many patches that the encoder computes together at most."""
+    return min(MAX_GRAPH_TILES, max(1, patch_budget // tile_patches))
 
 
 def bucket_of(num: int, buckets: Sequence[int]) -> int | None:

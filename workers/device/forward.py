@@ -16,7 +16,7 @@ from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
 from workers.device.staging import Staging
-from workers.device.step_graph import MAX_PROMPTS, StepGraph, buffer_bytes, with_previous
+from workers.device.step_graph import MAX_PROMPTS, StepGraph, axes_of, buffer_bytes, with_previous
 from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, Mixes, RowBatch, logit_row_batch
 from workers.model.llama import Llama
 
@@ -110,6 +110,7 @@ class DeviceForward:
             batch.rope_positions.numpy() if batch.rope_positions is not None else None,
             sources,
             _tree_bits(batch) if batch.tree_masks else None,
+            batch.embeds.rows.numpy() if batch.embeds is not None else None,
         ]
         if rows is not None:
             arrays += _attention_arrays(
@@ -120,7 +121,7 @@ class DeviceForward:
         token_ids, positions, slots, logit_rows = (next(found) for _ in range(4))
         tables = [next(found) for _ in range(3)]
         row_tables = [next(found) for _ in range(3)] if rows is not None else None
-        rope_lens, rope_positions, device_sources, tree_masks = (
+        rope_lens, rope_positions, device_sources, tree_masks, embed_rows = (
             next(found) if array is not None else None for array in optional
         )
         if device_sources is not None and previous is not None:
@@ -134,7 +135,9 @@ class DeviceForward:
             rope_lens=rope_lens,
             rope_positions=rope_positions,
             mixes=self._mixes(batch.mixes),
-            embeds=self._embeds(batch.embeds),
+            embeds=Embeds(embed_rows, batch.embeds.values)
+            if embed_rows is not None and batch.embeds is not None
+            else None,
             attention=self._attention(batch, tables, tree_masks),
             logit_rows=None if _are_all_logit_rows(batch) else logit_rows,
             logit_attention=self._row_attention(rows, row_tables),
@@ -172,19 +175,14 @@ class DeviceForward:
             return None
         return Mixes(*(one.to(self._device) for one in (mixes.rows, mixes.token_ids, mixes.weights)))
 
-    def _embeds(self, embeds: Embeds | None) -> Embeds | None:
-        if embeds is None:
-            return None
-        return Embeds(embeds.rows.to(self._device), embeds.values.to(self._device, self._model.dtype))
-
     # Captured steps.
 
     def _graph_for(self, batch: ForwardBatch, layer_group_size: int | None) -> StepGraph | None:
         """That which computes this step; None when none can."""
-        if batch.mixes is not None or batch.embeds is not None or batch.rope_positions is not None:
+        if batch.mixes is not None:
             return None
         num_tokens, num_sequences = len(batch.token_ids), len(batch.query_lens)
-        if num_sequences == num_tokens and _are_all_logit_rows(batch):
+        if num_sequences == num_tokens and batch.embeds is None and _are_all_logit_rows(batch):
             size = bucket_of(num_tokens, self._buckets)
             return self._decode_graphs.get(size) if size is not None else None
         is_mixed = (
@@ -220,6 +218,14 @@ class DeviceForward:
             )
             self._model.compute(self._inputs(batch, None, None), self._kv_cache)
 
+    def _embedding_buffer(self) -> torch.Tensor | None:
+        """Of the pictures of one captured step; None where the model takes none, or no step with prompts is captured."""
+        config = self._model.config
+        if config.vision is None or not self._mixed_buckets:
+            return None
+        shape = self._mixed_buckets[-1], config.hidden_size
+        return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
+
     @torch.inference_mode()
     def capture(self, progress: Callable[[str, float], None]) -> None:
         """Capture all sizes, the largest first: the others then fit into the memory that it took."""
@@ -234,14 +240,18 @@ class DeviceForward:
         )
         num_tokens = max(most, *self._mixed_buckets) if self._mixed_buckets else most
         buffer = torch.zeros(
-            buffer_bytes(num_tokens, most, max_blocks), dtype=torch.uint8, device=self._device
+            buffer_bytes(num_tokens, most, max_blocks, axes_of(self._model)),
+            dtype=torch.uint8,
+            device=self._device,
         )
+        shared = self._model, self._kv_cache, self._staging, tables, logits, buffer
+        embeddings = self._embedding_buffer()
         num_graphs = len(self._mixed_buckets) + len(self._buckets)
         with no_collection():
             for i, size in enumerate(reversed(self._mixed_buckets)):
                 progress(f"capturing steps with prompts ({size} tokens)", i / num_graphs)
                 self._mixed_graphs[size] = StepGraph(
-                    *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
+                    *(*shared, embeddings),
                     num_tokens=size,
                     num_sequences=min(size, most),
                     is_mixed=True,
@@ -250,7 +260,7 @@ class DeviceForward:
             for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
                 progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
                 self._decode_graphs[size] = StepGraph(
-                    *(self._model, self._kv_cache, self._staging, tables, logits, buffer),
+                    *(*shared, None),
                     num_tokens=size,
                     num_sequences=size,
                     is_mixed=False,

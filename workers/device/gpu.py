@@ -60,13 +60,15 @@ def gpu_memory(device: torch.device) -> GpuMemory:
 
 def check_room(need_bytes: int, device: torch.device, memory_fraction: float) -> None:
     """Raise OutOfMemory when weights of so many bytes do not fit in this share of the GPU's memory."""
+    remedy = "use a smaller model, more or larger GPUs, end other programs on it, or raise engine.gpuMemoryFraction"
+    require("the model's weights on the GPU", need_bytes, device, memory_fraction, remedy)
+
+
+def require(purpose: str, need_bytes: int, device: torch.device, memory_fraction: float, remedy: str) -> None:
+    """Raise OutOfMemory when so many bytes do not fit in this share of the GPU's memory."""
     left_bytes = gpu_memory(device).left_of(memory_fraction)
     if need_bytes > left_bytes:
-        remedy = (
-            "use a smaller model, more or larger GPUs, end other programs on it, or raise "
-            "engine.gpuMemoryFraction"
-        )
-        raise OutOfMemory("the model's weights on the GPU", need_bytes, left_bytes, remedy)
+        raise OutOfMemory(purpose, need_bytes, left_bytes, remedy)
 
 
 def load_to_gpu(

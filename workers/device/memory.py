@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from workers.api import EngineConfig
 from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.model.config import ModelConfig
+from workers.model.vision.config import VisionConfig
 
 #: What libraries, kernels and graphs take beside what is counted here, in bytes.
 CONTEXT_BYTES = 768 * 2**20
 #: Logits that the sampler reads are float32, and sorted or summed in a copy.
 SAMPLER_COPIES_BYTES = 8
+#: What a layer of an encoder holds of each patch, in hidden and in intermediate sizes: Q, K and V as they are projected,
+#: rotated in float32 and gathered by windows, and what comes before and after.
+ENCODER_HIDDEN_SIZES, ENCODER_INNER_SIZES = 24, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,18 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     # Steps that are captured have memory of their own.
     num_captured = max(min(engine.token_budget, MAX_MIXED_TOKENS), engine.max_running_sequences)
     num_values = (num_tokens + num_captured) * inner + 2 * logits
+    if config.vision is not None:
+        num_values += num_captured * config.hidden_size
     return CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+
+
+def encoder_step_bytes(vision: VisionConfig, patch_budget: int, value_bytes: int) -> int:
+    """What the largest batch of the encoder needs beside weights, an estimate from above. value_bytes: as for step_bytes."""
+    num_patches = max(patch_budget, vision.max_tile_patches)
+    hidden = ENCODER_HIDDEN_SIZES * vision.hidden_size
+    inner = ENCODER_INNER_SIZES * vision.intermediate_size
+    pixels = 3 * vision.patch_size**2
+    return num_patches * ((hidden + inner + pixels) * value_bytes + pixels * 4)
 
 
 def kv_cache_bytes(memory: GpuMemory, engine: EngineConfig, needed_bytes: int) -> int:

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from workers.device.staging import Staging, layout
-from workers.model.forward_batch import ForwardBatch, ForwardInputs
+from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, PlacedEmbeds
 from workers.model.llama import Llama
+from workers.model.mrope import NUM_AXES
 
 #: Of a row of padding: nothing is written.
 NO_SLOT = -1
 #: Of a token that the host knows; see DeviceForward.
 FROM_HOST = -1
+#: Of a row whose embedding is that of its token.
+NO_EMBEDDING = -1
 #: Eager steps before a capture: libraries choose kernels and take workspaces in them.
 NUM_WARM_UPS = 2
 #: Sequences of a mixed step that have more new tokens than a decode's kernel takes: the launch has a tile for each.
@@ -31,7 +34,7 @@ class StepGraph:
 
     block_tables: [at least num_sequences, blocks of the longest sequence] int32; logits: [at least num_sequences, vocab_size]. Both are on
     the device and shared by all graphs, as are `buffer`, [buffer_bytes of the largest] uint8, and the memory of `pool`: they run one after
-    the other, on one stream.
+    the other, on one stream. So are `embeddings`, [at least num_tokens, hidden_size], those of pictures; None: of a step that has none.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class StepGraph:
         block_tables: torch.Tensor,
         logits: torch.Tensor,
         buffer: torch.Tensor,
+        embeddings: torch.Tensor | None,
         *,
         num_tokens: int,
         num_sequences: int,
@@ -56,6 +60,8 @@ class StepGraph:
         self._is_mixed = is_mixed
         #: The arrays of a step are copied here; block tables are spread from here into `_block_tables`.
         self._buffer = buffer
+        self._embeddings = embeddings
+        self._num_axes = axes_of(model)
         self._block_tables = block_tables[:num_sequences]
         self._logits = logits[:num_sequences]
         static = self._upload(self._empty(block_tables.shape[1]))
@@ -66,9 +72,9 @@ class StepGraph:
             positions=static.positions,
             slots=static.slots,
             rope_lens=static.rope_lens,
-            rope_positions=None,
+            rope_positions=static.rope_positions if self._num_axes else None,
             mixes=None,
-            embeds=None,
+            embeds=PlacedEmbeds(static.embed_sources, embeddings) if embeddings is not None else None,
             attention=CudaAttentionBatch(
                 self._block_tables,
                 static.query_starts,
@@ -105,11 +111,14 @@ class StepGraph:
         num_sequences, num_blocks = batch.block_tables.shape
         arrays = self._empty(num_blocks)
         arrays.token_ids[:num_rows] = batch.token_ids.numpy()
-        arrays.positions[:num_rows] = batch.positions.numpy()
+        self._put_positions(batch, arrays)
         arrays.slots[:num_rows] = batch.slots.numpy()
         arrays.rope_lens[:num_rows] = (
-            batch.rope_lens.numpy() if batch.rope_lens is not None else arrays.positions[:num_rows] + 1
+            batch.rope_lens.numpy() if batch.rope_lens is not None else batch.positions.numpy() + 1
         )
+        if batch.embeds is not None:
+            arrays.embed_sources[batch.embeds.rows.numpy()] = np.arange(len(batch.embeds.rows))
+            self._put_embeddings(batch.embeds)
         if self._is_mixed:
             arrays.logit_rows[: len(batch.logit_rows)] = batch.logit_rows.numpy()
             np.cumsum(batch.query_lens, out=arrays.query_starts[1 : num_sequences + 1])
@@ -130,6 +139,18 @@ class StepGraph:
             self._graph.replay()
         return self._logits[: len(batch.logit_rows)]
 
+    def _put_positions(self, batch: ForwardBatch, arrays: "_Arrays") -> None:
+        """As the model turns heads by them: by one number, or by one for each axis."""
+        num_rows, positions = len(batch.token_ids), batch.positions.numpy()
+        moved = batch.rope_positions.numpy() if batch.rope_positions is not None else None
+        if self._num_axes:
+            arrays.rope_positions[:, :num_rows] = positions if moved is None else moved
+        arrays.positions[:num_rows] = positions if moved is None else moved[0]
+
+    def _put_embeddings(self, embeds: Embeds) -> None:
+        assert self._embeddings is not None
+        self._embeddings[: len(embeds.values)].copy_(embeds.values)
+
     def _run(self) -> None:
         # A copy, or each graph would keep its own: of a large vocabulary they are as much as thousands of tokens of KV.
         self._logits.copy_(self._model.compute(self._inputs, self._kv_cache))
@@ -138,19 +159,22 @@ class StepGraph:
         return _Arrays(*self._staging.upload(arrays, self._buffer))
 
     def _empty(self, num_blocks: int) -> "_Arrays":
-        arrays = _empty(self._num_tokens, self.num_sequences, num_blocks)
+        arrays = _empty(self._num_tokens, self.num_sequences, num_blocks, self._num_axes)
         if not self._is_mixed:
             arrays.query_starts[:] = np.arange(self.num_sequences + 1)
         return arrays
 
 
 class _Arrays(NamedTuple):
-    """What a step reads, on the host or on the device; fields as in ForwardInputs and CudaAttentionBatch. sources: see DeviceForward."""
+    """What a step reads, on the host or on the device; fields as in ForwardInputs, PlacedEmbeds and CudaAttentionBatch. sources: see
+    DeviceForward."""
 
     token_ids: Any
     positions: Any
     slots: Any
     rope_lens: Any
+    rope_positions: Any
+    embed_sources: Any
     sources: Any
     logit_rows: Any
     query_starts: Any
@@ -159,18 +183,25 @@ class _Arrays(NamedTuple):
     block_tables: Any
 
 
-def buffer_bytes(num_tokens: int, num_sequences: int, max_blocks: int) -> int:
+def buffer_bytes(num_tokens: int, num_sequences: int, max_blocks: int, num_axes: int) -> int:
     """What the arrays of a step take, and less than those of any larger one."""
-    return layout(_empty(num_tokens, num_sequences, max_blocks))[1]
+    return layout(_empty(num_tokens, num_sequences, max_blocks, num_axes))[1]
 
 
-def _empty(num_tokens: int, num_sequences: int, num_blocks: int) -> _Arrays:
+def axes_of(model: Llama) -> int:
+    """Of the positions that heads are turned by, where there are several."""
+    return NUM_AXES if model.config.rope.mrope_section else 0
+
+
+def _empty(num_tokens: int, num_sequences: int, num_blocks: int, num_axes: int) -> _Arrays:
     """Of a step without sequences."""
     return _Arrays(
         token_ids=np.zeros(num_tokens, np.int64),
         positions=np.zeros(num_tokens, np.int64),
         slots=np.full(num_tokens, NO_SLOT, np.int64),
         rope_lens=np.zeros(num_tokens, np.int64),
+        rope_positions=np.zeros((num_axes, num_tokens), np.int64),
+        embed_sources=np.full(num_tokens, NO_EMBEDDING, np.int64),
         sources=np.full(num_tokens, FROM_HOST, np.int64),
         logit_rows=np.zeros(num_sequences, np.int64),
         query_starts=np.zeros(num_sequences + 1, np.int32),

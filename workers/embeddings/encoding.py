@@ -21,6 +21,7 @@ from kvtransfer.client import KvSender
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.errors import DeadlineExceeded, PhasewiseTransferError, StreamLost, TransferRefused
 from kvtransfer.grpc_stream import EMBEDDINGS, GrpcChannel
+from kvtransfer.layout import blocks_needed
 from kvtransfer.session import TransferReport
 from workers.api import (
     Encode,
@@ -282,11 +283,8 @@ class Encoding:
                 work.began_s = self._clock()
             prepared = await self._prepared(work, numbers)
             found = await self.loop.encode(prepared, num_patches, work.reduction)
-        at = 0
-        for embeddings in found.embeddings:
-            num_blocks = -(-len(embeddings) // BLOCK_SIZE)
-            self._host.memory.write(block_ids[at : at + num_blocks], embeddings)
-            at += num_blocks
+        num_blocks = sum(blocks_needed(len(embeddings), BLOCK_SIZE) for embeddings in found.embeddings)
+        self._host.memory.write(block_ids[:num_blocks], found.embeddings)
         work.num_computed += len(tiles)
         work.encode_s += found.encode_s
         if work.reduction is None:

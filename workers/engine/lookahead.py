@@ -5,7 +5,8 @@ token more. So that is assumed, for as long as the next step is planned and its 
 is not known is taken from the device, where it will be. Then the assumption is taken back, and the running step is completed as
 ever. A sequence that turns out to have ended has a row too many in the next step, of which nothing is taken.
 
-Nothing is assumed while anything runs whose next step needs the token itself: penalties, grammars, drafts and the like.
+Nothing is assumed while anything runs whose next step needs the token itself: penalties, grammars, drafts and the like; nor while
+pictures get fewer embeddings, since a prompt then has as many tokens as are left when it has been computed.
 """
 
 from collections.abc import Iterable
@@ -37,7 +38,7 @@ class Lookahead:
         """That each sequence of the running step has its token and goes on; False, and nothing is, when that says too little."""
         batch = self._batch
         if batch.branched or not all(
-            is_plain(one.sampling) and one.images is None for one in (*batch.decodes, *batch.prefills)
+            is_plain(one.sampling) and one.reduction is None for one in (*batch.decodes, *batch.prefills)
         ):
             return False
         going = [one for one in running.decodes if one.state is SequenceState.DECODE]

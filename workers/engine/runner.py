@@ -149,7 +149,7 @@ class ModelRunner:
             batch = step.filtering_batch(part, self._embeds(list(embedded_rows(part, 0))))
             found = self._model.forward_filtering(batch, self._kv_cache)
             alone.append(found.logits)
-            gone = np.setdiff1d(np.arange(part.end), found.rows.numpy(), assume_unique=True)
+            gone = np.setdiff1d(np.arange(part.end), found.rows.cpu().numpy(), assume_unique=True)
             filtered[i] = FilteredChunk(tuple(gone.tolist()), found.layer_rows)
         if step.forward is None:
             on_layers(0, len(self._kv_cache))
@@ -173,8 +173,8 @@ class ModelRunner:
     def _embeds(self, embedded: list[EmbeddedRows]) -> Embeds:
         assert self._embeddings is not None
         rows = torch.tensor([row for some, _, _ in embedded for row in some])
-        values = [self._embeddings.read(blocks, first, len(some)) for some, blocks, first in embedded]
-        return Embeds(rows, torch.cat(values))
+        spans = [(blocks, first, len(some)) for some, blocks, first in embedded]
+        return Embeds(rows, self._embeddings.read(spans))
 
     def warm_up(self) -> None:
         """Compute a prompt and a token in blocks that no sequence owns yet: pages, kernels and weights are then in place."""

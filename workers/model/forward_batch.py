@@ -34,6 +34,16 @@ class Embeds:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedEmbeds:
+    """The same where it is not known beforehand how many there are, as in a step that is captured."""
+
+    #: Which of the values is the embedding of each row, [num_tokens] int64; below 0: that of its token.
+    sources: torch.Tensor
+    #: [num_values, hidden_size] of the dtype of the weights.
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """The tokens of one step: those of sequence 0, then of sequence 1, and so on. At least one token."""
 
@@ -75,7 +85,7 @@ class ForwardInputs:
     rope_lens: torch.Tensor | None
     rope_positions: torch.Tensor | None
     mixes: Mixes | None
-    embeds: Embeds | None
+    embeds: Embeds | PlacedEmbeds | None
     attention: AttentionBatch | CudaAttentionBatch
     #: None: all of them, in order.
     logit_rows: torch.Tensor | None

@@ -22,7 +22,7 @@ from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.model.forward_batch import Embeds as Embeds
 from workers.model.forward_batch import ForwardBatch as ForwardBatch
-from workers.model.forward_batch import ForwardInputs, logit_row_batch
+from workers.model.forward_batch import ForwardInputs, PlacedEmbeds, logit_row_batch
 from workers.model.forward_batch import Mixes as Mixes
 from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
@@ -209,13 +209,14 @@ class Llama:
 
         A row that leaves after a layer takes part in that layer and in none after it. In the end the cache has, in the
         first slots of the sequence and in all layers, the KV of the rows that are left.
-        kv_cache: as for `forward`.
+        kv_cache: as for `compute`. Rows are counted on the host, which on a GPU waits for each layer after which some may leave.
         """
         eps, last = self.config.rms_norm_eps, self.config.num_layers - 1
+        batch = batch.on(self.device)
         rotation = self._rotation(batch.positions, batch.rope_positions, batch.rope_lens)
         hidden = self._embed(batch)
         added: torch.Tensor | None = None
-        rows = LayerRows(batch, torch.arange(len(batch.token_ids)))
+        rows = LayerRows(batch, torch.arange(len(batch.token_ids), device=self.device))
         layers: list[LayerRows] = []
         for i, layer in enumerate(self._layers):
             normed = rms_norm(hidden, layer.attention_norm, eps, added=added)
@@ -282,8 +283,12 @@ class Llama:
         if isinstance(batch, ForwardInputs) and batch.mixes is not None:
             mixed = F.embedding(batch.mixes.token_ids, self._embedding) * batch.mixes.weights[:, :, None]
             hidden[batch.mixes.rows] = mixed.sum(dim=1).to(hidden.dtype)
-        if batch.embeds is not None:
-            hidden[batch.embeds.rows] = batch.embeds.values
+        embeds = batch.embeds
+        if isinstance(embeds, PlacedEmbeds):
+            given = embeds.values[embeds.sources.clamp(min=0)]
+            return torch.where(embeds.sources[:, None] >= 0, given, hidden)
+        if embeds is not None:
+            hidden[embeds.rows] = embeds.values.to(hidden.dtype)
         return hidden
 
     def _project(

@@ -7,13 +7,14 @@ sequence has one table of blocks for all layers.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from workers.api import ImageReduction
 from workers.model.forward_batch import Embeds
@@ -25,7 +26,7 @@ QUERY_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class FilteringBatch:
-    """All tokens of one prompt, from its first; none of them has KV yet."""
+    """All tokens of one prompt, from its first; none of them has KV yet. Tensors are on the device of the weights."""
 
     #: [num_tokens] int64.
     token_ids: torch.Tensor
@@ -43,6 +44,21 @@ class FilteringBatch:
     reduction: ImageReduction
     #: The last token needs logits.
     wants_logits: bool
+
+    def on(self, device: torch.device) -> "FilteringBatch":
+        """The same there. Waits for what runs on the current stream, as all of this does layer by layer."""
+        if device == self.token_ids.device:
+            return self
+        embeds = Embeds(self.embeds.rows.to(device), self.embeds.values.to(device))
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            rope_positions=self.rope_positions.to(device) if self.rope_positions is not None else None,
+            rope_lens=self.rope_lens.to(device) if self.rope_lens is not None else None,
+            embeds=embeds,
+            is_key=self.is_key.to(device),
+        )
 
     @property
     def logit_rows(self) -> slice:
@@ -62,7 +78,7 @@ class FilteringBatch:
 class Filtered:
     """What a filtering forward pass leaves.
 
-    logits: [1, vocab_size] fp32, or none. rows: of the batch that are left, ascending, [num_left] int64. layer_rows: how many
+    logits: [1, vocab_size] of the dtype of the weights, or none. rows: of the batch that are left, ascending, [num_left] int64. layer_rows: how many
     each layer computed.
     """
 
@@ -89,7 +105,7 @@ class LayerRows:
     @cached_property
     def slots(self) -> torch.Tensor:
         """Where their KV is, [num_rows] int64."""
-        return self.batch.slots(torch.arange(len(self.rows)))
+        return self.batch.slots(torch.arange(len(self.rows), device=self.rows.device))
 
     def slots_of(self, rows: torch.Tensor) -> torch.Tensor:
         """Where KV of some of them is. rows: of the batch, ascending."""
@@ -100,12 +116,8 @@ class LayerRows:
 
         query: [all or 1, num_heads, head_dim]; kv_cache: [2, num_blocks, block_size, num_kv_heads, head_dim].
         """
-        batch = AttentionBatch.build(
-            block_tables=self.batch.block_table[None],
-            query_lens=np.array([len(query)]),
-            context_lens=np.array([len(self.rows)]),
-            block_size=self.batch.block_size,
-        )
+        make = device_attention if query.is_cuda else host_attention
+        batch = make(self.batch.block_table, len(query), len(self.rows), self.batch.block_size, query.device)
         return paged_attention(query, kv_cache[0], kv_cache[1], batch, window=window)
 
     def staying(self, query: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
@@ -113,8 +125,8 @@ class LayerRows:
 
         query: [num_rows, num_heads, head_dim]; keys: [num_rows, num_kv_heads, head_dim].
         """
-        batch = self.batch
-        is_picture = torch.zeros(len(batch.token_ids), dtype=torch.bool)
+        batch, device = self.batch, self.rows.device
+        is_picture = torch.zeros(len(batch.token_ids), dtype=torch.bool, device=device)
         is_picture[batch.embeds.rows] = True
         may_leave = is_picture.clone()
         may_leave[batch.embeds.rows[batch.is_key]] = False
@@ -125,9 +137,37 @@ class LayerRows:
         given, most = attention_given(query, keys, text, pictures, window)
         reduction = batch.reduction
         leaves = (given < reduction.global_threshold * given.sum()) & (most < reduction.individual_threshold)
-        is_left = torch.ones(len(self.rows), dtype=torch.bool)
+        is_left = torch.ones(len(self.rows), dtype=torch.bool, device=device)
         is_left[pictures[leaves & may_leave[self.rows][pictures]]] = False
         return is_left.nonzero()[:, 0]
+
+
+def host_attention(
+    block_table: NDArray[np.int32], query_len: int, context_len: int, block_size: int, _device: torch.device
+) -> AttentionBatch:
+    """The last query_len of context_len tokens of one sequence, each to those up to itself."""
+    return AttentionBatch.build(
+        block_tables=block_table[None],
+        query_lens=np.array([query_len]),
+        context_lens=np.array([context_len]),
+        block_size=block_size,
+    )
+
+
+def device_attention(
+    block_table: NDArray[np.int32], query_len: int, context_len: int, block_size: int, device: torch.device
+) -> CudaAttentionBatch:
+    """The same on a GPU."""
+    return CudaAttentionBatch(
+        torch.from_numpy(np.ascontiguousarray(block_table[None], np.int32)).to(device),
+        torch.tensor([0, query_len], dtype=torch.int32, device=device),
+        torch.tensor([context_len], dtype=torch.int32, device=device),
+        block_size,
+        query_len,
+        query_len,
+        context_len,
+        query_len,
+    )
 
 
 def attention_given(
@@ -140,13 +180,13 @@ def attention_given(
     """
     num_heads, head_dim = query.shape[1:]
     grouped_keys = keys.transpose(0, 1)
-    places = torch.arange(len(keys))
-    total, most = torch.zeros(len(takers)), torch.zeros(len(takers))
+    places = torch.arange(len(keys), device=keys.device)
+    total, most = torch.zeros(2, len(takers), device=keys.device)
     for first in range(0, len(givers), QUERY_BLOCK):
         rows = givers[first : first + QUERY_BLOCK]
         # Query heads that share a KV head are further rows of it.
         grouped = query[rows].transpose(0, 1).reshape(len(grouped_keys), -1, head_dim)
-        scores = (grouped @ grouped_keys.transpose(1, 2)).mul_(1 / math.sqrt(head_dim))
+        scores = (grouped @ grouped_keys.transpose(1, 2)).float().mul_(1 / math.sqrt(head_dim))
         scores = scores.view(num_heads, len(rows), -1)
         scores.masked_fill_(~is_seen(rows, places, window), float("-inf"))
         given = scores.softmax(dim=-1).mean(dim=0)[:, takers]

@@ -39,8 +39,8 @@ class Reused:
 
 
 def slots_of(places: torch.Tensor, block_table: NDArray[np.int32], block_size: int) -> torch.Tensor:
-    """Where KV of these places of a sequence is, [num_places] int64. block_table: its blocks in order."""
-    blocks = torch.from_numpy(block_table.astype(np.int64))
+    """Where KV of these places of a sequence is, [num_places] int64, on their device. block_table: its blocks in order."""
+    blocks = torch.from_numpy(block_table.astype(np.int64)).to(places.device)
     return blocks[places // block_size] * block_size + places % block_size
 
 

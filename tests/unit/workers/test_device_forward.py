@@ -1,6 +1,7 @@
 """DeviceForward on a CPU: padded batches and staged inputs compute what the model's own forward pass does."""
 
 import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
+from tests.support.tiny_encoders import ENCODERS
 from workers.api import NgramDrafts, SamplingParams
 from workers.device.forward import no_collection
 from workers.device.step_graph import MAX_PROMPTS
-from workers.model.forward_batch import ForwardBatch
+from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
 
 
@@ -235,3 +237,53 @@ def test_nothing_is_collected_while_steps_are_captured_and_the_rest_after() -> N
     with pytest.raises(RuntimeError), no_collection():
         raise RuntimeError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("sections", [(), (10, 11, 11)], ids=["rope", "mrope"])
+def test_captured_steps_with_pictures_compute_the_same(sections: tuple[int, ...]) -> None:
+    config = replace(TINY, rope=replace(TINY.rope, mrope_section=sections), vision=ENCODERS["idefics3"])
+    model = Llama(config, random_weights(config))
+    made = DeviceEngine(model, buckets=(1, 2, 8), mixed_buckets=(16, 32))
+    assert made.forward is not None
+    theirs = torch.zeros_like(made.kv_cache)
+    made.kv_cache.zero_()
+    for batch in batches_with_pictures():
+        expected = model.forward(batch, theirs)
+        torch.testing.assert_close(made.forward(batch), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(made.kv_cache, theirs, atol=1e-4, rtol=1e-4)
+    assert made.forward.num_eager == 0
+
+
+def batches_with_pictures() -> Iterator[ForwardBatch]:
+    """A chunk of text, two with embeddings beside each other, a token that is an embedding, a decode, and text again."""
+    yield chunks([(0, 12)], {})
+    rows = {2: 0, 3: 1, 9: 2}
+    yield chunks([(12, 7), (0, 5)], rows, moved=True)
+    yield chunks([(19, 1), (5, 1)], {1: 0}, moved=True)
+    yield chunks([(20, 1), (6, 1)], {}, moved=True)
+    yield chunks([(21, 9)], {})
+
+
+def chunks(
+    sequences: Sequence[tuple[int, int]], embedded: Mapping[int, int], *, moved: bool = False
+) -> ForwardBatch:
+    """(tokens before, new tokens) of each. embedded: row -> which embedding. moved: positions are not places."""
+    lens = np.array([new for _, new in sequences])
+    places = np.concatenate([np.arange(before, before + new) for before, new in sequences])
+    owners = np.repeat(np.arange(len(sequences)), lens)
+    axes = np.stack([places, places + 2 * (places > 3), places + 5 * (places > 3)])
+    values = torch.randn(
+        len(embedded), TINY.hidden_size, generator=torch.Generator().manual_seed(len(places))
+    )
+    return ForwardBatch(
+        token_ids=torch.from_numpy((7 * places + 3) % TINY.vocab_size),
+        positions=torch.from_numpy(places),
+        # Two blocks each.
+        slots=torch.from_numpy(2 * owners * ENGINE.block_size + places),
+        block_tables=np.array([[2 * i, 2 * i + 1] for i in range(len(sequences))], np.int32),
+        query_lens=lens,
+        context_lens=np.array([before + new for before, new in sequences]),
+        logit_rows=torch.from_numpy(np.cumsum(lens) - 1),
+        embeds=Embeds(torch.tensor(list(embedded)), values[list(embedded.values())]) if embedded else None,
+        rope_positions=torch.from_numpy(axes) if moved else None,
+    )

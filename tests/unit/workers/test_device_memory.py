@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_engine import ENGINE, TINY
+from tests.support.picture_models import IDEFICS3
 from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, step_bytes
 
 GIB = 2**30
@@ -48,3 +49,5 @@ def test_steps_need_more_with_more_tokens_and_sequences() -> None:
     assert base > CONTEXT_BYTES
     assert step_bytes(TINY, replace(ENGINE, token_budget=4096), 2) > base
     assert step_bytes(TINY, replace(ENGINE, max_running_sequences=64), 2) > base
+    # Embeddings of the pictures of a captured step.
+    assert step_bytes(replace(TINY, vision=IDEFICS3), ENGINE, 2) > base

@@ -10,7 +10,7 @@ from kvtransfer.errors import ReservationRefused
 from workers.api import ImageTile, RequestId, RequestKey
 from workers.embeddings.host import EmbeddingHost, transfer_digest
 from workers.embeddings.kept import KeptEmbeddings, to_numbers
-from workers.embeddings.memory import BLOCK_SIZE, EmbeddingMemory, embedding_layout
+from workers.embeddings.memory import BLOCK_SIZE, embedding_layout, host_memory
 from workers.embeddings.names import NOT_NEEDED, EmbeddingTransfer
 
 KEY = RequestKey(RequestId("r"), 1)
@@ -46,7 +46,7 @@ class Needed:
 def make_host(needed: Needed) -> EmbeddingHost:
     """Five blocks, of which TILES need four."""
     layout = embedding_layout(8, model_digest="m", processor_digest="p")
-    memory = EmbeddingMemory(layout, 5)
+    memory = host_memory(layout, 5)
     host = EmbeddingHost(memory, 1, lambda _: None, lambda _: None, KvTransferConfig())
     host.need(KEY, TILES, "", needed)
     return host

@@ -30,7 +30,7 @@ from workers.embeddings import encoding
 from workers.embeddings.encoding import SOURCE_PIXEL_BYTES, Encoding, VisionTools
 from workers.embeddings.host import EmbeddingHost
 from workers.embeddings.kept import KeptEmbeddings
-from workers.embeddings.memory import BLOCK_SIZE, EmbeddingMemory, embedding_layout
+from workers.embeddings.memory import BLOCK_SIZE, embedding_layout, host_memory
 from workers.embeddings.names import embedding_key, image_digest
 from workers.kv_channels import PeerChannels
 from workers.model.vision.plan import ImagePlan, TilePlan
@@ -88,7 +88,7 @@ class Reader:
 
 def host(num_blocks: int) -> EmbeddingHost:
     layout = embedding_layout(HIDDEN_SIZE, model_digest="m", processor_digest="p")
-    memory = EmbeddingMemory(layout, num_blocks)
+    memory = host_memory(layout, num_blocks)
     return EmbeddingHost(memory, 1, lambda _: None, lambda _: None, KvTransferConfig())
 
 
@@ -188,7 +188,7 @@ def test_what_is_for_this_very_worker_is_copied_to_where_its_sequence_reads_it()
         assert isinstance(answer, ImagesEncoded)
         assert (answer.num_tiles, answer.num_cached, answer.transport) == (2, 0, "")
         for tile in range(NUM_TILES):
-            read = it.prefill_host.memory.read(sequence.blocks[tile], 0, NUM_EMBEDDINGS)
+            read = it.prefill_host.memory.read([(sequence.blocks[tile], 0, NUM_EMBEDDINGS)])
             assert torch.equal(read, torch.full((NUM_EMBEDDINGS, HIDDEN_SIZE), 30.0 + tile))
         # It holds nothing of what Encodes need, and these keep it for the next one.
         counts = it.encode_host.store.counts()
@@ -212,7 +212,7 @@ def test_reduced_embeddings_are_copied_with_which_they_are() -> None:
         assert answer.num_embeddings == 4
         for tile in range(NUM_TILES):
             (block_id,) = sequence.blocks[tile]
-            read = it.prefill_host.memory.read((block_id,), 0, 2)
+            read = it.prefill_host.memory.read([((block_id,), 0, 2)])
             assert torch.equal(read, torch.full((2, HIDDEN_SIZE), 30.0 + tile))
 
     run(scenario)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phasewise_kernels.rms_norm.op import rms_norm
 from tests.support.tiny_model import write_tiny_gguf
 from workers.api import ImageReduction
+from workers.model import reduction
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
 from workers.model.prepare import load_weights, prepare
@@ -115,11 +116,11 @@ def _masked(model: Llama, batch: FilteringBatch, next_token: int) -> tuple[torch
                 given = attention.mean(0)[text]
                 on_pictures = given[:, [row for row in PICTURE if left[row]]].sum()
                 for number, row in enumerate(PICTURE):
-                    reduction = batch.reduction
+                    asked = batch.reduction
                     if (
                         number not in KEYS
-                        and given[:, row].sum() < reduction.global_threshold * on_pictures
-                        and given[:, row].max() < reduction.individual_threshold
+                        and given[:, row].sum() < asked.global_threshold * on_pictures
+                        and given[:, row].max() < asked.individual_threshold
                     ):
                         left[row] = False
             added = model._mix(layer, state, torch.einsum("hqk,khd->qhd", attention, values))
@@ -164,6 +165,17 @@ def test_dropped_rows_are_as_if_masks_forbade_them(model: Llama, positions: torc
         rope_positions=position.expand(3, 1),
     )
     torch.testing.assert_close(model.forward(decode, cache)[0], expected[1], atol=1e-4, rtol=0)
+
+
+def test_attention_as_on_a_gpu_leaves_the_same(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, mine, theirs = _batch(model, individual=0.12), _cache(model), _cache(model)
+    expected = model.forward_filtering(batch, theirs)
+    monkeypatch.setattr(reduction, "host_attention", reduction.device_attention)
+    found = model.forward_filtering(batch, mine)
+    assert found.rows.tolist() == expected.rows.tolist()
+    assert found.layer_rows == expected.layer_rows
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
 
 
 def test_keys_and_text_stay_whatever_the_thresholds(model: Llama) -> None:

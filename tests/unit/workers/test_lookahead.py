@@ -3,12 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_engine import gather
+from tests.support.engine_embeddings import EngineWithEmbeddings
 from tests.support.engine_fakes import (
     BOTH,
     CONFIG,
@@ -19,7 +21,7 @@ from tests.support.engine_fakes import (
     make_engine,
     submit,
 )
-from workers.api import Abort, BlockCounts, EngineConfig, RequestFailed
+from workers.api import Abort, BlockCounts, EngineConfig, ImageTile, RequestFailed, Submit
 from workers.engine.engine import Engine
 from workers.engine.lookahead import ASSUMED_TOKEN, entries_of, sources_of, still_there
 from workers.engine.messages import Output
@@ -297,3 +299,57 @@ def test_steps_count_as_long_as_they_took_on_the_device() -> None:
         pass
     assert len(seen) == 8
     assert set(seen) == {0.125}
+
+
+@given(st.integers(0, 2**20))
+def test_steps_with_pictures_are_planned_ahead_from_what_is_there(seed: int) -> None:
+    """Embeddings come and go while steps run; whatever is planned reads those that are there, and all is given back."""
+    rng = Random(seed)
+    world = EngineWithEmbeddings(make_engine(config=ROOMY, num_blocks=60), 24)
+    names = [f"r{i}" for i in range(rng.randint(2, 5))]
+    max_new = {name: rng.randint(1, 6) for name in names}
+    waiting, num_ahead, flight = list(names), 0, None
+    for _ in range(400):
+        if waiting and rng.random() < 0.5:
+            world.handle(with_pictures(waiting[0], max_new[waiting.pop(0)]))
+        while world.wanted and rng.random() < 0.5:
+            world.encode(succeeds=rng.random() < 0.8)
+        world.deliver()
+        if flight is not None and not world.engine.assume(flight[0]):
+            complete(world, *flight)
+            flight = None
+        plan = world.engine.schedule(1.0)
+        begun = None
+        if plan is not None:
+            world._check_rows(plan)
+            begun = plan, entries_of(plan)
+        if flight is not None:
+            world.engine.take_back()
+            num_ahead += begun is not None
+            complete(world, *flight)
+        flight = begun
+        world._carry()
+        if not waiting and world.engine.num_running + world.engine.num_waiting == 0:
+            break
+    world.check_empty()
+    assert world.ended == dict.fromkeys(names, "")
+    assert num_ahead > 0
+
+
+def with_pictures(name: str, max_new: int) -> Submit:
+    """Two pictures of five embeddings in a prompt that takes several steps."""
+    plain = submit(name, BOTH, num_prompt=40, max_new=max_new)
+    number = int(name[1:])
+    tiles = [(3, number), (20, number % 2)]
+    token_ids = [1000 * number + i for i in range(40)]
+    for start, _ in tiles:
+        token_ids[start : start + 5] = [9] * 5
+    images = tuple(ImageTile(start, 5, b"%d" % content) for start, content in tiles)
+    return replace(plain, token_ids=tuple(token_ids), images=images)
+
+
+def complete(world: EngineWithEmbeddings, plan: StepPlan, entries: tuple[int, ...]) -> None:
+    result = StepResult([50] * sum(part.yields_token for part in plan.slices))
+    world.engine.complete(*still_there(plan, entries, result), 1.0)
+    world.engine.check_invariants()
+    world._carry()

@@ -15,7 +15,7 @@ from tests.support.engine_model import EngineWithModel
 from tests.support.generate import Session
 from tests.support.tiny_qwen_vl import IMAGE_TOKEN_ID, Spelling, processor, write_qwen_vl_folder
 from workers.api import ImageTile, NgramDrafts, SamplingParams, Submit
-from workers.embeddings.memory import BLOCK_SIZE, EmbeddingMemory, embedding_layout
+from workers.embeddings.memory import BLOCK_SIZE, embedding_layout, host_memory
 from workers.engine.messages import ImageReady, ImagesNeeded
 from workers.engine.runner import ModelRunner
 from workers.model.config import RopeScaling
@@ -287,7 +287,7 @@ class _EngineWithPictures(EngineWithModel):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded.model, num_blocks=128)
         layout = embedding_layout(loaded.model.config.hidden_size, model_digest="m", processor_digest="p")
-        self._memory = EmbeddingMemory(layout, 64)
+        self._memory = host_memory(layout, 64)
         self.runner = ModelRunner(
             loaded.model, self.runner._kv_cache, self.runner._block_size, embeddings=self._memory
         )
@@ -312,5 +312,5 @@ class _EngineWithPictures(EngineWithModel):
                     num = -(-tile.num_embeddings // BLOCK_SIZE)
                     blocks = tuple((self._num_blocks + j) % 64 for j in range(num))
                     self._num_blocks += num
-                    self._memory.write(blocks, self._prompts[output.key.request_id].embeddings[i])
+                    self._memory.write(blocks, [self._prompts[output.key.request_id].embeddings[i]])
                     self.engine.handle(ImageReady(output.key, i, blocks), float(self.num_steps))

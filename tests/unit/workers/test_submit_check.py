@@ -9,11 +9,9 @@ import pytest
 from tests.support.worker_client import submit
 from workers.api import (
     CautiousDecoding,
-    Device,
     Encode,
     Grammar,
     GrammarKind,
-    ImageReduction,
     ImageTile,
     NgramDrafts,
     RequestId,
@@ -25,21 +23,6 @@ from workers.api import (
 from workers.submit_check import encode_problem, submit_problem
 
 VOCAB_SIZE = 100
-
-
-def test_a_gpu_does_not_drop_embeddings_between_layers() -> None:
-    tile = ImageTile(0, 1, b"k")
-    asked = replace(
-        submit([1, 2]),
-        images=(tile,),
-        reduction=ImageReduction(global_threshold=0.1, individual_threshold=0.1),
-    )
-    assert submit_problem(asked, VOCAB_SIZE) is None
-    problem = submit_problem(asked, VOCAB_SIZE, Device.CUDA)
-    assert problem is not None
-    assert problem.startswith("reduction: drops embeddings between layers")
-    merging = replace(asked, reduction=ImageReduction(merge_threshold=0.9))
-    assert submit_problem(merging, VOCAB_SIZE, Device.CUDA) is None
 
 
 def with_sampling(**changes: Any) -> Submit:

@@ -22,7 +22,8 @@ class VisionEncoder(Protocol):
         """
 
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Embeddings of each tile, [num_embeddings, hidden_size of the text model] fp32.
+        """Embeddings of each tile, [num_embeddings, hidden_size of the text model], fp32 on a CPU, else of the dtype of the
+        weights.
 
         The tiles may belong to several pictures and requests; each result is the same whatever it is batched with,
         as far as the matrix library's arithmetic is.

@@ -27,9 +27,12 @@ class Idefics3Encoder:
     """See VisionEncoder. Holds no state between calls."""
 
     def __init__(self, config: Idefics3Vision, weights: Mapping[str, torch.Tensor]) -> None:
-        """weights: fp32, those whose names begin with "vision."."""
+        """weights: those whose names begin with "vision.", fp32 on a CPU, or all of one dtype on a GPU."""
         self.config = config
         self._weights = weights
+        table = weights["vision.position_embedding"]
+        # By the CPU for all devices: what rounding does to the places is a part of the model.
+        self._position_ids = position_ids(config, torch.device("cpu")).to(table.device)
         values = np.arange(256)[:, None] * config.rescale_factor
         mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
         #: What each value of red, green and blue becomes, [256, 3]: rounded after each step as the processor does it.
@@ -56,9 +59,14 @@ class Idefics3Encoder:
     @torch.inference_mode()
     def encode(self, pixels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See VisionEncoder."""
-        if not pixels:
-            return []
-        return list(embed_tiles(self.config, self._weights, torch.stack(list(pixels))))
+        return list(self.embed(torch.stack(list(pixels)))) if pixels else []
+
+    @torch.inference_mode()
+    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Of tiles in one tensor, [num_tiles, 3, tile_size, tile_size], on the device of the weights and of any floating type;
+        returns [num_tiles, tile_embeddings, text_hidden_size] of the dtype of the weights. On a GPU nothing is waited for.
+        """
+        return embed_tiles(self.config, self._weights, pixels, self._position_ids)
 
     @torch.inference_mode()
     def encode_reduced(
@@ -69,8 +77,8 @@ class Idefics3Encoder:
         The keys are those that get most attention in the last layer, from all patches, since there is no class token.
         """
         config, weights = self.config, self._weights
-        hidden = _embed_patches(config, weights, pixels[None])
-        places = torch.arange(config.tile_embeddings)
+        hidden = _embed_patches(config, weights, pixels[None], self._position_ids)
+        places = torch.arange(config.tile_embeddings, device=pixels.device)
         attention = torch.empty(0)
         for i in range(config.num_layers):
             if i == config.num_layers - 1:
@@ -94,14 +102,20 @@ class Idefics3Encoder:
 
 
 def embed_tiles(
-    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], pixels: torch.Tensor
+    config: Idefics3Vision,
+    weights: Mapping[str, torch.Tensor],
+    pixels: torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Embeddings of tiles. Differentiable; any device and floating type.
 
     weights: by the names of the converted file, "vision." and what `workers.model.hf_idefics3` lists.
-    pixels: [num_tiles, 3, tile_size, tile_size]. Returns [num_tiles, tile_embeddings, text_hidden_size].
+    pixels: [num_tiles, 3, tile_size, tile_size]. places: what `position_ids` returns, where it is known.
+    Returns [num_tiles, tile_embeddings, text_hidden_size].
     """
-    hidden = _embed_patches(config, weights, pixels)
+    if places is None:
+        places = position_ids(config, pixels.device)
+    hidden = _embed_patches(config, weights, pixels, places)
     for i in range(config.num_layers):
         hidden = _layer(config, weights, f"vision.layers.{i}", hidden)
     hidden = _norm(config, weights, "vision.norm", hidden)
@@ -127,15 +141,13 @@ def _resize(image: Image.Image, size: tuple[int, int], config: Idefics3Vision) -
 
 
 def _embed_patches(
-    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], pixels: torch.Tensor
+    config: Idefics3Vision, weights: Mapping[str, torch.Tensor], pixels: torch.Tensor, places: torch.Tensor
 ) -> torch.Tensor:
     """What the first layer takes, [num_tiles, tile_patches ** 2, hidden_size]."""
-    hidden = F.linear(
-        _patches(config, pixels),
-        weights["vision.patch_embedding"].flatten(1),
-        weights["vision.patch_embedding_bias"],
-    )
-    positions: torch.Tensor = weights["vision.position_embedding"][position_ids(config, pixels.device)]
+    kernel = weights["vision.patch_embedding"].flatten(1)
+    patches = _patches(config, pixels).to(kernel.dtype)
+    hidden = F.linear(patches, kernel, weights["vision.patch_embedding_bias"])
+    positions: torch.Tensor = weights["vision.position_embedding"][places]
     return hidden + positions
 
 
@@ -175,7 +187,7 @@ def _attention_received(
 ) -> torch.Tensor:
     """How much all patches of one tile attend to each in this layer, mean of heads and patches, [num_patches]."""
     query, key, _ = _query_key_value(config, weights, name, hidden)
-    scores: torch.Tensor = (query @ key.transpose(-1, -2)) / config.head_dim**0.5
+    scores: torch.Tensor = (query @ key.transpose(-1, -2)).float() / config.head_dim**0.5
     return scores.softmax(dim=-1).mean(dim=(0, 1, 2))
 
 

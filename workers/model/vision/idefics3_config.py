@@ -102,6 +102,11 @@ class Idefics3Vision:
         return self.tile_size // self.patch_size
 
     @property
+    def max_tile_patches(self) -> int:
+        """Patches of a tile: all have as many."""
+        return self.tile_patches**2
+
+    @property
     def tile_embeddings(self) -> int:
         """Embeddings of one tile."""
         return (self.tile_patches // self.scale_factor) ** 2

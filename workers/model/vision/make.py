@@ -12,7 +12,7 @@ from workers.model.vision.qwen2_5_vl import Qwen25Encoder
 
 
 def make_encoder(config: VisionConfig, weights: Mapping[str, torch.Tensor]) -> VisionEncoder:
-    """weights: fp32, as `prepare.load_weights` gives those of the vision encoder."""
+    """weights: as `prepare.load_weights` gives those of the vision encoder, fp32 on a CPU, or all of one dtype on a GPU."""
     if isinstance(config, Idefics3Vision):
         return Idefics3Encoder(config, weights)
     return Qwen25Encoder(config, weights)

@@ -29,7 +29,7 @@ def merge_windows(squares: torch.Tensor, threshold: float) -> tuple[torch.Tensor
     # [windows, squares of a window]
     grid = places.view(side, side)[:whole, :whole]
     windows = grid.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW).flatten(2).flatten(0, 1)
-    members = windows[similarity(squares[windows].flatten(2)) >= threshold]
+    members = windows[similarity(squares[windows].flatten(2).float()) >= threshold]
     merged = squares.clone()
     merged[members[:, 0]] = squares[members].mean(dim=1)
     is_left = torch.ones(len(squares), dtype=torch.bool, device=squares.device)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's vision encoder. Inference only, on the CPU.
+"""Qwen2.5-VL's vision encoder. Inference only, on the device of the weights.
 
 Patches stay in the order of the embeddings that they become: square by square of merge_size x merge_size. Windows are
 tables of indices into them, so that nothing is put in another order and back.
@@ -53,13 +53,13 @@ class Qwen25Encoder:
     """See VisionEncoder. Holds no state between calls."""
 
     def __init__(self, config: Qwen25Vision, weights: Mapping[str, torch.Tensor]) -> None:
-        """weights: fp32, those whose names begin with "vision."."""
+        """weights: those whose names begin with "vision.", fp32 on a CPU, or all of one dtype on a GPU."""
         self.config = config
         kernel = weights["vision.patch_embedding"].view(
             config.hidden_size, NUM_CHANNELS, config.temporal_patch_size, config.patch_size**2
         )
         # A still picture is the same in all frames of a patch, so the kernel's frames can be summed beforehand.
-        self._patch_embedding = kernel.sum(dim=2).flatten(1)
+        self._patch_embedding = kernel.sum(dim=2, dtype=torch.float32).to(kernel.dtype).flatten(1)
         self._layers = [
             _Layer(**{name: weights[f"vision.layers.{i}.{name}"] for name in _Layer.__dataclass_fields__})
             for i in range(config.num_layers)
@@ -93,18 +93,20 @@ class Qwen25Encoder:
         config = self.config
         square = config.square_size
         grids = [(one.shape[1] // square, one.shape[2] // square) for one in pixels]
-        hidden = torch.cat([self._embed_patches(one) for one in pixels])
-        rotation = self._rotation(grids)
+        device = self._patch_embedding.device
+        # First: a copy from the host waits for what is on the stream.
+        cos, sin = (one.to(device) for one in self._rotation(grids))
         pictures, windows = (
-            _segments(config, grids, side=0),
-            _segments(config, grids, config.window_embeddings),
+            [table.to(device) for table in _segments(config, grids, side)]
+            for side in (0, config.window_embeddings)
         )
+        hidden = torch.cat([self._embed_patches(one) for one in pixels])
         # What a layer's MLP adds to `hidden`: the next norm does that on its way.
         added: torch.Tensor | None = None
         for i, layer in enumerate(self._layers):
             segments = pictures if i in config.full_attention_layers else windows
             normed = rms_norm(hidden, layer.attention_norm, NORM_EPS, added=added)
-            attended = self._attend(layer, normed, rotation, segments)
+            attended = self._attend(layer, normed, (cos, sin), segments)
             projected = F.linear(attended, layer.attention_out, layer.attention_out_bias)
             normed = rms_norm(hidden, layer.mlp_norm, NORM_EPS, added=projected)
             gated = swiglu(F.linear(normed, layer.gate_up, layer.gate_up_bias))
@@ -129,7 +131,7 @@ class Qwen25Encoder:
         patches = pixels.view(NUM_CHANNELS, rows // merge, merge, patch, cols // merge, merge, patch)
         # [square rows, square cols, merge, merge, channel, patch, patch]
         flat = patches.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * cols, -1)
-        return F.linear(flat, self._patch_embedding)
+        return F.linear(flat.to(self._patch_embedding.dtype), self._patch_embedding)
 
     def _rotation(self, grids: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each patch, each [num_patches, 1, head_dim]: half of the pairs turn by its row, half by its column."""
@@ -189,6 +191,6 @@ def _segments(config: Qwen25Vision, grids: Sequence[tuple[int, int]], side: int)
 
 
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of each head. heads: [num_patches, num_heads, head_dim]."""
+    """Turn the pairs (i, i + head_dim / 2) of each head, in fp32. heads: [num_patches, num_heads, head_dim]."""
     first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    return (heads * cos + torch.cat((-second, first), dim=-1) * sin).to(heads.dtype)

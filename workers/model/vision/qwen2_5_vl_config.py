@@ -92,6 +92,11 @@ class Qwen25Vision:
         return self.patch_size * self.merge_size
 
     @property
+    def max_tile_patches(self) -> int:
+        """Patches of the largest picture."""
+        return self.max_pixels // self.patch_size**2
+
+    @property
     def window_embeddings(self) -> int:
         """Embeddings along the side of a window."""
         return self.window_size // self.merge_size // self.patch_size
