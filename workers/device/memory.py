@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workers.api import EngineConfig
+from workers.api import EngineConfig, WeightDtype
 from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.model.config import ModelConfig
 
@@ -33,7 +33,11 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     # Steps that are captured have memory of their own.
     num_captured = max(min(engine.token_budget, MAX_MIXED_TOKENS), engine.max_running_sequences)
     num_values = (num_tokens + num_captured) * inner + 2 * logits
-    return CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+    num_bytes = CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+    if engine.weight_dtype is WeightDtype.FP8:
+        # What is multiplied is there in fp8 too.
+        num_bytes += (num_tokens + num_captured) * max(config.intermediate_size, config.hidden_size)
+    return num_bytes
 
 
 def kv_cache_bytes(memory: GpuMemory, engine: EngineConfig, needed_bytes: int) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kvtransfer.codecs.codec import Codec, CodecId, PageShape
+from phasewise_kernels.block_copy.reference import convert
 from workers.api import HostCacheCodec
 from workers.engine.host_tier import PackedBlock
 
@@ -69,7 +70,8 @@ class KvPacker:
         if self._codec is None:
             kv = self._as_block(packed.data)
         else:
-            kv = self._codec.unpack(packed.data.data, self._shape)
+            # What a codec rounds up may be beyond what float8 holds.
+            kv = convert(self._codec.unpack(packed.data.data, self._shape), self._kv_cache.dtype)
         self._kv_cache[:, :, block_id] = kv.to(self._kv_cache.device)
 
     def _as_block(self, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> torch.Tensor:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_engine import ENGINE, TINY
+from workers.api import WeightDtype
 from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, step_bytes
 
 GIB = 2**30
@@ -48,3 +49,4 @@ def test_steps_need_more_with_more_tokens_and_sequences() -> None:
     assert base > CONTEXT_BYTES
     assert step_bytes(TINY, replace(ENGINE, token_budget=4096), 2) > base
     assert step_bytes(TINY, replace(ENGINE, max_running_sequences=64), 2) > base
+    assert step_bytes(TINY, replace(ENGINE, weight_dtype=WeightDtype.FP8), 2) > base
