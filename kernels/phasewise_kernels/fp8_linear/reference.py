@@ -11,8 +11,8 @@ MIN_LARGEST = 1e-12
 def quantise_reference(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 numbers and a scale per row, such that numbers * scale are the rows, each rounded to 4 bits.
 
-    rows: [num_rows, size] of any float dtype, none of them infinite; with a NaN all of its row is. Returns [num_rows, size]
-    float8_e4m3fn, the largest of each row being E4M3_MAX, and [num_rows, 1] float32. Computed in float32.
+    rows: [num_rows, size] of any float dtype; a NaN or infinity leaves a NaN in its row. Returns [num_rows, size] float8_e4m3fn, the
+    largest of each row being E4M3_MAX, and [num_rows, 1] float32. Computed in float32.
     """
     values = rows.float()
     largest = values.abs().amax(dim=1, keepdim=True).clamp(min=MIN_LARGEST)

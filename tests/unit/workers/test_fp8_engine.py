@@ -20,9 +20,9 @@ from workers.step_shape import chunk, decodes
 from workers.tensor_parallel.kv_moves import copy_blocks, move_slots
 
 FP8 = torch.float8_e4m3fn
-#: Of logits to those of float32, relative to the norm of the latter: the random weights are such that a difference in the first
-#: layer grows tenfold until the last.
-WORST = 0.5
+#: Of logits to those of float32, relative to the norm of the latter: a product is off by 4 % (see test_fp8_linear.py), and three layers
+#: have a dozen.
+WORST = 0.25
 #: Of numbers that are rounded the other way, likewise.
 BORDERS = 0.1
 
@@ -33,8 +33,9 @@ def logits_of(made: DeviceEngine) -> torch.Tensor:
     forward = made.runner._run_forward
 
     def keep(*arguments: object, **options: object) -> torch.Tensor:
-        found.append(forward(*arguments, **options))  # type: ignore[arg-type]
-        return found[-1]
+        result = forward(*arguments, **options)  # type: ignore[arg-type]
+        found.append(result.clone())
+        return result
 
     made.runner._run_forward = keep  # type: ignore[assignment]
     made.serve(PROMPTS[:4], greedy(1))
@@ -43,7 +44,7 @@ def logits_of(made: DeviceEngine) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    return random_weights(TINY)
+    return random_weights(TINY, sharpness=1.0)
 
 
 @pytest.mark.parametrize(
