@@ -1,7 +1,7 @@
 """Rows to fp8 in one pass, and products of few rows with a weight in fp8, which is made float32 in registers."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -17,8 +17,17 @@ _rows_jit: Callable[[_F], Any] = triton.jit(do_not_specialize=["num_rows"])
 _E4M3_MAX = tl.constexpr(reference.E4M3_MAX)
 _MIN_LARGEST = tl.constexpr(reference.MIN_LARGEST)
 
-#: Outputs of a program of linear_of_rows, and sums that it has in its registers: as many for any number of rows.
-OUTPUTS, TILE_SUMS, NUM_WARPS = 2, 8192, 8
+
+class Tuning(NamedTuple):
+    """How linear_of_rows is cut up. outputs: of a program. tile_sums: that it has in its registers, for all rows together."""
+
+    outputs: int = 2
+    tile_sums: int = 8192
+    num_warps: int = 8
+
+
+#: As for bfloat16 (`linear/triton_kernel.py`), with as many bytes on their way; `benchmarks/kernels/fp8_linear_gpu.py --tune` tries others.
+TUNING = Tuning()
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +44,11 @@ def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear_of_rows(
-    rows: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    tuning: Tuning = TUNING,
 ) -> torch.Tensor:
     """rows: [1 or a few, in_size]; weight: [out_size, in_size] float8_e4m3fn; scales: [out_size] float32; bias: [out_size] or None, as
     rows. All contiguous.
@@ -45,7 +58,7 @@ def linear_of_rows(
     num_rows, (out_size, in_size) = rows.shape[0], weight.shape
     out = torch.empty(num_rows, out_size, dtype=rows.dtype, device=rows.device)
     block_m = triton.next_power_of_2(num_rows)
-    few_rows_kernel[(triton.cdiv(out_size, OUTPUTS),)](
+    few_rows_kernel[(triton.cdiv(out_size, tuning.outputs),)](
         rows,
         weight,
         scales,
@@ -55,10 +68,10 @@ def linear_of_rows(
         out_size,
         in_size=in_size,
         block_m=block_m,
-        block_n=OUTPUTS,
-        block_k=TILE_SUMS // OUTPUTS // block_m,
+        block_n=tuning.outputs,
+        block_k=tuning.tile_sums // tuning.outputs // block_m,
         has_bias=bias is not None,
-        num_warps=NUM_WARPS,
+        num_warps=tuning.num_warps,
     )
     return out
 
