@@ -56,6 +56,7 @@ class _Layer:
     attention_out: Projection
     mlp_norm: torch.Tensor
     gate_up: Projection
+    #: Of silu(gate) * up: it takes what gate_up gives.
     down: Projection
     #: Tokens that a token sees, itself included; 0 is all.
     window: int
@@ -328,7 +329,7 @@ class Llama:
             return None
         projected = layer.attention_out(attended.flatten(1))
         normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps, added=projected)
-        return layer.down(swiglu(layer.gate_up(normed)))
+        return layer.down(layer.gate_up(normed))
 
 
 def _layer(
@@ -344,8 +345,12 @@ def _layer(
         scales = weights.get(scales_of(name))
         return projection(weight, bias, dtype.value) if scales is None else Fp8Linear(weight, scales, bias)
 
-    def summed(name: str) -> Projection:
-        return linear(name) if ranks is None else ranks.summed(linear(name))
+    def gated(name: str) -> Projection:
+        project = linear(name)
+        return project.gated if isinstance(project, Fp8Linear) else lambda rows: project(swiglu(rows))
+
+    def summed(project: Projection) -> Projection:
+        return project if ranks is None else ranks.summed(project)
 
     qk_norm = None
     if config.has_qk_norm:
@@ -357,10 +362,10 @@ def _layer(
         attention_norm=weights[f"layers.{i}.attention_norm"],
         qkv=linear("qkv"),
         qk_norm=qk_norm,
-        attention_out=summed("attention_out"),
+        attention_out=summed(linear("attention_out")),
         mlp_norm=weights[f"layers.{i}.mlp_norm"],
         gate_up=linear("gate_up"),
-        down=summed("down"),
+        down=summed(gated("down")),
         window=config.window(i),
         is_rotated=i not in config.nope_layers,
     )

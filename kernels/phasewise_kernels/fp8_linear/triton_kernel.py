@@ -43,6 +43,19 @@ def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers, scales
 
 
+def quantise_gated(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of silu(gate) * up, which is not rounded before. gate_up: [num_rows, 2 * size], gate first, as rows."""
+    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    numbers = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=gate_up.device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=gate_up.device)
+    if num_rows:
+        block = triton.next_power_of_2(size)
+        gate_kernel[(num_rows,)](
+            gate_up, numbers, scales, size, block, num_warps=min(16, max(1, block // 512))
+        )
+    return numbers, scales
+
+
 def linear_of_rows(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -85,12 +98,34 @@ def quantise_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotatio
     is_inside = columns < size
     start = tl.program_id(0).to(tl.int64) * size
     x = tl.load(rows + start + columns, mask=is_inside, other=0.0).to(tl.float32)
+    put_row(x, numbers + start + columns, is_inside, scales + tl.program_id(0))
+
+
+@_jit
+def gate_kernel(  # type: ignore[no-untyped-def]
+    gate_up, numbers, scales, size: tl.constexpr, block: tl.constexpr
+):
+    """gate_up: [num_rows, 2, size], gate first; the rest as above."""
+    columns = tl.arange(0, block)
+    is_inside = columns < size
+    row = tl.program_id(0).to(tl.int64)
+    gate = tl.load(gate_up + row * 2 * size + columns, mask=is_inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + columns, mask=is_inside, other=0.0).to(tl.float32)
+    # As in swiglu/triton_kernel.py: e is at most 1.
+    e = tl.exp(-tl.abs(gate))
+    gated = gate * up * (tl.where(gate >= 0.0, 1.0, e) / (1.0 + e))
+    put_row(gated, numbers + row * size + columns, is_inside, scales + row)
+
+
+@_jit
+def put_row(x, numbers, is_inside, scale):  # type: ignore[no-untyped-def]
+    """Quantise a row, [block] fp32 with 0 outside, and store numbers and scale."""
     largest = tl.maximum(tl.max(tl.abs(x), axis=0), _MIN_LARGEST)
     # Divisions are exact, so that the numbers are those of the specification.
     q = x * tl.div_rn(_E4M3_MAX, largest)
     q = tl.clamp(q, -_E4M3_MAX, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(numbers + start + columns, q.to(tl.float8e4nv), mask=is_inside)
-    tl.store(scales + tl.program_id(0), tl.div_rn(largest, _E4M3_MAX))
+    tl.store(numbers, q.to(tl.float8e4nv), mask=is_inside)
+    tl.store(scale, tl.div_rn(largest, _E4M3_MAX))
 
 
 @_rows_jit

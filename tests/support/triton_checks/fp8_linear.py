@@ -14,6 +14,7 @@ from phasewise_kernels.fp8_linear.reference import (
     fp8_linear_reference,
     quantise_reference,
 )
+from phasewise_kernels.swiglu.reference import swiglu_reference
 from phasewise_kernels.testing import poisoned_memory
 from tests.support.triton_checks.interpreter import main
 
@@ -66,6 +67,21 @@ def check_any_rows(device: str) -> None:
         rows_equal((torch.randn(num_rows, size) * scale).to(dtype), device)
 
     rows()
+
+
+def check_gated_rows(device: str) -> None:
+    """Of silu(gate) * up: but for numbers at the border between two of fp8, as quantising it in fp64 gives."""
+    for num_rows, size in ((0, 16), (1, 1), (3, 576), (2, 4112)):
+        for dtype in DTYPES:
+            gate_up = (torch.randn(num_rows, 2 * size) * 3).to(dtype)
+            numbers, scales = quantise_reference(swiglu_reference(gate_up.double()))
+            with poisoned_memory():
+                found_numbers, found_scales = kernels().quantise_gated(gate_up.to(device))
+            torch.testing.assert_close(found_scales.cpu(), scales, rtol=1e-5, atol=0)
+            found, expected = found_numbers.cpu().float(), numbers.float()
+            # One step of e4m3 is 2**-3 of a number at most, and 2**-9.
+            assert ((found - expected).abs() <= 2**-3 * expected.abs() + 2**-9).all()
+            assert (found != expected).float().sum() <= 1e-3 * found.numel()
 
 
 def check_few_rows(device: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from phasewise_kernels.fp8_linear.op import MAX_FEW_ROWS, Fp8Linear, quantise_rows
 from phasewise_kernels.fp8_linear.reference import E4M3_MAX, few_rows_reference, fp8_linear_reference
+from phasewise_kernels.swiglu.op import swiglu
 
 
 @given(st.integers(0, 6), st.integers(1, 70), st.floats(1e-6, 1e6), st.integers(0, 2**32))
@@ -45,6 +46,13 @@ def test_a_product_is_that_of_the_specification(num_rows: int, has_bias: bool) -
     reference = few_rows_reference if num_rows <= MAX_FEW_ROWS else fp8_linear_reference
     expected = reference(rows, weight, scales[:, 0], bias)
     torch.testing.assert_close(Fp8Linear(weight, scales[:, 0], bias)(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [0, 2, 40])
+def test_a_gate_comes_before_its_projection(num_rows: int) -> None:
+    weight, scales = quantise_rows(torch.randn(48, 64) / 8)
+    gate_up, linear = torch.randn(num_rows, 128), Fp8Linear(weight, scales[:, 0])
+    assert torch.equal(linear.gated(gate_up), linear(swiglu(gate_up)))
 
 
 @pytest.mark.parametrize(("num_rows", "most"), [(2, 0.03), (64, 0.045)])
