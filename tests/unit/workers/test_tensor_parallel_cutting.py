@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from phasewise_kernels.fp8_linear.reference import quantise_reference
 from tests.support.device_engine import TINY, random_weights
+from workers.api import WeightDtype
+from workers.device.gpu import placed
 from workers.model.config import ModelConfig
 from workers.model.convert import output_shapes
+from workers.model.fp8 import is_matrix
 from workers.tensor_parallel.cutting import (
     WHOLE,
     Cut,
@@ -157,6 +161,23 @@ def test_what_does_not_divide_is_named(changes: dict[str, int], degree: int, say
 def test_kv_heads_fewer_than_ranks_are_on_several() -> None:
     assert [kv_heads(2, Rank(i, 4)) for i in range(4)] == [(0, 1), (0, 1), (1, 2), (1, 2)]
     assert [kv_heads(4, Rank(i, 2)) for i in range(2)] == [(0, 2), (2, 4)]
+
+
+def test_a_rank_quantises_its_own_parts(tmp_path: Path) -> None:
+    weights, path = random_weights(TINY), tmp_path / "model.safetensors"
+    save_file(weights, path)
+    rank, cpu = Rank(1, 2), torch.device("cpu")
+    read = read_part(
+        path, TINY, rank, lambda name, one: placed(name, one, cpu, WeightDtype.FP8), lambda _done: None
+    )
+    for name, one in cuts(output_shapes(TINY), TINY, rank):
+        part = taken(weights[name], one)
+        if is_matrix(name):
+            numbers, scales = quantise_reference(part)
+            assert torch.equal(read[name].view(torch.uint8), numbers.view(torch.uint8))
+            assert torch.equal(read[f"{name}_scales"], scales[:, 0])
+        else:
+            assert torch.equal(read[name], part.bfloat16())
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
