@@ -52,7 +52,7 @@ class KvPacker:
             if self._codec is None:
                 self._as_block(data).copy_(self._kv_cache[:, :, block_id])
             else:
-                self._codec.pack(self._readable(block_id), data.data)
+                self._codec.pack(self._kv_cache[:, :, block_id].to("cpu").contiguous(), data.data)
         except (ValueError, MemoryError) as error:
             logger.warning("block_not_packed block_id=%d reason=%s", block_id, error)
             return None
@@ -79,9 +79,3 @@ class KvPacker:
         shape = self._shape
         kv = torch.from_numpy(data).view(self._kv_cache.dtype)
         return kv.view(shape.num_layers, 2, shape.num_tokens, shape.num_heads, shape.head_dim)
-
-    def _readable(self, block_id: int) -> torch.Tensor:
-        """A block as codecs take it."""
-        kv = self._kv_cache[:, :, block_id].to("cpu")
-        # Codecs know no float8.
-        return kv.float() if kv.element_size() == 1 else kv.contiguous()

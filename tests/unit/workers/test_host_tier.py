@@ -652,7 +652,7 @@ class HalfCodec:
         return 2 * shape.num_layers * 2 * shape.num_tokens * shape.num_heads * shape.head_dim
 
     def pack(self, kv: torch.Tensor, out: memoryview) -> None:
-        if not kv.isfinite().all():
+        if not kv.float().isfinite().all():
             raise ValueError("no numbers")
         assert kv.is_contiguous()
         out[:] = memoryview(kv.half().numpy().tobytes())
