@@ -9,7 +9,7 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.cuda_ipc import CudaPool
 from phasewise_kernels.fp8_linear.op import SIZE_STEP
-from workers.api import WeightDtype, WorkerSpec
+from workers.api import KvDtype, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
 from workers.device.forward import DeviceForward
@@ -84,7 +84,17 @@ def check_spec(spec: WorkerSpec) -> None:
 
 
 def check_fp8(spec: WorkerSpec, config: ModelConfig) -> None:
-    """config: of the model, or of a rank's part of it. Raises UnsupportedModel for what cannot be multiplied in fp8."""
+    """config: of the model, or of a rank's part of it. Raises UnsupportedModel for what cannot be multiplied in fp8.
+
+    Logs what KV in fp8 may do to this model.
+    """
+    if spec.engine.kv_dtype is KvDtype.FP8 and config.has_qkv_bias:
+        # Known of Qwen2 and Qwen2.5: docs/gpu-engine.md.
+        logger.warning(
+            "kv_in_fp8_may_saturate worker_id=%s reason=keys of models with biases in qkv may be beyond 448; see whether its answers "
+            "make sense, or set engine.kvDtype to auto",
+            spec.worker_id,
+        )
     found = fp8.problem(config) if spec.engine.weight_dtype is WeightDtype.FP8 else None
     if found is not None:
         feature = f"{found}, with engine.weightDtype fp8"

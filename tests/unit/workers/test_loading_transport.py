@@ -69,6 +69,17 @@ def test_matrices_of_odd_sizes_are_refused_in_fp8_alone() -> None:
         check_fp8(spec, config)
 
 
+def test_kv_in_fp8_of_a_model_whose_keys_may_be_large_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
+    fp8 = replace(spec, engine=EngineConfig(kv_dtype=KvDtype.FP8))
+    with_bias = replace(TINY, has_qkv_bias=True)
+    check_fp8(spec, with_bias)
+    check_fp8(fp8, TINY)
+    assert not caplog.records
+    check_fp8(fp8, with_bias)
+    assert "kv_in_fp8_may_saturate worker_id=w" in caplog.text
+
+
 def test_what_a_gpu_does_not_compute_is_refused() -> None:
     spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
     check_spec(spec)
