@@ -12,6 +12,7 @@ from kvtransfer.driver import PoolOpener, Session
 from kvtransfer.frames import Attach, Fetch, Reserve
 from kvtransfer.host import KvHost
 from kvtransfer.kv_range import KvRange
+from kvtransfer.layout import KvLayout, is_coarser
 from kvtransfer.lease import LeaseTable
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
@@ -221,6 +222,9 @@ async def fetch(
         PhasewiseTransferError: it has fewer than `min_tokens`, or did not send them.
     """
     loop = asyncio.get_running_loop()
+    request = Fetch(
+        transfer_id, host.pool.layout, host.incarnation, tuple(block_hashes), min_tokens, timeout_s, address
+    )
     machine = ReceiverMachine(
         host.pool.layout,
         host.incarnation,
@@ -229,12 +233,9 @@ async def fetch(
         resume_s=0.0,
         max_in_flight=config.credits,
         now_s=loop.time(),
-        problem_of=lambda answer: _not_asked_for(answer, transfer_id, block_hashes, min_tokens),
+        problem_of=lambda answer: _not_asked_for(answer, request, host.pool.layout),
     )
     session = Session(machine, host, pools=pools)
-    request = Fetch(
-        transfer_id, host.pool.layout, host.incarnation, tuple(block_hashes), min_tokens, timeout_s, address
-    )
     try:
         try:
             stream = channel.open()
@@ -257,20 +258,21 @@ async def fetch(
     return machine.request.num_tokens, machine.transport, machine.transport_reason
 
 
-def _not_asked_for(
-    answer: Reserve, transfer_id: str, block_hashes: Sequence[bytes], min_tokens: int
-) -> str | None:
+def _not_asked_for(answer: Reserve, asked: Fetch, layout: KvLayout) -> str | None:
     """Why this is no answer to a fetch; None when it is: whole blocks from the beginning of what was asked for."""
     size = answer.layout.block_size
     num_blocks = answer.num_tokens // size
     is_whole = answer.num_tokens == answer.max_tokens == num_blocks * size
-    if answer.transfer_id != transfer_id or answer.num_parts != 1:
+    block_hashes = asked.block_hashes
+    if answer.transfer_id != asked.transfer_id or answer.num_parts != 1:
         return "another transfer was fetched"
-    if not is_whole or not 0 < num_blocks <= len(block_hashes) or answer.num_tokens < min_tokens:
+    if not is_whole or not 0 < num_blocks <= len(block_hashes) or answer.num_tokens < asked.min_tokens:
         return f"{answer.num_tokens} tokens are not what was fetched"
     if answer.token_digest != block_hashes[num_blocks - 1]:
         return "other tokens were fetched"
     if answer.codec is not CodecId.NONE:
         # It is kept under the tokens' hashes and lent to others: it has to be what was computed.
         return f"what was fetched comes packed by {answer.codec.name.lower()}"
+    if is_coarser(answer.layout, layout):
+        return f"what was fetched is in {answer.layout.dtype}, and KV here in {layout.dtype}"
     return None

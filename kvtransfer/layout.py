@@ -80,6 +80,11 @@ def incompatibility(sender: KvLayout, receiver: KvLayout) -> str | None:
     return "; ".join(differences) or None
 
 
+def is_coarser(sender: KvLayout, receiver: KvLayout) -> bool:
+    """KV of `sender` is in fewer bits than what `receiver` computes: there it is near to its own, and not the same."""
+    return DTYPE_BYTES[sender.dtype] < DTYPE_BYTES[receiver.dtype]
+
+
 def shared_heads(sender: KvLayout, receiver: KvLayout) -> tuple[int, int] | None:
     """[lo, hi) of the model's heads that both hold; None when there are none."""
     lo = max(sender.heads[0], receiver.heads[0])

@@ -40,7 +40,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import Coverage, KvRange
-from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, shared_heads
+from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, is_coarser, shared_heads
 from kvtransfer.lease import LeaseTable
 from kvtransfer.session import (
     LIVE,
@@ -162,7 +162,9 @@ class ReceiverMachine(Machine):
 
     @property
     def is_lossy(self) -> bool:
-        """Some of what has come was packed by a codec, and is not exactly what was computed."""
+        """What has come is not exactly what would be computed here: a codec packed some of it, or the sender keeps KV in fewer bits."""
+        if self._request is not None and is_coarser(self._request.layout, self._layout):
+            return True
         return any(codec is not CodecId.NONE for _, codec, _ in self._received.values())
 
     @property

@@ -101,7 +101,7 @@ class StepBudget(StrEnum):
 
 
 class WeightDtype(StrEnum):
-    """How the matrices of the model are kept in memory. All else is float32 on a CPU, and the same on a GPU."""
+    """How the matrices of the model are kept in memory. All else is float32 on a CPU, and on a GPU the same, but for fp8."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -109,6 +109,18 @@ class WeightDtype(StrEnum):
     FLOAT16 = "float16"
     #: On a CPU alone.
     INT8 = "int8"
+    #: On a GPU alone, of compute capability 8.9 or newer: the matrices of the layers as e4m3 with a scale for each output, the
+    #: embedding, the LM head and all else in bfloat16.
+    FP8 = "fp8"
+
+
+class KvDtype(StrEnum):
+    """What K and V are kept in."""
+
+    #: What is computed in.
+    AUTO = "auto"
+    #: e4m3 without a scale: half of the memory. On a GPU alone, of compute capability 8.9 or newer.
+    FP8 = "fp8"
 
 
 class Device(StrEnum):
@@ -170,6 +182,7 @@ class EngineConfig:
     #: KV of prompts is kept for later ones that begin alike.
     is_prefix_cache_on: bool = True
     weight_dtype: WeightDtype = WeightDtype.FLOAT32
+    kv_dtype: KvDtype = KvDtype.AUTO
     #: Host memory for prefix blocks that the pool evicts, in bytes; 0 keeps none.
     host_cache_bytes: int = 0
     host_cache_codec: HostCacheCodec = HostCacheCodec.NONE

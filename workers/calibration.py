@@ -19,6 +19,7 @@ import numpy as np
 from workers.api import (
     Device,
     EngineConfig,
+    KvDtype,
     Phase,
     RequestId,
     RequestKey,
@@ -210,7 +211,9 @@ def calibrate(
     return Calibration(text.model_digest, costs, measured)
 
 
-def engine_for(device: Device, num_threads: int, weight_dtype: WeightDtype) -> EngineConfig:
+def engine_for(
+    device: Device, num_threads: int, weight_dtype: WeightDtype, kv_dtype: KvDtype = KvDtype.AUTO
+) -> EngineConfig:
     """Limits that hold the grid of this device."""
     if device is Device.CUDA:
         return EngineConfig(
@@ -219,8 +222,9 @@ def engine_for(device: Device, num_threads: int, weight_dtype: WeightDtype) -> E
             max_running_sequences=GPU_MAX_SEQUENCES,
             num_threads=num_threads,
             weight_dtype=weight_dtype,
+            kv_dtype=kv_dtype,
         )
-    return EngineConfig(num_threads=num_threads, weight_dtype=weight_dtype)
+    return EngineConfig(num_threads=num_threads, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,8 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", type=Device, required=True)
     parser.add_argument("--weight-dtype", type=WeightDtype, required=True)
+    parser.add_argument("--kv-dtype", type=KvDtype, default=KvDtype.AUTO)
     arguments = parser.parse_args(argv)
-    engine = engine_for(arguments.device, arguments.threads, arguments.weight_dtype)
+    engine = engine_for(arguments.device, arguments.threads, arguments.weight_dtype, arguments.kv_dtype)
     spec = WorkerSpec(
         WorkerId("calibration"), 1, BOTH, arguments.model, device=arguments.device, engine=engine
     )

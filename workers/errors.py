@@ -9,6 +9,7 @@
     │   ├── HostCacheTooSmall   nor would the host cache
     │   ├── ImageCacheTooSmall  nor the memory for embeddings of pictures
     │   ├── NotOnGpu            the model or a setting is none that a GPU computes
+    │   ├── NotOnCpu            a setting is none that a CPU computes with
     │   ├── InvalidGrammar      a request's grammar says nothing that can be followed
     │   ├── ImageRejected       a picture of a request cannot be used; only that request fails
     │   └── SharingUnsupported  the device cannot be shared that way
@@ -148,6 +149,18 @@ class NotOnGpu(CallerError):
 
     def __str__(self) -> str:
         return f"{self.feature} is not supported on a GPU; {self.remedy}"
+
+
+class NotOnCpu(CallerError):
+    """A CPU does not compute with `feature`; `remedy` says what to do."""
+
+    def __init__(self, feature: str, remedy: str) -> None:
+        super().__init__(feature, remedy)
+        self.feature = feature
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.feature} is not supported on a CPU; {self.remedy}, or a GPU"
 
 
 class InvalidGrammar(CallerError):

@@ -47,7 +47,7 @@ CARRYING_TRANSPORTS = frozenset({TransportChoice.AUTO, TransportChoice.GRPC})
 
 #: What matrices may be kept in, by where they are.
 CPU_DTYPES = ("float32", "bfloat16", "int8")
-GPU_DTYPES = ("float32", "bfloat16", "float16")
+GPU_DTYPES = ("float32", "bfloat16", "float16", "fp8")
 
 
 def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:

@@ -11,7 +11,12 @@ WEIGHT_BYTES = {
     WeightDtype.BFLOAT16: 2.0,
     WeightDtype.FLOAT16: 2.0,
     WeightDtype.INT8: 1.0,
+    WeightDtype.FP8: 1.0,
 }
+#: Of one output of a matrix in fp8.
+SCALE_BYTES = 4
+#: Of one number of the LM head, where it is kept otherwise than the layers.
+FP8_HEAD_BYTES = 2.0
 #: Of one thread, and of memory: what the factors start from. Steps tell soon how far off they are.
 THREAD_FLOPS_PER_S, THREAD_ATTENTION_FLOPS_PER_S = 80e9, 20e9
 BYTES_PER_S, TRANSFER_BYTES_PER_S = 12e9, 1e9
@@ -20,6 +25,8 @@ STEP_OVERHEAD_S = 2e-3
 GPU_FLOPS_PER_S, GPU_ATTENTION_FLOPS_PER_S = 615e12, 400e12
 GPU_BYTES_PER_S, GPU_TRANSFER_BYTES_PER_S = 2.92e12, 160e9
 GPU_STEP_OVERHEAD_S = 0.6e-3
+#: Products of fp8 to those of bfloat16, of one second, by the data sheets; no step has told yet what is reached.
+FP8_SPEED_UP = 2.0
 
 
 def model_shape(
@@ -29,11 +36,17 @@ def model_shape(
     query_size = config.num_heads * config.head_dim
     layer = config.hidden_size * (config.qkv_size + query_size + 3 * config.intermediate_size)
     kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    num_weights, num_head_weights = config.num_layers * layer, config.vocab_size * config.hidden_size
+    weight_bytes = WEIGHT_BYTES[dtype]
+    if dtype is WeightDtype.FP8:
+        # On average: whoever reads the layers reads the LM head too.
+        num_bytes = weight_bytes * num_weights + FP8_HEAD_BYTES * num_head_weights
+        weight_bytes = num_bytes / (num_weights + num_head_weights)
     return ModelShape(
         PurePath(model_source).name,
-        num_weights=config.num_layers * layer,
-        num_head_weights=config.vocab_size * config.hidden_size,
-        weight_bytes=WEIGHT_BYTES[dtype],
+        num_weights=num_weights,
+        num_head_weights=num_head_weights,
+        weight_bytes=weight_bytes,
         num_layers=config.num_layers,
         hidden_size=query_size,
         kv_token_bytes=kv_values * kv_value_bytes,
@@ -54,11 +67,11 @@ def cpu_shape(num_threads: int, memory_bytes: int) -> DeviceShape:
     )
 
 
-def gpu_shape(name: str, memory_bytes: int) -> DeviceShape:
-    """Of any GPU, before it was measured."""
+def gpu_shape(name: str, memory_bytes: int, dtype: WeightDtype = WeightDtype.BFLOAT16) -> DeviceShape:
+    """Of any GPU, before it was measured. dtype: of the weights that it multiplies."""
     return DeviceShape(
         name,
-        flops_per_s=GPU_FLOPS_PER_S,
+        flops_per_s=GPU_FLOPS_PER_S * (FP8_SPEED_UP if dtype is WeightDtype.FP8 else 1.0),
         attention_flops_per_s=GPU_ATTENTION_FLOPS_PER_S,
         bytes_per_s=GPU_BYTES_PER_S,
         step_overhead_s=GPU_STEP_OVERHEAD_S,

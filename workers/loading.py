@@ -17,7 +17,7 @@ from kvtransfer.layout import DTYPE_BYTES, KvLayout
 from kvtransfer.pool import KvPool
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
-from workers.api import Device, ModelInfo, Phase, Submit, WorkerSpec
+from workers.api import Device, KvDtype, ModelInfo, Phase, Submit, WorkerSpec
 from workers.block_hash import root_hash
 from workers.device.gpu import gpu_uuid
 from workers.device.placed import PlacedText
@@ -30,8 +30,15 @@ from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.pacing import LayerPacing
 from workers.engine.runner import GrammarTools, ModelRunner
-from workers.errors import HostCacheTooSmall, ImageCacheTooSmall, KvCacheTooSmall, UnsupportedModel
+from workers.errors import (
+    HostCacheTooSmall,
+    ImageCacheTooSmall,
+    KvCacheTooSmall,
+    NotOnCpu,
+    UnsupportedModel,
+)
 from workers.latency_model import LatencyModel
+from workers.limits import CPU_DTYPES, is_computed_in
 from workers.loaded_shapes import cpu_shape, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
@@ -117,10 +124,12 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory, OutOfDisk, GpuUnavailable and NotOnGpu, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu and NotOnCpu, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
     be had.
     """
     _check_transport(spec)
+    if spec.device is Device.CPU:
+        check_dtypes(spec)
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
     if Phase.ENCODE in spec.phases and prepared.config.vision is None:
@@ -233,6 +242,15 @@ def _place_on_cpu(
     jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     shape = cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total)
     return PlacedText(model, pool, kv_cache, layout, None, None, shape)
+
+
+def check_dtypes(spec: WorkerSpec) -> None:
+    """Raises NotOnCpu. The manifest and the command line have the same rule."""
+    engine = spec.engine
+    if not is_computed_in(engine.weight_dtype, is_on_gpu=False):
+        raise NotOnCpu(f"engine.weightDtype {engine.weight_dtype}", f"use {' or '.join(CPU_DTYPES)}")
+    if engine.kv_dtype is not KvDtype.AUTO:
+        raise NotOnCpu(f"engine.kvDtype {engine.kv_dtype}", f"use {KvDtype.AUTO}")
 
 
 def _load_images(

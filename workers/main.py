@@ -22,6 +22,7 @@ from workers.api import (
     Device,
     EngineConfig,
     HostCacheCodec,
+    KvDtype,
     KvTransferConfig,
     Phase,
     PhaseSet,
@@ -75,6 +76,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     if dtype is not None and not limits.is_computed_in(dtype, is_on_gpu=is_on_gpu):
         dtypes = limits.GPU_DTYPES if is_on_gpu else limits.CPU_DTYPES
         return f"argument --weight-dtype: with --device {arguments.device} it is one of {', '.join(dtypes)}"
+    if arguments.kv_dtype != KvDtype.AUTO and not is_on_gpu:
+        return f"argument --kv-dtype: with --device {arguments.device} it is {KvDtype.AUTO}"
     if arguments.span_recompute is not None and is_on_gpu:
         return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:
@@ -149,6 +152,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
             weight_dtype=_weight_dtype(arguments),
+            kv_dtype=KvDtype(arguments.kv_dtype),
             host_cache_bytes=arguments.host_cache_mib * MIB,
             host_cache_codec=HostCacheCodec(arguments.host_cache_codec),
             span_reuse=_span_reuse(arguments),
@@ -295,6 +299,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         choices=[word.value for word in WeightDtype],
         help="how matrices are kept in memory; by default float32, on a GPU bfloat16",
     )
+    _add_word(parser, "--kv-dtype", engine.kv_dtype, "what KV is kept in; auto is what is computed in")
     add(
         "--host-cache-mib",
         type=_whole(limits.HOST_CACHE_MIB),

@@ -23,6 +23,7 @@ from orchestrator.bench.machine import describe_machine
 from phasewise_kernels import jit
 from workers.api import WeightDtype
 from workers.launch_environment import missing_variables
+from workers.limits import CPU_DTYPES
 from workers.model.llama import ForwardBatch, Llama
 from workers.model.prepare import load_weights, prepare
 
@@ -105,7 +106,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--threads", default="1,2", help="numbers of threads (1,2)")
     parser.add_argument(
-        "--weight-dtypes", default=",".join(WeightDtype), help="of float32, bfloat16, int8 (all)"
+        "--weight-dtypes", default=",".join(CPU_DTYPES), help=f"of {', '.join(CPU_DTYPES)} (all)"
     )
     args = parser.parse_args()
     jit.warm_up(lambda what, done: print(f"\r{what} {done:4.0%}", end="", flush=True))

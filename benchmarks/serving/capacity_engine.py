@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.serving.capacity_rows import Load, Served
-from benchmarks.serving.engine_gpu import random_weights
+from benchmarks.serving.engine_gpu import kv_torch_dtype, random_weights
 from orchestrator.control.slo import Slo
 from workers.api import (
     EngineConfig,
+    KvDtype,
     Phase,
     PrefillOrder,
     RequestFailed,
@@ -35,6 +36,7 @@ from workers.latency_model import LatencyModel
 from workers.limits import GPU_TILE_TOKENS
 from workers.loaded_shapes import gpu_shape, model_shape
 from workers.model.config import ModelConfig
+from workers.model.fp8 import all_quantised
 from workers.model.llama import Llama
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
@@ -67,17 +69,28 @@ class Policy:
 class Machine:
     """A model on its device with captured decode steps, for as many engines as one wants, one after the other."""
 
-    def __init__(self, config: ModelConfig, *, is_tiny: bool, max_running: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        is_tiny: bool,
+        max_running: int,
+        weights: WeightDtype = WeightDtype.BFLOAT16,
+        kv: KvDtype = KvDtype.AUTO,
+    ) -> None:
         self.config = config
         self._device = torch.device("cpu" if is_tiny else "cuda")
-        self._dtype = torch.float32 if is_tiny else torch.bfloat16
+        #: A tiny model has float32 where others have bfloat16.
+        self.weights = WeightDtype.FLOAT32 if is_tiny and weights is not WeightDtype.FP8 else weights
+        is_float32 = is_tiny and kv is KvDtype.AUTO
+        self._kv_dtype = torch.float32 if is_float32 else kv_torch_dtype(weights, kv)
         self.max_running = max_running
         self.tile_tokens = 1 if is_tiny else GPU_TILE_TOKENS
-        model = Llama(config, tiny_weights() if is_tiny else random_weights(config))
+        model = Llama(config, tiny_weights(self.weights) if is_tiny else random_weights(config, weights))
         self.block_size = 16
         self.num_blocks = 512 if is_tiny else self._num_blocks(model)
         shape = model.kv_cache_shape(self.num_blocks, self.block_size)
-        kv_cache = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        kv_cache = torch.zeros(shape, dtype=self._kv_dtype, device=self._device)
         self.forward = DeviceForward(
             model,
             kv_cache,
@@ -94,14 +107,14 @@ class Machine:
         """What 90 % of the memory leaves beside weights and 6 GB for steps and graphs."""
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         room_bytes = int(0.9 * total_bytes) - (total_bytes - free_bytes) - 6 * 10**9
-        block_bytes = math.prod(model.kv_cache_shape(1, self.block_size)) * self._dtype.itemsize
+        block_bytes = math.prod(model.kv_cache_shape(1, self.block_size)) * self._kv_dtype.itemsize
         return room_bytes // block_bytes
 
     def latency(self) -> LatencyModel:
         """As a worker begins with it."""
-        dtype = WeightDtype.FLOAT32 if self._device.type == "cpu" else WeightDtype.BFLOAT16
-        shape = model_shape(self.config, "llama-3-8b", dtype, kv_value_bytes=self._dtype.itemsize)
-        return LatencyModel(shape, gpu_shape("h100", 80 * 10**9))
+        kv_value_bytes = self._kv_dtype.itemsize
+        shape = model_shape(self.config, "llama-3-8b", self.weights, kv_value_bytes=kv_value_bytes)
+        return LatencyModel(shape, gpu_shape("h100", 80 * 10**9, self.weights))
 
 
 def serve(
@@ -117,7 +130,7 @@ def serve(
         tile_tokens=machine.tile_tokens,
         step_budget=StepBudget.PREDICTED if policy.budget is None else StepBudget.FIXED,
         is_prefix_cache_on=False,
-        weight_dtype=WeightDtype.BFLOAT16,
+        weight_dtype=machine.weights,
     )
     engine = Engine(
         config,
@@ -203,7 +216,8 @@ def tiny_config() -> ModelConfig:
     return TINY
 
 
-def tiny_weights() -> dict[str, torch.Tensor]:
+def tiny_weights(dtype: WeightDtype) -> dict[str, torch.Tensor]:
     from tests.support.device_engine import random_weights as tiny
 
-    return tiny(tiny_config())
+    weights = tiny(tiny_config())
+    return all_quantised(weights) if dtype is WeightDtype.FP8 else weights

@@ -1,8 +1,8 @@
 """How many requests a second one GPU serves inside TTFT and TPOT targets: the engine itself, fed with rows of a trace.
 
-    python benchmarks/serving/capacity_gpu.py --trace azure_llm_2023_conv.csv [--rates R,R] [--policies NAMES] [--quick] [--json FILE] [--plot FILE.svg]
+    python benchmarks/serving/capacity_gpu.py --trace azure_llm_2023_conv.csv [--rates R,R] [--policies NAMES] [--weights fp8] [--kv fp8] [--quick] [--json FILE] [--plot FILE.svg]
 
-Llama-3-8B's shape with random weights in bfloat16, prefill and decode on one worker, no prefix cache, greedy, outputs as long as in the trace.
+Llama-3-8B's shape with random weights in bfloat16, or what --weights and --kv say, prefill and decode on one worker, no prefix cache, greedy, outputs as long as in the trace.
 The engine runs in its own thread, as in a worker; requests are posted when they are due, and no gateway stands between. Rows from --first-row on, re-timed to each
 rate with their bursts. Every request is served to its end; attainment is the share of all that met both targets.
 
@@ -35,17 +35,24 @@ import torch  # noqa: E402
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
 from benchmarks.serving.capacity_plot import plot  # noqa: E402
 from benchmarks.serving.capacity_rows import Load, report, show  # noqa: E402
-from benchmarks.serving.capacity_vllm import MISSING, PREFIX, is_installed, vllm_serving  # noqa: E402
-from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
+from benchmarks.serving.capacity_vllm import (  # noqa: E402
+    MISSING,
+    PREFIX,
+    fp8_settings,
+    is_installed,
+    vllm_serving,
+)
+from benchmarks.serving.engine_gpu import LLAMA_3_8B, add_dtypes  # noqa: E402
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
+from workers.api import KvDtype, WeightDtype  # noqa: E402
 from workers.model.config import ModelConfig  # noqa: E402
 
 WARM_RPS, WARM_S = 12.0, 15.0
 #: What the engine promises on a GPU.
-TESTS = ("tests/gpu/test_cuda_engine.py",)
+TESTS = ("tests/gpu/test_cuda_engine.py", "tests/gpu/test_fp8.py")
 
 
 def planned(trace: Trace, rate_rps: float, duration_s: float, first_row: int, config: ModelConfig) -> Load:
@@ -71,11 +78,17 @@ def our_rows(
 
 
 def vllm_rows(
-    name: str, batched_tokens: int, config: ModelConfig, warm: Load, loads: Mapping[float, Load], slo: Slo
+    name: str,
+    batched_tokens: int,
+    config: ModelConfig,
+    warm: Load,
+    loads: Mapping[float, Load],
+    slo: Slo,
+    more: Mapping[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """Of each rate by one vLLM."""
+    """Of each rate by one vLLM. more: see vllm_serving."""
     began_s = time.monotonic()
-    with vllm_serving(config, batched_tokens) as (serve_by_vllm, about):
+    with vllm_serving(config, batched_tokens, more) as (serve_by_vllm, about):
         print(f"{name}: vLLM {about['version']}, ready in {time.monotonic() - began_s:.0f} s", flush=True)
         serve_by_vllm(warm)
         for rate, load in loads.items():
@@ -123,6 +136,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--policies", default="fcfs@2048,spf@2048,slack@predicted", metavar="NAME,...")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-tpot-ms", type=float, default=30.0)
+    add_dtypes(parser)
     add("--max-running", type=int, default=384, metavar="N")
     add("--quick", action="store_true", help="one rate, 20 seconds")
     add("--tiny", action="store_true")
@@ -162,6 +176,8 @@ def main() -> int:
         "duration_s": None if args.rows else duration_s,
         "slo": asdict(slo),
         "max_running": args.max_running,
+        "weights": args.weights,
+        "kv": args.kv,
     }
 
     def keep(row: dict[str, Any]) -> None:
@@ -174,13 +190,20 @@ def main() -> int:
             args.plot.write_text(plot(rows, slo), encoding="utf-8")
 
     # vLLM first: its processes take the GPU with them when they end, and ours would keep it.
+    more = fp8_settings(is_weights=args.weights == WeightDtype.FP8, is_kv=args.kv == KvDtype.FP8)
     for name, num_tokens in batched_tokens.items():
-        for row in vllm_rows(name, num_tokens, config, warm, loads, slo):
+        for row in vllm_rows(name, num_tokens, config, warm, loads, slo, more):
             keep(row)
     if not policies:
         return 0
     began_s = time.monotonic()
-    machine = Machine(config, is_tiny=args.tiny, max_running=args.max_running)
+    machine = Machine(
+        config,
+        is_tiny=args.tiny,
+        max_running=args.max_running,
+        weights=WeightDtype(args.weights),
+        kv=KvDtype(args.kv),
+    )
     about["kv_tokens"] = machine.num_blocks * machine.block_size
     print(f"\r{about['kv_tokens']} tokens of KV; ready in {time.monotonic() - began_s:.0f} s")
     for row in our_rows(machine, policies, warm, loads, slo):

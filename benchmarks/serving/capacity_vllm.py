@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing import Pipe
@@ -64,6 +64,12 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def fp8_settings(*, is_weights: bool, is_kv: bool) -> dict[str, str]:
+    """Arguments of its AsyncEngineArgs for weights that are quantised while they are loaded, and for KV."""
+    weights = {"quantization": "fp8"} if is_weights else {}
+    return weights | ({"kv_cache_dtype": "fp8"} if is_kv else {})
+
+
 def engine_settings(folder: Path, config: ModelConfig, batched_tokens: int) -> dict[str, Any]:
     """Arguments of its AsyncEngineArgs: the shape and the memory that our engine has, no prefix cache, and so many tokens in a step."""
     return {
@@ -80,9 +86,9 @@ def engine_settings(folder: Path, config: ModelConfig, batched_tokens: int) -> d
 
 @contextmanager
 def vllm_serving(
-    config: ModelConfig, batched_tokens: int
+    config: ModelConfig, batched_tokens: int, more: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Callable[[Load], list[Served]], dict[str, Any]]]:
-    """Start it with random weights; what serves a load, and what it says of itself.
+    """Start it with random weights; what serves a load, and what it says of itself. more: arguments beside `engine_settings`.
 
     Its words go to stderr. Ends it with all its processes, so that the GPU is free again. Raises RuntimeError when it dies.
     """
@@ -100,7 +106,8 @@ def vllm_serving(
                 start_new_session=True,
             )
         try:
-            about = _answer(process, ours, engine_settings(Path(folder), config, batched_tokens))
+            settings = engine_settings(Path(folder), config, batched_tokens) | dict(more or {})
+            about = _answer(process, ours, settings)
             yield lambda load: _answer(process, ours, load), about
         finally:
             ours.close()

@@ -1,9 +1,10 @@
-"""The engine on one GPU with the shape of Llama-3-8B, random bf16 weights: prefill, decode steps, and a full house.
+"""The engine on one GPU with the shape of Llama-3-8B and random weights: prefill, decode steps, and a full house.
 
-    python benchmarks/serving/engine_gpu.py [--quick] [--profile] [--json FILE]
+    python benchmarks/serving/engine_gpu.py [--weights fp8] [--kv fp8] [--quick] [--profile] [--json FILE]
 
 - copy: 2 GiB within the device; bytes read and written are both counted. What a decode step could do at best follows from it:
   it reads all weights but the embedding table, and the KV of all sequences.
+  With fp8 the bytes are those of fp8.
 - prefill: one prompt of 2,048 tokens in one eager step, medians of CUDA events. FLOPs are those of the matrices and of attention
   to the tokens before.
 - decode: steps of 64 sequences and of one, with 2,048 tokens each, replayed as CUDA graphs; from the call with the batch
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
-from workers.api import EngineConfig  # noqa: E402
+from workers.api import EngineConfig, KvDtype, WeightDtype  # noqa: E402
 from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
+from workers.device.dtypes import kv_dtype  # noqa: E402
 from workers.device.forward import DeviceForward  # noqa: E402
+from workers.device.gpu import placed  # noqa: E402
 from workers.device.sampler import DeviceSampler  # noqa: E402
 from workers.engine.engine import Engine  # noqa: E402
 from workers.engine.runner import ModelRunner  # noqa: E402
@@ -66,6 +70,8 @@ LLAMA_3_8B = ModelConfig(
     bos_token="",
     eos_token="",
 )
+#: Of one token.
+KV_VALUES = 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim
 BLOCK_SIZE = 16
 PREFILL_TOKENS = 2048
 DECODES = ((64, 2048), (1, 2048))
@@ -79,12 +85,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and 15 s of serving")
+    add_dtypes(parser)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    bench = Bench(num_rounds=20 if args.quick else 60)
-    rows: dict[str, Any] = {"copy_tb_s": bench.copy_tb_s, "start": bench.start_s}
+    bench = Bench(20 if args.quick else 60, WeightDtype(args.weights), KvDtype(args.kv))
+    rows: dict[str, Any] = {
+        "weights": args.weights,
+        "kv": args.kv,
+        "copy_tb_s": bench.copy_tb_s,
+        "start": bench.start_s,
+    }
     print(f"copy {bench.copy_tb_s:.3f} TB/s; {bench.start_s}")
     rows["prefill"] = bench.prefill()
     print(rows["prefill"])
@@ -114,6 +126,14 @@ def main() -> None:
         args.json.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
 
 
+def add_dtypes(parser: argparse.ArgumentParser) -> None:
+    """--weights and --kv."""
+    parser.add_argument(
+        "--weights", choices=(WeightDtype.BFLOAT16, WeightDtype.FP8), default=WeightDtype.BFLOAT16
+    )
+    parser.add_argument("--kv", choices=list(KvDtype), default=KvDtype.AUTO, help="auto is bfloat16")
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A closed loop."""
@@ -133,23 +153,29 @@ class Served:
 class Bench:
     """A model on the GPU, and what is measured with it."""
 
-    def __init__(self, num_rounds: int) -> None:
+    def __init__(self, num_rounds: int, weights: WeightDtype, kv: KvDtype) -> None:
         self._num_rounds = num_rounds
         began_s = time.perf_counter()
         self.copy_tb_s = copy_tb_s()
         torch.cuda.empty_cache()
-        self._weights = random_weights(LLAMA_3_8B)
+        self._weights = random_weights(LLAMA_3_8B, weights)
         self._model = Llama(LLAMA_3_8B, self._weights)
         weights_s = time.perf_counter() - began_s
         free_bytes, total_bytes = torch.cuda.mem_get_info()
-        block_bytes = (
-            2 * 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim * BLOCK_SIZE
-        )
+        kept_in = kv_torch_dtype(weights, kv)
+        self._kv_token_bytes = KV_VALUES * kept_in.itemsize
+        block_bytes = self._kv_token_bytes * BLOCK_SIZE
         self._num_blocks = (free_bytes - int(0.1 * total_bytes) - 3 * 2**30) // block_bytes
         shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE)
-        self._kv_cache = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        self._kv_cache = torch.empty(shape, dtype=kept_in, device="cuda")
+        # A few blocks of random numbers again and again: what they are makes no difference, but for NaN.
+        some = torch.randn(*shape[1:2], min(4096, shape[2]), *shape[3:], device="cuda")
         for layer in self._kv_cache:
-            layer.normal_()
+            for first in range(0, shape[2], some.shape[1]):
+                part = layer[:, first : first + some.shape[1]]
+                part.copy_(some[:, : part.shape[1]])
+        del some
+        torch.cuda.empty_cache()
         began_s = time.perf_counter()
         self._forward = DeviceForward(
             self._model,
@@ -194,9 +220,8 @@ class Bench:
         """One step; its floor is reading weights and KV at the rate of the copy."""
         batch = batch_of([(context - 1, 1)] * num_sequences)
         seconds = self._seconds(lambda: self._forward(batch))
-        head = LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size
-        kv_values = 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim
-        num_bytes = 2 * (self._layer_values() + head + num_sequences * context * kv_values)
+        read = sum(one.nbytes for name, one in self._weights.items() if name != "embedding")
+        num_bytes = read + num_sequences * context * self._kv_token_bytes
         floor_s = num_bytes / (self.copy_tb_s * 1e12)
         return {
             "sequences": num_sequences,
@@ -272,7 +297,7 @@ class Bench:
         )
 
     def _layer_values(self) -> int:
-        return sum(one.numel() for name, one in self._weights.items() if name.startswith("layers."))
+        return sum(prod(s) for name, s in output_shapes(LLAMA_3_8B).items() if name.startswith("layers."))
 
     def _seconds(self, step: Callable[[], object]) -> float:
         """Median of a step, of groups of five that follow each other as they do in serving."""
@@ -292,15 +317,22 @@ class Bench:
         return statistics.median(found)
 
 
-def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Made on the GPU."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weights = {}
+def random_weights(config: ModelConfig, dtype: WeightDtype = WeightDtype.BFLOAT16) -> dict[str, torch.Tensor]:
+    """Made on the GPU, in bfloat16 or of that in fp8."""
+    generator, device = torch.Generator("cuda").manual_seed(0), torch.device("cuda")
+    weights: dict[str, torch.Tensor] = {}
     for name, shape in output_shapes(config).items():
         values = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
         values.normal_(generator=generator)
-        weights[name] = values.mul_(0.1).add_(1) if name.endswith("norm") else values.mul_(shape[-1] ** -0.5)
+        values = values.mul_(0.1).add_(1) if name.endswith("norm") else values.mul_(shape[-1] ** -0.5)
+        weights |= placed(name, values, device, dtype)
     return weights
+
+
+def kv_torch_dtype(weights: WeightDtype, kv: KvDtype) -> torch.dtype:
+    """What a worker with these settings keeps KV in."""
+    found: torch.dtype = getattr(torch, kv_dtype(EngineConfig(weight_dtype=weights, kv_dtype=kv)))
+    return found
 
 
 def batch_of(sequences: list[tuple[int, int]]) -> ForwardBatch:

@@ -49,7 +49,7 @@ class Codec(Protocol):
         ...
 
     def pack(self, kv: "torch.Tensor", out: memoryview) -> None:
-        """kv: [num_layers, 2, num_tokens, num_heads, head_dim] fp32, fp16 or bf16, CPU. out: `packed_bytes` long.
+        """kv: [num_layers, 2, num_tokens, num_heads, head_dim] fp32, fp16, bf16 or e4m3, CPU. out: `packed_bytes` long.
 
         Tokens are packed in pages of PAGE_TOKENS from the first one on. NaN and infinity raise ValueError.
         """

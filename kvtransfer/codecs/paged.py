@@ -17,7 +17,7 @@ from kvtransfer.codecs.codec import PAGE_TOKENS, CodecId, PageShape
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 #: Numbers that are worked on at a time: they stay in a core's cache, and bound the memory for what is in between.
 PIECE_NUMBERS = 2**18
 #: The largest magnitude of a head in a page becomes less than 2**TOP_EXPONENT. Sums of 64 such numbers fit into fp16.
@@ -163,7 +163,7 @@ def _shape_of(kv: torch.Tensor) -> PageShape:
             f"KV must be [num_layers, 2, num_tokens, num_heads, head_dim], and is {list(kv.shape)}"
         )
     if kv.dtype not in DTYPES or kv.device.type != "cpu":
-        raise ValueError(f"KV must be fp32, fp16 or bf16 on the CPU, and is {kv.dtype} on {kv.device}")
+        raise ValueError(f"KV must be fp32, fp16, bf16 or e4m3 on the CPU, and is {kv.dtype} on {kv.device}")
     return PageShape(kv.shape[0], kv.shape[2], kv.shape[3], kv.shape[4])
 
 

@@ -14,7 +14,7 @@ from orchestrator.bench.machine import describe_machine
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.cli.progress import shown_progress
 from orchestrator.control.profile import FORMAT, Profile, from_json, to_json
-from workers.api import Device, WeightDtype
+from workers.api import Device, KvDtype, WeightDtype
 from workers.limits import CPU_DTYPES, GPU_DTYPES
 
 #: Of a device, how weights may be kept, and how they are when nobody says.
@@ -68,6 +68,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="as engine.weightDtype (default: float32, on a GPU bfloat16)",
     )
     parser.add_argument(
+        "--kv-dtype",
+        choices=[word.value for word in KvDtype],
+        default=KvDtype.AUTO.value,
+        help="as engine.kvDtype (default: auto)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="FILE", help="profile to write (default: MODEL-DEVICE.json, here)"
     )
     parser.set_defaults(run=run)
@@ -83,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
             f"--weight-dtype {args.weight_dtype}: with --device {device} it is one of {known}",
             file=sys.stderr,
         )
+        return exit_codes.USAGE
+    if args.kv_dtype != KvDtype.AUTO and device is Device.CPU:
+        print(f"--kv-dtype {args.kv_dtype}: with --device cpu it is {KvDtype.AUTO}", file=sys.stderr)
         return exit_codes.USAGE
     out = args.out or Path(f"{PurePath(args.model.partition(':')[2] or args.model).stem}-{args.device}.json")
     if not out.absolute().parent.is_dir():
@@ -124,6 +133,7 @@ def _measure(args: argparse.Namespace, tell: Callable[[str], None]) -> Profile:
     """In a process with the environment of a worker. Raises _Failed."""
     command = [sys.executable, "-m", "workers.calibration", "--model", args.model]
     command += ["--threads", str(args.threads), "--device", args.device, "--weight-dtype", args.weight_dtype]
+    command += ["--kv-dtype", args.kv_dtype]
     # It must find our packages however this process did.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603 - a command of ours

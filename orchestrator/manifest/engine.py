@@ -120,10 +120,16 @@ class Engine(Section):
         default=_ENGINE.is_prefix_cache_on,
         description="The KV of prompts is kept for later ones that begin alike.",
     )
-    weight_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None = Field(
+    weight_dtype: Literal["float32", "bfloat16", "float16", "int8", "fp8"] | None = Field(
         default=None,
         description="How the matrices of the model are kept in memory. On a CPU (float32, bfloat16, int8) all else is float32; "
-        "on a GPU (float32, bfloat16, float16) all else and KV are the same. Default: float32, on a GPU bfloat16.",
+        "on a GPU (float32, bfloat16, float16) all else is the same, or with fp8 (e4m3 with a scale for each output, from compute "
+        "capability 8.9 on) bfloat16. Default: float32, on a GPU bfloat16.",
+    )
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        default=_ENGINE.kv_dtype.value,
+        description="What KV is kept in. auto: what is computed in, float32 on a CPU. fp8: e4m3 without a scale, half of the memory, on a "
+        "GPU from compute capability 8.9 on; answers differ a little.",
     )
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,

@@ -106,6 +106,8 @@ class WorkerGroup(Section):
             where, dtypes = ("a GPU", limits.GPU_DTYPES) if self.is_on_gpu else ("a CPU", limits.CPU_DTYPES)
             sentence = f"is {dtype}; allowed on {where}: {' or '.join(dtypes)}"
             inconsistent([(("engine", "weightDtype"), sentence)])
+        if self.engine.kv_dtype != "auto" and not self.is_on_gpu:
+            inconsistent([(("engine", "kvDtype"), "is fp8; allowed on a CPU: auto")])
         if self.is_on_gpu and self.engine.span_reuse is not None:
             inconsistent(
                 [(("engine", "spanReuse"), "is set; allowed: absent on a GPU, which does not do it yet")]

@@ -185,7 +185,11 @@ def test_blocks_that_mean_something_else_are_not_taken(
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"token_digest": HASHES[0]}, "other tokens"), ({"codec": CodecId.FP8}, "comes packed by fp8")],
+    [
+        ({"token_digest": HASHES[0]}, "other tokens"),
+        ({"codec": CodecId.FP8}, "comes packed by fp8"),
+        ({"layout": replace(LAYOUT, dtype="float8_e4m3fn")}, "is in float8_e4m3fn, and KV here in float32"),
+    ],
 )
 def test_other_kv_than_was_asked_for_is_not_taken(
     fetching: Run, change: dict[str, object], reason: str

@@ -27,7 +27,7 @@ from tests.support.worker_client import (
     worker_spec,
 )
 from tests.support.worker_process import worker_processes
-from workers.api import Device, PhaseSet, WorkerSpec, WorkerState
+from workers.api import Device, PhaseSet, WeightDtype, WorkerSpec, WorkerState
 from workers.device.gpu import load_to_gpu
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, load_weights, prepare
@@ -121,11 +121,11 @@ def test_the_embedded_model_s_greedy_tokens_are_those_of_a_cpu() -> None:
     prompts = [tokenizer.encode(text).ids for text in TEXTS]
     expected = DeviceEngine(embedded_llama(), buckets=None).serve(prompts, greedy(32))
     device = torch.device("cuda")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (WeightDtype.FLOAT32, WeightDtype.BFLOAT16):
         weights = load_to_gpu(prepared.folder / WEIGHTS, device, dtype, 0.9, lambda _done: None)
         made = DeviceEngine(Llama(prepared.config, weights), buckets=(1, 2, 4), is_overlapping=True)
         found = made.serve(prompts, greedy(32))
-        if dtype is torch.float32:
+        if dtype is WeightDtype.FLOAT32:
             assert found == expected
         same = [
             next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))

@@ -25,7 +25,7 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from workers.api import Device, FailureCode, PhaseSet, WorkerSpec, WorkerState
+from workers.api import Device, FailureCode, KvDtype, PhaseSet, WeightDtype, WorkerSpec, WorkerState
 from workers.model.prepare import load_weights, prepare
 
 pytestmark = [
@@ -118,6 +118,24 @@ def test_kv_goes_between_workers_of_different_degrees(
         async with running_pair(*specs) as (prefill, decode):
             for length in (17, 131):
                 assert await handed_over(prefill, decode, length) == expected[length]
+
+    with no_rank_left():
+        asyncio.run(scenario())
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs GPUs of compute capability 8.9",
+)
+def test_ranks_serve_with_weights_and_kv_in_fp8(model_path: Path) -> None:
+    async def scenario() -> None:
+        spec = cuda_spec(model_path)
+        engine = replace(spec.engine, weight_dtype=WeightDtype.FP8, kv_dtype=KvDtype.FP8)
+        async with running_worker(replace(spec, engine=engine)) as worker:
+            found = await asyncio.gather(
+                *(worker.generate(greedy_submit(length)) for length in PROMPT_LENGTHS)
+            )
+            assert all(found)
 
     with no_rank_left():
         asyncio.run(scenario())

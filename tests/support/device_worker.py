@@ -13,7 +13,7 @@ ROOMY = GpuMemory(8 * 2**30, 8 * 2**30)
 def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch, memory: GpuMemory = ROOMY) -> None:
     """memory: what the GPU has, whatever is taken of it."""
     for module in (pictures, placing):
-        monkeypatch.setattr(module, "open_gpu", lambda: torch.device("cpu"))
+        monkeypatch.setattr(module, "open_gpu", lambda **_: torch.device("cpu"))
     for module in (gpu, placing):
         monkeypatch.setattr(module, "gpu_memory", lambda _device: memory)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "none")

@@ -1,20 +1,23 @@
 """The GPU of a worker: is it there, is it new enough, how much memory is free; and the weights on it."""
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from kvtransfer.transports.cuda_mapping import device_uuid
+from workers.api import WeightDtype
+from workers.device.dtypes import MIN_CAPABILITY, computed_in
 from workers.device.memory import GpuMemory
 from workers.errors import GpuUnavailable, OutOfMemory
-
-#: bfloat16 products, and what the kernels are compiled for. Measured are those of 9.0 (Hopper) alone.
-MIN_CAPABILITY = (8, 0)
+from workers.model.fp8 import is_matrix, quantised, weights_bytes
 
 
-def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
+def open_gpu(
+    index: int = 0, num_gpus: int = 1, needed_capability: tuple[int, int] = MIN_CAPABILITY
+) -> torch.device:
     """GPU `index` of the first num_gpus that this process sees. Raises GpuUnavailable."""
     if torch.version.cuda is None:
         raise GpuUnavailable(
@@ -33,11 +36,15 @@ def open_gpu(index: int = 0, num_gpus: int = 1) -> torch.device:
             "engine.tensorParallel",
         )
     capability = torch.cuda.get_device_capability(index)
-    if capability < MIN_CAPABILITY:
-        have, need = (".".join(map(str, one)) for one in (capability, MIN_CAPABILITY))
+    if capability < needed_capability:
+        have, need = (".".join(map(str, one)) for one in (capability, needed_capability))
+        is_enough = capability >= MIN_CAPABILITY
         raise GpuUnavailable(
-            f"{torch.cuda.get_device_name(index)} has compute capability {have} and {need} is needed",
-            "use a newer GPU or device cpu",
+            f"{torch.cuda.get_device_name(index)} has compute capability {have} and {need} is needed"
+            + (" for fp8" if is_enough else ""),
+            "use a newer GPU, or neither engine.weightDtype nor engine.kvDtype fp8"
+            if is_enough
+            else "use a newer GPU or device cpu",
         )
     try:
         torch.zeros(1, device=f"cuda:{index}")
@@ -74,28 +81,36 @@ def require(purpose: str, need_bytes: int, device: torch.device, memory_fraction
 def load_to_gpu(
     path: Path,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: WeightDtype,
     memory_fraction: float,
     progress: Callable[[float], None],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, converted one by one: the host holds no copy of all.
+    """The tensors of a safetensors file, converted one by one: the host holds no copy of all. With fp8 those of `fp8.quantised`.
 
     Raises OutOfMemory when they do not fit in this share of the GPU's memory.
     """
     with safe_open(path, framework="pt", device="cpu") as file:
-        names = list(file.keys())
-        sizes = [_num_values(file.get_slice(name).get_shape()) for name in names]
-        check_room(sum(sizes) * dtype.itemsize, device, memory_fraction)
-        weights, num_done = {}, 0
-        for name, size in zip(names, sizes, strict=True):
-            weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-            num_done += size
-            progress(num_done / sum(sizes))
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dict
+        check_room(weights_bytes(shapes, dtype, compute_dtype(dtype).itemsize), device, memory_fraction)
+        num_values, num_done = sum(map(prod, shapes.values())), 0
+        weights: dict[str, torch.Tensor] = {}
+        for name, shape in shapes.items():
+            weights |= placed(name, file.get_tensor(name), device, dtype)
+            num_done += prod(shape)
+            progress(num_done / num_values)
     return weights
 
 
-def _num_values(shape: list[int]) -> int:
-    num = 1
-    for size in shape:
-        num *= size
-    return num
+def placed(
+    name: str, tensor: torch.Tensor, device: torch.device, dtype: WeightDtype
+) -> dict[str, torch.Tensor]:
+    """A tensor of the converted file as the model reads it on a GPU, by name."""
+    if dtype is WeightDtype.FP8 and is_matrix(name):
+        return quantised(name, tensor, device)
+    return {name: tensor.to(device=device, dtype=compute_dtype(dtype))}
+
+
+def compute_dtype(dtype: WeightDtype) -> torch.dtype:
+    """See dtypes.computed_in."""
+    found: torch.dtype = getattr(torch, computed_in(dtype))
+    return found

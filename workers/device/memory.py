@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from workers.api import EngineConfig
+from workers.api import EngineConfig, WeightDtype
 from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.model.config import ModelConfig
 from workers.model.vision.config import VisionConfig
@@ -39,7 +39,11 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     num_values = (num_tokens + num_captured) * inner + 2 * logits
     if config.vision is not None:
         num_values += num_captured * config.hidden_size
-    return CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+    num_bytes = CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+    if engine.weight_dtype is WeightDtype.FP8:
+        # What is multiplied is there in fp8 too.
+        num_bytes += (num_tokens + num_captured) * max(config.intermediate_size, config.hidden_size)
+    return num_bytes
 
 
 def encoder_step_bytes(vision: VisionConfig, patch_budget: int, value_bytes: int) -> int:

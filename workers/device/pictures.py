@@ -8,10 +8,11 @@ import torch
 from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.cuda_ipc import CudaPool
-from workers.api import WorkerSpec
+from workers.api import WeightDtype, WorkerSpec
 from workers.device.buckets import graph_tiles
+from workers.device.dtypes import computed_in
 from workers.device.encoder import DeviceEncoder
-from workers.device.gpu import load_to_gpu, open_gpu, require
+from workers.device.gpu import compute_dtype, load_to_gpu, open_gpu, require
 from workers.device.memory import encoder_step_bytes
 from workers.device.placing import check_spec
 from workers.embeddings.memory import EmbeddingMemory
@@ -51,11 +52,12 @@ def place_encoder(
     engine = spec.engine
     check_spec(spec)
     device = open_gpu()
-    dtype: torch.dtype = getattr(torch, engine.weight_dtype.value)
+    # What the language model computes in: fp8 is for its weights alone.
+    dtype = compute_dtype(engine.weight_dtype)
     weights = load_to_gpu(
         prepared.folder / VISION_WEIGHTS,
         device,
-        dtype,
+        WeightDtype(computed_in(engine.weight_dtype)),
         engine.gpu_memory_fraction,
         lambda done: progress("loading the vision weights onto the GPU", done),
     )

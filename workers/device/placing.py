@@ -8,16 +8,20 @@ import torch
 from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.cuda_ipc import CudaPool
-from workers.api import WorkerSpec
+from phasewise_kernels.fp8_linear.op import SIZE_STEP
+from workers.api import KvDtype, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
+from workers.device.dtypes import kv_dtype, needed_capability
 from workers.device.forward import DeviceForward
 from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
 from workers.device.memory import kv_cache_bytes, step_bytes
 from workers.device.placed import PlacedText
 from workers.device.sampler import DeviceSampler
-from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory
+from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory, UnsupportedModel
 from workers.limits import GPU_DTYPES, is_computed_in
 from workers.loaded_shapes import gpu_shape
+from workers.model import fp8
+from workers.model.config import ModelConfig
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, PreparedModel
 
@@ -27,24 +31,25 @@ Progress = Callable[[str, float], None]
 
 
 def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) -> PlacedText:
-    """Raises GpuUnavailable, NotOnGpu, OutOfMemory and KvCacheTooSmall."""
+    """Raises GpuUnavailable, NotOnGpu, UnsupportedModel, OutOfMemory and KvCacheTooSmall."""
     engine, config = spec.engine, prepared.config
     check_spec(spec)
-    device = open_gpu()
-    dtype: torch.dtype = getattr(torch, engine.weight_dtype.value)
+    check_fp8(spec, config)
+    device = open_gpu(needed_capability=needed_capability(engine))
     progress("loading the weights onto the GPU", 0.0)
     weights = load_to_gpu(
         prepared.folder / WEIGHTS,
         device,
-        dtype,
+        engine.weight_dtype,
         engine.gpu_memory_fraction,
         lambda done: progress("loading the weights onto the GPU", done),
     )
     model = Llama(config, weights)
     layout = config.kv_layout(
-        block_size=engine.block_size, dtype=engine.weight_dtype.value, model_digest=prepared.digest
+        block_size=engine.block_size, dtype=kv_dtype(engine), model_digest=prepared.digest
     )
-    kv_cache = _take_kv_cache(spec, layout, step_bytes(config, engine, dtype.itemsize), device, progress)
+    needed_bytes = step_bytes(config, engine, model.dtype.itemsize)
+    kv_cache = _take_kv_cache(spec, layout, needed_bytes, device, progress)
     pool = CudaPool(kv_cache, layout)
     progress("preparing the transfer kernels", 0.0)
     pool.warm_up()
@@ -65,7 +70,7 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
         layout,
         forward,
         DeviceSampler(device),
-        gpu_shape(name, gpu_memory(device).total_bytes),
+        gpu_shape(name, gpu_memory(device).total_bytes, engine.weight_dtype),
     )
 
 
@@ -76,6 +81,28 @@ def check_spec(spec: WorkerSpec) -> None:
         raise NotOnGpu(f"engine.weightDtype {dtype}", f"use {' or '.join(GPU_DTYPES)}")
     if spec.engine.span_reuse is not None:
         raise NotOnGpu("engine.spanReuse", "leave it out, or use device cpu")
+
+
+def check_fp8(spec: WorkerSpec, config: ModelConfig) -> None:
+    """config: of the model, or of a rank's part of it. Raises UnsupportedModel for what cannot be multiplied in fp8.
+
+    Logs what KV in fp8 may do to this model.
+    """
+    if spec.engine.kv_dtype is KvDtype.FP8 and config.has_qkv_bias:
+        # Known of Qwen2 and Qwen2.5: docs/gpu-engine.md.
+        logger.warning(
+            "kv_in_fp8_may_saturate worker_id=%s reason=keys of models with biases in qkv may be beyond 448; see whether its answers "
+            "make sense, or set engine.kvDtype to auto",
+            spec.worker_id,
+        )
+    found = fp8.problem(config) if spec.engine.weight_dtype is WeightDtype.FP8 else None
+    if found is not None:
+        feature = f"{found}, with engine.weightDtype fp8"
+        raise UnsupportedModel(
+            spec.model_source,
+            feature,
+            f"multiples of {SIZE_STEP} on each device, or weightDtype bfloat16",
+        )
 
 
 def _take_kv_cache(

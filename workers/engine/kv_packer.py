@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from kvtransfer.codecs.codec import Codec, CodecId, PageShape
+from phasewise_kernels.block_copy.reference import convert
 from workers.api import HostCacheCodec
 from workers.engine.host_tier import PackedBlock
 
@@ -51,7 +52,7 @@ class KvPacker:
             if self._codec is None:
                 self._as_block(data).copy_(self._kv_cache[:, :, block_id])
             else:
-                self._codec.pack(self._readable(block_id), data.data)
+                self._codec.pack(self._kv_cache[:, :, block_id].to("cpu").contiguous(), data.data)
         except (ValueError, MemoryError) as error:
             logger.warning("block_not_packed block_id=%d reason=%s", block_id, error)
             return None
@@ -69,7 +70,8 @@ class KvPacker:
         if self._codec is None:
             kv = self._as_block(packed.data)
         else:
-            kv = self._codec.unpack(packed.data.data, self._shape)
+            # What a codec rounds up may be beyond what float8 holds.
+            kv = convert(self._codec.unpack(packed.data.data, self._shape), self._kv_cache.dtype)
         self._kv_cache[:, :, block_id] = kv.to(self._kv_cache.device)
 
     def _as_block(self, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> torch.Tensor:
@@ -77,9 +79,3 @@ class KvPacker:
         shape = self._shape
         kv = torch.from_numpy(data).view(self._kv_cache.dtype)
         return kv.view(shape.num_layers, 2, shape.num_tokens, shape.num_heads, shape.head_dim)
-
-    def _readable(self, block_id: int) -> torch.Tensor:
-        """A block as codecs take it."""
-        kv = self._kv_cache[:, :, block_id].to("cpu")
-        # Codecs know no float8.
-        return kv.float() if kv.element_size() == 1 else kv.contiguous()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
+from phasewise_kernels.fp8_linear.op import Fp8Linear
 from phasewise_kernels.linear.op import projection
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from phasewise_kernels.rms_norm.op import rms_norm
@@ -24,6 +25,7 @@ from workers.model.forward_batch import Embeds as Embeds
 from workers.model.forward_batch import ForwardBatch as ForwardBatch
 from workers.model.forward_batch import ForwardInputs, PlacedEmbeds, logit_row_batch
 from workers.model.forward_batch import Mixes as Mixes
+from workers.model.fp8 import scales_of
 from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
 from workers.model.selective import (
@@ -54,6 +56,7 @@ class _Layer:
     attention_out: Projection
     mlp_norm: torch.Tensor
     gate_up: Projection
+    #: Of silu(gate) * up: it takes what gate_up gives.
     down: Projection
     #: Tokens that a token sees, itself included; 0 is all.
     window: int
@@ -71,8 +74,8 @@ class Llama:
         ranks: "Ranks | None" = None,
     ) -> None:
         """weights: as `prepare.load_weights` names them, fp32 on the CPU, or all of one dtype on a GPU, in which it
-        computes. dtype: of the matrices in memory of the CPU. ranks: those with the other parts of the model; config and
-        weights are then of this one's.
+        computes; matrices with scales beside them (`fp8.quantised`) are in fp8. dtype: of the matrices in memory of the CPU.
+        ranks: those with the other parts of the model; config and weights are then of this one's.
         """
         self.config = config
         self.ranks = ranks
@@ -331,7 +334,7 @@ class Llama:
             return None
         projected = layer.attention_out(attended.flatten(1))
         normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps, added=projected)
-        return layer.down(swiglu(layer.gate_up(normed)))
+        return layer.down(layer.gate_up(normed))
 
 
 def _layer(
@@ -342,10 +345,17 @@ def _layer(
     ranks: "Ranks | None",
 ) -> _Layer:
     def linear(name: str) -> Projection:
-        return projection(weights[f"layers.{i}.{name}"], weights.get(f"layers.{i}.{name}_bias"), dtype.value)
+        name = f"layers.{i}.{name}"
+        weight, bias = weights[name], weights.get(f"{name}_bias")
+        scales = weights.get(scales_of(name))
+        return projection(weight, bias, dtype.value) if scales is None else Fp8Linear(weight, scales, bias)
 
-    def summed(name: str) -> Projection:
-        return linear(name) if ranks is None else ranks.summed(linear(name))
+    def gated(name: str) -> Projection:
+        project = linear(name)
+        return project.gated if isinstance(project, Fp8Linear) else lambda rows: project(swiglu(rows))
+
+    def summed(project: Projection) -> Projection:
+        return project if ranks is None else ranks.summed(project)
 
     qk_norm = None
     if config.has_qk_norm:
@@ -357,10 +367,10 @@ def _layer(
         attention_norm=weights[f"layers.{i}.attention_norm"],
         qkv=linear("qkv"),
         qk_norm=qk_norm,
-        attention_out=summed("attention_out"),
+        attention_out=summed(linear("attention_out")),
         mlp_norm=weights[f"layers.{i}.mlp_norm"],
         gate_up=linear("gate_up"),
-        down=summed("down"),
+        down=summed(gated("down")),
         window=config.window(i),
         is_rotated=i not in config.nope_layers,
     )

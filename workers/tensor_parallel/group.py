@@ -215,7 +215,8 @@ def _shape(spec: WorkerSpec, device: torch.device) -> DeviceShape:
     from workers.loaded_shapes import gpu_shape
 
     degree = spec.engine.tensor_parallel
-    one = gpu_shape(torch.cuda.get_device_name(device), degree * gpu_memory(device).total_bytes)
+    name, memory_bytes = torch.cuda.get_device_name(device), degree * gpu_memory(device).total_bytes
+    one = gpu_shape(name, memory_bytes, spec.engine.weight_dtype)
     return replace(
         one,
         name=f"{degree} x {one.name}",

@@ -5,6 +5,7 @@ The same in rank 0 and in the others. Blocks for seconds.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -12,18 +13,20 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from phasewise_kernels import jit
 from workers.api import Device, WorkerSpec
+from workers.device.dtypes import kv_dtype, needed_capability
 from workers.engine.forwarding import Forward, HostForward
 from workers.errors import KvCacheTooSmall, OutOfMemory
 from workers.model.config import ModelConfig
+from workers.model.fp8 import weights_bytes
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, PreparedModel
 from workers.model.resources import check_memory
 from workers.tensor_parallel.cutting import Rank, kv_heads, rank_config
 from workers.tensor_parallel.ranks import Ranks
-from workers.tensor_parallel.reading import num_values, read_part
+from workers.tensor_parallel.reading import part_shapes, read_part
 
 #: Of KV and of weights before they are made smaller, on a CPU.
-HOST_DTYPE = torch.float32
+HOST_DTYPE = "float32"
 LOADING = "loading the weights"
 
 Progress = Callable[[str, float], None]
@@ -41,32 +44,33 @@ class RankWeights:
 
 
 def load_rank(spec: WorkerSpec, prepared: PreparedModel, rank: Rank, progress: Progress) -> RankWeights:
-    """Raises OutOfMemory, GpuUnavailable and NotOnGpu."""
+    """Raises OutOfMemory, GpuUnavailable, NotOnGpu and UnsupportedModel."""
     engine, config = spec.engine, prepared.config
-    path, num = prepared.folder / WEIGHTS, num_values(config, rank)
+    path, shapes = prepared.folder / WEIGHTS, part_shapes(config, rank)
     own = rank_config(config, rank)
 
     def told(done: float) -> None:
         progress(LOADING, done)
 
     if spec.device is Device.CUDA:
-        from workers.device.gpu import check_room, open_gpu
-        from workers.device.placing import check_spec
+        from workers.device.gpu import check_room, compute_dtype, open_gpu, placed
+        from workers.device.placing import check_fp8, check_spec
 
         check_spec(spec)
-        device, dtype = open_gpu(rank.index, rank.degree), _dtype(engine.weight_dtype.value)
-        check_room(num * dtype.itemsize, device, engine.gpu_memory_fraction)
-        weights = read_part(path, config, rank, lambda one: one.to(device=device, dtype=dtype), told)
+        check_fp8(spec, own)
+        kept = engine.weight_dtype
+        device = open_gpu(rank.index, rank.degree, needed_capability(engine))
+        num_bytes = weights_bytes(shapes, kept, compute_dtype(kept).itemsize)
+        check_room(num_bytes, device, engine.gpu_memory_fraction)
+        weights = read_part(path, config, rank, lambda name, one: placed(name, one, device, kept), told)
+        dtype = kv_dtype(engine)
     else:
         device, dtype = torch.device("cpu"), HOST_DTYPE
         torch.set_num_threads(max(1, engine.num_threads // rank.degree))
-        check_memory("the model's weights", 4 * num, "use a smaller model or end other programs")
-        weights = read_part(path, config, rank, lambda one: one, told)
-    layout = config.kv_layout(
-        block_size=engine.block_size,
-        dtype=str(dtype).removeprefix("torch."),
-        model_digest=prepared.digest,
-    )
+        num_bytes = 4 * sum(map(prod, shapes.values()))
+        check_memory("the model's weights", num_bytes, "use a smaller model or end other programs")
+        weights = read_part(path, config, rank, lambda name, one: {name: one}, told)
+    layout = config.kv_layout(block_size=engine.block_size, dtype=dtype, model_digest=prepared.digest)
     return RankWeights(own, weights, device, _of_rank(layout, rank), layout)
 
 

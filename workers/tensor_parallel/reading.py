@@ -1,6 +1,6 @@
 """The weights of one rank: of the converted file only its parts are read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,30 +13,31 @@ from workers.model.convert import output_shapes
 from workers.tensor_parallel.cutting import WHOLE, Cut, Rank, cut_shape, cuts, vocab_rows
 
 
-def num_values(config: ModelConfig, rank: Rank) -> int:
-    """Numbers that this rank holds, in all its tensors."""
+def part_shapes(config: ModelConfig, rank: Rank) -> dict[str, tuple[int, ...]]:
+    """Of all tensors that this rank holds."""
     shapes = output_shapes(config)
-    return sum(prod(cut_shape(shapes[name], one)) for name, one in cuts(shapes, config, rank))
+    return {name: cut_shape(shapes[name], one) for name, one in cuts(shapes, config, rank)}
 
 
 def read_part(
     path: Path,
     config: ModelConfig,
     rank: Rank,
-    place: Callable[[torch.Tensor], torch.Tensor],
+    place: Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]],
     progress: Callable[[float], None],
 ) -> dict[str, torch.Tensor]:
     """The tensors of this rank as `place` leaves each of them, for a `Llama` of `rank_config`.
 
-    path: what `prepare` converted. place: is given each in fp32 in memory of the host, contiguous.
+    path: what `prepare` converted. place: is given each with its name, in fp32 in memory of the host, contiguous.
     """
     shapes = output_shapes(config)
-    total, done = num_values(config, rank), 0
+    total, done = sum(map(prod, part_shapes(config, rank).values())), 0
     weights: dict[str, torch.Tensor] = {}
     with safe_open(path, framework="pt", device="cpu") as file:
         for name, one in cuts(shapes, config, rank):
-            weights[name] = place(_read(file, name, one))
-            done += weights[name].numel()
+            part = _read(file, name, one)
+            weights.update(place(name, part))
+            done += part.numel()
             progress(done / total)
     if config.tie_embeddings:
         lo, hi = vocab_rows(config.vocab_size, rank)

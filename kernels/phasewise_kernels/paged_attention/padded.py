@@ -27,7 +27,7 @@ def paged_attention_padded(
     slots = batch.block_tables.long()[:, places // block_size].clamp(min=0) * block_size + places % block_size
     is_known = (places[None] < contexts[:, None])[:, :, None, None]
     keys, values = (
-        torch.where(is_known, cache.flatten(0, 1)[slots], 0).to(query.dtype) for cache in (k_cache, v_cache)
+        torch.where(is_known, cache.flatten(0, 1)[slots].to(query.dtype), 0) for cache in (k_cache, v_cache)
     )
     # Position of each row, and of each place of its sequence: in a tree they are not those in memory.
     positions = prefix_lens[owners] + rows - starts[owners]

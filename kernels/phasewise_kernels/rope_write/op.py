@@ -3,6 +3,7 @@
 import torch
 
 from phasewise_kernels import jit
+from phasewise_kernels.block_copy.reference import convert
 from phasewise_kernels.threads import run_ranges
 
 _KERNEL = "phasewise_kernels.rope_write.kernel"
@@ -23,8 +24,8 @@ def rope_write(
     cos and sin, each [num_tokens, 1, head_dim], whose halves are alike. slots: [num_tokens] int64, all different
     and within the cache, which is not checked. k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim],
     contiguous. is_rotated: False leaves queries and keys as they are.
-    On a GPU heads may be bf16 or fp16 (the rotation is computed in float32), the caches also float8_e4m3fn (rounded to
-    nearest, saturating); a slot below 0 is not written, as the rows have that fill up a CUDA graph. Nothing is waited for.
+    The caches may be float8_e4m3fn: rounded to nearest, saturating. On a GPU heads may be bf16 or fp16 (the rotation is computed in
+    float32); a slot below 0 is not written, as the rows have that fill up a CUDA graph. Nothing is waited for.
     Returns [num_tokens, num_heads, head_dim] as heads. Source: RoFormer (Su et al. 2021), section 3.4.2.
     """
     if heads.device.type != "cpu":
@@ -39,15 +40,15 @@ def rope_write(
     num_kv_heads = k_cache.shape[2]
     num_heads = num_all - 2 * num_kv_heads
     keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    module = None if heads.is_cuda else jit.load(_KERNEL)
+    module = jit.load(_KERNEL) if k_cache.dtype is torch.float32 else None
     if module is None:
         # Query and key heads are neighbours, so one rotation serves both.
         query_key = heads[:, : num_heads + num_kv_heads]
         if is_rotated:
             query_key = _rotate(query_key.float(), *rotation).to(heads.dtype)
         is_kept = slots >= 0
-        keys.index_copy_(0, slots[is_kept], query_key[is_kept, num_heads:])
-        values.index_copy_(0, slots[is_kept], heads[is_kept, num_heads + num_kv_heads :])
+        keys[slots[is_kept]] = convert(query_key[is_kept, num_heads:], keys.dtype)
+        values[slots[is_kept]] = convert(heads[is_kept, num_heads + num_kv_heads :], values.dtype)
         return query_key[:, :num_heads]
     assert heads.is_contiguous()
     assert k_cache.is_contiguous()

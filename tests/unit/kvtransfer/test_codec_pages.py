@@ -82,7 +82,7 @@ def test_the_same_kv_gives_the_same_bytes_whatever_ran_before(each: Codec) -> No
 
 
 @each_codec
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_every_dtype_is_packed_as_the_numbers_it_holds(each: Codec, dtype: torch.dtype) -> None:
     kv = realistic_kv(70).to(dtype)
     kept = kv.clone()

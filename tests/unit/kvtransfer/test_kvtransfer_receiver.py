@@ -265,6 +265,21 @@ def test_what_a_codec_unpacked_has_its_dtype() -> None:
     assert actions[0] == WriteChunk(packed, BLOCKS.block_ids, "float32")
 
 
+@pytest.mark.parametrize(
+    ("sender", "here", "is_lossy"),
+    [
+        ("float8_e4m3fn", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("bfloat16", "float8_e4m3fn", False),
+        ("float8_e4m3fn", "float8_e4m3fn", False),
+    ],
+)
+def test_kv_of_fewer_bits_is_not_what_would_be_computed_here(sender: str, here: str, is_lossy: bool) -> None:
+    receiver = Receiver(layout=replace(LAYOUT, dtype=here))
+    receiver(replace(REQUEST, layout=replace(LAYOUT, dtype=sender)), BLOCKS)
+    assert receiver.machine.is_lossy is is_lossy
+
+
 def test_a_chunk_that_is_not_whole_when_it_is_written_is_asked_for_again(receiver: Receiver) -> None:
     receiver(REQUEST, BLOCKS)
     receiver.damaged = {0}

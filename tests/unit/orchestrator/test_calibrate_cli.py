@@ -38,6 +38,7 @@ def test_a_model_is_measured_and_its_profile_written(
             "with --device cpu it is one of",
         ),
         (("--model", "x.gguf", "--device", "cuda", "--weight-dtype", "int8"), exit_codes.USAGE, "bfloat16"),
+        (("--model", "x.gguf", "--kv-dtype", "fp8"), exit_codes.USAGE, "with --device cpu it is auto"),
         (("--model", "x.gguf", "--out", "/no/such/folder/p.json"), exit_codes.USAGE, "no such folder"),
     ],
 )

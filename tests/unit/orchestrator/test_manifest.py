@@ -2,6 +2,7 @@
 
 import pickle
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from workers.api import (
     EngineConfig,
     HostCacheCodec,
     ImageReduction,
+    KvDtype,
     KvTransferConfig,
     Phase,
     PrefillOrder,
@@ -329,19 +331,30 @@ def test_kv_of_several_gpus_is_not_read_in_place() -> None:
         (
             "cuda",
             {"weightDtype": "int8"},
-            "engine.weightDtype: is int8; allowed on a GPU: float32 or bfloat16 or float16",
+            "engine.weightDtype: is int8; allowed on a GPU: float32 or bfloat16 or float16 or fp8",
         ),
         (
             "cpu",
             {"weightDtype": "float16"},
             "engine.weightDtype: is float16; allowed on a CPU: float32 or bfloat16 or int8",
         ),
+        ("cpu", {"weightDtype": "fp8"}, "engine.weightDtype: is fp8; allowed on a CPU: float32 or bfloat16"),
+        ("cpu", {"kvDtype": "fp8"}, "engine.kvDtype: is fp8; allowed on a CPU: auto"),
         ("cuda", {"spanReuse": {}}, "engine.spanReuse: is set; allowed: absent on a GPU"),
     ],
 )
 def test_what_the_device_does_not_do_is_refused(device: str, engine: dict[str, Any], says: str) -> None:
     text = manifest(workers=[group("w", "prefill", "decode", device=device, engine=engine)])
     assert says in only_problem(text)
+
+
+def test_fp8_of_weights_and_of_kv_are_asked_for_apart() -> None:
+    for weights, kv in product((None, "fp8"), ("auto", "fp8")):
+        engine = {"kvDtype": kv} | ({"weightDtype": weights} if weights else {})
+        workers = [group("w", "prefill", "decode", device="cuda", engine=engine)]
+        (worker,) = worker_specs(parse(manifest(workers=workers)))
+        assert worker.engine.weight_dtype == (weights or "bfloat16")
+        assert worker.engine.kv_dtype == kv
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -379,7 +392,8 @@ def test_group_names_differ() -> None:
         ("growthReserve", "25%", 'is "25%"; allowed: a number from 0 to 1'),
         ("prefixCache", "on", 'is "on"; allowed: true or false'),
         ("prefixCache", 1, "is 1; allowed: true or false"),
-        ("weightDtype", "float8", "allowed: float32 or bfloat16 or float16 or int8; did you mean"),
+        ("weightDtype", "float8", "allowed: float32 or bfloat16 or float16 or int8 or fp8; did you mean"),
+        ("kvDtype", "bfloat16", 'is "bfloat16"; allowed: auto or fp8'),
         ("weightDtype", "INT8", "did you mean 'int8'?"),
         ("threads", 0, "is 0; allowed: a whole number from 1 to 1024"),
         ("threads", 1.5, "is 1.5; allowed: a whole number from 1 to 1024"),
@@ -462,6 +476,7 @@ def test_reuse_of_spans_is_part_of_the_prefix_cache() -> None:
         ("prefillOrder", PrefillOrder),
         ("stepBudget", StepBudget),
         ("weightDtype", WeightDtype),
+        ("kvDtype", KvDtype),
         ("hostCacheCodec", HostCacheCodec),
     ],
 )

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.support.device_engine import ENGINE, TINY
 from tests.support.picture_models import IDEFICS3
+from workers.api import WeightDtype
 from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, step_bytes
 
 GIB = 2**30
@@ -51,3 +52,4 @@ def test_steps_need_more_with_more_tokens_and_sequences() -> None:
     assert step_bytes(TINY, replace(ENGINE, max_running_sequences=64), 2) > base
     # Embeddings of the pictures of a captured step.
     assert step_bytes(replace(TINY, vision=IDEFICS3), ENGINE, 2) > base
+    assert step_bytes(TINY, replace(ENGINE, weight_dtype=WeightDtype.FP8), 2) > base

@@ -652,7 +652,7 @@ class HalfCodec:
         return 2 * shape.num_layers * 2 * shape.num_tokens * shape.num_heads * shape.head_dim
 
     def pack(self, kv: torch.Tensor, out: memoryview) -> None:
-        if not kv.isfinite().all():
+        if not kv.float().isfinite().all():
             raise ValueError("no numbers")
         assert kv.is_contiguous()
         out[:] = memoryview(kv.half().numpy().tobytes())
@@ -660,6 +660,20 @@ class HalfCodec:
     def unpack(self, packed: memoryview, shape: PageShape) -> torch.Tensor:
         kv = torch.from_numpy(np.frombuffer(packed, np.float16).copy()).float()
         return kv.view(shape.num_layers, 2, shape.num_tokens, shape.num_heads, shape.head_dim)
+
+
+def test_what_a_codec_rounds_up_beyond_fp8_is_its_largest_number() -> None:
+    class Growing(HalfCodec):
+        def unpack(self, packed: memoryview, shape: PageShape) -> torch.Tensor:
+            return super().unpack(packed, shape) * 1.1
+
+    kv_cache = cache_of().mul(200).clamp(-448, 448).to(torch.float8_e4m3fn)
+    packer = KvPacker(kv_cache, Growing())
+    packed = packer.pack(3)
+    assert packed is not None
+    packer.unpack(packed, 1)
+    assert kv_cache.float().isfinite().all()
+    assert kv_cache[:, :, 1].float().abs().max() == 448
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

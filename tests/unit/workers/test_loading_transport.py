@@ -6,9 +6,19 @@ import pytest
 
 from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.errors import TransportUnavailable
-from workers.api import Device, EngineConfig, Phase, SpanReuseConfig, WeightDtype, WorkerId, WorkerSpec
-from workers.device.placing import check_spec
-from workers.errors import NotOnGpu
+from tests.support.device_engine import TINY
+from workers.api import (
+    Device,
+    EngineConfig,
+    KvDtype,
+    Phase,
+    SpanReuseConfig,
+    WeightDtype,
+    WorkerId,
+    WorkerSpec,
+)
+from workers.device.placing import check_fp8, check_spec
+from workers.errors import NotOnCpu, NotOnGpu, UnsupportedModel
 from workers.loading import load
 
 
@@ -33,6 +43,41 @@ def test_memory_of_the_host_is_not_asked_of_a_worker_that_has_its_kv_on_a_gpu(
     spec = WorkerSpec(WorkerId("w"), 1, phases, "no-such-model", kv_transfer=config, device=Device.CUDA)
     with pytest.raises(TransportUnavailable, match="in memory of a GPU, not of the host"):
         load(spec, lambda *_progress: None)
+
+
+def test_what_a_cpu_does_not_compute_with_is_refused() -> None:
+    spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "no-such-model")
+    for engine, says in (
+        (EngineConfig(weight_dtype=WeightDtype.FP8), "engine.weightDtype fp8 is not supported on a CPU; use"),
+        (
+            EngineConfig(kv_dtype=KvDtype.FP8),
+            "engine.kvDtype fp8 is not supported on a CPU; use auto, or a GPU",
+        ),
+        (EngineConfig(weight_dtype=WeightDtype.FP8, tensor_parallel=2), "not supported on a CPU"),
+    ):
+        with pytest.raises(NotOnCpu, match=says):
+            load(replace(spec, engine=engine), lambda *_progress: None)
+
+
+def test_matrices_of_odd_sizes_are_refused_in_fp8_alone() -> None:
+    config = replace(TINY, intermediate_size=264)
+    spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
+    check_fp8(spec, config)
+    spec = replace(spec, engine=EngineConfig(weight_dtype=WeightDtype.FP8))
+    check_fp8(spec, TINY)
+    with pytest.raises(UnsupportedModel, match=r"has 128 x 264 numbers in down, with .*multiples of 16"):
+        check_fp8(spec, config)
+
+
+def test_kv_in_fp8_of_a_model_whose_keys_may_be_large_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
+    fp8 = replace(spec, engine=EngineConfig(kv_dtype=KvDtype.FP8))
+    with_bias = replace(TINY, has_qkv_bias=True)
+    check_fp8(spec, with_bias)
+    check_fp8(fp8, TINY)
+    assert not caplog.records
+    check_fp8(fp8, with_bias)
+    assert "kv_in_fp8_may_saturate worker_id=w" in caplog.text
 
 
 def test_what_a_gpu_does_not_compute_is_refused() -> None:

@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from phasewise_kernels.fp8_linear.reference import quantise_reference
 from tests.support.device_engine import TINY, random_weights
+from workers.api import WeightDtype
+from workers.device.gpu import placed
 from workers.model.config import ModelConfig
 from workers.model.convert import output_shapes
+from workers.model.fp8 import is_matrix
 from workers.tensor_parallel.cutting import (
     WHOLE,
     Cut,
@@ -26,7 +30,7 @@ from workers.tensor_parallel.cutting import (
     rank_config,
     vocab_rows,
 )
-from workers.tensor_parallel.reading import num_values, read_part
+from workers.tensor_parallel.reading import part_shapes, read_part
 
 
 def config_of(**changes: Any) -> ModelConfig:
@@ -159,6 +163,23 @@ def test_kv_heads_fewer_than_ranks_are_on_several() -> None:
     assert [kv_heads(4, Rank(i, 2)) for i in range(2)] == [(0, 2), (2, 4)]
 
 
+def test_a_rank_quantises_its_own_parts(tmp_path: Path) -> None:
+    weights, path = random_weights(TINY), tmp_path / "model.safetensors"
+    save_file(weights, path)
+    rank, cpu = Rank(1, 2), torch.device("cpu")
+    read = read_part(
+        path, TINY, rank, lambda name, one: placed(name, one, cpu, WeightDtype.FP8), lambda _done: None
+    )
+    for name, one in cuts(output_shapes(TINY), TINY, rank):
+        part = taken(weights[name], one)
+        if is_matrix(name):
+            numbers, scales = quantise_reference(part)
+            assert torch.equal(read[name].view(torch.uint8), numbers.view(torch.uint8))
+            assert torch.equal(read[f"{name}_scales"], scales[:, 0])
+        else:
+            assert torch.equal(read[name], part.bfloat16())
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_rank_reads_its_parts_of_the_file(tmp_path: Path, is_tied: bool) -> None:
     config = config_of(tie_embeddings=is_tied, has_qkv_bias=True, has_mlp_bias=True, vocab_size=509)
@@ -167,7 +188,7 @@ def test_a_rank_reads_its_parts_of_the_file(tmp_path: Path, is_tied: bool) -> No
     head = weights["embedding" if is_tied else "lm_head"]
     for index in range(4):
         rank, told = Rank(index, 4), list[float]()
-        read = read_part(path, config, rank, lambda one: one, told.append)
+        read = read_part(path, config, rank, lambda name, one: {name: one}, told.append)
         expected = {
             name: taken(weights[name], one) for name, one in cuts(output_shapes(config), config, rank)
         } | {"lm_head": head[slice(*vocab_rows(509, rank))]}
@@ -180,6 +201,6 @@ def test_a_rank_reads_its_parts_of_the_file(tmp_path: Path, is_tied: bool) -> No
             assert (
                 read["lm_head"].untyped_storage().data_ptr() == read["embedding"].untyped_storage().data_ptr()
             )
-        assert num_values(config, rank) == sum(
-            values.numel() for name, values in read.items() if not (is_tied and name == "lm_head")
-        )
+        assert part_shapes(config, rank) == {
+            name: tuple(values.shape) for name, values in read.items() if not (is_tied and name == "lm_head")
+        }

@@ -81,6 +81,24 @@ def test_kv_of_a_group_is_read_and_written_as_that_of_one_pool(
     assert [int((~one.isnan()).sum()) for one in caches] == [num_values * num for num in held]
 
 
+def test_a_group_keeps_kv_in_fp8_as_one_pool_does() -> None:
+    name = "float8_e4m3fn"
+    span = KvSpan((4, 0, 2), 1, 9, 0, 3, 0, 4)
+    # Some are beyond what fp8 holds.
+    source = HostPool((300 * torch.randn(3, 2, 6, 4, 4, 2)).bfloat16(), replace(LAYOUT, dtype="bfloat16"))
+    payload = memoryview(bytearray(span_bytes(span, source.layout)))
+    source.read(span, payload)
+    whole = HostPool(torch.zeros(3, 2, 6, 4, 4, 2).to(torch.float8_e4m3fn), replace(LAYOUT, dtype=name))
+    pool, _ = group_pool(2, name)
+    found = []
+    for one in (whole, pool):
+        one.write(span, payload, "bfloat16")
+        found.append(bytearray(span_bytes(span, one.layout)))
+        one.read(span, memoryview(found[-1]))
+    assert found[0] == found[1]
+    assert torch.frombuffer(found[0], dtype=torch.float8_e4m3fn).float().abs().max() == 448
+
+
 def test_nothing_is_written_before_what_rank_0_has_launched_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

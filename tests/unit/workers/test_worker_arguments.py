@@ -13,6 +13,7 @@ from workers.api import (
     Device,
     EngineConfig,
     HostCacheCodec,
+    KvDtype,
     PrefillOrder,
     SpanReuseConfig,
     WeightDtype,
@@ -51,13 +52,20 @@ def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: py
     assert spec.engine == EngineConfig(weight_dtype=WeightDtype.BFLOAT16, kv_cache_bytes=0, tile_tokens=128)
     spec = spec_of(monkeypatch, *["--device", "cuda", "--weight-dtype", "float16", "--kv-cache-mib", "7"])
     assert (spec.engine.weight_dtype, spec.engine.kv_cache_bytes) == (WeightDtype.FLOAT16, 7 * 2**20)
+    spec = spec_of(monkeypatch, *["--device", "cuda", "--weight-dtype", "fp8", "--kv-dtype", "fp8"])
+    assert (spec.engine.weight_dtype, spec.engine.kv_dtype) == (WeightDtype.FP8, KvDtype.FP8)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--device cuda --weight-dtype int8", "with --device cuda it is one of float32, bfloat16, float16"),
+        (
+            "--device cuda --weight-dtype int8",
+            "with --device cuda it is one of float32, bfloat16, float16, fp8",
+        ),
         ("--weight-dtype float16", "with --device cpu it is one of float32, bfloat16, int8"),
+        ("--weight-dtype fp8", "with --device cpu it is one of float32, bfloat16, int8"),
+        ("--kv-dtype fp8", "argument --kv-dtype: with --device cpu it is auto"),
         ("--device cuda --span-recompute 0.5", "a GPU does not do it yet"),
     ],
 )
@@ -104,7 +112,7 @@ def test_reuse_of_spans_is_off_until_it_is_said_how_much_is_computed_again(
         ),
         (["--batching", "mixed"], "argument --batching: invalid choice: 'mixed'"),
         (["--prefill-order", "fifo"], "argument --prefill-order: invalid choice: 'fifo'"),
-        (["--weight-dtype", "fp8"], "argument --weight-dtype: invalid choice: 'fp8'"),
+        (["--weight-dtype", "fp4"], "argument --weight-dtype: invalid choice: 'fp4'"),
         (["--growth-reserve", "1.1"], "argument --growth-reserve: '1.1' is not a number from 0 to 1"),
         (["--growth-reserve", "nan"], "argument --growth-reserve: 'nan' is not a number from 0 to 1"),
         (["--tile-tokens", "0"], "argument --tile-tokens: '0' is not a whole number from 1 to 4096"),
