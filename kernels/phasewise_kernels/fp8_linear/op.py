@@ -12,7 +12,7 @@ from phasewise_kernels.swiglu.op import swiglu
 #: Sizes of weights that can be multiplied are multiples of this.
 SIZE_STEP = 16
 #: Up to this many rows they are not quantised. Its sums of so many rows fit in registers.
-MAX_FEW_ROWS = 4
+MAX_FEW_ROWS = 2
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

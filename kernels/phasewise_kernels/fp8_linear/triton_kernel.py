@@ -21,13 +21,13 @@ _MIN_LARGEST = tl.constexpr(reference.MIN_LARGEST)
 class Tuning(NamedTuple):
     """How linear_of_rows is cut up. outputs: of a program. tile_sums: that it has in its registers, for all rows together."""
 
-    outputs: int = 2
-    tile_sums: int = 8192
-    num_warps: int = 8
+    outputs: int
+    tile_sums: int
+    num_warps: int
 
 
-#: As for bfloat16 (`linear/triton_kernel.py`), with as many bytes on their way; `benchmarks/kernels/fp8_linear_gpu.py --tune` tries others.
-TUNING = Tuning()
+#: The best for one and two rows together on an H100, of those that `benchmarks/kernels/fp8_linear_gpu.py --tune` tries.
+TUNING = Tuning(outputs=4, tile_sums=16384, num_warps=4)
 
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
