@@ -108,8 +108,8 @@ class ModelRunner:
             logits, filtered = self._forward(step, on_layers, previous)
             sampled = logits[: step.num_sampled_rows]
             tokens = None
-            # Without rows too: they say when the step has ended.
-            if self._sampler is not None and (len(on_host) < len(rows) or not rows):
+            # Also where none is taken of them: they say when the step has ended.
+            if self._sampler is not None:
                 tokens = self._sampler.begin(sampled, rows)
             before = previous.tokens if previous is not None else None
             return BegunStep(self, step, rows, on_host, logits, tokens, filtered, before)
@@ -325,6 +325,11 @@ class BegunStep:
     filtered: dict[int, FilteredChunk]
     #: Of the step that ran when this one was begun.
     before: "DeviceTokens | None"
+
+    @property
+    def is_done(self) -> bool:
+        """It has ended."""
+        return self.tokens is None or self.tokens.is_there
 
     def result(self) -> StepResult:
         """Wait for it."""
