@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from workers.api import BlockCounts, Phase, PhaseWork
+from workers.api import Phase
 from workers.device.sm_layouts import SmGroups, layout_table, shared_layout
 from workers.device.sm_share import LiveLayout, SmShares
-from workers.step_choice import Exclusive, Head, Mixed, Split, Step
+from workers.engine.sharing import Load
+from workers.step_choice import Exclusive, Mixed, Split, Step
 
 PHASES = (Phase.PREFILL, Phase.DECODE)
 
@@ -41,11 +42,11 @@ class Repeated:
         self._turns = turns
         self._num_asked = 0
 
-    def step(self, _now_s: float, work: PhaseWork, _blocks: BlockCounts, head: Head) -> Step:
+    def step(self, _now_s: float, load: Load) -> Step:
         step = self._steps[self._num_asked // self._turns % len(self._steps)]
         self._num_asked += 1
         if isinstance(step, Exclusive):
-            has_work = head.num_left if step.phase is Phase.PREFILL else work.num_decoding
+            has_work = load.head.num_left if step.phase is Phase.PREFILL else load.work.num_decoding
             return step if has_work else Mixed(2048)
         return step
 

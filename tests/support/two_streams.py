@@ -11,17 +11,17 @@ import pytest
 
 from tests.support.device_engine import gather
 from tests.support.engine_fakes import BOTH, STOP_TOKEN, key, make_engine, submit
-from workers.api import Abort, BlockCounts, EngineConfig, Phase, PhaseWork, RequestFailed
+from workers.api import Abort, EngineConfig, Phase, RequestFailed
 from workers.engine.engine import Engine
 from workers.engine.lookahead import ASSUMED_TOKEN, sources_of
 from workers.engine.messages import Output
 from workers.engine.running import Splitting
 from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence as EngineSequence
-from workers.engine.sharing import SharingLog
+from workers.engine.sharing import Load, SharingLog
 from workers.engine.step_loop import StepLoop
 from workers.engine.step_result import StepResult
-from workers.step_choice import Exclusive, Head, Mixed, Split, Step
+from workers.step_choice import Exclusive, Mixed, Split, Step
 
 #: Whose token, and which.
 Fact = tuple[str, int]
@@ -180,11 +180,11 @@ class ChosenSharing:
         self._choose = choose
         self._steps = steps
 
-    def step(self, _now_s: float, work: PhaseWork, _blocks: BlockCounts, head: Head) -> Step:
+    def step(self, _now_s: float, load: Load) -> Step:
         step = self._steps[self._choose(len(self._steps))]
         # Who says that one phase is alone says so of one that has work.
         if isinstance(step, Exclusive) and (
-            head.num_left == 0 if step.phase is Phase.PREFILL else work.num_decoding == 0
+            load.head.num_left == 0 if step.phase is Phase.PREFILL else load.work.num_decoding == 0
         ):
             return Mixed(2048)
         return step

@@ -63,6 +63,7 @@ from workers.engine.outgoing import OutgoingKv, kv_ready
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import Scheduler, StepPlan
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+from workers.engine.sharing import Load
 from workers.engine.span_reuse.span_index import SpanIndex
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
@@ -354,15 +355,16 @@ class Engine:
         """The next step of the decodes may need blocks of others."""
         return self._batch.num_blocks_for_decodes() > self.pool.num_available
 
-    def head(self) -> Head:
-        """The prompt that is computed, or waits, the longest."""
+    def load(self) -> Load:
+        """What the next step is chosen by. Its head is the prompt that is computed, or waits, the longest."""
         batch = self._batch
         prompts = (one for one in batch.prefills if one.num_uncomputed_tokens > 0)
         first = next(prompts, batch.waiting[0] if batch.waiting else None)
-        if first is None:
-            return Head(0, 0, 0, math.inf, math.inf)
-        num_left, by_s = first.num_uncomputed_tokens, first.first_token_by_s
-        return Head(0, num_left, first.num_computed_tokens, by_s, math.inf)
+        head = Head(0, 0, 0, math.inf, math.inf)
+        if first is not None:
+            num_left, num_done = first.num_uncomputed_tokens, first.num_computed_tokens
+            head = Head(0, num_left, num_done, first.first_token_by_s, math.inf)
+        return Load(self.work(), self.block_counts(), head, self._scheduler.planned_s)
 
     def assume(self, running: StepPlan) -> bool:
         """Until `take_back`, plan as if this step, which runs, had been completed and all its sequences went on.

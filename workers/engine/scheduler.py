@@ -10,6 +10,7 @@ lowest, which starts again later (preemption by recompute). The first in rank is
 request fits the pool alone, so that there is always progress.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,7 +31,8 @@ from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.slack_order import SlackOrder
 from workers.engine.span_reuse.rule import SpanReuse
 from workers.engine.step_budget import PredictedBudget, StepLimits
-from workers.latency_model import LatencyModel
+from workers.latency_model import ENOUGH_STEPS, LatencyModel
+from workers.step_cost import StepCost
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
 FIRST_PREFILL_RATE = 500.0
@@ -146,7 +148,8 @@ class Scheduler:
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
-        limits = StepLimits(config, latency)
+        self._latency = latency
+        self._limits = limits = StepLimits(config, latency)
         self._slack: SlackOrder | None = None
         if config.prefill_order is PrefillOrder.LEAST_SLACK:
             self._slack = SlackOrder(batch, latency, limits)
@@ -158,6 +161,14 @@ class Scheduler:
     def prefill_tokens_per_s(self) -> float:
         """As the last steps that mostly prefilled had it."""
         return self._prefill_rate
+
+    def planned_s(self) -> float:
+        """How long a step with the decodes is to be, by their targets; infinity for no limit."""
+        latency, decodes = self._latency, self._batch.decodes
+        if latency is None or latency.num_observed < ENOUGH_STEPS:
+            return math.inf
+        context = sum(len(one.token_ids) for one in decodes)
+        return self._limits.planned_s(StepCost.of(latency), decodes, context)
 
     def observe(self, plan: StepPlan, step_s: float) -> None:
         """A step took this long. Steps that mostly prefill tell how long a prompt takes."""

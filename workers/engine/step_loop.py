@@ -185,9 +185,7 @@ class StepLoop:
         self.engine.expire(now_s)
         step = None
         if self.engine.may_split:
-            step = splitting.sharing.step(
-                now_s, self.engine.work(), self.engine.block_counts(), self.engine.head()
-            )
+            step = splitting.sharing.step(now_s, self.engine.load())
         if step is None or isinstance(step, Mixed):
             # What runs beside each other ends before a step of both begins, and the other way round.
             is_working = self._sides.land() or self._step_whole()
