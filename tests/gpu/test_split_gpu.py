@@ -45,18 +45,12 @@ def expected() -> list[list[int]]:
 
 class OnGpu(SplitContract):
     @pytest.fixture
-    def make(self, shares: SmShares) -> Iterator[Make]:
-        engines: list[DeviceEngine] = []
-
+    def make(self, shares: SmShares) -> Make:
         def made(sharing: object, **options: object) -> DeviceEngine:
             sizes = {"buckets": BUCKETS, "mixed_buckets": (16, 32, 64)}
-            engines.append(DeviceEngine(on_gpu(), sharing=sharing, shares=shares, **sizes, **options))
-            return engines[-1]
+            return DeviceEngine(on_gpu(), sharing=sharing, shares=shares, **sizes, **options)
 
-        yield made
-        for one in engines:
-            assert one.split is not None
-            one.split._runners = {}
+        return made
 
     @pytest.fixture
     def wanted_of(self) -> Callable[[Callable[[int], SamplingParams]], object]:

@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 PHASES = (Phase.PREFILL, Phase.DECODE)
 Progress = Callable[[str, float], None]
-Runners = Mapping[SmLayout, Mapping[Phase, ModelRunner]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +53,13 @@ class BegunBeside:
 class SplitRunner:
     """Implements OverlappingRunner and SplitRunner. whole: computes steps of both phases. Of one thread.
 
-    layout_bytes: memory of the device that the runners of each layout have taken.
+    shares: keep a ModelRunner for each phase of each layout. layout_bytes: memory of the device that these have taken.
     """
 
-    def __init__(
-        self,
-        whole: ModelRunner,
-        shares: SmShares,
-        runners: Runners,
-        layout_bytes: Mapping[SmLayout, int] | None = None,
-    ) -> None:
-        self.layout_bytes = dict(layout_bytes or {})
+    def __init__(self, whole: ModelRunner, shares: SmShares, layout_bytes: Mapping[SmLayout, int]) -> None:
+        self.layout_bytes = dict(layout_bytes)
         self._whole = whole
         self._shares = shares
-        self._runners = runners
         self._picked: dict[tuple[float, float], LiveLayout] = {}
 
     @property
@@ -103,9 +95,8 @@ class SplitRunner:
             stream.wait_stream(torch.cuda.current_stream())
         with _on(stream):
             try:
-                begun = self._runners[live.layout][phase].begin(
-                    plan, on_layers, previous.step if previous is not None else None
-                )
+                before = previous.step if previous is not None else None
+                begun: BegunStep = live.kept[phase].begin(plan, on_layers, before)
             except BaseException:
                 # What was begun of it writes to blocks that are given to others now.
                 stream.synchronize()
@@ -114,13 +105,7 @@ class SplitRunner:
 
     def layout_name(self, step: SharedStep) -> str:
         """What `begin_beside` takes for it."""
-        kind = "split" if isinstance(step, Split) else f"{step.phase} alone"
-        return f"{kind}: {self._pick(step).layout}"
-
-    def close(self) -> None:
-        """Wait for all streams, and give the layouts back."""
-        self._runners = {}
-        self._shares.close()
+        return f"split: {self._pick(step).layout}" if isinstance(step, Split) else f"{step.phase} alone"
 
     def _pick(self, step: SharedStep) -> LiveLayout:
         """The nearest layout in which decode has no less than it is to have; a phase that is alone has all SMs."""
@@ -145,7 +130,7 @@ def open_split(
     prefill_buckets: Sequence[int],
     progress: Progress,
 ) -> SplitRunner:
-    """Capture the decodes and the prompts of all layouts, each on its own stream. prefill_buckets: tokens of steps of prompts."""
+    """Capture the decodes and the prompts of all layouts, each on its own stream; whoever opened `shares` closes them. prefill_buckets: tokens of steps of prompts."""
     semaphores = {
         phase: torch.zeros(NUM_SEMAPHORES, dtype=torch.int32, device=model.device) for phase in PHASES
     }
@@ -154,11 +139,12 @@ def open_split(
         # More prompts than that in one step are computed without a graph.
         Phase.PREFILL: ((MAX_PROMPTS,), prefill_buckets),
     }
-    runners: dict[SmLayout, dict[Phase, ModelRunner]] = {}
+    if model.device.type == "cuda":
+        # Streams of layouts wait for nothing that was put on another one before.
+        torch.cuda.synchronize(model.device)
     layout_bytes: dict[SmLayout, int] = {}
     for live in shares.layouts:
         free_bytes = _free_bytes(model.device)
-        runners[live.layout] = {}
         for phase in PHASES:
             sizes, mixed_sizes = buckets[phase]
             forward = DeviceForward(
@@ -171,12 +157,12 @@ def open_split(
             )
             with _on(live.streams[phase]):
                 forward.capture(progress)
-            runners[live.layout][phase] = ModelRunner(
+            live.kept[phase] = ModelRunner(
                 model, kv_cache, block_size, forward=forward, sampler=DeviceSampler(model.device)
             )
         layout_bytes[live.layout] = free_bytes - _free_bytes(model.device)
         logger.info("layout_captured layout=%s num_bytes=%d", live.layout, layout_bytes[live.layout])
-    return SplitRunner(whole, shares, runners, layout_bytes)
+    return SplitRunner(whole, shares, layout_bytes)
 
 
 def _free_bytes(device: torch.device) -> int:
