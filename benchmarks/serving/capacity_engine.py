@@ -138,7 +138,7 @@ class Machine:
             shares = tiny_shares() if is_tiny else open_sm_shares(0, PHASES, step_groups=STEP_GROUPS)
             self.layouts = tuple(live.layout for live in shares.layouts)
             self.split = open_split(
-                *(self.runner, model, kv_cache, self.block_size, shares),
+                *(self.runner, model, kv_cache, shares),
                 max_context_tokens=config.max_context_tokens,
                 decode_buckets=decode_buckets(max_running),
                 prefill_buckets=mixed_buckets(MOST_TOKENS),

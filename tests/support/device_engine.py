@@ -125,7 +125,6 @@ class DeviceEngine:
                 self.runner,
                 model,
                 self.kv_cache,
-                config.block_size,
                 shares,
                 max_context_tokens=model.config.max_context_tokens,
                 decode_buckets=buckets or (),

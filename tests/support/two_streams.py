@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import pytest
 
 from tests.support.device_engine import gather
-from tests.support.engine_fakes import BOTH, STOP_TOKEN, key, make_engine, submit
+from tests.support.engine_fakes import BOTH, CLAIM_S, STOP_TOKEN, key, submit
+from tests.support.kv_memory import FactPacker
 from workers.api import Abort, EngineConfig, Phase, RequestFailed
 from workers.engine.engine import Engine
+from workers.engine.host_tier import PackedBlock
 from workers.engine.lookahead import ASSUMED_TOKEN, sources_of
 from workers.engine.messages import Output
 from workers.engine.running import Splitting
@@ -52,6 +54,7 @@ class Begun:
     plan: StepPlan
     tokens: list[int]
     copies: list[tuple[int, int]]
+    restores: list[tuple[int, PackedBlock]]
     writes: list[tuple[int, int, object]]
     reads: list[tuple[int, int, object]]
     has_run: bool = False
@@ -70,6 +73,7 @@ class TwoStreams:
 
     def __init__(self, num_blocks: int, block_size: int, choose: Choose) -> None:
         self.slots: list[list[object]] = [[None] * block_size for _ in range(num_blocks)]
+        self.packer = FactPacker(self)
         self.num_ahead = 0
         #: Most steps that were in flight at the same time, and the phases of those that ended, in order.
         self.most_in_flight = 0
@@ -118,7 +122,8 @@ class TwoStreams:
             writes += [
                 (*self._place(sequence, last + j), ("draft", j)) for j in range(1, tree.num_drafts + 1)
             ]
-        begun = Begun(self, plan, tokens, list(plan.copies.items()), writes, reads)
+        copies, restores = list(plan.copies.items()), list(plan.restores.items())
+        begun = Begun(self, plan, tokens, copies, restores, writes, reads)
         stream = self._streams[name]
         stream.append(begun)
         assert len(stream) <= 2
@@ -157,6 +162,8 @@ class TwoStreams:
         begun.has_run = True
         for target, source in begun.copies:
             self.slots[target] = list(self.slots[source])
+        for block_id, packed in begun.restores:
+            self.packer.unpack(packed, block_id)
         for block_id, place, fact in begun.writes:
             self.slots[block_id][place] = fact
         for block_id, place, fact in begun.reads:
@@ -202,8 +209,15 @@ class SplitWorld:
         steps: Sequence[Step] = (SPLIT,),
         is_overlapping: bool = True,
     ) -> None:
-        self.engine: Engine = make_engine(config=config, num_blocks=num_blocks)
         self.device = TwoStreams(num_blocks, config.block_size, choose)
+        self.engine = Engine(
+            config,
+            BOTH,
+            num_blocks=num_blocks,
+            max_context_tokens=64,
+            claim_s=CLAIM_S,
+            packer=self.device.packer if config.host_cache_bytes else None,
+        )
         self.log = SharingLog()
         self.outputs: list[Output] = []
         self.tokens: dict[str, list[int]] = {}

@@ -122,7 +122,6 @@ def open_split(
     whole: ModelRunner,
     model: Llama,
     kv_cache: torch.Tensor,
-    block_size: int,
     shares: SmShares,
     *,
     max_context_tokens: int,
@@ -157,9 +156,7 @@ def open_split(
             )
             with _on(live.streams[phase]):
                 forward.capture(progress)
-            live.kept[phase] = ModelRunner(
-                model, kv_cache, block_size, forward=forward, sampler=DeviceSampler(model.device)
-            )
+            live.kept[phase] = whole.beside(forward, DeviceSampler(model.device))
         layout_bytes[live.layout] = free_bytes - _free_bytes(model.device)
         logger.info("layout_captured layout=%s num_bytes=%d", live.layout, layout_bytes[live.layout])
     return SplitRunner(whole, shares, layout_bytes)

@@ -82,6 +82,18 @@ class ModelRunner:
         """A step can begin before the tokens of the one before it are known."""
         return self._sampler is not None
 
+    def beside(self, forward: Forward, sampler: "DeviceSampler") -> "ModelRunner":
+        """Another one of the same model and memory, whose steps run beside those of others; without grammars."""
+        return ModelRunner(
+            self._model,
+            self._kv_cache,
+            self._block_size,
+            packer=self._packer,
+            embeddings=self._embeddings,
+            forward=forward,
+            sampler=sampler,
+        )
+
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         """See Runner."""
         return self.begin(plan, on_layers).result()

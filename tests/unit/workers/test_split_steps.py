@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.engine_fakes import CONFIG, key, make_engine, outputs_of, submit
+from tests.support.kv_memory import FactPacker
 from tests.support.two_streams import SPLIT, SplitWorld, TwoStreams, expected_tokens
 from workers.api import (
     Abort,
@@ -54,6 +55,7 @@ def sampling(kind: str) -> dict[str, object]:
     growth_reserve=st.sampled_from([0.0, 1.0]),
     order=st.sampled_from(PrefillOrder),
     token_budget=st.sampled_from([5, 9, 24]),
+    host_blocks=st.sampled_from([0, 0, 8]),
     is_overlapping=st.booleans(),
 )
 def test_tokens_are_those_of_steps_one_after_the_other(
@@ -65,6 +67,7 @@ def test_tokens_are_those_of_steps_one_after_the_other(
     growth_reserve: float,
     order: PrefillOrder,
     token_budget: int,
+    host_blocks: int,
     is_overlapping: bool,
 ) -> None:
     config = replace(
@@ -73,6 +76,7 @@ def test_tokens_are_those_of_steps_one_after_the_other(
         growth_reserve=growth_reserve,
         prefill_order=order,
         token_budget=token_budget,
+        host_cache_bytes=host_blocks * FactPacker.block_bytes,
     )
     world = SplitWorld(
         config, num_blocks, choose=random.randrange, steps=STEPS, is_overlapping=is_overlapping
