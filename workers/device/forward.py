@@ -232,9 +232,9 @@ class DeviceForward:
             self._model.compute(self._inputs(batch, None, None), self._kv_cache)
 
     def _embedding_buffer(self) -> torch.Tensor | None:
-        """Of the pictures of one captured step; None where the model takes none, or no step with prompts is captured."""
+        """Of the pictures of one captured step; None where the model takes none, no step with prompts is captured, or one runs beside others."""
         config = self._model.config
-        if config.vision is None or not self._mixed_buckets:
+        if config.vision is None or not self._mixed_buckets or self._side is not None:
             return None
         shape = self._mixed_buckets[-1], config.hidden_size
         return torch.zeros(shape, dtype=self._model.dtype, device=self._device)

@@ -83,13 +83,12 @@ class ModelRunner:
         return self._sampler is not None
 
     def beside(self, forward: Forward, sampler: "DeviceSampler") -> "ModelRunner":
-        """Another one of the same model and memory, whose steps run beside those of others; without grammars."""
+        """Another one of the same model and KV, whose steps run beside those of others; without grammars and pictures."""
         return ModelRunner(
             self._model,
             self._kv_cache,
             self._block_size,
             packer=self._packer,
-            embeddings=self._embeddings,
             forward=forward,
             sampler=sampler,
         )

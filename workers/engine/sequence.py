@@ -379,10 +379,10 @@ def _reduction(submit: Submit) -> ImageReduction | None:
 def can_be_split(submit: Submit) -> bool:
     """Its prompt and its decodes may be computed while others' are.
 
-    Not what leaves for another worker as it is computed, which is told of when it is launched; not what has a mask that is computed beside
-    the one step that runs, nor branches, nor a forward pass of its own.
+    Not what leaves for another worker as it is computed, which is told of when it is launched; nor what reads pictures, whose blocks are
+    given back on one stream; not what has a mask that is computed beside the one step that runs, nor branches.
     """
     sampling = submit.sampling
     is_handed_off = submit.handoff is not None and Phase.PREFILL in submit.phases
     is_branching = isinstance(sampling.decoding, CautiousDecoding)
-    return not (is_handed_off or is_branching or sampling.grammar is not None or submit.reduction is not None)
+    return not (is_handed_off or is_branching or sampling.grammar is not None or submit.images)
