@@ -186,22 +186,22 @@ class StepLoop:
         step = None
         if self.engine.may_split:
             step = splitting.sharing.step(now_s, self.engine.load())
-        if step is None or isinstance(step, Mixed):
-            # What runs beside each other ends before a step of both begins, and the other way round.
-            is_working = self._sides.land() or self._step_whole()
-        elif self._flight is not None:
-            flight, self._flight = self._flight, None
-            self._complete(flight)
-            is_working = True
-        else:
-            is_working = self._sides.turn(now_s, step)
-        if not is_working:
-            splitting.log.note(self._clock(), None)
+        if step is not None and not isinstance(step, Mixed):
+            if self._flight is not None:
+                # A step of both ends before steps of each begin, and the other way round.
+                flight, self._flight = self._flight, None
+                self._complete(flight)
+                return True
+            if self._sides.turn(now_s, step):
+                return True
+            # Of a phase that is to be alone nothing can begin; the other one may have something.
+        elif self._sides.land():
+            return True
+        is_working = self._step_whole()
+        splitting.log.note(self._clock(), TOGETHER if is_working else None)
         return is_working
 
     def _step_whole(self) -> bool:
-        if self._splitting is not None:
-            self._splitting.log.note(self._clock(), TOGETHER)
         if self._overlapping is not None:
             return self._overlap(self._overlapping)
         now_s = self._clock()

@@ -240,6 +240,17 @@ def test_decodes_that_are_short_of_blocks_get_them_before_more_prompts() -> None
         assert tokens == expected_tokens(name, 12, 12)
 
 
+def test_decodes_go_on_where_prompts_are_to_be_alone_and_none_can_begin() -> None:
+    config = replace(ROOMY, growth_reserve=1.0)
+    world = SplitWorld(config, 8, steps=(Exclusive(Phase.PREFILL, 2048),))
+    world.submit("r2", 12, 12)
+    world.submit("r4", 12, 12)
+    world.finish()
+    assert world.tokens["r2"] == expected_tokens("r2", 12, 12)
+    assert world.tokens["r4"] == expected_tokens("r4", 12, 12)
+    assert {"prefill", "whole"} <= set(world.device.ended)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"decoding": CautiousDecoding()}, {"grammar": Grammar(GrammarKind.REGEX, "a")}],
