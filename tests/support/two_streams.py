@@ -136,6 +136,7 @@ class TwoStreams:
         self._num_asked = 0 if begun.has_run else self._num_asked + 1
         if self._num_asked > 4:
             # Every step ends.
+            self._num_asked = 0
             self._run(begun)
         return begun.has_run
 
