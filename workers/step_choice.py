@@ -96,7 +96,7 @@ class StepChoice:
             if head.num_tiles and not head.num_left:
                 return Exclusive(Phase.ENCODE, self.max_tiles)
             return Mixed(self.max_prefill_tokens, self.max_tiles)
-        if self.layouts and (split := self._split(num_decoding, decode_context, pace.planned_s)) is not None:
+        if self.layouts and (split := self.split(num_decoding, decode_context, pace.planned_s)) is not None:
             return split
         step = self._beside(head, num_decoding, decode_context, pace.limit_s)
         if not isinstance(step, Exclusive):
@@ -125,10 +125,10 @@ class StepChoice:
             return Mixed(num + budget, num_tiles)
         return Mixed(num, num_tiles) if num_tiles else Exclusive(Phase.DECODE, 0)
 
-    def _split(self, num: int, context: int, planned_s: float) -> Split | None:
+    def split(self, num: int, context: int, planned_s: float) -> Split | None:
         """Streams side by side, where prompts get further so than in mixed batches and the decodes still meet their target.
 
-        In a mixed batch prompts have the time that the decodes leave, whose weights are read with theirs.
+        num, context: of the decodes. planned_s: of a step with them. In a mixed batch prompts have the time that the decodes leave, whose weights are read with theirs.
         """
         cost = self.cost
         alone_s = cost.step_s(num, context)

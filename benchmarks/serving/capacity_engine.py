@@ -5,12 +5,15 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.serving.capacity_rows import Load, Served
+from benchmarks.serving.capacity_sharing import SemiPdSharing, Sharer, shared_row
 from benchmarks.serving.engine_gpu import kv_torch_dtype, random_weights
-from orchestrator.control.slo import Slo
+from orchestrator.control.known_shapes import DEVICES
+from orchestrator.control.slo import Slo, tpot_s
 from workers.api import (
     EngineConfig,
     KvDtype,
@@ -28,9 +31,14 @@ from workers.api import (
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.forward import DeviceForward
 from workers.device.sampler import DeviceSampler
+from workers.device.sm_layouts import SmLayout
+from workers.device.sm_share import SmShares, open_sm_shares
+from workers.device.split_runner import SplitRunner, open_split
 from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.runner import ModelRunner
+from workers.engine.running import Splitting
+from workers.engine.sharing import Sharing, SharingLog
 from workers.engine.step_loop import StepLoop
 from workers.latency_model import LatencyModel
 from workers.limits import GPU_TILE_TOKENS
@@ -47,27 +55,47 @@ ORDERS = {
 }
 #: What `predicted` may take at most in one step.
 MOST_TOKENS = 2048
+PHASES = (Phase.PREFILL, Phase.DECODE)
+#: Memory for steps and graphs, and for those of the layouts.
+RESERVED_BYTES, SPLIT_BYTES = 6 * 10**9, 8 * 10**9
+#: Layouts differ by so many groups of SMs: on an H100, 16, 40, 64, 88 and 112 for decodes.
+STEP_GROUPS = 3
+
+
+#: Prompts and decodes as they say, on streams with shares of the SMs; their steps of prompts have up to MOST_TOKENS.
+SHARING = ("nexus", "semi_pd")
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """budget: tokens of a step; None where it is predicted."""
+    """budget: tokens of a step; None where it is predicted. sharing: who says how the phases share the device; None has them in one step."""
 
     name: str
     order: PrefillOrder
     budget: int | None
+    sharing: str | None = None
 
     @classmethod
     def of(cls, name: str) -> "Policy":
-        """From ORDER@BUDGET. Raises ValueError."""
-        order, _, budget = name.partition("@")
-        if order not in ORDERS:
-            raise ValueError(f"{name}: the order is one of {', '.join(ORDERS)}")
+        """`phasewise`, nexus+ORDER, semi_pd+ORDER, sarathi+ORDER@BUDGET, or ORDER@BUDGET, which is the same. Raises ValueError."""
+        if name == "phasewise":
+            return cls(name, PrefillOrder.LEAST_SLACK, None, "phasewise")
+        kind, plus, rest = name.rpartition("+")
+        order, _, budget = rest.partition("@")
+        if (plus and kind not in (*SHARING, "sarathi")) or order not in ORDERS:
+            raise ValueError(
+                f"{name}: sarathi+ORDER@BUDGET, nexus+ORDER, semi_pd+ORDER or phasewise; the order is one of {', '.join(ORDERS)}"
+            )
+        if kind in SHARING:
+            return cls(name, ORDERS[order], MOST_TOKENS, kind)
         return cls(name, ORDERS[order], None if budget == "predicted" else int(budget))
 
 
 class Machine:
-    """A model on its device with captured decode steps, for as many engines as one wants, one after the other."""
+    """A model on its device with captured decode steps, for as many engines as one wants, one after the other.
+
+    is_split: with layouts of its SMs, each with captured steps of its own, which leaves less memory for KV.
+    """
 
     def __init__(
         self,
@@ -77,6 +105,7 @@ class Machine:
         max_running: int,
         weights: WeightDtype = WeightDtype.BFLOAT16,
         kv: KvDtype = KvDtype.AUTO,
+        is_split: bool = False,
     ) -> None:
         self.config = config
         self._device = torch.device("cpu" if is_tiny else "cuda")
@@ -88,7 +117,8 @@ class Machine:
         self.tile_tokens = 1 if is_tiny else GPU_TILE_TOKENS
         model = Llama(config, tiny_weights(self.weights) if is_tiny else random_weights(config, weights))
         self.block_size = 16
-        self.num_blocks = 512 if is_tiny else self._num_blocks(model)
+        reserved_bytes = RESERVED_BYTES + (SPLIT_BYTES if is_split else 0)
+        self.num_blocks = 512 if is_tiny else self._num_blocks(model, reserved_bytes)
         shape = model.kv_cache_shape(self.num_blocks, self.block_size)
         kv_cache = torch.zeros(shape, dtype=self._kv_dtype, device=self._device)
         self.forward = DeviceForward(
@@ -102,11 +132,23 @@ class Machine:
         self.forward.capture(shown)
         sampler = None if is_tiny else DeviceSampler(self._device)
         self.runner = ModelRunner(model, kv_cache, self.block_size, forward=self.forward, sampler=sampler)
+        self.layouts: tuple[SmLayout, ...] = ()
+        self.split: SplitRunner | None = None
+        if is_split:
+            shares = tiny_shares() if is_tiny else open_sm_shares(0, PHASES, step_groups=STEP_GROUPS)
+            self.layouts = tuple(live.layout for live in shares.layouts)
+            self.split = open_split(
+                *(self.runner, model, kv_cache, shares),
+                max_context_tokens=config.max_context_tokens,
+                decode_buckets=decode_buckets(max_running),
+                prefill_buckets=mixed_buckets(MOST_TOKENS),
+                progress=shown,
+            )
 
-    def _num_blocks(self, model: Llama) -> int:
-        """What 90 % of the memory leaves beside weights and 6 GB for steps and graphs."""
+    def _num_blocks(self, model: Llama, reserved_bytes: int) -> int:
+        """What 90 % of the memory leaves beside weights and what is reserved for steps and graphs."""
         free_bytes, total_bytes = torch.cuda.mem_get_info()
-        room_bytes = int(0.9 * total_bytes) - (total_bytes - free_bytes) - 6 * 10**9
+        room_bytes = int(0.9 * total_bytes) - (total_bytes - free_bytes) - reserved_bytes
         block_bytes = math.prod(model.kv_cache_shape(1, self.block_size)) * self._kv_dtype.itemsize
         return room_bytes // block_bytes
 
@@ -119,8 +161,8 @@ class Machine:
 
 def serve(
     machine: Machine, policy: Policy, load: Load, slo: Slo, latency: LatencyModel
-) -> tuple[list[Served], Engine]:
-    """All requests to their end."""
+) -> tuple[list[Served], Engine, dict[str, Any]]:
+    """All requests to their end; the last are more columns of the row."""
     config = EngineConfig(
         block_size=machine.block_size,
         token_budget=policy.budget or MOST_TOKENS,
@@ -146,6 +188,14 @@ def serve(
     problems: list[RequestFailed | str] = []
     num_left = len(load.requests)
 
+    sharing: Sharing | None = None
+    splitting: Splitting | None = None
+    if policy.sharing is not None:
+        assert machine.split is not None
+        sharer = Sharer(latency, slo, machine.block_size, DEVICES["h100"], machine.layouts)
+        sharing = sharer.of(policy.sharing)
+        splitting = Splitting(sharing, machine.split, SharingLog())
+
     def publish(outputs: list[Output]) -> None:
         nonlocal num_left
         now_s = time.monotonic()
@@ -158,6 +208,9 @@ def serve(
                     served[output.key.request_id].times_s += [now_s] * len(output.token_ids)
                     if output.finish_reason is not None:
                         num_left -= 1
+                        if isinstance(sharing, SemiPdSharing):
+                            one = served[output.key.request_id]
+                            sharing.told(now_s, one.times_s[0] - one.due_s, tpot_s(one.times_s))
                         if num_left == 0:
                             is_done.set()
                 case RequestFailed():
@@ -168,13 +221,16 @@ def serve(
         problems.append(reason)
         is_done.set()
 
+    # All streams are ordered where steps of any kind were computed before.
+    runner = machine.split or machine.runner
     loop = StepLoop(
         engine,
-        machine.runner,
+        runner,
         publish,
         broke,
         latency=latency,
-        overlapping=machine.runner if machine.runner.may_overlap else None,
+        overlapping=runner if runner.may_overlap else None,
+        splitting=splitting,
     )
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
@@ -202,7 +258,11 @@ def serve(
     thread.join(timeout=60)
     if problems or num_left:
         raise RuntimeError(f"{policy.name}: {num_left} requests have no end: {problems[:3]}")
-    return list(served.values()), engine
+    more: dict[str, Any] = {}
+    if splitting is not None:
+        splitting.log.note(time.monotonic(), None)
+        more = shared_row(splitting.log)
+    return list(served.values()), engine, more
 
 
 def shown(what: str, done: float) -> None:
@@ -214,6 +274,12 @@ def tiny_config() -> ModelConfig:
     from tests.support.device_engine import TINY
 
     return TINY
+
+
+def tiny_shares() -> SmShares:
+    from tests.support.split_shares import fake_shares
+
+    return fake_shares()
 
 
 def tiny_weights(dtype: WeightDtype) -> dict[str, torch.Tensor]:

@@ -6,9 +6,14 @@ Llama-3-8B's shape with random weights in bfloat16, or what --weights and --kv s
 The engine runs in its own thread, as in a worker; requests are posted when they are due, and no gateway stands between. Rows from --first-row on, re-timed to each
 rate with their bursts. Every request is served to its end; attainment is the share of all that met both targets.
 
-Policies are an order of prompts and a budget of tokens for each step: `fcfs@2048` and `spf@2048` are Sarathi-Serve's batches with first come first
-served and shortest prompt first; `slack@predicted` takes prompts by the slack to their target and as many tokens as the TPOT target leaves
-beside the decodes, by the latency model that the engine fits to its own steps (before the first rate it serves some rows untimed).
+Policies have an order of prompts, ORDER: fcfs, spf (the shortest first) or slack (the least time to its target).
+    sarathi+ORDER@BUDGET  Sarathi-Serve's batches of so many tokens; `fcfs@2048` is short for it. With the budget `predicted`: as many as the TPOT target leaves
+                          beside the decodes, by the latency model that the engine fits to its own steps (before the first rate it serves some rows untimed)
+    nexus+ORDER           prompts and decodes side by side, each on SMs of its own, by Nexus' cost model and search
+    semi_pd+ORDER         the same by semi-PD's windows of what was observed
+    phasewise             slack and predicted, and for each step the choice whether it is split, by prediction
+With one of the last three there are layouts of the SMs, each with captured steps, so that all policies of that run have less KV. Their rows say which part of the time the
+device had which layout, and how often it changed.
 `vllm@2048` is vLLM with so many batched tokens, where it is installed: the same requests at the same times in its AsyncLLM, with the same shape, random
 weights, bfloat16, context, 90 % of the memory, greedy and without prefix cache; all else as `vllm serve` has it. It gets its own process, before our engine starts.
 `--rows 400` takes so many rows for every rate, in place of a duration: each rate then has the same requests.
@@ -52,7 +57,7 @@ from workers.model.config import ModelConfig  # noqa: E402
 
 WARM_RPS, WARM_S = 12.0, 15.0
 #: What the engine promises on a GPU.
-TESTS = ("tests/gpu/test_cuda_engine.py", "tests/gpu/test_fp8.py")
+TESTS = ("tests/gpu/test_cuda_engine.py", "tests/gpu/test_fp8.py", "tests/gpu/test_split_gpu.py")
 
 
 def planned(trace: Trace, rate_rps: float, duration_s: float, first_row: int, config: ModelConfig) -> Load:
@@ -66,15 +71,20 @@ def our_rows(
 ) -> Iterator[dict[str, Any]]:
     """Of each rate by each policy. They share what the latency model learns."""
     latency = machine.latency()
-    serve(machine, policies[0], warm, slo, latency)
+    # Of steps on the whole device: those side by side tell the latency model nothing.
+    serve(machine, Policy.of("slack@predicted"), warm, slo, latency)
     for rate, load in loads.items():
         for policy in policies:
-            served, engine = serve(machine, policy, load, slo, latency)
-            yield report(policy.name, rate, served, slo) | {
-                "num_preemptions": engine.num_preemptions,
-                "latency_model_error": latency.mean_error,
-                "latency_model_factors": latency.factors,
-            }
+            served, engine, more = serve(machine, policy, load, slo, latency)
+            yield (
+                report(policy.name, rate, served, slo)
+                | more
+                | {
+                    "num_preemptions": engine.num_preemptions,
+                    "latency_model_error": latency.mean_error,
+                    "latency_model_factors": latency.factors,
+                }
+            )
 
 
 def vllm_rows(
@@ -133,7 +143,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rates", default="20,23,26", metavar="R,R")
     add("--duration", type=float, default=60.0, metavar="S", help="of each rate")
     add("--rows", type=int, metavar="N", help="of the trace, for each rate; in place of a duration")
-    add("--policies", default="fcfs@2048,spf@2048,slack@predicted", metavar="NAME,...")
+    add("--policies", default="sarathi+fcfs@2048,sarathi+spf@2048,slack@predicted", metavar="NAME,...")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-tpot-ms", type=float, default=30.0)
     add_dtypes(parser)
@@ -203,7 +213,10 @@ def main() -> int:
         max_running=args.max_running,
         weights=WeightDtype(args.weights),
         kv=KvDtype(args.kv),
+        is_split=any(policy.sharing is not None for policy in policies),
     )
+    if machine.split is not None:
+        about["layout_bytes"] = {str(layout): num for layout, num in machine.split.layout_bytes.items()}
     about["kv_tokens"] = machine.num_blocks * machine.block_size
     print(f"\r{about['kv_tokens']} tokens of KV; ready in {time.monotonic() - began_s:.0f} s")
     for row in our_rows(machine, policies, warm, loads, slo):

@@ -86,7 +86,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     while len(rows) < MIN_ROUNDS or time.monotonic() + round_s < ends_s:
         # Raises where a request failed or has no end.
-        served, engine = serve(machine, policy, load, slo, latency)
+        served, engine, _ = serve(machine, policy, load, slo, latency)
         engine.check_invariants()
         counts = engine.block_counts()
         assert counts.free == counts.total, counts

@@ -17,9 +17,13 @@ from workers.api import (
 )
 from workers.device.forward import DeviceForward
 from workers.device.sampler import DeviceSampler
+from workers.device.sm_share import SmShares
+from workers.device.split_runner import SplitRunner, open_split
 from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
 from workers.engine.runner import ModelRunner
+from workers.engine.running import Splitting
+from workers.engine.sharing import Sharing, SharingLog
 from workers.engine.step_loop import StepLoop
 from workers.model.config import ModelConfig, RopeConfig
 from workers.model.convert import output_shapes
@@ -79,7 +83,8 @@ def random_weights(
 class DeviceEngine:
     """Serves prompts to their end. buckets: see DeviceForward; None takes the model's own forward pass, on a CPU.
 
-    is_overlapping: tokens are sampled on the device, and steps planned while others run.
+    is_overlapping: tokens are sampled on the device, and steps planned while others run. sharing, shares: prompts and decodes on streams
+    of their own; these need buckets, and overlap.
     """
 
     def __init__(
@@ -92,6 +97,8 @@ class DeviceEngine:
         mixed_buckets: Sequence[int] = (),
         kv_dtype: torch.dtype | None = None,
         is_overlapping: bool = False,
+        sharing: Sharing | None = None,
+        shares: SmShares | None = None,
     ) -> None:
         shape = model.kv_cache_shape(num_blocks, config.block_size)
         # What is in unused slots must reach nobody.
@@ -106,10 +113,25 @@ class DeviceEngine:
                 mixed_buckets=mixed_buckets,
             )
             self.forward.capture(lambda _what, _done: None)
-        sampler = DeviceSampler(model.device) if is_overlapping else None
+        sampler = DeviceSampler(model.device) if is_overlapping or sharing is not None else None
         self.runner = ModelRunner(
             model, self.kv_cache, config.block_size, forward=self.forward, sampler=sampler
         )
+        self.split: SplitRunner | None = None
+        self.log = SharingLog()
+        splitting: Splitting | None = None
+        if sharing is not None and shares is not None:
+            self.split = open_split(
+                self.runner,
+                model,
+                self.kv_cache,
+                shares,
+                max_context_tokens=model.config.max_context_tokens,
+                decode_buckets=buckets or (),
+                prefill_buckets=mixed_buckets,
+                progress=lambda _what, _done: None,
+            )
+            splitting = Splitting(sharing, self.split, self.log)
         self.engine = Engine(
             config,
             BOTH,
@@ -122,11 +144,12 @@ class DeviceEngine:
         self._now_s = 0.0
         self.loop = StepLoop(
             self.engine,
-            self.runner,
+            self.split or self.runner,
             self._outputs.extend,
             self._broken.append,
             self._clock,
-            overlapping=self.runner if is_overlapping else None,
+            overlapping=(self.split or self.runner) if is_overlapping or self.split else None,
+            splitting=splitting,
         )
 
     def _clock(self) -> float:

@@ -16,7 +16,7 @@ from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
 from workers.device.staging import Staging
-from workers.device.step_graph import MAX_PROMPTS, StepGraph, axes_of, buffer_bytes, with_previous
+from workers.device.step_graph import MAX_PROMPTS, Side, StepGraph, axes_of, buffer_bytes, with_previous
 from workers.model.forward_batch import Embeds, ForwardBatch, ForwardInputs, Mixes, RowBatch, logit_row_batch
 from workers.model.llama import Llama
 
@@ -35,6 +35,7 @@ class DeviceForward:
     max_context_tokens: of one sequence. buckets: sizes of decode steps to capture, ascending; none captures nothing.
     mixed_buckets: tokens of steps with prompts to capture, ascending, of as many sequences as the largest decode step has.
     Calls come from one thread and are on its current stream; what is returned is there too, and valid until the next call.
+    side: of steps that run beside those of another one, captured on the stream that is current then; None has the device for itself.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class DeviceForward:
         max_context_tokens: int,
         buckets: Sequence[int] = (),
         mixed_buckets: Sequence[int] = (),
+        side: Side | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -54,6 +56,7 @@ class DeviceForward:
         self._max_context_tokens = max_context_tokens
         self._buckets = tuple(buckets)
         self._mixed_buckets = tuple(mixed_buckets) if buckets else ()
+        self._side = side
         self._staging = Staging(self._device)
         #: By the size of the step, and its tokens.
         self._decode_graphs: dict[int, StepGraph] = {}
@@ -157,6 +160,8 @@ class DeviceForward:
             int(batch.context_lens.max()),
             int(batch.query_lens.min()),
             tree_masks=tree_masks,
+            semaphores=self._side.semaphores if self._side is not None else None,
+            num_sms=self._side.num_sms if self._side is not None else None,
         )
 
     def _row_attention(
@@ -167,7 +172,15 @@ class DeviceForward:
         block_tables, query_starts, context_lens = tables
         num_rows, longest = len(rows.context_lens), int(rows.context_lens.max())
         return CudaAttentionBatch(
-            block_tables, query_starts, context_lens, self._block_size, num_rows, 1, longest
+            block_tables,
+            query_starts,
+            context_lens,
+            self._block_size,
+            num_rows,
+            1,
+            longest,
+            semaphores=self._side.semaphores if self._side is not None else None,
+            num_sms=self._side.num_sms if self._side is not None else None,
         )
 
     def _mixes(self, mixes: Mixes | None) -> Mixes | None:
@@ -219,9 +232,9 @@ class DeviceForward:
             self._model.compute(self._inputs(batch, None, None), self._kv_cache)
 
     def _embedding_buffer(self) -> torch.Tensor | None:
-        """Of the pictures of one captured step; None where the model takes none, or no step with prompts is captured."""
+        """Of the pictures of one captured step; None where the model takes none, no step with prompts is captured, or one runs beside others."""
         config = self._model.config
-        if config.vision is None or not self._mixed_buckets:
+        if config.vision is None or not self._mixed_buckets or self._side is not None:
             return None
         shape = self._mixed_buckets[-1], config.hidden_size
         return torch.zeros(shape, dtype=self._model.dtype, device=self._device)
@@ -231,7 +244,10 @@ class DeviceForward:
         """Capture all sizes, the largest first: the others then fit into the memory that it took."""
         if not self._buckets:
             return
-        pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        pool = stream = None
+        if self._device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.current_stream() if self._side is not None else torch.cuda.Stream()  # type: ignore[no-untyped-call]
         most = self._buckets[-1]
         max_blocks = -(-self._max_context_tokens // self._block_size)
         tables = torch.zeros(most, max_blocks, dtype=torch.int32, device=self._device)
@@ -256,6 +272,8 @@ class DeviceForward:
                     num_sequences=min(size, most),
                     is_mixed=True,
                     pool=pool,
+                    stream=stream,
+                    side=self._side,
                 )
             for i, size in enumerate(reversed(self._buckets), len(self._mixed_buckets)):
                 progress(f"capturing decode steps ({size} sequences)", i / num_graphs)
@@ -265,6 +283,8 @@ class DeviceForward:
                     num_sequences=size,
                     is_mixed=False,
                     pool=pool,
+                    stream=stream,
+                    side=self._side,
                 )
 
 

@@ -26,6 +26,11 @@ class DeviceTokens:
             return None
         return float(before._event.elapsed_time(self._event)) / 1e3
 
+    @property
+    def is_there(self) -> bool:
+        """`wait` will not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> list[int]:
         """Until the device has chosen them."""
         if self._event is not None:

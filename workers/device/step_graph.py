@@ -3,6 +3,8 @@
 On a CPU it is computed in place of the replay, padding and all, for tests.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +31,27 @@ MAX_PROMPTS = 32
 TYPICAL_CONTEXT = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What steps that run beside others need of their own.
+
+    num_sms: that their stream has. semaphores: see CudaAttentionBatch; of all steps of one phase, which follow each other.
+    layers_per_piece: a step with prompts is a graph for each so many layers. One of all would keep a graph on another stream from
+    starting until it has ended, on whichever SMs.
+    """
+
+    num_sms: int
+    semaphores: torch.Tensor
+    layers_per_piece: int = 1
+
+
 class StepGraph:
     """A step of up to num_tokens tokens of up to num_sequences sequences: of decodes alone, one token each, or mixed.
 
     block_tables: [at least num_sequences, blocks of the longest sequence] int32; logits: [at least num_sequences, vocab_size]. Both are on
     the device and shared by all graphs, as are `buffer`, [buffer_bytes of the largest] uint8, and the memory of `pool`: they run one after
     the other, on one stream. So are `embeddings`, [at least num_tokens, hidden_size], those of pictures; None: of a step that has none.
+    stream: of the capture, whose SMs the graph has; None on a CPU. side: None of steps with the device for themselves.
     """
 
     def __init__(
@@ -51,6 +68,8 @@ class StepGraph:
         num_sequences: int,
         is_mixed: bool,
         pool: Any,
+        stream: torch.cuda.Stream | None = None,
+        side: Side | None = None,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -58,6 +77,7 @@ class StepGraph:
         self._num_tokens = num_tokens
         self.num_sequences = num_sequences
         self._is_mixed = is_mixed
+        self._piece = side.layers_per_piece if side is not None and is_mixed else None
         #: The arrays of a step are copied here; block tables are spread from here into `_block_tables`.
         self._buffer = buffer
         self._embeddings = embeddings
@@ -85,20 +105,19 @@ class StepGraph:
                 min(max_context, TYPICAL_CONTEXT)
                 if is_mixed and model.device.type == "cuda"
                 else max_context,
+                semaphores=side.semaphores if side is not None else None,
+                num_sms=side.num_sms if side is not None else None,
                 max_prompts=MAX_PROMPTS,
             ),
             logit_rows=static.logit_rows if is_mixed else None,
             logit_attention=None,
         )
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if model.device.type == "cuda":
+        #: One after the other; none on a CPU.
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        if stream is not None:
             for _ in range(NUM_WARM_UPS):
                 self._run()
-            torch.cuda.synchronize(model.device)
-            self._graph = torch.cuda.CUDAGraph()
-            # Threads of NCCL may ask their events meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._run()
+            self._graphs = captured(self._run, pool, stream)
 
     def replay(
         self,
@@ -133,10 +152,10 @@ class StepGraph:
             found.token_ids.copy_(with_previous(found.token_ids, found.sources, previous))
         if sources is not None and self._model.ranks is not None:
             self._model.ranks.share(found.token_ids)
-        if self._graph is None:
+        if not self._graphs:
             self._run()
-        else:
-            self._graph.replay()
+        for graph in self._graphs:
+            graph.replay()
         return self._logits[: len(batch.logit_rows)]
 
     def _put_positions(self, batch: ForwardBatch, arrays: "_Arrays") -> None:
@@ -151,9 +170,16 @@ class StepGraph:
         assert self._embeddings is not None
         self._embeddings[: len(embeds.values)].copy_(embeds.values)
 
-    def _run(self) -> None:
+    def _run(self, cut: Callable[[], None] | None = None) -> None:
+        """cut: called where a piece ends."""
+        logits = self._model.compute(
+            self._inputs,
+            self._kv_cache,
+            layer_group_size=self._piece,
+            on_layers=(lambda _lo, _hi: cut()) if cut is not None and self._piece else None,
+        )
         # A copy, or each graph would keep its own: of a large vocabulary they are as much as thousands of tokens of KV.
-        self._logits.copy_(self._model.compute(self._inputs, self._kv_cache))
+        self._logits.copy_(logits)
 
     def _upload(self, arrays: "_Arrays") -> "_Arrays":
         return _Arrays(*self._staging.upload(arrays, self._buffer))
@@ -163,6 +189,32 @@ class StepGraph:
         if not self._is_mixed:
             arrays.query_starts[:] = np.arange(self.num_sequences + 1)
         return arrays
+
+
+def captured(
+    run: Callable[[Callable[[], None]], None], pool: Any, stream: torch.cuda.Stream
+) -> list[torch.cuda.CUDAGraph]:
+    """What `run` puts on the stream, as graphs that are to be replayed one after the other: it is given what ends one and begins the next."""
+    graphs: list[torch.cuda.CUDAGraph] = []
+
+    def begin() -> None:
+        graphs.append(torch.cuda.CUDAGraph())
+        # Threads of NCCL may ask their events meanwhile.
+        graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
+
+    def cut() -> None:
+        graphs[-1].capture_end()
+        begin()
+
+    torch.cuda.synchronize(stream.device)
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(stream):
+        begin()
+        try:
+            run(cut)
+        finally:
+            graphs[-1].capture_end()
+    return graphs
 
 
 class _Arrays(NamedTuple):

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from kvtransfer.layout import blocks_needed
 from workers.api import CautiousDecoding, EngineConfig, LedgerKind, SuperposedDecoding
 from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
+from workers.engine.flights import Flights
 from workers.engine.host_tier import PackedBlock
 from workers.engine.ledger import Holder
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
@@ -37,8 +38,12 @@ class Batch:
         #: Block -> what is put into it before the next step computes, and after its copies: a block that is still
         #: to be copied may have been taken for this.
         self.restores: dict[int, PackedBlock] = {}
-        #: Blocks of other contexts that the next step reads, and that are held until it has run.
+        #: Blocks of others that the next step reads, and that are held until it has run.
         self.sources: list[int] = []
+        #: Steps beside each other; none where one follows on the other.
+        self.flights = Flights(pool)
+        #: The step that is planned may run beside another: what it copies from is held too.
+        self.is_split = False
         #: Places of the running sequences; see `places`.
         self.num_places = 0
         #: Running sequences, branches not counted.
@@ -66,6 +71,7 @@ class Batch:
         found: dict[Sequence, list[int]] = {}
         for running in self.running():
             found.setdefault(running.parent or running, []).extend(running.block_table)
+        yield from self.flights.holders()
         for sequence, block_ids in found.items():
             key = sequence.key
             yield Holder(
@@ -123,7 +129,7 @@ class Batch:
                 self.copies[copy] = match.partial
                 self._extend(sequence, (copy,))
                 num_cached += match.num_partial
-            self.pool.free((match.partial,))
+            self._copied_from(match.partial)
         sequence.num_computed_tokens = sequence.num_cached_tokens = num_cached
         sequence.num_reused_tokens, sequence.num_exact_tokens = 0, None
         if sequence.is_handed_off:
@@ -162,7 +168,7 @@ class Batch:
             for block_id in sequence.block_table:
                 self.copies.pop(block_id, None)
                 self.restores.pop(block_id, None)
-        self.pool.free(sequence.block_table)
+        self.flights.give_up(sequence)
         self._free_rows.append(sequence.row)
         sequence.block_table = []
         sequence.capacity = 0
@@ -206,6 +212,14 @@ class Batch:
         return sum(self.reserved_blocks(one) for one in self.running())
 
     # Blocks of a running sequence.
+
+    def num_blocks_for_decodes(self, num_more: int = 0) -> int:
+        """That a step of all decodes takes when each has so many more tokens than now."""
+        return sum(
+            self.num_blocks_to_grow(one, len(one.token_ids) + num_more)
+            for one in self.decodes
+            if len(one.token_ids) + num_more > one.capacity or one.is_tail_shared
+        )
 
     def num_blocks_to_grow(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks that `grow` will take."""
@@ -446,9 +460,16 @@ class Batch:
                 continue
             (new,) = self.pool.allocate(1)
             self.copies[new] = old
-            self.pool.free((old,))
+            self._copied_from(old)
             sequence.block_table[index] = new
             self.block_tables[sequence.row, index] = new
+
+    def _copied_from(self, block_id: int) -> None:
+        """Its copy is to be made before anybody can write to it: by the next step, or one that runs beside others."""
+        if self.is_split:
+            self.sources.append(block_id)
+        else:
+            self.pool.free((block_id,))
 
 
 def places(sequence: Sequence) -> int:

@@ -63,9 +63,11 @@ from workers.engine.outgoing import OutgoingKv, kv_ready
 from workers.engine.pacing import LayerPacing
 from workers.engine.scheduler import Scheduler, StepPlan
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
+from workers.engine.sharing import Load
 from workers.engine.span_reuse.span_index import SpanIndex
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
+from workers.step_choice import Head
 
 #: States in which a sequence neither waits for a step nor takes part in them.
 _ELSEWHERE = (SequenceState.HANDOFF, SequenceState.AWAITING_KV, SequenceState.FETCHING)
@@ -129,6 +131,8 @@ class Engine:
         self._num_fetching = 0
         #: Those that are to be decoded here, wherever they are before that.
         self._num_to_decode = 0
+        #: Those that keep steps from running beside each other.
+        self._num_unsplit = 0
         self._by_transfer: dict[str, Sequence] = {}
         self._outgoing = OutgoingKv()
         self._fetching = PrefixFetching(self.pool)
@@ -294,19 +298,24 @@ class Engine:
 
     # Steps.
 
-    def schedule(self, now_s: float) -> StepPlan | None:
+    def schedule(self, now_s: float, phase: Phase | None = None) -> StepPlan | None:
         """Plan a step, with blocks and places for it; None when there is nothing to compute.
 
-        A plan is followed by `complete` or `fail_step` before the next, but for what `assume` allows.
+        A plan is followed by `complete` or `fail_step` before the next, but for what `assume` allows, and for a phase: with PREFILL or
+        DECODE the step is of prompts or of decodes alone, and one of each may run at the same time, while `may_split`. Decodes that are
+        `is_short_of_blocks` wait until nothing runs.
         """
-        if self._batch.is_empty:
+        batch = self._batch
+        if batch.is_empty:
             return None
+        batch.is_split = phase is not None
         plan = self._scheduler.plan(
             now_s,
-            may_preempt=not self._lookahead.is_on,
+            may_preempt=not (self._lookahead.is_on or batch.flights),
             num_places=self._config.max_running_sequences - self._incoming.num_held,
             # A prompt takes no blocks before KV on its way that asked earlier, or large KV would wait for ever.
             arrived_until_s=self._incoming.waits_since_s,
+            phase=phase,
         )
         for sequence in plan.preempted:
             self.num_preemptions += 1
@@ -319,13 +328,43 @@ class Engine:
         plan.drafts = self._drafting.propose(
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
-        plan.began_s, plan.pending = now_s, self.pool.pending
+        # Decodes fill no block that is told of before.
+        plan.began_s, plan.pending = now_s, self.pool.pending if phase is not Phase.DECODE else ()
         if self._gained:
             self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)
         if self._pacing is not None and num_leaving > 0:
             plan.layer_group_size = self._pacing.group_size(num_leaving)
-        return plan if plan.decodes or plan.chunks else None
+        if not plan.decodes and not plan.chunks:
+            return None
+        if phase is not None:
+            sequences = (*plan.decodes, *(part.sequence for part in plan.chunks), *plan.admitted)
+            plan.flight = batch.flights.open(sequences, batch.sources, now_s)
+            batch.sources = []
+        return plan
+
+    @property
+    def may_split(self) -> bool:
+        """Steps of the two phases may run beside each other: nobody is here for whom that cannot be, and nothing is left to be copied."""
+        batch = self._batch
+        is_whole = self._num_unsplit or self._config.span_reuse is not None
+        return not (is_whole or batch.branched or batch.copies or batch.restores)
+
+    @property
+    def is_short_of_blocks(self) -> bool:
+        """The next step of the decodes may need blocks of others."""
+        return self._batch.num_blocks_for_decodes() > self.pool.num_available
+
+    def load(self) -> Load:
+        """What the next step is chosen by. Its head is the prompt that is computed, or waits, the longest."""
+        batch = self._batch
+        prompts = (one for one in batch.prefills if one.num_uncomputed_tokens > 0)
+        first = next(prompts, batch.waiting[0] if batch.waiting else None)
+        head = Head(0, 0, 0, math.inf, math.inf)
+        if first is not None:
+            num_left, num_done = first.num_uncomputed_tokens, first.num_computed_tokens
+            head = Head(0, num_left, num_done, first.first_token_by_s, math.inf)
+        return Load(self.work(), self.block_counts(), head, self._scheduler.planned_s)
 
     def assume(self, running: StepPlan) -> bool:
         """Until `take_back`, plan as if this step, which runs, had been completed and all its sequences went on.
@@ -352,6 +391,8 @@ class Engine:
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> None:
         """The step has run. A sequence whose token is NO_TOKEN fails."""
+        if plan.flight is not None:
+            self._batch.flights.land(plan.flight)
         step_s = now_s - plan.began_s
         self._scheduler.observe(plan, step_s)
         if self._pacing is not None and plan.num_tokens > 2 * len(plan.decodes):
@@ -423,10 +464,13 @@ class Engine:
         Those that began with it fail too, with or without a chunk: copies that were to be made for them, and blocks
         of others that it was to compute, hold nothing.
         """
+        if plan.flight is not None:
+            self._batch.flights.land(plan.flight)
         begun = [one for one in plan.admitted if one.state is not SequenceState.WAITING]
         for sequence in (*(part.sequence for part in plan.slices), *begun):
             self._fail(sequence.key, FailureCode.INTERNAL, reason, now_s)
-        self.pool.forget_pending()
+        if plan.chunks or plan.admitted:
+            self.pool.forget_pending()
         self._batch.end_step()
         self._grant_reservations(now_s)
 
@@ -437,7 +481,7 @@ class Engine:
         self._batch.check_invariants()
         in_use = [block_id for sequence in self._batch.running() for block_id in sequence.block_table]
         leased = self._outgoing.block_ids() + self._incoming.leased_block_ids()
-        in_use += self._batch.sources
+        in_use += self._batch.sources + self._batch.flights.block_ids()
         self.pool.check_owners(in_use=in_use, leased=leased + self._fetching.leased_block_ids())
         listed = {one for one in (*self._batch.running(), *self._batch.waiting) if one.parent is None}
         assert all(self._sequences[sequence.key] is sequence for sequence in listed)
@@ -449,6 +493,7 @@ class Engine:
             s in (SequenceState.WAITING, SequenceState.FETCHING, SequenceState.AWAITING_KV) for s in states
         )
         assert self._num_to_decode == sum(map(_is_to_decode, self._sequences.values()))
+        assert self._num_unsplit == sum(not one.may_split for one in self._sequences.values())
         deadlines_s = [sequence.deadline_s for sequence in self._sequences.values()]
         assert self._next_expiry_s <= min([*deadlines_s, self._incoming.next_expiry_s()])
 
@@ -463,6 +508,7 @@ class Engine:
         sequence = Sequence.from_submit(submit, now_s, root=self._root_of(submit), number=self._num_arrived)
         self._sequences[submit.key] = sequence
         self._num_to_decode += Phase.DECODE in submit.phases
+        self._num_unsplit += not sequence.may_split
         self._drafting.begin(sequence, submit.cache_salt)
         self._expire_by(sequence.deadline_s)
         if submit.handoff is not None:
@@ -594,6 +640,7 @@ class Engine:
         self._drafting.forget(sequence)
         self._migrations.forget(key)
         self._num_to_decode -= _is_to_decode(sequence)
+        self._num_unsplit -= not sequence.may_split
         if state is SequenceState.WAITING:
             self._batch.waiting.remove(sequence)
         elif state is SequenceState.FETCHING:

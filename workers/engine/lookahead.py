@@ -42,12 +42,7 @@ class Lookahead:
         ):
             return False
         going = [one for one in running.decodes if one.state is SequenceState.DECODE]
-        needed = sum(
-            batch.num_blocks_to_grow(one, len(one.token_ids) + 1)
-            for one in batch.decodes
-            if len(one.token_ids) + 1 > one.capacity or one.is_tail_shared
-        )
-        if needed > batch.pool.num_available:
+        if batch.num_blocks_for_decodes(1) > batch.pool.num_available:
             # Somebody would have to be preempted, and begin again from tokens that are not known.
             return False
         self.is_on = True

@@ -82,6 +82,17 @@ class ModelRunner:
         """A step can begin before the tokens of the one before it are known."""
         return self._sampler is not None
 
+    def beside(self, forward: Forward, sampler: "DeviceSampler") -> "ModelRunner":
+        """Another one of the same model and KV, whose steps run beside those of others; without grammars and pictures."""
+        return ModelRunner(
+            self._model,
+            self._kv_cache,
+            self._block_size,
+            packer=self._packer,
+            forward=forward,
+            sampler=sampler,
+        )
+
     def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
         """See Runner."""
         return self.begin(plan, on_layers).result()
@@ -108,8 +119,8 @@ class ModelRunner:
             logits, filtered = self._forward(step, on_layers, previous)
             sampled = logits[: step.num_sampled_rows]
             tokens = None
-            # Without rows too: they say when the step has ended.
-            if self._sampler is not None and (len(on_host) < len(rows) or not rows):
+            # Also where none is taken of them: they say when the step has ended.
+            if self._sampler is not None:
                 tokens = self._sampler.begin(sampled, rows)
             before = previous.tokens if previous is not None else None
             return BegunStep(self, step, rows, on_host, logits, tokens, filtered, before)
@@ -325,6 +336,11 @@ class BegunStep:
     filtered: dict[int, FilteredChunk]
     #: Of the step that ran when this one was begun.
     before: "DeviceTokens | None"
+
+    @property
+    def is_done(self) -> bool:
+        """It has ended."""
+        return self.tokens is None or self.tokens.is_there
 
     def result(self) -> StepResult:
         """Wait for it."""

@@ -10,6 +10,7 @@ lowest, which starts again later (preemption by recompute). The first in rank is
 request fits the pool alone, so that there is always progress.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,16 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
-from workers.api import Batching, EngineConfig, PrefillOrder, StepBudget
+from workers.api import Batching, EngineConfig, Phase, PrefillOrder, StepBudget
 from workers.engine.batch import Batch, places
 from workers.engine.block_pool import PrefixMatch
 from workers.engine.decoding.draft_tree import DraftTree
+from workers.engine.flights import Flight
 from workers.engine.host_tier import PackedBlock
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.slack_order import SlackOrder
 from workers.engine.span_reuse.rule import SpanReuse
 from workers.engine.step_budget import PredictedBudget, StepLimits
-from workers.latency_model import LatencyModel
+from workers.latency_model import ENOUGH_STEPS, LatencyModel
+from workers.step_cost import StepCost
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
 FIRST_PREFILL_RATE = 500.0
@@ -109,6 +112,8 @@ class StepPlan:
     began_s: float = 0.0
     #: KV that is handed off leaves whenever so many layers are computed; None: when all are.
     layer_group_size: int | None = None
+    #: Of a step that runs beside another one; see Engine.schedule.
+    flight: Flight | None = None
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -143,7 +148,8 @@ class Scheduler:
         self._batch = batch
         self._attention_tokens = attention_tokens
         self._prefill_rate = FIRST_PREFILL_RATE
-        limits = StepLimits(config, latency)
+        self._latency = latency
+        self._limits = limits = StepLimits(config, latency)
         self._slack: SlackOrder | None = None
         if config.prefill_order is PrefillOrder.LEAST_SLACK:
             self._slack = SlackOrder(batch, latency, limits)
@@ -155,6 +161,14 @@ class Scheduler:
     def prefill_tokens_per_s(self) -> float:
         """As the last steps that mostly prefilled had it."""
         return self._prefill_rate
+
+    def planned_s(self) -> float:
+        """How long a step with the decodes is to be, by their targets; infinity for no limit."""
+        latency, decodes = self._latency, self._batch.decodes
+        if latency is None or latency.num_observed < ENOUGH_STEPS:
+            return math.inf
+        context = sum(len(one.token_ids) for one in decodes)
+        return self._limits.planned_s(StepCost.of(latency), decodes, context)
 
     def observe(self, plan: StepPlan, step_s: float) -> None:
         """A step took this long. Steps that mostly prefill tell how long a prompt takes."""
@@ -168,23 +182,33 @@ class Scheduler:
             self._predicted.observe(sum(tree.num_drafts for tree in plan.drafts.values()))
 
     def plan(
-        self, now_s: float, *, num_places: int, arrived_until_s: float, may_preempt: bool = True
+        self,
+        now_s: float,
+        *,
+        num_places: int,
+        arrived_until_s: float,
+        may_preempt: bool = True,
+        phase: Phase | None = None,
     ) -> StepPlan:
         """Plan one step, taking blocks and moving sequences between waiting and running.
 
         num_places: for sequences; the rest is kept for KV on its way. Who arrived later than
         arrived_until_s is not admitted yet. may_preempt: False when every decode has room, and others are to wait for theirs.
+        phase: prompts alone, up to the token budget, or decodes alone; None is both.
         """
         plan = _Plan(self._config, self._batch, self._attention_tokens, may_preempt=may_preempt)
-        plan.make_room_for_decodes()
+        is_decoding = phase is not Phase.PREFILL
+        if is_decoding:
+            plan.make_room_for_decodes()
         if self._predicted is not None:
-            self._predicted.begin(is_decoding=bool(self._batch.decodes))
-        self._add_prefills(plan, now_s, num_places, arrived_until_s)
+            self._predicted.begin(is_decoding=is_decoding and bool(self._batch.decodes))
+        if phase is not Phase.DECODE:
+            self._add_prefills(plan, now_s, num_places, arrived_until_s, beside_decodes=is_decoding)
         if plan.admitted and self._config.prefill_order is not PrefillOrder.FCFS:
             self._note_who_passed(plan.admitted, now_s)
         # A chunk may have taken the blocks of a decode.
         batch = self._batch
-        decodes = batch.decodes.copy()
+        decodes = batch.decodes.copy() if is_decoding else []
         copies: dict[int, int] = {}
         restores: dict[int, PackedBlock] = {}
         if decodes or plan.chunks:
@@ -201,7 +225,15 @@ class Scheduler:
             restores,
         )
 
-    def _add_prefills(self, plan: "_Plan", now_s: float, num_places: int, arrived_until_s: float) -> None:
+    def _add_prefills(
+        self,
+        plan: "_Plan",
+        now_s: float,
+        num_places: int,
+        arrived_until_s: float,
+        *,
+        beside_decodes: bool,
+    ) -> None:
         """Chunks of running prefills, and of waiting sequences while they can be admitted."""
         batch = self._batch
         is_admitting = bool(batch.waiting) and batch.num_places < num_places
@@ -213,7 +245,7 @@ class Scheduler:
         # Looked at one by one, and no more once somebody has to wait.
         candidates = (one for one in waiting if is_admitting and one.arrived_s <= arrived_until_s)
         ordered = self._in_order(prefills, candidates, now_s)
-        if self._predicted is not None and batch.decodes:
+        if self._predicted is not None and beside_decodes and batch.decodes:
             ordered = iter(ordered)
             first = next(ordered, None)
             if first is None:

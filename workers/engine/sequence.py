@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from kvtransfer.digest import content_digest, token_digest
 from workers.api import (
+    CautiousDecoding,
     FinishReason,
     Handoff,
     ImageReduction,
@@ -164,6 +165,8 @@ class Sequence:
     known_prompt_digest: bytes | None = None
     #: The prompt as it came, once a token has left it.
     whole_prompt: list[int] | None = None
+    #: A step of it may run beside another one; see can_be_split.
+    may_split: bool = True
 
     @classmethod
     def from_submit(cls, submit: Submit, now_s: float, *, root: bytes, number: int) -> "Sequence":
@@ -194,6 +197,7 @@ class Sequence:
             first_token_by_s=now_s + min(submit.ttft_left_s, submit.timeout_s),
             tpot_target_s=submit.tpot_target_s,
             tenant_weight=submit.tenant_weight,
+            may_split=can_be_split(submit),
         )
 
     @property
@@ -370,3 +374,15 @@ def _reduction(submit: Submit) -> ImageReduction | None:
     """None when it would change nothing."""
     reduction = submit.reduction
     return reduction if reduction is not None and reduction.is_on and submit.images else None
+
+
+def can_be_split(submit: Submit) -> bool:
+    """Its prompt and its decodes may be computed while others' are.
+
+    Not what leaves for another worker as it is computed, which is told of when it is launched; nor what reads pictures, whose blocks are
+    given back on one stream; not what has a mask that is computed beside the one step that runs, nor branches.
+    """
+    sampling = submit.sampling
+    is_handed_off = submit.handoff is not None and Phase.PREFILL in submit.phases
+    is_branching = isinstance(sampling.decoding, CautiousDecoding)
+    return not (is_handed_off or is_branching or sampling.grammar is not None or submit.images)

@@ -3,78 +3,48 @@
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-from workers.api import BlockCounts, KvLedger, KvReuseCounts, PhaseSet, PhaseWork
+from workers.api import BlockCounts, KvLedger, KvReuseCounts, Phase, PhaseSet, PhaseWork
 from workers.engine.engine import Engine
 from workers.engine.idle_check import IdleCheck
 from workers.engine.lookahead import entries_of, still_there
 from workers.engine.messages import Message, Output
+from workers.engine.running import (
+    BeginningBrokeError,
+    Begun,
+    Flight,
+    OverlappingRunner,
+    Runner,
+    SharedStep,
+    Splitting,
+)
 from workers.engine.scheduler import StepPlan
+from workers.engine.sides import Acts, Sides
 from workers.engine.step_records import is_described, shape_of
-from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
-from workers.step_shape import StepCosts, StepShape
+from workers.step_choice import Mixed
+from workers.step_shape import StepCosts
 
 logger = logging.getLogger(__name__)
 
 #: The loop looks at its stop flag at least this often, in seconds.
 MAX_IDLE_S = 0.5
+#: How often it is looked which of two steps has ended, in seconds. The next one of each is begun by then, so that none waits for it.
+POLL_S = 1e-4
 #: Steps that may break in a row before the worker says that it cannot serve.
 MAX_BROKEN_STEPS = 3
+
+#: What `SharingLog` calls steps of both phases.
+TOGETHER = "together"
 
 NO_REUSE = KvReuseCounts()
 NO_WORK = PhaseWork()
 
 Result = TypeVar("Result")
-
-
-class Runner(Protocol):
-    """Computes steps. `ModelRunner` does it with torch; tests have one without."""
-
-    def run(self, plan: StepPlan, on_layers: Callable[[int, int], None]) -> StepResult:
-        """Make the plan's copies, then its restores, compute its slices and drafts, and sample.
-
-        Calls on_layers(layer_lo, layer_hi) as soon as the KV of these layers is written.
-        """
-        ...
-
-
-class Begun(Protocol):
-    """A step that runs."""
-
-    def result(self) -> StepResult:
-        """Wait for it. Called once; of several steps in the order in which they were begun."""
-        ...
-
-
-class OverlappingRunner(Runner, Protocol):
-    """Computes on a device, where a step waits for the one before it and not for the host."""
-
-    def begin(self, plan: StepPlan, on_layers: Callable[[int, int], None], previous: Any) -> Begun:
-        """Begin what `run` does. previous: the step before, whose tokens the plan assumes; None when it assumes none."""
-        ...
-
-
-class _BeginningBrokeError(Exception):
-    """A step could not be begun; only its requests fail."""
-
-    def __init__(self, reason: Exception) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step that was begun and is not completed. shape: None when the latency model learns nothing from it."""
-
-    plan: StepPlan
-    begun: Begun
-    entries: tuple[int, ...]
-    shape: StepShape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +73,7 @@ class StepLoop:
     `post`, `call`, `ledger` and `snapshot` may be used from any thread. `publish` is called in the loop's thread with what came out,
     `on_broken` once, when steps keep failing. latency: learns from each step what it took, from its planning until its tokens were
     published, or on the device where the next one was begun meanwhile. overlapping: plans a step while the one before it runs, where
-    that can be; None waits for each.
+    that can be; None waits for each. splitting: prompts and decodes may be steps at the same time; None has them in one.
     """
 
     def __init__(
@@ -116,6 +86,7 @@ class StepLoop:
         *,
         latency: LatencyModel | None = None,
         overlapping: OverlappingRunner | None = None,
+        splitting: Splitting | None = None,
     ) -> None:
         self.engine = engine
         self.num_steps = 0
@@ -125,7 +96,10 @@ class StepLoop:
         self._clock = clock
         self._latency = latency
         self._overlapping = overlapping
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
+        self._splitting = splitting
+        acts = Acts(self._plan, self._begin_beside, self._broke, self._wait, self._complete)
+        self._sides = Sides(engine, acts, clock)
         # Not bounded here: the engine refuses requests past its limits, and a transfer's messages must
         # never be lost. Each is a few hundred bytes.
         self._mailbox: queue.SimpleQueue[Message | Callable[[], None] | None] = queue.SimpleQueue()
@@ -199,8 +173,35 @@ class StepLoop:
     def step(self) -> bool:
         """Schedule and run one step; False when there was nothing to compute.
 
-        With an overlapping runner: schedule and begin one, if there is one, and complete the one before it.
+        With an overlapping runner: schedule and begin one, if there is one, and complete the one before it. Of steps beside each other:
+        begin what can be begun, and complete the one that ends first.
         """
+        if self._splitting is not None:
+            return self._step_shared(self._splitting)
+        return self._step_whole()
+
+    def _step_shared(self, splitting: Splitting) -> bool:
+        now_s = self._clock()
+        self.engine.expire(now_s)
+        step = None
+        if self.engine.may_split:
+            step = splitting.sharing.step(now_s, self.engine.load())
+        if step is not None and not isinstance(step, Mixed):
+            if self._flight is not None:
+                # A step of both ends before steps of each begin, and the other way round.
+                flight, self._flight = self._flight, None
+                self._complete(flight)
+                return True
+            if self._sides.turn(now_s, step):
+                return True
+            # Of a phase that is to be alone nothing can begin; the other one may have something.
+        elif self._sides.land():
+            return True
+        is_working = self._step_whole()
+        splitting.log.note(self._clock(), TOGETHER if is_working else None)
+        return is_working
+
+    def _step_whole(self) -> bool:
         if self._overlapping is not None:
             return self._overlap(self._overlapping)
         now_s = self._clock()
@@ -225,9 +226,9 @@ class StepLoop:
             self._latency.observe(shape, self._clock() - now_s)
         return True
 
-    def _plan(self, now_s: float) -> StepPlan | None:
+    def _plan(self, now_s: float, phase: Phase | None = None) -> StepPlan | None:
         """The next step; what it starts is known to others then."""
-        plan = self.engine.schedule(now_s)
+        plan = self.engine.schedule(now_s, phase)
         for sequence in plan.preempted if plan is not None else ():
             logger.info(
                 "sequence_preempted request_id=%s num_tokens=%d reason=blocks_ran_out",
@@ -238,7 +239,7 @@ class StepLoop:
         self._publish_outputs()
         if plan is not None:
             self._idle_check.busy()
-        elif self._idle_check.idle(now_s):
+        elif not self._sides and self._idle_check.idle(now_s):
             self._snapshot = self._take_snapshot()
         return plan
 
@@ -256,7 +257,7 @@ class StepLoop:
             plan = self._plan(now_s)
             if plan is not None:
                 self._flight = self._begin(runner, plan, flight.begun if flight is not None else None)
-        except _BeginningBrokeError as error:
+        except BeginningBrokeError as error:
             assert plan is not None
             broken = plan, error.reason
         finally:
@@ -267,20 +268,40 @@ class StepLoop:
             if self._flight is not None:
                 self._flight.plan.began_s = self._clock()
         if broken is not None:
-            self._step_broke(*broken)
-            self._publish_outputs()
+            self._broke(*broken)
         return flight is not None or plan is not None
 
-    def _begin(self, runner: OverlappingRunner, plan: StepPlan, before: Begun | None) -> _Flight:
-        """Raises _BeginningBrokeError."""
+    def _begin(self, runner: OverlappingRunner, plan: StepPlan, before: Begun | None) -> Flight:
+        """Raises BeginningBrokeError."""
         shape = shape_of(plan) if self._latency is not None and is_described(plan) else None
         try:
             begun = runner.begin(plan, lambda lo, hi: self._publish_kv(plan, lo, hi), before)
         except Exception as error:
-            raise _BeginningBrokeError(error) from error
-        return _Flight(plan, begun, entries_of(plan), shape)
+            raise BeginningBrokeError(error) from error
+        return Flight(plan, begun, entries_of(plan), shape)
 
-    def _complete(self, flight: _Flight) -> None:
+    def _begin_beside(self, plan: StepPlan, before: Begun | None, phase: Phase, step: SharedStep) -> Flight:
+        assert self._splitting is not None
+        runner = self._splitting.runner
+        try:
+            begun = runner.begin_beside(
+                plan, lambda lo, hi: self._publish_kv(plan, lo, hi), before, phase, step
+            )
+        except Exception as error:
+            raise BeginningBrokeError(error) from error
+        self._splitting.log.note(self._clock(), runner.layout_name(step))
+        # What runs beside others says nothing about a step on the whole device.
+        return Flight(plan, begun, entries_of(plan), None)
+
+    def _wait(self, flights: Sequence[Flight]) -> Flight:
+        while len(flights) > 1:
+            for flight in flights:
+                if flight.begun.is_done:
+                    return flight
+            time.sleep(POLL_S)
+        return flights[0]
+
+    def _complete(self, flight: Flight) -> None:
         device_s: float | None = None
         try:
             result = flight.begun.result()
@@ -314,6 +335,10 @@ class StepLoop:
                 message = self._mailbox.get_nowait()
         except queue.Empty:
             return
+
+    def _broke(self, plan: StepPlan, error: Exception) -> None:
+        self._step_broke(plan, error)
+        self._publish_outputs()
 
     def _step_broke(self, plan: StepPlan, error: Exception) -> None:
         logger.error(

@@ -1,0 +1,80 @@
+"""When prompts and decodes are computed side by side, and what a device did for how long."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.control.known_shapes import DEVICES, MODELS
+from workers.api import BlockCounts, PhaseWork
+from workers.engine.sharing import Load, PredictedSharing, SharingLog, layouts_of
+from workers.latency_model import LatencyModel
+from workers.step_choice import Head, Layout, Mixed, Split
+from workers.step_shape import StepCosts
+
+H100 = DEVICES["h100"]
+BLOCKS = BlockCounts(free=1, cached=0, in_use=0, leased=0, total=1)
+#: Every layout of an H100 that green contexts can make.
+LAYOUTS = layouts_of(H100, [sms / 132 for sms in range(16, 120, 8)])
+
+
+def latency(num_steps: int = 100) -> LatencyModel:
+    costs = StepCosts(MODELS["llama-3-8b"], H100, (1.0, 1.0, 1.0, 1.0), num_steps, 0.05, 1.1)
+    return LatencyModel.fitted(costs)
+
+
+def load(num: int, context: int, left: int = 5000, planned_s: float = 0.0285) -> Load:
+    work = PhaseWork(num_decoding=num, decode_context=context)
+    return Load(work, BLOCKS, Head(0, left, 0, math.inf, math.inf), lambda: planned_s)
+
+
+@given(
+    num=st.integers(1, 384),
+    context=st.integers(1, 400_000),
+    left=st.integers(0, 20_000),
+    planned_s=st.one_of(st.floats(0.005, 0.2), st.just(math.inf)),
+)
+def test_on_an_h100_steps_are_never_split(num: int, context: int, left: int, planned_s: float) -> None:
+    sharing = PredictedSharing(latency(), LAYOUTS, 2048)
+    assert isinstance(sharing.step(0.0, load(num, context, left, planned_s)), Mixed)
+
+
+def test_a_split_is_taken_where_prompts_get_further_in_it() -> None:
+    sharing = PredictedSharing(latency(), (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
+    assert sharing.step(0.0, load(64, 64_000)) == Split(0.8, 0.2, 2048, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num", "left"),
+    [(3, 64, 5000), (100, 0, 5000), (100, 64, 0)],
+    ids=["new", "no decodes", "no prompts"],
+)
+def test_there_is_nothing_to_split(num_steps: int, num: int, left: int) -> None:
+    sharing = PredictedSharing(latency(num_steps), (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
+    assert isinstance(sharing.step(0.0, load(num, 1000 * num, left)), Mixed)
+
+
+def test_layouts_have_the_speeds_of_the_devices_curves_beside_another_stream() -> None:
+    (found,) = layouts_of(H100, [72 / 132])
+    assert found.prefill_share + found.decode_share == pytest.approx(1)
+    assert found.decode_rate == pytest.approx(0.79 / 1.12)
+    # 60 SMs are three quarters of the way from 48 to 64.
+    assert found.prefill_rate == pytest.approx((343 + 0.75 * (442 - 343)) / 767 / 1.5)
+
+
+def test_what_a_device_did_for_how_long() -> None:
+    log = SharingLog()
+    for now_s, name in (
+        (0.0, None),
+        (1.0, "a"),
+        (2.0, "a"),
+        (4.0, "b"),
+        (5.0, None),
+        (9.0, "b"),
+        (10.0, "a"),
+    ):
+        log.note(now_s, name)
+    log.note(12.0, None)
+    assert log.seconds == {"a": 5.0, "b": 2.0}
+    assert log.num_switches == 2
