@@ -28,7 +28,7 @@ from workers.engine.grammar import GrammarCompiler
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker, codec_of
-from workers.engine.pacing import LayerPacing
+from workers.engine.pacing import GPU_LAYER_LAUNCH_S, LayerPacing
 from workers.engine.runner import GrammarTools, ModelRunner
 from workers.errors import (
     HostCacheTooSmall,
@@ -210,6 +210,7 @@ def _loaded_text(
             num_layers=layout.num_layers,
             token_bytes=layout.token_bytes,
             max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
+            layer_launch_s=GPU_LAYER_LAUNCH_S if spec.device is Device.CUDA else 0.0,
             fixed=spec.kv_transfer.layer_group_size,
         ),
         latency=LatencyModel(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.engine_pair import REPORT
-from workers.engine.pacing import GROUP_COST_S, LayerPacing, best_group_size
+from workers.engine.pacing import GPU_LAYER_LAUNCH_S, GROUP_COST_S, LayerPacing, best_group_size
 
 MIB = 2**20
 
@@ -63,6 +63,43 @@ def test_no_other_size_is_better(
 
     best = size(layer_s=layer_s, layer_bytes=layer_bytes, message_s=message_s, bytes_per_s=bytes_per_s)
     assert cost_s(best) <= min(cost_s(group) for group in range(1, 31)) * (1 + 1e-6) + 1e-9
+
+
+def gpu_size(*, bytes_per_s: float) -> int:
+    """Of 2,048 tokens of an 8B model: 4 KiB of KV a token and layer, 1.5 ms a layer."""
+    return best_group_size(
+        32,
+        layer_s=1.5e-3,
+        layer_bytes=2048 * 4096,
+        max_chunk_bytes=2 * MIB,
+        message_s=1e-5,
+        bytes_per_s=bytes_per_s,
+        layer_launch_s=GPU_LAYER_LAUNCH_S,
+    )
+
+
+def test_a_step_that_would_be_one_graph_is_cut_where_that_hides_more_than_its_launches_take() -> None:
+    # Within a GPU all KV leaves in 2 ms, over a network in a quarter of a second.
+    assert gpu_size(bytes_per_s=1e11) == 32
+    assert gpu_size(bytes_per_s=1e9) < 16
+
+
+@given(launch_s=st.floats(0.0, 0.01), bytes_per_s=st.floats(1e6, 1e12), layer_s=st.floats(1e-6, 1.0))
+def test_launches_that_cost_more_never_cut_a_step_that_was_whole(
+    launch_s: float, bytes_per_s: float, layer_s: float
+) -> None:
+    def best(layer_launch_s: float) -> int:
+        return best_group_size(
+            30,
+            layer_s=layer_s,
+            layer_bytes=MIB,
+            max_chunk_bytes=2 * MIB,
+            message_s=1e-4,
+            bytes_per_s=bytes_per_s,
+            layer_launch_s=layer_launch_s,
+        )
+
+    assert best(launch_s) in (best(0.0), 30)
 
 
 def test_a_size_that_the_manifest_gives_is_taken() -> None:
