@@ -169,7 +169,7 @@ def test_another_size_is_refused(each: Codec, num_extra: int) -> None:
 def test_what_is_no_kv_is_refused(each: Codec) -> None:
     with pytest.raises(ValueError, match="num_layers, 2"):
         each.pack(torch.zeros(2, 3, 4, 1, 64), memoryview(b""))
-    with pytest.raises(ValueError, match="fp32, fp16 or bf16"):
+    with pytest.raises(ValueError, match="fp32, fp16, bf16 or e4m3"):
         each.pack(torch.zeros(1, 2, 4, 1, 64, dtype=torch.float64), memoryview(b""))
     with pytest.raises(ValueError, match="head_dim 60"):
         each.packed_bytes(PageShape(1, 64, 1, 60))
