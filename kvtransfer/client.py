@@ -12,7 +12,7 @@ from kvtransfer.driver import PoolOpener, Session
 from kvtransfer.frames import Attach, Fetch, Reserve
 from kvtransfer.host import KvHost
 from kvtransfer.kv_range import KvRange
-from kvtransfer.layout import KvLayout, is_coarser
+from kvtransfer.layout import KvLayout, inexactness
 from kvtransfer.lease import LeaseTable
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
@@ -273,6 +273,5 @@ def _not_asked_for(answer: Reserve, asked: Fetch, layout: KvLayout) -> str | Non
     if answer.codec is not CodecId.NONE:
         # It is kept under the tokens' hashes and lent to others: it has to be what was computed.
         return f"what was fetched comes packed by {answer.codec.name.lower()}"
-    if is_coarser(answer.layout, layout):
-        return f"what was fetched is in {answer.layout.dtype}, and KV here in {layout.dtype}"
-    return None
+    inexact = inexactness(answer.layout, layout)
+    return f"what was fetched {inexact}" if inexact is not None else None

@@ -29,6 +29,8 @@ class KvLayout:
     #: Heads that this pool holds; (0, 0) stands for all.
     head_lo: int = 0
     head_hi: int = 0
+    #: What the model's weights are kept in where this KV is computed, as `workers.api.WeightDtype` names it; "" where that says nothing.
+    weight_dtype: str = ""
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -64,7 +66,7 @@ def blocks_needed(num_tokens: int, block_size: int) -> int:
 def incompatibility(sender: KvLayout, receiver: KvLayout) -> str | None:
     """Why KV of `sender` may not be written into a cache of `receiver`; None when it may.
 
-    Block size, dtype and head range may differ: what arrives is put into the receiver's blocks, converted, and
+    Block size, dtypes and head range may differ: what arrives is put into the receiver's blocks, converted, and
     taken as far as the heads of both overlap. Another model, or another meaning of its K and V, can never be used.
     """
     must_agree = ("model_digest", "num_layers", "num_kv_heads", "head_dim", "position_encoding")
@@ -80,9 +82,14 @@ def incompatibility(sender: KvLayout, receiver: KvLayout) -> str | None:
     return "; ".join(differences) or None
 
 
-def is_coarser(sender: KvLayout, receiver: KvLayout) -> bool:
-    """KV of `sender` is in fewer bits than what `receiver` computes: there it is near to its own, and not the same."""
-    return DTYPE_BYTES[sender.dtype] < DTYPE_BYTES[receiver.dtype]
+def inexactness(sender: KvLayout, receiver: KvLayout) -> str | None:
+    """Why KV of `sender`, which may be written into a cache of `receiver`, is near to what that computes and not the same; None when it is."""
+    if sender.weight_dtype != receiver.weight_dtype:
+        theirs, ours = (one.weight_dtype or "others" for one in (sender, receiver))
+        return f"is computed with weights in {theirs}, and KV here with weights in {ours}"
+    if DTYPE_BYTES[sender.dtype] < DTYPE_BYTES[receiver.dtype]:
+        return f"is in {sender.dtype}, and KV here in {receiver.dtype}"
+    return None
 
 
 def shared_heads(sender: KvLayout, receiver: KvLayout) -> tuple[int, int] | None:

@@ -59,7 +59,7 @@ class _Join:
     failure: _Failure | None = None
     #: What the first part that was whole is to commit.
     token_ids: tuple[int, ...] | None = None
-    #: Some of it came through a codec, or from a pool of fewer bits.
+    #: Some of it came through a codec, or from a worker of other dtypes.
     is_lossy: bool = False
 
 

@@ -40,7 +40,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import Coverage, KvRange
-from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, is_coarser, shared_heads
+from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, inexactness, shared_heads
 from kvtransfer.lease import LeaseTable
 from kvtransfer.session import (
     LIVE,
@@ -162,8 +162,8 @@ class ReceiverMachine(Machine):
 
     @property
     def is_lossy(self) -> bool:
-        """What has come is not exactly what would be computed here: a codec packed some of it, or the sender keeps KV in fewer bits."""
-        if self._request is not None and is_coarser(self._request.layout, self._layout):
+        """What has come is not exactly what would be computed here: a codec packed some of it, or the sender has other dtypes."""
+        if self._request is not None and inexactness(self._request.layout, self._layout) is not None:
             return True
         return any(codec is not CodecId.NONE for _, codec, _ in self._received.values())
 

@@ -276,6 +276,7 @@ def _layout_to_pb(layout: KvLayout) -> pb.KvLayout:
         position_encoding=layout.position_encoding,
         head_lo=layout.head_lo,
         head_hi=layout.head_hi,
+        weight_dtype=layout.weight_dtype,
     )
 
 
@@ -290,6 +291,7 @@ def _layout_from_pb(layout: pb.KvLayout) -> KvLayout:
         position_encoding=layout.position_encoding,
         head_lo=layout.head_lo,
         head_hi=layout.head_hi,
+        weight_dtype=layout.weight_dtype,
     )
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/kvtransfer.proto\x12\x17phasewise.kvtransfer.v1\"\xc7\x06\n\x0c\x43ontrolFrame\x12\x33\n\x07reserve\x18\x01 \x01(\x0b\x32 .phasewise.kvtransfer.v1.ReserveH\x00\x12/\n\x05renew\x18\x02 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.RenewH\x00\x12\x31\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.FinishH\x00\x12\x31\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.CommitH\x00\x12/\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.AbortH\x00\x12\x31\n\x06resume\x18\r \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.ResumeH\x00\x12\x31\n\x06\x61ttach\x18\x0e \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.ResumeH\x00\x12\x33\n\x07granted\x18\x06 \x01(\x0b\x32 .phasewise.kvtransfer.v1.GrantedH\x00\x12\x33\n\x07refused\x18\x07 \x01(\x0b\x32 .phasewise.kvtransfer.v1.RefusedH\x00\x12+\n\x03\x61\x63k\x18\x08 \x01(\x0b\x32\x1c.phasewise.kvtransfer.v1.AckH\x00\x12-\n\x04nack\x18\t \x01(\x0b\x32\x1d.phasewise.kvtransfer.v1.NackH\x00\x12\x35\n\x08verified\x18\n \x01(\x0b\x32!.phasewise.kvtransfer.v1.VerifiedH\x00\x12\x37\n\tcommitted\x18\x0b \x01(\x0b\x32\".phasewise.kvtransfer.v1.CommittedH\x00\x12/\n\x05\x65nded\x18\x0c \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.EndedH\x00\x12\x33\n\x07resumed\x18\x0f \x01(\x0b\x32 .phasewise.kvtransfer.v1.ResumedH\x00\x12/\n\x05\x66\x65tch\x18\x10 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.FetchH\x00\x42\x07\n\x05\x66rame\"\x9b\x02\n\x07Reserve\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x31\n\x06layout\x18\x02 \x01(\x0b\x32!.phasewise.kvtransfer.v1.KvLayout\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x14\n\x0ctoken_digest\x18\x07 \x01(\x0c\x12\x32\n\x06offers\x18\x08 \x03(\x0b\x32\".phasewise.kvtransfer.v1.PoolOffer\x12\r\n\x05\x63odec\x18\t \x01(\r\x12\x0c\n\x04part\x18\n \x01(\r\x12\x11\n\tnum_parts\x18\x0b \x01(\r\"2\n\tPoolOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"R\n\x06Resume\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"\xb2\x01\n\x05\x46\x65tch\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x31\n\x06layout\x18\x02 \x01(\x0b\x32!.phasewise.kvtransfer.v1.KvLayout\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\"\xbc\x01\n\x08KvLayout\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x19\n\x11position_encoding\x18\x07 \x01(\t\x12\x0f\n\x07head_lo\x18\x08 \x01(\r\x12\x0f\n\x07head_hi\x18\t \x01(\r\"\xa1\x01\n\x07Granted\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x63redits\x18\x03 \x01(\r\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\x18\n\x10transport_reason\x18\x06 \x01(\t\x12\x0f\n\x07head_lo\x18\x07 \x01(\r\x12\x0f\n\x07head_hi\x18\x08 \x01(\r\"2\n\x07Resumed\x12\x15\n\rfirst_missing\x18\x01 \x01(\r\x12\x10\n\x08received\x18\x02 \x03(\r\",\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tretryable\x18\x02 \x01(\x08\"\x07\n\x05Renew\",\n\x06\x46inish\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x1e\n\x03\x41\x63k\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\"/\n\x04Nack\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\n\n\x08Verified\"\x1b\n\x06\x43ommit\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x0b\n\tCommitted\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x17\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\t2\xd9\x01\n\x11KvTransferService\x12\\\n\x08Transfer\x12%.phasewise.kvtransfer.v1.ControlFrame\x1a%.phasewise.kvtransfer.v1.ControlFrame(\x01\x30\x01\x12\x66\n\x12TransferEmbeddings\x12%.phasewise.kvtransfer.v1.ControlFrame\x1a%.phasewise.kvtransfer.v1.ControlFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/kvtransfer.proto\x12\x17phasewise.kvtransfer.v1\"\xc7\x06\n\x0c\x43ontrolFrame\x12\x33\n\x07reserve\x18\x01 \x01(\x0b\x32 .phasewise.kvtransfer.v1.ReserveH\x00\x12/\n\x05renew\x18\x02 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.RenewH\x00\x12\x31\n\x06\x66inish\x18\x03 \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.FinishH\x00\x12\x31\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.CommitH\x00\x12/\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.AbortH\x00\x12\x31\n\x06resume\x18\r \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.ResumeH\x00\x12\x31\n\x06\x61ttach\x18\x0e \x01(\x0b\x32\x1f.phasewise.kvtransfer.v1.ResumeH\x00\x12\x33\n\x07granted\x18\x06 \x01(\x0b\x32 .phasewise.kvtransfer.v1.GrantedH\x00\x12\x33\n\x07refused\x18\x07 \x01(\x0b\x32 .phasewise.kvtransfer.v1.RefusedH\x00\x12+\n\x03\x61\x63k\x18\x08 \x01(\x0b\x32\x1c.phasewise.kvtransfer.v1.AckH\x00\x12-\n\x04nack\x18\t \x01(\x0b\x32\x1d.phasewise.kvtransfer.v1.NackH\x00\x12\x35\n\x08verified\x18\n \x01(\x0b\x32!.phasewise.kvtransfer.v1.VerifiedH\x00\x12\x37\n\tcommitted\x18\x0b \x01(\x0b\x32\".phasewise.kvtransfer.v1.CommittedH\x00\x12/\n\x05\x65nded\x18\x0c \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.EndedH\x00\x12\x33\n\x07resumed\x18\x0f \x01(\x0b\x32 .phasewise.kvtransfer.v1.ResumedH\x00\x12/\n\x05\x66\x65tch\x18\x10 \x01(\x0b\x32\x1e.phasewise.kvtransfer.v1.FetchH\x00\x42\x07\n\x05\x66rame\"\x9b\x02\n\x07Reserve\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x31\n\x06layout\x18\x02 \x01(\x0b\x32!.phasewise.kvtransfer.v1.KvLayout\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bincarnation\x18\x05 \x01(\x04\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x14\n\x0ctoken_digest\x18\x07 \x01(\x0c\x12\x32\n\x06offers\x18\x08 \x03(\x0b\x32\".phasewise.kvtransfer.v1.PoolOffer\x12\r\n\x05\x63odec\x18\t \x01(\r\x12\x0c\n\x04part\x18\n \x01(\r\x12\x11\n\tnum_parts\x18\x0b \x01(\r\"2\n\tPoolOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"R\n\x06Resume\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\"\xb2\x01\n\x05\x46\x65tch\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x31\n\x06layout\x18\x02 \x01(\x0b\x32!.phasewise.kvtransfer.v1.KvLayout\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x11\n\ttimeout_s\x18\x06 \x01(\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\"\xd2\x01\n\x08KvLayout\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\x12\x19\n\x11position_encoding\x18\x07 \x01(\t\x12\x0f\n\x07head_lo\x18\x08 \x01(\r\x12\x0f\n\x07head_hi\x18\t \x01(\r\x12\x14\n\x0cweight_dtype\x18\n \x01(\t\"\xa1\x01\n\x07Granted\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0f\n\x07\x63redits\x18\x03 \x01(\r\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\x12\x18\n\x10transport_reason\x18\x06 \x01(\t\x12\x0f\n\x07head_lo\x18\x07 \x01(\r\x12\x0f\n\x07head_hi\x18\x08 \x01(\r\"2\n\x07Resumed\x12\x15\n\rfirst_missing\x18\x01 \x01(\r\x12\x10\n\x08received\x18\x02 \x03(\r\",\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x11\n\tretryable\x18\x02 \x01(\x08\"\x07\n\x05Renew\",\n\x06\x46inish\x12\x12\n\nnum_chunks\x18\x01 \x01(\r\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\x1e\n\x03\x41\x63k\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\"/\n\x04Nack\x12\x17\n\x0fsequence_number\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\n\n\x08Verified\"\x1b\n\x06\x43ommit\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x0b\n\tCommitted\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x17\n\x05\x45nded\x12\x0e\n\x06reason\x18\x01 \x01(\t2\xd9\x01\n\x11KvTransferService\x12\\\n\x08Transfer\x12%.phasewise.kvtransfer.v1.ControlFrame\x1a%.phasewise.kvtransfer.v1.ControlFrame(\x01\x30\x01\x12\x66\n\x12TransferEmbeddings\x12%.phasewise.kvtransfer.v1.ControlFrame\x1a%.phasewise.kvtransfer.v1.ControlFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,31 +42,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCH']._serialized_start=1317
   _globals['_FETCH']._serialized_end=1495
   _globals['_KVLAYOUT']._serialized_start=1498
-  _globals['_KVLAYOUT']._serialized_end=1686
-  _globals['_GRANTED']._serialized_start=1689
-  _globals['_GRANTED']._serialized_end=1850
-  _globals['_RESUMED']._serialized_start=1852
-  _globals['_RESUMED']._serialized_end=1902
-  _globals['_REFUSED']._serialized_start=1904
-  _globals['_REFUSED']._serialized_end=1948
-  _globals['_RENEW']._serialized_start=1950
-  _globals['_RENEW']._serialized_end=1957
-  _globals['_FINISH']._serialized_start=1959
-  _globals['_FINISH']._serialized_end=2003
-  _globals['_ACK']._serialized_start=2005
-  _globals['_ACK']._serialized_end=2035
-  _globals['_NACK']._serialized_start=2037
-  _globals['_NACK']._serialized_end=2084
-  _globals['_VERIFIED']._serialized_start=2086
-  _globals['_VERIFIED']._serialized_end=2096
-  _globals['_COMMIT']._serialized_start=2098
-  _globals['_COMMIT']._serialized_end=2125
-  _globals['_COMMITTED']._serialized_start=2127
-  _globals['_COMMITTED']._serialized_end=2138
-  _globals['_ABORT']._serialized_start=2140
-  _globals['_ABORT']._serialized_end=2163
-  _globals['_ENDED']._serialized_start=2165
-  _globals['_ENDED']._serialized_end=2188
-  _globals['_KVTRANSFERSERVICE']._serialized_start=2191
-  _globals['_KVTRANSFERSERVICE']._serialized_end=2408
+  _globals['_KVLAYOUT']._serialized_end=1708
+  _globals['_GRANTED']._serialized_start=1711
+  _globals['_GRANTED']._serialized_end=1872
+  _globals['_RESUMED']._serialized_start=1874
+  _globals['_RESUMED']._serialized_end=1924
+  _globals['_REFUSED']._serialized_start=1926
+  _globals['_REFUSED']._serialized_end=1970
+  _globals['_RENEW']._serialized_start=1972
+  _globals['_RENEW']._serialized_end=1979
+  _globals['_FINISH']._serialized_start=1981
+  _globals['_FINISH']._serialized_end=2025
+  _globals['_ACK']._serialized_start=2027
+  _globals['_ACK']._serialized_end=2057
+  _globals['_NACK']._serialized_start=2059
+  _globals['_NACK']._serialized_end=2106
+  _globals['_VERIFIED']._serialized_start=2108
+  _globals['_VERIFIED']._serialized_end=2118
+  _globals['_COMMIT']._serialized_start=2120
+  _globals['_COMMIT']._serialized_end=2147
+  _globals['_COMMITTED']._serialized_start=2149
+  _globals['_COMMITTED']._serialized_end=2160
+  _globals['_ABORT']._serialized_start=2162
+  _globals['_ABORT']._serialized_end=2185
+  _globals['_ENDED']._serialized_start=2187
+  _globals['_ENDED']._serialized_end=2210
+  _globals['_KVTRANSFERSERVICE']._serialized_start=2213
+  _globals['_KVTRANSFERSERVICE']._serialized_end=2430
 # @@protoc_insertion_point(module_scope)

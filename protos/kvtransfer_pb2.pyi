@@ -295,6 +295,7 @@ class KvLayout(_message.Message):
     POSITION_ENCODING_FIELD_NUMBER: _builtins.int
     HEAD_LO_FIELD_NUMBER: _builtins.int
     HEAD_HI_FIELD_NUMBER: _builtins.int
+    WEIGHT_DTYPE_FIELD_NUMBER: _builtins.int
     model_digest: _builtins.str
     dtype: _builtins.str
     """"float32", "bfloat16", "float16", "float8_e4m3fn"."""
@@ -308,6 +309,8 @@ class KvLayout(_message.Message):
     head_lo: _builtins.int
     """KV heads of the model that this pool holds, [head_lo, head_hi); both 0 for all."""
     head_hi: _builtins.int
+    weight_dtype: _builtins.str
+    """What the weights are kept in: "float32", "bfloat16", "float16", "int8", "fp8"; "" for KV that is of no weights."""
     def __init__(
         self,
         *,
@@ -320,10 +323,11 @@ class KvLayout(_message.Message):
         position_encoding: _builtins.str = ...,
         head_lo: _builtins.int = ...,
         head_hi: _builtins.int = ...,
+        weight_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "head_hi", b"head_hi", "head_lo", b"head_lo", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "position_encoding", b"position_encoding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "head_dim", b"head_dim", "head_hi", b"head_hi", "head_lo", b"head_lo", "model_digest", b"model_digest", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "position_encoding", b"position_encoding", "weight_dtype", b"weight_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,8 @@
 """Names of KV blocks by what they hold: equal names mean equal KV. Pure.
 
-A block's hash covers everything that its KV depends on: the model, the tokenizer, the tenant's salt and
-all tokens from the start of the sequence, each block's hash being chained to the one before it.
+A block's hash covers everything that its KV depends on within one worker: the model, the tokenizer, the tenant's salt and
+all tokens from the start of the sequence, each block's hash being chained to the one before it. Of workers that keep weights
+or KV in other dtypes equal names mean KV that is nearly equal: see `kvtransfer.layout.inexactness`.
 """
 
 import hashlib

@@ -235,7 +235,12 @@ def _place_on_cpu(
     progress("loading the weights", 0.0)
     config = prepared.config
     model = Llama(config, load_weights(prepared, {Part.TEXT}), spec.engine.weight_dtype)
-    layout = config.kv_layout(block_size=spec.engine.block_size, dtype=KV_DTYPE, model_digest=prepared.digest)
+    layout = config.kv_layout(
+        block_size=spec.engine.block_size,
+        dtype=KV_DTYPE,
+        model_digest=prepared.digest,
+        weight_dtype=spec.engine.weight_dtype.value,
+    )
     if spec.engine.span_reuse is not None and not model.can_move_keys:
         feature = "dynamic RoPE scaling or M-RoPE, with which keys cannot be moved as engine.spanReuse has to"
         raise UnsupportedModel(spec.model_source, feature, "a manifest without spanReuse")

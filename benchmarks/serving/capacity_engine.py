@@ -81,12 +81,16 @@ class Policy:
         if name == "phasewise":
             return cls(name, PrefillOrder.LEAST_SLACK, None, "phasewise")
         kind, plus, rest = name.rpartition("+")
-        order, _, budget = rest.partition("@")
-        if (plus and kind not in (*SHARING, "sarathi")) or order not in ORDERS:
+        order, at, budget = rest.partition("@")
+        is_shared = kind in SHARING
+        is_kind = is_shared or kind == "sarathi" or not plus
+        is_budget = not at if is_shared else budget == "predicted" or (budget.isdecimal() and int(budget) > 0)
+        if not (is_kind and is_budget and order in ORDERS):
             raise ValueError(
-                f"{name}: sarathi+ORDER@BUDGET, nexus+ORDER, semi_pd+ORDER or phasewise; the order is one of {', '.join(ORDERS)}"
+                f"{name}: sarathi+ORDER@BUDGET, nexus+ORDER, semi_pd+ORDER or phasewise; the order is one of {', '.join(ORDERS)}, "
+                "the budget a number of tokens or predicted"
             )
-        if kind in SHARING:
+        if is_shared:
             return cls(name, ORDERS[order], MOST_TOKENS, kind)
         return cls(name, ORDERS[order], None if budget == "predicted" else int(budget))
 

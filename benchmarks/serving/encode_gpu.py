@@ -17,6 +17,7 @@ Shapes: ViT-L (576 patches a tile), SmolVLM-256M's (1,024), the model in example
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -152,6 +153,8 @@ def device_encoder(config: VisionConfig) -> tuple[DeviceEncoder, dict[str, float
         max_tiles=tiles_of_graph(config),
     )
     torch.cuda.synchronize()
+    # Graphs of the shape before are in cycles, and their memory would come back while this one takes its own.
+    gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     encoder.warm_up(largest_batch(config, PATCH_BUDGET, tiles_of_graph(config)), lambda _what, _done: None)

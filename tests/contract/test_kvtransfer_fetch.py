@@ -189,6 +189,10 @@ def test_blocks_that_mean_something_else_are_not_taken(
         ({"token_digest": HASHES[0]}, "other tokens"),
         ({"codec": CodecId.FP8}, "comes packed by fp8"),
         ({"layout": replace(LAYOUT, dtype="float8_e4m3fn")}, "is in float8_e4m3fn, and KV here in float32"),
+        (
+            {"layout": replace(LAYOUT, weight_dtype="fp8")},
+            "weights in fp8, and KV here with weights in others",
+        ),
     ],
 )
 def test_other_kv_than_was_asked_for_is_not_taken(

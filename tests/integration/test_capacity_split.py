@@ -23,9 +23,21 @@ def test_policies_by_name() -> None:
     assert Policy.of("phasewise") == Policy("phasewise", PrefillOrder.LEAST_SLACK, None, "phasewise")
 
 
-@pytest.mark.parametrize("name", ["nexus", "mooncake+fcfs", "sarathi+best@2048", "fcfs", "nexus+"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nexus",
+        "mooncake+fcfs",
+        "sarathi+best@2048",
+        "fcfs",
+        "fcfs@0",
+        "sarathi+fcfs@x",
+        "nexus+",
+        "nexus+fcfs@512",
+    ],
+)
 def test_names_that_are_none(name: str) -> None:
-    with pytest.raises(ValueError, match=r"int|ORDER"):
+    with pytest.raises(ValueError, match="the budget a number of tokens or predicted"):
         Policy.of(name)
 
 

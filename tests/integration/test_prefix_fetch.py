@@ -1,6 +1,7 @@
 """Beginnings of prompts that another worker has cached are fetched where that is predicted to be faster."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.support.worker_client import (
     worker_spec,
 )
 from workers import kv_fetching
-from workers.api import PrefixPeer, TokensGenerated, WorkerSpec
+from workers.api import PrefixPeer, TokensGenerated, WeightDtype, WorkerSpec
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
@@ -196,6 +197,11 @@ def packing(spec: WorkerSpec) -> WorkerSpec:
     )
 
 
+def with_rounded_weights(spec: WorkerSpec) -> WorkerSpec:
+    """The same with weights in fewer bits."""
+    return replace(spec, engine=replace(spec.engine, weight_dtype=WeightDtype.INT8))
+
+
 @pytest.mark.usefixtures("cheap_ways")
 def test_a_prefix_is_fetched_as_it_was_computed_where_hand_offs_are_packed(model_path: Path) -> None:
     async def scenario() -> None:
@@ -211,13 +217,33 @@ def test_a_prefix_is_fetched_as_it_was_computed_where_hand_offs_are_packed(model
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.usefixtures("cheap_ways")
-def test_a_hand_off_that_was_packed_is_lent_to_nobody(model_path: Path, is_packed: bool) -> None:
+def test_a_prefix_of_other_weights_is_computed_anew(model_path: Path) -> None:
     async def scenario() -> None:
-        change = packing if is_packed else replace
+        spec = worker_spec(model_path)
+        async with (
+            running_worker(with_rounded_weights(spec)) as has,
+            running_worker(spec) as wants,
+            running_worker(spec) as alone,
+        ):
+            await first_tokens(has, "r1")
+            here = await first_tokens(wants, "r2", PrefixPeer(has.address, 1))
+            assert here.num_fetched_tokens == 0
+            assert here.token_ids == (await first_tokens(alone, "r2")).token_ids
+            for one in (has, wants):
+                await one.assert_nothing_leaks()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("change", "num_lent"), [(replace, 96), (packing, 0), (with_rounded_weights, 0)])
+@pytest.mark.usefixtures("cheap_ways")
+def test_a_hand_off_that_is_not_what_would_be_computed_is_lent_to_nobody(
+    model_path: Path, change: Callable[[WorkerSpec], WorkerSpec], num_lent: int
+) -> None:
+    async def scenario() -> None:
         prefill_spec = change(worker_spec(model_path, PREFILL))
-        decode_spec = change(worker_spec(model_path, DECODE))
+        decode_spec = worker_spec(model_path, DECODE)
         async with (
             running_pair(prefill_spec, decode_spec) as (prefill, decode),
             running_worker(worker_spec(model_path)) as wants,
@@ -228,6 +254,6 @@ def test_a_hand_off_that_was_packed_is_lent_to_nobody(model_path: Path, is_packe
             await decode.wait_for_tokens("r1", 7)
             await decode.assert_nothing_leaks()
             first = await first_tokens(wants, "r2", PrefixPeer(decode.address, 1))
-            assert first.num_fetched_tokens == (0 if is_packed else 96)
+            assert first.num_fetched_tokens == num_lent
 
     asyncio.run(scenario())

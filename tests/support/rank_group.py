@@ -50,7 +50,9 @@ class Group:
 def spec_of(
     prepared: PreparedModel, degree: int, *, num_blocks: int = 64, config: EngineConfig = PLAIN
 ) -> WorkerSpec:
-    layout = prepared.config.kv_layout(block_size=config.block_size, dtype="float32", model_digest="")
+    layout = prepared.config.kv_layout(
+        block_size=config.block_size, dtype="float32", model_digest="", weight_dtype="float32"
+    )
     engine = replace(config, tensor_parallel=degree, kv_cache_bytes=num_blocks * layout.block_bytes)
     return WorkerSpec(WorkerId("w"), 1, BOTH, "tiny", engine=engine)
 

@@ -46,7 +46,10 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
     )
     model = Llama(config, weights)
     layout = config.kv_layout(
-        block_size=engine.block_size, dtype=kv_dtype(engine), model_digest=prepared.digest
+        block_size=engine.block_size,
+        dtype=kv_dtype(engine),
+        model_digest=prepared.digest,
+        weight_dtype=engine.weight_dtype.value,
     )
     needed_bytes = step_bytes(config, engine, model.dtype.itemsize)
     kv_cache = _take_kv_cache(spec, layout, needed_bytes, device, progress)

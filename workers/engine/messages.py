@@ -50,7 +50,7 @@ class CommitTransfer:
     """All KV has arrived and is verified; `token_ids` are those that follow on what the request here knows.
 
     token_digest: of the tokens whose KV it is (kvtransfer.digest); of a fetched prefix the hash of its last block.
-    is_lossy: it came through a codec that changes it, or from a pool of fewer bits.
+    is_lossy: it came through a codec that changes it, or from a worker with other weights or KV in fewer bits.
     """
 
     transfer_id: str

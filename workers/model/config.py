@@ -183,8 +183,8 @@ class ModelConfig:
             values["vision"] = vision_from_values(values["vision"])
         return cls(**values)
 
-    def kv_layout(self, *, block_size: int, dtype: str, model_digest: str) -> KvLayout:
-        """The layout of a KV cache of this model; dtype is a key of DTYPE_BYTES."""
+    def kv_layout(self, *, block_size: int, dtype: str, model_digest: str, weight_dtype: str) -> KvLayout:
+        """The layout of a KV cache of this model; dtype is a key of DTYPE_BYTES, weight_dtype a WeightDtype."""
         return KvLayout(
             model_digest=model_digest,
             dtype=dtype,
@@ -193,6 +193,7 @@ class ModelConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             position_encoding=self._position_encoding(),
+            weight_dtype=weight_dtype,
         )
 
     def _position_encoding(self) -> str:

@@ -70,7 +70,12 @@ def load_rank(spec: WorkerSpec, prepared: PreparedModel, rank: Rank, progress: P
         num_bytes = 4 * sum(map(prod, shapes.values()))
         check_memory("the model's weights", num_bytes, "use a smaller model or end other programs")
         weights = read_part(path, config, rank, lambda name, one: {name: one}, told)
-    layout = config.kv_layout(block_size=engine.block_size, dtype=dtype, model_digest=prepared.digest)
+    layout = config.kv_layout(
+        block_size=engine.block_size,
+        dtype=dtype,
+        model_digest=prepared.digest,
+        weight_dtype=engine.weight_dtype.value,
+    )
     return RankWeights(own, weights, device, _of_rank(layout, rank), layout)
 
 

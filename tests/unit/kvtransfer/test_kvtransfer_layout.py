@@ -33,10 +33,11 @@ def test_blocks_needed_counts_a_partly_filled_one(num_tokens: int, num_blocks: i
         LAYOUT,
         replace(LAYOUT, block_size=1),
         replace(LAYOUT, dtype="float8_e4m3fn"),
+        replace(LAYOUT, weight_dtype="fp8"),
         replace(LAYOUT, head_lo=3, head_hi=4),
     ],
 )
-def test_block_size_dtype_and_heads_may_differ(other: KvLayout) -> None:
+def test_block_size_dtypes_and_heads_may_differ(other: KvLayout) -> None:
     assert incompatibility(LAYOUT, other) is None
 
 

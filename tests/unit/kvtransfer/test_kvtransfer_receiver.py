@@ -280,6 +280,18 @@ def test_kv_of_fewer_bits_is_not_what_would_be_computed_here(sender: str, here: 
     assert receiver.machine.is_lossy is is_lossy
 
 
+@pytest.mark.parametrize(
+    ("sender", "here", "is_lossy"),
+    [("fp8", "bfloat16", True), ("bfloat16", "fp8", True), ("float32", "int8", True), ("fp8", "fp8", False)],
+)
+def test_kv_of_other_weights_is_not_what_would_be_computed_here(
+    sender: str, here: str, is_lossy: bool
+) -> None:
+    receiver = Receiver(layout=replace(LAYOUT, weight_dtype=here))
+    receiver(replace(REQUEST, layout=replace(LAYOUT, weight_dtype=sender)), BLOCKS)
+    assert receiver.machine.is_lossy is is_lossy
+
+
 def test_a_chunk_that_is_not_whole_when_it_is_written_is_asked_for_again(receiver: Receiver) -> None:
     receiver(REQUEST, BLOCKS)
     receiver.damaged = {0}

@@ -53,14 +53,15 @@ DURATIONS = st.floats(1e-6, 1e9)
 REASONS = st.text(max_size=50)
 HEADS = st.sets(U16, min_size=2, max_size=2).map(lambda ends: tuple(sorted(ends)))
 LAYOUTS = st.builds(
-    lambda model, dtype, sizes, position_encoding, heads: KvLayout(
-        model, dtype, *sizes[:2], max(sizes[2], heads[1]), sizes[3], position_encoding, *heads
+    lambda model, dtype, sizes, position_encoding, heads, weights: KvLayout(
+        model, dtype, *sizes[:2], max(sizes[2], heads[1]), sizes[3], position_encoding, *heads, weights
     ),
     REASONS,
     st.sampled_from(sorted(DTYPE_BYTES)),
     st.tuples(COUNTS, COUNTS, COUNTS, COUNTS),
     REASONS,
     st.one_of(st.just((0, 0)), HEADS),
+    REASONS,
 )
 TOKENS = st.tuples(COUNTS, COUNTS).map(sorted)
 IDS = st.text(min_size=1, max_size=50)

@@ -17,7 +17,7 @@ from workers.errors import GpuUnavailable, KvCacheTooSmall, OutOfMemory
 from workers.model import fp8
 
 CPU = torch.device("cpu")
-LAYOUT = TINY.kv_layout(block_size=16, dtype="bfloat16", model_digest="d")
+LAYOUT = TINY.kv_layout(block_size=16, dtype="bfloat16", model_digest="d", weight_dtype="bfloat16")
 MIB = 2**20
 
 

@@ -1,12 +1,15 @@
 """What this kind of worker cannot do is refused when it starts."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.errors import TransportUnavailable
 from tests.support.device_engine import TINY
+from tests.support.tiny_vision_models import write_vision_folder
+from tests.support.worker_client import worker_spec
 from workers.api import (
     Device,
     EngineConfig,
@@ -57,6 +60,20 @@ def test_what_a_cpu_does_not_compute_with_is_refused() -> None:
     ):
         with pytest.raises(NotOnCpu, match=says):
             load(replace(spec, engine=engine), lambda *_progress: None)
+
+
+@pytest.mark.parametrize("dtype", [WeightDtype.FLOAT32, WeightDtype.INT8])
+def test_the_layout_of_kv_names_what_weights_are_kept_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: WeightDtype
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_vision_folder(tmp_path)
+    spec = worker_spec(tmp_path, frozenset({Phase.DECODE}), weight_dtype=dtype)
+    text = load(spec, lambda *_progress: None).text
+    assert text is not None
+    assert text.pool.layout.weight_dtype == dtype
+    text.runner.close()
+    text.compiler.close()
 
 
 def test_matrices_of_odd_sizes_are_refused_in_fp8_alone() -> None:

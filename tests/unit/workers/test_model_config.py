@@ -84,16 +84,18 @@ def test_other_json_is_refused(text: str) -> None:
 
 
 def test_kv_layout_names_all_that_must_agree() -> None:
-    layout = CONFIG.kv_layout(block_size=16, dtype="float32", model_digest="d")
-    assert layout == KvLayout("d", "float32", 16, 2, 2, 16, "rope:theta=100000")
+    layout = CONFIG.kv_layout(block_size=16, dtype="float32", model_digest="d", weight_dtype="int8")
+    assert layout == KvLayout("d", "float32", 16, 2, 2, 16, "rope:theta=100000", weight_dtype="int8")
     assert layout.block_bytes == 2 * 2 * 16 * 2 * 16 * 4
-    other = CONFIG.kv_layout(block_size=16, dtype="float32", model_digest="e")
+    other = CONFIG.kv_layout(block_size=16, dtype="float32", model_digest="e", weight_dtype="fp8")
     assert incompatibility(layout, other) == "model_digest is 'd' at the sender and 'e' at the receiver"
 
 
 def test_kv_of_another_rotation_is_refused() -> None:
     def encoding(config: ModelConfig) -> str:
-        return config.kv_layout(block_size=16, dtype="float32", model_digest="d").position_encoding
+        return config.kv_layout(
+            block_size=16, dtype="float32", model_digest="d", weight_dtype="int8"
+        ).position_encoding
 
     assert encoding(FULL) == (
         "rope:theta=10000,scaling=yarn,factor=4,original_context_tokens=4096,"

@@ -232,7 +232,9 @@ def test_kv_of_other_sections_is_of_another_layout(loaded: Loaded) -> None:
     config = loaded.model.config
     other = replace(config, rope=replace(config.rope, mrope_section=(4, 2, 2)))
     layouts = [
-        one.kv_layout(block_size=4, dtype="float32", model_digest="m").position_encoding
+        one.kv_layout(
+            block_size=4, dtype="float32", model_digest="m", weight_dtype="float32"
+        ).position_encoding
         for one in (config, other)
     ]
     assert layouts == ["rope:theta=10000,mrope_section=2/3/3", "rope:theta=10000,mrope_section=4/2/2"]

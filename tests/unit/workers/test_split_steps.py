@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.engine_fakes import CONFIG, key, make_engine, outputs_of, submit
 from tests.support.kv_memory import FactPacker
-from tests.support.two_streams import SPLIT, SplitWorld, TwoStreams, expected_tokens
+from tests.support.two_streams import SPLIT, BreakingStreams, SplitWorld, TwoStreams, expected_tokens
 from workers.api import (
     Abort,
     CautiousDecoding,
@@ -331,3 +331,33 @@ def test_a_step_that_breaks_fails_its_own_side(
     world.submit("r8", 5, 6)
     world.finish()
     assert world.tokens["r8"] == expected_tokens("r8", 5, 6)
+
+
+@given(
+    random=st.randoms(use_true_random=False),
+    requests=REQUESTS,
+    beginnings=st.sets(st.integers(1, 30), max_size=3),
+    ends=st.sets(st.integers(1, 30), max_size=2),
+    num_blocks=st.integers(11, 40),
+    is_cache_on=st.booleans(),
+)
+def test_steps_that_break_leave_the_tokens_of_others_alone(
+    random: Random,
+    requests: list[tuple[int, int, int, bool, str]],
+    beginnings: set[int],
+    ends: set[int],
+    num_blocks: int,
+    is_cache_on: bool,
+) -> None:
+    """beginnings, ends: steps that break there, by number."""
+    config = replace(ROOMY, is_prefix_cache_on=is_cache_on, growth_reserve=0.0, token_budget=9)
+    device = BreakingStreams(num_blocks, config.block_size, random.randrange, beginnings, ends)
+    world = SplitWorld(config, num_blocks, choose=random.randrange, steps=STEPS, device=device)
+    for i, (num_prompt, max_new, _, is_like, kind) in enumerate(requests):
+        world.submit(f"r{i}", num_prompt, max_new, is_like_others=is_like, **sampling(kind))
+    failed = world.finish_what_can()
+    for i, (num_prompt, max_new, *_) in enumerate(requests):
+        wanted = expected_tokens(f"r{i}", num_prompt, max_new)
+        found = world.tokens[f"r{i}"]
+        assert found == (wanted[: len(found)] if f"r{i}" in failed else wanted)
+    world.assert_idle()
