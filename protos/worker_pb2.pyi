@@ -2403,22 +2403,29 @@ class FindPrefixResponse(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     NUM_HOST_BLOCKS_FIELD_NUMBER: _builtins.int
     LINK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
+    WEIGHT_DTYPE_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """Blocks of these that are cached here as they were computed, from the first one on."""
     num_host_blocks: _builtins.int
     """Of these, blocks in host memory, which are put back into the pool first."""
     link_bytes_per_s: _builtins.float
     """What the way to the worker that asks carries, as last measured by sending there; 0 when it is not known."""
+    kv_dtype: _builtins.str
+    """As in KvLayout of kvtransfer.proto: whoever keeps more bits, or has weights in another dtype, takes none of these blocks."""
+    weight_dtype: _builtins.str
     def __init__(
         self,
         *,
         num_blocks: _builtins.int = ...,
         num_host_blocks: _builtins.int = ...,
         link_bytes_per_s: _builtins.float = ...,
+        kv_dtype: _builtins.str = ...,
+        weight_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_bytes_per_s", b"link_bytes_per_s", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_dtype", b"kv_dtype", "link_bytes_per_s", b"link_bytes_per_s", "num_blocks", b"num_blocks", "num_host_blocks", b"num_host_blocks", "weight_dtype", b"weight_dtype"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 
@@ -13,6 +13,7 @@ from kvtransfer.counts import PeerCounts, TransferCounts
 from kvtransfer.errors import DigestMismatch, PhasewiseTransferError
 from kvtransfer.grpc_stream import GrpcChannel
 from kvtransfer.host import KvHost
+from kvtransfer.layout import DTYPE_BYTES, inexactness
 from kvtransfer.transports.choice import TransportOpener
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
@@ -217,7 +218,7 @@ class KvFetching:
         finally:
             await self._channels.give_back(peer, is_lost=False)
         num_blocks = min(answer.num_blocks, len(wanted.block_hashes))
-        if num_blocks == 0:
+        if num_blocks == 0 or not self._is_exact(answer):
             return None
         size = self._host.pool.layout.block_size
         # Of the way that the KV takes, which only its sender has measured; else of the way back.
@@ -230,6 +231,14 @@ class KvFetching:
             host_tokens=min(answer.num_host_blocks, num_blocks) * size,
             host_bytes_per_s=ASSUMED_HOST_BYTES_PER_S,
         )
+
+    def _is_exact(self, answer: pb.FindPrefixResponse) -> bool:
+        """What this peer has is what is computed here: nothing else would be taken when it has come."""
+        here = self._host.pool.layout
+        if answer.kv_dtype not in DTYPE_BYTES:
+            return False
+        there = replace(here, dtype=answer.kv_dtype, weight_dtype=answer.weight_dtype)
+        return inexactness(there, here) is None
 
     async def _fetch_from(self, wanted: FetchPrefix, address: str, cached: CachedAt, timeout_s: float) -> int:
         """Tokens that came from there."""

@@ -48,12 +48,14 @@ class PrefixFound:
     """Blocks of a chain that are cached here as they were computed, from its first on.
 
     num_host_blocks: of these, blocks in host memory. link_bytes_per_s: what the way to whoever asks carries, as last
-    measured by sending; 0 when it is not known.
+    measured by sending; 0 when it is not known. kv_dtype, weight_dtype: as in kvtransfer.layout.KvLayout.
     """
 
     num_blocks: int
     num_host_blocks: int
     link_bytes_per_s: float
+    kv_dtype: str
+    weight_dtype: str
 
 
 class WorkerService(pb_grpc.WorkerServiceServicer):
@@ -166,6 +168,8 @@ class WorkerService(pb_grpc.WorkerServiceServicer):
             num_blocks=found.num_blocks,
             num_host_blocks=found.num_host_blocks,
             link_bytes_per_s=found.link_bytes_per_s,
+            kv_dtype=found.kv_dtype,
+            weight_dtype=found.weight_dtype,
         )
 
     async def SetPhases(  # noqa: N802

@@ -157,7 +157,9 @@ class TextSide:
             num_blocks, num_host_blocks = await asyncio.wrap_future(
                 self.step_loop.call(lambda: engine.count_cached(block_hashes))
             )
-        return PrefixFound(num_blocks, num_host_blocks, self.kv_host.link_bytes_per_s(address) or 0.0)
+        layout = self.kv_host.pool.layout
+        rate = self.kv_host.link_bytes_per_s(address) or 0.0
+        return PrefixFound(num_blocks, num_host_blocks, rate, layout.dtype, layout.weight_dtype)
 
     async def check_invariants(self) -> None:
         """Those of transfers and, in its own thread, of the engine."""

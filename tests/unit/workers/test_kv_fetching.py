@@ -27,7 +27,14 @@ from workers.kv_fetching import KvFetching
 from workers.kv_host import EngineKvHost
 
 LAYOUT = KvLayout(
-    "d", "float32", block_size=4, num_layers=2, num_kv_heads=1, head_dim=2, position_encoding=""
+    "d",
+    "float32",
+    block_size=4,
+    num_layers=2,
+    num_kv_heads=1,
+    head_dim=2,
+    position_encoding="",
+    weight_dtype="float32",
 )
 HASHES = tuple(bytes([i]) * 16 for i in range(10))
 
@@ -35,8 +42,18 @@ HASHES = tuple(bytes([i]) * 16 for i in range(10))
 class Peer(pb_grpc.WorkerServiceServicer):
     """Has so many of any blocks. Or it never answers."""
 
-    def __init__(self, num_blocks: int, *, link_bytes_per_s: float = 0.0, is_silent: bool = False) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        link_bytes_per_s: float = 0.0,
+        is_silent: bool = False,
+        kv_dtype: str = "float32",
+        weight_dtype: str = "float32",
+    ) -> None:
         self.num_blocks = num_blocks
+        self.kv_dtype = kv_dtype
+        self.weight_dtype = weight_dtype
         self.link_bytes_per_s = link_bytes_per_s
         self.is_silent = is_silent
         self.asked: list[pb.FindPrefixRequest] = []
@@ -50,7 +67,12 @@ class Peer(pb_grpc.WorkerServiceServicer):
                 await asyncio.Event().wait()
             finally:
                 self.was_given_up.set()
-        return pb.FindPrefixResponse(num_blocks=self.num_blocks, link_bytes_per_s=self.link_bytes_per_s)
+        return pb.FindPrefixResponse(
+            num_blocks=self.num_blocks,
+            link_bytes_per_s=self.link_bytes_per_s,
+            kv_dtype=self.kv_dtype,
+            weight_dtype=self.weight_dtype,
+        )
 
 
 class Fetching:
@@ -131,6 +153,31 @@ def test_all_are_asked_and_one_sends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run(monkeypatch, peers, scenario)
     assert much.num_blocks == 10
+
+
+@pytest.mark.parametrize(
+    "near",
+    [
+        {"weight_dtype": "fp8"},
+        {"kv_dtype": "float8_e4m3fn"},
+        {"kv_dtype": "of a later version"},
+        {"kv_dtype": ""},
+    ],
+)
+def test_one_whose_kv_is_not_what_is_computed_here_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, near: dict[str, str]
+) -> None:
+    more, exact = peers = [Peer(10, **near), Peer(5)]
+
+    async def scenario(it: Fetching) -> None:
+        assert await it.ask([more]) == 0
+        assert it.fetched == []
+        assert await it.ask(peers) == 40
+        [fetched] = it.fetched
+        assert fetched["min_tokens"] <= 5 * LAYOUT.block_size
+
+    run(monkeypatch, peers, scenario)
+    assert len(exact.asked) == 1
 
 
 def test_one_that_does_not_answer_is_given_up_and_another_sends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ async def find_prefix(block_hashes: tuple[bytes, ...], address: str) -> PrefixFo
             raise TimeoutError
         case "early:1":
             return None
-    return PrefixFound(len(block_hashes), 1, 5e8)
+    return PrefixFound(len(block_hashes), 1, 5e8, "bfloat16", "fp8")
 
 
 async def set_phases(incarnation: int, phases: PhaseSet, phase_epoch: int) -> PhasesRefused | None:
@@ -184,7 +184,9 @@ async def _find(num_hashes: int, address: str) -> pb.FindPrefixResponse | str:
 
 
 def test_what_is_cached_of_a_prefix_is_told() -> None:
-    answer = pb.FindPrefixResponse(num_blocks=3, num_host_blocks=1, link_bytes_per_s=5e8)
+    answer = pb.FindPrefixResponse(
+        num_blocks=3, num_host_blocks=1, link_bytes_per_s=5e8, kv_dtype="bfloat16", weight_dtype="fp8"
+    )
     assert asyncio.run(_find(3, "w:1")) == answer
 
 
