@@ -10,7 +10,7 @@ from tests.support.split_shares import fake_shares
 from workers.api import SamplingParams
 from workers.model.llama import Llama
 
-BUCKETS = (1, 2, 4, 8)
+BUCKETS = (2, 8)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ class TestFake(SplitContract):
     @pytest.fixture
     def make(self, model: Llama) -> Make:
         def made(sharing: object, **options: object) -> DeviceEngine:
-            sizes = {"buckets": BUCKETS, "mixed_buckets": (16, 32, 64)}
+            sizes = {"buckets": BUCKETS, "mixed_buckets": (32, 64)}
             return DeviceEngine(model, sharing=sharing, shares=fake_shares(), **sizes, **options)
 
         return made

@@ -106,12 +106,15 @@ def a_round(
         target_pool.to(device), random_slots(target_pool, num_tokens, seed=1), (0, 2), (1, num_heads + 1)
     )
     decode(found.pages, target, codec)
-    wanted = convert(decode_reference(pages, codec, num_tokens, num_heads, head_dim), target_dtype)
+    wanted = decode_reference(pages, codec, num_tokens, num_heads, head_dim)
     actual = gather(target).cpu()
     if codec in ("fp8", "int4_hadamard"):
-        assert torch.equal(bits_of(actual), bits_of(wanted))
+        assert torch.equal(bits_of(actual), bits_of(convert(wanted, target_dtype)))
     else:
-        torch.testing.assert_close(actual.float(), wanted.float(), rtol=1e-2, atol=1e-5)
+        # What is in bounds before it is rounded to the pool's dtype is so after it.
+        error = 1e-2 * wanted.abs() + 1e-5
+        low, high = (convert(end, target_dtype).float() for end in (wanted - error, wanted + error))
+        assert bool(((low <= actual.float()) & (actual.float() <= high)).all())
     untouched = target.kv_cache.float().isnan()
     assert int(untouched.sum()) == untouched.numel() - np.prod(target.shape)
 
