@@ -19,6 +19,7 @@ from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
 from workers.api import Device, KvDtype, ModelInfo, Phase, Submit, WorkerSpec
 from workers.block_hash import root_hash
+from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.device.gpu import gpu_uuid
 from workers.device.placed import PlacedText
 from workers.embeddings.encoding import VisionTools
@@ -211,6 +212,7 @@ def _loaded_text(
             token_bytes=layout.token_bytes,
             max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
             layer_launch_s=GPU_LAYER_LAUNCH_S if spec.device is Device.CUDA else 0.0,
+            max_graph_tokens=MAX_MIXED_TOKENS,
             fixed=spec.kv_transfer.layer_group_size,
         ),
         latency=LatencyModel(

@@ -30,8 +30,8 @@ class LayerPacing:
     """Group sizes for one engine.
 
     num_layers: of the model. token_bytes: KV of one token in one layer. max_chunk_bytes: of one message. layer_launch_s: what
-    a layer of a step in more than one group costs beside, where the whole step would be one CUDA graph. fixed: the answer to all
-    questions, when the manifest gives it.
+    a layer of a step in more than one group costs beside, where the whole step would be one CUDA graph: one of up to max_graph_tokens.
+    fixed: the answer to all questions, when the manifest gives it.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class LayerPacing:
         token_bytes: int,
         max_chunk_bytes: int,
         layer_launch_s: float = 0.0,
+        max_graph_tokens: int = 0,
         fixed: int | None = None,
     ) -> None:
         self.num_layers = num_layers
         self._token_bytes = token_bytes
         self._max_chunk_bytes = max_chunk_bytes
         self._layer_launch_s = layer_launch_s
+        self._max_graph_tokens = max_graph_tokens
         self._fixed = fixed
         self._token_s = FIRST_TOKEN_S
         self._message_s = FIRST_MESSAGE_S
@@ -79,7 +81,7 @@ class LayerPacing:
             max_chunk_bytes=self._max_chunk_bytes,
             message_s=_rounded(self._message_s),
             bytes_per_s=_rounded(self._bytes_per_s),
-            layer_launch_s=self._layer_launch_s,
+            layer_launch_s=self._layer_launch_s if num_tokens <= self._max_graph_tokens else 0.0,
         )
 
 

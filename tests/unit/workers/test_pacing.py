@@ -102,6 +102,21 @@ def test_launches_that_cost_more_never_cut_a_step_that_was_whole(
     assert best(launch_s) in (best(0.0), 30)
 
 
+def test_a_step_that_is_too_large_for_a_graph_is_launched_by_kernels_either_way() -> None:
+    pacing, plain = (
+        LayerPacing(
+            num_layers=32,
+            token_bytes=4096,
+            max_chunk_bytes=2 * MIB,
+            layer_launch_s=launch_s,
+            max_graph_tokens=2048,
+        )
+        for launch_s in (1.0, 0.0)
+    )
+    assert pacing.group_size(2048) == 32
+    assert pacing.group_size(2049) == plain.group_size(2049) < 32
+
+
 def test_a_size_that_the_manifest_gives_is_taken() -> None:
     pacing = LayerPacing(num_layers=3, token_bytes=1000, max_chunk_bytes=MIB, fixed=10)
     assert pacing.group_size(100) == 3
