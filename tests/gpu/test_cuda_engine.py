@@ -7,7 +7,15 @@ from functools import cache
 import pytest
 import torch
 
-from tests.support.device_engine import ENGINE, PROMPTS, TINY, DeviceEngine, greedy, random_weights
+from tests.support.device_engine import (
+    ENGINE,
+    PROMPTS,
+    TINY,
+    DeviceEngine,
+    first_logits,
+    greedy,
+    random_weights,
+)
 from workers.api import (
     CautiousDecoding,
     NgramDrafts,
@@ -151,21 +159,6 @@ def test_penalties_biases_and_logprobs_are_those_of_a_cpu() -> None:
 
     wanted = DeviceEngine(on_cpu().runner._model, buckets=None).serve(PROMPTS, sampling)
     assert on_gpu().serve(PROMPTS, sampling) == wanted
-
-
-def first_logits(made: DeviceEngine) -> torch.Tensor:
-    """Of the first step of some prompts, [rows, vocab_size]."""
-    found: list[torch.Tensor] = []
-    forward = made.runner._run_forward
-
-    def keep(*arguments: object, **options: object) -> torch.Tensor:
-        result = forward(*arguments, **options)
-        found.append(result.float().cpu())
-        return result
-
-    made.runner._run_forward = keep
-    made.serve(PROMPTS[:4], greedy(1))
-    return torch.cat(found)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.device_engine import PROMPTS, TINY, DeviceEngine, greedy, random_weights
+from tests.support.device_engine import PROMPTS, TINY, DeviceEngine, first_logits, greedy, random_weights
 from tests.support.tiny_model import write_tiny_gguf
 from tests.support.triton_checks import fp8_linear
 from tests.support.triton_checks.interpreter import checks_of
@@ -81,21 +81,6 @@ def engine(
     for name, values in cpu_weights().items():
         weights |= placed(name, values, CUDA, dtype)
     return DeviceEngine(Llama(TINY, weights), buckets=buckets, kv_dtype=kv_dtype, **options)
-
-
-def first_logits(made: DeviceEngine) -> torch.Tensor:
-    """Of the first step of some prompts, [rows, vocab_size]."""
-    found: list[torch.Tensor] = []
-    forward = made.runner._run_forward
-
-    def keep(*arguments: object, **options: object) -> torch.Tensor:
-        result = forward(*arguments, **options)
-        found.append(result.float().cpu())
-        return result
-
-    made.runner._run_forward = keep
-    made.serve(PROMPTS[:4], greedy(1))
-    return torch.cat(found)
 
 
 DTYPES = pytest.mark.parametrize(

@@ -206,3 +206,18 @@ def gather(outputs: Sequence[Output], tokens: Mapping[str, list[int]]) -> None:
 def greedy(num_tokens: int = 24) -> Callable[[int], SamplingParams]:
     """Requests of different lengths, so that batches change."""
     return lambda i: SamplingParams(num_tokens - i % 5)
+
+
+def first_logits(made: DeviceEngine) -> torch.Tensor:
+    """Of the first step of some prompts, [rows, vocab_size]."""
+    found: list[torch.Tensor] = []
+    forward = made.runner._run_forward
+
+    def keep(*arguments: object, **options: object) -> torch.Tensor:
+        result = forward(*arguments, **options)
+        found.append(result.float().cpu())
+        return result
+
+    made.runner._run_forward = keep
+    made.serve(PROMPTS[:4], greedy(1))
+    return torch.cat(found)

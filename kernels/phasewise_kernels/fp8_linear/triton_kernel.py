@@ -32,27 +32,22 @@ TUNING = Tuning(outputs=4, tile_sums=16384, num_warps=4)
 
 def quantise_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As the op, on the current stream. rows: [num_rows, size] fp32, bf16 or fp16, contiguous."""
-    num_rows, size = rows.shape
-    numbers = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=rows.device)
-    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=rows.device)
-    if num_rows:
-        block = triton.next_power_of_2(size)
-        quantise_kernel[(num_rows,)](
-            rows, numbers, scales, size, block, num_warps=min(16, max(1, block // 512))
-        )
-    return numbers, scales
+    return _quantised(quantise_kernel, rows, rows.shape[1])
 
 
 def quantise_gated(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of silu(gate) * up, which is not rounded before. gate_up: [num_rows, 2 * size], gate first, as rows."""
-    num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    numbers = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=gate_up.device)
-    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=gate_up.device)
+    return _quantised(gate_kernel, gate_up, gate_up.shape[1] // 2)
+
+
+def _quantised(kernel: Any, rows: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """([num_rows, size] e4m3, [num_rows, 1] fp32) by one program a row."""
+    num_rows = rows.shape[0]
+    numbers = torch.empty(num_rows, size, dtype=torch.float8_e4m3fn, device=rows.device)
+    scales = torch.empty(num_rows, 1, dtype=torch.float32, device=rows.device)
     if num_rows:
         block = triton.next_power_of_2(size)
-        gate_kernel[(num_rows,)](
-            gate_up, numbers, scales, size, block, num_warps=min(16, max(1, block // 512))
-        )
+        kernel[(num_rows,)](rows, numbers, scales, size, block, num_warps=min(16, max(1, block // 512)))
     return numbers, scales
 
 
