@@ -57,20 +57,30 @@ class OnGpu(SplitContract):
         return lambda sampling: on_cpu().serve(SOME, sampling)
 
 
+@pytest.fixture(scope="module")
+def disjoint_sms() -> Iterator[SmShares]:
+    opened = open_sm_shares(0, PHASES, least_sms=32, step_groups=4)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def shared_sms() -> Iterator[SmShares]:
+    opened = plain_streams(0, PHASES)
+    yield opened
+    opened.close()
+
+
 class TestDisjointSms(OnGpu):
-    @pytest.fixture(scope="class")
-    def shares(self) -> Iterator[SmShares]:
-        opened = open_sm_shares(0, PHASES, least_sms=32, step_groups=4)
-        yield opened
-        opened.close()
+    @pytest.fixture
+    def shares(self, disjoint_sms: SmShares) -> SmShares:
+        return disjoint_sms
 
 
 class TestSharedSms(OnGpu):
-    @pytest.fixture(scope="class")
-    def shares(self) -> Iterator[SmShares]:
-        opened = plain_streams(0, PHASES)
-        yield opened
-        opened.close()
+    @pytest.fixture
+    def shares(self, shared_sms: SmShares) -> SmShares:
+        return shared_sms
 
 
 def test_decodes_end_while_a_prompt_is_computed() -> None:
