@@ -58,12 +58,13 @@ MOST_TOKENS = 2048
 PHASES = (Phase.PREFILL, Phase.DECODE)
 #: Memory for steps and graphs, and for those of the layouts.
 RESERVED_BYTES, SPLIT_BYTES = 6 * 10**9, 8 * 10**9
-#: Layouts differ by so many groups of SMs: on an H100, 16, 40, 64, 88 and 112 for decodes.
-STEP_GROUPS = 3
+#: Layouts differ by so many groups of SMs: on an H100 by 16, from 16 for decodes to 112.
+STEP_GROUPS = 2
 
 
-#: Prompts and decodes as they say, on streams with shares of the SMs; their steps of prompts have up to MOST_TOKENS.
-SHARING = ("nexus", "semi_pd")
+#: Prompts and decodes as they say, on streams with shares of the SMs; their steps of prompts have up to MOST_TOKENS. Those of both phases that phasewise chooses have
+#: the predicted budget.
+SHARING = ("nexus", "semi_pd", "phasewise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +78,19 @@ class Policy:
 
     @classmethod
     def of(cls, name: str) -> "Policy":
-        """`phasewise`, nexus+ORDER, semi_pd+ORDER, sarathi+ORDER@BUDGET, or ORDER@BUDGET, which is the same. Raises ValueError."""
-        if name == "phasewise":
-            return cls(name, PrefillOrder.LEAST_SLACK, None, "phasewise")
-        kind, plus, rest = name.rpartition("+")
+        """phasewise+ORDER, nexus+ORDER, semi_pd+ORDER, sarathi+ORDER@BUDGET, or ORDER@BUDGET, which is the same; `phasewise` has slack. Raises ValueError."""
+        kind, plus, rest = ("phasewise+slack" if name == "phasewise" else name).rpartition("+")
         order, at, budget = rest.partition("@")
         is_shared = kind in SHARING
         is_kind = is_shared or kind == "sarathi" or not plus
         is_budget = not at if is_shared else budget == "predicted" or (budget.isdecimal() and int(budget) > 0)
         if not (is_kind and is_budget and order in ORDERS):
             raise ValueError(
-                f"{name}: sarathi+ORDER@BUDGET, nexus+ORDER, semi_pd+ORDER or phasewise; the order is one of {', '.join(ORDERS)}, "
+                f"{name}: sarathi+ORDER@BUDGET, nexus+ORDER, semi_pd+ORDER or phasewise+ORDER; the order is one of {', '.join(ORDERS)}, "
                 "the budget a number of tokens or predicted"
             )
         if is_shared:
-            return cls(name, ORDERS[order], MOST_TOKENS, kind)
+            return cls(name, ORDERS[order], None if kind == "phasewise" else MOST_TOKENS, kind)
         return cls(name, ORDERS[order], None if budget == "predicted" else int(budget))
 
 

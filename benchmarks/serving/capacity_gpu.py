@@ -11,7 +11,7 @@ Policies have an order of prompts, ORDER: fcfs, spf (the shortest first) or slac
                           beside the decodes, by the latency model that the engine fits to its own steps (before the first rate it serves some rows untimed)
     nexus+ORDER           prompts and decodes side by side, each on SMs of its own, by Nexus' cost model and search
     semi_pd+ORDER         the same by semi-PD's windows of what was observed
-    phasewise             slack and predicted, and for each step the choice whether it is split, by prediction
+    phasewise+ORDER       predicted, and for each step the choice whether it is split, by prediction; `phasewise` is short for phasewise+slack
 With one of the last three there are layouts of the SMs, each with captured steps, so that all policies of that run have less KV. Their rows say which part of the time the
 device had which layout, and how often it changed.
 `vllm@2048` is vLLM with so many batched tokens, where it is installed: the same requests at the same times in its AsyncLLM, with the same shape, random

@@ -11,7 +11,7 @@ from workers.api import Phase, WorkerId
 from workers.device.sm_layouts import SmLayout
 from workers.engine.sharing import Load, PredictedSharing, Sharing, SharingLog, layouts_of
 from workers.latency_model import LatencyModel
-from workers.step_choice import Exclusive, Split, Step
+from workers.step_choice import Exclusive, Step
 from workers.step_cost import StepCost
 from workers.step_shape import DeviceShape
 
@@ -35,11 +35,7 @@ class NexusSharing:
 
 
 class SemiPdSharing:
-    """semi-PD: the percentages of its algorithm, which bind whatever the other phase does.
-
-    Disjoint SMs cannot overlap as percentages of processes can, so that a layout has the normalised shares, which are what its
-    curves and its algorithm look at; only 100 and 100, where it begins, are streams that share all SMs.
-    """
+    """semi-PD: the percentages of its algorithm, which bind whatever the other phase does. Where they add up to more than 100, the parts of the two overlap."""
 
     def __init__(self, cost: StepCost, slo: Slo, block_size: int) -> None:
         self._steps = SemiPdSteps(cost, slo)
@@ -48,12 +44,7 @@ class SemiPdSharing:
 
     def step(self, now_s: float, load: Load) -> Step:
         """See Sharing."""
-        step = self._steps.step(now_s, _device(load, self._block_size), load.head)
-        assert isinstance(step, Split)
-        total = step.prefill_share + step.decode_share
-        if total >= 2.0:
-            return step
-        return Split(step.prefill_share / total, step.decode_share / total, step.budget, is_binding=True)
+        return self._steps.step(now_s, _device(load, self._block_size), load.head)
 
     def told(self, now_s: float, ttft_s: float, tpot_s: float | None) -> None:
         """A request has ended."""

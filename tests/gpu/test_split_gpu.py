@@ -78,6 +78,8 @@ class TestDisjointSms(OnGpu):
 
 
 class TestSharedSms(OnGpu):
+    num_kinds = 2
+
     @pytest.fixture
     def shares(self, shared_sms: SmShares) -> SmShares:
         return shared_sms

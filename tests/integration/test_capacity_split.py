@@ -20,6 +20,7 @@ def test_policies_by_name() -> None:
     assert Policy.of("slack@predicted").budget is None
     assert Policy.of("nexus+fcfs") == Policy("nexus+fcfs", PrefillOrder.FCFS, MOST_TOKENS, "nexus")
     assert Policy.of("semi_pd+spf").sharing == "semi_pd"
+    assert Policy.of("phasewise+fcfs") == Policy("phasewise+fcfs", PrefillOrder.FCFS, None, "phasewise")
     assert Policy.of("phasewise") == Policy("phasewise", PrefillOrder.LEAST_SLACK, None, "phasewise")
 
 

@@ -57,6 +57,7 @@ EVERY_KIND: tuple[Step, ...] = (
     HALVES,
     Split(0.25, 0.75, 2048),
     Mixed(2048),
+    Split(0.75, 0.5, 2048),
     SHARED,
     Exclusive(Phase.DECODE, 0),
     Split(0.75, 0.25, 2048),

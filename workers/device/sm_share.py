@@ -76,6 +76,11 @@ class SmShares:
         choice = choose([one.layout for one in self.layouts], shares, keeps=keeps)
         return next(one for one in self.layouts if one.layout == choice.layout), choice.reason
 
+    def pick_part(self, phase: Phase, share: float) -> LiveLayout:
+        """Where this phase has the least that is no less than its share, of 0 to 1; parts of other phases may overlap it."""
+        enough = [one for one in self.layouts if one.layout.sm_share(phase) >= share - 1e-9]
+        return min(enough, key=lambda one: one.layout.sm_count(phase))
+
     def switch(self, phase: Phase, to: LiveLayout) -> torch.cuda.Stream:
         """The stream on which the phase goes on, after all that its stream before was given."""
         before, after = self._current[phase].streams[phase], to.streams[phase]

@@ -60,7 +60,7 @@ class SplitRunner:
         self.layout_bytes = dict(layout_bytes)
         self._whole = whole
         self._shares = shares
-        self._picked: dict[tuple[float, float], LiveLayout] = {}
+        self._picked: dict[tuple[float, float], dict[Phase, LiveLayout]] = {}
 
     @property
     def may_overlap(self) -> bool:
@@ -88,7 +88,7 @@ class SplitRunner:
         step: SharedStep,
     ) -> BegunBeside:
         """See SplitRunner in workers.engine.running. The layout is changed for this phase alone."""
-        live = self._pick(step)
+        live = self._pick(step)[phase]
         stream = self._shares.switch(phase, live)
         if isinstance(stream, torch.cuda.Stream):
             # Blocks that came back from the host, and steps of both phases.
@@ -105,16 +105,28 @@ class SplitRunner:
 
     def layout_name(self, step: SharedStep) -> str:
         """What `begin_beside` takes for it."""
-        return f"split: {self._pick(step).layout}" if isinstance(step, Split) else f"{step.phase} alone"
+        if not isinstance(step, Split):
+            return f"{step.phase} alone"
+        picked = self._pick(step)
+        counts = ", ".join(f"{phase} {live.layout.sm_count(phase)}" for phase, live in picked.items())
+        return f"split: {counts} SMs"
 
-    def _pick(self, step: SharedStep) -> LiveLayout:
-        """The nearest layout in which decode has no less than it is to have; a phase that is alone has all SMs."""
+    def _pick(self, step: SharedStep) -> dict[Phase, LiveLayout]:
+        """The nearest layout in which decode has no less than it is to have; a phase that is alone has all SMs.
+
+        Of shares that are more than all together each phase has what is nearest for itself, so that the parts overlap.
+        """
         if not isinstance(step, Split) or len(self._shares.layouts) == 1:
-            return self._shares.layouts[0]
+            return dict.fromkeys(PHASES, self._shares.layouts[0])
         wanted = step.prefill_share, step.decode_share
         if wanted not in self._picked:
             shares = dict(zip(PHASES, wanted, strict=True))
-            self._picked[wanted] = self._shares.pick(shares, keeps=Phase.DECODE)[0]
+            if sum(wanted) > 1.0 + 1e-9:
+                self._picked[wanted] = {
+                    phase: self._shares.pick_part(phase, shares[phase]) for phase in PHASES
+                }
+            else:
+                self._picked[wanted] = dict.fromkeys(PHASES, self._shares.pick(shares, keeps=Phase.DECODE)[0])
         return self._picked[wanted]
 
 

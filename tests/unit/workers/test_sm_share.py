@@ -124,6 +124,15 @@ def test_each_phase_switches_at_its_own_time_and_after_its_own_work() -> None:
     assert back.waited_for == ["decode 48"]
 
 
+def test_a_part_is_the_least_that_is_enough_whatever_the_other_phases_have() -> None:
+    shares = shares_of(FakeContexts())
+    for phase in PHASES:
+        sizes = sorted(live.layout.sm_count(phase) for live in shares.layouts)
+        for share in (0.0, 0.3, 0.5, 0.65, sizes[1] / 132, 0.99, 1.0):
+            found = shares.pick_part(phase, share).layout.sm_count(phase)
+            assert found == next(size for size in sizes if size / 132 >= share - 1e-9)
+
+
 def test_closing_gives_every_context_back_and_drops_what_was_kept() -> None:
     contexts = FakeContexts()
     shares = shares_of(contexts)
