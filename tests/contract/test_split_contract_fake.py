@@ -1,6 +1,7 @@
 """Split steps with the engine's own code on a CPU, whose streams are stand-ins."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,8 @@ BUCKETS = (2, 8)
 
 @pytest.fixture(scope="module")
 def model() -> Llama:
-    return Llama(TINY, random_weights(TINY))
+    config = replace(TINY, max_context_tokens=128)
+    return Llama(config, random_weights(config))
 
 
 @pytest.fixture(scope="module")

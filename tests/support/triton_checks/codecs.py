@@ -149,7 +149,7 @@ def check_what_no_codec_can_pack_is_counted(device: str) -> None:
 def check_odd_shapes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
-    @settings(max_examples=10 if device == "cpu" else 20, deadline=None, database=None)
+    @settings(max_examples=6 if device == "cpu" else 20, deadline=None, database=None)
     @given(st.sampled_from(CODECS), st.integers(1, 140), st.sampled_from([(2, 64), (3, 16)]))
     def rounds(codec: PageCodec, num_tokens: int, shape: tuple[int, int]) -> None:
         a_round(codec, num_tokens, *shape, device)

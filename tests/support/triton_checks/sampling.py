@@ -132,11 +132,15 @@ def check_all_options_on_all_kinds_of_logits(device: str) -> None:
         (49152, torch.bfloat16),
         (128256, torch.float32),
     )
-    for kind, (vocab_size, dtype) in product(kinds, sizes):
-        if device == "cpu" and vocab_size > 3000:
-            continue
-        logits = logits_of(kind, len(OPTIONS), vocab_size, dtype, rng).to(device)
-        assert_same(logits, list(OPTIONS), rng)
+    for (i, kind), (j, (vocab_size, dtype)) in product(enumerate(kinds), enumerate(sizes)):
+        options = list(OPTIONS)
+        if device == "cpu":
+            # Interpreted every kind with two of the smaller sizes, and half of the options with each.
+            if vocab_size > 3000 or (i + j) % 2:
+                continue
+            options = options[(i // 2 + j // 2) % 2 :: 2]
+        logits = logits_of(kind, len(options), vocab_size, dtype, rng).to(device)
+        assert_same(logits, options, rng)
 
 
 def check_unusable_rows(device: str) -> None:
@@ -173,7 +177,7 @@ def check_no_rows(device: str) -> None:
 def check_whatever_comes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
-    @settings(max_examples=20 if device == "cpu" else 200, deadline=None, database=None)
+    @settings(max_examples=8 if device == "cpu" else 200, deadline=None, database=None)
     @given(
         st.sampled_from(["peaked", "flat", "ties", "few"]),
         st.sampled_from([(2, torch.float32), (2500, torch.bfloat16)]),
