@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from orchestrator.control.slo import Slo  # noqa: E402
 from workers.api import KvDtype, WeightDtype  # noqa: E402
 from workers.model.config import ModelConfig  # noqa: E402
 
+#: What is served untimed, at no more than the rates that are asked for: prompts of some traces are long.
 WARM_RPS, WARM_S = 12.0, 15.0
 #: What the engine promises on a GPU.
 TESTS = ("tests/gpu/test_cuda_engine.py", "tests/gpu/test_fp8.py", "tests/gpu/test_split_gpu.py")
@@ -146,6 +147,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--policies", default="sarathi+fcfs@2048,sarathi+spf@2048,slack@predicted", metavar="NAME,...")
     add("--slo-ttft-ms", type=float, default=500.0)
     add("--slo-tpot-ms", type=float, default=30.0)
+    add(
+        "--max-context-tokens",
+        type=int,
+        metavar="N",
+        help="of the model (default: 8192); longer prompts are clipped. mooncake_conversation.jsonl has up to 126,195",
+    )
     add_dtypes(parser)
     add("--max-running", type=int, default=384, metavar="N")
     add("--quick", action="store_true", help="one rate, 20 seconds")
@@ -170,9 +177,11 @@ def main() -> int:
         print(f"no numbers: the tests fail here\n{problem}", file=sys.stderr)
         return 1
     config = tiny_config() if args.tiny else LLAMA_3_8B
+    if args.max_context_tokens is not None:
+        config = replace(config, max_context_tokens=args.max_context_tokens)
     slo = Slo(args.slo_ttft_ms / 1e3, args.slo_tpot_ms / 1e3)
     trace = read_trace(args.trace)
-    warm = planned(trace, WARM_RPS, 1.0 if args.tiny else WARM_S, 1, config)
+    warm = planned(trace, min(WARM_RPS, *rates), 1.0 if args.tiny else WARM_S, 1, config)
     durations_s = {rate: args.rows / rate if args.rows else duration_s for rate in rates}
     loads = {rate: planned(trace, rate, durations_s[rate], args.first_row, config) for rate in rates}
     rows: list[dict[str, Any]] = []
@@ -186,6 +195,7 @@ def main() -> int:
         "duration_s": None if args.rows else duration_s,
         "slo": asdict(slo),
         "max_running": args.max_running,
+        "max_context_tokens": config.max_context_tokens,
         "weights": args.weights,
         "kv": args.kv,
     }
