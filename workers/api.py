@@ -977,6 +977,8 @@ class WorkerStatus:
     loaded: PhaseSet = frozenset()
     #: Its model does; only a worker that has told what it has loaded says so.
     takes_pictures: bool = False
+    #: Seconds for which its device computed with each layout, by name; of a worker whose steps may be split.
+    layout_s: tuple[tuple[str, float], ...] = ()
 
     def needs_new_process(self, phases: PhaseSet) -> bool:
         """It can serve these only after another process has taken its place, as far as is known."""

@@ -125,6 +125,7 @@ class TextSide:
             work=engine.work,
             first_step_s=engine.first_step_s,
             step_costs=engine.step_costs,
+            layout_s=engine.layout_s,
         )
 
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:
