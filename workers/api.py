@@ -100,6 +100,15 @@ class StepBudget(StrEnum):
     PREDICTED = "predicted"
 
 
+class PhaseSharing(StrEnum):
+    """How the prompts and the decodes of one worker share its device."""
+
+    #: In steps of both.
+    MIXED = "mixed"
+    #: In split steps where the latency model says that prompts get further so; see workers.step_choice.
+    PREDICTED = "predicted"
+
+
 class WeightDtype(StrEnum):
     """How the matrices of the model are kept in memory. All else is float32 on a CPU, and on a GPU the same, but for fp8."""
 
@@ -174,6 +183,8 @@ class EngineConfig:
     batching: Batching = Batching.STALL_FREE
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     step_budget: StepBudget = StepBudget.FIXED
+    #: What `limits.why_mixed` names has no other than MIXED.
+    phase_sharing: PhaseSharing = PhaseSharing.MIXED
     #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.
     tile_tokens: int = 1
     #: Part of what running sequences may still grow to that is kept free when one more is admitted, 0 to 1.
