@@ -1419,6 +1419,26 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 class WorkerStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LayoutSEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     PHASES_FIELD_NUMBER: _builtins.int
@@ -1444,6 +1464,7 @@ class WorkerStatus(_message.Message):
     ENCODE_COSTS_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     TAKES_PICTURES_FIELD_NUMBER: _builtins.int
+    LAYOUT_S_FIELD_NUMBER: _builtins.int
     GPU_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
@@ -1493,6 +1514,10 @@ class WorkerStatus(_message.Message):
         """Phases that its process has weights and memory for; empty until it has loaded them."""
 
     @_builtins.property
+    def layout_s(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Seconds for which its device computed with each layout, by name; empty of a worker whose steps are never split."""
+
+    @_builtins.property
     def gpu(self) -> Global___GpuStatus:
         """Absent from a worker on a CPU."""
 
@@ -1524,11 +1549,12 @@ class WorkerStatus(_message.Message):
         encode_costs: Global___EncodeCosts | None = ...,
         loaded: _abc.Iterable[Global___Phase.ValueType] | None = ...,
         takes_pictures: _builtins.bool = ...,
+        layout_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         gpu: Global___GpuStatus | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "leaked_blocks", b"leaked_blocks", "loaded", b"loaded", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "takes_pictures", b"takes_pictures", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "layout_s", b"layout_s", "leaked_blocks", b"leaked_blocks", "loaded", b"loaded", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "takes_pictures", b"takes_pictures", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__encode_costs: _TypeAlias = _typing.Literal["encode_costs"]  # noqa: Y015
     _WhichOneofArgType__encode_costs: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs"]  # noqa: Y015

@@ -100,6 +100,15 @@ class StepBudget(StrEnum):
     PREDICTED = "predicted"
 
 
+class PhaseSharing(StrEnum):
+    """How the prompts and the decodes of one worker share its device."""
+
+    #: In steps of both.
+    MIXED = "mixed"
+    #: In split steps where the latency model says that prompts get further so; see workers.step_choice.
+    PREDICTED = "predicted"
+
+
 class WeightDtype(StrEnum):
     """How the matrices of the model are kept in memory. All else is float32 on a CPU, and on a GPU the same, but for fp8."""
 
@@ -174,6 +183,8 @@ class EngineConfig:
     batching: Batching = Batching.STALL_FREE
     prefill_order: PrefillOrder = PrefillOrder.FCFS
     step_budget: StepBudget = StepBudget.FIXED
+    #: What `limits.why_mixed` names has no other than MIXED.
+    phase_sharing: PhaseSharing = PhaseSharing.MIXED
     #: Steps are cut to a multiple of this many tokens where a prompt allows it; 1 cuts nowhere.
     tile_tokens: int = 1
     #: Part of what running sequences may still grow to that is kept free when one more is admitted, 0 to 1.
@@ -977,6 +988,8 @@ class WorkerStatus:
     loaded: PhaseSet = frozenset()
     #: Its model does; only a worker that has told what it has loaded says so.
     takes_pictures: bool = False
+    #: Seconds for which its device computed with each layout, by name; of a worker whose steps may be split.
+    layout_s: tuple[tuple[str, float], ...] = ()
 
     def needs_new_process(self, phases: PhaseSet) -> bool:
         """It can serve these only after another process has taken its place, as far as is known."""

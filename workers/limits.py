@@ -1,5 +1,6 @@
 """What settings of a worker may be, for its command line and for the manifest alike. Pure."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvtransfer.config import TransportChoice
@@ -53,6 +54,22 @@ GPU_DTYPES = ("float32", "bfloat16", "float16", "fp8")
 def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:
     """Whether weights may be kept in it there."""
     return dtype in (GPU_DTYPES if is_on_gpu else CPU_DTYPES)
+
+
+def why_mixed(
+    *, is_on_gpu: bool, tensor_parallel: int, phases: Collection[str], step_budget: str
+) -> str | None:
+    """What keeps a worker from split steps, as the end of a sentence; None when nothing does. phases, step_budget: words of the manifest."""
+    if not is_on_gpu:
+        return "on a CPU, which has no SMs to divide"
+    if tensor_parallel > 1:
+        return f"over {tensor_parallel} devices, whose ranks compute one step at a time"
+    if set(phases) != {"prefill", "decode"}:
+        # Batches of an encoder are captured before the layouts are checked, which frees workspaces that these have used.
+        return "with phases other than prefill and decode, which are what is split"
+    if step_budget == "fixed":
+        return "with a fixed step budget: steps are split by the target for TPOT, which only a predicted one looks at"
+    return None
 
 
 def min_token_budget(max_running_sequences: int, block_size: int) -> int:

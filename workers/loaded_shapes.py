@@ -1,8 +1,10 @@
 """Shapes of what a worker has loaded and of where it computes, for its latency model. Pure."""
 
+from dataclasses import replace
 from pathlib import PurePath
 
 from workers.api import WeightDtype
+from workers.known_gpu import H100
 from workers.model.config import ModelConfig
 from workers.step_shape import DeviceShape, ModelShape
 
@@ -21,11 +23,7 @@ FP8_HEAD_BYTES = 2.0
 THREAD_FLOPS_PER_S, THREAD_ATTENTION_FLOPS_PER_S = 80e9, 20e9
 BYTES_PER_S, TRANSFER_BYTES_PER_S = 12e9, 1e9
 STEP_OVERHEAD_S = 2e-3
-#: Of an H100, by benchmarks/serving/engine_gpu.py: where the factors of any GPU start from.
-GPU_FLOPS_PER_S, GPU_ATTENTION_FLOPS_PER_S = 615e12, 400e12
-GPU_BYTES_PER_S, GPU_TRANSFER_BYTES_PER_S = 2.92e12, 160e9
-GPU_STEP_OVERHEAD_S = 0.6e-3
-#: The same benchmark's prefill with weights in fp8, of one second, to that in bfloat16.
+#: Prefill by benchmarks/serving/engine_gpu.py with weights in fp8, of one second, to that in bfloat16.
 FP8_SPEED_UP = 1.6
 
 
@@ -68,13 +66,6 @@ def cpu_shape(num_threads: int, memory_bytes: int) -> DeviceShape:
 
 
 def gpu_shape(name: str, memory_bytes: int, dtype: WeightDtype = WeightDtype.BFLOAT16) -> DeviceShape:
-    """Of any GPU, before it was measured. dtype: of the weights that it multiplies."""
-    return DeviceShape(
-        name,
-        flops_per_s=GPU_FLOPS_PER_S * (FP8_SPEED_UP if dtype is WeightDtype.FP8 else 1.0),
-        attention_flops_per_s=GPU_ATTENTION_FLOPS_PER_S,
-        bytes_per_s=GPU_BYTES_PER_S,
-        step_overhead_s=GPU_STEP_OVERHEAD_S,
-        memory_bytes=memory_bytes,
-        transfer_bytes_per_s=GPU_TRANSFER_BYTES_PER_S,
-    )
+    """Of any GPU, before it was measured: an H100's, curves by share of the SMs included. dtype: of the weights that it multiplies."""
+    speed_up = FP8_SPEED_UP if dtype is WeightDtype.FP8 else 1.0
+    return replace(H100, name=name, memory_bytes=memory_bytes, flops_per_s=H100.flops_per_s * speed_up)

@@ -17,7 +17,7 @@ from kvtransfer.layout import DTYPE_BYTES, KvLayout
 from kvtransfer.pool import KvPool
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
-from workers.api import Device, KvDtype, ModelInfo, Phase, Submit, WorkerSpec
+from workers.api import Device, KvDtype, ModelInfo, Phase, PhaseSharing, Submit, WorkerSpec
 from workers.block_hash import root_hash
 from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.device.gpu import gpu_uuid
@@ -36,10 +36,11 @@ from workers.errors import (
     ImageCacheTooSmall,
     KvCacheTooSmall,
     NotOnCpu,
+    SharingUnsupported,
     UnsupportedModel,
 )
 from workers.latency_model import LatencyModel
-from workers.limits import CPU_DTYPES, is_computed_in
+from workers.limits import CPU_DTYPES, is_computed_in, why_mixed
 from workers.loaded_shapes import cpu_shape, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
@@ -50,6 +51,7 @@ from workers.model.vision.encoder import VisionEncoder
 from workers.model.vision.make import make_encoder
 
 if TYPE_CHECKING:
+    from workers.device.split_runner import SplitRunner
     from workers.tensor_parallel.followers import Followers
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class LoadedText:
 
     config: ModelConfig
     runner: ModelRunner
+    #: Computes split steps too; None where each step is of both phases.
+    split: "SplitRunner | None"
     #: The memory of its KV blocks.
     pool: KvPool
     pacing: LayerPacing
@@ -125,10 +129,11 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu and NotOnCpu, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
     be had.
     """
     _check_transport(spec)
+    check_sharing(spec)
     if spec.device is Device.CPU:
         check_dtypes(spec)
     torch.set_num_threads(spec.engine.num_threads)
@@ -173,8 +178,7 @@ def _load_text(
     try:
         return _loaded_text(spec, prepared, placed, embeddings, progress)
     except BaseException:
-        if placed.followers is not None:
-            placed.followers.close()
+        placed.close()
         raise
 
 
@@ -203,9 +207,15 @@ def _loaded_text(
     )
     progress("computing a first token", 0.0)
     runner.warm_up()
+    split: SplitRunner | None = None
+    if placed.shares is not None:
+        from workers.device.placing import capture_layouts
+
+        split = capture_layouts(spec, placed, placed.shares, runner, progress)
     return LoadedText(
         config=config,
         runner=runner,
+        split=split,
         pool=placed.pool,
         pacing=LayerPacing(
             num_layers=layout.num_layers,
@@ -250,6 +260,20 @@ def _place_on_cpu(
     jit.warm_up(lambda what, done: progress(f"preparing the CPU kernels ({what})", done))
     shape = cpu_shape(spec.engine.num_threads, psutil.virtual_memory().total)
     return PlacedText(model, pool, kv_cache, layout, None, None, shape)
+
+
+def check_sharing(spec: WorkerSpec) -> None:
+    """Raises SharingUnsupported. The manifest and the command line have the same rule."""
+    engine = spec.engine
+    why = why_mixed(
+        is_on_gpu=spec.device is Device.CUDA,
+        tensor_parallel=engine.tensor_parallel,
+        phases=spec.phases,
+        step_budget=engine.step_budget,
+    )
+    if engine.phase_sharing is not PhaseSharing.MIXED and why is not None:
+        setting = f"engine.phaseSharing {engine.phase_sharing}"
+        raise SharingUnsupported(setting, f"cannot be had {why}", f"use {PhaseSharing.MIXED}")
 
 
 def check_dtypes(spec: WorkerSpec) -> None:

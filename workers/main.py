@@ -26,6 +26,7 @@ from workers.api import (
     KvTransferConfig,
     Phase,
     PhaseSet,
+    PhaseSharing,
     PrefillOrder,
     SpanReuseConfig,
     StepBudget,
@@ -82,7 +83,7 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:
         return "argument --span-recompute: with --no-prefix-cache there is no block to reuse"
-    problem = _tensor_parallel_problem(arguments)
+    problem = _tensor_parallel_problem(arguments) or _phase_sharing_problem(arguments)
     if problem is not None:
         return problem
     if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
@@ -107,6 +108,18 @@ def _tensor_parallel_problem(arguments: argparse.Namespace) -> str | None:
     if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
         return f"{start}with --transport {arguments.transport} it is 1: KV of several ranks is not read in place; use auto or grpc"
     return None
+
+
+def _phase_sharing_problem(arguments: argparse.Namespace) -> str | None:
+    why = limits.why_mixed(
+        is_on_gpu=_is_on_gpu(arguments),
+        tensor_parallel=arguments.tensor_parallel,
+        phases=arguments.phases,
+        step_budget=arguments.step_budget,
+    )
+    if arguments.phase_sharing == PhaseSharing.MIXED or why is None:
+        return None
+    return f"argument --phase-sharing: is {arguments.phase_sharing}; it must be mixed {why}"
 
 
 async def _serve(spec: WorkerSpec) -> None:
@@ -148,6 +161,7 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             batching=Batching(arguments.batching),
             prefill_order=PrefillOrder(arguments.prefill_order),
             step_budget=StepBudget(arguments.step_budget),
+            phase_sharing=PhaseSharing(arguments.phase_sharing),
             tile_tokens=_tile_tokens(arguments),
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
@@ -276,6 +290,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     _add_word(parser, "--batching", engine.batching, "what a step is made of")
     _add_word(parser, "--prefill-order", engine.prefill_order, "which prompt goes first")
     _add_word(parser, "--step-budget", engine.step_budget, "tokens of prompts in a step beside decodes")
+    _add_word(parser, "--phase-sharing", engine.phase_sharing, "how prompts and decodes share a GPU")
     add(
         "--tile-tokens",
         type=_whole(limits.TILE_TOKENS),

@@ -21,6 +21,8 @@ from workers.embeddings.host import EmbeddingHost
 from workers.engine.engine import Engine
 from workers.engine.ledger import with_leases
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
+from workers.engine.running import Splitting
+from workers.engine.sharing import SharingLog, predicted_sharing
 from workers.engine.step_loop import StepLoop
 from workers.grammar_gate import GrammarGate
 from workers.kv_host import EngineKvHost, TransferOutput
@@ -68,14 +70,16 @@ class TextSide:
             pacing=loaded.pacing,
             latency=loaded.latency,
         )
+        self._runner = loaded.split or loaded.runner
         # One callback for each publication, at most a few in each step; both ends take them in order.
         self.step_loop = StepLoop(
             engine,
-            loaded.runner,
+            self._runner,
             publish=self._publish,
             on_broken=lambda reason: self._call_soon(on_broken, reason),
             latency=loaded.latency,
-            overlapping=loaded.runner if loaded.runner.may_overlap else None,
+            overlapping=self._runner if self._runner.may_overlap else None,
+            splitting=_splitting(loaded, spec.engine.token_budget),
         )
         self.kv_host = EngineKvHost(
             loaded.pool, spec.incarnation, self.step_loop.post, spec.kv_transfer, address=address
@@ -125,6 +129,7 @@ class TextSide:
             work=engine.work,
             first_step_s=engine.first_step_s,
             step_costs=engine.step_costs,
+            layout_s=engine.layout_s,
         )
 
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:
@@ -211,5 +216,13 @@ class TextSide:
         self.step_loop.stop()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
-        self._loaded.runner.close()
+        self._runner.close()
         await asyncio.to_thread(self._loaded.compiler.close)
+
+
+def _splitting(loaded: LoadedText, max_prefill_tokens: int) -> Splitting | None:
+    """None where no step is split."""
+    if loaded.split is None:
+        return None
+    sharing = predicted_sharing(loaded.latency, loaded.split.layouts, max_prefill_tokens)
+    return Splitting(sharing, loaded.split, SharingLog())

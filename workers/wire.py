@@ -383,6 +383,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         gpu=gpu_to_pb(status.gpu) if status.gpu is not None else None,
         loaded=phases_to_pb(status.loaded),
         takes_pictures=status.takes_pictures,
+        layout_s=dict(status.layout_s),
     )
 
 
@@ -424,6 +425,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         gpu=gpu_from_pb(message.gpu) if message.HasField("gpu") else None,
         loaded=phases_from_pb(message.loaded),
         takes_pictures=message.takes_pictures,
+        layout_s=tuple(sorted(message.layout_s.items())),
     )
 
 

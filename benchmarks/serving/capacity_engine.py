@@ -12,7 +12,6 @@ import torch
 from benchmarks.serving.capacity_rows import Load, Served
 from benchmarks.serving.capacity_sharing import SemiPdSharing, Sharer, shared_row
 from benchmarks.serving.engine_gpu import kv_torch_dtype, random_weights
-from orchestrator.control.known_shapes import DEVICES
 from orchestrator.control.slo import Slo, tpot_s
 from workers.api import (
     EngineConfig,
@@ -195,7 +194,7 @@ def serve(
     splitting: Splitting | None = None
     if policy.sharing is not None:
         assert machine.split is not None
-        sharer = Sharer(latency, slo, machine.block_size, DEVICES["h100"], machine.layouts)
+        sharer = Sharer(latency, slo, machine.block_size, machine.layouts)
         sharing = sharer.of(policy.sharing)
         splitting = Splitting(sharing, machine.split, SharingLog())
 

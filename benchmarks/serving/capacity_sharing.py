@@ -9,11 +9,10 @@ from orchestrator.control.policies.policy import Ended, WorkerLoad
 from orchestrator.control.slo import Slo
 from workers.api import Phase, WorkerId
 from workers.device.sm_layouts import SmLayout
-from workers.engine.sharing import Load, PredictedSharing, Sharing, SharingLog, layouts_of
+from workers.engine.sharing import Load, Sharing, SharingLog, predicted_sharing
 from workers.latency_model import LatencyModel
 from workers.step_choice import Exclusive, Step
 from workers.step_cost import StepCost
-from workers.step_shape import DeviceShape
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 GPU = WorkerId("gpu")
@@ -58,7 +57,6 @@ class Sharer:
     latency: LatencyModel
     slo: Slo
     block_size: int
-    shape: DeviceShape
     layouts: Sequence[SmLayout]
 
     def of(self, name: str) -> Sharing:
@@ -69,8 +67,7 @@ class Sharer:
             case "semi_pd":
                 return SemiPdSharing(StepCost.of(self.latency), self.slo, self.block_size)
             case _:
-                shares = [one.sm_share(Phase.DECODE) for one in self.layouts if not one.is_shared]
-                return PredictedSharing(self.latency, layouts_of(self.shape, shares), CHUNK_TOKENS)
+                return predicted_sharing(self.latency, self.layouts, CHUNK_TOKENS)
 
 
 def shared_row(log: SharingLog) -> dict[str, Any]:

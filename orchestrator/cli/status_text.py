@@ -81,6 +81,7 @@ def lines(status: DeploymentStatus) -> list[str]:
         *_reuse(view),
         *_pictures(view),
         *_latency(view),
+        *_layouts(view),
     ]
 
 
@@ -260,6 +261,18 @@ def _latency(view: ClusterView) -> list[str]:
     """A line for each worker that has learned how long its work takes."""
     known = [(worker.worker_id, worker.status) for worker in view.workers if worker.status is not None]
     found = [f"  {worker_id}: {text}" for worker_id, status in known if (text := _learned(status))]
+    return ["", *found] if found else []
+
+
+def _layouts(view: ClusterView) -> list[str]:
+    """A line for each worker whose steps may be split: for which part of the time that its device computed it had which layout."""
+    found = []
+    for worker in view.workers:
+        layout_s = worker.status.layout_s if worker.status is not None else ()
+        total_s = sum(seconds for _, seconds in layout_s)
+        if total_s > 0:
+            parts = "; ".join(f"{name} {seconds / total_s:.0%}" for name, seconds in layout_s)
+            found.append(f"  {worker.worker_id}: steps {parts}")
     return ["", *found] if found else []
 
 

@@ -23,6 +23,7 @@ from workers.api import (
     KvDtype,
     KvTransferConfig,
     Phase,
+    PhaseSharing,
     PrefillOrder,
     SpanReuseConfig,
     StepBudget,
@@ -154,6 +155,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
         step_budget=StepBudget(engine.step_budget),
+        phase_sharing=PhaseSharing(engine.phase_sharing),
         tile_tokens=default_tile_tokens(engine.token_budget, is_on_gpu=group.is_on_gpu)
         if engine.tile_tokens is None
         else engine.tile_tokens,

@@ -102,6 +102,12 @@ class Engine(Section):
         description="Tokens of prompts that a step computes beside decodes. fixed: what they leave of tokenBudget. predicted: no more than "
         "slo.tpotMs leaves, as the worker has learnt how long its steps take.",
     )
+    phase_sharing: Literal["mixed", "predicted"] = Field(
+        default=_ENGINE.phase_sharing.value,
+        description="How prompts and decodes share the GPU of a worker that has both. mixed: in steps of both. predicted: side by side, each on SMs "
+        "of its own, where the worker predicts that prompts get further so within slo.tpotMs; it takes memory for each division of the SMs, and needs "
+        "stepBudget predicted.",
+    )
     tile_tokens: int | None = Field(
         default=None,
         ge=limits.TILE_TOKENS.least,

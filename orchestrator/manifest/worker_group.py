@@ -112,6 +112,15 @@ class WorkerGroup(Section):
             inconsistent(
                 [(("engine", "spanReuse"), "is set; allowed: absent on a GPU, which does not do it yet")]
             )
+        why = limits.why_mixed(
+            is_on_gpu=self.is_on_gpu,
+            tensor_parallel=self.tensor_parallel,
+            phases=self.phases,
+            step_budget=self.engine.step_budget,
+        )
+        if self.engine.phase_sharing != "mixed" and why is not None:
+            sentence = f"is {self.engine.phase_sharing}; allowed: mixed {why}"
+            inconsistent([(("engine", "phaseSharing"), sentence)])
         return self
 
 

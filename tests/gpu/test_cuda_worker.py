@@ -13,6 +13,7 @@ import torch
 from tests.support.device_engine import DeviceEngine, greedy
 from tests.support.embedded_model import embedded_llama, embedded_prepared, embedded_tokenizer
 from tests.support.hf_reference import hf_greedy, hf_llama
+from tests.support.split_worker import check_split_worker
 from tests.support.tiny_model import write_tiny_gguf
 from tests.support.worker_client import (
     DECODE,
@@ -91,6 +92,12 @@ def test_prefill_and_decode_on_a_gpu_generate_what_transformers_does(model_path:
                 assert await decode.generate(to_decode) == expected[length][1:]
 
     asyncio.run(scenario())
+
+
+def test_a_worker_with_split_steps_on_a_gpu_generates_what_a_mixed_one_does(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_split_worker(model_path, monkeypatch)
 
 
 @pytest.fixture

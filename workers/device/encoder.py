@@ -6,6 +6,7 @@ longer than the GPU. On a CPU the same code runs without streams and graphs, for
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from workers.api import ImageReduction
 from workers.device.forward import no_collection
-from workers.device.step_graph import NUM_WARM_UPS
+from workers.device.step_graph import captured
 from workers.embeddings.kept import KeptEmbeddings
 from workers.model.vision.encoder import VisionEncoder
 from workers.model.vision.idefics3 import Idefics3Encoder
@@ -149,12 +150,9 @@ class TileGraphs:
         with no_collection():
             for num_tiles in range(self._max_tiles, 0, -1):
                 progress(1 - num_tiles / self._max_tiles)
-                for _ in range(NUM_WARM_UPS):
-                    self._run(num_tiles)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self._run(num_tiles)
+                (graph,) = captured(partial(self._run, num_tiles), pool, stream)
                 self._graphs[num_tiles] = graph
 
-    def _run(self, num_tiles: int) -> None:
+    def _run(self, num_tiles: int, _cut: Callable[[], None] | None = None) -> None:
+        """See captured; it is one piece."""
         self._embeddings[:num_tiles].copy_(self._encoder.embed(self._pixels[:num_tiles]))

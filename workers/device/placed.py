@@ -12,6 +12,7 @@ from workers.step_shape import DeviceShape
 
 if TYPE_CHECKING:
     from workers.device.sampler import DeviceSampler
+    from workers.device.sm_share import SmShares
     from workers.engine.forwarding import Forward
     from workers.tensor_parallel.followers import Followers
 
@@ -29,3 +30,12 @@ class PlacedText:
     shape: DeviceShape
     #: The other ranks of a tensor-parallel group.
     followers: "Followers | None" = None
+    #: Layouts of its SMs, for split steps.
+    shares: "SmShares | None" = None
+
+    def close(self) -> None:
+        """Give back what other processes and the driver have."""
+        if self.followers is not None:
+            self.followers.close()
+        if self.shares is not None:
+            self.shares.close()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -9,15 +10,18 @@ from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
 from kvtransfer.transports.cuda_ipc import CudaPool
 from phasewise_kernels.fp8_linear.op import SIZE_STEP
-from workers.api import KvDtype, WeightDtype, WorkerSpec
+from workers.api import KvDtype, PhaseSharing, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
 from workers.device.forward import DeviceForward
 from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
-from workers.device.memory import kv_cache_bytes, step_bytes
+from workers.device.memory import kv_cache_bytes, layout_bytes, step_bytes
 from workers.device.placed import PlacedText
 from workers.device.sampler import DeviceSampler
-from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory, UnsupportedModel
+from workers.device.sm_share import SmShares, open_sm_shares
+from workers.device.split_runner import PHASES, STEP_GROUPS, SplitRunner, open_split
+from workers.engine.runner import ModelRunner
+from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory, SharingUnsupported, UnsupportedModel
 from workers.limits import GPU_DTYPES, is_computed_in
 from workers.loaded_shapes import gpu_shape
 from workers.model import fp8
@@ -31,11 +35,28 @@ Progress = Callable[[str, float], None]
 
 
 def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) -> PlacedText:
-    """Raises GpuUnavailable, NotOnGpu, UnsupportedModel, OutOfMemory and KvCacheTooSmall."""
-    engine, config = spec.engine, prepared.config
+    """Raises GpuUnavailable, NotOnGpu, SharingUnsupported, UnsupportedModel, OutOfMemory and KvCacheTooSmall."""
     check_spec(spec)
-    check_fp8(spec, config)
-    device = open_gpu(needed_capability=needed_capability(engine))
+    check_fp8(spec, prepared.config)
+    device = open_gpu(needed_capability=needed_capability(spec.engine))
+    # Before KV: it gets what their captured steps leave.
+    shares = _open_shares() if spec.engine.phase_sharing is PhaseSharing.PREDICTED else None
+    try:
+        return replace(_place(spec, prepared, device, shares, progress), shares=shares)
+    except BaseException:
+        if shares is not None:
+            shares.close()
+        raise
+
+
+def _place(
+    spec: WorkerSpec,
+    prepared: PreparedModel,
+    device: torch.device,
+    shares: SmShares | None,
+    progress: Progress,
+) -> PlacedText:
+    engine, config = spec.engine, prepared.config
     progress("loading the weights onto the GPU", 0.0)
     weights = load_to_gpu(
         prepared.folder / WEIGHTS,
@@ -52,6 +73,8 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
         weight_dtype=engine.weight_dtype.value,
     )
     needed_bytes = step_bytes(config, engine, model.dtype.itemsize)
+    if shares is not None:
+        needed_bytes += len(shares.layouts) * layout_bytes(config, engine, model.dtype.itemsize)
     kv_cache = _take_kv_cache(spec, layout, needed_bytes, device, progress)
     pool = CudaPool(kv_cache, layout)
     progress("preparing the transfer kernels", 0.0)
@@ -59,7 +82,7 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
     forward = DeviceForward(
         model,
         kv_cache,
-        max_context_tokens=min(config.max_context_tokens, kv_cache.shape[2] * engine.block_size),
+        max_context_tokens=_max_context_tokens(config, kv_cache),
         buckets=decode_buckets(engine.max_running_sequences),
         mixed_buckets=mixed_buckets(engine.token_budget),
     )
@@ -75,6 +98,33 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
         DeviceSampler(device),
         gpu_shape(name, gpu_memory(device).total_bytes, engine.weight_dtype),
     )
+
+
+def _open_shares() -> SmShares:
+    """Raises SharingUnsupported."""
+    try:
+        return open_sm_shares(0, PHASES, step_groups=STEP_GROUPS)
+    except SharingUnsupported as error:
+        what, remedy = f"{error.mechanism}: {error.problem}", f"{error.remedy}, or set it to mixed"
+        raise SharingUnsupported("engine.phaseSharing predicted", what, remedy) from error
+
+
+def capture_layouts(
+    spec: WorkerSpec, placed: PlacedText, shares: SmShares, whole: ModelRunner, progress: Progress
+) -> SplitRunner:
+    """Steps of each phase on each of these layouts. whole: computes the others."""
+    return open_split(
+        *(whole, placed.model, placed.kv_cache, shares),
+        max_context_tokens=_max_context_tokens(placed.model.config, placed.kv_cache),
+        decode_buckets=decode_buckets(spec.engine.max_running_sequences),
+        prefill_buckets=mixed_buckets(spec.engine.token_budget),
+        progress=progress,
+    )
+
+
+def _max_context_tokens(config: ModelConfig, kv_cache: torch.Tensor) -> int:
+    _, _, num_blocks, block_size, *_ = kv_cache.shape
+    return min(config.max_context_tokens, num_blocks * block_size)
 
 
 def check_spec(spec: WorkerSpec) -> None:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from phasewise_kernels.paged_attention.cuda import NUM_SEMAPHORES
 from workers.api import Phase
 from workers.device.forward import DeviceForward
+from workers.device.green_contexts import GreenContextError
 from workers.device.sampler import DeviceSampler
 from workers.device.sm_layouts import SmLayout
 from workers.device.sm_share import LiveLayout, SmShares
@@ -29,6 +31,8 @@ from workers.step_choice import Split
 logger = logging.getLogger(__name__)
 
 PHASES = (Phase.PREFILL, Phase.DECODE)
+#: Layouts of a worker differ by so many groups of SMs: on an H100 they have 16, 40, 64, 88 and 112 for decodes.
+STEP_GROUPS = 3
 Progress = Callable[[str, float], None]
 
 
@@ -61,6 +65,21 @@ class SplitRunner:
         self._whole = whole
         self._shares = shares
         self._picked: dict[tuple[float, float], dict[Phase, LiveLayout]] = {}
+
+    @property
+    def layouts(self) -> tuple[SmLayout, ...]:
+        """That steps may have, the shared one first."""
+        return tuple(live.layout for live in self._shares.layouts)
+
+    def close(self) -> None:
+        """Wait for all streams and give them back, and close what computes steps of both phases."""
+        self._picked.clear()
+        self._whole.close()
+        try:
+            self._shares.close()
+        except (RuntimeError, GreenContextError) as error:
+            # A GPU that has failed takes nothing back, and the worker is to end all the same.
+            logger.warning("layouts_not_closed reason=%s", error)
 
     @property
     def may_overlap(self) -> bool:
@@ -154,7 +173,8 @@ def open_split(
         # Streams of layouts wait for nothing that was put on another one before.
         torch.cuda.synchronize(model.device)
     layout_bytes: dict[SmLayout, int] = {}
-    for live in shares.layouts:
+    for i, live in enumerate(shares.layouts, 1):
+        shown = partial(_shown, progress, f"layout {i} of {len(shares.layouts)}: ")
         free_bytes = _free_bytes(model.device)
         for phase in PHASES:
             sizes, mixed_sizes = buckets[phase]
@@ -167,11 +187,15 @@ def open_split(
                 side=Side(live.layout.sm_count(phase), semaphores[phase]),
             )
             with _on(live.streams[phase]):
-                forward.capture(progress)
+                forward.capture(shown)
             live.kept[phase] = whole.beside(forward, DeviceSampler(model.device))
         layout_bytes[live.layout] = free_bytes - _free_bytes(model.device)
         logger.info("layout_captured layout=%s num_bytes=%d", live.layout, layout_bytes[live.layout])
     return SplitRunner(whole, shares, layout_bytes)
+
+
+def _shown(progress: Progress, where: str, what: str, done: float) -> None:
+    progress(where + what, done)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -115,8 +115,6 @@ class StepGraph:
         #: One after the other; none on a CPU.
         self._graphs: list[torch.cuda.CUDAGraph] = []
         if stream is not None:
-            for _ in range(NUM_WARM_UPS):
-                self._run()
             self._graphs = captured(self._run, pool, stream)
 
     def replay(
@@ -194,7 +192,12 @@ class StepGraph:
 def captured(
     run: Callable[[Callable[[], None]], None], pool: Any, stream: torch.cuda.Stream
 ) -> list[torch.cuda.CUDAGraph]:
-    """What `run` puts on the stream, as graphs that are to be replayed one after the other: it is given what ends one and begins the next."""
+    """What `run` puts on the stream, as graphs that are to be replayed one after the other: it is given what ends one and begins the next.
+
+    pool: of the memory that it computes in. Before that it is computed some times on the stream that is current.
+    """
+    for _ in range(NUM_WARM_UPS):
+        run(_nothing)
     graphs: list[torch.cuda.CUDAGraph] = []
 
     def begin() -> None:
@@ -215,6 +218,10 @@ def captured(
         finally:
             graphs[-1].capture_end()
     return graphs
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Arrays(NamedTuple):

@@ -83,7 +83,12 @@ class ModelRunner:
         return self._sampler is not None
 
     def beside(self, forward: Forward, sampler: "DeviceSampler") -> "ModelRunner":
-        """Another one of the same model and KV, whose steps run beside those of others; without grammars and pictures."""
+        """Another one of the same model and KV, whose steps run beside those of others; without grammars and pictures.
+
+        Raises ValueError where other ranks follow, which compute one step at a time.
+        """
+        if self._followers is not None:
+            raise ValueError("steps of several ranks are not split: each rank computes one at a time")
         return ModelRunner(
             self._model,
             self._kv_cache,

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from workers.api import BlockCounts, PhaseWork
+from workers.api import BlockCounts, Phase, PhaseWork
+from workers.device.sm_layouts import SmLayout
 from workers.latency_model import ENOUGH_STEPS, LatencyModel, rate_at
 from workers.step_choice import Head, Layout, Mixed, Step, StepChoice
 from workers.step_cost import StepCost
@@ -68,6 +69,14 @@ def layouts_of(device: DeviceShape, decode_shares: Sequence[float]) -> tuple[Lay
     )
 
 
+def predicted_sharing(
+    latency: LatencyModel, layouts: Sequence[SmLayout], max_prefill_tokens: int
+) -> PredictedSharing:
+    """By the curves of the device that the latency model is of. The shared layout is none that it chooses: two streams on all SMs take each other's."""
+    shares = [one.sm_share(Phase.DECODE) for one in layouts if not one.is_shared]
+    return PredictedSharing(latency, layouts_of(latency.device, shares), max_prefill_tokens)
+
+
 class SharingLog:
     """What a device did for how long."""
 
@@ -81,9 +90,7 @@ class SharingLog:
         self._last_layout: str | None = None
 
     def note(self, now_s: float, name: str | None) -> None:
-        """From now on it does this; None is nothing."""
-        if name == self._name:
-            return
+        """From now on it does this; None is nothing. `seconds` are up to the last call."""
         if self._name is not None:
             self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now_s - self._since_s
         self._name, self._since_s = name, now_s

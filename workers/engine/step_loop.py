@@ -65,6 +65,8 @@ class EngineSnapshot:
     first_step_s: float | None = None
     #: None in a loop that was given no latency model.
     step_costs: StepCosts | None = None
+    #: See SharingLog.seconds; none in a loop that splits no steps.
+    layout_s: tuple[tuple[str, float], ...] = ()
 
 
 class StepLoop:
@@ -370,6 +372,7 @@ class StepLoop:
             engine.work(),
             engine.first_step_s,
             self._latency.costs() if self._latency is not None else None,
+            tuple(sorted(self._splitting.log.seconds.items())) if self._splitting is not None else (),
         )
 
     def _publish_outputs(self) -> None:

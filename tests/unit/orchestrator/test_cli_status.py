@@ -251,6 +251,14 @@ def test_models_of_latency_are_shown_with_their_error_once_they_have_seen_someth
     assert json.dumps(told["encode_costs"])
 
 
+def test_layouts_are_shown_as_parts_of_the_time_that_a_device_computed() -> None:
+    split = "split: prefill 68, decode 64 SMs"
+    worker = with_status(PREFILL_0, layout_s=((split, 1.0), ("together", 3.0)))
+    assert last_lines(worker, DECODE_0) == ["", f"  prefill-0: steps {split} 25%; together 75%"]
+    told = as_json(DeploymentStatus(RUNNING, replace(REPORT, view=replace(VIEW, workers=(worker,)))))
+    assert told["report"]["view"]["workers"][0]["status"]["layout_s"] == [[split, 1.0], ["together", 3.0]]
+
+
 def test_leaked_blocks_are_shown_where_there_are_any() -> None:
     assert last_lines(PREFILL_0) == []
     assert last_lines(with_status(PREFILL_0, leaked_blocks=3, num_invariant_failures=2)) == [

@@ -31,6 +31,7 @@ from workers.api import (
     KvDtype,
     KvTransferConfig,
     Phase,
+    PhaseSharing,
     PrefillOrder,
     SpanReuseConfig,
     StepBudget,
@@ -348,6 +349,47 @@ def test_what_the_device_does_not_do_is_refused(device: str, engine: dict[str, A
     assert says in only_problem(text)
 
 
+SPLIT = {"stepBudget": "predicted", "phaseSharing": "predicted"}
+
+
+@pytest.mark.parametrize(
+    ("phases", "options", "engine", "says"),
+    [
+        (("prefill", "decode"), {"device": "cpu"}, {}, "on a CPU, which has no SMs to divide"),
+        (
+            ("prefill", "decode"),
+            {"resources": {"gpus": 2}},
+            {},
+            "over 2 devices, whose ranks compute one step",
+        ),
+        (("prefill",), {"device": "cuda"}, {}, "with phases other than prefill and decode"),
+        (
+            ("encode", "prefill", "decode"),
+            {"device": "cuda"},
+            {},
+            "with phases other than prefill and decode",
+        ),
+        (("prefill", "decode"), {"device": "cuda"}, {"stepBudget": "fixed"}, "with a fixed step budget"),
+    ],
+)
+def test_where_steps_are_not_split_phase_sharing_is_mixed(
+    phases: tuple[str, ...], options: dict[str, Any], engine: dict[str, Any], says: str
+) -> None:
+    def text(sharing: str) -> str:
+        asked = SPLIT | engine | {"phaseSharing": sharing}
+        return manifest(workers=[group("w", *phases, engine=asked, **options), group("d", "decode")])
+
+    start = "spec.workers[0].engine.phaseSharing: is predicted; allowed: mixed "
+    assert only_problem(text("predicted")).startswith(start + says)
+    parse(text("mixed"))
+
+
+def test_steps_of_a_gpu_with_both_phases_may_be_split() -> None:
+    workers = [group("w", "decode", "prefill", device="cuda", engine=SPLIT)]
+    (worker,) = worker_specs(parse(manifest(workers=workers)))
+    assert worker.engine.phase_sharing is PhaseSharing.PREDICTED
+
+
 def test_fp8_of_weights_and_of_kv_are_asked_for_apart() -> None:
     for weights, kv in product((None, "fp8"), ("auto", "fp8")):
         engine = {"kvDtype": kv} | ({"weightDtype": weights} if weights else {})
@@ -475,6 +517,7 @@ def test_reuse_of_spans_is_part_of_the_prefix_cache() -> None:
         ("batching", Batching),
         ("prefillOrder", PrefillOrder),
         ("stepBudget", StepBudget),
+        ("phaseSharing", PhaseSharing),
         ("weightDtype", WeightDtype),
         ("kvDtype", KvDtype),
         ("hostCacheCodec", HostCacheCodec),

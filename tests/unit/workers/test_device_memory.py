@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.support.device_engine import ENGINE, TINY
 from tests.support.picture_models import IDEFICS3
 from workers.api import WeightDtype
-from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, step_bytes
+from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, layout_bytes, step_bytes
 
 GIB = 2**30
 AUTO = replace(ENGINE, kv_cache_bytes=0)
@@ -43,6 +43,23 @@ def test_never_more_than_the_share_and_than_there_is(
     taken = kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=fraction), needed)
     assert taken <= 0 or own + needed + taken <= fraction * 80 * GIB
     assert taken <= 0 or needed + taken <= memory.free_bytes
+
+
+def test_a_layout_of_the_sms_needs_what_an_h100_took() -> None:
+    """Llama-3-8B's shape with 384 sequences and 2,048 tokens: 0.81 GB."""
+    llama = replace(
+        TINY,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+    )
+    engine = replace(ENGINE, token_budget=2048, max_running_sequences=384)
+    assert 0.81e9 < layout_bytes(llama, engine, 2) < 0.9e9
+    # Larger steps are captured no more.
+    assert layout_bytes(llama, replace(engine, token_budget=8192), 2) == layout_bytes(llama, engine, 2)
 
 
 def test_steps_need_more_with_more_tokens_and_sequences() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,20 +10,24 @@ from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.errors import TransportUnavailable
 from tests.support.device_engine import TINY
 from tests.support.tiny_vision_models import write_vision_folder
-from tests.support.worker_client import worker_spec
+from tests.support.worker_client import BOTH, worker_spec
 from workers.api import (
     Device,
     EngineConfig,
     KvDtype,
     Phase,
+    PhaseSharing,
     SpanReuseConfig,
+    StepBudget,
     WeightDtype,
     WorkerId,
     WorkerSpec,
 )
 from workers.device.placing import check_fp8, check_spec
-from workers.errors import NotOnCpu, NotOnGpu, UnsupportedModel
+from workers.errors import NotOnCpu, NotOnGpu, SharingUnsupported, UnsupportedModel
 from workers.loading import load
+
+SPLIT = EngineConfig(step_budget=StepBudget.PREDICTED, phase_sharing=PhaseSharing.PREDICTED)
 
 
 def test_memory_of_a_gpu_is_not_asked_of_a_worker_that_has_its_kv_in_memory_of_the_host() -> None:
@@ -60,6 +65,21 @@ def test_what_a_cpu_does_not_compute_with_is_refused() -> None:
     ):
         with pytest.raises(NotOnCpu, match=says):
             load(replace(spec, engine=engine), lambda *_progress: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"device": Device.CPU}, "cannot be had on a CPU, which has no SMs to divide; use mixed"),
+        ({"phases": frozenset({Phase.DECODE})}, "cannot be had with phases other than prefill and decode"),
+        ({"engine": replace(SPLIT, tensor_parallel=2)}, "cannot be had over 2 devices, whose ranks compute"),
+        ({"engine": replace(SPLIT, step_budget=StepBudget.FIXED)}, "cannot be had with a fixed step budget"),
+    ],
+)
+def test_a_worker_whose_steps_are_not_split_is_not_asked_to(change: dict[str, Any], says: str) -> None:
+    spec = WorkerSpec(WorkerId("w"), 1, BOTH, "no-such-model", device=Device.CUDA, engine=SPLIT)
+    with pytest.raises(SharingUnsupported, match=f"^engine.phaseSharing predicted: {says}"):
+        load(replace(spec, **change), lambda *_progress: None)
 
 
 @pytest.mark.parametrize("dtype", [WeightDtype.FLOAT32, WeightDtype.INT8])

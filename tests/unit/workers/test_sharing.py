@@ -1,19 +1,22 @@
 """When prompts and decodes are computed side by side, and what a device did for how long."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from workers.api import BlockCounts, PhaseWork
-from workers.engine.sharing import Load, PredictedSharing, SharingLog, layouts_of
+from workers.api import BlockCounts, Phase, PhaseWork
+from workers.device.sm_layouts import SmGroups, layout_table, shared_layout
+from workers.engine.sharing import Load, PredictedSharing, SharingLog, layouts_of, predicted_sharing
 from workers.latency_model import LatencyModel
 from workers.step_choice import Head, Layout, Mixed, Split
-from workers.step_shape import StepCosts
+from workers.step_shape import Contention, StepCosts
 
 H100 = DEVICES["h100"]
+PHASES = (Phase.PREFILL, Phase.DECODE)
 BLOCKS = BlockCounts(free=1, cached=0, in_use=0, leased=0, total=1)
 #: Every layout of an H100 that green contexts can make.
 LAYOUTS = layouts_of(H100, [sms / 132 for sms in range(16, 120, 8)])
@@ -63,6 +66,17 @@ def test_layouts_have_the_speeds_of_the_devices_curves_beside_another_stream() -
     assert found.prefill_rate == pytest.approx((343 + 0.75 * (442 - 343)) / 767 / 1.5)
 
 
+def test_the_shared_layout_is_not_chosen() -> None:
+    """Also where neither phase slows the other down."""
+    table = (shared_layout(132, PHASES), *layout_table(SmGroups(8, 15, 12), PHASES, step_groups=3))
+    free = replace(H100, compute_curve=((0.01, 1.0),), memory_curve=((0.01, 1.0),), contention=Contention())
+    model = LatencyModel.fitted(replace(latency().costs(), device=free))
+    step = predicted_sharing(model, table, 2048).step(0.0, load(64, 64_000))
+    assert isinstance(step, Split)
+    assert step.prefill_share + step.decode_share == pytest.approx(1)
+    assert isinstance(predicted_sharing(model, table[:1], 2048).step(0.0, load(64, 64_000)), Mixed)
+
+
 def test_what_a_device_did_for_how_long() -> None:
     log = SharingLog()
     for now_s, name in (
@@ -73,8 +87,11 @@ def test_what_a_device_did_for_how_long() -> None:
         (5.0, None),
         (9.0, "b"),
         (10.0, "a"),
+        (11.0, "a"),
     ):
         log.note(now_s, name)
+    # Of what it does still: until it was said last.
+    assert log.seconds == {"a": 4.0, "b": 2.0}
     log.note(12.0, None)
     assert log.seconds == {"a": 5.0, "b": 2.0}
     assert log.num_switches == 2

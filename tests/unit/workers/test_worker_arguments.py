@@ -14,6 +14,7 @@ from workers.api import (
     EngineConfig,
     HostCacheCodec,
     KvDtype,
+    PhaseSharing,
     PrefillOrder,
     SpanReuseConfig,
     WeightDtype,
@@ -67,12 +68,26 @@ def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: py
         ("--weight-dtype fp8", "with --device cpu it is one of float32, bfloat16, int8"),
         ("--kv-dtype fp8", "argument --kv-dtype: with --device cpu it is auto"),
         ("--device cuda --span-recompute 0.5", "a GPU does not do it yet"),
+        (
+            "--phase-sharing predicted",
+            "argument --phase-sharing: is predicted; it must be mixed on a CPU, which has no SMs to divide",
+        ),
+        ("--device cuda --phase-sharing predicted", "it must be mixed with a fixed step budget"),
+        (
+            "--device cuda --step-budget predicted --tensor-parallel 2 --phase-sharing predicted",
+            "it must be mixed over 2 devices",
+        ),
     ],
 )
 def test_what_the_device_does_not_do_is_refused(
     capsys: pytest.CaptureFixture[str], arguments: str, says: str
 ) -> None:
     assert says in error_of(capsys, arguments.split())
+
+
+def test_steps_of_a_gpu_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--device cuda --step-budget predicted --phase-sharing predicted"
+    assert spec_of(monkeypatch, *options.split()).engine.phase_sharing is PhaseSharing.PREDICTED
 
 
 def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

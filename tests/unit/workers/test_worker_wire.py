@@ -299,6 +299,7 @@ STATUSES = st.builds(
     step_costs=st.none() | STEP_COSTS,
     encode_costs=st.none() | ENCODE_COSTS,
     gpu=st.none() | GPUS,
+    layout_s=st.dictionaries(TEXT, SECONDS, max_size=3).map(lambda found: tuple(sorted(found.items()))),
 )
 MODELS = st.builds(
     ModelInfo,
