@@ -4,13 +4,14 @@ python -m pytest tests/gpu/test_fused.py -q
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from phasewise_kernels.kv_codec.reference import encode_reference
-from phasewise_kernels.quantised_attention.op import quantised_attention
+from phasewise_kernels.kv_codec.reference import PageCodec, encode_reference
+from phasewise_kernels.quantised_attention.op import CODECS, HEAD_DIMS, quantised_attention
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.rope_write.op import rope_write
 from phasewise_kernels.sample.op import sample
@@ -84,14 +85,34 @@ def test_the_draw_replays_in_a_cuda_graph() -> None:
     assert_replays(lambda: (sample(logits, **given),), [logits, *given.values()])
 
 
-def test_attention_over_packed_pages_replays_in_a_cuda_graph() -> None:
-    kv = torch.randn(4, 2, 64, 2, 64)
-    pages = encode_reference(kv, "int4_hadamard").cuda()
-    query = torch.randn(2, 4, 64, device="cuda", dtype=torch.bfloat16)
-    tail = tuple(torch.randn(2, 64, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv")
-    table = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32, device="cuda")
-    lens = torch.tensor([130, 64], dtype=torch.int32, device="cuda")
+def packed_attention_arguments(codec: PageCodec, head_dim: int) -> tuple[Any, ...]:
+    """Of two sequences, for the op."""
+    pages = encode_reference(torch.randn(8, 2, 64, 2, head_dim), codec).cuda()
+    query = torch.randn(2, 8, head_dim, device="cuda", dtype=torch.bfloat16)
+    tail = tuple(torch.randn(2, 64, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    table = torch.tensor([[0, 1, 7, 5, 4, 6], [3, 2, 0, 0, 0, 0]], dtype=torch.int32, device="cuda")
+    lens = torch.tensor([386, 64], dtype=torch.int32, device="cuda")
+    return query, pages, table, lens, tail
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_attention_over_packed_pages_replays_in_a_cuda_graph(codec: PageCodec) -> None:
+    query, pages, table, lens, tail = packed_attention_arguments(codec, 64)
     assert_replays(
-        lambda: (quantised_attention(query, pages, table, lens, tail, codec="int4_hadamard"),),
+        lambda: (quantised_attention(query, pages, table, lens, tail, codec=codec),),
         [query, *tail, table, lens],
     )
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_packed_codes_are_cut_bit_for_bit_as_plain_arithmetic_cuts_them(
+    codec: PageCodec, head_dim: int
+) -> None:
+    from phasewise_kernels.quantised_attention import triton_kernel
+
+    arguments = packed_attention_arguments(codec, head_dim)
+    actual, expected = (
+        triton_kernel.attend(*arguments, codec, num_sms=4, is_plain=is_plain) for is_plain in (False, True)
+    )
+    assert torch.equal(actual, expected)

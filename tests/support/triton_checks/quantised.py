@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phasewise_kernels.kv_codec.reference import PAGE_TOKENS, PageCodec, encode_reference
+from phasewise_kernels.kv_codec.reference import PAGE_TOKENS, PageCodec, encode_reference, groups_of
 from phasewise_kernels.quantised_attention import op
 from phasewise_kernels.quantised_attention.reference import quantised_attention_reference
 from phasewise_kernels.testing import QUANTISED_ATTENTION_TOLERANCE, assert_close, poisoned_memory
@@ -23,13 +23,22 @@ def an_attention(
     device: str,
     dtype: torch.dtype = torch.float32,
     num_sms: int = 3,
+    *,
+    is_damaged: bool = False,
 ) -> None:
-    """One batch, its pages in any order among poisoned ones; what is no token of a tail is NaN."""
+    """One batch, its pages in any order among poisoned ones; what is no token of a tail is NaN.
+
+    is_damaged: `gear` with other codes and places than were packed.
+    """
     num_heads, num_kv_heads, head_dim = heads
     num_pages = [length // PAGE_TOKENS for length in lens]
     total, most = sum(num_pages), max(num_pages, default=0)
     kv = torch.randn(total + 1, 2, PAGE_TOKENS, num_kv_heads, head_dim)
+    # A vector whose numbers are all equal has both its outliers in one place.
+    kv[:, 0, :, :, 5], kv[:, 1, 7] = 0.5, -0.5
     pages = encode_reference(kv, codec)
+    if is_damaged:
+        damage(pages, num_kv_heads, head_dim)
     pages[total] = 255
     order = torch.randperm(total)
     table = torch.full((len(lens), most + 1), total, dtype=torch.int32)
@@ -61,6 +70,23 @@ def an_attention(
     assert_close(actual, expected, QUANTISED_ATTENTION_TOLERANCE)
 
 
+def damage(pages: torch.Tensor, num_kv_heads: int, head_dim: int) -> None:
+    """Random codes, also where outliers are, and the two outliers of a vector in any two places."""
+    start = 2 * num_kv_heads
+    for vectors, length, groups in (
+        (head_dim, PAGE_TOKENS, 1),
+        (PAGE_TOKENS, head_dim, groups_of(head_dim)),
+    ):
+        codes = num_kv_heads * vectors * length // 4
+        pages[:, start : start + codes] = torch.randint(0, 256, (len(pages), codes), dtype=torch.uint8)
+        start += codes + num_kv_heads * (vectors * (4 * groups + 4) + 4 * (vectors + length))
+        places = torch.randint(0, length, (len(pages), num_kv_heads * vectors, 1), dtype=torch.uint8)
+        both = torch.cat((places, (places + 1) % length), 2).flatten(1)
+        pages[:, start : start + both.shape[1]] = both
+        start += both.shape[1]
+    assert start == pages.shape[1]
+
+
 def check_int4(device: str) -> None:
     """Lengths about whole pages, groups that are no powers of two, few programs and many."""
     for heads, num_sms in product(((9, 3, 64), (8, 2, 128)), (1, 20)):
@@ -74,6 +100,13 @@ def check_gear(device: str) -> None:
     an_attention(LENS, (9, 3, 64), "gear", device)
     an_attention(LENS, (8, 2, 128), "gear_l", device)
     an_attention(LENS, (8, 2, 128), "gear", device, torch.bfloat16)
+    an_attention((200, 64), (16, 1, 64), "gear", device)
+
+
+def check_gear_of_other_packers(device: str) -> None:
+    """Nothing is taken for granted of codes in the places of outliers."""
+    an_attention((200, 64), (8, 2, 128), "gear", device, is_damaged=True)
+    an_attention((200,), (9, 3, 64), "gear", device, num_sms=20, is_damaged=True)
 
 
 def check_no_sequences(device: str) -> None:
