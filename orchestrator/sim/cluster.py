@@ -248,6 +248,10 @@ class SimCluster:
             scaling=scaling,
         )
         self._state = recover(None, (), self._config, self.timers.now_s)
+        #: What the gateway has, which a new controller asks it for; None before the first.
+        self._last_view: ClusterView | None = None
+        #: How long there is none, once the controller has ended in its next tick; None lets it live.
+        self._no_controller_s: float | None = None
         self._wanted: list[SwitchRequest] = []
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
@@ -316,10 +320,7 @@ class SimCluster:
     def _tick(self) -> None:
         assert self.links is not None
         network, now_s = self._world.network, self.timers.now_s
-        reports = [
-            ProcessReport(*key, process.address, None if process.is_alive else "killed")
-            for key, process in self.processes.items()
-        ]
+        reports = self._reports()
         statuses = {
             key: status
             for key, process in self.processes.items()
@@ -330,7 +331,9 @@ class SimCluster:
         self._wanted, self._refusals = [], {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
-        self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        if self._no_controller_s is None:
+            self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        self._last_view = plan.view
         self.links.read_caches()
         if not self.links.is_steady(plan.view):
             self.links.read_all()
@@ -341,6 +344,10 @@ class SimCluster:
                 process.stop_leap()
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
+        if self._no_controller_s is not None:
+            self.timers.call_later(self._no_controller_s, self._begin_controller)
+            self._no_controller_s = None
+            return
         for action in plan.actions:
             match action:
                 case StartWorker():
@@ -354,6 +361,17 @@ class SimCluster:
             machine = self._state.machines.get(key[0])
             if machine is None or key[1] < machine.incarnation:
                 self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.now_s))
+
+    def _reports(self) -> list[ProcessReport]:
+        return [
+            ProcessReport(*key, process.address, None if process.is_alive else "killed")
+            for key, process in self.processes.items()
+        ]
+
+    def _begin_controller(self) -> None:
+        self._state = recover(self._last_view, self._reports(), self._config, self.timers.now_s)
+        self._refusals = {}
+        self._tick()
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
@@ -445,6 +463,9 @@ class SimCluster:
 
     def _break(self, fault: Fault) -> None:
         now_s = self.timers.now_s
+        if fault.kind is FaultKind.CONTROLLER_CRASH:
+            self._no_controller_s = fault.duration_s
+            return
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
             return

@@ -9,7 +9,7 @@ from workers.api import WorkerId
 
 
 class FaultKind(StrEnum):
-    """Of one worker, or of the ways to it."""
+    """Of one worker, of the ways to it, or of the controller."""
 
     #: Its process ends.
     CRASH = "crash"
@@ -21,11 +21,13 @@ class FaultKind(StrEnum):
     CUT_FROM_GATEWAY = "cut_from_gateway"
     #: It and the other workers cannot hear each other for a while.
     CUT_FROM_WORKERS = "cut_from_workers"
+    #: The controller ends in its next tick, when it has told the gateway what it decided and done nothing of it; another one begins after a while.
+    CONTROLLER_CRASH = "controller_crash"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """duration_s and factor: for kinds that have one."""
+    """worker_id: nobody's for the controller. duration_s and factor: for kinds that have one."""
 
     at_s: float
     kind: FaultKind

@@ -109,6 +109,32 @@ def test_a_worker_that_dies_while_it_leaves_comes_back_as_it_was() -> None:
     assert d1.phases == (D if undone else P)
 
 
+@pytest.mark.parametrize("after_s", [-0.6, 0.0, 0.001, 0.02, 0.06, 0.2])
+def test_a_controller_that_dies_in_a_switch_leaves_one_that_ends(after_s: float) -> None:
+    """It has told of each step, and not done it."""
+    gone = (Fault(2.0 + after_s, FaultKind.CONTROLLER_CRASH, WorkerId(""), duration_s=0.7),)
+    result, simulation = run(SHAPES["two apart"], LONG, switches=((2.0, wanted("d1", P)),), faults=gone)
+    assert {record.status for record in result.load.records} == {OK}
+    [switch] = result.switches
+    assert not switch.is_under_way, switch
+    view = simulation.dispatcher.view
+    assert view is not None
+    assert view.controller_epoch == 2
+    d1 = view.worker(WorkerId("d1"))
+    assert d1 is not None
+    assert d1.phases == (D if switch.state is SwitchState.UNDONE else P)
+
+
+def test_a_worker_that_dies_while_there_is_no_controller_is_started_by_the_next() -> None:
+    gone = Fault(1.0, FaultKind.CONTROLLER_CRASH, WorkerId(""), duration_s=3.0)
+    result, simulation = run(SHAPES["two"], LONG, faults=(gone, Fault(2.0, FaultKind.CRASH, WorkerId("w1"))))
+    assert {record.status for record in result.load.records} == {OK}
+    assert simulation.dispatcher.view is not None
+    w1 = simulation.dispatcher.view.worker(WorkerId("w1"))
+    assert w1 is not None
+    assert w1.incarnation == 2
+
+
 SWITCHES = st.lists(
     st.tuples(
         st.floats(0.0, 6.0),
