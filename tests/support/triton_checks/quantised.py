@@ -118,7 +118,7 @@ def check_no_sequences(device: str) -> None:
 def check_odd_shapes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
-    @settings(max_examples=12, deadline=None, database=None)
+    @settings(max_examples=5 if device == "cpu" else 12, deadline=None, database=None)
     @given(
         st.lists(st.integers(0, 400), min_size=1, max_size=4),
         st.sampled_from([(3, 3, 64), (4, 2, 128)]),
