@@ -6,7 +6,9 @@ Decode: 32 query heads of 128 over 2, 8 and 32 KV heads, bf16, blocks of 16 toke
 with a fixed number of pieces, the best of three numbers; `unsplit` one piece per output, as FlashAttention-2 was when
 LeanAttention was published; `fa2` and `cudnn` are torch's, over K and V that lie contiguously, which those of a serving
 cache do not: gathering them first would cost 2 x bytes / copy bandwidth more, given as `gather_us`. Of ragged batches FA2
-takes packed sequences; cuDNN cannot within torch, which makes its plan anew at every such call.
+takes packed sequences; cuDNN cannot within torch, which makes its plan anew at every such call. `flashinfer` and `fa3`
+are there where FlashInfer and vLLM are installed: they read the same cache in the same blocks, at their best setting and
+without what they plan ahead (`attention_peers.py`). Where one gives other numbers than ours it is not reported.
 
 All times are of CUDA graphs of calls over different parts of a pool of 36 GB, so that inputs come from memory: medians of
 replays, divided by the calls. Copy bandwidth counts bytes read and written. Nothing is reported when tests/gpu is red.
@@ -14,6 +16,7 @@ replays, divided by the calls. Copy bandwidth counts bytes read and written. Not
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
 import triton  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from benchmarks.kernels import attention_peers  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
     CudaAttentionBatch,
     chunk_attention,
@@ -53,6 +58,18 @@ COLD_BYTES = 1 << 29
 LONG_CONTEXT = 65536
 #: Lengths of a ragged batch, relative to each other.
 RAGGED = (1, 2, 4, 32, 1, 3, 8, 13)
+#: (KV heads, sequences, tokens) of a quick look, each even and ragged.
+QUICK = (
+    *((8, 1, tokens) for tokens in CONTEXTS),
+    (8, 4, 16384),
+    *((8, size, tokens) for size in (16, 64) for tokens in (1024, 4096)),
+    (8, 64, 16384),
+    (2, 1, 16384),
+    (2, 1, 131072),
+    (2, 16, 4096),
+    (32, 1, 4096),
+    (32, 16, 4096),
+)
 #: (new tokens, all tokens) of each sequence.
 CHUNKS = {
     "2048 cold": ((2048, 2048),),
@@ -63,6 +80,11 @@ CHUNKS = {
     "4 x 512 cold": ((512, 512),) * 4,
     "512 after 2048, 64 decode at 2048": ((512, 2560), *((1, 2048),) * 64),
 }
+#: Not in a quick look.
+LONG_CHUNKS = ("8192 cold", "2048 after 32768")
+#: Blocks of so many tokens let FlashAttention-3 fetch chunks' K and V by TMA.
+TMA_BLOCK_SIZE = 128
+DECODE_COLUMNS = ("lean", "split", "fa2", "cudnn", "gather", *attention_peers.NAMES)
 Caches = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -94,11 +116,15 @@ class Pool:
         ]
 
     def parts(
-        self, lengths: Sequence[tuple[int, int]], num_kv_heads: int, dtype: torch.dtype = torch.bfloat16
+        self,
+        lengths: Sequence[tuple[int, int]],
+        num_kv_heads: int,
+        dtype: torch.dtype = torch.bfloat16,
+        block_size: int = BLOCK_SIZE,
     ) -> list[Part]:
         """As many as are needed to read from memory; lengths: (new tokens, all tokens)."""
-        blocks = [-(-context_len // BLOCK_SIZE) for _, context_len in lengths]
-        num_blocks, block_values = sum(blocks), BLOCK_SIZE * num_kv_heads * HEAD_DIM
+        blocks = [-(-context_len // block_size) for _, context_len in lengths]
+        num_blocks, block_values = sum(blocks), block_size * num_kv_heads * HEAD_DIM
         planes = [
             plane.view(torch.uint8).view(dtype) if dtype.itemsize == 1 else plane for plane in self.planes
         ]
@@ -114,12 +140,12 @@ class Pool:
             tables,
             starts_of(query_lens),
             torch.tensor(context_lens, dtype=torch.int32, device="cuda"),
-            BLOCK_SIZE,
+            block_size,
             sum(query_lens),
             max(query_lens),
             max(context_lens),
         )
-        shape = (num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
+        shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
         parts = []
         for i in range(count):
             values = slice(i * num_blocks * block_values, (i + 1) * num_blocks * block_values)
@@ -212,6 +238,35 @@ def cudnn_chunk(part: Part, prefix_len: int) -> None:
             )
 
 
+def peers_us(
+    parts: list[Part], lengths: Sequence[tuple[int, int]], names: Sequence[str] = attention_peers.NAMES
+) -> dict[str, tuple[float, str]]:
+    """Of each library that is installed and agrees with our kernels: microseconds, and the setting that took these."""
+    # Both with one plan, which the first must leave as it was.
+    checked = [
+        (part, paged_attention_cuda(part.query, *part.caches, part.batch)) for part in (parts[0], parts[-1])
+    ]
+    heads = attention_peers.Heads(NUM_HEADS, parts[0].caches[0].shape[2], HEAD_DIM)
+    found: dict[str, tuple[float, str]] = {}
+    for name in names:
+        for setting, plan in attention_peers.ways_of(name, parts[0].batch, lengths, heads).items():
+            try:
+                call = partial(peer, way=plan())
+                for part, expected in checked:
+                    part.out.fill_(float("nan"))
+                    call(part)
+                    attention_peers.check(part.out, expected)
+                found[name] = min(found.get(name, (math.inf, "")), (1e6 * time_s(call, parts), setting))
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+                print(f"{name}, {setting}: not reported, {error}"[:300], file=sys.stderr)
+    return found
+
+
+def peer(part: Part, way: attention_peers.Call) -> None:
+    """A library's way to compute it."""
+    way(part.query, *part.caches, part.out)
+
+
 def ragged_lengths(batch_size: int, mean: int) -> list[int]:
     """Of that mean, about."""
     weights = [RAGGED[i % len(RAGGED)] for i in range(batch_size)]
@@ -241,6 +296,7 @@ def decode_row(pool: Pool, lengths: list[int], num_kv_heads: int, copy: float) -
             times["cudnn"] = 1e6 * time_s(partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), parts)
         except RuntimeError as error:
             print(f"cuDNN: {error}"[:100], file=sys.stderr)
+    peers = peers_us(parts, [(1, length) for length in lengths])
     row: dict[str, Any] = {
         "kv_heads": num_kv_heads,
         "batch": len(lengths),
@@ -252,6 +308,8 @@ def decode_row(pool: Pool, lengths: list[int], num_kv_heads: int, copy: float) -
         "num_splits": min(splits, key=lambda count: times[f"split {count}"]),
         "fa2_us": times["fa2"],
         "cudnn_us": times.get("cudnn"),
+        **{f"{name}_us": microseconds for name, (microseconds, _) in peers.items()},
+        **{f"{name}_setting": setting for name, (_, setting) in peers.items()},
         "gather_us": 1e6 * 2 * num_bytes / copy,
         "share_of_copy": num_bytes / times["lean"] * 1e6 / copy,
     }
@@ -264,14 +322,14 @@ def decode_row(pool: Pool, lengths: list[int], num_kv_heads: int, copy: float) -
 def decode_grid(is_quick: bool) -> list[tuple[list[int], int]]:
     """(lengths, KV heads) of each row that fits into the pool."""
     rows = []
-    for num_kv_heads in KV_HEADS:
-        for batch_size in BATCH_SIZES[::2] if is_quick else BATCH_SIZES:
-            for context_len in CONTEXTS[::2] if is_quick else CONTEXTS:
-                if batch_size * context_len * num_kv_heads * HEAD_DIM * 2 * 1.1 > POOL_BYTES:
-                    continue
-                rows.append(([context_len] * batch_size, num_kv_heads))
-                if batch_size > 1:
-                    rows.append((ragged_lengths(batch_size, context_len), num_kv_heads))
+    for num_kv_heads, batch_size, context_len in (
+        QUICK if is_quick else product(KV_HEADS, BATCH_SIZES, CONTEXTS)
+    ):
+        if batch_size * context_len * num_kv_heads * HEAD_DIM * 2 * 1.1 > POOL_BYTES:
+            continue
+        rows.append(([context_len] * batch_size, num_kv_heads))
+        if batch_size > 1:
+            rows.append((ragged_lengths(batch_size, context_len), num_kv_heads))
     return rows
 
 
@@ -294,6 +352,13 @@ def chunk_row(pool: Pool, name: str, lengths: Sequence[tuple[int, int]]) -> dict
     for way, call in ways.items():
         seconds = time_s(call, parts)
         row[way] = {"us": seconds * 1e6, "tflop_per_s": flop / seconds / 1e12}
+    peers = peers_us(parts, lengths)
+    if "fa3" in peers:
+        large = pool.parts(lengths, 8, block_size=TMA_BLOCK_SIZE)[:8]
+        found = peers_us(large, lengths, ("fa3",))
+        peers |= {f"{name}, blocks of {TMA_BLOCK_SIZE}": value for name, value in found.items()}
+    for peer_name, (microseconds, setting) in peers.items():
+        row[peer_name] = {"us": microseconds, "tflop_per_s": flop / microseconds / 1e6, "setting": setting}
     return row
 
 
@@ -318,47 +383,60 @@ def shape_rows(pool: Pool, copy: float) -> list[dict[str, Any]]:
 def summary_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """What the issue asks for. Up to 2 % more time than the best counts as not slower."""
 
-    def best(row: dict[str, Any], names: Sequence[str]) -> float:
-        return min(row[name] for name in names if row.get(name) is not None)
+    def others(row: dict[str, Any], names: Sequence[str], gathered: Sequence[str]) -> list[float]:
+        found = [row[name] for name in ("split_us", *names) if row.get(name) is not None]
+        return found + [row[name] + row["gather_us"] for name in gathered if row.get(name) is not None]
 
-    def share(names: Sequence[str], extra: str | None = None) -> float:
-        wins = [
-            row["lean_us"] <= 1.02 * min(row["split_us"], best(row, names) + (row[extra] if extra else 0))
-            for row in rows
-        ]
-        return sum(wins) / len(wins)
+    def share(names: Sequence[str], gathered: Sequence[str] = ()) -> float:
+        return sum(row["lean_us"] <= 1.02 * min(others(row, names, gathered)) for row in rows) / len(rows)
 
     def ratio(name: str, chosen: list[dict[str, Any]]) -> float:
-        ratios = [row[name] / row["lean_us"] for row in chosen]
+        ratios = [row[name] / row["lean_us"] for row in chosen if row.get(name) is not None]
         return statistics.geometric_mean(ratios) if ratios else float("nan")
 
     long = [row for row in rows if row["mean_context"] >= LONG_CONTEXT]
     longest = [row for row in long if row["batch"] == 1 and row["mean_context"] == max(CONTEXTS)]
     large = [row["share_of_copy"] for row in rows if row["kv_bytes"] >= 1e9]
+    contiguous = ["fa2_us", "cudnn_us"]
+    of_peers: dict[str, float] = {}
+    for name in attention_peers.NAMES:
+        column = f"{name}_us"
+        of_peers[f"not_slower_than_{name}_or_split"] = share([column])
+        of_peers[f"not_slower_than_{name}_or_any_on_contiguous_kv"] = share([column, *contiguous])
+        of_peers[f"not_slower_than_{name}_or_any_with_gather"] = share([column], contiguous)
+        for kind, is_ragged in (("even", False), ("ragged", True)):
+            chosen = [row for row in rows if row["is_ragged"] == is_ragged]
+            of_peers[f"{name}_over_lean_{kind}"] = ratio(column, chosen)
     return {
         "share_of_copy_worst_from_1_gb": min(large, default=float("nan")),
         "share_of_copy_median_from_1_gb": statistics.median(large) if large else float("nan"),
-        "not_slower_than_split": share(["split_us"]),
+        "not_slower_than_split": share([]),
         "not_slower_than_fa2_or_split": share(["fa2_us"]),
-        "not_slower_than_any_on_contiguous_kv": share(["fa2_us", "cudnn_us"]),
-        "not_slower_than_any_with_gather": share(["fa2_us", "cudnn_us"], "gather_us"),
+        "not_slower_than_any_on_contiguous_kv": share(contiguous),
+        "not_slower_than_any_with_gather": share([], contiguous),
+        **of_peers,
         "fa2_over_lean_long": ratio("fa2_us", long),
-        "unsplit_over_lean_long": ratio("unsplit_us", [row for row in long if "unsplit_us" in row]),
+        "unsplit_over_lean_long": ratio("unsplit_us", long),
         "unsplit_over_lean_512k_batch_1": ratio("unsplit_us", longest),
     }
 
 
 def compile_all(pool: Pool) -> None:
-    """What decode needs, side by side."""
-    parts = [pool.parts([(1, 64)] * size, heads)[0] for heads in KV_HEADS for size in (1, 64)]
+    """Our kernels, side by side."""
+    calls: list[Callable[[], object]] = []
+    for heads, size in product(KV_HEADS, (1, 64)):
+        part = pool.parts([(1, 64)] * size, heads)[0]
+        calls += [partial(lean, part), partial(split, part, num_splits=2)]
+    for lengths in ([(64, 64)], [(64, 64), (1, 64)]):
+        part = pool.parts(lengths, 8)[0]
+        calls.append(partial(paged_attention_cuda, part.query, *part.caches, part.batch, out=part.out))
 
-    def compiled(part: Part) -> None:
+    def compiled(call: Callable[[], object]) -> None:
         torch.cuda.set_device(0)
-        lean(part)
-        split(part, num_splits=2)
+        call()
 
-    with ThreadPoolExecutor(12) as executor:
-        list(executor.map(compiled, parts))
+    with ThreadPoolExecutor(16) as executor:
+        list(executor.map(compiled, calls))
     torch.cuda.synchronize()
 
 
@@ -374,6 +452,7 @@ def machine_of(commit: str | None) -> dict[str, str]:
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        **attention_peers.versions(),
         "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -381,7 +460,7 @@ def machine_of(commit: str | None) -> dict[str, str]:
 
 def print_decode(row: dict[str, Any]) -> None:
     """A line of the table."""
-    times = (row[f"{name}_us"] for name in ("lean", "split", "fa2", "cudnn", "gather"))
+    times = (row.get(f"{name}_us") for name in DECODE_COLUMNS)
     shown = " ".join(f"{'-':>9}" if value is None else f"{value:9.1f}" for value in times)
     kind = "ragged" if row["is_ragged"] else ""
     print(
@@ -390,18 +469,23 @@ def print_decode(row: dict[str, Any]) -> None:
     )
 
 
+def tests_are_green() -> bool:
+    """Whether the kernels compute what they should."""
+    gate = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
+    return subprocess.run(gate, cwd=ROOT, check=False).returncode == 0
+
+
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a coarser grid, for a look")
+    parser.add_argument("--quick", action="store_true", help="the most telling rows alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--commit", help="of the code, where git cannot say")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no NVIDIA GPU here", file=sys.stderr)
         return 1
-    gate = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
-    if subprocess.run(gate, cwd=ROOT, check=False).returncode != 0:
+    if not tests_are_green():
         print(f"{TESTS} is red: nothing is measured", file=sys.stderr)
         return 1
     pool = Pool()
@@ -416,12 +500,14 @@ def main() -> int:
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    shapes = shape_rows(pool, copy)
+    shapes = [] if args.quick else shape_rows(pool, copy)
     keep(shapes=shapes)
     for row in shapes:
         print(f"{row['name']:20} {row['us']:8.1f} us {row['share_of_copy']:5.0%} of copy", flush=True)
     chunks: list[dict[str, Any]] = []
     for name, lengths in CHUNKS.items():
+        if args.quick and name in LONG_CHUNKS:
+            continue
         chunks.append(chunk_row(pool, name, lengths))
         keep(chunks=chunks)
         found = {way: value for way, value in chunks[-1].items() if isinstance(value, dict)}
@@ -429,7 +515,7 @@ def main() -> int:
             f"{way} {value['us']:.0f} us {value['tflop_per_s']:.0f} TFLOP/s" for way, value in found.items()
         )
         print(f"{name:34}", "; ".join(shown), flush=True)
-    print("kv seq context           lean us     split       fa2     cudnn  + gather of copy")
+    print("kv seq context         us", *(f"{name:>9}" for name in DECODE_COLUMNS), "of copy")
     rows: list[dict[str, Any]] = []
     for context_lens, num_kv_heads in decode_grid(args.quick):
         rows.append(decode_row(pool, context_lens, num_kv_heads, copy))
