@@ -56,6 +56,10 @@ def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:
     return dtype in (GPU_DTYPES if is_on_gpu else CPU_DTYPES)
 
 
+#: What is split.
+SPLIT_PHASES = frozenset({"prefill", "decode"})
+
+
 def why_mixed(
     *, is_on_gpu: bool, tensor_parallel: int, phases: Collection[str], step_budget: str
 ) -> str | None:
@@ -64,11 +68,11 @@ def why_mixed(
         return "on a CPU, which has no SMs to divide"
     if tensor_parallel > 1:
         return f"over {tensor_parallel} devices, whose ranks compute one step at a time"
-    if set(phases) != {"prefill", "decode"}:
+    if set(phases) != SPLIT_PHASES:
         # Batches of an encoder are captured before the layouts are checked, which frees workspaces that these have used.
         return "with phases other than prefill and decode, which are what is split"
     if step_budget == "fixed":
-        return "with a fixed step budget: steps are split by the target for TPOT, which only a predicted one looks at"
+        return "with a fixed step budget: steps are split by the target for TPOT, at which only stepBudget predicted looks"
     return None
 
 

@@ -40,7 +40,7 @@ from workers.errors import (
     UnsupportedModel,
 )
 from workers.latency_model import LatencyModel
-from workers.limits import CPU_DTYPES, is_computed_in, why_mixed
+from workers.limits import CPU_DTYPES, SPLIT_PHASES, is_computed_in, why_mixed
 from workers.loaded_shapes import cpu_shape, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
@@ -263,12 +263,14 @@ def _place_on_cpu(
 
 
 def check_sharing(spec: WorkerSpec) -> None:
-    """Raises SharingUnsupported. The manifest and the command line have the same rule."""
+    """Raises SharingUnsupported. The manifest and the command line have the same rule, and another one for phases: a worker that dies after a role switch begins
+    with those that it had then, and is a mixed one with them.
+    """
     engine = spec.engine
     why = why_mixed(
         is_on_gpu=spec.device is Device.CUDA,
         tensor_parallel=engine.tensor_parallel,
-        phases=spec.phases,
+        phases=SPLIT_PHASES,
         step_budget=engine.step_budget,
     )
     if engine.phase_sharing is not PhaseSharing.MIXED and why is not None:

@@ -216,7 +216,8 @@ class TextSide:
         self.step_loop.stop()
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
-        self._runner.close()
+        # A GPU that hangs is to hold up nobody else.
+        await asyncio.to_thread(self._runner.close)
         await asyncio.to_thread(self._loaded.compiler.close)
 
 

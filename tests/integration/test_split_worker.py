@@ -64,6 +64,15 @@ def test_a_split_worker_gives_a_phase_up_and_takes_it_back(model_path: Path) -> 
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE])
+def test_a_worker_that_starts_again_after_a_switch_is_a_mixed_one(
+    model_path: Path, opened: list[SmShares], phase: Phase
+) -> None:
+    spec = replace(splitting_spec(model_path), phases=frozenset({phase}))
+    assert asyncio.run(ended_up(spec)) == (WorkerState.READY, "")
+    assert opened == []
+
+
 def test_a_gpu_that_cannot_be_divided_is_refused_with_what_to_do(
     model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,10 @@ class PlacedText:
 
     def close(self) -> None:
         """Give back what other processes and the driver have."""
+        if self.shares is not None:
+            # Whoever has layouts has imported what makes them.
+            from workers.device.sm_share import close_shares
+
+            close_shares(self.shares)
         if self.followers is not None:
             self.followers.close()
-        if self.shares is not None:
-            self.shares.close()

@@ -18,11 +18,11 @@ from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
 from workers.device.memory import kv_cache_bytes, layout_bytes, step_bytes
 from workers.device.placed import PlacedText
 from workers.device.sampler import DeviceSampler
-from workers.device.sm_share import SmShares, open_sm_shares
+from workers.device.sm_share import SmShares, close_shares, open_sm_shares
 from workers.device.split_runner import PHASES, STEP_GROUPS, SplitRunner, open_split
 from workers.engine.runner import ModelRunner
 from workers.errors import KvCacheTooSmall, NotOnGpu, OutOfMemory, SharingUnsupported, UnsupportedModel
-from workers.limits import GPU_DTYPES, is_computed_in
+from workers.limits import GPU_DTYPES, SPLIT_PHASES, is_computed_in
 from workers.loaded_shapes import gpu_shape
 from workers.model import fp8
 from workers.model.config import ModelConfig
@@ -40,12 +40,12 @@ def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) 
     check_fp8(spec, prepared.config)
     device = open_gpu(needed_capability=needed_capability(spec.engine))
     # Before KV: it gets what their captured steps leave.
-    shares = _open_shares() if spec.engine.phase_sharing is PhaseSharing.PREDICTED else None
+    shares = _open_shares(spec)
     try:
         return replace(_place(spec, prepared, device, shares, progress), shares=shares)
     except BaseException:
         if shares is not None:
-            shares.close()
+            close_shares(shares)
         raise
 
 
@@ -100,8 +100,13 @@ def _place(
     )
 
 
-def _open_shares() -> SmShares:
-    """Raises SharingUnsupported."""
+def _open_shares(spec: WorkerSpec) -> SmShares | None:
+    """None for a worker that does not split its steps. Raises SharingUnsupported."""
+    if spec.engine.phase_sharing is not PhaseSharing.PREDICTED:
+        return None
+    if spec.phases != SPLIT_PHASES:
+        logger.info("steps_not_split phases=%s", "+".join(sorted(spec.phases)))
+        return None
     try:
         return open_sm_shares(0, PHASES, step_groups=STEP_GROUPS)
     except SharingUnsupported as error:

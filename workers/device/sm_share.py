@@ -96,9 +96,11 @@ class SmShares:
     def close(self) -> None:
         """Wait for all streams, and give the contexts back. Closing twice does nothing."""
         for live in self.layouts:
-            live.kept.clear()
             for stream in live.streams.values():
                 stream.synchronize()
+        # Not before: what runs uses it.
+        for live in self.layouts:
+            live.kept.clear()
         if self._contexts is not None:
             for context in self._made:
                 self._contexts.destroy(context)
@@ -106,6 +108,14 @@ class SmShares:
 
     def _own(self, contexts: Contexts, made: list[GreenContext]) -> None:
         self._contexts, self._made = contexts, made
+
+
+def close_shares(shares: SmShares) -> None:
+    """A GPU that has failed takes nothing back, and whoever closes is to end all the same."""
+    try:
+        shares.close()
+    except (RuntimeError, GreenContextError) as error:
+        logger.warning("layouts_not_closed reason=%s", error)
 
 
 def plain_streams(device_index: int, phases: Sequence[Phase]) -> SmShares:

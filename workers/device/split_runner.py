@@ -16,10 +16,9 @@ import torch
 from phasewise_kernels.paged_attention.cuda import NUM_SEMAPHORES
 from workers.api import Phase
 from workers.device.forward import DeviceForward
-from workers.device.green_contexts import GreenContextError
 from workers.device.sampler import DeviceSampler
 from workers.device.sm_layouts import SmLayout
-from workers.device.sm_share import LiveLayout, SmShares
+from workers.device.sm_share import LiveLayout, SmShares, close_shares
 from workers.device.step_graph import MAX_PROMPTS, Side
 from workers.engine.runner import BegunStep, ModelRunner
 from workers.engine.running import SharedStep
@@ -75,11 +74,7 @@ class SplitRunner:
         """Wait for all streams and give them back, and close what computes steps of both phases."""
         self._picked.clear()
         self._whole.close()
-        try:
-            self._shares.close()
-        except (RuntimeError, GreenContextError) as error:
-            # A GPU that has failed takes nothing back, and the worker is to end all the same.
-            logger.warning("layouts_not_closed reason=%s", error)
+        close_shares(self._shares)
 
     @property
     def may_overlap(self) -> bool:

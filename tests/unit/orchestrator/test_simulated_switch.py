@@ -129,10 +129,14 @@ def test_a_worker_that_dies_while_there_is_no_controller_is_started_by_the_next(
     gone = Fault(1.0, FaultKind.CONTROLLER_CRASH, WorkerId(""), duration_s=3.0)
     result, simulation = run(SHAPES["two"], LONG, faults=(gone, Fault(2.0, FaultKind.CRASH, WorkerId("w1"))))
     assert {record.status for record in result.load.records} == {OK}
-    assert simulation.dispatcher.view is not None
-    w1 = simulation.dispatcher.view.worker(WorkerId("w1"))
+    view = simulation.dispatcher.view
+    assert view is not None
+    assert view.controller_epoch == 2
+    w1 = view.worker(WorkerId("w1"))
     assert w1 is not None
     assert w1.incarnation == 2
+    # The crash of the controller comes with its next tick, so that it is gone for 3 s from then on.
+    assert simulation.cluster.processes[WorkerId("w1"), 2].began_at_s >= 4.0
 
 
 SWITCHES = st.lists(

@@ -71,7 +71,6 @@ def test_what_a_cpu_does_not_compute_with_is_refused() -> None:
     ("change", "says"),
     [
         ({"device": Device.CPU}, "cannot be had on a CPU, which has no SMs to divide; use mixed"),
-        ({"phases": frozenset({Phase.DECODE})}, "cannot be had with phases other than prefill and decode"),
         ({"engine": replace(SPLIT, tensor_parallel=2)}, "cannot be had over 2 devices, whose ranks compute"),
         ({"engine": replace(SPLIT, step_budget=StepBudget.FIXED)}, "cannot be had with a fixed step budget"),
     ],
