@@ -9,8 +9,15 @@ import pytest
 
 from tests.support.device_worker import cpu_as_gpu
 from tests.support.split_shares import fake_shares
-from tests.support.split_worker import check_split_worker, split_wins, splitting_spec, tokens_and_layouts
-from tests.support.worker_client import running_worker
+from tests.support.split_worker import (
+    burst,
+    check_split_worker,
+    split_wins,
+    splitting_spec,
+    target_s,
+    tokens_and_layouts,
+)
+from tests.support.worker_client import WorkerClient, running_worker
 from workers.api import Phase, PhaseSharing, WorkerSpec, WorkerState
 from workers.device import placing
 from workers.device.memory import GpuMemory
@@ -53,13 +60,24 @@ def test_without_a_target_nothing_is_split(model_path: Path, monkeypatch: pytest
     assert set(layout_s) == {"together"}
 
 
-def test_a_split_worker_gives_a_phase_up_and_takes_it_back(model_path: Path) -> None:
+def test_a_split_worker_gives_a_phase_up_and_takes_it_back(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And splits its steps as before."""
+    split_wins(monkeypatch)
+
     async def scenario() -> None:
         spec = splitting_spec(model_path)
         async with running_worker(spec) as worker:
+            target = await target_s(worker, 4.0)
+            await burst(worker, target)
+            before_s = await split_s(worker)
+            assert before_s > 0
             for epoch, phases in enumerate((frozenset({Phase.DECODE}), spec.phases), 1):
                 assert await worker.worker.set_phases(1, phases, epoch) is None
             assert (await worker.status()).phases == spec.phases
+            await burst(worker, target, seed=5)
+            assert await split_s(worker) > before_s
 
     asyncio.run(scenario())
 
@@ -101,6 +119,12 @@ def test_layouts_leave_less_memory_for_kv(
     assert state is WorkerState.FAILED
     assert why.startswith("the KV cache on the GPU: needs 2 MiB of memory and 0 MiB are available; ")
     assert are_closed(opened[0])
+
+
+async def split_s(worker: WorkerClient) -> float:
+    """Seconds in which steps were split."""
+    layout_s = (await worker.status()).layout_s
+    return sum(seconds for name, seconds in layout_s if name.startswith("split: "))
 
 
 async def ended_up(spec: WorkerSpec) -> tuple[WorkerState, str]:

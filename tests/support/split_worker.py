@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.worker_client import (
     SMALL_BUDGET,
+    WorkerClient,
     prompt,
     running_worker,
     submit,
@@ -56,17 +57,26 @@ async def tokens_and_layouts(
     num_steps: so many of them the target for TPOT is long. Where both phases are as fast beside the other, a split pays with few.
     """
     async with running_worker(spec) as worker:
-        await worker.generate(submit(prompt(9, seed=1), max_new_tokens=ENOUGH_STEPS + 8))
-        costs = (await worker.status()).step_costs
-        assert costs is not None
-        target_s = num_steps * StepCost.learnt(costs).step_s(len(PROMPT_LENGTHS), sum(PROMPT_LENGTHS))
-        asked = [
-            submit(prompt(length), request_id=f"p{length}", max_new_tokens=NUM_TOKENS)
-            for length in PROMPT_LENGTHS
-        ]
-        await worker.send(*(replace(one, tpot_target_s=target_s) for one in asked))
-        tokens = [await worker.wait_for_tokens(one.key.request_id, NUM_TOKENS) for one in asked]
+        tokens = await burst(worker, await target_s(worker, num_steps))
         return tokens, dict((await worker.status()).layout_s)
+
+
+async def target_s(worker: WorkerClient, num_steps: float) -> float:
+    """For TPOT, as long as so many steps; the worker has learnt by then how long they take."""
+    await worker.generate(submit(prompt(9, seed=1), max_new_tokens=ENOUGH_STEPS + 8))
+    costs = (await worker.status()).step_costs
+    assert costs is not None
+    return num_steps * StepCost.learnt(costs).step_s(len(PROMPT_LENGTHS), sum(PROMPT_LENGTHS))
+
+
+async def burst(worker: WorkerClient, tpot_target_s: float, seed: int = 0) -> list[list[int]]:
+    """Tokens of prompts that come together. seed: another one for prompts that are not cached."""
+    asked = [
+        submit(prompt(length, seed=seed), request_id=f"p{length}-{seed}", max_new_tokens=NUM_TOKENS)
+        for length in PROMPT_LENGTHS
+    ]
+    await worker.send(*(replace(one, tpot_target_s=tpot_target_s) for one in asked))
+    return [await worker.wait_for_tokens(one.key.request_id, NUM_TOKENS) for one in asked]
 
 
 def check_split_worker(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
