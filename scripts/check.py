@@ -17,8 +17,11 @@ STEPS: dict[str, list[str]] = {
     "docs": [sys.executable, "scripts/manifest_docs.py", "--check"],
     "layers": [str(BIN / "lint-imports")],
     "types": [str(BIN / "mypy")],
-    # Of one file in one process, since its tests share what is costly to make.
+    # Of one file in one process, since its tests share what is costly to make. After the integration tests, which end last.
     "tests": [
+        "nice",
+        "-n",
+        "5",
         sys.executable,
         "-m",
         "pytest",

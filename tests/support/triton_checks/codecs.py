@@ -123,7 +123,7 @@ def check_pages_of_all_codecs(device: str) -> None:
     """Full and short pages, one token, one page and one token, head sizes."""
     for codec in CODECS:
         # Full pages are in the third.
-        for num_tokens in (1, 16, 129, 45) if device == "cpu" else (64, 1, 129, 45, 16):
+        for num_tokens in (1, 16, 129) if device == "cpu" else (64, 1, 129, 45, 16):
             a_round(codec, num_tokens, 2, 64, device)
         a_round(codec, 100, 1, 128, device)
         a_round(codec, 65, 3, 16, device)
@@ -132,7 +132,9 @@ def check_pages_of_all_codecs(device: str) -> None:
 def check_dtypes(device: str) -> None:
     """Of both pools."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
-    for (dtype, target_dtype), codec in zip(product(dtypes[:3], dtypes), CODECS * 3, strict=True):
+    pairs = tuple(zip(product(dtypes[:3], dtypes), CODECS * 3, strict=True))
+    # Interpreted each codec, and each dtype, but not all pairs of these.
+    for (dtype, target_dtype), codec in pairs[::5] + pairs[3:4] if device == "cpu" else pairs:
         a_round(codec, 70, 2, 64, device, dtype, target_dtype)
 
 
