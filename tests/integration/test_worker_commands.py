@@ -129,11 +129,18 @@ def test_two_workers_that_wait_for_each_others_blocks_end_with_the_deadline(mode
             worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
             worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
         ) as pair:
-            for i, worker in enumerate(pair):
+            requests = [
                 # Its prompt fills 8 blocks here, and needs as many there.
-                handoff = Handoff(f"t{i}", pair[1 - i].address, 1)
-                request = submit(prompt(120), request_id=f"r{i}", phases=PREFILL, timeout_s=3.0)
-                await worker.send(replace(request, handoff=handoff))
+                replace(
+                    submit(prompt(120), request_id=f"r{i}", phases=PREFILL, timeout_s=3.0),
+                    handoff=Handoff(f"t{i}", pair[1 - i].address, 1),
+                )
+                for i in range(2)
+            ]
+            # At once: where one has ended before the other begins, nobody waits.
+            await asyncio.gather(
+                *(worker.send(request) for worker, request in zip(pair, requests, strict=True))
+            )
             for i, worker in enumerate(pair):
                 code, _reason = await worker.failure_of(f"r{i}")
                 assert code in (FailureCode.DEADLINE, FailureCode.TRANSFER)
