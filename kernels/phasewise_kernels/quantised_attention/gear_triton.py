@@ -22,6 +22,7 @@ from phasewise_kernels.quantised_attention.packed_triton import (
     k_operand,
     merge_pages,
     power_at,
+    run_of,
     word_pairs,
     words_at,
 )
@@ -122,21 +123,13 @@ def attend_gear_kernel(  # type: ignore[no-untyped-def] # Triton looks at annota
     is_plain: tl.constexpr,
 ):
     """As for int4, not rotated. numbers: fp16, from 0 to head_dim - 1. num_groups: of V's channels, 1 or 2. Outliers are one at each end of a vector."""
-    sequence, head, split = (
-        tl.program_id(0) // num_kv_heads,
-        tl.program_id(0) % num_kv_heads,
-        tl.program_id(1),
-    )
+    sequence, head, first, last = run_of(context_lens, num_splits, num_kv_heads)
     quarter: tl.constexpr = head_dim // 4
     half: tl.constexpr = head_dim // 2
     count: tl.constexpr = 2 if has_outliers else 0
     # In fp16, of a head: codes of K or V are as large.
     side: tl.constexpr = num_kv_heads * PAGE * head_dim // 8
     is_aligned: tl.constexpr = num_kv_heads % 2 == 0
-    num_full = tl.load(context_lens + sequence) // PAGE
-    of_split = tl.cdiv(num_full, num_splits)
-    first = split * of_split
-    last = tl.minimum(num_full, first + of_split)
     rows, tokens = tl.arange(0, rows_block), tl.arange(0, PAGE)
     is_row = rows < group
     start = (sequence * num_kv_heads + head) * group + rows
@@ -312,7 +305,7 @@ def attend_gear_kernel(  # type: ignore[no-untyped-def] # Triton looks at annota
         out_low = out_low * kept[:, None, :] + low * v_power
         out_high = out_high * kept[:, None, :] + high * v_power
     highest, total, weights = merge_pages(highest, total)
-    part = (tl.program_id(0) * num_splits + split).to(tl.int64) * group + rows
+    part = (tl.program_id(0) * num_splits + tl.program_id(1)).to(tl.int64) * group + rows
     where = sums + part[None, :] * head_dim + v_channels[:, None]
     tl.store(where, tl.sum(out_low * weights, axis=0), mask=is_row[None, :])
     tl.store(where + half, tl.sum(out_high * weights, axis=0), mask=is_row[None, :])

@@ -11,6 +11,7 @@ from phasewise_kernels.quantised_attention.packed_triton import (
     k_operand,
     merge_pages,
     power_at,
+    run_of,
     v_operand,
     word_pairs,
     words_at,
@@ -48,17 +49,9 @@ def attend_int4_kernel(  # type: ignore[no-untyped-def] # Triton looks at annota
 
     scale: of scores, for powers of two. rotation: [head_dim, head_dim] fp32. Programs: [batch * num_kv_heads, num_splits].
     """
-    sequence, head, split = (
-        tl.program_id(0) // num_kv_heads,
-        tl.program_id(0) % num_kv_heads,
-        tl.program_id(1),
-    )
+    sequence, head, first, last = run_of(context_lens, num_splits, num_kv_heads)
     half: tl.constexpr = head_dim // 2
     quarter: tl.constexpr = head_dim // 4
-    num_full = tl.load(context_lens + sequence) // PAGE
-    of_split = tl.cdiv(num_full, num_splits)
-    first = split * of_split
-    last = tl.minimum(num_full, first + of_split)
     rows, channels = tl.arange(0, rows_block), tl.arange(0, half)
     is_row = rows < group
     start = (sequence * num_kv_heads + head) * group + rows
@@ -130,7 +123,7 @@ def attend_int4_kernel(  # type: ignore[no-untyped-def] # Triton looks at annota
             high * (v_power * _HIGH)[:, None, :] + more_high[:, None, :]
         )
     highest, total, weights = merge_pages(highest, total)
-    part = (tl.program_id(0) * num_splits + split).to(tl.int64) * group + rows
+    part = (tl.program_id(0) * num_splits + tl.program_id(1)).to(tl.int64) * group + rows
     where = sums + part[None, :] * head_dim + channels[:, None]
     tl.store(where, tl.sum(out_low * weights, axis=0), mask=is_row[None, :])
     tl.store(where + half, tl.sum(out_high * weights, axis=0), mask=is_row[None, :])

@@ -30,7 +30,17 @@ _INT16 = tl.constexpr(tl.pointer_type(tl.int16))
 
 
 @jit
-def power_at(place):  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
+def run_of(context_lens, num_splits, num_kv_heads: tl.constexpr):  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
+    """What a program is for: a sequence, a KV head, and of the sequence's full pages those from first to last - 1."""
+    sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    num_full = tl.load(context_lens + sequence) // PAGE
+    of_split = tl.cdiv(num_full, num_splits)
+    first = tl.program_id(1) * of_split
+    return sequence, head, first, tl.minimum(num_full, first + of_split)
+
+
+@jit
+def power_at(place):  # type: ignore[no-untyped-def]
     """2 to the power of an exponent of a page."""
     exponent = tl.load(place).to(tl.int8, bitcast=True).to(tl.int32)
     return power_of_two(tl.maximum(-120, tl.minimum(120, exponent)))
