@@ -69,9 +69,12 @@ def test_kv_on_its_way_has_a_lease(model_path: Path, monkeypatch: pytest.MonkeyP
                 await gate.reached()
 
                 async def receiving() -> bool:
-                    return kinds(await ledger_of(served, served.decode)) == {LedgerKind.RECEIVING}
+                    found = await ledger_of(served, served.decode)
+                    # The lease is opened for blocks that are there.
+                    leases = [one.lease_id for one in found.entries if one.kind is LedgerKind.RECEIVING]
+                    return kinds(found) == {LedgerKind.RECEIVING} and None not in leases
 
-                await eventually(receiving, "the transfer to have its blocks")
+                await eventually(receiving, "the transfer to have its blocks, and their lease")
                 ledger = await ledger_of(served, served.decode)
                 (entry,) = [one for one in ledger.entries if one.kind is LedgerKind.RECEIVING]
                 (live,) = served.gateway.dispatcher._requests.values()
