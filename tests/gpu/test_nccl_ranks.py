@@ -23,7 +23,9 @@ def ranks() -> Iterator[Ranks]:
     torch.backends.cuda.matmul.allow_tf32 = False
     found = join(Rank(0, 1), open_store(1), torch.device("cuda", 0), TIMEOUT_S)
     yield found
-    found.abort()
+    found.close(TIMEOUT_S)
+    assert found._aborting is not None
+    assert not found._aborting.is_alive()
 
 
 @pytest.mark.parametrize("is_overlapping", [False, True])
@@ -45,3 +47,17 @@ def test_a_group_that_was_aborted_keeps_nobody_waiting(ranks: Ranks) -> None:
     ranks.abort()
     torch.cuda.synchronize()
     assert values.tolist() == [1.0] * 4
+
+
+def test_a_group_with_captured_collectives_is_left_without_waiting_and_ends_with_them(ranks: Ranks) -> None:
+    weights = random_weights(TINY, device="cuda")
+    weights["lm_head"] = weights["embedding"]
+    made = DeviceEngine(
+        Llama(rank_config(TINY, Rank(0, 1)), weights, ranks=ranks), buckets=(1, 2), mixed_buckets=(32,)
+    )
+    assert made.forward is not None
+    ranks.captured(made.forward.drop_graphs)
+    ranks.abort()
+    ranks.close(TIMEOUT_S)
+    assert ranks._aborting is not None
+    assert not ranks._aborting.is_alive()

@@ -287,6 +287,11 @@ class DeviceForward:
                     side=self._side,
                 )
 
+    def drop_graphs(self) -> None:
+        """Steps are computed eagerly from now on."""
+        self._decode_graphs.clear()
+        self._mixed_graphs.clear()
+
 
 @contextmanager
 def no_collection() -> Iterator[None]:

@@ -155,7 +155,7 @@ class Followers:
             on_lost(self._lost)
 
     def close(self) -> None:
-        """End the ranks. Closing twice does nothing."""
+        """End the ranks, when no step runs any more. Closing twice does nothing."""
         if self._is_closed.is_set():
             return
         self._is_closed.set()
@@ -168,7 +168,8 @@ class Followers:
                 child.process.kill()
                 child.process.wait()
         self._watcher.join()
-        self._abort()
+        if self._ranks is not None:
+            self._ranks.close(END_S)
 
     # What happens.
 
@@ -218,15 +219,11 @@ class Followers:
             logger.error("rank_lost reason=%s", self._lost)
             for child in self._children:
                 child.process.kill()
-            self._abort()
+            if self._ranks is not None:
+                self._ranks.abort()
             if on_lost is not None:
                 on_lost(str(RankLost(self._lost)))
         return RankLost(self._lost)
-
-    def _abort(self) -> None:
-        ranks, self._ranks = self._ranks, None
-        if ranks is not None:
-            ranks.abort()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

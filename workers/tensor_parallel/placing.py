@@ -138,6 +138,7 @@ def make_forward(
         buckets=decode_buckets(engine.max_running_sequences),
         mixed_buckets=mixed_buckets(engine.token_budget),
     )
+    ranks.captured(forward.drop_graphs)
     forward.warm_up(engine.max_running_sequences, progress)
     forward.capture(progress)
     return model, forward

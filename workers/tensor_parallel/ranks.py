@@ -1,5 +1,7 @@
 """What the ranks of a group say to each other while they compute: NCCL between GPUs, gloo between CPUs."""
 
+import logging
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +19,8 @@ from torch._C._distributed_c10d import (
 )
 
 from workers.tensor_parallel.cutting import Rank, vocab_part
+
+logger = logging.getLogger(__name__)
 
 #: All ranks are on one host.
 HOST = "127.0.0.1"
@@ -37,6 +41,9 @@ class Ranks:
         # On the stream of the caller: a step's kernels follow each other, captured or not.
         self._reduce.asyncOp = self._broadcast.asyncOp = self._gather.asyncOp = False
         self._flag = torch.zeros(1, device=device)
+        self._drop_graphs: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self._aborting: threading.Thread | None = None
 
     def summed(self, project: Rows) -> Rows:
         """`project` of this rank's columns, with what it gives added up over the ranks."""
@@ -71,10 +78,36 @@ class Ranks:
         """Make `values` what they are at rank 0."""
         _wait(self._backend.broadcast([values], self._broadcast))
 
+    def captured(self, drop: Callable[[], None]) -> None:
+        """There are CUDA graphs with these collectives; `drop` gives them up."""
+        self._drop_graphs = drop
+
     def abort(self) -> None:
-        """Whoever waits for another rank waits no more; what it computes is worth nothing. Of gloo's, the end of the others is enough."""
-        if self.device.type == "cuda":
+        """Whoever waits for another rank waits no more; what it computes is worth nothing. Of gloo's, the end of the others is enough.
+
+        Does not wait: NCCL lets go of what waits at once, and ends when the last graph with its collectives is gone.
+        """
+        with self._lock:
+            if self.device.type != "cuda" or self._aborting is not None:
+                return
+            self._aborting = threading.Thread(target=self._abort, name="abort ranks", daemon=True)
+            self._aborting.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Abort, give the graphs up, and wait as long for NCCL to end. No step is computed any more."""
+        self.abort()
+        if self._drop_graphs is not None:
+            self._drop_graphs()
+        if self._aborting is not None:
+            self._aborting.join(timeout_s)
+            if self._aborting.is_alive():
+                logger.warning("ranks_not_ended after_s=%g", timeout_s)
+
+    def _abort(self) -> None:
+        try:
             self._backend.abort()
+        except RuntimeError:
+            logger.exception("ranks_abort_failed")
 
 
 def open_store(degree: int) -> TCPStore:
