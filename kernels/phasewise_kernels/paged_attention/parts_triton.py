@@ -56,30 +56,31 @@ def store_part(  # type: ignore[no-untyped-def]
 def merge_parts(  # type: ignore[no-untyped-def]
     partial_lse,
     partial_outputs,
-    first_program,
-    is_first_begun,
-    program_step,
+    first_slot,
+    next_slot,
+    slot_step,
     num_parts,
+    first_row,
     num_rows,
     head_dim: tl.constexpr,
+    block_rows: tl.constexpr,
     block_r: tl.constexpr,
     block_d: tl.constexpr,
 ):
-    """([block_r, block_d], [block_r]): output and weight of parts together, in order.
+    """([block_rows, block_d], [block_rows]): output and weight of parts together, in order, from row first_row on.
 
-    They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
+    The first part is in first_slot, the others in every slot_step-th slot from next_slot on.
     """
-    rows = tl.arange(0, block_r)
+    rows = first_row + tl.arange(0, block_rows)
     dims = tl.arange(0, block_d)
     is_row = rows < num_rows
     is_kept = is_row[:, None] & (dims < head_dim)[None, :]
-    largest = tl.full([block_r], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([block_r], tl.float32)
-    weighted = tl.zeros([block_r, block_d], tl.float32)
-    first_slot = first_program * 2 + tl.where(is_first_begun, 1, 0)
+    largest = tl.full([block_rows], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([block_rows], tl.float32)
+    weighted = tl.zeros([block_rows, block_d], tl.float32)
     # The next parts are on their way while one is added.
     for part in tl.range(0, num_parts, num_stages=4):
-        slot = tl.where(part == 0, first_slot, (first_program + part * program_step) * 2)
+        slot = tl.where(part == 0, first_slot, next_slot + (part - 1) * slot_step)
         at = slot.to(tl.int64) * block_r + rows
         lse = tl.load(partial_lse + at, mask=is_row, other=float("-inf"), cache_modifier=".cg")
         outputs = partial_outputs + at[:, None] * block_d + dims[None, :]
