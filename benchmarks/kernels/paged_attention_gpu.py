@@ -1,6 +1,6 @@
 """Attention over a paged KV cache on a GPU: decode by the lean kernel, chunks of prompts, beside what else there is.
 
-    python benchmarks/kernels/paged_attention_gpu.py [--quick] [--json FILE] [--commit NAME]
+    python benchmarks/kernels/paged_attention_gpu.py [--quick] [--chunks] [--json FILE] [--commit NAME]
 
 Decode: 32 query heads of 128 over 2, 8 and 32 KV heads, bf16, blocks of 16 tokens in random order. `split` is our kernel
 with a fixed number of pieces, the best of three numbers; `unsplit` one piece per output, as FlashAttention-2 was when
@@ -9,6 +9,7 @@ cache do not: gathering them first would cost 2 x bytes / copy bandwidth more, g
 takes packed sequences; cuDNN cannot within torch, which makes its plan anew at every such call. `flashinfer` and `fa3`
 are there where FlashInfer and vLLM are installed: they read the same cache in the same blocks, at their best setting and
 without what they plan ahead (`attention_peers.py`). Where one gives other numbers than ours it is not reported.
+Chunks: `whole` has one program per tile, however few there are; `tile 64` and `tile 128` read so much of the cache at a time.
 
 All times are of CUDA graphs of calls over different parts of a pool of 36 GB, so that inputs come from memory: medians of
 replays, divided by the calls. Copy bandwidth counts bytes read and written. Nothing is reported when tests/gpu is red.
@@ -40,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from benchmarks.kernels import attention_peers  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
     CudaAttentionBatch,
+    Tuning,
     chunk_attention,
     lean_attention,
     paged_attention_cuda,
@@ -79,12 +81,24 @@ CHUNKS = {
     "2048 after 32768": ((2048, 34816),),
     "4 x 512 cold": ((512, 512),) * 4,
     "512 after 2048, 64 decode at 2048": ((512, 2560), *((1, 2048),) * 64),
+    # Less tiles than there are multiprocessors.
+    "256 cold": ((256, 256),),
+    "256 after 2048": ((256, 2304),),
+    "128 after 65536": ((128, 65664),),
+    "256 after 65536": ((256, 65792),),
+    "320 after 65536": ((320, 65856),),
+    "640 after 65536": ((640, 66176),),
+    "512 after 131072": ((512, 131584),),
+    "192 after 65536, 4 x 256 cold": ((192, 65728), *((256, 256),) * 4),
+    "128 after 65536, 64 decode at 2048": ((128, 65664), *((1, 2048),) * 64),
 }
 #: Not in a quick look.
 LONG_CHUNKS = ("8192 cold", "2048 after 32768")
 #: Blocks of so many tokens let FlashAttention-3 fetch chunks' K and V by TMA.
 TMA_BLOCK_SIZE = 128
 DECODE_COLUMNS = ("lean", "split", "fa2", "cudnn", "gather", *attention_peers.NAMES)
+#: Costs more than any cut of contexts saves.
+NEVER = 1 << 29
 Caches = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -333,6 +347,11 @@ def decode_grid(is_quick: bool) -> list[tuple[list[int], int]]:
     return rows
 
 
+def chunk(part: Part, **arguments: Any) -> None:
+    """The kernel of chunks."""
+    chunk_attention(*part.arguments, **arguments)
+
+
 def chunk_row(pool: Pool, name: str, lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Chunks of prompts over 8 KV heads, causal; TFLOP/s of what rows see."""
     parts = pool.parts(lengths, 8)[:8]
@@ -345,7 +364,11 @@ def chunk_row(pool: Pool, name: str, lengths: Sequence[tuple[int, int]]) -> dict
         "fa2": lambda part: packed_fa2(part, key_starts, is_causal=True),
     }
     if all(new > 1 for new, _ in lengths):
-        ways["chunk kernel"] = lambda part: chunk_attention(*part.arguments, window=0, min_query_len=2)
+        kernel = partial(chunk, window=0, min_query_len=2)
+        ways["chunk kernel"] = kernel
+        ways["whole"] = partial(kernel, part_tokens=NEVER)
+        for tile_tokens in (64, 128):
+            ways[f"tile {tile_tokens}"] = partial(kernel, tuning=Tuning(tile_tokens, 8, 3))
     if len(lengths) == 1:
         ways["cudnn"] = lambda part: cudnn_chunk(part, lengths[0][1] - lengths[0][0])
     row: dict[str, Any] = {"name": name, "tflop": flop / 1e12}
@@ -479,6 +502,7 @@ def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the most telling rows alone")
+    parser.add_argument("--chunks", action="store_true", help="these alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--commit", help="of the code, where git cannot say")
     args = parser.parse_args()
@@ -515,6 +539,8 @@ def main() -> int:
             f"{way} {value['us']:.0f} us {value['tflop_per_s']:.0f} TFLOP/s" for way, value in found.items()
         )
         print(f"{name:34}", "; ".join(shown), flush=True)
+    if args.chunks:
+        return 0
     print("kv seq context         us", *(f"{name:>9}" for name in DECODE_COLUMNS), "of copy")
     rows: list[dict[str, Any]] = []
     for context_lens, num_kv_heads in decode_grid(args.quick):

@@ -6,12 +6,14 @@ python -m pytest tests/gpu/test_paged_attention_gpu.py -q
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 
 import pytest
 import torch
 
 from phasewise_kernels.paged_attention import cuda
 from phasewise_kernels.paged_attention.cuda import NUM_SEMAPHORES, paged_attention_cuda
+from tests.support.triton_checks import chunks
 from tests.support.triton_checks import paged_attention as checks
 from tests.support.triton_checks.interpreter import checks_of
 from tests.support.triton_checks.paged_attention import Case, Inputs, assert_case, run
@@ -23,6 +25,8 @@ pytestmark = [
 BF16, FP16, FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 DECODE = ((1, 1000), (1, 5000), (1, 17), (1, 1), (1, 64))
 CHUNKS = ((1, 1000), (700, 2000), (1000, 1000), (1, 17), (9, 300))
+#: Few tiles over much: their contexts are cut.
+LATE = ((1, 1000), (150, 9000), (40, 6000), (70, 70))
 
 LARGE_CASES = (
     Case(DECODE, num_kv_heads=8, group=4, head_dim=128, block_size=16, dtype=BF16),
@@ -43,6 +47,12 @@ LARGE_CASES = (
     Case(((1, 900), (60, 2000), (30, 1000)), group=4, head_dim=64, block_size=16, dtype=FP16, trees=(1, 2)),
     Case(((1, 900), (16, 2000), (13, 900)), head_dim=96, block_size=16, dtype=FP16, trees=(1, 2), window=100),
     Case(((3, 100), (1, 300), (40, 200)), group=4, head_dim=256, block_size=16),
+    Case(LATE, num_kv_heads=8, group=4, head_dim=128, block_size=16, dtype=BF16),
+    Case(LATE, group=4, head_dim=128, block_size=16, dtype=BF16, kv_dtype=FP8, num_padding=2),
+    Case(LATE, group=3, head_dim=64, block_size=16, dtype=FP16, window=3000),
+    Case(LATE, group=4, head_dim=256, block_size=16, dtype=BF16),
+    Case(LATE, group=8, head_dim=96, block_size=32, dtype=FP16, is_interleaved=True),
+    Case(((1, 900), (60, 9000), (30, 5000)), group=4, head_dim=64, block_size=16, dtype=FP16, trees=(1, 2)),
 )
 
 
@@ -50,16 +60,21 @@ LARGE_CASES = (
 def _compiled() -> None:
     """All kernels, side by side."""
 
-    def compiled(case: Case) -> None:
+    def compiled(case: Case, call: Callable[[Inputs], torch.Tensor]) -> None:
         torch.cuda.set_device(0)
-        run(case.on("cuda"))
+        call(case.on("cuda"))
 
     with ThreadPoolExecutor(12) as executor:
-        list(executor.map(compiled, (*checks.CASES, *LARGE_CASES)))
+        list(executor.map(compiled, (*checks.CASES, *LARGE_CASES), repeat(run)))
+        list(executor.map(compiled, checks.CASES, repeat(checks.run_cut_if_long)))
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("check", checks_of(checks.__name__).values(), ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [check for module in (checks, chunks) for check in checks_of(module.__name__).values()],
+    ids=lambda check: check.__name__,
+)
 def test_the_kernels_equal_their_references(check: Callable[[str], None]) -> None:
     check("cuda")
 
@@ -118,10 +133,40 @@ def test_a_cuda_graph_is_replayed_with_other_lengths(own_semaphores: bool) -> No
     assert not out[3:].isnan().any()
 
 
-def test_many_launches_in_a_row_agree_bit_for_bit() -> None:
-    inputs = Case(((1, 20_000), (1, 70), (1, 5000)), group=4, head_dim=128, block_size=16, dtype=BF16).on(
-        "cuda"
-    )
+def test_a_cuda_graph_of_chunks_is_replayed_with_contexts_cut_and_whole() -> None:
+    shape = {"num_kv_heads": 8, "group": 4, "head_dim": 128, "block_size": 16, "dtype": BF16}
+    captured = Case(((200, 9000), (1, 700), (56, 300)), **shape).on("cuda")  # type: ignore[arg-type]
+    out = captured.poisoned_out()
+    caches = captured.k_cache, captured.v_cache
+    paged_attention_cuda(captured.query, *caches, captured.batch, out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_attention_cuda(captured.query, *caches, captured.batch, out=out)
+    for lengths in (
+        ((200, 9000), (1, 700), (56, 300)),
+        ((200, 300), (1, 17), (56, 56)),
+        ((30, 7000), (1, 17), (226, 2700)),
+    ):
+        inputs = Case(lengths, seed=1, **shape).on("cuda")  # type: ignore[arg-type]
+        num_blocks = inputs.k_cache.shape[0]
+        captured.query.copy_(inputs.query)
+        for cache, other in zip(caches, (inputs.k_cache, inputs.v_cache), strict=True):
+            cache[:num_blocks].copy_(other)
+        captured.batch.block_tables[:, : inputs.batch.block_tables.shape[1]].copy_(inputs.batch.block_tables)
+        captured.batch.context_lens.copy_(inputs.batch.context_lens)
+        captured.batch.query_starts.copy_(inputs.batch.query_starts)
+        expected = inputs.expected_dense()
+        for _ in range(3):
+            out.fill_(float("nan"))
+            graph.replay()
+            inputs.check(out, expected)
+    checks.assert_semaphores_are_reset()
+
+
+@pytest.mark.parametrize("lengths", [((1, 20_000), (1, 70), (1, 5000)), ((70, 20_000), (1, 70), (40, 5000))])
+def test_many_launches_in_a_row_agree_bit_for_bit(lengths: tuple[tuple[int, int], ...]) -> None:
+    inputs = Case(lengths, group=4, head_dim=128, block_size=16, dtype=BF16).on("cuda")
     first = run(inputs)
     outputs = [run(inputs) for _ in range(500)]
     assert all(torch.equal(output, first) for output in outputs)

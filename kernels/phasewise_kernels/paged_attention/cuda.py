@@ -17,8 +17,14 @@ MAX_LEAN_ROWS = 64
 MAX_TREE_TOKENS = 64
 #: Kernels are compiled for this many sequences, or the next power of two.
 MIN_BLOCK_SEQUENCES = 64
-#: Three for each program of a launch.
+#: At least three for each program of a launch of the lean kernel, and MAX_WAVES of one of the chunk kernel.
 NUM_SEMAPHORES = 1 << 14
+#: Contexts of chunks are cut into so many pieces that each multiprocessor has this many at most.
+MAX_WAVES = 4
+#: A cut costs the time in which a program reads so many tokens, for each wave of pieces. A guess.
+PART_TOKENS = 512
+#: Of a part that are on their way at the same time when parts of chunks are merged.
+MERGED_VALUES = 4096
 _LOG2_E = 1.4426950408889634
 
 
@@ -168,12 +174,13 @@ def chunk_attention(
     min_query_len: int,
     tuning: Tuning | None = None,
     block_m: int = 128,
+    part_tokens: int = PART_TOKENS,
 ) -> None:
-    """Rows of sequences with at least min_query_len new tokens."""
+    """Rows of sequences with at least min_query_len new tokens. part_tokens: see chunk_kernel."""
     from phasewise_kernels.paged_attention.chunk_triton import chunk_kernel
 
     shape = _shape(query, k_cache)
-    num_kv_heads = shape.pop("num_kv_heads")
+    num_kv_heads = k_cache.shape[2]
     block_m = max(block_m, _power_of_two(shape["group"]))
     tuning = tuning or chunk_tuning(query, batch.max_context_len)
     block_q = block_m // shape["group"]
@@ -182,7 +189,15 @@ def chunk_attention(
     if batch.max_prompts is not None:
         num_prompts = min(num_prompts, batch.max_prompts)
     num_tiles = batch.num_tokens // block_q + num_prompts
-    chunk_kernel[(num_kv_heads, num_tiles)](
+    num_groups = max(1, (batch.num_sms or _num_sms(query.device)) // num_kv_heads)
+    # The pieces that contexts may be cut into; more tiles than these are not cut.
+    slots = MAX_WAVES * num_groups * num_kv_heads
+    num_places = max(num_tiles, MAX_WAVES * num_groups)
+    lse = torch.empty(slots * block_m, dtype=torch.float32, device=query.device)
+    outputs = torch.empty(slots * block_m * shape["block_d"], dtype=torch.float32, device=query.device)
+    semaphores = _semaphores(query.device) if batch.semaphores is None else batch.semaphores
+    assert slots <= len(semaphores)
+    chunk_kernel[(num_kv_heads, num_places)](
         query,
         k_cache,
         v_cache,
@@ -191,7 +206,12 @@ def chunk_attention(
         batch.query_starts,
         batch.context_lens,
         query if batch.tree_masks is None else batch.tree_masks,
+        lse,
+        outputs,
+        semaphores,
         len(batch.context_lens),
+        num_groups,
+        part_tokens,
         window,
         *_scale_and_strides(query, k_cache, v_cache, batch, out),
         **shape,
@@ -199,6 +219,8 @@ def chunk_attention(
         tile_tokens=tuning.tile_tokens,
         block_sequences=_power_of_two(max(MIN_BLOCK_SEQUENCES, len(batch.context_lens))),
         min_query_len=min_query_len,
+        max_waves=MAX_WAVES,
+        merged_rows=min(block_m, max(16, MERGED_VALUES // shape["block_d"])),
         has_window=window > 0,
         has_tree=batch.tree_masks is not None,
         num_warps=tuning.num_warps,

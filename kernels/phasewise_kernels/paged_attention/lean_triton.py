@@ -20,6 +20,7 @@ and a host program per output that waits for the others.
 
 import triton.language as tl
 
+from phasewise_kernels.paged_attention.parts_triton import is_last, log_sum, merge_parts, store_part
 from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
     finished,
@@ -193,12 +194,14 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                     merged, lse = merge_parts(
                         partial_lse,
                         partial_outputs,
-                        bunch_program,
-                        bunch == 0,
-                        num_kv_heads,
+                        bunch_slot,
+                        (bunch_program + num_kv_heads) * 2,
+                        num_kv_heads * 2,
                         bunch_size,
+                        0,
                         query_len * group,
                         head_dim,
+                        block_r,
                         block_r,
                         block_d,
                     )
@@ -223,12 +226,14 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                             merged, lse = merge_parts(
                                 partial_lse,
                                 partial_outputs,
-                                first_program,
-                                True,
-                                fan * num_kv_heads,
+                                first_program * 2 + 1,
+                                (first_program + fan * num_kv_heads) * 2,
+                                fan * num_kv_heads * 2,
                                 num_bunches,
+                                0,
                                 query_len * group,
                                 head_dim,
+                                block_r,
                                 block_r,
                                 block_d,
                             )
@@ -255,85 +260,3 @@ def group_of(place, share, num_full):  # type: ignore[no-untyped-def]
     """Which group reads this tile of the line."""
     later = place - num_full * share
     return tl.where(later < 0, place // share, num_full + later // tl.maximum(share - 1, 1))
-
-
-@jit
-def log_sum(largest, weight_sum):  # type: ignore[no-untyped-def]
-    """log2 of the sum of all weights; -inf of a part that has seen nothing."""
-    is_empty = weight_sum == 0
-    return tl.where(is_empty, float("-inf"), largest + tl.log2(tl.where(is_empty, 1.0, weight_sum)))
-
-
-@jit
-def is_last(semaphore, count):  # type: ignore[no-untyped-def]
-    """Count this program in; whether it is the last of `count`, which sets the semaphore back."""
-    # All threads of the program have stored before one of them counts.
-    tl.debug_barrier()
-    is_it = tl.atomic_add(semaphore, 1, sem="acq_rel", scope="gpu") == count - 1
-    if is_it:
-        tl.store(semaphore, 0)
-    return is_it
-
-
-@jit
-def store_part(  # type: ignore[no-untyped-def]
-    partial_lse,
-    partial_outputs,
-    slot,
-    output,
-    lse,
-    num_rows,
-    head_dim: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_r: tl.constexpr,
-    block_d: tl.constexpr,
-):
-    """output: [block_rows, block_d], the output of a part alone; lse: [block_rows], how much it weighs."""
-    rows = tl.arange(0, block_rows)
-    dims = tl.arange(0, block_d)
-    is_row = rows < num_rows
-    at = slot.to(tl.int64) * block_r + rows
-    tl.store(partial_lse + at, lse, mask=is_row)
-    is_kept = is_row[:, None] & (dims < head_dim)[None, :]
-    tl.store(partial_outputs + at[:, None] * block_d + dims[None, :], output, mask=is_kept)
-
-
-@jit
-def merge_parts(  # type: ignore[no-untyped-def]
-    partial_lse,
-    partial_outputs,
-    first_program,
-    is_first_begun,
-    program_step,
-    num_parts,
-    num_rows,
-    head_dim: tl.constexpr,
-    block_r: tl.constexpr,
-    block_d: tl.constexpr,
-):
-    """([block_r, block_d], [block_r]): output and weight of parts together, in order.
-
-    They are in slot 0 of every program_step-th program; that of the first is in slot 1 if it begins the output.
-    """
-    rows = tl.arange(0, block_r)
-    dims = tl.arange(0, block_d)
-    is_row = rows < num_rows
-    is_kept = is_row[:, None] & (dims < head_dim)[None, :]
-    largest = tl.full([block_r], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([block_r], tl.float32)
-    weighted = tl.zeros([block_r, block_d], tl.float32)
-    first_slot = first_program * 2 + tl.where(is_first_begun, 1, 0)
-    # The next parts are on their way while one is added.
-    for part in tl.range(0, num_parts, num_stages=4):
-        slot = tl.where(part == 0, first_slot, (first_program + part * program_step) * 2)
-        at = slot.to(tl.int64) * block_r + rows
-        lse = tl.load(partial_lse + at, mask=is_row, other=float("-inf"), cache_modifier=".cg")
-        outputs = partial_outputs + at[:, None] * block_d + dims[None, :]
-        output = tl.load(outputs, mask=is_kept, other=0.0, cache_modifier=".cg")
-        new_largest = tl.maximum(largest, lse)
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weight, factor = tl.exp2(lse - base), tl.exp2(largest - base)
-        weight_sum = weight_sum * factor + weight
-        weighted = weighted * factor[:, None] + output * weight[:, None]
-        largest = new_largest
-    return finished(weighted, weight_sum), log_sum(largest, weight_sum)

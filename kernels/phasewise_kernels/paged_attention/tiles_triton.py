@@ -19,7 +19,7 @@ import triton.language as tl
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 #: Not compiled anew for numbers that are 1 or divisible by 16: they differ from step to step.
-_VARYING = ["num_sequences", "window", "table_stride", "num_splits"]
+_VARYING = ["num_sequences", "window", "table_stride", "num_splits", "num_groups", "part_tokens"]
 jit: Callable[[_F], Any] = triton.jit(do_not_specialize=_VARYING)
 
 
@@ -71,9 +71,10 @@ def store_rows(  # type: ignore[no-untyped-def]
     head_dim: tl.constexpr,
     block_m: tl.constexpr,
     block_d: tl.constexpr,
+    first_row=0,
 ):
-    """The reverse of load_rows."""
-    rows = tl.arange(0, block_m)
+    """The reverse of load_rows, of block_m rows from first_row on."""
+    rows = first_row + tl.arange(0, block_m)
     dims = tl.arange(0, block_d)
     tokens = rows // group
     places = (first_token + tokens).to(tl.int64) * token_stride + (head * group + rows % group) * head_stride

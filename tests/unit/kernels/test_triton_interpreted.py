@@ -15,7 +15,16 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     "checks",
-    ["paged_attention", "small_ops", "linear_of_row", "fp8_linear", "codecs", "quantised", "sampling"],
+    [
+        "paged_attention",
+        "chunks",
+        "small_ops",
+        "linear_of_row",
+        "fp8_linear",
+        "codecs",
+        "quantised",
+        "sampling",
+    ],
 )
 def test_the_kernels_equal_their_references_in_tritons_interpreter(checks: str) -> None:
     run_interpreted(f"tests.support.triton_checks.{checks}")
