@@ -50,8 +50,16 @@ class Leap:
         return self.num_done == self._num_steps
 
     def _count_quick(self) -> int:
-        next_one, size = self.num_done + 1, self._block_size
-        return min(self._num_steps - self.num_done, min([(at - next_one) % size for at in self._full]))
+        next_one, num_left, size, full = (
+            self.num_done + 1,
+            self._num_steps - self.num_done,
+            self._block_size,
+            self._full,
+        )
+        for num in range(min(num_left, size)):
+            if (next_one + num) % size in full:
+                return num
+        return num_left
 
     def full(self) -> list[int]:
         """Sequences, by their index, that have filled a block with the present step."""

@@ -82,11 +82,17 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free ones, and cached ones at the price of what they hold."""
-        return self._num_free + len(self._cached)
+        # As _num_free, without a call: asked for every block that is filled.
+        return self.num_blocks - len(self._num_sequences) + len(self._free) + len(self._cached)
 
     @property
     def _num_free(self) -> int:
         return self.num_blocks - len(self._num_sequences) + len(self._free)
+
+    @property
+    def has_tier(self) -> bool:
+        """`find_saved` may find something."""
+        return self._tier is not None
 
     def counts(self) -> BlockCounts:
         """The four counts, whose sum is the total."""
@@ -438,7 +444,7 @@ class BlockPool:
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
-        return self.news.take() if self.news else []
+        return self.news.take()
 
     # Checks.
 
