@@ -10,8 +10,8 @@ free + cached + in use + leased = total, always.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress, count
-from operator import eq
+from itertools import compress, count, pairwise
+from operator import eq, ne
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock, SavedBlock
@@ -151,20 +151,23 @@ class BlockPool:
         # From the end: a block is of use only with those before it, so it should be taken before them.
         num_sequences, num_transfers = self._num_sequences, self._num_transfers
         stored, cached, free = self._names, self._cached, self._free
+        num_free = num_leased = 0
         for block_id in reversed(block_ids):
             num_left = num_sequences[block_id] - 1
             assert num_left >= 0, f"block {block_id} is in use by no sequence"
             num_sequences[block_id] = num_left
             if num_left:
                 continue
-            self._num_in_use -= 1
-            if num_transfers[block_id] > 0:
-                self._num_leased += 1
+            num_free += 1
+            if num_transfers[block_id]:
+                num_leased += 1
             # As _put_back.
             elif block_id in stored:
                 cached[block_id] = None
             else:
                 free.append(block_id)
+        self._num_in_use -= num_free
+        self._num_leased += num_leased
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """A transfer holds these too, which are in use."""
@@ -405,19 +408,17 @@ class BlockPool:
 
     def settle(self, block_ids: Iterable[int]) -> None:
         """A step has run: what was pending of these is computed."""
-        pending, name_of, parent_of = self._pending, self._names, self._parents
-        first, names = b"", list[bytes]()
-        for block_id in block_ids:
-            if block_id not in pending:
-                continue
-            del pending[block_id]
-            name, parent = name_of[block_id], parent_of[block_id]
-            if names and parent == names[-1]:
-                names.append(name)
-            else:
-                self.news.stored(first, names)
-                first, names = parent, [name]
-        self.news.stored(first, names)
+        computed = [block_id for block_id in block_ids if block_id in self._pending]
+        if not computed:
+            return
+        for block_id in computed:
+            del self._pending[block_id]
+        names = [self._names[block_id] for block_id in computed]
+        parents = [self._parents[block_id] for block_id in computed]
+        # Where one is not the child of the one before it another chain begins.
+        begins = compress(count(1), map(ne, parents[1:], names))
+        for begin, end in pairwise([0, *begins, len(names)]):
+            self.news.stored(parents[begin], names[begin:end])
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""
@@ -470,12 +471,12 @@ class BlockPool:
         assert all(map(eq, map(self._by_hash.get, stored.values()), stored))
         assert stored.keys() == self._parents.keys() == self._tokens.keys() == self._begins.keys()
         # Each child is listed under its parent, and there are as many of them as there are blocks: each is listed, and once.
-        several = [(parent, one) for parent, one in self._children.items() if not isinstance(one, int)]
-        listed = [(parent, one) for parent, one in self._children.items() if isinstance(one, int)]
-        listed += [(parent, block_id) for parent, siblings in several for block_id in siblings]
-        assert len(listed) == len(stored)
-        assert all(self._parents[block_id] == parent for parent, block_id in listed)
-        assert all(siblings for _, siblings in several)
+        single = {parent: one for parent, one in self._children.items() if isinstance(one, int)}
+        several = {parent: ones for parent, ones in self._children.items() if not isinstance(ones, int)}
+        assert len(single) + sum(map(len, several.values())) == len(stored)
+        assert all(map(eq, map(self._parents.get, single.values()), single))
+        assert all(self._parents[one] == parent for parent, siblings in several.items() for one in siblings)
+        assert all(several.values())
         assert self._pending.keys() <= stored.keys()
         assert self._lossy <= stored.keys()
         if self._tier is not None:
