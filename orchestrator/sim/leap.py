@@ -41,6 +41,11 @@ class Leap:
             self.starts.append(start)
             self._first_context += start
             self._full.setdefault((1 - start) % block_size, []).append(i)
+        #: By the number of a step modulo the size of a block: steps before the next one with which a block is full.
+        self._num_before = [0] * block_size
+        for at in reversed(range(2 * block_size)):
+            num_before = 0 if at % block_size in self._full else self._num_before[(at + 1) % block_size] + 1
+            self._num_before[at % block_size] = num_before
         #: When so many steps are done there is something to do at the end of the next one.
         self.num_calm = self._next_calm()
 
@@ -55,8 +60,8 @@ class Leap:
         return self._first_context + self.num_sequences * self.num_done
 
     def _next_calm(self) -> int:
-        first, end, size, full = self.num_done, self._num_steps, self._block_size, self._full
-        return next((num for num in range(first, min(end, first + size)) if (num + 1) % size in full), end)
+        num_done = self.num_done
+        return min(self._num_steps, num_done + self._num_before[(num_done + 1) % self._block_size])
 
     def full(self) -> list[int]:
         """Sequences, by their index, that have filled a block with the present step."""

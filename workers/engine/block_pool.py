@@ -171,26 +171,29 @@ class BlockPool:
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """A transfer holds these too, which are in use."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in block_ids:
-            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
-            self._num_transfers[block_id] += 1
+            assert num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
+            num_transfers[block_id] += 1
 
     def adopt(self, block_ids: Sequence[int]) -> None:
         """A sequence takes over what a transfer has filled."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in block_ids:
-            assert self._num_transfers[block_id] == 1, f"block {block_id} is not leased once"
-            assert self._num_sequences[block_id] == 0, f"block {block_id} is in use"
-            self._num_transfers[block_id] = 0
-            self._num_sequences[block_id] = 1
+            assert num_transfers[block_id] == 1, f"block {block_id} is not leased once"
+            assert num_sequences[block_id] == 0, f"block {block_id} is in use"
+            num_transfers[block_id], num_sequences[block_id] = 0, 1
         self._num_leased -= len(block_ids)
         self._num_in_use += len(block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """A transfer is done with these."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in reversed(block_ids):
-            assert self._num_transfers[block_id] > 0, f"block {block_id} is leased by no transfer"
-            self._num_transfers[block_id] -= 1
-            if self._num_transfers[block_id] == 0 and self._num_sequences[block_id] == 0:
+            num_left = num_transfers[block_id] - 1
+            assert num_left >= 0, f"block {block_id} is leased by no transfer"
+            num_transfers[block_id] = num_left
+            if not num_left and not num_sequences[block_id]:
                 self._num_leased -= 1
                 self._put_back(block_id)
 
@@ -497,15 +500,16 @@ class BlockPool:
             assert found == counted, name
 
     def _take(self, num_blocks: int) -> list[int]:
-        free = self._free
-        num_short = num_blocks - (self.num_blocks - len(self._num_sequences) + len(free))
+        free, touched = self._free, len(self._num_sequences)
+        num_short = num_blocks - len(free) - (self.num_blocks - touched)
         if num_short > 0:
             assert num_short <= len(self._cached), f"asked for {num_blocks} of {self.num_available} blocks"
             self._evict(num_short)
-        num_old = min(num_blocks, len(free))
-        taken = [free.pop() for _ in range(num_old)]
-        if num_old < num_blocks:
-            num_new, touched = num_blocks - num_old, len(self._num_sequences)
+        # From the top of the stack.
+        taken = free[: -num_blocks - 1 : -1]
+        del free[len(free) - len(taken) :]
+        num_new = num_blocks - len(taken)
+        if num_new:
             taken += range(touched, touched + num_new)
             self._num_sequences += [0] * num_new
             self._num_transfers += [0] * num_new
