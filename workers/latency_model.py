@@ -267,10 +267,10 @@ class DecodeSteps:
 
     def step_s(self, context: int) -> float:
         """Seconds, with so many tokens of context over all of them."""
-        decoding_s = max(
-            context * self._kv_token_bytes / self._bytes_per_s, context * self._pair_flops / self._flops_per_s
-        )
-        return max(0.0, self._fixed_s + self._factor * decoding_s)
+        # Without calls, since a simulation asks for each step; no summand is negative.
+        reading_s = context * self._kv_token_bytes / self._bytes_per_s
+        computing_s = context * self._pair_flops / self._flops_per_s
+        return self._fixed_s + self._factor * (reading_s if reading_s > computing_s else computing_s)
 
 
 class EncodeModel:

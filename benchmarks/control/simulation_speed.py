@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import PlannedRequest, plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
-from orchestrator.cli.collector import collecting_rarely  # noqa: E402
+from orchestrator.cli.collector import without_collector  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
@@ -78,7 +78,7 @@ def simulation_of(
 def cpu_s(simulation: Simulation) -> tuple[float, float]:
     """Of a run: seconds of the processor, and that were simulated."""
     # As `phasewise simulate` does.
-    with collecting_rarely():
+    with without_collector():
         began_s = time.process_time()
         simulated_s = simulation.run().load.elapsed_s
         return time.process_time() - began_s, simulated_s
@@ -117,7 +117,7 @@ def measure(shape: str, plan: list[PlannedRequest], duration_s: float, num_round
     # The kernel takes few samples in a run.
     for _ in range(5 * num_rounds):
         simulation = simulation_of(shape, plan, duration_s)
-        with collecting_rarely(), sampler:
+        with without_collector(), sampler:
             simulation.run()
     return {
         "shape": shape,

@@ -4,19 +4,18 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: New objects between two looks at them, and looks between two at older ones.
-THRESHOLDS = 20_000, 20, 20
-
 
 @contextmanager
-def collecting_rarely() -> Iterator[None]:
-    """It looks at what is made from now on alone, and not often: what is loaded stays, and a simulation makes hardly any cycles."""
-    before = gc.get_threshold()
+def without_collector() -> Iterator[None]:
+    """It does not look for cycles from now on: what serves and is simulated makes none but of processes that end.
+
+    What was there before is looked at once, and what is left behind when the collector looks again.
+    """
+    was_on = gc.isenabled()
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(*THRESHOLDS)
+    gc.disable()
     try:
         yield
     finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+        if was_on:
+            gc.enable()

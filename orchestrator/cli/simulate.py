@@ -16,7 +16,7 @@ from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes
-from orchestrator.cli.collector import collecting_rarely
+from orchestrator.cli.collector import without_collector
 from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         return _failed(str(error), exit_codes.USAGE)
     runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
     for one in runs:
-        with collecting_rarely():
+        with without_collector():
             one.simulate()
     if len(runs) == 1:
         print("\n".join(runs[0].lines(trace)))

@@ -78,15 +78,15 @@ class PrefixIndex:
     def apply(self, worker: WorkerView, events: Sequence[KvEvent]) -> bool:
         """The worker tells; False when it has to be asked anew. Of one that was not added nothing is kept."""
         key = worker.worker_id, worker.incarnation
-        bit, blocks = self._bits.get(key), self._blocks.get(key)
+        bit, blocks, have = self._bits.get(key), self._blocks.get(key), self._have
         if bit is None or blocks is None:
             return True
         for event in events:
             match event:
-                case KvBlocksStored():
-                    for name in event.hashes:
-                        blocks.add(name)
-                        self._have[name] = self._have.get(name, 0) | bit
+                case KvBlocksStored(hashes=names):
+                    blocks.update(names)
+                    for name in names:
+                        have[name] = have.get(name, 0) | bit
                 case KvBlocksRemoved():
                     for name in event.hashes:
                         if name in blocks:
@@ -132,7 +132,8 @@ class PrefixIndex:
         have = self._have
         for key, blocks in self._blocks.items():
             bit = self._bits[key]
-            assert all(have.get(name, 0) & bit for name in blocks)
+            assert blocks <= have.keys()
+            assert all(map(bit.__and__, map(have.__getitem__, blocks)))
         # And nothing beyond that.
         assert sum(map(int.bit_count, have.values())) == sum(map(len, self._blocks.values()))
         assert all(have.values())

@@ -1,6 +1,7 @@
 """A request that is being answered: the machines of its samples, and what its client has yet to get."""
 
 import asyncio
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class LiveSample:
         self.machine = machine
         self.record = record
         self.index = index
-        self.request = request
+        #: Weakly: or each request, with all its tokens, would stay until the garbage collector looks.
+        self._request = weakref.ref(request)
         #: A client that does not read leaves them here: at most the request's max_new_tokens.
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -57,6 +59,13 @@ class LiveSample:
         self._prefill_tokens = 0
         #: Shards that are charged: by attempt, the worker and the patches.
         self._encodes: dict[int, tuple[WorkerId, int]] = {}
+
+    @property
+    def request(self) -> "LiveRequest":
+        """Whose sample it is. The dispatcher has it until all its samples are over, and then its client."""
+        request = self._request()
+        assert request is not None, f"nobody has the request of sample {self.index} any more"
+        return request
 
     def note_state(self, actions: Sequence[Action], now_s: float) -> None:
         """Into the record, if these actions came with another state. Called for every token: does nothing then."""

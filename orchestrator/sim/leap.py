@@ -28,8 +28,8 @@ class Leap:
         #: A message has come, which the engine hears when the present step has ended.
         self.is_stopped = False
         self.until_s = until_s
-        #: Tokens of all sequences, that of the present step included.
-        self.context = 0
+        #: Tokens of all sequences before the first step.
+        self._first_context = 0
         #: When the gateway gets the tokens of each step that is done.
         self.arrivals_s: list[float] = []
         self.starts: list[int] = []
@@ -39,42 +39,51 @@ class Leap:
         for i, sequence in enumerate(plan.decodes):
             start = len(sequence.token_ids)
             self.starts.append(start)
-            self.context += start
+            self._first_context += start
             self._full.setdefault((1 - start) % block_size, []).append(i)
-        #: Steps before the next one at whose end there is something to do.
-        self.num_quick = self._count_quick()
+        #: By the number of a step modulo the size of a block: steps before the next one with which a block is full.
+        self._num_before = [0] * block_size
+        for at in reversed(range(2 * block_size)):
+            num_before = 0 if at % block_size in self._full else self._num_before[(at + 1) % block_size] + 1
+            self._num_before[at % block_size] = num_before
+        #: When so many steps are done there is something to do at the end of the next one.
+        self.num_calm = self._next_calm()
 
     @property
     def is_last(self) -> bool:
         """With the present step a sequence ends."""
         return self.num_done == self._num_steps
 
-    def _count_quick(self) -> int:
-        next_one, size = self.num_done + 1, self._block_size
-        return min(self._num_steps - self.num_done, min([(at - next_one) % size for at in self._full]))
+    @property
+    def context(self) -> int:
+        """Tokens of all sequences, that of the present step included."""
+        return self._first_context + self.num_sequences * self.num_done
+
+    def _next_calm(self) -> int:
+        num_done = self.num_done
+        return min(self._num_steps, num_done + self._num_before[(num_done + 1) % self._block_size])
 
     def full(self) -> list[int]:
         """Sequences, by their index, that have filled a block with the present step."""
         return self._full.get((self.num_done + 1) % self._block_size, [])
 
     def end_step(self) -> None:
-        """The present step has ended, which was none of `num_quick`, and the next one begins."""
+        """The present step has ended, which was no calm one, and the next one begins."""
         self.num_done += 1
-        self.context += self.num_sequences
-        self.num_quick = self._count_quick()
+        self.num_calm = self._next_calm()
 
     def stop(self) -> None:
         """When the present step has ended, it goes on only if the engine says so."""
-        self.is_stopped, self.num_quick = True, 0
+        self.is_stopped, self.num_calm = True, self.num_done
 
     def go_on(self, num_steps: int, until_s: float) -> None:
         """It does, with so many steps from the next one on."""
         self.is_stopped, self._num_steps, self.until_s = False, self.num_done + num_steps, until_s
-        self.num_quick = self._count_quick()
+        self.num_calm = self._next_calm()
 
     def look(self) -> None:
         """There is something to see to at the end of the present step."""
-        self.num_quick = 0
+        self.num_calm = self.num_done
 
     def missing(self, index: int) -> list[int]:
         """Tokens of steps that are done that a sequence of the engine does not have."""

@@ -52,7 +52,7 @@ class SimNetwork:
 
     def __init__(self, timers: SimTimers, shape: NetworkShape, rng: random.Random) -> None:
         self._timers = timers
-        self._shape = shape
+        self._bytes_per_s, self._latency_s, self._jitter = shape.bytes_per_s, shape.latency_s, shape.jitter
         self._random = rng.random
         self._hosts: dict[Host, _Host] = {}
         self._ways: dict[tuple[Host, Host], Way] = {}
@@ -84,14 +84,14 @@ class SimNetwork:
 
     def carry(self, way: "Way", now_s: float, num_bytes: int) -> float:
         """A message leaves now, between two that are not cut from each other; returns when it arrives."""
-        source, target, shape = way.source, way.target, self._shape
+        source, target = way.source, way.target
         begin_s = now_s
         if source.sends_at_s > begin_s:
             begin_s = source.sends_at_s
         if target.receives_at_s > begin_s:
             begin_s = target.receives_at_s
-        source.sends_at_s = target.receives_at_s = end_s = begin_s + num_bytes / shape.bytes_per_s
-        arrive_s = end_s + shape.latency_s * (1 + shape.jitter * self._random())
+        source.sends_at_s = target.receives_at_s = end_s = begin_s + num_bytes / self._bytes_per_s
+        arrive_s = end_s + self._latency_s * (1 + self._jitter * self._random())
         # In order, whatever the jitter.
         if way.last_at_s > arrive_s:
             arrive_s = way.last_at_s

@@ -37,6 +37,8 @@ from workers.latency_model import LatencyModel
 
 #: Requests arrive when the workers have loaded.
 WARM_S = 1.0
+#: Of all prompts, as with engines that have no model.
+ROOT = root_hash("", "", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +209,13 @@ class Simulation:
         request_id = RequestId(f"r{index}")
         prompt = prompt_token_ids(planned.row, planned.prompt_tokens, vocab_size=VOCAB_SIZE, seed=config.seed)
         sampling = SamplingParams(planned.output_tokens)
-        # As engines do that have no model.
-        root = root_hash("", "", "")
         pictures = config.pictures
         images = (
             pictures.placed(request_id, planned.prompt_tokens, planned.num_images)
             if pictures is not None
             else None
         )
-        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=root, images=images)
+        checked = CheckedRequest(request_id, tuple(prompt), sampling, prefix_root=ROOT, images=images)
         assert self.cluster.links is not None
         self.cluster.links.read_caches()
         try:
@@ -248,7 +248,8 @@ class Simulation:
                 self._num_wrong_tokens += sum(map(ne, news.token_ids, expected))
             came_s = times_s or [now_s] * num_new
             assert len(came_s) == num_new
-            client.times_s += [at_s - client.arrived_at_s for at_s in came_s]
+            arrived_at_s = client.arrived_at_s
+            client.times_s += [at_s - arrived_at_s for at_s in came_s]
             if news.finish_reason is not None:
                 self._end(client, OK, "")
                 return

@@ -79,19 +79,17 @@ class SimTimers:
         heap, repeated = self._heap, self._repeated
         while repeated:
             timer = repeated[0]
-            if heap and heap[0] < timer:
-                return
-            when, _, callback = timer
-            if when > until_s:
+            when = timer[0]
+            if (heap and heap[0] < timer) or when > until_s:
                 return
             self.now_s = when
             self.num_events += 1
-            again_s = callback(when)
+            again_s = timer[2](when)
             if again_s == inf:
                 heappop(repeated)
             else:
-                self._number += 1
-                timer[0], timer[1] = again_s, self._number
+                self._number = timer[1] = self._number + 1
+                timer[0] = again_s
                 heapreplace(repeated, timer)
 
 

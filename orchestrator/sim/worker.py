@@ -11,6 +11,7 @@ from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, token_of, tokens_of
 from orchestrator.sim.network import GATEWAY, SimNetwork
+from orchestrator.sim.noise import noise_factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -129,7 +130,8 @@ class SimWorker:
         #: What it serves; that of the spec until the first switch.
         self.phases = spec.phases
         self._phase_epoch = 0
-        self.num_steps = 0
+        #: Without those of the present leap.
+        self._num_steps = 0
         #: Time in which it computed, in seconds.
         self.busy_s = 0.0
         #: Steps take so many times as long as they should, for each reason that there is now.
@@ -139,7 +141,7 @@ class SimWorker:
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._costs = world.latency.costs()
         self._gateway = gateway
-        self._rng, self._noise = rng, world.noise
+        self._noise = noise_factors(rng, world.noise)
         #: To the gateway.
         self.way = world.network.way(address, GATEWAY)
         self._carry = world.network.carry
@@ -203,6 +205,11 @@ class SimWorker:
     def key(self) -> ProcessKey:
         """Names the process."""
         return self.spec.worker_id, self.spec.incarnation
+
+    @property
+    def num_steps(self) -> int:
+        """That have ended."""
+        return self._num_steps + (self._leap.num_done if self._leap is not None else 0)
 
     @property
     def is_ready(self) -> bool:
@@ -366,9 +373,7 @@ class SimWorker:
 
     def _takes_s(self, predicted_s: float) -> float:
         """With noise, and as slow as it is now."""
-        took_s = predicted_s
-        if self._noise:
-            took_s *= self._rng.lognormvariate(0.0, self._noise)
+        took_s = predicted_s * next(self._noise)
         if self.slowdowns:
             took_s *= math.prod(self.slowdowns)
         self.busy_s += took_s
@@ -440,20 +445,19 @@ class SimWorker:
     def _steps(self, leap: Leap) -> Generator[float, float, None]:
         """Says, whenever it is told that a step of the leap has ended, when the next one does; infinity: there is none."""
         carry, way, num_bytes, arrived = self._carry, self.way, leap.num_bytes, leap.arrivals_s.append
-        step_s, num_sequences = self._leap_steps.step_s, leap.num_sequences
-        end_s = self._timers.now_s + self._takes_s(step_s(leap.context))
-        while end_s < math.inf:
+        takes_s, step_s, num_sequences = self._takes_s, self._leap_steps.step_s, leap.num_sequences
+        context = leap.context
+        end_s = self._timers.now_s + takes_s(step_s(context))
+        while True:
             now_s = yield end_s
-            if leap.num_quick == 0 or now_s >= leap.until_s:
+            if leap.num_done == leap.num_calm or now_s >= leap.until_s:
                 end_s = self._see_to_leap(leap, now_s)
+                context = leap.context
                 continue
-            leap.num_quick -= 1
             leap.num_done += 1
-            leap.context = context = leap.context + num_sequences
             arrived(carry(way, now_s, num_bytes))
-            self.num_steps += 1
-            end_s = now_s + self._takes_s(step_s(context))
-        yield math.inf
+            context += num_sequences
+            end_s = now_s + takes_s(step_s(context))
 
     def _see_to_leap(self, leap: Leap, now_s: float) -> float:
         """The same for a step after which there is more to do than to count."""
@@ -469,7 +473,6 @@ class SimWorker:
             self._step_done(leap.plan)
             return math.inf
         leap.end_step()
-        self.num_steps += 1
         if full:
             self._fill_blocks(leap, full)
         else:
@@ -483,8 +486,10 @@ class SimWorker:
         return now_s + self._takes_s(self._leap_steps.step_s(leap.context))
 
     def _leave_leap(self) -> None:
+        assert self._leap is not None
         self._catch_up()
         self._gateway.end_leap(self)
+        self._num_steps += self._leap.num_done
         self._leap = None
 
     def _fill_blocks(self, leap: Leap, full: list[int]) -> None:
@@ -527,7 +532,7 @@ class SimWorker:
         yielding = [*plan.decodes, *(part.sequence for part in plan.chunks if part.yields_token)]
         tokens = [token_of(one.key.request_id, len(one.token_ids)) for one in yielding]
         self.engine.complete(plan, StepResult(tokens), self._timers.now_s)
-        self.num_steps += 1
+        self._num_steps += 1
         self._is_busy = False
         self._publish(self.engine.take_outputs())
         self._turn_soon()

@@ -98,6 +98,8 @@ class Batch:
         if not self._may_reuse(sequence):
             return None
         num_found = len(self.match(sequence).block_ids)
+        if not self.pool.has_tier:
+            return num_found
         named = sequence.named_tokens(0, len(sequence.token_ids))
         return num_found + len(self.pool.find_saved(sequence.block_hashes, named, num_found))
 
@@ -409,9 +411,9 @@ class Batch:
 
     def _restore(self, sequence: Sequence) -> int:
         """Give it blocks for what the host tier holds after those that it has; returns how many."""
-        if not self._may_reuse(sequence):
-            return 0
         pool = self.pool
+        if not (pool.has_tier and self._may_reuse(sequence)):
+            return 0
         # All are found before a block is taken: what that evicts may drop them from the tier.
         named = sequence.named_tokens(0, len(sequence.token_ids))
         found = pool.find_saved(sequence.block_hashes, named, len(sequence.block_table))

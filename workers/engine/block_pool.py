@@ -10,7 +10,8 @@ free + cached + in use + leased = total, always.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, count, pairwise
+from operator import eq, ne
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock, SavedBlock
@@ -19,11 +20,6 @@ from workers.engine.span_reuse.span_index import SpanIndex
 
 #: Blocks with the same parent that are looked at for one that begins with the rest of a prompt.
 MAX_SIBLINGS = 32
-
-
-#: What the prefix index knows of a block: its name, that of the block before it, and its tokens. A plain tuple, since one is made for every
-#: block that is filled.
-_Stored = tuple[bytes, bytes, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +63,12 @@ class BlockPool:
         self._cached: dict[int, None] = {}
         self._num_in_use = 0
         self._num_leased = 0
-        self._stored: dict[int, _Stored] = {}
+        #: What the prefix index knows of a block: its name, that of the block before it, and its tokens, which begin so far into those of all
+        #: blocks that were stored with it. No object of each block's own, which the garbage collector would look at.
+        self._names: dict[int, bytes] = {}
+        self._parents: dict[int, bytes] = {}
+        self._tokens: dict[int, tuple[int, ...]] = {}
+        self._begins: dict[int, int] = {}
         #: Of those, blocks whose KV came through a lossy codec or was computed from such: for prompts of this worker alone.
         self._lossy: set[int] = set()
         self._by_hash: dict[bytes, int] = {}
@@ -81,11 +82,17 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that can be taken now: free ones, and cached ones at the price of what they hold."""
-        return self._num_free + len(self._cached)
+        # As _num_free, without a call: asked for every block that is filled.
+        return self.num_blocks - len(self._num_sequences) + len(self._free) + len(self._cached)
 
     @property
     def _num_free(self) -> int:
         return self.num_blocks - len(self._num_sequences) + len(self._free)
+
+    @property
+    def has_tier(self) -> bool:
+        """`find_saved` may find something."""
+        return self._tier is not None
 
     def counts(self) -> BlockCounts:
         """The four counts, whose sum is the total."""
@@ -143,44 +150,50 @@ class BlockPool:
         """A sequence is done with these, in the order of its tokens."""
         # From the end: a block is of use only with those before it, so it should be taken before them.
         num_sequences, num_transfers = self._num_sequences, self._num_transfers
-        stored, cached, free = self._stored, self._cached, self._free
+        stored, cached, free = self._names, self._cached, self._free
+        num_free = num_leased = 0
         for block_id in reversed(block_ids):
             num_left = num_sequences[block_id] - 1
             assert num_left >= 0, f"block {block_id} is in use by no sequence"
             num_sequences[block_id] = num_left
             if num_left:
                 continue
-            self._num_in_use -= 1
-            if num_transfers[block_id] > 0:
-                self._num_leased += 1
+            num_free += 1
+            if num_transfers[block_id]:
+                num_leased += 1
             # As _put_back.
             elif block_id in stored:
                 cached[block_id] = None
             else:
                 free.append(block_id)
+        self._num_in_use -= num_free
+        self._num_leased += num_leased
 
     def hold(self, block_ids: Sequence[int]) -> None:
         """A transfer holds these too, which are in use."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in block_ids:
-            assert self._num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
-            self._num_transfers[block_id] += 1
+            assert num_sequences[block_id] > 0, f"block {block_id} is in use by no sequence"
+            num_transfers[block_id] += 1
 
     def adopt(self, block_ids: Sequence[int]) -> None:
         """A sequence takes over what a transfer has filled."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in block_ids:
-            assert self._num_transfers[block_id] == 1, f"block {block_id} is not leased once"
-            assert self._num_sequences[block_id] == 0, f"block {block_id} is in use"
-            self._num_transfers[block_id] = 0
-            self._num_sequences[block_id] = 1
+            assert num_transfers[block_id] == 1, f"block {block_id} is not leased once"
+            assert num_sequences[block_id] == 0, f"block {block_id} is in use"
+            num_transfers[block_id], num_sequences[block_id] = 0, 1
         self._num_leased -= len(block_ids)
         self._num_in_use += len(block_ids)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """A transfer is done with these."""
+        num_sequences, num_transfers = self._num_sequences, self._num_transfers
         for block_id in reversed(block_ids):
-            assert self._num_transfers[block_id] > 0, f"block {block_id} is leased by no transfer"
-            self._num_transfers[block_id] -= 1
-            if self._num_transfers[block_id] == 0 and self._num_sequences[block_id] == 0:
+            num_left = num_transfers[block_id] - 1
+            assert num_left >= 0, f"block {block_id} is leased by no transfer"
+            num_transfers[block_id] = num_left
+            if not num_left and not num_sequences[block_id]:
                 self._num_leased -= 1
                 self._put_back(block_id)
 
@@ -195,7 +208,7 @@ class BlockPool:
         """
         if self.is_shared(block_id):
             return False
-        if block_id in self._stored:
+        if block_id in self._names:
             self._forget(block_id)
         return True
 
@@ -210,7 +223,7 @@ class BlockPool:
         found: list[int] = []
         for i, name in enumerate(parents[1:]):
             block_id = self._by_hash.get(name)
-            if block_id is None or self._stored[block_id][2] != tuple(token_ids[i * size : (i + 1) * size]):
+            if block_id is None or self._tokens_of(block_id) != tuple(token_ids[i * size : (i + 1) * size]):
                 break
             found.append(block_id)
         if len(found) * size == len(token_ids):
@@ -230,10 +243,11 @@ class BlockPool:
             # What this step computes cannot be copied before it.
             if block_id in self._pending:
                 continue
-            known = self._stored[block_id][2]
             # Most have nothing in common.
-            if known[0] == rest[0] and (num_same := _common(known, rest)) > num_best:
-                best, num_best = block_id, num_same
+            if self._tokens[block_id][self._begins[block_id]] == rest[0]:
+                num_same = _common(self._tokens_of(block_id), rest)
+                if num_same > num_best:
+                    best, num_best = block_id, num_same
         return PrefixMatch(tuple(found), best, num_best)
 
     def find_saved(
@@ -322,8 +336,9 @@ class BlockPool:
         """
         if name in self._by_hash:
             return False
-        assert block_id not in self._stored, f"block {block_id} holds something else"
-        self._stored[block_id] = name, parent, tuple(token_ids)
+        assert block_id not in self._names, f"block {block_id} holds something else"
+        self._names[block_id], self._parents[block_id] = name, parent
+        self._tokens[block_id], self._begins[block_id] = tuple(token_ids), 0
         self._by_hash[name] = block_id
         if is_lossy:
             self._lossy.add(block_id)
@@ -350,10 +365,11 @@ class BlockPool:
                     block_id, name, names[i], token_ids[i * size : (i + 1) * size], is_pending=is_pending
                 )
             return
-        assert self._stored.keys().isdisjoint(block_ids), f"one of blocks {block_ids} holds something else"
-        all_ids = tuple(token_ids)
-        tokens = [all_ids[i : i + size] for i in range(0, size * len(block_ids), size)]
-        self._stored.update(zip(block_ids, zip(new, names, tokens, strict=False), strict=True))
+        assert self._names.keys().isdisjoint(block_ids), f"one of blocks {block_ids} holds something else"
+        self._names.update(zip(block_ids, new, strict=True))
+        self._parents.update(zip(block_ids, names, strict=False))
+        self._tokens.update(dict.fromkeys(block_ids, tuple(token_ids)))
+        self._begins.update(zip(block_ids, count(0, size), strict=False))
         self._by_hash.update(zip(new, block_ids, strict=True))
         # Others may begin as they do; of the rest nobody is the child, but for what was evicted before its children.
         self._add_child(names[0], block_ids[0])
@@ -366,6 +382,10 @@ class BlockPool:
             self._pending.update(dict.fromkeys(block_ids))
         else:
             self.news.stored(names[0], new)
+
+    def _tokens_of(self, block_id: int) -> tuple[int, ...]:
+        begin = self._begins[block_id]
+        return self._tokens[block_id][begin : begin + self.block_size]
 
     def _add_child(self, parent: bytes, block_id: int) -> None:
         siblings = self._children.setdefault(parent, block_id)
@@ -391,19 +411,17 @@ class BlockPool:
 
     def settle(self, block_ids: Iterable[int]) -> None:
         """A step has run: what was pending of these is computed."""
-        pending, stored = self._pending, self._stored
-        first, names = b"", list[bytes]()
-        for block_id in block_ids:
-            if block_id not in pending:
-                continue
-            del pending[block_id]
-            name, parent, _ = stored[block_id]
-            if names and parent == names[-1]:
-                names.append(name)
-            else:
-                self.news.stored(first, names)
-                first, names = parent, [name]
-        self.news.stored(first, names)
+        computed = [block_id for block_id in block_ids if block_id in self._pending]
+        if not computed:
+            return
+        for block_id in computed:
+            del self._pending[block_id]
+        names = [self._names[block_id] for block_id in computed]
+        parents = [self._parents[block_id] for block_id in computed]
+        # Where one is not the child of the one before it another chain begins.
+        begins = compress(count(1), map(ne, parents[1:], names))
+        for begin, end in pairwise([0, *begins, len(names)]):
+            self.news.stored(parents[begin], names[begin:end])
 
     def forget_pending(self) -> None:
         """The step has failed: what was pending holds nothing."""
@@ -417,7 +435,7 @@ class BlockPool:
     def watch(self) -> None:
         """From now on changes of the index are told, beginning with all that it knows."""
         known = self._tier.parents() if self._tier is not None else {}
-        known |= {name: parent for i, (name, parent, _) in self._stored.items() if i not in self._pending}
+        known |= {name: self._parents[i] for i, name in self._names.items() if i not in self._pending}
         #: By the last block of each: what comes before its first, and all of it.
         chains: dict[bytes, tuple[bytes, list[bytes]]] = {}
         for name, parent in known.items():
@@ -430,7 +448,7 @@ class BlockPool:
 
     def take_events(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """Changes of the index since the last call, in order; new blocks that follow on each other are one."""
-        return self.news.take() if self.news else []
+        return self.news.take()
 
     # Checks.
 
@@ -445,7 +463,7 @@ class BlockPool:
         held = {*used, *sent}
         assert self._num_in_use == len(used)
         assert self._num_leased == len(held) - len(used)
-        free, cached, stored = set(self._free), self._cached.keys(), self._stored
+        free, cached, stored = set(self._free), self._cached.keys(), self._names
         assert len(free) == len(self._free) == touched - len(held) - len(cached)
         assert all(min(found) >= 0 and max(found) < touched for found in (free, cached) if found)
         assert free.isdisjoint(held)
@@ -453,21 +471,22 @@ class BlockPool:
         assert held.isdisjoint(cached)
         assert cached <= stored.keys()
         assert len(self._by_hash) == len(stored)
-        assert all(self._by_hash[name] == block_id for block_id, (name, _, _) in stored.items())
+        assert all(map(eq, map(self._by_hash.get, stored.values()), stored))
+        assert stored.keys() == self._parents.keys() == self._tokens.keys() == self._begins.keys()
         # Each child is listed under its parent, and there are as many of them as there are blocks: each is listed, and once.
-        several = [(parent, one) for parent, one in self._children.items() if not isinstance(one, int)]
-        listed = [(parent, one) for parent, one in self._children.items() if isinstance(one, int)]
-        listed += [(parent, block_id) for parent, siblings in several for block_id in siblings]
-        assert len(listed) == len(stored)
-        assert all(stored[block_id][1] == parent for parent, block_id in listed)
-        assert all(siblings for _, siblings in several)
-        assert self._pending.keys() <= self._stored.keys()
-        assert self._lossy <= self._stored.keys()
+        single = {parent: one for parent, one in self._children.items() if isinstance(one, int)}
+        several = {parent: ones for parent, ones in self._children.items() if not isinstance(ones, int)}
+        assert len(single) + sum(map(len, several.values())) == len(stored)
+        assert all(map(eq, map(self._parents.get, single.values()), single))
+        assert all(self._parents[one] == parent for parent, siblings in several.items() for one in siblings)
+        assert all(several.values())
+        assert self._pending.keys() <= stored.keys()
+        assert self._lossy <= stored.keys()
         if self._tier is not None:
             self._tier.check_invariants()
         if self.spans is not None:
             self.spans.check_invariants()
-            assert set(self.spans.block_ids()) <= self._stored.keys()
+            assert set(self.spans.block_ids()) <= stored.keys()
 
     def check_owners(self, *, in_use: Sequence[int], leased: Sequence[int]) -> None:
         """Sequences and transfers name each block exactly as often as it counts them."""
@@ -481,15 +500,16 @@ class BlockPool:
             assert found == counted, name
 
     def _take(self, num_blocks: int) -> list[int]:
-        free = self._free
-        num_short = num_blocks - (self.num_blocks - len(self._num_sequences) + len(free))
+        free, touched = self._free, len(self._num_sequences)
+        num_short = num_blocks - len(free) - (self.num_blocks - touched)
         if num_short > 0:
             assert num_short <= len(self._cached), f"asked for {num_blocks} of {self.num_available} blocks"
             self._evict(num_short)
-        num_old = min(num_blocks, len(free))
-        taken = [free.pop() for _ in range(num_old)]
-        if num_old < num_blocks:
-            num_new, touched = num_blocks - num_old, len(self._num_sequences)
+        # From the top of the stack.
+        taken = free[: -num_blocks - 1 : -1]
+        del free[len(free) - len(taken) :]
+        num_new = num_blocks - len(taken)
+        if num_new:
             taken += range(touched, touched + num_new)
             self._num_sequences += [0] * num_new
             self._num_transfers += [0] * num_new
@@ -501,27 +521,28 @@ class BlockPool:
         for _ in range(num_blocks):
             block_id = next(iter(self._cached))
             del self._cached[block_id]
-            name, parent, token_ids = self._stored[block_id]
+            name = self._names[block_id]
             removed.append(name)
             if self._tier is not None:
                 # A block that a step is still to compute is held by its sequence, so this one is computed.
                 assert block_id not in self._pending, f"block {block_id} is not computed yet"
-                is_lossy = block_id in self._lossy
-                self._tier.save(block_id, name, parent, token_ids, is_lossy=is_lossy)
+                parent, token_ids = self._parents[block_id], self._tokens_of(block_id)
+                self._tier.save(block_id, name, parent, token_ids, is_lossy=block_id in self._lossy)
             self._forget(block_id, is_told=False)
             self._free.append(block_id)
         self._tell_removed(removed)
 
     def _put_back(self, block_id: int) -> None:
         """Nobody holds it any more."""
-        if block_id in self._stored:
+        if block_id in self._names:
             self._cached[block_id] = None
         else:
             self._free.append(block_id)
 
     def _forget(self, block_id: int, *, is_told: bool = True) -> None:
         """Take it out of the index."""
-        name, parent, _ = self._stored.pop(block_id)
+        name, parent = self._names.pop(block_id), self._parents.pop(block_id)
+        del self._tokens[block_id], self._begins[block_id]
         self._lossy.discard(block_id)
         if self.spans is not None:
             self.spans.remove(block_id)

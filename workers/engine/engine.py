@@ -246,8 +246,7 @@ class Engine:
         """What has come out since the last call, in order."""
         outputs = self._outputs.copy()
         self._outputs.clear()
-        if self.pool.news:
-            outputs += self.pool.take_events()
+        outputs += self.pool.take_events()
         return outputs
 
     # Messages.

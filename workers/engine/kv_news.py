@@ -1,17 +1,11 @@
 """What is to be told of a prefix index, in order. Pure."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from workers.api import KvBlocksRemoved, KvBlocksStored
 
-
-@dataclass(slots=True)
-class _Chain:
-    """New blocks, each the child of the one before it. parent: of the first."""
-
-    parent: bytes
-    names: list[bytes]
+#: New blocks, each the child of the one before it: the parent of the first, then their names.
+_Chain = list[bytes]
 
 
 class KvNews:
@@ -35,10 +29,10 @@ class KvNews:
         if not self.is_watched or not names:
             return
         last = self._news[-1] if self._news else None
-        if isinstance(last, _Chain) and last.names[-1] == parent:
-            last.names += names
+        if isinstance(last, list) and last[-1] == parent:
+            last += names
         else:
-            self._news.append(_Chain(parent, [*names]))
+            self._news.append([parent, *names])
 
     def removed(self, names: Sequence[bytes]) -> None:
         """These cannot be found any more."""
@@ -47,7 +41,7 @@ class KvNews:
 
     def take(self) -> list[KvBlocksStored | KvBlocksRemoved]:
         """What has come since the last time."""
+        if not self._news:
+            return []
         news, self._news = self._news, []
-        return [
-            KvBlocksStored(one.parent, tuple(one.names)) if isinstance(one, _Chain) else one for one in news
-        ]
+        return [KvBlocksStored(one[0], tuple(one[1:])) if isinstance(one, list) else one for one in news]

@@ -333,6 +333,14 @@ class Sequence:
     def hash_blocks(self, num_blocks: int, block_size: int) -> None:
         """Make `block_hashes` reach this many full blocks."""
         hashes = self.block_hashes
+        if len(hashes) > num_blocks:
+            return
+        if len(hashes) == num_blocks:
+            # As nearly always.
+            hashes.append(
+                self._block_hash(hashes[-1], (num_blocks - 1) * block_size, num_blocks * block_size)
+            )
+            return
         if self.images is None:
             new = self.token_ids[(len(hashes) - 1) * block_size : num_blocks * block_size]
             hashes += chain_hashes(hashes[-1], new, block_size)

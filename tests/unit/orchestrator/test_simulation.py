@@ -1,5 +1,6 @@
 """A cluster in simulated time: the same for the same seed, right where the answer is known, and whole under faults."""
 
+import gc
 import random
 from dataclasses import asdict, replace
 from itertools import accumulate
@@ -11,10 +12,22 @@ from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK
 from orchestrator.bench.summary import summarise
 from orchestrator.bench.trace import TraceRow
+from orchestrator.cli.collector import without_collector
 from orchestrator.control.slo import Slo
 from orchestrator.sim.faults import Fault, FaultKind, random_faults
 from orchestrator.sim.simulation import SimConfig, Simulation
-from tests.support.sim import BOTH, ENGINE, SHAPES, by_token, constant, load, random_load, run, worker
+from tests.support.sim import (
+    BOTH,
+    ENGINE,
+    LLAMA_ON_H100,
+    SHAPES,
+    by_token,
+    constant,
+    load,
+    random_load,
+    run,
+    worker,
+)
 from workers.api import WorkerId
 
 
@@ -187,7 +200,7 @@ def test_what_is_known_of_caches_is_what_is_in_them() -> None:
     assert index.num_blocks_by_worker().keys() == {("w0", 2), ("w1", 1)}
     for key, process in simulation.cluster.processes.items():
         if process.is_alive:
-            stored = {one[0] for one in process.engine.pool._stored.values()}
+            stored = set(process.engine.pool._names.values())
             assert index._blocks[key] == stored
             assert key == ("w0", 2) or stored
 
@@ -253,3 +266,12 @@ def test_a_record_says_where_the_time_of_a_request_went() -> None:
         assert gateway.attempts == 1
     waits_s = [record.gateway.queue_s for record in result.load.records if record.gateway]
     assert max(waits_s) > 10 * min(waits_s)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_run_leaves_nothing_to_the_garbage_collector(shape: str) -> None:
+    """It is off in a run: a request that stayed with its tokens would fill the memory of a long one."""
+    simulation = Simulation(SimConfig(SHAPES[shape], LLAMA_ON_H100, load_s=1.0), random_load(seed=3), 5.0)
+    with without_collector():
+        simulation.run()
+        assert gc.collect() == 0

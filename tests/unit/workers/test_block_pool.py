@@ -301,7 +301,7 @@ class AnyOrder(RuleBasedStateMachine):
     def store(self, data: st.DataObject, is_pending: bool) -> None:
         blocks = data.draw(st.sampled_from(self.sequences))
         for block in blocks:
-            if block not in self.pool._stored:
+            if block not in self.pool._names:
                 self.next_token += 1
                 tokens = [self.next_token] * SIZE
                 self.pool.store(block, block_hash(ROOT, tokens), ROOT, tokens, is_pending=is_pending)
@@ -372,7 +372,9 @@ TestAnyOrder = AnyOrder.TestCase
 
 
 def _index_of(pool: BlockPool) -> tuple[object, ...]:
-    return pool._stored, pool._by_hash, pool._children, pool._pending, pool.take_events()
+    tokens = {block_id: pool._tokens_of(block_id) for block_id in pool._names}
+    known = pool._names, pool._parents, tokens, pool._by_hash, pool._children, pool._pending
+    return *known, pool.take_events()
 
 
 @given(st.data(), st.booleans(), st.booleans())

@@ -243,7 +243,7 @@ class TieredPool(RuleBasedStateMachine):
         found = PrefixFetching(self.pool).find(FindCached("f", names, SIZE), num_kept=num_kept, now_s=0.0)
         if isinstance(found, CachedFound):
             assert len(found.block_ids) <= num_known
-            assert [self.pool._stored[i][0] for i in found.block_ids] == list(names[: len(found.block_ids)])
+            assert [self.pool._names[i] for i in found.block_ids] == list(names[: len(found.block_ids)])
             assert self.pool.num_exact_of(found.block_ids) == len(found.block_ids)
             self.pool.check_invariants()
             self.pool.release(found.block_ids)
