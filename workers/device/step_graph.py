@@ -4,6 +4,7 @@ On a CPU it is computed in place of the replay, padding and all, for tests.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -215,8 +216,13 @@ def captured(
         begin()
         try:
             run(cut)
-        finally:
             graphs[-1].capture_end()
+        except BaseException:
+            with suppress(RuntimeError):
+                graphs[-1].capture_end()
+            # Who handles the error has this frame with it, and NCCL waits for graphs that have its collectives.
+            graphs.clear()
+            raise
     return graphs
 
 

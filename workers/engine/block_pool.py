@@ -64,7 +64,8 @@ class BlockPool:
         self._num_in_use = 0
         self._num_leased = 0
         #: What the prefix index knows of a block: its name, that of the block before it, and its tokens, which begin so far into those of all
-        #: blocks that were stored with it. No object of each block's own, which the garbage collector would look at.
+        #: blocks that were stored with it. No object of each block's own, which the garbage collector would look at. These tokens stay
+        #: as long as one of the blocks does.
         self._names: dict[int, bytes] = {}
         self._parents: dict[int, bytes] = {}
         self._tokens: dict[int, tuple[int, ...]] = {}

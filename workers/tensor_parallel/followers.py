@@ -108,7 +108,7 @@ class Followers:
         try:
             self._ranks = join(Rank(0, self._degree), self._store, device, self._timeout_s)
         except RuntimeError as error:
-            raise self._lose(f"the ranks did not find each other: {error}") from error
+            raise self.lose(f"the ranks did not find each other: {error}") from error
         return self._ranks
 
     # Steps.
@@ -127,7 +127,7 @@ class Followers:
             raise
         except BaseException as error:
             # The others go on to wait for what does not come.
-            raise self._lose(f"rank 0 did not end a step: {error}") from error
+            raise self.lose(f"rank 0 did not end a step: {error}") from error
 
     def copy_blocks(self, blocks: Mapping[int, int]) -> None:
         """Before the next step. blocks: target -> source."""
@@ -177,7 +177,7 @@ class Followers:
         while not self._is_closed.wait(WATCH_S):
             reason = self._death() or self._delay()
             if reason is not None:
-                self._lose(reason)
+                self.lose(reason)
                 return
 
     def _death(self) -> str | None:
@@ -200,7 +200,7 @@ class Followers:
             is_stuck = is_stuck or (now_s - launched_s > self._timeout_s and not event.query())  # type: ignore[no-untyped-call]
         return f"a rank did not answer within {self._timeout_s:g} s" if is_stuck else None
 
-    def _lose(self, reason: str) -> RankLost:
+    def lose(self, reason: str) -> RankLost:
         """The group has ended; the error says of what. Whoever comes first says so to the worker."""
         if self._is_closed.is_set():
             return RankLost("it was closed")
@@ -252,7 +252,7 @@ class Followers:
         try:
             child.connection.send_bytes(packed)
         except OSError as error:
-            raise self._lose(f"rank {child.rank} does not listen: {error}") from error
+            raise self.lose(f"rank {child.rank} does not listen: {error}") from error
 
     def _next(self, child: _Child, kind: type[Told], progress: Callable[[str, float], None]) -> Told:
         said = Progress("starting", 0.0)
@@ -265,7 +265,7 @@ class Followers:
                 with self._read_lock:
                     message = child.connection.recv()
             except (EOFError, OSError) as error:
-                raise self._lose(f"rank {child.rank} of {self._degree} does not answer") from error
+                raise self.lose(f"rank {child.rank} of {self._degree} does not answer") from error
             if isinstance(message, Progress):
                 said = message
             elif isinstance(message, kind):

@@ -104,7 +104,11 @@ def place_on_ranks(
         kv_cache = _tensor(own, memories[0], num_blocks, heads[0])
         if kv_cache is None:
             kv_cache = take_kv_cache(own, num_blocks)
-        model, forward = make_forward(spec, own, group, kv_cache, progress)
+        try:
+            model, forward = make_forward(spec, own, group, kv_cache, progress)
+        except RuntimeError as error:
+            # That of a collective, too: the rank that is missing knows better why.
+            raise followers.lose(f"rank 0 could not prepare its steps: {error}") from error
         readies = followers.gather(Ready, progress)
         caches = [partial(_same, kv_cache)]
         for i, ready in enumerate(readies, 1):

@@ -29,7 +29,10 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Ranks:
-    """One rank's end of the collectives. All ranks call the same ones, in the same order, with tensors of equal shapes."""
+    """One rank's end of the collectives. All ranks call the same ones, in the same order, with tensors of equal shapes.
+
+    They raise RuntimeError once the group is aborted.
+    """
 
     def __init__(self, rank: Rank, backend: Any, device: torch.device) -> None:
         """backend: ProcessGroupNCCL or ProcessGroupGloo; torch's types do not know what both can do."""
@@ -50,6 +53,7 @@ class Ranks:
 
         def project_and_add(rows: torch.Tensor) -> torch.Tensor:
             summand = project(rows)
+            self._check()
             _wait(self._backend.allreduce([summand], self._reduce))
             return summand
 
@@ -63,6 +67,7 @@ class Ranks:
             own = project(rows)
             own = own if own.shape[1] == part else F.pad(own, (0, part - own.shape[1]))
             parts = own.new_empty(degree * len(own), part)
+            self._check()
             # Torch has no other name for it here.
             _wait(self._backend._allgather_base(parts, own, self._gather))
             rows_first = parts.view(degree, len(own), part).transpose(0, 1)
@@ -72,36 +77,47 @@ class Ranks:
 
     def meet(self) -> None:
         """Nothing that any rank has launched before is unfinished on this one's stream after it."""
+        self._check()
         _wait(self._backend.allreduce([self._flag], self._reduce))
 
     def share(self, values: torch.Tensor) -> None:
         """Make `values` what they are at rank 0."""
+        self._check()
         _wait(self._backend.broadcast([values], self._broadcast))
 
     def captured(self, drop: Callable[[], None]) -> None:
-        """There are CUDA graphs with these collectives; `drop` gives them up."""
+        """There are CUDA graphs with these collectives; `drop`, which any thread may call, gives them up."""
         self._drop_graphs = drop
 
     def abort(self) -> None:
         """Whoever waits for another rank waits no more; what it computes is worth nothing. Of gloo's, the end of the others is enough.
 
-        Does not wait: NCCL lets go of what waits at once, and ends when the last graph with its collectives is gone.
+        Does not wait: NCCL lets go of what waits at once, and ends when the last graph with its collectives is gone. Until then who
+        called for another collective would wait for NCCL, and not be there to give its graphs up.
         """
         with self._lock:
             if self.device.type != "cuda" or self._aborting is not None:
                 return
             self._aborting = threading.Thread(target=self._abort, name="abort ranks", daemon=True)
             self._aborting.start()
-
-    def close(self, timeout_s: float) -> None:
-        """Abort, give the graphs up, and wait as long for NCCL to end. No step is computed any more."""
-        self.abort()
         if self._drop_graphs is not None:
             self._drop_graphs()
+
+    def close(self, timeout_s: float) -> None:
+        """Abort, and wait as long for NCCL to end. No step is computed any more."""
+        self.abort()
+        # Again: one may have been captured meanwhile. Whoever drops them has the model, and the model has this.
+        drop, self._drop_graphs = self._drop_graphs, None
+        if drop is not None:
+            drop()
         if self._aborting is not None:
             self._aborting.join(timeout_s)
             if self._aborting.is_alive():
                 logger.warning("ranks_not_ended after_s=%g", timeout_s)
+
+    def _check(self) -> None:
+        if self._aborting is not None:
+            raise RuntimeError("the ranks have parted")
 
     def _abort(self) -> None:
         try:

@@ -231,6 +231,7 @@ def pieces_of(num_tiles, reaches, num_groups, part_cost, max_waves: tl.constexpr
     total = tl.sum(num_tiles, 0)
     work = tl.maximum(tl.sum(num_tiles * reaches, 0), 1)
     longest = tl.maximum(tl.max(reaches, 0), 1)
+    # Ones, in the layout of reaches.
     num_pieces = tl.where(reaches >= 0, 1, 1)
     least = tl.cdiv(work, num_groups * longest) * longest
     # In most batches there is less to gain than any cut costs.

@@ -17,7 +17,7 @@ MAX_LEAN_ROWS = 64
 MAX_TREE_TOKENS = 64
 #: Kernels are compiled for this many sequences, or the next power of two.
 MIN_BLOCK_SEQUENCES = 64
-#: At least three for each program of a launch of the lean kernel, and MAX_WAVES of one of the chunk kernel.
+#: The lean kernel needs three for each of its programs, the chunk kernel MAX_WAVES for each that runs at the same time.
 NUM_SEMAPHORES = 1 << 14
 #: Contexts of chunks are cut into so many pieces that each multiprocessor has this many at most.
 MAX_WAVES = 4

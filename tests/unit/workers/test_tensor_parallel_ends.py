@@ -16,7 +16,7 @@ from tests.support.tiny_model import write_tiny_gguf
 from workers.api import KvTransferConfig, SpanReuseConfig
 from workers.errors import OutOfMemory, RankLost, UnsupportedModel
 from workers.model.prepare import PreparedModel
-from workers.tensor_parallel import placing
+from workers.tensor_parallel import group, placing
 from workers.tensor_parallel.group import place_on_ranks
 
 #: A process that was killed is seen to have ended by then, on however slow a machine.
@@ -140,6 +140,20 @@ def test_nothing_is_left_when_loading_ends_early(
 
     monkeypatch.setattr(placing, "check_memory", refuse)
     with pytest.raises(OutOfMemory):
+        place_on_ranks(spec_of(llama, 2), llama, quiet)
+    assert children() <= before
+
+
+def test_steps_that_rank_0_cannot_prepare_end_the_group(
+    llama: PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+
+    def broken(*_arguments: object) -> None:
+        raise RuntimeError("cosmic ray")
+
+    monkeypatch.setattr(group, "make_forward", broken)
+    with pytest.raises(RankLost, match="rank 0 could not prepare its steps: cosmic ray"):
         place_on_ranks(spec_of(llama, 2), llama, quiet)
     assert children() <= before
 
