@@ -12,7 +12,8 @@ into as many as the library chooses.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -21,14 +22,9 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 
-try:
-    import flashinfer
-except ImportError:
-    flashinfer = None
-try:
-    from vllm import vllm_flash_attn as fa3
-except ImportError:
-    fa3 = None
+# One that is installed and cannot be imported is not left out without a word.
+flashinfer = import_module("flashinfer") if find_spec("flashinfer") else None
+fa3 = import_module("vllm.vllm_flash_attn") if find_spec("vllm") else None
 
 #: Of query, K cache, V cache and output, as `paged_attention_cuda` has them.
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object]

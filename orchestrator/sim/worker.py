@@ -11,7 +11,6 @@ from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, token_of, tokens_of
 from orchestrator.sim.network import GATEWAY, SimNetwork
-from orchestrator.sim.noise import noise_factors
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -141,7 +140,7 @@ class SimWorker:
         self._latency = world.latency_of.get(spec.worker_id, world.latency)
         self._costs = world.latency.costs()
         self._gateway = gateway
-        self._noise = noise_factors(rng, world.noise)
+        self._rng, self._noise = rng, world.noise
         #: To the gateway.
         self.way = world.network.way(address, GATEWAY)
         self._carry = world.network.carry
@@ -373,7 +372,9 @@ class SimWorker:
 
     def _takes_s(self, predicted_s: float) -> float:
         """With noise, and as slow as it is now."""
-        took_s = predicted_s * next(self._noise)
+        took_s = predicted_s
+        if self._noise:
+            took_s *= self._rng.lognormvariate(0.0, self._noise)
         if self.slowdowns:
             took_s *= math.prod(self.slowdowns)
         self.busy_s += took_s
