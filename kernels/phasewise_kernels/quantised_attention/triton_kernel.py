@@ -41,14 +41,17 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     group: tl.constexpr,
     head_dim: tl.constexpr,
     block: tl.constexpr,
+    num_rows: tl.constexpr,
     rows_block: tl.constexpr,
     splits_block: tl.constexpr,
     is_rotated: tl.constexpr,
 ):
-    """Programs: [batch * num_kv_heads]. splits_block: parts that are added at once."""
+    """Programs: [batch * num_kv_heads, group / num_rows]. splits_block: parts that are added at once."""
     sequence, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
-    rows, channels, tokens = tl.arange(0, rows_block), tl.arange(0, head_dim), tl.arange(0, PAGE)
-    is_row = (rows < group)[:, None]
+    channels, tokens = tl.arange(0, head_dim), tl.arange(0, PAGE)
+    is_of_program = tl.arange(0, rows_block) < num_rows
+    rows = tl.program_id(1) * num_rows + tl.arange(0, rows_block)
+    is_row = is_of_program[:, None]
     rest = tl.load(context_lens + sequence) % PAGE
     start = (sequence * num_kv_heads + head) * group + rows
     highest = tl.full([rows_block], -float("inf"), tl.float32)
@@ -56,7 +59,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     summed = tl.zeros([rows_block, head_dim], tl.float32)
     for first in tl.range(0, num_splits, splits_block):
         split = first + tl.arange(0, splits_block)
-        is_there = (split < num_splits)[:, None] & (rows < group)[None, :]
+        is_there = (split < num_splits)[:, None] & is_of_program[None, :]
         # [splits_block, rows_block]
         part = ((tl.program_id(0) * num_splits).to(tl.int64) + split)[:, None] * group + rows[None, :]
         own_highest = tl.load(maxima + part, mask=is_there, other=-float("inf"))
@@ -159,8 +162,10 @@ def attend(
             *how,
             num_warps=num_warps,
         )
-    rows_block = triton.next_power_of_2(group)
-    merge_kernel[(batch * num_kv_heads,)](
+    # Where there are few sequences, more programs share the parts of each.
+    num_rows = 1 if batch * num_kv_heads < num_sms else group
+    rows_block = triton.next_power_of_2(num_rows)
+    merge_kernel[(batch * num_kv_heads, group // num_rows)](
         query,
         rotation,
         context_lens,
@@ -175,6 +180,7 @@ def attend(
         group,
         head_dim,
         block,
+        num_rows,
         rows_block,
         max(1, min(triton.next_power_of_2(num_splits), 64 // rows_block)),
         codec == "int4_hadamard",
