@@ -117,26 +117,39 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     is_causal: tl.constexpr,
     has_window: tl.constexpr,
     has_tree: tl.constexpr,
+    is_aligned: tl.constexpr = False,
 ):
     """Add tiles first_tile..last_tile - 1 of a sequence to a part.
 
     keys, values: at the KV head. tree_masks: at the first new token of the sequence. scale: of scores, times log2(e).
-    is_edge: positions may lie beyond the context; is_causal: rows differ in what they see.
+    is_edge: positions may lie beyond the context; is_causal: rows differ in what they see. is_aligned: a tile is whole blocks,
+    so that its slots lie where those of any other tile do, and addresses within blocks are computed but once.
     """
     dims = tl.arange(0, q.shape[1])
     steps = tl.arange(0, tile_tokens)
+    tile_blocks: tl.constexpr = tile_tokens // block_size
+    if is_aligned:
+        block_table += steps // block_size
+        keys += (steps % block_size * k_slot)[:, None] + dims[None, :]
+        values += (steps % block_size * v_slot)[:, None] + dims[None, :]
     # Block ids are a tile ahead, since the loads of K and V wait for them.
     positions = first_tile * tile_tokens + steps
-    blocks = tl.load(block_table + positions // block_size, mask=positions < context_len, other=0)
+    first = first_tile * tile_blocks if is_aligned else positions // block_size
+    blocks = tl.load(block_table + first, mask=positions < context_len, other=0)
     for tile in range(first_tile, last_tile):
         positions = tile * tile_tokens + steps
         is_seen = positions < context_len
         places = blocks.to(tl.int64)
         ahead = positions + tile_tokens
-        blocks = tl.load(block_table + ahead // block_size, mask=ahead < context_len, other=0)
-        slots = positions % block_size
-        k_places = (places * k_block + slots * k_slot)[:, None] + dims[None, :]
-        v_places = (places * v_block + slots * v_slot)[:, None] + dims[None, :]
+        following = (tile + 1) * tile_blocks if is_aligned else ahead // block_size
+        blocks = tl.load(block_table + following, mask=ahead < context_len, other=0)
+        if is_aligned:
+            k_places = (places * k_block)[:, None]
+            v_places = (places * v_block)[:, None]
+        else:
+            slots = positions % block_size
+            k_places = (places * k_block + slots * k_slot)[:, None] + dims[None, :]
+            v_places = (places * v_block + slots * v_slot)[:, None] + dims[None, :]
         if is_edge:
             is_loaded = is_seen[:, None] & (dims < head_dim)[None, :]
             k = tl.load(keys + k_places, mask=is_loaded, other=0.0)
