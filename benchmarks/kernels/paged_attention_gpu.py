@@ -9,7 +9,8 @@ cache do not: gathering them first would cost 2 x bytes / copy bandwidth more, g
 takes packed sequences; cuDNN cannot within torch, which makes its plan anew at every such call. `flashinfer` and `fa3`
 are there where FlashInfer and vLLM are installed: they read the same cache in the same blocks, at their best setting and
 without what they plan ahead (`attention_peers.py`). Where one gives other numbers than ours it is not reported.
-Chunks: `whole` has one program per tile, however few there are; `tile 64` and `tile 128` read so much of the cache at a time.
+Chunks: `whole` has one program per tile, however few there are; `tile 64` and `tile 128` read so much of the cache at a time,
+with other numbers of stages than the kernel has.
 
 All times are of CUDA graphs of calls over different parts of a pool of 36 GB, so that inputs come from memory: medians of
 replays, divided by the calls. Copy bandwidth counts bytes read and written. Nothing is reported when tests/gpu is red.
@@ -97,6 +98,8 @@ LONG_CHUNKS = ("8192 cold", "2048 after 32768")
 #: Blocks of so many tokens let FlashAttention-3 fetch chunks' K and V by TMA.
 TMA_BLOCK_SIZE = 128
 DECODE_COLUMNS = ("lean", "split", "fa2", "cudnn", "gather", *attention_peers.NAMES)
+#: Of chunks, in tokens: not those of the kernel.
+OTHER_TUNINGS = ((64, 3), (128, 3))
 #: Costs more than any cut of contexts saves.
 NEVER = 1 << 29
 Caches = tuple[torch.Tensor, torch.Tensor]
@@ -367,8 +370,10 @@ def chunk_row(pool: Pool, name: str, lengths: Sequence[tuple[int, int]]) -> dict
         kernel = partial(chunk, window=0, min_query_len=2)
         ways["chunk kernel"] = kernel
         ways["whole"] = partial(kernel, part_tokens=NEVER)
-        for tile_tokens in (64, 128):
-            ways[f"tile {tile_tokens}"] = partial(kernel, tuning=Tuning(tile_tokens, 8, 3))
+        for tile_tokens, num_stages in OTHER_TUNINGS:
+            ways[f"tile {tile_tokens}, {num_stages} stages"] = partial(
+                kernel, tuning=Tuning(tile_tokens, 8, num_stages)
+            )
     if len(lengths) == 1:
         ways["cudnn"] = lambda part: cudnn_chunk(part, lengths[0][1] - lengths[0][0])
     row: dict[str, Any] = {"name": name, "tflop": flop / 1e12}

@@ -80,11 +80,9 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
     num_groups: times num_kv_heads are as many programs as run at the same time. partial_lse: [max_waves * num_groups *
     num_kv_heads, block_m] fp32; partial_outputs: the same, by block_d; semaphores: one of each, int32, all 0. part_tokens:
     read by a program in the time that it costs to leave and merge parts. Sequences with fewer new tokens than min_query_len are
-    left alone. Strides of the caches are compiled in: they are the same in all steps, and addresses the better part of what the
-    inner loop computes besides weights.
+    left alone.
     """
     block_q: tl.constexpr = block_m // group
-    is_aligned: tl.constexpr = tile_tokens % block_size == 0
     ids = tl.arange(0, block_sequences)
     is_there = ids < num_sequences
     lens = tl.load(context_lens + ids, mask=is_there, other=0)
@@ -163,19 +161,19 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
                     q, largest, weight_sum, weighted, keys, values, table, masks, row_masks, row_positions,
                     begin, tl.minimum(start, end), context_len, prefix_len, window, scale,
                     k_block, k_slot, v_block, v_slot,
-                    block_size, head_dim, tile_tokens, True, True, has_window, has_tree, is_aligned,
+                    block_size, head_dim, tile_tokens, True, True, has_window, has_tree,
                 )  # fmt: skip
             largest, weight_sum, weighted = attend_tiles(
                 q, largest, weight_sum, weighted, keys, values, table, masks, row_masks, row_positions,
                 tl.maximum(start, begin), tl.minimum(full, end), context_len, prefix_len, window, scale,
                 k_block, k_slot, v_block, v_slot,
-                block_size, head_dim, tile_tokens, False, False, has_window, has_tree, is_aligned,
+                block_size, head_dim, tile_tokens, False, False, has_window, has_tree,
             )  # fmt: skip
             largest, weight_sum, weighted = attend_tiles(
                 q, largest, weight_sum, weighted, keys, values, table, masks, row_masks, row_positions,
                 tl.maximum(full, begin), end, context_len, prefix_len, window, scale,
                 k_block, k_slot, v_block, v_slot,
-                block_size, head_dim, tile_tokens, True, True, has_window, has_tree, is_aligned,
+                block_size, head_dim, tile_tokens, True, True, has_window, has_tree,
             )  # fmt: skip
             output = finished(weighted, weight_sum)
             if num_parts == 1:

@@ -182,7 +182,7 @@ def chunk_attention(
     shape = _shape(query, k_cache)
     num_kv_heads = k_cache.shape[2]
     block_m = max(block_m, _power_of_two(shape["group"]))
-    tuning = tuning or chunk_tuning(query, batch.max_context_len)
+    tuning = tuning or chunk_tuning(query)
     block_q = block_m // shape["group"]
     # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
     num_prompts = min(len(batch.context_lens), batch.num_tokens // min_query_len)
@@ -301,11 +301,11 @@ def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
     return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
-def chunk_tuning(query: torch.Tensor, max_context_len: int) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md: large tiles pay where there are many."""
+def chunk_tuning(query: torch.Tensor) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md."""
     row_bytes = _power_of_two(query.shape[2]) * query.element_size()
     if row_bytes <= 256:
-        return Tuning(tile_tokens=128 if max_context_len > 4096 else 64, num_warps=8, num_stages=3)
+        return Tuning(tile_tokens=64, num_warps=8, num_stages=4)
     return Tuning(tile_tokens=32 if row_bytes <= 512 else 16, num_warps=8, num_stages=2)
 
 

@@ -51,12 +51,12 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     q_head,
     out_token,
     out_head,
-    k_block,
-    k_slot,
-    k_head,
-    v_block,
-    v_slot,
-    v_head,
+    k_block: tl.constexpr,
+    k_slot: tl.constexpr,
+    k_head: tl.constexpr,
+    v_block: tl.constexpr,
+    v_slot: tl.constexpr,
+    v_head: tl.constexpr,
     table_stride,
     num_kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -88,11 +88,12 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     # [block_sequences]: where on the line each sequence ends.
     ends = tl.cumsum(tl.where(is_ours, num_tiles, 0), 0)
     total = tl.max(ends, 0)
-    num_used = tl.minimum(total, tl.num_programs(0) // num_kv_heads)
+    # No more groups than it takes: where sequences are of one length, pieces then often end where these do.
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0) // num_kv_heads), 1)
+    num_used = tl.cdiv(total, share)
     line_group = tl.program_id(0) // num_kv_heads
     head = tl.program_id(0) % num_kv_heads
     if line_group < num_used:
-        share = tl.cdiv(total, num_used)
         # The first `num_full` groups read `share` tiles, the others one less.
         num_full = total - (share - 1) * num_used
         place = line_group * share - tl.maximum(line_group - num_full, 0)

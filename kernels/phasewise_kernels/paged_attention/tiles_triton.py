@@ -106,10 +106,10 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     prefix_len,
     window,
     scale,
-    k_block,
-    k_slot,
-    v_block,
-    v_slot,
+    k_block: tl.constexpr,
+    k_slot: tl.constexpr,
+    v_block: tl.constexpr,
+    v_slot: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     tile_tokens: tl.constexpr,
@@ -117,14 +117,15 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     is_causal: tl.constexpr,
     has_window: tl.constexpr,
     has_tree: tl.constexpr,
-    is_aligned: tl.constexpr = False,
 ):
     """Add tiles first_tile..last_tile - 1 of a sequence to a part.
 
     keys, values: at the KV head. tree_masks: at the first new token of the sequence. scale: of scores, times log2(e).
-    is_edge: positions may lie beyond the context; is_causal: rows differ in what they see. is_aligned: a tile is whole blocks,
-    so that its slots lie where those of any other tile do, and addresses within blocks are computed but once.
+    is_edge: positions may lie beyond the context; is_causal: rows differ in what they see. Strides of the caches are compiled
+    in: they are the same in all steps, and addresses the better part of what a tile takes besides scores and weights. Where
+    tiles are whole blocks, slots lie in each where they do in any other, and addresses within blocks are computed but once.
     """
+    is_aligned: tl.constexpr = tile_tokens % block_size == 0
     dims = tl.arange(0, q.shape[1])
     steps = tl.arange(0, tile_tokens)
     tile_blocks: tl.constexpr = tile_tokens // block_size

@@ -344,6 +344,18 @@ def check_that_any_number_of_programs_will_do(device: str) -> None:
         assert_semaphores_are_reset()
 
 
+def check_that_pieces_may_end_where_sequences_do(device: str) -> None:
+    """Of even batches and others, in blocks that tiles are whole ones of, and in such as they are not."""
+    for lengths in (((1, 128),) * 4, ((1, 128), (1, 129), (1, 1), (1, 64)), ((2, 200), (1, 640))):
+        for block_size in (4, 24):
+            inputs = Case(lengths, num_kv_heads=2, block_size=block_size).on(device)
+            expected = inputs.expected_dense()
+            for num_sms in (2, 4, 5, 8, 20):
+                inputs.batch = replace(inputs.batch, num_sms=num_sms)
+                inputs.check(run(inputs), expected)
+    assert_semaphores_are_reset()
+
+
 def check_that_the_same_batch_gives_the_same_bits(device: str) -> None:
     """Parts are merged in the order of the line, whoever came last."""
     inputs = Case(((1, 700), (1, 90), (3, 400)), num_kv_heads=1).on(device)
