@@ -15,8 +15,8 @@ import torch
 MAX_LEAN_ROWS = 64
 #: New tokens of a tree: bits of an int64.
 MAX_TREE_TOKENS = 64
-#: Kernels are compiled for this many sequences, or the next power of two.
-MIN_BLOCK_SEQUENCES = 64
+#: The kernels are compiled for so many sequences, or the next power of two: 32 lengths are summed up within a warp.
+MIN_LEAN_SEQUENCES, MIN_CHUNK_SEQUENCES = 32, 64
 #: The lean kernel needs three for each of its programs, the chunk kernel MAX_WAVES for each that runs at the same time.
 NUM_SEMAPHORES = 1 << 14
 #: Contexts of chunks are cut into so many pieces that each multiprocessor has this many at most.
@@ -126,9 +126,11 @@ def lean_attention(
     shape = _shape(query, k_cache)
     block_r = _power_of_two(max_query_len * shape["group"])
     block_m = max(16, block_r)
-    tuning = tuning or lean_tuning(k_cache, block_m)
     num_kv_heads = k_cache.shape[2]
-    num_programs = (batch.num_sms or _num_sms(query.device)) * tuning.programs_per_sm
+    num_sms = batch.num_sms or _num_sms(query.device)
+    has_few_outputs = len(batch.context_lens) * num_kv_heads <= num_sms
+    tuning = tuning or lean_tuning(k_cache, block_m, has_few_outputs=has_few_outputs)
+    num_programs = num_sms * tuning.programs_per_sm
     num_programs = max(1, num_programs // num_kv_heads) * num_kv_heads
     slots = num_programs * 2 * block_r
     lse = torch.empty(slots, dtype=torch.float32, device=query.device)
@@ -154,7 +156,7 @@ def lean_attention(
         block_m=block_m,
         block_r=block_r,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(MIN_BLOCK_SEQUENCES, len(batch.context_lens))),
+        block_sequences=_power_of_two(max(MIN_LEAN_SEQUENCES, len(batch.context_lens))),
         max_query_len=max_query_len,
         has_window=window > 0,
         has_tree=batch.tree_masks is not None and max_query_len > 1,
@@ -217,7 +219,7 @@ def chunk_attention(
         **shape,
         block_m=block_m,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(MIN_BLOCK_SEQUENCES, len(batch.context_lens))),
+        block_sequences=_power_of_two(max(MIN_CHUNK_SEQUENCES, len(batch.context_lens))),
         min_query_len=min_query_len,
         max_waves=MAX_WAVES,
         merged_rows=min(block_m, max(16, MERGED_VALUES // shape["block_d"])),
@@ -287,8 +289,8 @@ def split_attention(
     )
 
 
-def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md."""
+def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md. has_few_outputs: no more of them, one for each KV head of a sequence, than SMs."""
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
@@ -298,7 +300,8 @@ def lean_tuning(k_cache: torch.Tensor, block_m: int) -> Tuning:
         return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
     if row_bytes <= 128:
         return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=2)
-    return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=2)
+    # Few outputs are sooner merged of fewer parts, many are read faster by more programs.
+    return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=1 if has_few_outputs else 2)
 
 
 def chunk_tuning(query: torch.Tensor) -> Tuning:
