@@ -343,7 +343,7 @@ def machine() -> dict[str, Any]:
     import triton
 
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
     commit = ROOT / "COMMIT"
     if not commit.exists():
         asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
