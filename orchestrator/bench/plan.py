@@ -53,6 +53,8 @@ def take_slice(trace: Trace, *, rate_rps: float, duration_s: float, first_row: i
         raise TraceError(
             trace.file, None, f"{rate_rps:g} requests/s for {duration_s:g} s is no request at all"
         )
+    if first_row < 1:
+        raise TraceError(trace.file, None, f"there is no row {first_row}: the first one is row 1")
     start = first_row - 1
     rows = trace.rows[start : start + num_rows]
     if len(rows) < num_rows:

@@ -165,6 +165,8 @@ def test_one_request_needs_no_rate() -> None:
         (10, 1, 1, "needs 10 rows from row 1 on; the trace ends at row 5"),
         (1, 3, 4, "needs 3 rows from row 4 on; the trace ends at row 5"),
         (1, 1, 6, "needs 1 rows from row 6 on"),
+        (1, 1, 0, "there is no row 0: the first one is row 1"),
+        (1, 1, -3, "there is no row -3"),
         (0.1, 1, 1, "is no request at all"),
         (1e308, 1e308, 1, "the trace ends at row 5"),
         (2, 1, 1, "rows 1 to 2 all arrive at once"),
