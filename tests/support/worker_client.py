@@ -45,6 +45,8 @@ from workers.worker import Worker
 
 #: Nothing that a test waits for takes this long on a working machine.
 PATIENCE_S = 30.0
+#: But a worker's first start on a GPU, which compiles kernels.
+START_PATIENCE_S = 100.0
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = PREFILL | DECODE
 #: Of a worker whose prompts are to take several chunks.
@@ -113,14 +115,16 @@ def greedy_submit(length: int, max_new_tokens: int = 12) -> Submit:
     )
 
 
-async def eventually(condition: Callable[[], Awaitable[object]], what: str) -> None:
+async def eventually(
+    condition: Callable[[], Awaitable[object]], what: str, patience_s: float = PATIENCE_S
+) -> None:
     """Return once it is true; fail with what was waited for."""
     try:
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(patience_s):
             while not await condition():  # noqa: ASYNC110 - the condition lies in another process or thread
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        pytest.fail(f"waited {PATIENCE_S:g} s for: {what}")
+        pytest.fail(f"waited {patience_s:g} s for: {what}")
 
 
 class WorkerClient:
@@ -216,7 +220,7 @@ class WorkerClient:
             assert status.state in (state, WorkerState.LOADING), status
             return status.state is state
 
-        await eventually(is_there, f"state {state}")
+        await eventually(is_there, f"state {state}", START_PATIENCE_S)
         return await self.status()
 
     async def wait_for_status(self, condition: Callable[[WorkerStatus], bool], what: str) -> None:
