@@ -36,11 +36,13 @@ STEPS: dict[str, list[str]] = {
     "integration": [sys.executable, "-m", "pytest", "tests/integration"],
 }
 
-#: What is compiled is kept also where one's own settings forbid it: tests start hundreds of processes.
-KEPT = {"PYTHONDONTWRITEBYTECODE": ""}
-
-#: More threads than cores spin while they wait for each other: three processes with two threads each on two cores took 2.4 times as long as with one.
-ENVIRONMENT = {"tests": {"OMP_NUM_THREADS": "1"}}
+ENVIRONMENT = {
+    # More threads than cores spin while they wait for each other: three processes with two threads each on two cores took
+    # 2.4 times as long as with one. Workers that are deployed have as many as their manifest says.
+    "OMP_NUM_THREADS": "1",
+    # What is compiled is kept also where one's own settings forbid it: tests start hundreds of processes.
+    "PYTHONDONTWRITEBYTECODE": "",
+}
 
 #: The step that runs beside these.
 LAST, BESIDE = "integration", ("types", "tests")
@@ -75,14 +77,9 @@ def run(name: str) -> int:
     """One step; returns its exit status."""
     print(f"== {name}: {' '.join(STEPS[name][-2:])}", flush=True)
     began_s = time.monotonic()
-    status = subprocess.run(STEPS[name], cwd=ROOT, check=False, env=environment_of(name)).returncode
+    status = subprocess.run(STEPS[name], cwd=ROOT, check=False, env=os.environ | ENVIRONMENT).returncode
     print(f"== {name}: {'failed' if status else 'ok'} in {time.monotonic() - began_s:.0f} s", flush=True)
     return status
-
-
-def environment_of(name: str) -> dict[str, str]:
-    """Of a step's processes."""
-    return {**os.environ, **KEPT, **ENVIRONMENT.get(name, {})}
 
 
 class Beside:
@@ -98,7 +95,7 @@ class Beside:
         self._process = subprocess.Popen(
             STEPS[name],
             cwd=ROOT,
-            env=environment_of(name),
+            env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
