@@ -13,7 +13,7 @@ test: $(VENV)/.dev  ## everything that CI checks
 $(VENV)/.runtime: pyproject.toml constraints.txt scripts/setup.py
 	@$(PYTHON) scripts/setup.py $(VENV) runtime
 
-$(VENV)/.dev: $(VENV)/.runtime
+$(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.py
 	@$(PYTHON) scripts/setup.py $(VENV) dev
 
 install: $(VENV)/.runtime  ## only install

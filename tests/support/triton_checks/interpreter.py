@@ -19,11 +19,14 @@ def checks_of(module: str) -> dict[str, Callable[[str], None]]:
 
 
 def round_as_a_gpu() -> None:
-    """The interpreter of Triton 3.6 cuts what bf16 and fp8 have no room for off, and does not round it to the nearest.
+    """What the interpreter computes is what a GPU does, and in half the time.
+
+    The interpreter of Triton 3.6 cuts what bf16 and fp8 have no room for off, and does not round it to the nearest.
 
     Its numbers cannot be bounds of a `range` where numpy makes no scalar of an array of one.
     """
     import torch
+    import triton.language as tl
     from triton.runtime import interpreter
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,8 +43,17 @@ def round_as_a_gpu() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    patch_language = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        # Else every call of a function in a kernel puts in place anew what the kernel's has put there.
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        is_patched = seen and not any(tl.core.is_builtin(language.load) for language in seen)
+        return interpreter._LangPatchScope() if is_patched else patch_language(function)
+
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
+    interpreter._patch_lang = patch_once
 
 
 def main(module: str) -> int:
