@@ -38,6 +38,15 @@ LARGE_CASES = (
     Case(DECODE, group=4, head_dim=256, block_size=16),
     Case(((1, 100_000),), num_kv_heads=1, group=16, head_dim=128, block_size=16, dtype=BF16),
     Case(tuple((1, 1 + 37 * i) for i in range(200)), group=4, head_dim=64, block_size=16, dtype=BF16),
+    # More outputs than multiprocessors, which then have two programs each.
+    Case(
+        tuple((1, 1 + 137 * i) for i in range(24)),
+        num_kv_heads=8,
+        group=4,
+        head_dim=128,
+        block_size=16,
+        dtype=BF16,
+    ),
     Case(((4, 1000), (16, 3000), (1, 17)), group=4, head_dim=128, block_size=16, dtype=BF16),
     Case(CHUNKS, group=4, head_dim=128, block_size=16, dtype=BF16),
     Case(CHUNKS, group=4, head_dim=128, block_size=16, dtype=BF16, kv_dtype=FP8),

@@ -22,12 +22,13 @@ def an_attention(
     codec: PageCodec,
     device: str,
     dtype: torch.dtype = torch.float32,
-    num_sms: int = 3,
+    num_sms: int | None = None,
     *,
     is_damaged: bool = False,
 ) -> None:
     """One batch, its pages in any order among poisoned ones; what is no token of a tail is NaN.
 
+    num_sms: as if there were so many multiprocessors; None are those of the GPU, through the op, and three on a CPU.
     is_damaged: `gear` with other codes and places than were packed.
     """
     num_heads, num_kv_heads, head_dim = heads
@@ -61,12 +62,12 @@ def an_attention(
     )
     expected = quantised_attention_reference(*arguments, codec=codec)
     with poisoned_memory():
-        if device == "cpu":
+        if num_sms is None and device != "cpu":
+            actual = op.quantised_attention(*arguments, codec=codec)
+        else:
             from phasewise_kernels.quantised_attention import triton_kernel
 
-            actual = triton_kernel.attend(*arguments, codec, num_sms)
-        else:
-            actual = op.quantised_attention(*arguments, codec=codec)
+            actual = triton_kernel.attend(*arguments, codec, num_sms or 3)
     assert_close(actual, expected, QUANTISED_ATTENTION_TOLERANCE)
 
 
@@ -102,6 +103,8 @@ def check_gear(device: str) -> None:
     an_attention(LENS, (9, 3, 64), "gear", device)
     an_attention(LENS, (8, 2, 128), "gear_l", device)
     an_attention(LENS, (8, 2, 128), "gear", device, torch.bfloat16)
+    # As many sequences and KV heads as there are multiprocessors, and more.
+    an_attention(LENS, (8, 2, 128), "gear", device, torch.bfloat16, num_sms=1)
     an_attention((200, 64), (16, 1, 64), "gear", device)
 
 
