@@ -208,7 +208,7 @@ def greedy(num_tokens: int = 24) -> Callable[[int], SamplingParams]:
     return lambda i: SamplingParams(num_tokens - i % 5)
 
 
-def first_logits(made: DeviceEngine) -> torch.Tensor:
+def first_logits(made: DeviceEngine, prompts: Sequence[Sequence[int]] = PROMPTS[:4]) -> torch.Tensor:
     """Of the first step of some prompts, [rows, vocab_size]."""
     found: list[torch.Tensor] = []
     forward = made.runner._run_forward
@@ -219,5 +219,5 @@ def first_logits(made: DeviceEngine) -> torch.Tensor:
         return result
 
     made.runner._run_forward = keep
-    made.serve(PROMPTS[:4], greedy(1))
+    made.serve(prompts, greedy(1))
     return torch.cat(found)
