@@ -25,6 +25,8 @@ MAX_WAVES = 4
 PART_TOKENS = 512
 #: Of a part that are on their way at the same time when parts of chunks are merged.
 MERGED_VALUES = 4096
+#: Shared memory of the chunk kernel beside its queries and stages, at most.
+SHARED_REST_BYTES = 3072
 _LOG2_E = 1.4426950408889634
 
 
@@ -184,7 +186,7 @@ def chunk_attention(
     shape = _shape(query, k_cache)
     num_kv_heads = k_cache.shape[2]
     block_m = max(block_m, _power_of_two(shape["group"]))
-    tuning = tuning or chunk_tuning(query)
+    tuning = tuning or chunk_tuning(query, block_m)
     block_q = block_m // shape["group"]
     # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
     num_prompts = min(len(batch.context_lens), batch.num_tokens // min_query_len)
@@ -304,12 +306,13 @@ def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = 
     return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=1 if has_few_outputs else 2)
 
 
-def chunk_tuning(query: torch.Tensor) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md."""
+def chunk_tuning(query: torch.Tensor, block_m: int) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md; with fewer stages where a multiprocessor has less shared memory."""
     row_bytes = _power_of_two(query.shape[2]) * query.element_size()
-    if row_bytes <= 256:
-        return Tuning(tile_tokens=64, num_warps=8, num_stages=4)
-    return Tuning(tile_tokens=32 if row_bytes <= 512 else 16, num_warps=8, num_stages=2)
+    tile_tokens, num_stages = (64, 4) if row_bytes <= 256 else (32 if row_bytes <= 512 else 16, 2)
+    stage_bytes = 2 * tile_tokens * row_bytes
+    room = _shared_bytes(query.device) - block_m * row_bytes - SHARED_REST_BYTES
+    return Tuning(tile_tokens, num_warps=8, num_stages=max(1, min(num_stages, room // stage_bytes)))
 
 
 def _check(
@@ -364,6 +367,15 @@ def _scale_and_strides(
 def _power_of_two(number: int) -> int:
     """The smallest that is not below."""
     return 1 << (number - 1).bit_length()
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """That a program may have; of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return 232_448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 @cache
