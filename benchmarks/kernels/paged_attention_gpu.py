@@ -20,12 +20,10 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,9 +34,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
-import triton  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.kernels import attention_peers  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
     CudaAttentionBatch,
@@ -468,24 +466,6 @@ def compile_all(pool: Pool) -> None:
     torch.cuda.synchronize()
 
 
-def machine_of(commit: str | None) -> dict[str, str]:
-    """What the numbers are of."""
-
-    def output_of(*command: str) -> str:
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        return ran.stdout.strip().partition("\n")[0] if ran.returncode == 0 else "unknown"
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        **attention_peers.versions(),
-        "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def print_decode(row: dict[str, Any]) -> None:
     """A line of the table."""
     times = (row.get(f"{name}_us") for name in DECODE_COLUMNS)
@@ -497,12 +477,6 @@ def print_decode(row: dict[str, Any]) -> None:
     )
 
 
-def tests_are_green() -> bool:
-    """Whether the kernels compute what they should."""
-    gate = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
-    return subprocess.run(gate, cwd=ROOT, check=False).returncode == 0
-
-
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -511,16 +485,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--commit", help="of the code, where git cannot say")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("there is no NVIDIA GPU here", file=sys.stderr)
-        return 1
-    if not tests_are_green():
-        print(f"{TESTS} is red: nothing is measured", file=sys.stderr)
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
     pool = Pool()
     compile_all(pool)
     copy = copy_bytes_per_s()
-    machine = machine_of(args.commit)
+    machine = describe_gpu(args.commit) | attention_peers.versions()
     print(machine, f"copy {copy / 1e12:.2f} TB/s")
     result: dict[str, Any] = {"machine": machine, "copy_tb_per_s": copy / 1e12}
 

@@ -1,6 +1,7 @@
 """What is said of a GPU, and which tests let its benchmarks measure."""
 
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -74,3 +75,16 @@ def test_the_first_gpu_is_named_with_its_driver(has_gpu: None) -> None:
     assert found["torch"] == torch.__version__
     assert datetime.fromisoformat(found["date"]).tzinfo is not None
     assert gpu.describe_gpu("abc123")["commit"] == "abc123"
+
+
+def test_the_tests_that_benchmarks_wait_for_are_there() -> None:
+    root = Path(__file__).resolve().parents[3]
+    named = {
+        name
+        for file in (root / "benchmarks").rglob("*.py")
+        for name in re.findall(r'"(tests/gpu/.+?)"', file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 8
+    for name in named:
+        path, _, test = name.partition("::")
+        assert f"def {test}" in (root / path).read_text(encoding="utf-8"), name
