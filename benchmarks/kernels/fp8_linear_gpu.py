@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/fp8_linear_gpu.py [--quick] [--tune] [--json FILE]
 
-Needs an NVIDIA GPU of compute capability 8.9. It measures as benchmarks/kernels/fused_gpu.py does, after the checks of
-tests/support/triton_checks/fp8_linear.py. Shapes are those of Llama-3-8B. Ways: the weight in bfloat16 by cuBLAS, and one row by
+Needs an NVIDIA GPU of compute capability 8.9. It measures as benchmarks/kernels/fused_gpu.py does, and nothing where
+the kernels' tests fail. Shapes are those of Llama-3-8B. Ways: the weight in bfloat16 by cuBLAS, and one row by
 linear/triton_kernel.py; in fp8 few rows as they are; rows quantised and multiplied, with fast sums and without; either part alone.
 Bytes are those of the weight as it is kept, of rows and outputs. --tune tries other cuts of the kernel for few rows.
 """
@@ -22,9 +22,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
 
-from benchmarks.kernels.fused_gpu import BF16, Table, Way, copies_of, machine, random  # noqa: E402
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
+from benchmarks.kernels.fused_gpu import BF16, Table, Way, copies_of, random  # noqa: E402
 from phasewise_kernels.fp8_linear.op import quantise_rows  # noqa: E402
 
+#: Of the ways: in fp8, by sums of less precision, one row in bfloat16.
+TESTS = (
+    "tests/gpu/test_fp8.py::test_the_kernels_equal_their_references",
+    "tests/gpu/test_fp8.py::test_fast_sums_lose_less_than_half_of_what_fp8_does",
+    "tests/gpu/test_cuda_engine.py::test_the_product_of_a_row",
+)
 #: (out_size, in_size) of the four matrices of a layer.
 SHAPES = {
     "qkv": (6144, 4096),
@@ -91,16 +98,6 @@ def few_rows_way(
     return linear_of_rows(rows, numbers[i], scales[i], None, cut)
 
 
-def check_all() -> None:
-    """Make the checks of the kernels on this GPU; the first that fails raises."""
-    from tests.support.triton_checks import fp8_linear
-    from tests.support.triton_checks.interpreter import checks_of
-
-    for name, check in checks_of(fp8_linear.__name__).items():
-        check("cuda")
-        print(f"green: {name}", flush=True)
-
-
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -111,14 +108,17 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         print("there is no NVIDIA GPU of compute capability 8.9 here", file=sys.stderr)
         return 1
-    check_all()
+    if (problem := tests_problem(*TESTS)) is not None:
+        print(problem, file=sys.stderr)
+        return 1
+    machine = describe_gpu()
     table = Table(5 if args.quick else 20)
     for num_rows in ROWS:
         for name in SHAPES:
             product_ways(table, name, num_rows, args.tune)
             torch.cuda.empty_cache()
     if args.json:
-        results = {"machine": machine(), "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
+        results = {"machine": machine, "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -2,8 +2,7 @@
 
     python benchmarks/kernels/fused_gpu.py [--quick] [--only PART] [--json FILE]
 
-Needs an NVIDIA GPU. Before it measures, it makes the checks of tests/support/triton_checks on that GPU, and reports
-nothing when one fails. Every way runs as a CUDA graph of several launches over different copies of its inputs, which
+Needs an NVIDIA GPU, and measures nothing where tests/gpu/test_fused.py fails on it. Every way runs as a CUDA graph of several launches over different copies of its inputs, which
 together are larger than the L2 cache, so that neither launches nor caches are measured; transfers, which are large and
 take their slots from the host, run without one. Times are medians; bytes are counted by hand: what must be read and written once. The share is
 of the rate of a copy within the device, measured beside.
@@ -11,12 +10,9 @@ of the rate of a copy within the device, measured beside.
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from phasewise_kernels.block_copy.op import start_block_copy  # noqa: E402
 from phasewise_kernels.block_copy.reference import TokenRows, convert, gather, scatter  # noqa: E402
 from phasewise_kernels.kv_codec.op import decode_pages, encode_pages  # noqa: E402
@@ -39,6 +36,7 @@ from phasewise_kernels.rope_write.op import rope_write  # noqa: E402
 from phasewise_kernels.sample.op import sample  # noqa: E402
 from phasewise_kernels.swiglu.op import swiglu  # noqa: E402
 
+TESTS = "tests/gpu/test_fused.py"
 #: Copies of the inputs together are as large.
 COPIES_BYTES = 256 << 20
 #: Llama-3-8B.
@@ -48,19 +46,6 @@ BF16 = torch.bfloat16
 Way = Callable[[int], Any]
 #: Small: norms, gates, rotation.
 PARTS = ("small", "sample", "transfer", "attention")
-
-
-def check_all(parts: Sequence[str], is_quick: bool) -> None:
-    """Make the checks of these parts' kernels on this GPU, of which the first that fails raises; quick leaves out random shapes."""
-    from tests.support.triton_checks import codecs, quantised, sampling, small_ops
-    from tests.support.triton_checks.interpreter import checks_of
-
-    modules = {"small": small_ops, "sample": sampling, "transfer": codecs, "attention": quantised}
-    for part in parts:
-        for name, check in checks_of(modules[part].__name__).items():
-            if not (is_quick and name in ("check_odd_shapes", "check_whatever_comes")):
-                check("cuda")
-                print(f"green: {part}: {name}", flush=True)
 
 
 def seconds(way: Way, num_copies: int, num_rounds: int, is_graph: bool = True) -> float:
@@ -338,29 +323,6 @@ def varlen_way(query: torch.Tensor, pool: torch.Tensor, context_len: int) -> dic
     return {"bf16, varlen": attend}
 
 
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    import triton
-
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
-    commit = ROOT / "COMMIT"
-    if not commit.exists():
-        asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    else:
-        found = commit.read_text(encoding="utf-8").strip()
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": found,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
     """All rows of one part."""
     match part:
@@ -392,20 +354,20 @@ def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer checks, rounds and tokens, for a look")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens, for a look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--only", choices=PARTS, metavar="PART", help=f"one of {', '.join(PARTS)}")
     args = parser.parse_args()
     parts = [args.only] if args.only else PARTS
-    if not torch.cuda.is_available():
-        print("there is no NVIDIA GPU here", file=sys.stderr)
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
-    check_all(parts, args.quick)
+    machine = describe_gpu()
     table = Table(5 if args.quick else 20)
     for part in parts:
         measure_part(table, part, is_quick=args.quick)
         if args.json:
-            results = {"machine": machine(), "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
+            results = {"machine": machine, "copy_bytes_per_s": table.copy_bytes_per_s, "rows": table.rows}
             args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -19,13 +19,9 @@ replays, divided by the calls. Copy bandwidth counts bytes read and written. Not
 import argparse
 import json
 import math
-import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -36,12 +32,32 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402, N812 - torch's own name for it
-import triton  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.kernels import attention_peers  # noqa: E402
+from benchmarks.kernels.attention_pool import (  # noqa: E402
+    POOL_BYTES,
+    Part,
+    Pool,
+    copy_bytes_per_s,
+    starts_of,
+    time_s,
+)
+from benchmarks.kernels.attention_shapes import (  # noqa: E402
+    BATCH_SIZES,
+    CHUNKS,
+    CONTEXTS,
+    HEAD_DIM,
+    KV_HEADS,
+    LONG_CHUNKS,
+    LONG_CONTEXT,
+    NUM_HEADS,
+    QUICK,
+    ragged_lengths,
+)
+from benchmarks.kernels.attention_summary import summary_of  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
-    CudaAttentionBatch,
     Tuning,
     chunk_attention,
     lean_attention,
@@ -50,51 +66,6 @@ from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
 )
 
 TESTS = "tests/gpu/test_paged_attention_gpu.py"
-NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 128, 16
-CONTEXTS = (1024, 4096, 16384, 131072, 524288)
-BATCH_SIZES = (1, 4, 16, 64)
-KV_HEADS = (2, 8, 32)
-#: Of K, and of V.
-POOL_BYTES = 18 << 30
-#: Calls of a graph together read at least this, several times what the L2 cache holds.
-COLD_BYTES = 1 << 29
-LONG_CONTEXT = 65536
-#: Lengths of a ragged batch, relative to each other.
-RAGGED = (1, 2, 4, 32, 1, 3, 8, 13)
-#: (KV heads, sequences, tokens) of a quick look, each even and ragged.
-QUICK = (
-    *((8, 1, tokens) for tokens in CONTEXTS),
-    (8, 4, 16384),
-    *((8, size, tokens) for size in (16, 64) for tokens in (1024, 4096)),
-    (8, 64, 16384),
-    (2, 1, 16384),
-    (2, 1, 131072),
-    (2, 16, 4096),
-    (32, 1, 4096),
-    (32, 16, 4096),
-)
-#: (new tokens, all tokens) of each sequence.
-CHUNKS = {
-    "2048 cold": ((2048, 2048),),
-    "8192 cold": ((8192, 8192),),
-    "512 after 2048": ((512, 2560),),
-    "1024 after 16384": ((1024, 17408),),
-    "2048 after 32768": ((2048, 34816),),
-    "4 x 512 cold": ((512, 512),) * 4,
-    "512 after 2048, 64 decode at 2048": ((512, 2560), *((1, 2048),) * 64),
-    # Less tiles than there are multiprocessors.
-    "256 cold": ((256, 256),),
-    "256 after 2048": ((256, 2304),),
-    "128 after 65536": ((128, 65664),),
-    "256 after 65536": ((256, 65792),),
-    "320 after 65536": ((320, 65856),),
-    "640 after 65536": ((640, 66176),),
-    "512 after 131072": ((512, 131584),),
-    "192 after 65536, 4 x 256 cold": ((192, 65728), *((256, 256),) * 4),
-    "128 after 65536, 64 decode at 2048": ((128, 65664), *((1, 2048),) * 64),
-}
-#: Not in a quick look.
-LONG_CHUNKS = ("8192 cold", "2048 after 32768")
 #: Blocks of so many tokens let FlashAttention-3 fetch chunks' K and V by TMA.
 TMA_BLOCK_SIZE = 128
 DECODE_COLUMNS = ("lean", "split", "fa2", "cudnn", "gather", *attention_peers.NAMES)
@@ -102,110 +73,6 @@ DECODE_COLUMNS = ("lean", "split", "fa2", "cudnn", "gather", *attention_peers.NA
 OTHER_TUNINGS = ((64, 3), (128, 3))
 #: Costs more than any cut of contexts saves.
 NEVER = 1 << 29
-Caches = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A batch in one part of the pool."""
-
-    query: torch.Tensor
-    caches: Caches
-    #: The same tokens without a block table, [num_tokens, num_kv_heads, head_dim].
-    flat: Caches
-    batch: CudaAttentionBatch
-    out: torch.Tensor
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """Of the kernels."""
-        return self.query, *self.caches, self.batch, self.out
-
-
-class Pool:
-    """K and V of many tokens, to be seen as caches of any number of KV heads."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
-        self.planes = [
-            torch.empty(POOL_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
-            for _ in "kv"
-        ]
-
-    def parts(
-        self,
-        lengths: Sequence[tuple[int, int]],
-        num_kv_heads: int,
-        dtype: torch.dtype = torch.bfloat16,
-        block_size: int = BLOCK_SIZE,
-    ) -> list[Part]:
-        """As many as are needed to read from memory; lengths: (new tokens, all tokens)."""
-        blocks = [-(-context_len // block_size) for _, context_len in lengths]
-        num_blocks, block_values = sum(blocks), block_size * num_kv_heads * HEAD_DIM
-        planes = [
-            plane.view(torch.uint8).view(dtype) if dtype.itemsize == 1 else plane for plane in self.planes
-        ]
-        fits = len(planes[0]) // (num_blocks * block_values)
-        count = min(fits, 1 + COLD_BYTES // (2 * num_blocks * block_values * dtype.itemsize), 32)
-        assert count, "too large for the pool"
-        tables = torch.zeros(len(lengths), max(blocks), dtype=torch.int32, device="cuda")
-        order = torch.randperm(num_blocks, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
-        for row, piece in zip(tables, order.to(torch.int32).split(blocks), strict=True):
-            row[: len(piece)] = piece
-        query_lens, context_lens = zip(*lengths, strict=True)
-        batch = CudaAttentionBatch(
-            tables,
-            starts_of(query_lens),
-            torch.tensor(context_lens, dtype=torch.int32, device="cuda"),
-            block_size,
-            sum(query_lens),
-            max(query_lens),
-            max(context_lens),
-        )
-        shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
-        parts = []
-        for i in range(count):
-            values = slice(i * num_blocks * block_values, (i + 1) * num_blocks * block_values)
-            caches = planes[0][values].view(shape), planes[1][values].view(shape)
-            flat = caches[0].flatten(0, 1)[: sum(context_lens)], caches[1].flatten(0, 1)[: sum(context_lens)]
-            query = torch.randn(sum(query_lens), NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-            parts.append(Part(query, caches, flat, batch, torch.empty_like(query)))
-        return parts
-
-
-def starts_of(lengths: Sequence[int]) -> torch.Tensor:
-    """[len + 1] int32."""
-    return torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32)
-
-
-def time_s(call: Callable[[Any], object], inputs: Sequence[Any], num_replays: int = 5) -> float:
-    """Of one call, on the GPU; the inputs take turns."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for one in inputs[:2]:
-            call(one)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for one in inputs:
-            call(one)
-    graph.replay()
-    times = []
-    for _ in range(num_replays):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000 / len(inputs))
-    return statistics.median(times)
-
-
-def copy_bytes_per_s() -> float:
-    """Read and written, by an elementwise kernel: in a graph torch's own copy is slower."""
-    source = torch.randn(1 << 29, dtype=torch.bfloat16, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_s(lambda _: torch.mul(source, 1, out=target), range(8))
 
 
 def lean(part: Part, *, window: int = 0, max_query_len: int = 1) -> None:
@@ -282,12 +149,6 @@ def peers_us(
 def peer(part: Part, way: attention_peers.Call) -> None:
     """A library's way to compute it."""
     way(part.query, *part.caches, part.out)
-
-
-def ragged_lengths(batch_size: int, mean: int) -> list[int]:
-    """Of that mean, about."""
-    weights = [RAGGED[i % len(RAGGED)] for i in range(batch_size)]
-    return [max(1, mean * batch_size * weight // sum(weights)) for weight in weights]
 
 
 def decode_row(pool: Pool, lengths: list[int], num_kv_heads: int, copy: float) -> dict[str, Any]:
@@ -408,47 +269,6 @@ def shape_rows(pool: Pool, copy: float) -> list[dict[str, Any]]:
     return rows
 
 
-def summary_of(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the issue asks for. Up to 2 % more time than the best counts as not slower."""
-
-    def others(row: dict[str, Any], names: Sequence[str], gathered: Sequence[str]) -> list[float]:
-        found = [row[name] for name in ("split_us", *names) if row.get(name) is not None]
-        return found + [row[name] + row["gather_us"] for name in gathered if row.get(name) is not None]
-
-    def share(names: Sequence[str], gathered: Sequence[str] = ()) -> float:
-        return sum(row["lean_us"] <= 1.02 * min(others(row, names, gathered)) for row in rows) / len(rows)
-
-    def ratio(name: str, chosen: list[dict[str, Any]]) -> float:
-        ratios = [row[name] / row["lean_us"] for row in chosen if row.get(name) is not None]
-        return statistics.geometric_mean(ratios) if ratios else float("nan")
-
-    long = [row for row in rows if row["mean_context"] >= LONG_CONTEXT]
-    longest = [row for row in long if row["batch"] == 1 and row["mean_context"] == max(CONTEXTS)]
-    large = [row["share_of_copy"] for row in rows if row["kv_bytes"] >= 1e9]
-    contiguous = ["fa2_us", "cudnn_us"]
-    of_peers: dict[str, float] = {}
-    for name in attention_peers.NAMES:
-        column = f"{name}_us"
-        of_peers[f"not_slower_than_{name}_or_split"] = share([column])
-        of_peers[f"not_slower_than_{name}_or_any_on_contiguous_kv"] = share([column, *contiguous])
-        of_peers[f"not_slower_than_{name}_or_any_with_gather"] = share([column], contiguous)
-        for kind, is_ragged in (("even", False), ("ragged", True)):
-            chosen = [row for row in rows if row["is_ragged"] == is_ragged]
-            of_peers[f"{name}_over_lean_{kind}"] = ratio(column, chosen)
-    return {
-        "share_of_copy_worst_from_1_gb": min(large, default=float("nan")),
-        "share_of_copy_median_from_1_gb": statistics.median(large) if large else float("nan"),
-        "not_slower_than_split": share([]),
-        "not_slower_than_fa2_or_split": share(["fa2_us"]),
-        "not_slower_than_any_on_contiguous_kv": share(contiguous),
-        "not_slower_than_any_with_gather": share([], contiguous),
-        **of_peers,
-        "fa2_over_lean_long": ratio("fa2_us", long),
-        "unsplit_over_lean_long": ratio("unsplit_us", long),
-        "unsplit_over_lean_512k_batch_1": ratio("unsplit_us", longest),
-    }
-
-
 def compile_all(pool: Pool) -> None:
     """Our kernels, side by side."""
     calls: list[Callable[[], object]] = []
@@ -468,24 +288,6 @@ def compile_all(pool: Pool) -> None:
     torch.cuda.synchronize()
 
 
-def machine_of(commit: str | None) -> dict[str, str]:
-    """What the numbers are of."""
-
-    def output_of(*command: str) -> str:
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        return ran.stdout.strip().partition("\n")[0] if ran.returncode == 0 else "unknown"
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        **attention_peers.versions(),
-        "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def print_decode(row: dict[str, Any]) -> None:
     """A line of the table."""
     times = (row.get(f"{name}_us") for name in DECODE_COLUMNS)
@@ -497,12 +299,6 @@ def print_decode(row: dict[str, Any]) -> None:
     )
 
 
-def tests_are_green() -> bool:
-    """Whether the kernels compute what they should."""
-    gate = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", TESTS]
-    return subprocess.run(gate, cwd=ROOT, check=False).returncode == 0
-
-
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -511,16 +307,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--commit", help="of the code, where git cannot say")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("there is no NVIDIA GPU here", file=sys.stderr)
-        return 1
-    if not tests_are_green():
-        print(f"{TESTS} is red: nothing is measured", file=sys.stderr)
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
     pool = Pool()
     compile_all(pool)
     copy = copy_bytes_per_s()
-    machine = machine_of(args.commit)
+    machine = describe_gpu(args.commit) | attention_peers.versions()
     print(machine, f"copy {copy / 1e12:.2f} TB/s")
     result: dict[str, Any] = {"machine": machine, "copy_tb_per_s": copy / 1e12}
 
@@ -552,7 +345,7 @@ def main() -> int:
         rows.append(decode_row(pool, context_lens, num_kv_heads, copy))
         print_decode(rows[-1])
         keep(decode=rows)
-    keep(summary=summary_of(rows))
+    keep(summary=summary_of(rows, attention_peers.NAMES))
     for name, value in result["summary"].items():
         print(f"{name:40} {value:.3f}")
     return 0

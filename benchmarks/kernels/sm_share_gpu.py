@@ -1,8 +1,8 @@
 """Sharing the SMs of one GPU: what layouts cost, how fast one switches, what a part of the SMs reaches, and what MPS takes instead.
 
-    python benchmarks/kernels/sm_share_gpu.py [--quick] [--json FILE] [--commit HASH]
+    python benchmarks/kernels/sm_share_gpu.py [--quick] [--json FILE]
 
-Runs tests/gpu/test_sm_share.py first and reports nothing when it fails. Needs an NVIDIA GPU, torch for CUDA, cuda-bindings, Triton, numpy and
+Runs tests/gpu/test_sm_share.py first and measures nothing when it fails. Needs an NVIDIA GPU, torch for CUDA, cuda-bindings, Triton, numpy and
 pytest; the part on MPS also nvidia-cuda-mps-control, and says so where it is not there.
 
 Rates are by CUDA events on random values. The curves are in the form of `workers.step_shape.DeviceShape`: (share of the SMs, share of the rate
@@ -14,11 +14,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.kernels.mps_share_gpu import measure_mps  # noqa: E402
 from workers.api import Phase  # noqa: E402
 from workers.device.capability import capability_of, report  # noqa: E402
@@ -299,43 +298,15 @@ def _spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def tests_pass() -> bool:
-    """Whether what is measured works."""
-    command = [sys.executable, "-m", "pytest", TESTS, "-q", "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-
-
-def describe(commit: str) -> dict[str, Any]:
+def describe() -> dict[str, Any]:
     """Of every row."""
     facts = device_facts()
     assert facts is not None
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or _commit(),
-        "gpu": facts.name,
+    return describe_gpu() | {
         "num_sms": facts.num_sms,
-        "driver": _driver(),
-        "cuda": facts.driver,
-        "torch": torch.__version__,
         "cuda_bindings": facts.bindings,
         "capability": report(facts),
     }
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip()
-
-
-def _driver() -> str:
-    from workers.device.nvml import NvmlUnavailable, open_nvml
-
-    try:
-        return str(open_nvml().nvmlSystemGetDriverVersion())
-    except NvmlUnavailable as error:
-        return str(error)
 
 
 def guarded(name: str, part: Callable[[], Any]) -> Any:
@@ -374,16 +345,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    parser.add_argument("--commit", default="", help="what was measured, where there is no repository")
     args = parser.parse_args()
     refusal = capability_of(device_facts()).green_contexts
     if refusal is not None:
         print(f"green contexts: {refusal}", file=sys.stderr)
         return 1
-    if not tests_pass():
-        print(f"{TESTS} fails: what does not work is not measured", file=sys.stderr)
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
-    results = {**describe(args.commit), "is_quick": args.quick}
+    results = {**describe(), "is_quick": args.quick}
     with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         # First: this process has nothing on the GPU yet.
         results["mps"] = guarded("MPS", lambda: measure_mps(Path(folder), 2 if args.quick else 5))

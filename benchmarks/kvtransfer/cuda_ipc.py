@@ -3,8 +3,8 @@
     PYTHONPATH=.:kernels python benchmarks/kvtransfer/cuda_ipc.py [--quick] [--json FILE] [--sweep]
 
 One process owns a pool of Llama-3-8B's shape, filled with random values; the other maps it and pulls 2,048 tokens of
-it, 268 MB in shuffled blocks, into its own pool. Needs an NVIDIA GPU, torch with CUDA, Triton and numpy; the last
-part also gRPC, protobuf and google-crc32c.
+it, 268 MB in shuffled blocks, into its own pool. Needs an NVIDIA GPU, and measures nothing where
+tests/gpu/test_cuda_ipc.py fails; the last part needs gRPC, protobuf and google-crc32c.
 
 Rates are of the device: CUDA events, the variants in turn, each after a write of 1 GiB, so that nothing is left in the
 cache and the next kernel is queued before the one that is timed begins. Bytes read and bytes written are both counted.
@@ -16,13 +16,11 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import cache
 from itertools import product
 from multiprocessing.connection import Connection
@@ -32,12 +30,14 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.gpu import describe_gpu, tests_problem
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes, span_of
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from phasewise_kernels.block_copy import op
 from phasewise_kernels.block_copy.reference import TokenRows
 
+TESTS = "tests/gpu/test_cuda_ipc.py"
 LAYOUT = KvLayout("benchmark", "bfloat16", 16, 32, 8, 128, "rope:theta=500000")
 NUM_TOKENS = 2048
 NUM_BLOCKS = 512
@@ -397,20 +397,6 @@ def time_in_turn(variants: dict[str, Callable[[int], None]], num_rounds: int) ->
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def describe() -> dict[str, Any]:
-    """The GPU and the versions."""
-    import triton
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "num_sms": properties.multi_processor_count,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def print_results(results: dict[str, Any]) -> None:
     """As tables."""
     copied_s = results["rates"]["plain copy_ in the device"]["gb_per_s"]
@@ -447,9 +433,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--sweep", action="store_true", help="time the kernel cut up in other ways, too")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("there is no NVIDIA GPU here", file=sys.stderr)
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
+    machine = describe_gpu()
     num_rounds = 30 if args.quick else 100
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
@@ -460,8 +447,7 @@ def main() -> int:
     mapped = open_pool(pipe.recv())
     take_bare(pipe, mapped, pool, NUM_WARM_UP)
     results: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe(),
+        "machine": machine,
         "num_rounds": num_rounds,
         "num_bytes": NUM_BYTES,
         "rates": device_rates(mapped, pool, num_rounds),

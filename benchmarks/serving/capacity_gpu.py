@@ -22,12 +22,10 @@ It refuses to report when the engine's tests fail here. `--tiny` runs a tiny mod
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "kernels"))
 
-import torch  # noqa: E402
-
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
 from benchmarks.serving.capacity_plot import plot  # noqa: E402
 from benchmarks.serving.capacity_rows import Load, report, show  # noqa: E402
@@ -48,7 +45,6 @@ from benchmarks.serving.capacity_vllm import (  # noqa: E402
     vllm_serving,
 )
 from benchmarks.serving.engine_gpu import LLAMA_3_8B, add_dtypes  # noqa: E402
-from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import plan_requests, take_slice  # noqa: E402
 from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
@@ -106,27 +102,6 @@ def vllm_rows(
             yield report(name, rate, serve_by_vllm(load), slo) | {"vllm": about}
 
 
-def tests_problem() -> str | None:
-    """What the engine's own tests say on this machine; None when they pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return None if found.returncode == 0 else found.stdout[-3000:] + found.stderr[-1000:]
-
-
-def about_gpu() -> dict[str, Any]:
-    """What the numbers depend on."""
-    if not torch.cuda.is_available():
-        return {}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = (
-        subprocess.run(query, capture_output=True, text=True, check=True)
-        .stdout.strip()
-        .splitlines()[0]
-        .split(", ")
-    )
-    return {"gpu": name, "driver": driver, "cuda": torch.version.cuda}
-
-
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -173,8 +148,8 @@ def main() -> int:
     policies = [Policy.of(name) for name in names if name not in batched_tokens]
     rates = [float(rate) for rate in args.rates.split(",")][: 1 if args.quick else None]
     duration_s = 20.0 if args.quick else args.duration
-    if policies and not args.tiny and (problem := tests_problem()) is not None:
-        print(f"no numbers: the tests fail here\n{problem}", file=sys.stderr)
+    if policies and not args.tiny and (problem := tests_problem(*TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
     config = tiny_config() if args.tiny else LLAMA_3_8B
     if args.max_context_tokens is not None:
@@ -187,8 +162,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     about = {
         "format": "phasewise-capacity-gpu/v1",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine() | about_gpu(),
+        "machine": describe_gpu(),
         "trace": args.trace.name,
         "first_row": args.first_row,
         "rows_of_trace": args.rows,

@@ -13,21 +13,19 @@
   (spread as in the Azure conversation trace: lognormal, sigma 1 and 0.6, cut at 4,096 and 1,024), greedy, prefix cache off, token
   budget 2,048. Output tokens per second after the first 10 seconds. Also without overlapped steps.
 
-Needs an NVIDIA GPU with 40 GB. --profile prints where the time of a prefill and of a decode step goes, and that of
+Needs an NVIDIA GPU with 40 GB, and measures nothing where the engine's tests fail on it. --profile prints where the time of a prefill and of a decode step goes, and that of
 the host while it serves.
 """
 
 import argparse
 import cProfile
 import json
-import platform
 import pstats
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
 from workers.api import EngineConfig, KvDtype, WeightDtype  # noqa: E402
 from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
@@ -78,9 +77,11 @@ DECODES = ((64, 2048), (1, 2048))
 NUM_CLIENTS = 256
 TOKEN_BUDGET = 2048
 WARM_UP_S = 10.0
+TESTS, FP8_TESTS = ("tests/gpu/test_cuda_engine.py",), ("tests/gpu/test_fp8.py",)
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,9 +90,16 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    is_fp8 = args.weights == WeightDtype.FP8 or args.kv == KvDtype.FP8
+    if (problem := tests_problem(*TESTS, *(FP8_TESTS if is_fp8 else ()))) is not None:
+        print(problem, file=sys.stderr)
+        return 1
+    about = describe_gpu()
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     bench = Bench(20 if args.quick else 60, WeightDtype(args.weights), KvDtype(args.kv))
     rows: dict[str, Any] = {
+        **about,
+        "is_quick": args.quick,
         "weights": args.weights,
         "kv": args.kv,
         "copy_tb_s": bench.copy_tb_s,
@@ -115,15 +123,8 @@ def main() -> None:
         rows["serving"].append(row)
         print(row)
     if args.json:
-        about = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "gpu": torch.cuda.get_device_name(0),
-            "cuda": torch.version.cuda,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "is_quick": args.quick,
-        }
-        args.json.write_text(json.dumps({**about, **rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
 
 
 def add_dtypes(parser: argparse.ArgumentParser) -> None:
@@ -374,4 +375,4 @@ def copy_tb_s() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

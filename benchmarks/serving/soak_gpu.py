@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ sys.path.insert(0, str(ROOT / "kernels"))
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.serving.capacity_engine import Machine, Policy, serve, tiny_config  # noqa: E402
-from benchmarks.serving.capacity_gpu import about_gpu, planned, tests_problem  # noqa: E402
+from benchmarks.serving.capacity_gpu import TESTS, planned  # noqa: E402
 from benchmarks.serving.capacity_rows import report, show  # noqa: E402
 from benchmarks.serving.engine_gpu import LLAMA_3_8B  # noqa: E402
-from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 
@@ -88,8 +87,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Returns the exit status."""
     args = parse()
-    if not args.tiny and (problem := tests_problem()) is not None:
-        print(f"no numbers: the tests fail here\n{problem}", file=sys.stderr)
+    if not args.tiny and (problem := tests_problem(*TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
     round_s = 20.0 if args.quick else args.round_s
     ends_s = time.monotonic() + (0.0 if args.quick else 60.0 * args.minutes)
@@ -97,7 +96,7 @@ def main() -> int:
     policy, slo = Policy.of(args.policy), Slo(0.5, 0.03)
     load = planned(read_trace(args.trace), args.rate, round_s, args.first_row, config)
     machine = Machine(config, is_tiny=args.tiny, max_running=args.max_running)
-    latency = machine.latency()
+    latency, facts = machine.latency(), describe_gpu()
     rows: list[dict[str, Any]] = []
     while len(rows) < MIN_ROUNDS or time.monotonic() + round_s < ends_s:
         # Raises where a request failed or has no end.
@@ -117,8 +116,7 @@ def main() -> int:
         if args.json:
             result = {
                 "format": "phasewise-soak-gpu/v1",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "machine": describe_machine() | about_gpu(),
+                "machine": facts,
                 "trace": args.trace.name,
                 "first_row": args.first_row,
                 "round_s": round_s,

@@ -35,9 +35,9 @@ class Axis:
         if self.is_log:
             lowest, highest = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             powers = [10.0**exponent for exponent in range(lowest, highest + 1)]
-            every = 1 + len(powers) // MAX_TICKS
             found = self._on_it([factor * power for power in powers for factor in (1, 2, 5)])
-            return found if len(found) <= MAX_TICKS else self._on_it(powers[::every])
+            powers = self._on_it(powers)
+            return found if len(found) <= MAX_TICKS else powers[:: 1 + len(powers) // MAX_TICKS]
         rough = (self.high - self.low) / MAX_TICKS
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

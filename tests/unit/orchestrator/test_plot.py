@@ -162,6 +162,7 @@ def test_ticks_are_few_and_on_the_axis(low: float, length: float, is_log: bool) 
         (Axis("", 0.0, 1.0), [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         (Axis("", 40.0, 700.0, is_log=True), [50, 100, 200, 500]),
         (Axis("", 1.0, 1e4, is_log=True), [1, 10, 100, 1000, 10000]),
+        (Axis("", 0.4, 6e3, is_log=True), [1, 10, 100, 1000]),
     ],
 )
 def test_ticks_are_round(axis: Axis, ticks: list[float]) -> None:
