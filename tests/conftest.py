@@ -4,6 +4,7 @@ HYPOTHESIS_PROFILE=long searches longer, and with other examples in every run.
 """
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +17,8 @@ settings.register_profile(
 )
 settings.register_profile("long", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# A shell has what it starts in the background ignore Ctrl-C, and children inherit that; some that tests start have it pressed.
+# Not by a function between fork and exec: gRPC, which runs here, has forks call it, and may abort the child.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

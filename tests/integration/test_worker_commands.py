@@ -28,6 +28,8 @@ from workers.api import (
     SamplingParams,
     Submit,
 )
+from workers.engine.messages import StartTransfer
+from workers.kv_sending import KvSending
 from workers.wire import command_to_pb
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
@@ -120,27 +122,32 @@ def test_transfer_id_in_use_is_refused(model_path: Path, monkeypatch: pytest.Mon
     asyncio.run(scenario())
 
 
-def test_two_workers_that_wait_for_each_others_blocks_end_with_the_deadline(model_path: Path) -> None:
+def test_two_workers_that_wait_for_each_others_blocks_end_with_the_deadline(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each pool is full of KV that the other has no room for: nothing can go on, and nothing may stay."""
     blocks = 8 * BLOCK_BYTES
+    gate = StepGate(monkeypatch, lambda _plan: True)
+    start, begun = KvSending.start, list[tuple[KvSending, StartTransfer]]()
+
+    def when_both_are_full(sending: KvSending, transfer: StartTransfer) -> None:
+        begun.append((sending, transfer))
+        if len(begun) == 2:
+            for one, its_transfer in begun:
+                start(one, its_transfer)
+            gate.open()
+
+    monkeypatch.setattr(KvSending, "start", when_both_are_full)
 
     async def scenario() -> None:
         async with running_pair(
             worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
             worker_spec(model_path, BOTH, kv_cache_bytes=blocks),
         ) as pair:
-            requests = [
+            for i, worker in enumerate(pair):
                 # Its prompt fills 8 blocks here, and needs as many there.
-                replace(
-                    submit(prompt(120), request_id=f"r{i}", phases=PREFILL, timeout_s=3.0),
-                    handoff=Handoff(f"t{i}", pair[1 - i].address, 1),
-                )
-                for i in range(2)
-            ]
-            # At once: where one has ended before the other begins, nobody waits.
-            await asyncio.gather(
-                *(worker.send(request) for worker, request in zip(pair, requests, strict=True))
-            )
+                request = submit(prompt(120), request_id=f"r{i}", phases=PREFILL, timeout_s=3.0)
+                await worker.send(replace(request, handoff=Handoff(f"t{i}", pair[1 - i].address, 1)))
             for i, worker in enumerate(pair):
                 code, _reason = await worker.failure_of(f"r{i}")
                 assert code in (FailureCode.DEADLINE, FailureCode.TRANSFER)

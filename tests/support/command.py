@@ -42,16 +42,10 @@ class User:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=_hears_ctrl_c,
         )
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
-
-
-def _hears_ctrl_c() -> None:
-    """Also where the tests do not: a shell has what it starts in the background ignore it, and children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def command_lines(text: str) -> list[list[str]]:

@@ -184,11 +184,16 @@ def test_a_bug_of_ours_ends_the_telemetry_and_nothing_else() -> None:
 
 def test_a_call_that_does_not_return_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_telemetry, "STOP_S", 0.05)
-    fake, returns = FakeNvml(), threading.Event()
+    fake, is_called, returns = FakeNvml(), threading.Event(), threading.Event()
     telemetry = telemetry_of(fake, [], period_s=0.001)
+
+    def hang(_: str) -> bool:
+        is_called.set()
+        return returns.wait(60)
+
     telemetry.start()
-    fake.nvmlDeviceGetPowerUsage = lambda _: returns.wait(60)  # type: ignore[assignment,method-assign]
-    until_in_thread(lambda: telemetry.status.age_s > 0.01, "a call that hangs")
+    fake.nvmlDeviceGetPowerUsage = hang  # type: ignore[assignment,method-assign]
+    assert is_called.wait(60)
     telemetry.stop()
     assert fake.num_event_sets == 1
     returns.set()
