@@ -101,9 +101,10 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A move, and what was before it. at_s, totals: when it was asked for, then as of the last look at which it was not done yet."""
+    """A move of num workers, and what was before it. at_s, totals: when it was asked for, then as of the last look at which it was not done yet."""
 
     move: _Move
+    num: int
     begun_at_s: float
     at_s: float
     load: float
@@ -239,7 +240,7 @@ class PhaseSets:
         if best is None:
             return ()
         move, num, then, is_new = best
-        self._last = _Done(move, now_s, now_s, load, self._met, replace(cluster.totals))
+        self._last = _Done(move, num, now_s, now_s, load, self._met, replace(cluster.totals))
         self._next_at_s = now_s + self._config.cooldown_s
         reason = f"load {load:.2f} would be {then:.2f}: encode {asked.encode:.1f}, prefill {asked.prefill:.1f}, decode {asked.decode:.1f} workers"
         return _switches(cluster, move, num, reason + self._how(is_new), load / best_load)
@@ -275,14 +276,15 @@ class PhaseSets:
             return ()
         self._blocked[last.move] = now_s + self._config.blocked_s
         shape, back = Counter(worker.phases for worker in cluster.workers), last.move.back
-        if not shape[back.source]:
-            return ()
-        is_new = _is_new(Counter((worker.phases, worker.loaded) for worker in cluster.workers), back, 1)
-        if not self._keeps_floors(_meanwhile(shape, back, 1, is_new=is_new), shape):
-            return ()
-        self._next_at_s = now_s + self._config.cooldown_s
-        reason = f"reversed: load {last.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {last.met_before:.0%}"
-        return _switches(cluster, back, 1, reason + self._how(is_new), 1.0)
+        processes = Counter((worker.phases, worker.loaded) for worker in cluster.workers)
+        # As many as were moved, or as floors let.
+        for num_back in range(min(last.num, shape[back.source]), 0, -1):
+            is_new = _is_new(processes, back, num_back)
+            if self._keeps_floors(_meanwhile(shape, back, num_back, is_new=is_new), shape):
+                self._next_at_s = now_s + self._config.cooldown_s
+                reason = f"reversed: load {last.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {last.met_before:.0%}"
+                return _switches(cluster, back, num_back, reason + self._how(is_new), 1.0)
+        return ()
 
 
 def _serving(shape: Shape, phase: Phase) -> int:

@@ -340,6 +340,30 @@ def test_a_move_that_did_harm_is_taken_back_and_not_tried_again() -> None:
     assert all(one.phases != P for now in range(8, 20) for one in sets.tick(float(now), cluster))
 
 
+@pytest.mark.parametrize(("floor", "num_back"), [(1, 3), (9, 2)])
+def test_workers_that_moved_together_are_taken_back_together(floor: int, num_back: int) -> None:
+    """As far as floors let them."""
+    cluster = ClusterLoad(
+        (
+            *(worker(f"p{i}", P, prefill_tokens=400_000) for i in range(8)),
+            *(worker(f"d{i}", D, num_decoding=1) for i in range(40)),
+        )
+    )
+    sets = phase_sets(settle_s=4.0, cooldown_s=1.0, floors={Phase.PREFILL: floor, Phase.DECODE: 1})
+    sets.tick(0.0, cluster)
+    moved = sets.tick(1.0, cluster)
+    assert len(moved) == 3
+    for one in cluster.workers:
+        if one.worker_id in {switch.worker_id for switch in moved}:
+            one.phases = P
+        one.prefill_tokens *= 4
+    cluster.regroup()
+    cluster.totals.num_finished, cluster.totals.num_met = 100, 10
+    back = sets.tick(6.0, cluster)
+    assert [one.phases for one in back] == [D] * num_back
+    assert "reversed" in back[0].reason
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), rate=st.sampled_from((5.0, 30.0, 100.0)))
 def test_floors_hold_whatever_comes(seed: int, rate: float) -> None:
