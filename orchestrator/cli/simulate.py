@@ -8,20 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvtransfer.codecs.codec import CodecId
 from orchestrator.bench.plan import PlannedRequest, Slice, plan_requests, take_slice
 from orchestrator.bench.records import BenchConfig, ServedModel
 from orchestrator.bench.report import as_json, describe_slice
 from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
-from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli import arguments, exit_codes, simulate_checks
 from orchestrator.cli.collector import without_collector
 from orchestrator.cli.switch_text import switch_text
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
-from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
@@ -35,7 +32,6 @@ from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
 from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
-from workers.api import Phase
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
@@ -143,11 +139,11 @@ def run(args: argparse.Namespace) -> int:
     try:
         deployment = load(args.manifest)
         latency = _latency(args)
-        problem = _problem(args, deployment, latency)
+        problem = simulate_checks.problem(args, deployment, latency)
         if problem:
             return _failed(problem, exit_codes.USAGE)
         trace = read_trace(args.trace)
-        if any(row.num_images for row in trace.rows) and not _is_encoding(deployment):
+        if any(row.num_images for row in trace.rows) and not simulate_checks.is_encoding(deployment):
             return _failed(
                 f"{args.trace}: has pictures, and no worker of {args.manifest} encodes", exit_codes.USAGE
             )
@@ -210,48 +206,6 @@ def _latency(args: argparse.Namespace) -> LatencyModel:
     return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
 
 
-def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyModel) -> str | None:
-    """Why it cannot be simulated, and what to do."""
-    if args.json and not args.json.absolute().parent.is_dir():
-        return f"--json {args.json}: there is no such folder"
-    if args.plot and not (
-        args.plot.is_dir() or (args.plot.absolute().parent.is_dir() and not args.plot.exists())
-    ):
-        return f"--plot {args.plot}: there is no such folder, and it cannot be made"
-    if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
-        return f"{args.manifest}: {refusal}"
-    if args.mode == "coarse" and switch_mode_of(deployment) is not SwitchMode.OFF:
-        return f"{args.manifest}: --mode coarse has no controller; leave out controller.roleSwitch"
-    model, device = latency.model, latency.device
-    weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
-    for declared in worker_specs(deployment):
-        left_out = _left_out(declared)
-        if left_out:
-            return f"{declared.worker_id}: {left_out} is not simulated; leave it out of the manifest"
-        if not declared.engine.kv_cache_bytes:
-            return f"{declared.worker_id}: engine.kvCacheMiB is needed here: a simulated GPU has no free memory to look at"
-        needed = weights + declared.engine.kv_cache_bytes
-        if needed > device.memory_bytes:
-            return (
-                f"{declared.worker_id}: {model.name} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
-                f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {device.name} has {device.memory_bytes / 1e9:.0f} GB"
-            )
-    return None
-
-
-def _is_encoding(deployment: Deployment) -> bool:
-    return any(Phase.ENCODE in worker.phases for worker in worker_specs(deployment))
-
-
-def _left_out(declared: DeclaredWorker) -> str:
-    """A setting that would make a difference, and does not here."""
-    if declared.engine.host_cache_bytes:
-        return "engine.hostCacheMiB"
-    if declared.engine.span_reuse is not None:
-        return "engine.spanReuse"
-    return "" if declared.kv_transfer.codec is CodecId.NONE else "kvTransfer.codec"
-
-
 class _Wrong(Exception):  # noqa: N818 - becomes an exit code here
     """The command line is wrong; says why."""
 
@@ -279,7 +233,7 @@ class _Run:
             timeout_s=gateway.request_timeout_s,
             max_in_flight=gateway.max_running_requests,
         )
-        pictures = Pictures.of(latency, args.image_tiles) if _is_encoding(deployment) else None
+        pictures = Pictures.of(latency, args.image_tiles) if simulate_checks.is_encoding(deployment) else None
         self._model = ServedModel(latency.model.name, "simulated", args.max_context_tokens, VOCAB_SIZE)
         self._sim = SimConfig(
             tuple(worker_specs(deployment)),
