@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -203,26 +204,135 @@ def test_what_cannot_be_simulated_is_refused_with_the_reason(
     assert said in capsys.readouterr().err
 
 
+def changed(folder: Path, *, engine: str = "", group: str = "", spec: str = "") -> Path:
+    """examples/simulate/one-full.yaml with more keys."""
+    text = (EXAMPLES / "one-full.yaml").read_text()
+    for old, new in (
+        ("tokenBudget: 2048", f"tokenBudget: 2048{engine}"),
+        ("      replicas: 1\n", f"      replicas: 1\n{group}"),
+        ("  slo:\n", f"{spec}  slo:\n"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = folder / "manifest.yaml"
+    path.write_text(text)
+    return path
+
+
+ONE_GPU = "      resources: {gpus: 1}\n"
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("more", "said"),
     [
         (
-            "tokenBudget: 2048",
-            "tokenBudget: 2048, hostCacheMiB: 1000",
-            "engine.hostCacheMiB is not simulated",
+            {"engine": ", hostCacheMiB: 1000"},
+            "engine.hostCacheMiB is not simulated: evicted blocks are lost",
         ),
-        ("  slo:", "  kvTransfer: {codec: fp8}\n  slo:", "kvTransfer.codec is not simulated"),
+        (
+            {"engine": ", spanReuse: {}"},
+            "engine.spanReuse is not simulated: prompts share beginnings alone",
+        ),
+        (
+            {"spec": "  kvTransfer: {codec: fp8}\n"},
+            "kvTransfer.codec is not simulated: KV travels unpacked",
+        ),
+        (
+            {"group": "      resources: {gpus: 4}\n"},
+            "resources.gpus: 4 is not simulated: a worker is one h100",
+        ),
+        (
+            {"engine": ", tensorParallel: 2"},
+            "engine.tensorParallel: 2 is not simulated: a worker is one h100",
+        ),
+        (
+            {"engine": ", weightDtype: fp8", "group": ONE_GPU},
+            "engine.weightDtype: fp8 is not simulated: a weight of llama-3-8b has 2 bytes",
+        ),
+        (
+            {"engine": ", weightDtype: int8"},
+            "engine.weightDtype: int8 is not simulated: a weight of llama-3-8b has 2 bytes",
+        ),
+        (
+            {"engine": ", kvDtype: fp8", "group": ONE_GPU},
+            "engine.kvDtype: fp8 is not simulated: a token of llama-3-8b has 131072 bytes of KV",
+        ),
+        (
+            {"engine": ", stepBudget: predicted, phaseSharing: predicted", "group": ONE_GPU},
+            "engine.phaseSharing: predicted is not simulated: prompts and decodes are in steps together",
+        ),
     ],
 )
+@pytest.mark.parametrize("mode", ["fine", "coarse"])
 def test_a_setting_that_is_not_simulated_is_refused(
-    old: str, new: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, more: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = tmp_path / "manifest.yaml"
-    text = (EXAMPLES / "one-full.yaml").read_text()
-    assert old in text
-    manifest.write_text(text.replace(old, new))
+    manifest = changed(tmp_path, **more)
+    assert simulate(manifest, "--rate", 10, "--duration", 2, "--mode", mode) == exit_codes.USAGE
+    assert capsys.readouterr().err == f"full-0: {said}; leave it out of the manifest\n"
+
+
+def test_each_setting_that_is_not_simulated_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ", weightDtype: fp8, kvDtype: fp8"
+    manifest = changed(tmp_path, engine=more, group="      resources: {gpus: 2}\n")
     assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
-    assert said in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "resources.gpus:",
+        "engine.weightDtype:",
+        "engine.kvDtype:",
+    ]
+
+
+def test_what_is_simulated_as_it_is_asked_for_is_not_refused(tmp_path: Path) -> None:
+    manifest = changed(
+        tmp_path, engine=", weightDtype: bfloat16, kvDtype: auto, tensorParallel: 1", group=ONE_GPU
+    )
+    assert simulate(manifest, "--rate", 5, "--duration", 1) == exit_codes.OK
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"spec": "  gateway: {admission: predicted}\n"}, "takes every request; leave out gateway.admission"),
+        (
+            {"engine": ", batching: decode_maximal"},
+            "has stall_free steps alone; leave out engine.batching",
+        ),
+        ({"engine": ", growthReserve: 0.9"}, "for growth; leave out engine.growthReserve"),
+    ],
+)
+def test_what_the_coarse_mode_alone_does_not_simulate_is_refused_there(
+    more: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = changed(tmp_path, **more)
+    if "spec" in more:
+        text = manifest.read_text()
+        manifest.write_text(text[: text.rindex("  gateway:")])
+    arguments = ("--rate", 5, "--duration", 1)
+    assert simulate(manifest, *arguments) == exit_codes.OK
+    assert simulate(manifest, *arguments, "--mode", "coarse") == exit_codes.USAGE
+    assert f"{manifest}: --mode coarse " in (err := capsys.readouterr().err)
+    assert said in err
+
+
+def test_pictures_with_fewer_embeddings_are_not_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = pictures_manifest(tmp_path)
+    manifest.write_text(manifest.read_text().replace("  gateway:\n", "  gateway:\n    imageReduction: {}\n"))
+    assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
+    assert "gateway.imageReduction is not simulated: pictures keep all" in capsys.readouterr().err
+
+
+def test_a_profile_says_in_what_weights_and_kv_are(tmp_path: Path) -> None:
+    model = replace(PROFILE.costs.model, weight_bytes=1.2)
+    path = tmp_path / "p.json"
+    path.write_text(profile.to_json(replace(PROFILE, costs=replace(PROFILE.costs, model=model))))
+    manifest = changed(tmp_path, engine=", weightDtype: fp8, kvDtype: fp8", group=ONE_GPU)
+    assert simulate(manifest, "--rate", 1, "--duration", 1, "--profile", path) == exit_codes.OK
 
 
 def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
