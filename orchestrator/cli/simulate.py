@@ -143,10 +143,9 @@ def run(args: argparse.Namespace) -> int:
         if problem:
             return _failed(problem, exit_codes.USAGE)
         trace = read_trace(args.trace)
-        if any(row.num_images for row in trace.rows) and not simulate_checks.is_encoding(deployment):
-            return _failed(
-                f"{args.trace}: has pictures, and no worker of {args.manifest} encodes", exit_codes.USAGE
-            )
+        problem = simulate_checks.pictures_problem(args, deployment, latency, trace)
+        if problem:
+            return _failed(problem, exit_codes.USAGE)
         parts = [
             take_slice(trace, rate_rps=rate, duration_s=args.duration, first_row=args.first_row)
             for rate in args.rate

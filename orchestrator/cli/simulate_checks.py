@@ -3,12 +3,14 @@
 import argparse
 
 from kvtransfer.codecs.codec import CodecId
+from orchestrator.bench.trace import Trace
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.manifest.declare import switch_mode_of, worker_specs
 from orchestrator.manifest.models import Deployment
 from orchestrator.sim import coarse_replay
+from orchestrator.sim.coarse_costs import why_not_encoding
 from orchestrator.sim.coarse_device import GROWTH_RESERVE
 from workers.api import Batching, KvDtype, Phase, PhaseSharing, WeightDtype
 from workers.latency_model import LatencyModel
@@ -46,6 +48,20 @@ def problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyMo
                 f"{declared.worker_id}: {model.name} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
                 f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {device.name} has {device.memory_bytes / 1e9:.0f} GB"
             )
+    return None
+
+
+def pictures_problem(
+    args: argparse.Namespace, deployment: Deployment, latency: LatencyModel, trace: Trace
+) -> str | None:
+    """Why the trace's pictures cannot be simulated."""
+    if not any(row.num_images for row in trace.rows):
+        return None
+    if not is_encoding(deployment):
+        return f"{args.trace}: has pictures, and no worker of {args.manifest} encodes"
+    if why_not := why_not_encoding(latency.device.name):
+        on = f"--device {args.device}" if args.device else f"--profile {args.profile}"
+        return f"{args.trace}: has pictures, with {on}: {why_not}"
     return None
 
 

@@ -159,6 +159,25 @@ def test_pictures_of_both_formats_are_simulated_in_both_modes(
     assert "has pictures, and no worker of" in capsys.readouterr().err
 
 
+def test_pictures_on_a_device_whose_encoding_is_not_known_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, manifest = with_pictures(tmp_path, is_azure=True), pictures_manifest(tmp_path)
+    arguments = ("--rate", 10, "--duration", 2)
+    assert simulate(manifest, *arguments, "--device", "a100", trace=trace) == exit_codes.USAGE
+    said = "how fast it encodes is not known; only h100 is\n"
+    assert capsys.readouterr().err == f"{trace}: has pictures, with --device a100: {said}"
+    # Without pictures it does not matter.
+    assert simulate(manifest, *arguments, "--device", "a100") == exit_codes.OK
+    manifest.write_text(re.sub(r"kvCacheMiB: \d+", "kvCacheMiB: 4096", manifest.read_text()))
+    path = tmp_path / "p.json"
+    for name, code in (("cpu", exit_codes.USAGE), ("NVIDIA H100 80GB HBM3", exit_codes.OK)):
+        device = replace(PROFILE.costs.device, name=name)
+        path.write_text(profile.to_json(replace(PROFILE, costs=replace(PROFILE.costs, device=device))))
+        assert simulate(manifest, *arguments, "--profile", path, trace=trace) == code
+        assert (said in capsys.readouterr().err) == (code != exit_codes.OK)
+
+
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     texts = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
