@@ -17,6 +17,7 @@ from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes, simulate_checks
 from orchestrator.cli.collector import without_collector
 from orchestrator.cli.switch_text import switch_text
+from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
 from orchestrator.control.known_shapes import DEVICES, MODELS
@@ -36,6 +37,7 @@ from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
 DEFAULT_MODEL, DEFAULT_DEVICE = "llama-3-8b", "h100"
+PICTURES = ("attainment.svg", "phases.svg", "requests.svg")
 #: Seconds between two lines of progress.
 PROGRESS_S = 2.0
 
@@ -154,6 +156,11 @@ def run(args: argparse.Namespace) -> int:
         return _failed(str(error), exit_codes.INVALID_MANIFEST)
     except (TraceError, ProfileError, _Wrong) as error:
         return _failed(str(error), exit_codes.USAGE)
+    unwritable = (args.json and file_problem(args.json)) or (
+        args.plot and folder_problem(args.plot, PICTURES)
+    )
+    if unwritable:
+        return _failed(unwritable, exit_codes.FAILURE)
     runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
     for one in runs:
         with without_collector():
@@ -174,11 +181,11 @@ def _save(args: argparse.Namespace, runs: list["_Run"], trace: Trace) -> int:
             print(f"saved      {args.json}")
         if args.plot:
             args.plot.mkdir(exist_ok=True)
-            for name, picture in _pictures(runs).items():
+            for name, picture in zip(PICTURES, _pictures(runs), strict=True):
                 (args.plot / name).write_text(picture, encoding="utf-8")
                 print(f"drawn      {args.plot / name}")
     except OSError as error:
-        return _failed(f"{error.filename} cannot be written: {error.strerror}", exit_codes.FAILURE)
+        return _failed(sentence(error.filename, error), exit_codes.FAILURE)
     return exit_codes.OK
 
 
@@ -301,16 +308,12 @@ class _Run:
         return {**data, "workers": [asdict(use) for use in self.result.workers]}
 
 
-def _pictures(runs: list[_Run]) -> dict[str, str]:
-    """By the names of their files."""
+def _pictures(runs: list[_Run]) -> tuple[str, str, str]:
+    """What is in PICTURES."""
     last = runs[-1]
     slo, records = last.config.slo, last.result.load.records
     points = [Point(one.config.rate_rps, one.summary) for one in runs]
-    return {
-        "attainment.svg": attainment_picture(points, slo),
-        "phases.svg": phases_picture(last.course()),
-        "requests.svg": requests_picture(records, slo),
-    }
+    return attainment_picture(points, slo), phases_picture(last.course()), requests_picture(records, slo)
 
 
 def _table(runs: list[_Run]) -> list[str]:

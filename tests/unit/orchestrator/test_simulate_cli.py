@@ -80,7 +80,7 @@ def test_pictures_are_drawn_and_the_same_each_time(mode: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_place_that_cannot_be_written_is_named(
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_simulated(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Where a file is to be there is a folder.
@@ -90,8 +90,27 @@ def test_a_place_that_cannot_be_written_is_named(
     arguments = ("--rate", 5, "--duration", 2, option, path)
     assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.FAILURE
     printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"{blocked} cannot be written: Is a directory\n"
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path("/proc/pictures")
+    assert simulate(EXAMPLES / "one-full.yaml", "--rate", 5, "--duration", 2, "--plot", path) == 1
+    assert capsys.readouterr() == ("", f"{path} cannot be written: No such file or directory\n")
+
+
+def test_a_place_that_is_lost_meanwhile_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cli.simulate.file_problem", lambda _path: "")
+    arguments = ("--rate", 5, "--duration", 2, "--json", tmp_path)
+    assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.FAILURE
+    printed = capsys.readouterr()
     assert "attainment" in printed.out
-    assert f"{blocked} cannot be written" in printed.err
+    assert printed.err == f"{tmp_path} cannot be written: Is a directory\n"
 
 
 def test_the_manifest_says_whether_workers_take_other_phases(
