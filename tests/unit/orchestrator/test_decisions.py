@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import MessageToJson
 
-from orchestrator.cli import replay_decisions
+from orchestrator.cli import decisions, exit_codes, main, replay_decisions
 from orchestrator.cli.decisions import text_lines
 from orchestrator.cli.replay_decisions import POLICIES, allowed_of, read_looks, replay
 from orchestrator.control.auto_switch import ALLOWED
@@ -189,6 +189,30 @@ def test_the_table_tells_of_the_number_of_workers_too() -> None:
         *("(all)", "1", "worker", "3", "workers", "done", "1.20x", "50%", "->", "100%", "c0ffee"),
         *("load", "1.20;", "all", "of", "them", "have", "a", "node"),
     ]
+
+
+def test_looks_that_cannot_be_written_are_refused_before_anybody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nobody answers there, which would be said else.
+    arguments = ["decisions", "--control-address", "127.0.0.1:1", "--looks", str(tmp_path)]
+    assert main.main(arguments) == exit_codes.FAILURE
+    assert capsys.readouterr() == ("", f"{tmp_path} cannot be written: Is a directory\n")
+
+
+def test_looks_whose_place_is_lost_meanwhile_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(_address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
+        assert with_looks
+        (tmp_path / "looks").mkdir()
+        return pb.GetDecisionsResponse(looks=map(look_to_pb, LOOKS))
+
+    monkeypatch.setattr(decisions, "ask", ask)
+    path = tmp_path / "looks"
+    arguments = ["decisions", "--control-address", "127.0.0.1:1", "--looks", str(path)]
+    assert main.main(arguments) == exit_codes.FAILURE
+    assert capsys.readouterr() == ("", f"{path} cannot be written: Is a directory\n")
 
 
 @pytest.mark.parametrize(
