@@ -16,7 +16,7 @@ from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes, simulate_checks
 from orchestrator.cli.collector import without_collector
-from orchestrator.cli.switch_text import switch_text
+from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, switch_text
 from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
@@ -290,11 +290,10 @@ class _Run:
             f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}, {use.num_cached_tokens} tokens cached"
             for use in self.result.workers
         ]
-        switches = [
-            f"{one.began_at_s - self.result.start_s:7.2f} s {switch_text(one)}"
-            for one in self.result.switches
-        ]
-        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *switches]
+        decisions = [(one.began_at_s, switch_text(one)) for one in self.result.switches]
+        decisions += [(one.began_at_s, f"scale {scale_text(one)}") for one in self.result.scales]
+        told = [f"{began_at_s - self.result.start_s:7.2f} s {text}" for began_at_s, text in sorted(decisions)]
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *told]
 
     def course(self) -> Course:
         """What a picture shows of it."""
@@ -305,7 +304,15 @@ class _Run:
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
         data = as_json(trace, self.part, self.config, self._bench, machine={}, date="")
-        return {**data, "workers": [asdict(use) for use in self.result.workers]}
+        result = self.result
+        return {
+            **data,
+            "workers": [asdict(use) for use in result.workers],
+            "switches": [
+                {"at_s": one.began_at_s - result.start_s, **switch_json(one)} for one in result.switches
+            ],
+            "scales": [{"at_s": one.began_at_s - result.start_s, **scale_json(one)} for one in result.scales],
+        }
 
 
 def _pictures(runs: list[_Run]) -> tuple[str, str, str]:
@@ -327,4 +334,10 @@ def _table(runs: list[_Run]) -> list[str]:
             numbers = (values.p50, values.p90, values.p99) if values else (0.0, 0.0, 0.0)
             cells += [f"{number * 1e3:>{width if i == 0 else 8}.1f}" for i, number in enumerate(numbers)]
         found.append(" ".join(cells))
+    for kind, nums in (
+        ("switches", {one.config.rate_rps: len(one.result.switches) for one in runs}),
+        ("scales", {one.config.rate_rps: len(one.result.scales) for one in runs}),
+    ):
+        if any(nums.values()):
+            found.append(f"{kind:<10} {', '.join(f'{num} at {rate:g}/s' for rate, num in nums.items())}")
     return found

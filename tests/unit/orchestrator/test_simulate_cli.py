@@ -128,6 +128,51 @@ def test_the_manifest_says_whether_workers_take_other_phases(
         assert said in out
 
 
+def test_switches_are_told_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, shifting = tmp_path / "x.json", EXAMPLES / "shifting.csv"
+    arguments = ("--duration", 5, "--json", path)
+    assert simulate(EXAMPLES / "shifting.yaml", "--rate", "1,10", *arguments, trace=shifting) == exit_codes.OK
+    few, many = json.loads(path.read_text())["runs"]
+    out = capsys.readouterr().out
+    assert len(few["switches"]) < len(many["switches"])
+    assert f"switches   {len(few['switches'])} at 1/s, {len(many['switches'])} at 10/s\n" in out
+    assert "scales" not in out
+    first = many["switches"][0]
+    assert (first["before"], first["phases"]) == (["decode"], ["prefill", "decode"])
+    assert (first["state"], first["met_after"]) == ("proven", None)
+    assert 0 < first["at_s"] < 5
+    text = path.read_bytes()
+    assert simulate(EXAMPLES / "shifting.yaml", "--rate", "1,10", *arguments, trace=shifting) == exit_codes.OK
+    assert path.read_bytes() == text
+
+
+def test_changes_of_the_number_of_workers_are_told_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    autoscale = "{group: full, maxWorkers: 3, holdS: 1, releaseS: 3}"
+    spec = f'  controller: {{roleSwitch: "on", autoscale: {autoscale}}}\n'
+    manifest, path, shifting = changed(tmp_path, spec=spec), tmp_path / "x.json", EXAMPLES / "shifting.csv"
+    arguments = ("--rate", 10, "--duration", 5, "--json", path)
+    assert simulate(manifest, *arguments, trace=shifting) == exit_codes.OK
+    (run,) = json.loads(path.read_text())["runs"]
+    out = capsys.readouterr().out
+    assert len(run["scales"]) == len(re.findall(r"^ +\d+\.\d\d s scale ", out, re.MULTILINE)) > 0
+    first = run["scales"][0]
+    assert (first["num_before"], first["num_wanted"], first["state"]) == (1, 3, "done")
+    assert f"{first['at_s']:7.2f} s scale 1 -> 3 workers: done: all of them have a node\n" in out
+
+
+def test_where_nothing_is_decided_there_are_no_decisions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    for mode in ("fine", "coarse"):
+        arguments = ("--rate", "5,10", "--duration", 1, "--mode", mode, "--json", path)
+        assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.OK
+        assert all(run["switches"] == run["scales"] == [] for run in json.loads(path.read_text())["runs"])
+    assert not re.search("switches|scale", capsys.readouterr().out)
+
+
 def test_the_shifting_trace_is_what_its_script_makes() -> None:
     made = runpy.run_path(str(EXAMPLES / "shifting_trace.py"))["lines"]()
     assert "\n".join(made) + "\n" == (EXAMPLES / "shifting.csv").read_text()
