@@ -190,7 +190,18 @@ def _save(args: argparse.Namespace, runs: list["_Run"], trace: Trace) -> int:
 
 
 def _rates(text: str) -> list[float]:
-    return [arguments.number(part) for part in text.split(",")]
+    """Raises argparse.ArgumentTypeError."""
+    return [_rate(part, text) for part in text.split(",")]
+
+
+def _rate(part: str, text: str) -> float:
+    try:
+        return arguments.number(part)
+    except ValueError as error:
+        of = "" if part == text else f" of {text!r}"
+        raise argparse.ArgumentTypeError(
+            f"{part!r}{of} is no rate; allowed: numbers above 0, separated by commas"
+        ) from error
 
 
 def _failed(message: str, exit_code: int) -> int:

@@ -447,9 +447,23 @@ def test_a_profile_that_is_none_is_refused(
     assert str(path) in err
 
 
-@pytest.mark.parametrize("rate", ["0", "-1", "1,,2", "fast", "nan"])
-def test_a_rate_that_is_none_is_a_wrong_command_line(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        ("0", "'0' is no rate"),
+        ("-3", "'-3' is no rate"),
+        ("1,,2", "'' of '1,,2' is no rate"),
+        ("5,x", "'x' of '5,x' is no rate"),
+        ("nan", "'nan' is no rate"),
+        ("5,inf", "'inf' of '5,inf' is no rate"),
+    ],
+)
+def test_a_rate_that_is_none_is_a_wrong_command_line(
+    rate: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         simulate(EXAMPLES / "one-full.yaml", "--rate", rate, "--duration", 2)
     assert stop.value.code == exit_codes.USAGE
-    assert "--rate" in capsys.readouterr().err
+    assert (
+        f"argument --rate: {said}; allowed: numbers above 0, separated by commas" in capsys.readouterr().err
+    )
