@@ -218,8 +218,11 @@ def _latency(args: argparse.Namespace) -> LatencyModel:
         raise _Wrong("--profile: it says which model and which device; leave out --model and --device")
     try:
         text = args.profile.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Wrong(f"--profile {args.profile}: cannot be read: {error}") from error
+    except OSError as error:
+        why = f"cannot be read: {error.strerror}"
+        raise ProfileError(str(args.profile), (f"{why}; {profile.WRITTEN_BY}",)) from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(str(args.profile), (f"is no profile: {error}; {profile.WRITTEN_BY}",)) from error
     return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
 
 

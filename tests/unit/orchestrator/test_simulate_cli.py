@@ -431,20 +431,24 @@ def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [(None, "cannot be read"), ("{}", "costs: Field required"), ("no", "Invalid JSON")],
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"{}", "is no profile: format: Field required"),
+        (b'{"a": 1}', "is no profile: format: Field required"),
+        (b"# Phasewise\n", "is no profile: Invalid JSON: expected value at line 1 column 1"),
+        (b"\xff", "is no profile: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ],
 )
 def test_a_profile_that_is_none_is_refused(
-    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "p.json"
-    if text is not None:
-        path.write_text(text)
+    if content is not None:
+        path.write_bytes(content)
     code = simulate(EXAMPLES / "one-full.yaml", "--rate", 1, "--duration", 2, "--profile", path)
     assert code == exit_codes.USAGE
-    err = capsys.readouterr().err
-    assert said in err
-    assert str(path) in err
+    assert capsys.readouterr().err == f"{path}: {said}; `phasewise calibrate` writes one\n"
 
 
 @pytest.mark.parametrize(
