@@ -232,20 +232,36 @@ def print_load(load: Load, split: tuple[Any, ...], rows: list[dict[str, Any]]) -
         )
 
 
+def named_policies(text: str) -> set[str]:
+    """Raises argparse.ArgumentTypeError."""
+    found = set(text.split(","))
+    unknown = sorted(found - set(POLICIES))
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"no policy is called {unknown[0]!r}; there are {', '.join(POLICIES)}"
+        )
+    return found
+
+
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two seeds and a coarser search")
-    parser.add_argument("--only", default=",".join(POLICIES), metavar="NAME[,NAME]", help="of the policies")
+    parser.add_argument(
+        "--only",
+        type=named_policies,
+        default=set(POLICIES),
+        metavar="NAME[,NAME]",
+        help=f"of the policies: {', '.join(POLICIES)}",
+    )
     parser.add_argument("--azure", type=Path, default=TRACES / "azure_llm_2023_conv.csv", metavar="FILE")
     parser.add_argument(
         "--mooncake", type=Path, default=TRACES / "mooncake_conversation.jsonl", metavar="FILE"
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    only = set(args.only.split(","))
     seeds, num_steps = (range(2), QUICK_STEPS) if args.quick else (SEEDS, STEPS)
     began_s, rows, splits = time.monotonic(), [], {}
     all_loads = loads(args.azure, args.mooncake)
@@ -254,7 +270,7 @@ def main() -> int:
             all_loads, pool.map(partial(best_split, num_steps=QUICK_STEPS), all_loads), strict=True
         ):
             splits[load.name] = shape_text(split)
-            cases = [Case(load, split, policy, order) for policy, order in variants() if policy in only]
+            cases = [Case(load, split, policy, order) for policy, order in variants() if policy in args.only]
             found = list(pool.map(partial(cell, seeds=seeds, num_steps=num_steps), cases))
             print_load(load, split, found)
             rows += found

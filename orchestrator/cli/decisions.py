@@ -12,6 +12,7 @@ from orchestrator import interruptible
 from orchestrator.cli import exit_codes, table, target
 from orchestrator.cli.switch_text import scale_json, switch_json
 from orchestrator.cli.transfer_text import counted, seconds
+from orchestrator.cli.writable import file_problem, sentence
 from orchestrator.control.role_switch import phase_text
 from orchestrator.control.view import ScaleView, SwitchView
 from orchestrator.control.view_wire import scale_from_pb, switch_from_pb
@@ -31,7 +32,7 @@ examples:
 PREDICTED is goodput after the decision over that before, as the policy expected it. MET is the part of the requests that met their
 targets for 15 s before it was made and after it was carried out. SEEN names what the policy saw, in the file that --looks writes.
 
-exit codes: 0 it was told, 2 wrong command line, 4 no such deployment, or its gateway does not answer
+exit codes: 0 it was told, 1 the file cannot be written, 2 wrong command line, 4 no such deployment, or its gateway does not answer
 """
 _HEADER = ("AGO", "WORKER", "FROM", "TO", "STATE", "PREDICTED", "MET", "SEEN", "WHY")
 _LEFT = ("WORKER", "FROM", "TO", "STATE", "MET", "SEEN", "WHY")
@@ -59,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     if args.looks and not args.looks.absolute().parent.is_dir():
         print(f"--looks {args.looks}: there is no such folder", file=sys.stderr)
         return exit_codes.USAGE
+    if args.looks and (problem := file_problem(args.looks)):
+        return _failed(problem)
     try:
         address = target.control_address(args, Registry())
     except DeploymentNotFound as error:
@@ -70,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         return target.failed(address, error)
     if args.looks:
         lines = [json.dumps(MessageToDict(look, preserving_proto_field_name=True)) for look in answer.looks]
-        args.looks.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        try:
+            args.looks.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            return _failed(sentence(args.looks, error))
         print(f"{len(lines)} looks are in {args.looks}", file=sys.stderr)
     if args.json:
         for one in answer.decisions:
@@ -83,6 +89,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(text_lines(answer)))
     return exit_codes.OK
+
+
+def _failed(message: str) -> int:
+    print(message, file=sys.stderr)
+    return exit_codes.FAILURE
 
 
 async def ask(address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:

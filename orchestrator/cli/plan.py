@@ -21,6 +21,7 @@ from orchestrator.planner.report import LONGER, Row, Verdict, as_json, chosen, i
 from orchestrator.planner.search import Found, search
 from orchestrator.planner.shapes import Family, grids
 from orchestrator.sim.capacity import MAX_SEEDS, Estimate
+from orchestrator.sim.coarse_costs import why_not_encoding
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-plan/v1"
@@ -188,8 +189,8 @@ def _problem(args: argparse.Namespace) -> str | None:
         return f"--out {args.out}: is there already; name a new file"
     if args.max_context_tokens < 2:
         return "--max-context-tokens 1: a request has a prompt and an answer, 2 tokens at least"
-    if args.images and args.device != "h100":
-        return f"--images with --device {args.device}: how fast it encodes is not known; only h100 is"
+    if args.images and (why_not := why_not_encoding(args.device)):
+        return f"--images with --device {args.device}: {why_not}"
     latency = LatencyModel(MODELS[args.model], DEVICES[args.device], is_learning=False)
     num_tokens = loads.kv_cache_mib(latency) * MIB // latency.model.kv_token_bytes
     if num_tokens < args.max_context_tokens:

@@ -26,6 +26,8 @@ from workers.api import Phase, PhaseSet, WorkerId
 #: Between two looks there is at most so much time: what lasts may have begun as much before it was seen.
 GAP_S = 2 * LOOK_EVERY_S
 
+WRITTEN_BY = "`phasewise decisions --looks FILE` writes one"
+
 Decision = Switch | ScaleView
 Tick = Callable[[Look], Sequence[Decision]]
 
@@ -150,14 +152,18 @@ def read_looks(path: Path) -> Iterator[Look]:
     """Raises LooksError when it is no file of looks, in order of time, or has none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LooksError(str(path), None, str(error)) from error
+    except OSError as error:
+        raise LooksError(str(path), None, f"cannot be read: {error.strerror}; {WRITTEN_BY}") from error
+    except UnicodeDecodeError as error:
+        raise LooksError(str(path), None, f"is no record of looks: {error}; {WRITTEN_BY}") from error
     last_s, is_empty = float("-inf"), True
     for number, line in enumerate(lines, start=1):
         try:
             look = look_from_pb(Parse(line, pb.Look()))
         except (ParseError, ValueError) as error:
-            raise LooksError(str(path), number, str(error)) from error
+            # After its first line protobuf lists all fields.
+            why = str(error).partition("\n")[0].rstrip(".")
+            raise LooksError(str(path), number, f"is no record of looks: {why}; {WRITTEN_BY}") from error
         if look.at_s < last_s:
             raise LooksError(str(path), number, f"at_s: {look.at_s:g} is before that of the line above")
         last_s, is_empty = look.at_s, False

@@ -8,20 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvtransfer.codecs.codec import CodecId
 from orchestrator.bench.plan import PlannedRequest, Slice, plan_requests, take_slice
 from orchestrator.bench.records import BenchConfig, ServedModel
 from orchestrator.bench.report import as_json, describe_slice
 from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
-from orchestrator.cli import arguments, exit_codes
+from orchestrator.cli import arguments, exit_codes, simulate_checks
 from orchestrator.cli.collector import without_collector
-from orchestrator.cli.switch_text import switch_text
+from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, switch_text
+from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control import profile
 from orchestrator.control.admission import Admission
-from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
@@ -35,11 +33,11 @@ from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
 from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
-from workers.api import Phase
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
 DEFAULT_MODEL, DEFAULT_DEVICE = "llama-3-8b", "h100"
+PICTURES = ("attainment.svg", "phases.svg", "requests.svg")
 #: Seconds between two lines of progress.
 PROGRESS_S = 2.0
 
@@ -143,14 +141,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         deployment = load(args.manifest)
         latency = _latency(args)
-        problem = _problem(args, deployment, latency)
+        problem = simulate_checks.problem(args, deployment, latency)
         if problem:
             return _failed(problem, exit_codes.USAGE)
         trace = read_trace(args.trace)
-        if any(row.num_images for row in trace.rows) and not _is_encoding(deployment):
-            return _failed(
-                f"{args.trace}: has pictures, and no worker of {args.manifest} encodes", exit_codes.USAGE
-            )
+        problem = simulate_checks.pictures_problem(args, deployment, latency, trace)
+        if problem:
+            return _failed(problem, exit_codes.USAGE)
         parts = [
             take_slice(trace, rate_rps=rate, duration_s=args.duration, first_row=args.first_row)
             for rate in args.rate
@@ -159,6 +156,11 @@ def run(args: argparse.Namespace) -> int:
         return _failed(str(error), exit_codes.INVALID_MANIFEST)
     except (TraceError, ProfileError, _Wrong) as error:
         return _failed(str(error), exit_codes.USAGE)
+    unwritable = (args.json and file_problem(args.json)) or (
+        args.plot and folder_problem(args.plot, PICTURES)
+    )
+    if unwritable:
+        return _failed(unwritable, exit_codes.FAILURE)
     runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
     for one in runs:
         with without_collector():
@@ -179,16 +181,27 @@ def _save(args: argparse.Namespace, runs: list["_Run"], trace: Trace) -> int:
             print(f"saved      {args.json}")
         if args.plot:
             args.plot.mkdir(exist_ok=True)
-            for name, picture in _pictures(runs).items():
+            for name, picture in zip(PICTURES, _pictures(runs), strict=True):
                 (args.plot / name).write_text(picture, encoding="utf-8")
                 print(f"drawn      {args.plot / name}")
     except OSError as error:
-        return _failed(f"{error.filename} cannot be written: {error.strerror}", exit_codes.FAILURE)
+        return _failed(sentence(error.filename, error), exit_codes.FAILURE)
     return exit_codes.OK
 
 
 def _rates(text: str) -> list[float]:
-    return [arguments.number(part) for part in text.split(",")]
+    """Raises argparse.ArgumentTypeError."""
+    return [_rate(part, text) for part in text.split(",")]
+
+
+def _rate(part: str, text: str) -> float:
+    try:
+        return arguments.number(part)
+    except ValueError as error:
+        of = "" if part == text else f" of {text!r}"
+        raise argparse.ArgumentTypeError(
+            f"{part!r}{of} is no rate; allowed: numbers above 0, separated by commas"
+        ) from error
 
 
 def _failed(message: str, exit_code: int) -> int:
@@ -205,51 +218,12 @@ def _latency(args: argparse.Namespace) -> LatencyModel:
         raise _Wrong("--profile: it says which model and which device; leave out --model and --device")
     try:
         text = args.profile.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Wrong(f"--profile {args.profile}: cannot be read: {error}") from error
+    except OSError as error:
+        why = f"cannot be read: {error.strerror}"
+        raise ProfileError(str(args.profile), (f"{why}; {profile.WRITTEN_BY}",)) from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(str(args.profile), (f"is no profile: {error}; {profile.WRITTEN_BY}",)) from error
     return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
-
-
-def _problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyModel) -> str | None:
-    """Why it cannot be simulated, and what to do."""
-    if args.json and not args.json.absolute().parent.is_dir():
-        return f"--json {args.json}: there is no such folder"
-    if args.plot and not (
-        args.plot.is_dir() or (args.plot.absolute().parent.is_dir() and not args.plot.exists())
-    ):
-        return f"--plot {args.plot}: there is no such folder, and it cannot be made"
-    if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
-        return f"{args.manifest}: {refusal}"
-    if args.mode == "coarse" and switch_mode_of(deployment) is not SwitchMode.OFF:
-        return f"{args.manifest}: --mode coarse has no controller; leave out controller.roleSwitch"
-    model, device = latency.model, latency.device
-    weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
-    for declared in worker_specs(deployment):
-        left_out = _left_out(declared)
-        if left_out:
-            return f"{declared.worker_id}: {left_out} is not simulated; leave it out of the manifest"
-        if not declared.engine.kv_cache_bytes:
-            return f"{declared.worker_id}: engine.kvCacheMiB is needed here: a simulated GPU has no free memory to look at"
-        needed = weights + declared.engine.kv_cache_bytes
-        if needed > device.memory_bytes:
-            return (
-                f"{declared.worker_id}: {model.name} has {weights / 1e9:.0f} GB of weights and engine.kvCacheMiB is "
-                f"{declared.engine.kv_cache_bytes / 1e9:.0f} GB; one {device.name} has {device.memory_bytes / 1e9:.0f} GB"
-            )
-    return None
-
-
-def _is_encoding(deployment: Deployment) -> bool:
-    return any(Phase.ENCODE in worker.phases for worker in worker_specs(deployment))
-
-
-def _left_out(declared: DeclaredWorker) -> str:
-    """A setting that would make a difference, and does not here."""
-    if declared.engine.host_cache_bytes:
-        return "engine.hostCacheMiB"
-    if declared.engine.span_reuse is not None:
-        return "engine.spanReuse"
-    return "" if declared.kv_transfer.codec is CodecId.NONE else "kvTransfer.codec"
 
 
 class _Wrong(Exception):  # noqa: N818 - becomes an exit code here
@@ -279,7 +253,7 @@ class _Run:
             timeout_s=gateway.request_timeout_s,
             max_in_flight=gateway.max_running_requests,
         )
-        pictures = Pictures.of(latency, args.image_tiles) if _is_encoding(deployment) else None
+        pictures = Pictures.of(latency, args.image_tiles) if simulate_checks.is_encoding(deployment) else None
         self._model = ServedModel(latency.model.name, "simulated", args.max_context_tokens, VOCAB_SIZE)
         self._sim = SimConfig(
             tuple(worker_specs(deployment)),
@@ -330,11 +304,10 @@ class _Run:
             f"{use.worker_id:<10} {use.num_steps} steps, busy {use.busy_share:.0%}, {use.num_cached_tokens} tokens cached"
             for use in self.result.workers
         ]
-        switches = [
-            f"{one.began_at_s - self.result.start_s:7.2f} s {switch_text(one)}"
-            for one in self.result.switches
-        ]
-        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *switches]
+        decisions = [(one.began_at_s, switch_text(one)) for one in self.result.switches]
+        decisions += [(one.began_at_s, f"scale {scale_text(one)}") for one in self.result.scales]
+        told = [f"{began_at_s - self.result.start_s:7.2f} s {text}" for began_at_s, text in sorted(decisions)]
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *told]
 
     def course(self) -> Course:
         """What a picture shows of it."""
@@ -345,19 +318,23 @@ class _Run:
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
         data = as_json(trace, self.part, self.config, self._bench, machine={}, date="")
-        return {**data, "workers": [asdict(use) for use in self.result.workers]}
+        result = self.result
+        return {
+            **data,
+            "workers": [asdict(use) for use in result.workers],
+            "switches": [
+                {"at_s": one.began_at_s - result.start_s, **switch_json(one)} for one in result.switches
+            ],
+            "scales": [{"at_s": one.began_at_s - result.start_s, **scale_json(one)} for one in result.scales],
+        }
 
 
-def _pictures(runs: list[_Run]) -> dict[str, str]:
-    """By the names of their files."""
+def _pictures(runs: list[_Run]) -> tuple[str, str, str]:
+    """What is in PICTURES."""
     last = runs[-1]
     slo, records = last.config.slo, last.result.load.records
     points = [Point(one.config.rate_rps, one.summary) for one in runs]
-    return {
-        "attainment.svg": attainment_picture(points, slo),
-        "phases.svg": phases_picture(last.course()),
-        "requests.svg": requests_picture(records, slo),
-    }
+    return attainment_picture(points, slo), phases_picture(last.course()), requests_picture(records, slo)
 
 
 def _table(runs: list[_Run]) -> list[str]:
@@ -371,4 +348,10 @@ def _table(runs: list[_Run]) -> list[str]:
             numbers = (values.p50, values.p90, values.p99) if values else (0.0, 0.0, 0.0)
             cells += [f"{number * 1e3:>{width if i == 0 else 8}.1f}" for i, number in enumerate(numbers)]
         found.append(" ".join(cells))
+    for kind, nums in (
+        ("switches", {one.config.rate_rps: len(one.result.switches) for one in runs}),
+        ("scales", {one.config.rate_rps: len(one.result.scales) for one in runs}),
+    ):
+        if any(nums.values()):
+            found.append(f"{kind:<10} {', '.join(f'{num} at {rate:g}/s' for rate, num in nums.items())}")
     return found

@@ -13,6 +13,7 @@ from orchestrator.errors import ProfileError
 from workers.step_shape import Contention, Curve, DeviceShape, ModelShape, StepCosts, StepShape
 
 FORMAT = "phasewise-profile/v1"
+WRITTEN_BY = "`phasewise calibrate` writes one"
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -133,11 +134,20 @@ def to_json(profile: Profile) -> str:
 
 
 def from_json(text: str, *, file: str) -> Profile:
-    """What `to_json` wrote. file: its name in messages. Raises ProfileError, which names every field that is wrong."""
+    """What `to_json` wrote. file: its name in messages. Raises ProfileError, which names every field that is wrong.
+
+    Only the format, where it is another one or no JSON.
+    """
     try:
         found = _File.model_validate_json(text)
     except ValidationError as error:
-        raise ProfileError(file, _sentences(error.errors(include_url=False))) from error
+        errors = error.errors(include_url=False)
+        # Of what is no profile at all each field is wrong.
+        other = [one for one in errors if one["loc"] in ((), ("format",))]
+        if other:
+            [sentence] = _sentences(other)
+            raise ProfileError(file, (f"is no profile: {sentence}; {WRITTEN_BY}",)) from error
+        raise ProfileError(file, _sentences(errors)) from error
     costs = found.costs
     device = costs.device.model_dump(exclude={"contention"})
     return Profile(

@@ -1,13 +1,16 @@
 """What was decided about phases, and what it was made from: kept, told, read again and replayed."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from google.protobuf.json_format import MessageToJson
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from orchestrator.cli import replay_decisions
+from orchestrator.cli import decisions, exit_codes, main, replay_decisions
 from orchestrator.cli.decisions import text_lines
 from orchestrator.cli.replay_decisions import POLICIES, allowed_of, read_looks, replay
 from orchestrator.control.auto_switch import ALLOWED
@@ -191,13 +194,43 @@ def test_the_table_tells_of_the_number_of_workers_too() -> None:
     ]
 
 
+def test_looks_that_cannot_be_written_are_refused_before_anybody_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nobody answers there, which would be said else.
+    arguments = ["decisions", "--control-address", "127.0.0.1:1", "--looks", str(tmp_path)]
+    assert main.main(arguments) == exit_codes.FAILURE
+    assert capsys.readouterr() == ("", f"{tmp_path} cannot be written: Is a directory\n")
+
+
+def test_looks_whose_place_is_lost_meanwhile_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(_address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
+        assert with_looks
+        (tmp_path / "looks").mkdir()
+        return pb.GetDecisionsResponse(looks=map(look_to_pb, LOOKS))
+
+    monkeypatch.setattr(decisions, "ask", ask)
+    path = tmp_path / "looks"
+    arguments = ["decisions", "--control-address", "127.0.0.1:1", "--looks", str(path)]
+    assert main.main(arguments) == exit_codes.FAILURE
+    assert capsys.readouterr() == ("", f"{path} cannot be written: Is a directory\n")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("", "it is empty; the controller looks while controller.roleSwitch is on or dryRun"),
-        ("{", ":1: Failed to load JSON"),
-        ('{"cost": [1]}', ":1: cost: has 1 numbers; a look has 6"),
-        ('{"at_s": "x"}', ":1: Failed to parse at_s field"),
+        ("# Phasewise\n", ":1: is no record of looks: Failed to load JSON"),
+        ("{", ":1: is no record of looks: Failed to load JSON"),
+        (
+            '{"a": 1}',
+            ':1: is no record of looks: Message type "phasewise.control.v1.Look" has no field named "a"',
+        ),
+        ("[" * 100_000, ":1: is no record of looks: Failed to load JSON"),
+        ('{"cost": [1]}', ":1: is no record of looks: cost: has 1 numbers; a look has 6"),
+        ('{"at_s": "x"}', ":1: is no record of looks: Failed to parse at_s field"),
         (
             '{"at_s": 2, "cost": [1,1,1,1,1,1]}\n{"at_s": 1, "cost": [1,1,1,1,1,1]}',
             ":2: at_s: 1 is before that of the line above",
@@ -212,6 +245,42 @@ def test_a_file_that_is_none_of_looks_says_where_and_why(tmp_path: Path, text: s
     assert problem in str(caught.value)
 
 
-def test_a_file_that_is_not_there_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert replay_decisions.run(argparse.Namespace(file=tmp_path / "no", policy="phasewise")) == 1
-    assert "No such file" in capsys.readouterr().err
+def problem_of(path: Path) -> str:
+    try:
+        list(read_looks(path))
+    except LooksError as error:
+        return str(error)
+    return ""
+
+
+@given(
+    st.text()
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just("at_s"),
+        lambda inner: (
+            st.lists(inner) | st.dictionaries(st.sampled_from(["at_s", "cost", "workers", "a"]), inner)
+        ),
+    ).map(json.dumps)
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_other_file_is_told_of_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other"
+    path.write_text(text)
+    problem = problem_of(path)
+    if problem:
+        assert problem.startswith(str(path))
+        assert len(problem.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"# Phasewise\n", b'{"a": 1}'])
+def test_what_is_no_file_of_looks_is_told_of_with_the_command_that_writes_one(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other"
+    if content is not None:
+        path.write_bytes(content)
+    assert main.main(["replay-decisions", str(path)]) == exit_codes.FAILURE
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(str(path))
+    assert line.endswith("; `phasewise decisions --looks FILE` writes one")
+    assert ("cannot be read: No such file" if content is None else "is no record of looks: ") in line

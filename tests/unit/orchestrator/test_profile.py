@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.control.profile import from_json, to_json
 from orchestrator.errors import ProfileError
@@ -17,7 +19,11 @@ def test_a_profile_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        ("format", "phasewise-profile/v9", "format: Input should be 'phasewise-profile/v1'"),
+        (
+            "format",
+            "phasewise-profile/v9",
+            "is no profile: format: Input should be 'phasewise-profile/v1'; `phasewise calibrate` writes one",
+        ),
         ("threads", 0, "threads: Input should be greater than or equal to 1"),
         ("costs.factors", [1.0, 1.0], "costs.factors.2: Field required"),
         (
@@ -48,3 +54,18 @@ def test_what_is_wrong_in_a_profile_is_named(path: str, value: Any, said: str) -
     with pytest.raises(ProfileError) as refused:
         from_json(json.dumps(data), file="p.json")
     assert f"p.json: {said}" in str(refused.value)
+
+
+@given(
+    st.text()
+    | st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["a", "format", "costs"]), inner),
+    ).map(json.dumps)
+)
+def test_what_is_no_profile_has_one_problem_and_the_command_that_writes_one(text: str) -> None:
+    with pytest.raises(ProfileError) as refused:
+        from_json(text, file="other")
+    [line] = str(refused.value).splitlines()
+    assert line.startswith("other: is no profile: ")
+    assert line.endswith("; `phasewise calibrate` writes one")

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,7 +80,7 @@ def test_pictures_are_drawn_and_the_same_each_time(mode: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
-def test_a_place_that_cannot_be_written_is_named(
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_simulated(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Where a file is to be there is a folder.
@@ -89,8 +90,27 @@ def test_a_place_that_cannot_be_written_is_named(
     arguments = ("--rate", 5, "--duration", 2, option, path)
     assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.FAILURE
     printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"{blocked} cannot be written: Is a directory\n"
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_simulated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path("/proc/pictures")
+    assert simulate(EXAMPLES / "one-full.yaml", "--rate", 5, "--duration", 2, "--plot", path) == 1
+    assert capsys.readouterr() == ("", f"{path} cannot be written: No such file or directory\n")
+
+
+def test_a_place_that_is_lost_meanwhile_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cli.simulate.file_problem", lambda _path: "")
+    arguments = ("--rate", 5, "--duration", 2, "--json", tmp_path)
+    assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.FAILURE
+    printed = capsys.readouterr()
     assert "attainment" in printed.out
-    assert f"{blocked} cannot be written" in printed.err
+    assert printed.err == f"{tmp_path} cannot be written: Is a directory\n"
 
 
 def test_the_manifest_says_whether_workers_take_other_phases(
@@ -106,6 +126,51 @@ def test_the_manifest_says_whether_workers_take_other_phases(
         out = capsys.readouterr().out
         assert (" s decode-0: decode -> prefill+decode" in out) == (mode != "off")
         assert said in out
+
+
+def test_switches_are_told_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, shifting = tmp_path / "x.json", EXAMPLES / "shifting.csv"
+    arguments = ("--duration", 5, "--json", path)
+    assert simulate(EXAMPLES / "shifting.yaml", "--rate", "1,10", *arguments, trace=shifting) == exit_codes.OK
+    few, many = json.loads(path.read_text())["runs"]
+    out = capsys.readouterr().out
+    assert len(few["switches"]) < len(many["switches"])
+    assert f"switches   {len(few['switches'])} at 1/s, {len(many['switches'])} at 10/s\n" in out
+    assert "scales" not in out
+    first = many["switches"][0]
+    assert (first["before"], first["phases"]) == (["decode"], ["prefill", "decode"])
+    assert (first["state"], first["met_after"]) == ("proven", None)
+    assert 0 < first["at_s"] < 5
+    text = path.read_bytes()
+    assert simulate(EXAMPLES / "shifting.yaml", "--rate", "1,10", *arguments, trace=shifting) == exit_codes.OK
+    assert path.read_bytes() == text
+
+
+def test_changes_of_the_number_of_workers_are_told_and_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    autoscale = "{group: full, maxWorkers: 3, holdS: 1, releaseS: 3}"
+    spec = f'  controller: {{roleSwitch: "on", autoscale: {autoscale}}}\n'
+    manifest, path, shifting = changed(tmp_path, spec=spec), tmp_path / "x.json", EXAMPLES / "shifting.csv"
+    arguments = ("--rate", 10, "--duration", 5, "--json", path)
+    assert simulate(manifest, *arguments, trace=shifting) == exit_codes.OK
+    (run,) = json.loads(path.read_text())["runs"]
+    out = capsys.readouterr().out
+    assert len(run["scales"]) == len(re.findall(r"^ +\d+\.\d\d s scale ", out, re.MULTILINE)) > 0
+    first = run["scales"][0]
+    assert (first["num_before"], first["num_wanted"], first["state"]) == (1, 3, "done")
+    assert f"{first['at_s']:7.2f} s scale 1 -> 3 workers: done: all of them have a node\n" in out
+
+
+def test_where_nothing_is_decided_there_are_no_decisions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    for mode in ("fine", "coarse"):
+        arguments = ("--rate", "5,10", "--duration", 1, "--mode", mode, "--json", path)
+        assert simulate(EXAMPLES / "one-full.yaml", *arguments) == exit_codes.OK
+        assert all(run["switches"] == run["scales"] == [] for run in json.loads(path.read_text())["runs"])
+    assert not re.search("switches|scale", capsys.readouterr().out)
 
 
 def test_the_shifting_trace_is_what_its_script_makes() -> None:
@@ -158,6 +223,25 @@ def test_pictures_of_both_formats_are_simulated_in_both_modes(
     assert "has pictures, and no worker of" in capsys.readouterr().err
 
 
+def test_pictures_on_a_device_whose_encoding_is_not_known_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace, manifest = with_pictures(tmp_path, is_azure=True), pictures_manifest(tmp_path)
+    arguments = ("--rate", 10, "--duration", 2)
+    assert simulate(manifest, *arguments, "--device", "a100", trace=trace) == exit_codes.USAGE
+    said = "how fast it encodes is not known; only h100 is\n"
+    assert capsys.readouterr().err == f"{trace}: has pictures, with --device a100: {said}"
+    # Without pictures it does not matter.
+    assert simulate(manifest, *arguments, "--device", "a100") == exit_codes.OK
+    manifest.write_text(re.sub(r"kvCacheMiB: \d+", "kvCacheMiB: 4096", manifest.read_text()))
+    path = tmp_path / "p.json"
+    for name, code in (("cpu", exit_codes.USAGE), ("NVIDIA H100 80GB HBM3", exit_codes.OK)):
+        device = replace(PROFILE.costs.device, name=name)
+        path.write_text(profile.to_json(replace(PROFILE, costs=replace(PROFILE.costs, device=device))))
+        assert simulate(manifest, *arguments, "--profile", path, trace=trace) == code
+        assert (said in capsys.readouterr().err) == (code != exit_codes.OK)
+
+
 def test_one_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     texts = []
     for seed, name in ((1, "a"), (1, "b"), (2, "c")):
@@ -203,26 +287,135 @@ def test_what_cannot_be_simulated_is_refused_with_the_reason(
     assert said in capsys.readouterr().err
 
 
+def changed(folder: Path, *, engine: str = "", group: str = "", spec: str = "") -> Path:
+    """examples/simulate/one-full.yaml with more keys."""
+    text = (EXAMPLES / "one-full.yaml").read_text()
+    for old, new in (
+        ("tokenBudget: 2048", f"tokenBudget: 2048{engine}"),
+        ("      replicas: 1\n", f"      replicas: 1\n{group}"),
+        ("  slo:\n", f"{spec}  slo:\n"),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = folder / "manifest.yaml"
+    path.write_text(text)
+    return path
+
+
+ONE_GPU = "      resources: {gpus: 1}\n"
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("more", "said"),
     [
         (
-            "tokenBudget: 2048",
-            "tokenBudget: 2048, hostCacheMiB: 1000",
-            "engine.hostCacheMiB is not simulated",
+            {"engine": ", hostCacheMiB: 1000"},
+            "engine.hostCacheMiB is not simulated: evicted blocks are lost",
         ),
-        ("  slo:", "  kvTransfer: {codec: fp8}\n  slo:", "kvTransfer.codec is not simulated"),
+        (
+            {"engine": ", spanReuse: {}"},
+            "engine.spanReuse is not simulated: prompts share beginnings alone",
+        ),
+        (
+            {"spec": "  kvTransfer: {codec: fp8}\n"},
+            "kvTransfer.codec is not simulated: KV travels unpacked",
+        ),
+        (
+            {"group": "      resources: {gpus: 4}\n"},
+            "resources.gpus: 4 is not simulated: a worker is one h100",
+        ),
+        (
+            {"engine": ", tensorParallel: 2"},
+            "engine.tensorParallel: 2 is not simulated: a worker is one h100",
+        ),
+        (
+            {"engine": ", weightDtype: fp8", "group": ONE_GPU},
+            "engine.weightDtype: fp8 is not simulated: a weight of llama-3-8b has 2 bytes",
+        ),
+        (
+            {"engine": ", weightDtype: int8"},
+            "engine.weightDtype: int8 is not simulated: a weight of llama-3-8b has 2 bytes",
+        ),
+        (
+            {"engine": ", kvDtype: fp8", "group": ONE_GPU},
+            "engine.kvDtype: fp8 is not simulated: a token of llama-3-8b has 131072 bytes of KV",
+        ),
+        (
+            {"engine": ", stepBudget: predicted, phaseSharing: predicted", "group": ONE_GPU},
+            "engine.phaseSharing: predicted is not simulated: prompts and decodes are in steps together",
+        ),
     ],
 )
+@pytest.mark.parametrize("mode", ["fine", "coarse"])
 def test_a_setting_that_is_not_simulated_is_refused(
-    old: str, new: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, more: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = tmp_path / "manifest.yaml"
-    text = (EXAMPLES / "one-full.yaml").read_text()
-    assert old in text
-    manifest.write_text(text.replace(old, new))
+    manifest = changed(tmp_path, **more)
+    assert simulate(manifest, "--rate", 10, "--duration", 2, "--mode", mode) == exit_codes.USAGE
+    assert capsys.readouterr().err == f"full-0: {said}; leave it out of the manifest\n"
+
+
+def test_each_setting_that_is_not_simulated_has_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ", weightDtype: fp8, kvDtype: fp8"
+    manifest = changed(tmp_path, engine=more, group="      resources: {gpus: 2}\n")
     assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
-    assert said in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == [
+        "resources.gpus:",
+        "engine.weightDtype:",
+        "engine.kvDtype:",
+    ]
+
+
+def test_what_is_simulated_as_it_is_asked_for_is_not_refused(tmp_path: Path) -> None:
+    manifest = changed(
+        tmp_path, engine=", weightDtype: bfloat16, kvDtype: auto, tensorParallel: 1", group=ONE_GPU
+    )
+    assert simulate(manifest, "--rate", 5, "--duration", 1) == exit_codes.OK
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"spec": "  gateway: {admission: predicted}\n"}, "takes every request; leave out gateway.admission"),
+        (
+            {"engine": ", batching: decode_maximal"},
+            "has stall_free steps alone; leave out engine.batching",
+        ),
+        ({"engine": ", growthReserve: 0.9"}, "for growth; leave out engine.growthReserve"),
+    ],
+)
+def test_what_the_coarse_mode_alone_does_not_simulate_is_refused_there(
+    more: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = changed(tmp_path, **more)
+    if "spec" in more:
+        text = manifest.read_text()
+        manifest.write_text(text[: text.rindex("  gateway:")])
+    arguments = ("--rate", 5, "--duration", 1)
+    assert simulate(manifest, *arguments) == exit_codes.OK
+    assert simulate(manifest, *arguments, "--mode", "coarse") == exit_codes.USAGE
+    assert f"{manifest}: --mode coarse " in (err := capsys.readouterr().err)
+    assert said in err
+
+
+def test_pictures_with_fewer_embeddings_are_not_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = pictures_manifest(tmp_path)
+    manifest.write_text(manifest.read_text().replace("  gateway:\n", "  gateway:\n    imageReduction: {}\n"))
+    assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.USAGE
+    assert "gateway.imageReduction is not simulated: pictures keep all" in capsys.readouterr().err
+
+
+def test_a_profile_says_in_what_weights_and_kv_are(tmp_path: Path) -> None:
+    model = replace(PROFILE.costs.model, weight_bytes=1.2)
+    path = tmp_path / "p.json"
+    path.write_text(profile.to_json(replace(PROFILE, costs=replace(PROFILE.costs, model=model))))
+    manifest = changed(tmp_path, engine=", weightDtype: fp8, kvDtype: fp8", group=ONE_GPU)
+    assert simulate(manifest, "--rate", 1, "--duration", 1, "--profile", path) == exit_codes.OK
 
 
 def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,25 +431,43 @@ def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [(None, "cannot be read"), ("{}", "costs: Field required"), ("no", "Invalid JSON")],
+    ("content", "said"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"{}", "is no profile: format: Field required"),
+        (b'{"a": 1}', "is no profile: format: Field required"),
+        (b"# Phasewise\n", "is no profile: Invalid JSON: expected value at line 1 column 1"),
+        (b"\xff", "is no profile: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ],
 )
 def test_a_profile_that_is_none_is_refused(
-    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "p.json"
-    if text is not None:
-        path.write_text(text)
+    if content is not None:
+        path.write_bytes(content)
     code = simulate(EXAMPLES / "one-full.yaml", "--rate", 1, "--duration", 2, "--profile", path)
     assert code == exit_codes.USAGE
-    err = capsys.readouterr().err
-    assert said in err
-    assert str(path) in err
+    assert capsys.readouterr().err == f"{path}: {said}; `phasewise calibrate` writes one\n"
 
 
-@pytest.mark.parametrize("rate", ["0", "-1", "1,,2", "fast", "nan"])
-def test_a_rate_that_is_none_is_a_wrong_command_line(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [
+        ("0", "'0' is no rate"),
+        ("-3", "'-3' is no rate"),
+        ("1,,2", "'' of '1,,2' is no rate"),
+        ("5,x", "'x' of '5,x' is no rate"),
+        ("nan", "'nan' is no rate"),
+        ("5,inf", "'inf' of '5,inf' is no rate"),
+    ],
+)
+def test_a_rate_that_is_none_is_a_wrong_command_line(
+    rate: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         simulate(EXAMPLES / "one-full.yaml", "--rate", rate, "--duration", 2)
     assert stop.value.code == exit_codes.USAGE
-    assert "--rate" in capsys.readouterr().err
+    assert (
+        f"argument --rate: {said}; allowed: numbers above 0, separated by commas" in capsys.readouterr().err
+    )
