@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from orchestrator.bench.trace import read_trace
-from orchestrator.cli import arguments, exit_codes, table
-from orchestrator.control.known_shapes import DEVICES, MODELS
+from orchestrator.cli import arguments, exit_codes, step_times, table
 from orchestrator.control.slo import Slo
-from orchestrator.errors import TraceError
+from orchestrator.errors import ProfileError, TraceError
 from orchestrator.manifest.engine import MIB
 from orchestrator.manifest.load import load as load_manifest
 from orchestrator.planner import load as loads
@@ -36,6 +35,8 @@ EXAMPLES = """\
 examples:
   eight H100, with the best shape as a manifest:
     phasewise plan --trace azure.csv --slo-ttft-ms 500 --slo-tpot-ms 30 --devices 8 --out planned.yaml
+  with the step times of a machine, as `phasewise calibrate` has measured them:
+    phasewise plan --trace azure.csv --slo-ttft-ms 500 --slo-tpot-ms 30 --devices 4 --profile mine.json
   fewer settings and half the time, in seconds:
     phasewise plan --trace azure.csv --slo-ttft-ms 500 --slo-tpot-ms 30 --devices 4 --quick
 
@@ -71,15 +72,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help=f"workers, one on each: 1 to {MAX_DEVICES}",
     )
-    parser.add_argument(
-        "--model",
-        choices=MODELS,
-        default="llama-3-8b",
-        help=f"one of {', '.join(MODELS)} (default: llama-3-8b)",
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="h100", help=f"one of {', '.join(DEVICES)} (default: h100)"
-    )
+    step_times.add_arguments(parser)
     parser.add_argument(
         "--attainment",
         type=_share,
@@ -116,14 +109,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit code."""
-    problem = _problem(args)
+    problem = step_times.problem(args) or _problem(args)
     if problem:
         return _failed(problem, exit_codes.USAGE)
     try:
+        latency = step_times.latency_of(args)
+        problem = _too_little(args, latency)
+        if problem:
+            return _failed(problem, exit_codes.USAGE)
         trace = loads.clipped(read_trace(args.trace), args.max_context_tokens)
-    except TraceError as error:
+    except (TraceError, ProfileError) as error:
         return _failed(str(error), exit_codes.USAGE)
-    latency = LatencyModel(MODELS[args.model], DEVICES[args.device], is_learning=False)
     slo = Slo(args.slo_ttft_ms / 1000, args.slo_tpot_ms / 1000)
     hopeless = _hopeless(
         args, slo, loads.alone(trace, latency, num_devices=args.devices, num_images=args.images)
@@ -189,17 +185,26 @@ def _problem(args: argparse.Namespace) -> str | None:
         return f"--out {args.out}: is there already; name a new file"
     if args.max_context_tokens < 2:
         return "--max-context-tokens 1: a request has a prompt and an answer, 2 tokens at least"
-    if args.images and (why_not := why_not_encoding(args.device)):
-        return f"--images with --device {args.device}: {why_not}"
-    latency = LatencyModel(MODELS[args.model], DEVICES[args.device], is_learning=False)
-    num_tokens = loads.kv_cache_mib(latency) * MIB // latency.model.kv_token_bytes
+    return None
+
+
+def _too_little(args: argparse.Namespace, latency: LatencyModel) -> str | None:
+    """What is not known of the device, or is not there."""
+    model, device = latency.model, latency.device
+    if args.images and (why_not := why_not_encoding(device.name)):
+        return f"--images with {_source(args, latency)}: {why_not}"
+    num_tokens = loads.kv_cache_mib(latency) * MIB // model.kv_token_bytes
     if num_tokens < args.max_context_tokens:
-        weights = (latency.model.num_weights + latency.model.num_head_weights) * latency.model.weight_bytes
+        weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
         return (
-            f"--model {args.model} has {weights / 1e9:.0f} GB of weights and one {args.device} {latency.device.memory_bytes / 1e9:.0f} GB "
+            f"{model.name} has {weights / 1e9:.0f} GB of weights and one {device.name} {device.memory_bytes / 1e9:.0f} GB "
             f"of memory: there is room for the KV of {max(0, num_tokens)} tokens, and --max-context-tokens is {args.max_context_tokens}"
         )
     return None
+
+
+def _source(args: argparse.Namespace, latency: LatencyModel) -> str:
+    return f"--profile {args.profile}" if args.profile else f"--device {latency.device.name}"
 
 
 def _hopeless(args: argparse.Namespace, slo: Slo, alone: loads.Alone) -> str | None:
@@ -256,7 +261,7 @@ def _lines(args: argparse.Namespace, load: Load, rows: list[Row], verdicts: list
     target = f"TTFT {args.slo_ttft_ms:g} ms, TPOT {args.slo_tpot_ms:g} ms, met by {100 * args.attainment:g} %"
     found = [
         f"load       {load.trace.file}, {len(load.trace.rows)} requests{images}; loads of {load.duration_s:.0f} s, of {LONGER * load.duration_s:.0f} s for the best",
-        f"cluster    {args.devices} x {args.device}, {args.model}, {load.kv_cache_bytes // MIB} MiB of KV each",
+        f"cluster    {args.devices} x {load.latency.device.name}, {load.latency.model.name}, {load.kv_cache_bytes // MIB} MiB of KV each",
         f"targets    {target}",
         "",
     ]
@@ -312,10 +317,10 @@ def _write(args: argparse.Namespace, load: Load, rows: list[Row], verdicts: list
             best = chosen(rows, verdicts)
             text = manifest.text(
                 best.found.candidate,
-                model=args.model,
+                model=load.latency.model.name,
                 slo=load.slo,
                 kv_cache_bytes=load.kv_cache_bytes,
-                comment=_comment(args, best),
+                comment=_comment(args, load, best),
             )
             args.out.write_text(text, encoding="utf-8")
             load_manifest(args.out)
@@ -325,8 +330,8 @@ def _write(args: argparse.Namespace, load: Load, rows: list[Row], verdicts: list
     return exit_codes.OK
 
 
-def _comment(args: argparse.Namespace, best: Row) -> str:
+def _comment(args: argparse.Namespace, load: Load, best: Row) -> str:
     return (
-        f"By phasewise plan: {args.devices} x {args.device} with {args.model} for {args.trace.name}.\n"
+        f"By phasewise plan: {args.devices} x {load.latency.device.name} with {load.latency.model.name} for {args.trace.name}.\n"
         f"Simulated goodput: {interval_text(best.goodput_rps)} requests/s, at which {100 * args.attainment:g} % meet both targets."
     )

@@ -14,13 +14,11 @@ from orchestrator.bench.report import as_json, describe_slice
 from orchestrator.bench.report import lines as report_lines
 from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
-from orchestrator.cli import arguments, exit_codes, simulate_checks
+from orchestrator.cli import arguments, exit_codes, simulate_checks, step_times
 from orchestrator.cli.collector import without_collector
 from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, switch_text
 from orchestrator.cli.writable import file_problem, folder_problem, sentence
-from orchestrator.control import profile
 from orchestrator.control.admission import Admission
-from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.slo import Slo
 from orchestrator.errors import ManifestError, ProfileError, TraceError
 from orchestrator.manifest.declare import extra_workers, scaling_of, switch_mode_of, worker_specs
@@ -36,7 +34,6 @@ from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"
-DEFAULT_MODEL, DEFAULT_DEVICE = "llama-3-8b", "h100"
 PICTURES = ("attainment.svg", "phases.svg", "requests.svg")
 #: Seconds between two lines of progress.
 PROGRESS_S = 2.0
@@ -89,18 +86,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="fine: the code that serves, token by token; coarse: requests and runs of steps, for many workers "
         "(default: fine)",
     )
-    parser.add_argument(
-        "--model", choices=MODELS, help=f"one of {', '.join(MODELS)} (default: {DEFAULT_MODEL})"
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, help=f"one of {', '.join(DEVICES)} (default: {DEFAULT_DEVICE})"
-    )
-    parser.add_argument(
-        "--profile",
-        type=Path,
-        metavar="FILE",
-        help="of `phasewise calibrate`, in place of --model and --device",
-    )
+    step_times.add_arguments(parser)
     parser.add_argument(
         "--first-row", type=arguments.count, default=1, metavar="N", help="row to begin with (default: 1)"
     )
@@ -140,7 +126,10 @@ def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit code."""
     try:
         deployment = load(args.manifest)
-        latency = _latency(args)
+        problem = step_times.problem(args)
+        if problem:
+            return _failed(problem, exit_codes.USAGE)
+        latency = step_times.latency_of(args)
         problem = simulate_checks.problem(args, deployment, latency)
         if problem:
             return _failed(problem, exit_codes.USAGE)
@@ -154,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         ]
     except ManifestError as error:
         return _failed(str(error), exit_codes.INVALID_MANIFEST)
-    except (TraceError, ProfileError, _Wrong) as error:
+    except (TraceError, ProfileError) as error:
         return _failed(str(error), exit_codes.USAGE)
     unwritable = (args.json and file_problem(args.json)) or (
         args.plot and folder_problem(args.plot, PICTURES)
@@ -207,27 +196,6 @@ def _rate(part: str, text: str) -> float:
 def _failed(message: str, exit_code: int) -> int:
     print(message, file=sys.stderr)
     return exit_code
-
-
-def _latency(args: argparse.Namespace) -> LatencyModel:
-    """How long steps take. Raises ProfileError, _Wrong."""
-    if args.profile is None:
-        model, device = MODELS[args.model or DEFAULT_MODEL], DEVICES[args.device or DEFAULT_DEVICE]
-        return LatencyModel(model, device, is_learning=False)
-    if args.model or args.device:
-        raise _Wrong("--profile: it says which model and which device; leave out --model and --device")
-    try:
-        text = args.profile.read_text(encoding="utf-8")
-    except OSError as error:
-        why = f"cannot be read: {error.strerror}"
-        raise ProfileError(str(args.profile), (f"{why}; {profile.WRITTEN_BY}",)) from error
-    except UnicodeDecodeError as error:
-        raise ProfileError(str(args.profile), (f"is no profile: {error}; {profile.WRITTEN_BY}",)) from error
-    return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
-
-
-class _Wrong(Exception):  # noqa: N818 - becomes an exit code here
-    """The command line is wrong; says why."""
 
 
 class _Run:

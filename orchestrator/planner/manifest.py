@@ -1,5 +1,7 @@
 """A candidate as a manifest. Pure."""
 
+import json
+
 from orchestrator.control.slo import Slo
 from orchestrator.manifest.engine import MIB
 from orchestrator.planner.shapes import Candidate, phases_text
@@ -25,7 +27,7 @@ def text(candidate: Candidate, *, model: str, slo: Slo, kv_cache_bytes: int, com
         "",
         "spec:",
         "  model:",
-        f"    source: /models/{model}   # put its folder here; only the model's shape was planned with",
+        f"    source: {json.dumps(f'/models/{model}')}   # put its folder here; only the model's shape was planned with",
         "",
         "  workers:",
     ]

@@ -1,12 +1,16 @@
 """`phasewise plan` as its user sees it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cli import exit_codes, main
+from orchestrator.control import profile
+from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.manifest.load import load
+from tests.support.profile import PROFILE
 
 ROOT = Path(__file__).parents[3]
 AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
@@ -38,6 +42,26 @@ def test_a_plan_has_every_family_a_verdict_and_a_manifest(
     assert " + ".join(f"{g.replicas} x {'+'.join(g.phases)}" for g in groups) == best["shape"]
     assert {group.engine.token_budget for group in groups} == {best["token_budget"]}
     assert main.main(["validate", str(out)]) == exit_codes.OK
+
+
+def test_a_profile_says_how_long_steps_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = replace(MODELS["llama-3-8b"], name='mine: "a" # b')
+    device = replace(DEVICES["h100"], name="this one")
+    costs = replace(PROFILE.costs, model=model, device=device)
+    file, out = tmp_path / "p.json", tmp_path / "planned.yaml"
+    file.write_text(profile.to_json(replace(PROFILE, costs=costs)))
+    assert plan("--devices", 1, "--quick", "--profile", file, "--out", out) == exit_codes.OK
+    assert '1 x this one, mine: "a" # b,' in capsys.readouterr().out
+    assert load(out).spec.model.source == '/models/mine: "a" # b'
+
+
+def test_a_profile_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "p.json"
+    file.write_text("{}")
+    assert plan("--devices", 1, "--profile", file) == exit_codes.USAGE
+    assert f"{file}: is no profile" in capsys.readouterr().err
+    assert plan("--devices", 1, "--profile", file, "--device", "h100") == exit_codes.USAGE
+    assert "leave out --model and --device" in capsys.readouterr().err
 
 
 def test_one_seed_gives_one_plan(tmp_path: Path) -> None:
