@@ -71,8 +71,8 @@ def launch(
     Raises AlreadyRunning, AddressInUse, AddressUnusable and LaunchFailed.
     """
     registry = registry if registry is not None else Registry()
-    with registry.starting(deployment.metadata.name), _undone_by_sigterm():
-        launched = _launch(deployment, progress, registry, ray_address)
+    with registry.starting(deployment.metadata.name), _undone_by_sigterm() as heed_sigterm:
+        launched = _launch(deployment, progress, registry, ray_address, heed_sigterm)
         if launched.head is not None and not is_bound_to_us:
             launched.head.release()
         return launched
@@ -83,7 +83,9 @@ def _launch(
     progress: Progress,
     registry: Registry,
     ray_address: str | None,
+    on_connected: Callable[[], None],
 ) -> Launched:
+    """on_connected: is called whenever this process has joined a cluster."""
     name = deployment.metadata.name
     earlier = registry.get(name)
     if earlier is not None and is_alive(earlier):
@@ -97,6 +99,7 @@ def _launch(
     if ray_address is not None:
         progress(f"joining the Ray cluster at {ray_address}")
         running = _join(replace(running, ray_address=ray_address), registry)
+        on_connected()
     try:
         if ray_address is None:
             progress("starting Ray")
@@ -110,6 +113,7 @@ def _launch(
         registry.save(running)
         if head is not None:
             _connect(running)
+            on_connected()
         progress("starting the gateway")
         _start_actors(deployment, config)
         interruptible.run(wait_until_ready(running, progress, lambda: _is_there(running)))
@@ -345,8 +349,12 @@ def _kill(name: str) -> None:
 
 
 @contextmanager
-def _undone_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises SystemExit, which undoes what was started, unless our caller treats it otherwise."""
+def _undone_by_sigterm() -> Iterator[Callable[[], None]]:
+    """SIGTERM raises SystemExit, which undoes what was started, unless our caller treats it otherwise.
+
+    Gives what sees to that again: Ray, when it connects, puts a handler in the place of ours that prints C++ stacks, and aborts the
+    process where that takes it longer than three seconds.
+    """
 
     def end(_number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + signal.SIGTERM)
@@ -354,12 +362,15 @@ def _undone_by_sigterm() -> Iterator[None]:
     is_ours = threading.current_thread() is threading.main_thread() and (
         signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     )
-    if is_ours:
-        signal.signal(signal.SIGTERM, end)
+
+    def heed() -> None:
+        if is_ours:
+            signal.signal(signal.SIGTERM, end)
+
+    heed()
     try:
-        yield
+        yield heed
     finally:
-        # Ray has put a handler of its own in its place by now, for as long as we are connected.
         if is_ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
