@@ -192,7 +192,7 @@ def _too_little(args: argparse.Namespace, latency: LatencyModel) -> str | None:
     """What is not known of the device, or is not there."""
     model, device = latency.model, latency.device
     if args.images and (why_not := why_not_encoding(device.name)):
-        return f"--images with {_source(args, latency)}: {why_not}"
+        return f"--images with {step_times.device_option(args)}: {why_not}"
     num_tokens = loads.kv_cache_mib(latency) * MIB // model.kv_token_bytes
     if num_tokens < args.max_context_tokens:
         weights = (model.num_weights + model.num_head_weights) * model.weight_bytes
@@ -201,10 +201,6 @@ def _too_little(args: argparse.Namespace, latency: LatencyModel) -> str | None:
             f"of memory: there is room for the KV of {max(0, num_tokens)} tokens, and --max-context-tokens is {args.max_context_tokens}"
         )
     return None
-
-
-def _source(args: argparse.Namespace, latency: LatencyModel) -> str:
-    return f"--profile {args.profile}" if args.profile else f"--device {latency.device.name}"
 
 
 def _hopeless(args: argparse.Namespace, slo: Slo, alone: loads.Alone) -> str | None:

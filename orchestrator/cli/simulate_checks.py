@@ -4,6 +4,7 @@ import argparse
 
 from kvtransfer.codecs.codec import CodecId
 from orchestrator.bench.trace import Trace
+from orchestrator.cli import step_times
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.declared import DeclaredWorker
@@ -60,8 +61,7 @@ def pictures_problem(
     if not is_encoding(deployment):
         return f"{args.trace}: has pictures, and no worker of {args.manifest} encodes"
     if why_not := why_not_encoding(latency.device.name):
-        on = f"--device {args.device}" if args.device else f"--profile {args.profile}"
-        return f"{args.trace}: has pictures, with {on}: {why_not}"
+        return f"{args.trace}: has pictures, with {step_times.device_option(args)}: {why_not}"
     return None
 
 

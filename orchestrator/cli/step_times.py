@@ -47,3 +47,8 @@ def latency_of(args: argparse.Namespace) -> LatencyModel:
     except UnicodeDecodeError as error:
         raise ProfileError(str(args.profile), (f"is no profile: {error}; {profile.WRITTEN_BY}",)) from error
     return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
+
+
+def device_option(args: argparse.Namespace) -> str:
+    """What says which device it is, for a message."""
+    return f"--profile {args.profile}" if args.profile else f"--device {args.device or DEFAULT_DEVICE}"
