@@ -226,12 +226,11 @@ def _names(points: Sequence[Point], roofs: Roofs, frame: Frame) -> list[str]:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", metavar="FOLDER")
     parser.add_argument("--out", type=Path, metavar="FILE.svg", help="draw the picture there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
     args = parser.parse_args()
     attention, packed, engine, sm_share = (
-        json.loads((args.results / f"{name}.json").read_text(encoding="utf-8"))
+        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
         for name in ("paged_attention_gpu", "quantised_attention_gpu", "engine_gpu", "sm_share_gpu")
     )
     roofs = roofs_of(attention, sm_share)
