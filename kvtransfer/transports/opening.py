@@ -25,8 +25,9 @@ TRANSPORTS = ("in_process", "cuda_ipc", "shm", "nixl")
 MAX_IDLE_POOLS = 16
 #: How long a transfer waits for a pool to be opened, in seconds. Then it takes a worse way.
 OPEN_S = 5.0
-#: Idle pools whose owners are gone are looked for so often, in seconds.
-LOOK_S = 30.0
+#: Idle pools whose owners are gone are looked for so often, in seconds. The next process in the place of an owner takes its KV cache some
+#: seconds after the other's end, of what is free by then.
+LOOK_S = 1.0
 
 
 def _is_cuda_owner_gone(descriptor: bytes) -> bool:

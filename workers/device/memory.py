@@ -31,6 +31,10 @@ class GpuMemory:
         """What this process may still take so that it has no more than this share of the memory."""
         return max(0, min(self.free_bytes, int(fraction * self.total_bytes) - self.own_bytes))
 
+    def held_of(self, fraction: float) -> int:
+        """What others hold of this share: it is not free."""
+        return max(0, int(fraction * self.total_bytes) - self.own_bytes - self.free_bytes)
+
 
 def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> int:
     """What the largest step needs beside weights and KV. value_bytes: of one number between the layers."""

@@ -15,7 +15,7 @@ from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
 from workers.device.forward import DeviceForward
 from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
-from workers.device.memory import kv_cache_bytes, layout_bytes, step_bytes
+from workers.device.memory import CONTEXT_BYTES, kv_cache_bytes, layout_bytes, step_bytes
 from workers.device.placed import PlacedText
 from workers.device.sampler import DeviceSampler
 from workers.device.sm_share import SmShares, close_shares, open_sm_shares
@@ -177,6 +177,16 @@ def _take_kv_cache(
         if spec.engine.kv_cache_bytes:
             raise KvCacheTooSmall(spec.engine.kv_cache_bytes, layout.block_bytes)
         raise OutOfMemory("the KV cache on the GPU", layout.block_bytes, max(0, num_bytes), remedy)
+    held_bytes = memory.held_of(spec.engine.gpu_memory_fraction)
+    # Libraries of this process hold some, too.
+    if not spec.engine.kv_cache_bytes and held_bytes > CONTEXT_BYTES:
+        logger.warning(
+            "kv_cache_smaller_than_share worker_id=%s reason=others hold %d MiB of what engine.gpuMemoryFraction %g gives; "
+            "end them and start the worker again, or lower it",
+            spec.worker_id,
+            held_bytes // 2**20,
+            spec.engine.gpu_memory_fraction,
+        )
     shape = pool_shape(layout, num_blocks)
     progress(f"taking the KV cache ({num_blocks * layout.block_bytes / 2**20:.0f} MiB)", 0.0)
     return torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)

@@ -22,6 +22,12 @@ def test_what_is_left_of_the_share_is_taken() -> None:
     assert kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=0.25), 2 * GIB) < 0
 
 
+def test_what_others_hold_of_a_share_is_told() -> None:
+    memory = GpuMemory(20 * GIB, 80 * GIB, 16 * GIB)
+    assert memory.held_of(0.45) == 0
+    assert memory.held_of(0.9) == 36 * GIB
+
+
 def test_a_size_that_is_named_is_kept() -> None:
     assert kv_cache_bytes(GpuMemory(0, GIB), replace(ENGINE, kv_cache_bytes=7), 0) == 7
 
