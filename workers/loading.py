@@ -212,6 +212,10 @@ def _loaded_text(
         from workers.device.placing import capture_layouts
 
         split = capture_layouts(spec, placed, placed.shares, runner, progress)
+    if spec.device is Device.CUDA:
+        from workers.device.late_kernels import watch_late_kernels
+
+        watch_late_kernels(spec.worker_id)
     return LoadedText(
         config=config,
         runner=runner,

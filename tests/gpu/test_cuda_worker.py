@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,11 @@ from tests.support.worker_client import (
     prompt,
     running_pair,
     running_worker,
+    submit,
     worker_spec,
 )
 from tests.support.worker_process import worker_processes
-from workers.api import Device, PhaseSet, WeightDtype, WorkerSpec, WorkerState
+from workers.api import Device, NgramDrafts, PhaseSet, Submit, WeightDtype, WorkerSpec, WorkerState
 from workers.device.gpu import load_to_gpu
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, load_weights, prepare
@@ -79,6 +81,35 @@ def test_a_worker_on_a_gpu_generates_what_transformers_does(model_path: Path) ->
             assert dict(zip(PROMPT_LENGTHS, found, strict=True)) == expected_tokens(model_path)
 
     asyncio.run(scenario())
+
+
+def test_no_kernel_is_compiled_once_a_worker_is_ready(
+    model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever requests ask for, one after the other and together, in other numbers and with shared prefixes."""
+    options: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {"temperature": 0.7, "seed": 3},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 1.0, "num_logprobs": 2},
+        {"repetition_penalty": 1.2, "logit_bias": ((7, 2.0),)},
+        {"decoding": NgramDrafts(4)},
+    )
+
+    def one_of_them(number: int) -> Submit:
+        length = PROMPT_LENGTHS[number % len(PROMPT_LENGTHS)] + number // 7
+        request = submit(prompt(length), request_id=f"r{number}", max_new_tokens=12)
+        return replace(request, sampling=replace(request.sampling, **options[number % len(options)]))
+
+    async def scenario() -> None:
+        async with running_worker(cuda_spec(model_path)) as worker:
+            caplog.clear()
+            for number in range(6):
+                await worker.generate(one_of_them(number))
+            await asyncio.gather(*(worker.generate(one_of_them(number)) for number in range(6, 40)))
+
+    asyncio.run(scenario())
+    assert [one.getMessage() for one in caplog.records if "kernel_compiled_late" in one.getMessage()] == []
 
 
 def test_prefill_and_decode_on_a_gpu_generate_what_transformers_does(model_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from phasewise_kernels.sample.op import sample
+from workers.api import SamplingParams
 from workers.device.staging import Staging
 from workers.engine.sampling.rows import SampleRow
 from workers.engine.sequence import NO_TOKEN
@@ -59,6 +60,12 @@ class DeviceSampler:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return DeviceTokens(tokens, on_host, event)
+
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what chooses from logits like these, [1, vocab_size], greedily and by a draw."""
+        for temperature in (0.0, 1.0):
+            sampling = SamplingParams(max_new_tokens=1, temperature=temperature)
+            self.begin(logits, [SampleRow(sampling, position=0)]).wait()
 
     def _drawn(self, logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
         temperature, top_k, top_p, min_p, seeds, positions, streams = self._staging.upload(_options(rows))

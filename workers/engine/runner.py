@@ -206,7 +206,9 @@ class ModelRunner:
                 context_lens=lens,
                 logit_rows=torch.tensor([num_tokens - 1]),
             )
-            self._run_forward(batch)
+            logits = self._run_forward(batch)
+            if self._sampler is not None:
+                self._sampler.warm_up(logits)
 
     def close(self) -> None:
         """End its threads, and the other ranks."""
