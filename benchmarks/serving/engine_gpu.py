@@ -72,6 +72,8 @@ LLAMA_3_8B = ModelConfig(
 #: Of one token.
 KV_VALUES = 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim
 BLOCK_SIZE = 16
+#: New tokens of a prompt, those before them, and so many decodes of a context.
+MIXED = ((512, 0, 63, 1024), (512, 2048, 63, 2048), (1536, 0, 63, 1024), (256, 7680, 15, 4096))
 PREFILL_TOKENS = 2048
 DECODES = ((64, 2048), (1, 2048))
 NUM_CLIENTS = 256
@@ -110,6 +112,9 @@ def main() -> int:
     print(rows["prefill"])
     rows["decode"] = [bench.decode(num, context) for num, context in DECODES]
     for row in rows["decode"]:
+        print(row)
+    rows["mixed"] = [bench.mixed(*one) for one in MIXED]
+    for row in rows["mixed"]:
         print(row)
     if args.profile:
         bench.profile()
@@ -230,6 +235,19 @@ class Bench:
             "ms": seconds * 1e3,
             "floor_ms": floor_s * 1e3,
             "ratio": seconds / floor_s,
+        }
+
+    def mixed(self, num_new: int, num_before: int, num_decodes: int, context: int) -> dict[str, float]:
+        """One step of a part of a prompt and of decodes; apart: of the two as steps of their own, one after the other."""
+        prompt, decodes = [(num_before, num_new)], [(context - 1, 1)] * num_decodes
+        both, *parts = (batch_of(sequences) for sequences in (prompt + decodes, prompt, decodes))
+        return {
+            "new_tokens": num_new,
+            "tokens_before": num_before,
+            "decodes": num_decodes,
+            "context": context,
+            "ms": self._seconds(lambda: self._forward(both)) * 1e3,
+            "apart_ms": sum(self._seconds(lambda part=part: self._forward(part)) for part in parts) * 1e3,
         }
 
     def profile(self) -> None:
