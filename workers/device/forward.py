@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phasewise_kernels.paged_attention.compiling import compile_attention
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import tree_mask_bits
 from workers.device.buckets import bucket_of
@@ -22,7 +23,7 @@ from workers.model.llama import Llama
 
 logger = logging.getLogger(__name__)
 
-#: Numbers of sequences between which kernels differ, and tokens that are no decode's.
+#: Numbers of sequences between which libraries choose other kernels, and tokens that are no decode's.
 WARM_UP_SIZES = (1, 16, 32, 64, 128, 256, 512, 1024)
 WARM_UP_CHUNK = 64
 
@@ -211,8 +212,18 @@ class DeviceForward:
 
     @torch.inference_mode()
     def warm_up(self, max_sequences: int, progress: Callable[[str, float], None]) -> None:
-        """Steps of a chunk and up to so many decodes, in a block that no sequence owns yet: kernels are compiled by number of
-        sequences, and libraries choose theirs."""
+        """Compile the kernels of steps of up to so many sequences; libraries choose theirs by steps of a chunk and of decodes, in a
+        block that no sequence owns yet."""
+        if self._device.type == "cuda":
+            config = self._model.config
+            compile_attention(
+                *self._kv_cache[0],
+                num_heads=config.num_heads,
+                dtype=self._model.dtype,
+                windows=[config.window(i) for i in range(config.num_layers)],
+                max_sequences=max_sequences,
+                progress=lambda done: progress("compiling the attention kernels", done),
+            )
         sizes = [size for size in WARM_UP_SIZES if size < max_sequences] + [max_sequences]
         num_chunk = min(WARM_UP_CHUNK, self._num_slots)
         for i, size in enumerate(sizes):

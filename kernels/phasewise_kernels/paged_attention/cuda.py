@@ -17,6 +17,8 @@ MAX_LEAN_ROWS = 64
 MAX_TREE_TOKENS = 64
 #: The kernels are compiled for so many sequences, or the next power of two: 32 lengths are summed up within a warp.
 MIN_LEAN_SEQUENCES, MIN_CHUNK_SEQUENCES = 32, 64
+#: The same of steps that are rare: of several rows of a sequence for the lean kernel, of trees for the other. Fewer kernels are compiled.
+MIN_RARE_SEQUENCES = 256
 #: The lean kernel needs three for each of its programs, the chunk kernel MAX_WAVES for each that runs at the same time.
 NUM_SEMAPHORES = 1 << 14
 #: Contexts of chunks are cut into so many pieces that each multiprocessor has this many at most.
@@ -111,6 +113,16 @@ def lean_query_len(max_query_len: int, group: int) -> int:
     return num_rows // group if num_rows <= MAX_LEAN_ROWS else max(1, 16 // group)
 
 
+def lean_sequences(num_sequences: int, max_query_len: int) -> int:
+    """For how many the lean kernel of a batch is compiled."""
+    return _power_of_two(max(MIN_LEAN_SEQUENCES if max_query_len == 1 else MIN_RARE_SEQUENCES, num_sequences))
+
+
+def chunk_sequences(num_sequences: int, *, has_tree: bool) -> int:
+    """For how many the chunk kernel of a batch is compiled."""
+    return _power_of_two(max(MIN_RARE_SEQUENCES if has_tree else MIN_CHUNK_SEQUENCES, num_sequences))
+
+
 def lean_attention(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -158,7 +170,7 @@ def lean_attention(
         block_m=block_m,
         block_r=block_r,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(MIN_LEAN_SEQUENCES, len(batch.context_lens))),
+        block_sequences=lean_sequences(len(batch.context_lens), max_query_len),
         max_query_len=max_query_len,
         has_window=window > 0,
         has_tree=batch.tree_masks is not None and max_query_len > 1,
@@ -221,7 +233,7 @@ def chunk_attention(
         **shape,
         block_m=block_m,
         tile_tokens=tuning.tile_tokens,
-        block_sequences=_power_of_two(max(MIN_CHUNK_SEQUENCES, len(batch.context_lens))),
+        block_sequences=chunk_sequences(len(batch.context_lens), has_tree=batch.tree_masks is not None),
         min_query_len=min_query_len,
         max_waves=MAX_WAVES,
         merged_rows=min(block_m, max(16, MERGED_VALUES // shape["block_d"])),
