@@ -1,15 +1,16 @@
-"""A profile file: how long steps take on one machine, as `phasewise calibrate` writes it and `phasewise simulate` reads it. Pure."""
+"""A profile file: how long steps take on one machine, as `phasewise calibrate` writes it."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from orchestrator.errors import ProfileError
+from workers.errors import ProfileError
 from workers.step_shape import Contention, Curve, DeviceShape, ModelShape, StepCosts, StepShape
 
 FORMAT = "phasewise-profile/v1"
@@ -168,6 +169,18 @@ def from_json(text: str, *, file: str) -> Profile:
             for step in found.steps
         ),
     )
+
+
+def read(path: Path) -> Profile:
+    """The profile in a file. Raises ProfileError."""
+    file = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(file, (f"cannot be read: {error.strerror}; {WRITTEN_BY}",)) from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(file, (f"is no profile: {error}; {WRITTEN_BY}",)) from error
+    return from_json(text, file=file)
 
 
 def _sentences(errors: Sequence[ErrorDetails]) -> tuple[str, ...]:

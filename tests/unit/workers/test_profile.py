@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.control.profile import from_json, to_json
-from orchestrator.errors import ProfileError
 from tests.support.profile import PROFILE
+from workers.errors import ProfileError
+from workers.profile import from_json, to_json
 
 
 def test_a_profile_comes_back_as_it_was() -> None:
