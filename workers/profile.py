@@ -103,6 +103,7 @@ class _Costs(_Section):
     num_steps: CountOrZero
     mean_error: NotNegative | None
     upper_ratio: Ratio
+    source: Literal["fitted"] = "fitted"
 
 
 class _Shape(_Section):

@@ -43,7 +43,7 @@ from workers.engine.scheduler import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
-from workers.step_shape import ModelShape
+from workers.step_shape import ENOUGH_STEPS, FactorSource, ModelShape, StepCosts
 
 #: Steps that are worth a leap.
 MIN_LEAP = 2
@@ -235,10 +235,16 @@ class SimWorker:
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
-            step_costs=replace(self._costs, num_steps=self.num_steps) if has_text else None,
+            step_costs=self._step_costs() if has_text else None,
             loaded=self._loaded,
         )
         return status if self.images is None else self.images.with_status(status)
+
+    def _step_costs(self) -> StepCosts:
+        """As a worker has learnt them that knows how long steps really take."""
+        num_steps = self.num_steps
+        source = FactorSource.FITTED if num_steps >= ENOUGH_STEPS else FactorSource.ROOFLINE
+        return replace(self._costs, num_steps=num_steps, source=source)
 
     @property
     def _loaded(self) -> PhaseSet:
