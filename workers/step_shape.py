@@ -3,7 +3,7 @@
 A worker tells of its fitted model in these terms; `latency_model` predicts from them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 #: Steps after which a model is believed that begins with the roofline, and one that begins with a profile is its own.
@@ -141,6 +141,10 @@ class StepCosts:
     mean_error: float | None
     upper_ratio: float
     source: FactorSource = FactorSource.FITTED
+
+    def is_of(self, model: ModelShape, device: DeviceShape) -> bool:
+        """Whether it is of such a model, whatever that is called, and such a device."""
+        return replace(self.model, name=model.name) == model and self.device.name == device.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from workers.engine.sharing import layouts_of
+from workers.errors import ProfileError
 from workers.latency_model import LatencyModel
+from workers.loaded_shapes import first_latency
 from workers.step_shape import ENOUGH_STEPS, FactorSource, StepCosts, StepShape, chunk, decodes
 
 LLAMA, H100 = MODELS["llama-3-8b"], DEVICES["h100"]
@@ -74,6 +76,27 @@ def test_a_profile_that_is_far_off_is_soon_overruled() -> None:
         model.observe(kinds[i % 5], truth.step_s(kinds[i % 5]))
     for shape in kinds:
         assert model.step_s(shape) == pytest.approx(truth.step_s(shape), rel=0.03)
+
+
+def test_a_worker_begins_with_a_profile_of_its_model_and_device() -> None:
+    here, named = replace(H100, memory_bytes=1e9, flops_per_s=1.0), replace(LLAMA, name="other-name")
+    latency, problem = first_latency(PROFILE, named, here)
+    assert problem is None
+    # Speeds are the profile's, and the memory is the worker's.
+    device = replace(H100, memory_bytes=1e9)
+    expected = replace(PROFILE, model=named, device=device, num_steps=0, source=FactorSource.PROFILE)
+    assert latency.costs() == expected
+    latency, problem = first_latency(None, LLAMA, H100)
+    assert (latency.source, problem) == (FactorSource.ROOFLINE, None)
+
+
+def test_a_profile_of_another_device_leaves_the_roofline_and_one_of_another_model_is_refused() -> None:
+    latency, problem = first_latency(PROFILE, LLAMA, replace(H100, name="h200"))
+    assert latency.costs() == LatencyModel(LLAMA, replace(H100, name="h200")).costs()
+    assert problem == "it is of h100, and this is h200"
+    for key, value in (("num_layers", 31), ("weight_bytes", 1.0), ("kv_token_bytes", 65536)):
+        with pytest.raises(ProfileError, match=f"{key} .* and not {value:g}; `phasewise calibrate`"):
+            first_latency(PROFILE, replace(LLAMA, **{key: value}), H100)
 
 
 @given(st.lists(st.tuples(shapes, st.floats(1e-4, 1.0)), max_size=40))
