@@ -146,10 +146,17 @@ class SimWorker:
         self._carry = world.network.carry
         self._timers = world.timers
         self._ready_at_s = self._timers.now_s + world.load_s
-        #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
-        self._learnt = (
-            LatencyModel(world.model, self._latency.device) if _is_predicting(spec.engine) else None
-        )
+        own = spec.profile
+        #: What its latency model begins with; None: the roofline. A profile of what is not simulated says nothing here.
+        self._profile = own if own is not None and own.is_of(world.model, self._latency.device) else None
+        #: What its engine predicts by: it learns from its own steps.
+        self._learnt: LatencyModel | None = None
+        if _is_predicting(spec.engine):
+            self._learnt = (
+                LatencyModel(world.model, self._latency.device)
+                if self._profile is None
+                else LatencyModel.profiled(self._profile)
+            )
         layout = layout_of(world.model, spec.engine.block_size)
         self.engine = Engine(
             spec.engine,
@@ -243,7 +250,8 @@ class SimWorker:
     def _step_costs(self) -> StepCosts:
         """As a worker has learnt them that knows how long steps really take."""
         num_steps = self.num_steps
-        source = FactorSource.FITTED if num_steps >= ENOUGH_STEPS else FactorSource.ROOFLINE
+        first = FactorSource.ROOFLINE if self._profile is None else FactorSource.PROFILE
+        source = FactorSource.FITTED if num_steps >= ENOUGH_STEPS else first
         return replace(self._costs, num_steps=num_steps, source=source)
 
     @property
