@@ -13,7 +13,6 @@
     │   ├── AddressInUse        another process listens where the gateway should
     │   ├── AddressUnusable     the gateway cannot listen at its address
     │   ├── TraceError          a request trace: a line that is none, or too few rows
-    │   ├── ProfileError        a profile file: fields that are missing or wrong
     │   ├── LooksError          a file of what a policy saw: a line that is none
     │   ├── AlreadyRunning      a deployment of that name runs already
     │   └── DeploymentNotFound  no deployment of that name runs, or it is not clear which one is meant
@@ -104,18 +103,6 @@ class LooksError(CallerError):
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.problem}"
-
-
-class ProfileError(CallerError):
-    """The profile in `file` cannot be used; each problem begins with the field that it is about."""
-
-    def __init__(self, file: str, problems: tuple[str, ...]) -> None:
-        super().__init__(file, problems)
-        self.file = file
-        self.problems = problems
-
-    def __str__(self) -> str:
-        return "\n".join(f"{self.file}: {problem}" for problem in self.problems)
 
 
 class DeploymentNotFound(CallerError):

@@ -130,6 +130,28 @@ WORKER_STATE_FAILED: WorkerState.ValueType  # 3
 """It cannot serve, and starting it again would not help; see message."""
 Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
+class _FactorSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FactorSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FactorSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FACTOR_SOURCE_UNSPECIFIED: _FactorSource.ValueType  # 0
+    """By a version that had no profiles: fitted from 30 steps on."""
+    FACTOR_SOURCE_FITTED: _FactorSource.ValueType  # 1
+    FACTOR_SOURCE_PROFILE: _FactorSource.ValueType  # 2
+    FACTOR_SOURCE_ROOFLINE: _FactorSource.ValueType  # 3
+
+class FactorSource(_FactorSource, metaclass=_FactorSourceEnumTypeWrapper):
+    """Where the factors come from."""
+
+FACTOR_SOURCE_UNSPECIFIED: FactorSource.ValueType  # 0
+"""By a version that had no profiles: fitted from 30 steps on."""
+FACTOR_SOURCE_FITTED: FactorSource.ValueType  # 1
+FACTOR_SOURCE_PROFILE: FactorSource.ValueType  # 2
+FACTOR_SOURCE_ROOFLINE: FactorSource.ValueType  # 3
+Global___FactorSource: _TypeAlias = FactorSource  # noqa: Y015
+
 class _KvDirection:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1825,11 +1847,13 @@ class StepCosts(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _builtins.int
     MEAN_ERROR_FIELD_NUMBER: _builtins.int
     UPPER_RATIO_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
     mean_error: _builtins.float
     """Mean of |predicted - measured| / measured; absent before the first step."""
     upper_ratio: _builtins.float
     """A tenth of all steps takes longer than so many times what was predicted."""
+    source: Global___FactorSource.ValueType
     @_builtins.property
     def model(self) -> Global___ModelShape: ...
     @_builtins.property
@@ -1847,10 +1871,11 @@ class StepCosts(_message.Message):
         num_steps: _builtins.int = ...,
         mean_error: _builtins.float | None = ...,
         upper_ratio: _builtins.float = ...,
+        source: Global___FactorSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "mean_error", b"mean_error", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "factors", b"factors", "mean_error", b"mean_error", "model", b"model", "num_steps", b"num_steps", "upper_ratio", b"upper_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "factors", b"factors", "mean_error", b"mean_error", "model", b"model", "num_steps", b"num_steps", "source", b"source", "upper_ratio", b"upper_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_error: _TypeAlias = _typing.Literal["mean_error"]  # noqa: Y015
     _WhichOneofArgType__mean_error: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error"]  # noqa: Y015

@@ -222,6 +222,8 @@ class WorkerSpec:
     device: Device = Device.CPU
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
+    #: What its latency model begins with; None: the roofline.
+    profile: StepCosts | None = None
 
 
 class GrammarKind(StrEnum):

@@ -3,7 +3,23 @@
 from collections.abc import Iterable
 
 from protos import worker_pb2 as pb
-from workers.step_shape import Contention, Curve, DeviceShape, EncodeCosts, ModelShape, StepCosts
+from workers.step_shape import (
+    ENOUGH_STEPS,
+    Contention,
+    Curve,
+    DeviceShape,
+    EncodeCosts,
+    FactorSource,
+    ModelShape,
+    StepCosts,
+)
+
+SOURCES = {
+    FactorSource.FITTED: pb.FACTOR_SOURCE_FITTED,
+    FactorSource.PROFILE: pb.FACTOR_SOURCE_PROFILE,
+    FactorSource.ROOFLINE: pb.FACTOR_SOURCE_ROOFLINE,
+}
+SOURCES_FROM_PB = {value: source for source, value in SOURCES.items()}
 
 
 def step_costs_to_pb(costs: StepCosts | None) -> pb.StepCosts | None:
@@ -43,6 +59,7 @@ def step_costs_to_pb(costs: StepCosts | None) -> pb.StepCosts | None:
         num_steps=costs.num_steps,
         mean_error=costs.mean_error,
         upper_ratio=costs.upper_ratio,
+        source=SOURCES[costs.source],
     )
 
 
@@ -79,7 +96,13 @@ def step_costs_from_pb(message: pb.StepCosts) -> StepCosts | None:
         message.num_steps,
         message.mean_error if message.HasField("mean_error") else None,
         message.upper_ratio,
+        SOURCES_FROM_PB.get(message.source) or _assumed_source(message.num_steps),
     )
+
+
+def _assumed_source(num_steps: int) -> FactorSource:
+    """Of a version that did not say so, and began with the roofline."""
+    return FactorSource.FITTED if num_steps >= ENOUGH_STEPS else FactorSource.ROOFLINE
 
 
 def encode_costs_to_pb(costs: EncodeCosts | None) -> pb.EncodeCosts | None:

@@ -10,6 +10,7 @@
     │   ├── ImageCacheTooSmall  nor the memory for embeddings of pictures
     │   ├── NotOnGpu            the model or a setting is none that a GPU computes
     │   ├── NotOnCpu            a setting is none that a CPU computes with
+    │   ├── ProfileError        a profile file: fields that are missing or wrong
     │   ├── InvalidGrammar      a request's grammar says nothing that can be followed
     │   ├── ImageRejected       a picture of a request cannot be used; only that request fails
     │   └── SharingUnsupported  the device cannot be shared that way
@@ -161,6 +162,18 @@ class NotOnCpu(CallerError):
 
     def __str__(self) -> str:
         return f"{self.feature} is not supported on a CPU; {self.remedy}, or a GPU"
+
+
+class ProfileError(CallerError):
+    """The profile in `file` cannot be used; each problem begins with the field that it is about."""
+
+    def __init__(self, file: str, problems: tuple[str, ...]) -> None:
+        super().__init__(file, problems)
+        self.file = file
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(f"{self.file}: {problem}" for problem in self.problems)
 
 
 class InvalidGrammar(CallerError):

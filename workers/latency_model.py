@@ -10,7 +10,7 @@ attention is computed. The parts do not hide each other: on an H100 they come on
 figures). c0 is what a step costs whatever it computes; on a CPU that is, most of all, reading the weights.
 
 The four factors follow the steps that are observed, by least squares that forget, beside a prior that does not: a model that has
-seen nothing is the roofline, and one that has seen one kind of step changes little about the others. It forgets what new steps are
+seen nothing is its profile or, without one, the roofline, and one that has seen one kind of step changes little about the others. It forgets what new steps are
 about, and the rest ten times slower (directional forgetting: Cao and Schwartz, Automatica 36, 2000).
 
 Sources: roofline model (Williams, Waterman, Patterson, CACM 2009); factors over a roofline, and rates by share of the SMs:
@@ -22,10 +22,18 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from workers.step_shape import Curve, DeviceShape, EncodeCosts, ModelShape, StepCosts, StepShape, chunk
+from workers.step_shape import (
+    ENOUGH_STEPS,
+    Curve,
+    DeviceShape,
+    EncodeCosts,
+    FactorSource,
+    ModelShape,
+    StepCosts,
+    StepShape,
+    chunk,
+)
 
-#: Steps after which a model is believed.
-ENOUGH_STEPS = 30
 #: Steps of the past that count: of those of one kind, the weight of one halves after about 0.7 times as many.
 MEMORY_STEPS = 500
 #: Of what is known about anything else, after one step: a machine that gets slower is slower at all.
@@ -92,17 +100,20 @@ def roofline(
 class Factors:
     """What the parts of a prediction are multiplied with: they learn, and know how far off they are.
 
-    Each starts at 1, with a standard deviation of `deviation`. is_learning: off, they stay.
+    Each starts at 1, or as `start` has it, with a standard deviation of `deviation`. is_learning: off, they stay.
     """
 
-    def __init__(self, deviation: tuple[float, ...], *, is_learning: bool = True) -> None:
+    def __init__(
+        self, deviation: tuple[float, ...], start: Parts | None = None, *, is_learning: bool = True
+    ) -> None:
         self.num_observed = 0
         #: Mean of |predicted - measured| / measured, over the last ones; None before the first.
         self.mean_error: float | None = None
         #: What is measured is more than predicted times this in about a tenth of all cases.
         self.upper_ratio = 1.0
         #: Plain numbers: arrays of four cost more than what is computed with them.
-        self.values: Parts = (1.0,) * len(deviation)
+        self.values: Parts = start or (1.0,) * len(deviation)
+        self._start: Vector = np.array(self.values)
         #: What the prior weighs, beside one for each thing that was seen.
         self._prior: Vector = NOISE_VARIANCE / np.square(np.array(deviation))
         self._products: Vector = np.zeros((len(deviation), len(deviation)))
@@ -155,7 +166,7 @@ class Factors:
 
     def _solve(self) -> Vector:
         """Least squares with the prior. Who would be negative is 0, and the others are found without it."""
-        products, targets = self._products + np.diag(self._prior), self._targets + self._prior
+        products, targets = self._products + np.diag(self._prior), self._targets + self._prior * self._start
         is_kept = np.ones(len(targets), np.bool_)
         while True:
             values: Vector = np.zeros(len(targets))
@@ -166,12 +177,25 @@ class Factors:
 
 
 class LatencyModel:
-    """Predicts steps and transfers, learns from steps, and knows its error. is_learning: off, it is the roofline."""
+    """Predicts steps and transfers, learns from steps, and knows its error. is_learning: off, it is the roofline.
+
+    It is believed unless its source is the roofline.
+    """
 
     def __init__(self, model: ModelShape, device: DeviceShape, *, is_learning: bool = True) -> None:
         self.model = model
         self.device = device
         self._factors = Factors(PRIOR_DEVIATION, is_learning=is_learning)
+        self._first_source = FactorSource.ROOFLINE
+
+    @classmethod
+    def profiled(cls, costs: StepCosts) -> Self:
+        """Begins with what a profile has, and learns from its own steps."""
+        found = cls(costs.model, costs.device)
+        found._factors = factors = Factors(PRIOR_DEVIATION, costs.factors)
+        factors.mean_error, factors.upper_ratio = costs.mean_error, costs.upper_ratio
+        found._first_source = FactorSource.PROFILE
+        return found
 
     @classmethod
     def fitted(cls, costs: StepCosts) -> Self:
@@ -181,14 +205,26 @@ class LatencyModel:
         factors.values = costs.factors
         factors.num_observed, factors.mean_error = costs.num_steps, costs.mean_error
         factors.upper_ratio = costs.upper_ratio
+        found._first_source = costs.source
         return found
 
     def costs(self) -> StepCosts:
         """All of it, as of now."""
         c0, c1, c2, c3 = self.factors
         return StepCosts(
-            self.model, self.device, (c0, c1, c2, c3), self.num_observed, self.mean_error, self.upper_ratio
+            self.model,
+            self.device,
+            (c0, c1, c2, c3),
+            self.num_observed,
+            self.mean_error,
+            self.upper_ratio,
+            self.source,
         )
+
+    @property
+    def source(self) -> FactorSource:
+        """Of the factors."""
+        return FactorSource.FITTED if self.num_observed >= ENOUGH_STEPS else self._first_source
 
     @property
     def factors(self) -> tuple[float, ...]:

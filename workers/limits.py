@@ -49,6 +49,8 @@ CARRYING_TRANSPORTS = frozenset({TransportChoice.AUTO, TransportChoice.GRPC})
 #: What matrices may be kept in, by where they are.
 CPU_DTYPES = ("float32", "bfloat16", "int8")
 GPU_DTYPES = ("float32", "bfloat16", "float16", "fp8")
+#: Of one number of them.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "fp8": 1.0}
 
 
 def is_computed_in(dtype: str, *, is_on_gpu: bool) -> bool:

@@ -1,20 +1,16 @@
-"""Shapes of what a worker has loaded and of where it computes, for its latency model. Pure."""
+"""Shapes of what a worker has loaded and of where it computes, and the latency model that it begins with. Pure."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import PurePath
 
 from workers.api import WeightDtype
+from workers.errors import ProfileError
 from workers.known_gpu import H100
+from workers.latency_model import LatencyModel
+from workers.limits import WEIGHT_BYTES
 from workers.model.config import ModelConfig
-from workers.step_shape import DeviceShape, ModelShape
+from workers.step_shape import DeviceShape, ModelShape, StepCosts
 
-WEIGHT_BYTES = {
-    WeightDtype.FLOAT32: 4.0,
-    WeightDtype.BFLOAT16: 2.0,
-    WeightDtype.FLOAT16: 2.0,
-    WeightDtype.INT8: 1.0,
-    WeightDtype.FP8: 1.0,
-}
 #: Of one output of a matrix in fp8.
 SCALE_BYTES = 4
 #: Of one number of the LM head, where it is kept otherwise than the layers.
@@ -69,3 +65,31 @@ def gpu_shape(name: str, memory_bytes: int, dtype: WeightDtype = WeightDtype.BFL
     """Of any GPU, before it was measured: an H100's, curves by share of the SMs included. dtype: of the weights that it multiplies."""
     speed_up = FP8_SPEED_UP if dtype is WeightDtype.FP8 else 1.0
     return replace(H100, name=name, memory_bytes=memory_bytes, flops_per_s=H100.flops_per_s * speed_up)
+
+
+def first_latency(
+    profile: StepCosts | None, model: ModelShape, device: DeviceShape
+) -> tuple[LatencyModel, str | None]:
+    """What a worker with this model on this device begins with, and why not with the profile; None with it, and where there is none.
+
+    Raises ProfileError: one of another model is nobody's. One of another device may be another worker's of the same group.
+    """
+    if profile is None:
+        return LatencyModel(model, device), None
+    if not profile.is_of(model, profile.device):
+        there, here = asdict(profile.model), asdict(model)
+        parts = [
+            f"{key} {there[key]:g} and not {here[key]:g}"
+            for key in here
+            if key != "name" and there[key] != here[key]
+        ]
+        remedy = "`phasewise calibrate` writes one, with the same model, --weight-dtype and --kv-dtype"
+        raise ProfileError(
+            f"profile of {profile.model.name}",
+            (f"is of another model than {model.name}: {', '.join(parts)}; {remedy}",),
+        )
+    if not profile.is_of(model, device):
+        return LatencyModel(model, device), f"it is of {profile.device.name}, and this is {device.name}"
+    # How fast it is was measured there; how much memory it has is this one's.
+    own_device = replace(profile.device, memory_bytes=device.memory_bytes)
+    return LatencyModel.profiled(replace(profile, model=model, device=own_device)), None

@@ -41,7 +41,7 @@ from workers.errors import (
 )
 from workers.latency_model import LatencyModel
 from workers.limits import CPU_DTYPES, SPLIT_PHASES, is_computed_in, why_mixed
-from workers.loaded_shapes import cpu_shape, model_shape
+from workers.loaded_shapes import cpu_shape, first_latency, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.llama import Llama
 from workers.model.prepare import Part, PreparedModel, load_weights, prepare
@@ -129,7 +129,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu, ProfileError and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
     be had.
     """
     _check_transport(spec)
@@ -191,6 +191,15 @@ def _loaded_text(
 ) -> LoadedText:
     config = prepared.config
     kv_cache, layout = placed.kv_cache, placed.layout
+    latency, problem = first_latency(
+        spec.profile,
+        model_shape(
+            config, spec.model_source, spec.engine.weight_dtype, kv_value_bytes=DTYPE_BYTES[layout.dtype]
+        ),
+        placed.shape,
+    )
+    if problem is not None:
+        logger.warning("profile_unused reason=%r", problem)
     compiler = GrammarCompiler(prepared.tokenizer_json, config.vocab_size, config.eos_token_ids)
     grammars = GrammarTools(GrammarStates(compiler), GrammarMasks(config.vocab_size))
     packer = _packer(kv_cache, spec)
@@ -229,12 +238,7 @@ def _loaded_text(
             max_graph_tokens=MAX_MIXED_TOKENS,
             fixed=spec.kv_transfer.layer_group_size,
         ),
-        latency=LatencyModel(
-            model_shape(
-                config, spec.model_source, spec.engine.weight_dtype, kv_value_bytes=DTYPE_BYTES[layout.dtype]
-            ),
-            placed.shape,
-        ),
+        latency=latency,
         num_blocks=kv_cache.shape[2],
         compiler=compiler,
         model_digest=prepared.digest,

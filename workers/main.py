@@ -12,7 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from pathlib import Path
 
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import TransportChoice
@@ -35,9 +37,10 @@ from workers.api import (
     WorkerSpec,
     WorkerState,
 )
-from workers.errors import PhasewiseWorkerError
+from workers.errors import PhasewiseWorkerError, ProfileError
 from workers.launch_environment import missing_variables
 from workers.limits import KIB, MIB
+from workers.step_shape import StepCosts
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
@@ -51,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(problem)
     logging.basicConfig(level=arguments.log_level.upper(), format=LOG_FORMAT)
     try:
-        asyncio.run(_serve(_spec(arguments)))
+        spec = _spec(arguments)
+        if arguments.profile is not None:
+            spec = replace(spec, profile=_profile(arguments.profile, spec))
+        asyncio.run(_serve(spec))
     except PhasewiseWorkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -120,6 +126,25 @@ def _phase_sharing_problem(arguments: argparse.Namespace) -> str | None:
     if arguments.phase_sharing == PhaseSharing.MIXED or why is None:
         return None
     return f"argument --phase-sharing: is {arguments.phase_sharing}; it must be mixed {why}"
+
+
+def _profile(path: Path, spec: WorkerSpec) -> StepCosts:
+    """Raises ProfileError."""
+    from workers import profile  # brings pydantic
+
+    found, engine = profile.read(path), spec.engine
+    problem = profile.misfit(
+        found,
+        model_source=spec.model_source,
+        is_on_gpu=spec.device is Device.CUDA,
+        num_threads=engine.num_threads,
+        tensor_parallel=engine.tensor_parallel,
+        weight_dtype=engine.weight_dtype,
+        kv_dtype=engine.kv_dtype,
+    )
+    if problem is not None:
+        raise ProfileError(str(path), (problem,))
+    return found.costs
 
 
 async def _serve(spec: WorkerSpec) -> None:
@@ -236,6 +261,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_options(parser)
     _add_kv_transfer_options(parser)
     _add_word(parser, "--device", Device.CPU, "what it computes with")
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="of `phasewise calibrate`: what the latency model begins with",
+    )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="on stderr")
     return parser
 

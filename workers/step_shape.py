@@ -3,8 +3,11 @@
 A worker tells of its fitted model in these terms; `latency_model` predicts from them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
+#: Steps after which a model is believed that begins with the roofline, and one that begins with a profile is its own.
+ENOUGH_STEPS = 30
 #: (share of the SMs, share of the whole device's rate that they reach), shares ascending; straight lines between, from (0, 0)
 #: to (1, 1).
 Curve = tuple[tuple[float, float], ...]
@@ -112,12 +115,23 @@ class DeviceShape:
     contention: Contention = Contention()
 
 
+class FactorSource(StrEnum):
+    """Where the factors of a latency model come from, the best one first."""
+
+    #: Enough steps of its own.
+    FITTED = "fitted"
+    #: What `phasewise calibrate` measured, and the few steps that there were.
+    PROFILE = "profile"
+    #: The shapes of device and model, and the few steps that there were: nothing is decided by it.
+    ROOFLINE = "roofline"
+
+
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """A fitted latency model: all that a prediction needs, and how far off its predictions are.
 
-    factors: c0 to c3. mean_error: of |predicted - measured| / measured, None before the first step. upper_ratio: a tenth of all
-    steps takes longer than so many times what was predicted.
+    factors: c0 to c3. mean_error: of |predicted - measured| / measured; before the first step that of the profile, or None.
+    upper_ratio: a tenth of all steps takes longer than so many times what was predicted.
     """
 
     model: ModelShape
@@ -126,6 +140,11 @@ class StepCosts:
     num_steps: int
     mean_error: float | None
     upper_ratio: float
+    source: FactorSource = FactorSource.FITTED
+
+    def is_of(self, model: ModelShape, device: DeviceShape) -> bool:
+        """Whether it is of such a model, whatever that is called, and such a device."""
+        return replace(self.model, name=model.name) == model and self.device.name == device.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ from workers.api import (  # noqa: E402
 )
 from workers.block_hash import root_hash  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
+from workers.step_shape import FactorSource  # noqa: E402
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 NUM_WORKERS, NUM_BLOCKS, BLOCK_SIZE = 256, 2**20, 16
@@ -78,7 +79,7 @@ def worker_view(name: str, rng: random.Random) -> WorkerView:
     latency = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
     c0, c1, c2, c3 = (rng.uniform(0.9, 1.1) * factor for factor in latency.factors)
     work = PhaseWork(num_decoding=32, decode_context=32 * rng.randrange(100, 8000))
-    costs = replace(latency.costs(), factors=(c0, c1, c2, c3), num_steps=1000)
+    costs = replace(latency.costs(), factors=(c0, c1, c2, c3), source=FactorSource.FITTED)
     status = WorkerStatus(WorkerId(name), 1, BOTH, WorkerState.READY, step_costs=costs, work=work)
     return WorkerView(WorkerId(name), 1, BOTH, LifecycleState.READY, f"{name}:1", status=status)
 

@@ -38,6 +38,7 @@ from workers.api import (  # noqa: E402
     WorkerStatus,
 )
 from workers.latency_model import LatencyModel  # noqa: E402
+from workers.step_shape import FactorSource  # noqa: E402
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 TICK_S = 0.5
@@ -45,7 +46,7 @@ TICK_S = 0.5
 
 def measure(num_workers: int, num_ticks: int) -> dict[str, float]:
     """Milliseconds of one tick."""
-    costs = replace(LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"]).costs(), num_steps=1000)
+    costs = replace(LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"]).costs(), source=FactorSource.FITTED)
     declared = tuple(
         DeclaredWorker(
             WorkerId(f"w{i}"), P if i % 2 else D, "m", WorkerResources(1), EngineConfig(), KvTransferConfig()

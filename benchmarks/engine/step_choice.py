@@ -30,13 +30,13 @@ from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.plan import PlannedRequest  # noqa: E402
 from orchestrator.bench.summary import summarise  # noqa: E402
 from orchestrator.bench.trace import TraceRow, read_trace  # noqa: E402
-from orchestrator.control import profile  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.sim.capacity import estimate  # noqa: E402
 from orchestrator.sim.coarse_loads import of_trace  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
+from workers import profile  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, PrefillOrder, StepBudget, WorkerId  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
 from workers.step_shape import DeviceShape, chunk, decodes  # noqa: E402

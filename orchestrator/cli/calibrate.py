@@ -13,9 +13,9 @@ from typing import Any
 from orchestrator.bench.machine import describe_machine
 from orchestrator.cli import arguments, exit_codes
 from orchestrator.cli.progress import shown_progress
-from orchestrator.control.profile import FORMAT, Profile, from_json, to_json
 from workers.api import Device, KvDtype, WeightDtype
 from workers.limits import CPU_DTYPES, GPU_DTYPES
+from workers.profile import FORMAT, Profile, from_json, to_json
 
 #: Of a device, how weights may be kept, and how they are when nobody says.
 WEIGHT_DTYPES = {Device.CPU: CPU_DTYPES, Device.CUDA: GPU_DTYPES}

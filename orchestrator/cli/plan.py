@@ -10,7 +10,7 @@ from pathlib import Path
 from orchestrator.bench.trace import read_trace
 from orchestrator.cli import arguments, exit_codes, step_times, table
 from orchestrator.control.slo import Slo
-from orchestrator.errors import ProfileError, TraceError
+from orchestrator.errors import TraceError
 from orchestrator.manifest.engine import MIB
 from orchestrator.manifest.load import load as load_manifest
 from orchestrator.planner import load as loads
@@ -21,6 +21,7 @@ from orchestrator.planner.search import Found, search
 from orchestrator.planner.shapes import Family, grids
 from orchestrator.sim.capacity import MAX_SEEDS, Estimate
 from orchestrator.sim.coarse_costs import why_not_encoding
+from workers.errors import ProfileError
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-plan/v1"

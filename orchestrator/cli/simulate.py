@@ -20,7 +20,7 @@ from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, sw
 from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control.admission import Admission
 from orchestrator.control.slo import Slo
-from orchestrator.errors import ManifestError, ProfileError, TraceError
+from orchestrator.errors import ManifestError, TraceError
 from orchestrator.manifest.declare import extra_workers, scaling_of, switch_mode_of, worker_specs
 from orchestrator.manifest.load import load
 from orchestrator.manifest.models import Deployment
@@ -31,6 +31,7 @@ from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
 from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
+from workers.errors import ProfileError
 from workers.latency_model import LatencyModel
 
 FORMAT = "phasewise-simulation/v1"

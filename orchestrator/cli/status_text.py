@@ -280,7 +280,7 @@ def _learned(status: WorkerStatus) -> str:
     found = []
     steps, batches = status.step_costs, status.encode_costs
     if steps is not None and steps.mean_error is not None:
-        found.append(f"step model: {steps.mean_error:.0%} off, {steps.num_steps:,} steps")
+        found.append(f"step model: {steps.source}, {steps.mean_error:.0%} off, {steps.num_steps:,} steps")
     if batches is not None and batches.mean_error is not None:
         found.append(f"encode model: {batches.mean_error:.0%} off, {batches.num_batches:,} batches")
     return ", ".join(found)

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from orchestrator.control import profile
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.errors import ProfileError
+from workers import profile
 from workers.latency_model import LatencyModel
 
 DEFAULT_MODEL, DEFAULT_DEVICE = "llama-3-8b", "h100"
@@ -39,14 +38,7 @@ def latency_of(args: argparse.Namespace) -> LatencyModel:
     if args.profile is None:
         model, device = MODELS[args.model or DEFAULT_MODEL], DEVICES[args.device or DEFAULT_DEVICE]
         return LatencyModel(model, device, is_learning=False)
-    try:
-        text = args.profile.read_text(encoding="utf-8")
-    except OSError as error:
-        why = f"cannot be read: {error.strerror}"
-        raise ProfileError(str(args.profile), (f"{why}; {profile.WRITTEN_BY}",)) from error
-    except UnicodeDecodeError as error:
-        raise ProfileError(str(args.profile), (f"is no profile: {error}; {profile.WRITTEN_BY}",)) from error
-    return LatencyModel.fitted(profile.from_json(text, file=str(args.profile)).costs)
+    return LatencyModel.fitted(profile.read(args.profile).costs)
 
 
 def device_option(args: argparse.Namespace) -> str:

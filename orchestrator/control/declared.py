@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from workers.api import Device, EngineConfig, KvTransferConfig, PhaseSet, WorkerId, WorkerSpec
+from workers.step_shape import StepCosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class DeclaredWorker:
     engine: EngineConfig
     kv_transfer: KvTransferConfig
     device: Device = Device.CPU
+    #: What its latency model begins with; None: the roofline.
+    profile: StepCosts | None = None
 
     def spec(self, incarnation: int, bind_host: str) -> WorkerSpec:
         """What a process of this worker is started with; it binds a free port of `bind_host`."""
@@ -38,6 +41,7 @@ class DeclaredWorker:
             engine=self.engine,
             kv_transfer=self.kv_transfer,
             device=self.device,
+            profile=self.profile,
         )
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from orchestrator.control.view import ClusterView
 from workers.api import EngineConfig, Phase, WorkerId
-from workers.latency_model import ENOUGH_STEPS
 from workers.step_cost import StepCost
-from workers.step_shape import StepCosts
+from workers.step_shape import FactorSource, StepCosts
 
 #: Of workers whose budget nobody has told.
 DEFAULT_BUDGET = EngineConfig().token_budget
@@ -61,14 +61,13 @@ class PrefillSpeed:
 
 
 def most_learnt(view: ClusterView) -> StepCosts | None:
-    """Of the worker that has seen most steps; None while none has seen enough."""
+    """Of the worker that has seen most steps, of those that have seen enough or begin with a profile; None where there is none."""
     found = [
         worker.status.step_costs
         for worker in view.workers
-        if worker.status is not None and worker.status.step_costs is not None
+        if worker.status is not None and _is_believed(worker.status.step_costs)
     ]
-    best = max(found, key=lambda costs: costs.num_steps, default=None)
-    return None if best is None or best.num_steps < ENOUGH_STEPS else best
+    return max(found, key=lambda costs: costs.num_steps, default=None)
 
 
 def prefill_speeds(view: ClusterView, budgets: Mapping[WorkerId, int]) -> dict[WorkerId, PrefillSpeed] | None:
@@ -90,10 +89,14 @@ def prefill_speeds(view: ClusterView, budgets: Mapping[WorkerId, int]) -> dict[W
         cost, context, status = shared, mean_context, worker.status
         if status is not None:
             own = status.step_costs
-            if own is not None and own.num_steps >= ENOUGH_STEPS:
+            if _is_believed(own):
                 cost = StepCost.learnt(own)
             if status.work.num_decoding:
                 context = status.work.decode_context / status.work.num_decoding
         budget = budgets.get(worker.worker_id, DEFAULT_BUDGET)
         found[worker.worker_id] = PrefillSpeed.of(cost, budget, context)
     return found
+
+
+def _is_believed(costs: StepCosts | None) -> TypeGuard[StepCosts]:
+    return costs is not None and costs.source is not FactorSource.ROOFLINE

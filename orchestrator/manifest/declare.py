@@ -27,7 +27,6 @@ from workers.api import (
     PrefillOrder,
     SpanReuseConfig,
     StepBudget,
-    WeightDtype,
     WorkerId,
 )
 from workers.limits import default_tile_tokens
@@ -71,6 +70,7 @@ def _worker(deployment: Deployment, group: WorkerGroup, number: int) -> Declared
         engine=_engine_config(group),
         kv_transfer=_kv_transfer_config(deployment.spec.kv_transfer),
         device=Device.CUDA if group.is_on_gpu else Device.CPU,
+        profile=group.profile.costs if group.profile is not None else None,
     )
 
 
@@ -113,12 +113,12 @@ def cpu_warnings(deployment: Deployment, num_machine_cpus: int | None = None) ->
     """
     groups = deployment.spec.workers
     warnings = [
-        f"spec.workers[{i}].engine.threads: is {_num_threads(group)} and resources.cpus is {group.resources.cpus:g}, "
+        f"spec.workers[{i}].engine.threads: is {group.num_threads} and resources.cpus is {group.resources.cpus:g}, "
         "which is all that Ray keeps for the worker: workers of one machine may get in each other's way"
         for i, group in enumerate(groups)
-        if _num_threads(group) > math.ceil(group.resources.cpus)
+        if group.num_threads > math.ceil(group.resources.cpus)
     ]
-    num_threads = sum(group.replicas * _num_threads(group) for group in groups)
+    num_threads = sum(group.replicas * group.num_threads for group in groups)
     if num_machine_cpus is not None and num_threads > num_machine_cpus:
         warnings.append(
             f"spec.workers: they compute with {num_threads} threads in all and this machine has {num_machine_cpus} "
@@ -150,7 +150,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         token_budget=engine.token_budget,
         max_running_sequences=engine.max_running_sequences,
         max_waiting_requests=engine.max_waiting_requests,
-        num_threads=_num_threads(group),
+        num_threads=group.num_threads,
         tensor_parallel=group.tensor_parallel,
         batching=Batching(engine.batching),
         prefill_order=PrefillOrder(engine.prefill_order),
@@ -161,7 +161,7 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         else engine.tile_tokens,
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
-        weight_dtype=_weight_dtype(group),
+        weight_dtype=group.weight_dtype,
         kv_dtype=KvDtype(engine.kv_dtype),
         host_cache_bytes=engine.host_cache_mib * MIB,
         host_cache_codec=HostCacheCodec(engine.host_cache_codec),
@@ -175,12 +175,6 @@ def _kv_cache_bytes(group: WorkerGroup) -> int:
     if group.engine.kv_cache_mib is not None:
         return group.engine.kv_cache_mib * MIB
     return 0 if group.is_on_gpu else EngineConfig().kv_cache_bytes
-
-
-def _weight_dtype(group: WorkerGroup) -> WeightDtype:
-    if group.engine.weight_dtype is not None:
-        return WeightDtype(group.engine.weight_dtype)
-    return WeightDtype.BFLOAT16 if group.is_on_gpu else WeightDtype.FLOAT32
 
 
 def _span_reuse(section: SpanReuse | None) -> SpanReuseConfig | None:
@@ -199,10 +193,6 @@ def _image_reduction(section: ImageReductionSection | None) -> ImageReduction | 
         section.key_fraction,
         section.layers,
     )
-
-
-def _num_threads(group: WorkerGroup) -> int:
-    return group.engine.threads or max(1, int(group.resources.cpus))
 
 
 def _kv_transfer_config(kv_transfer: KvTransfer) -> KvTransferConfig:

@@ -296,6 +296,12 @@ class Spec(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_profiles(self) -> Self:
+        found = [group.why_not_profiled(self.model.source) for group in self.workers]
+        inconsistent([(("workers", i, "profile"), why) for i, why in enumerate(found) if why is not None])
+        return self
+
+    @model_validator(mode="after")
     def _check_ways_of_groups(self) -> Self:
         transport = self.kv_transfer.transport
         most = max(group.tensor_parallel for group in self.workers)

@@ -1,12 +1,16 @@
-"""The keys of a group of workers, those of `engine` aside. Pure."""
+"""The keys of a group of workers, those of `engine` aside. A profile that is named is read here; all else is pure."""
 
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from orchestrator.manifest.engine import Engine
 from orchestrator.manifest.section import Allowed, Section, inconsistent
-from workers import limits
+from workers import limits, profile
+from workers.api import WeightDtype
+from workers.errors import ProfileError
 
 MAX_REPLICAS = 1000
 
@@ -16,6 +20,24 @@ Name = Annotated[
     Allowed("1 to 40 lower-case letters, digits and hyphens, the first a letter, the last no hyphen"),
 ]
 PhaseName = Literal["encode", "prefill", "decode"]
+
+
+def _read_profile(value: Any, info: ValidationInfo) -> profile.Profile:
+    if not isinstance(value, str):
+        raise PydanticCustomError("string_type", "is no path")
+    folder = (info.context or {}).get("folder") or Path()
+    try:
+        return profile.read(folder / Path(value).expanduser())
+    except ProfileError as error:
+        raise ValueError("; ".join(str(error).splitlines())) from error
+
+
+ProfileFile = Annotated[
+    profile.Profile,
+    PlainValidator(_read_profile),
+    WithJsonSchema({"type": "string"}),
+    Allowed("the path of a file that `phasewise calibrate` wrote"),
+]
 
 
 class Resources(Section):
@@ -58,6 +80,11 @@ class WorkerGroup(Section):
         "resources.gpus: 0 shares a GPU that Ray does not hand out.",
     )
     engine: Engine = Field(default_factory=Engine, description="Limits of one worker's engine.")
+    profile: ProfileFile | None = Field(
+        default=None,
+        description="What these workers' latency model begins with: measured for their model, device, dtypes and, on a CPU, threads. A relative "
+        "path starts at the folder of the manifest; the file is read where the manifest is. Default: the roofline of the device.",
+    )
 
     @model_validator(mode="after")
     def _check_phases(self) -> Self:
@@ -77,6 +104,32 @@ class WorkerGroup(Section):
         if self.engine.tensor_parallel is not None:
             return self.engine.tensor_parallel
         return max(1, self.resources.gpus) if self.is_on_gpu else 1
+
+    @property
+    def num_threads(self) -> int:
+        """`engine.threads`, with the default."""
+        return self.engine.threads or max(1, int(self.resources.cpus))
+
+    @property
+    def weight_dtype(self) -> WeightDtype:
+        """`engine.weightDtype`, with the default."""
+        if self.engine.weight_dtype is not None:
+            return WeightDtype(self.engine.weight_dtype)
+        return WeightDtype.BFLOAT16 if self.is_on_gpu else WeightDtype.FLOAT32
+
+    def why_not_profiled(self, model_source: str) -> str | None:
+        """Why its profile is none for it, with this model; None when it is, and without one."""
+        if self.profile is None:
+            return None
+        return profile.misfit(
+            self.profile,
+            model_source=model_source,
+            is_on_gpu=self.is_on_gpu,
+            num_threads=self.num_threads,
+            tensor_parallel=self.tensor_parallel,
+            weight_dtype=self.weight_dtype,
+            kv_dtype=self.engine.kv_dtype,
+        )
 
     @model_validator(mode="after")
     def _check_tensor_parallel(self) -> Self:

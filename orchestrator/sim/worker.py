@@ -43,7 +43,7 @@ from workers.engine.scheduler import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
-from workers.step_shape import ModelShape
+from workers.step_shape import ENOUGH_STEPS, FactorSource, ModelShape, StepCosts
 
 #: Steps that are worth a leap.
 MIN_LEAP = 2
@@ -146,10 +146,17 @@ class SimWorker:
         self._carry = world.network.carry
         self._timers = world.timers
         self._ready_at_s = self._timers.now_s + world.load_s
-        #: What its engine predicts by: it learns from its own steps, and begins with the roofline.
-        self._learnt = (
-            LatencyModel(world.model, self._latency.device) if _is_predicting(spec.engine) else None
-        )
+        own = spec.profile
+        #: What its latency model begins with; None: the roofline. A profile of what is not simulated says nothing here.
+        self._profile = own if own is not None and own.is_of(world.model, self._latency.device) else None
+        #: What its engine predicts by: it learns from its own steps.
+        self._learnt: LatencyModel | None = None
+        if _is_predicting(spec.engine):
+            self._learnt = (
+                LatencyModel(world.model, self._latency.device)
+                if self._profile is None
+                else LatencyModel.profiled(self._profile)
+            )
         layout = layout_of(world.model, spec.engine.block_size)
         self.engine = Engine(
             spec.engine,
@@ -235,10 +242,17 @@ class SimWorker:
             work=engine.work(),
             phase_epoch=self._phase_epoch,
             first_step_s=engine.first_step_s,
-            step_costs=replace(self._costs, num_steps=self.num_steps) if has_text else None,
+            step_costs=self._step_costs() if has_text else None,
             loaded=self._loaded,
         )
         return status if self.images is None else self.images.with_status(status)
+
+    def _step_costs(self) -> StepCosts:
+        """As a worker has learnt them that knows how long steps really take."""
+        num_steps = self.num_steps
+        first = FactorSource.ROOFLINE if self._profile is None else FactorSource.PROFILE
+        source = FactorSource.FITTED if num_steps >= ENOUGH_STEPS else first
+        return replace(self._costs, num_steps=num_steps, source=source)
 
     @property
     def _loaded(self) -> PhaseSet:

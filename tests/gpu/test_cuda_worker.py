@@ -34,6 +34,7 @@ from workers.api import Device, NgramDrafts, PhaseSet, Submit, WeightDtype, Work
 from workers.device.gpu import load_to_gpu
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, load_weights, prepare
+from workers.step_shape import FactorSource, StepCosts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,6 +82,26 @@ def test_a_worker_on_a_gpu_generates_what_transformers_does(model_path: Path) ->
             assert dict(zip(PROMPT_LENGTHS, found, strict=True)) == expected_tokens(model_path)
 
     asyncio.run(scenario())
+
+
+def test_a_worker_on_a_gpu_begins_with_a_profile_of_that_gpu_and_with_no_others(
+    model_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def costs(profile: StepCosts | None) -> StepCosts:
+        async with running_worker(replace(cuda_spec(model_path), profile=profile)) as worker:
+            found = (await worker.status()).step_costs
+            assert found is not None
+            return found
+
+    plain = asyncio.run(costs(None))
+    assert plain.source is FactorSource.ROOFLINE
+    device = replace(plain.device, compute_curve=((0.5, 0.9),), memory_curve=((0.5, 0.95),))
+    measured = StepCosts(plain.model, device, (2.3, 4.5, 1.6, 1.5), 100, 0.15, 1.3)
+    assert asyncio.run(costs(measured)) == replace(measured, num_steps=0, source=FactorSource.PROFILE)
+    assert "profile_unused" not in caplog.text
+    other = replace(measured, device=replace(device, name="another GPU"))
+    assert asyncio.run(costs(other)) == plain
+    assert "profile_unused" in caplog.text
 
 
 def test_no_kernel_is_compiled_once_a_worker_is_ready(

@@ -24,7 +24,7 @@ from tests.support.worker_client import (
     worker_spec,
 )
 from workers.api import PrefillOrder, RequestId, StepBudget, WorkerId
-from workers.latency_model import ENOUGH_STEPS
+from workers.step_shape import ENOUGH_STEPS
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 

@@ -8,12 +8,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.support.command import BOUND_S, User, press_ctrl_c, read_until
 from tests.support.tiny_model import write_tiny_gguf
+from tests.support.waiting import until_in_thread
 from workers.model.prepare import FORMAT_VERSION, default_cache_dir
 from workers.model.source import source_digest
 
@@ -100,6 +102,42 @@ def test_a_worker_that_cannot_load_is_one_clear_error(
     assert last.startswith("worker-0: "), up.stderr
     assert said in last
     assert _left_by(user) == []
+
+
+def test_a_worker_begins_with_the_profile_that_calibrate_wrote_and_goes_on_with_its_own_steps(
+    tmp_path: Path,
+) -> None:
+    user = User(tmp_path / "state")
+    model, profile = write_tiny_gguf(tmp_path / "tiny.gguf", seed=79), tmp_path / "profile.json"
+    calibrate = user.run("calibrate", "--model", str(model), "--out", str(profile))
+    assert calibrate.returncode == 0, calibrate.stderr
+    measured = json.loads(profile.read_text())["costs"]
+    manifest = tmp_path / "profiled.yaml"
+    text = MANIFEST.format(model=model, engine="kvCacheMiB: 8").replace("broken", "profiled")
+    manifest.write_text(text.replace("}}\n", "}, profile: profile.json}\n", 1))
+
+    def costs() -> dict[str, Any]:
+        status = json.loads(user.run("status", "profiled", "--json").stdout)
+        [worker] = status["report"]["view"]["workers"]
+        found: dict[str, Any] = worker["status"]["step_costs"]
+        return found
+
+    up = user.run("up", str(manifest))
+    try:
+        assert up.returncode == 0, up.stderr
+        # Workers have its content, and do not look for the file.
+        profile.unlink()
+        assert costs() == {**measured, "num_steps": 0, "source": "profile"}
+        shown = user.run("status", "profiled").stdout
+        assert f"worker-0: step model: profile, {measured['mean_error']:.0%} off, 0 steps" in shown
+        options = ("--name", "profiled", "--max-tokens", "60", "--ignore-eos")
+        asked = user.run("generate", "to sleep no more", *options)
+        assert asked.returncode == 0, asked.stderr
+        until_in_thread(lambda: costs()["source"] == "fitted", "its own steps come first")
+        assert costs()["factors"] != measured["factors"]
+    finally:
+        down = user.run("down", "profiled")
+    assert down.returncode == 0, down.stderr
 
 
 def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ import asyncio
 import re
 import signal
 import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,10 @@ from tests.support.worker_client import (
     greedy_submit,
     prompt,
 )
-from tests.support.worker_process import next_line, start_process
+from tests.support.worker_process import next_line, start_process, worker_processes
+from workers.api import Phase
+from workers.profile import read
+from workers.step_shape import FactorSource, StepCosts
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
@@ -40,6 +46,29 @@ def test_plain_process_serves_and_ends_on_sigterm(model_path: Path, reference: L
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
         assert process.stderr.read() == ""
+
+
+def test_plain_process_begins_with_the_profile_that_it_is_given(model_path: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    command = [sys.executable, "-m", "orchestrator", "calibrate", "--model", str(model_path), "--out"]
+    subprocess.run([*command, str(profile)], check=True, capture_output=True)
+
+    async def costs(address: str) -> StepCosts | None:
+        client = WorkerClient(address)
+        status = await client.status()
+        await client.close()
+        return status.step_costs
+
+    both = frozenset({Phase.PREFILL, Phase.DECODE})
+    option = ("--profile", str(profile))
+    with worker_processes(("a-0", both), model=model_path, arguments=[option]) as [worker]:
+        found, measured = asyncio.run(costs(worker.address)), read(profile).costs
+        assert found == replace(measured, num_steps=0, source=FactorSource.PROFILE)
+    arguments = ("--worker-id", "a-0", "--phases", "decode", "--model", str(model_path), *option)
+    with start_process(*arguments, "--threads", "2") as process:
+        _output, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"error: {profile}: is of a worker with threads: 1, and this one has 2" in errors
 
 
 def test_plain_process_names_what_is_wrong(model_path: Path) -> None:

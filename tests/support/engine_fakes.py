@@ -20,7 +20,7 @@ from workers.engine.messages import Output, TokensDecoded
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
-from workers.step_shape import DeviceShape, ModelShape, StepCosts
+from workers.step_shape import DeviceShape, FactorSource, ModelShape, StepCosts
 
 PREFILL = frozenset({Phase.PREFILL})
 DECODE = frozenset({Phase.DECODE})
@@ -42,9 +42,11 @@ STEP_MODEL = ModelShape("m", 1_000_000, 0, 4.0, 1, 16, 64)
 STEP_DEVICE = DeviceShape("cpu", 2e9, 1e15, 1e15, 0.01, 1e9, 1e9, is_reading_hidden=False)
 
 
-def learnt(num_steps: int = 100, mean_error: float = 0.0) -> LatencyModel:
+def learnt(
+    num_steps: int = 100, mean_error: float = 0.0, source: FactorSource = FactorSource.FITTED
+) -> LatencyModel:
     """A latency model that has seen so many such steps, and was so far off."""
-    costs = StepCosts(STEP_MODEL, STEP_DEVICE, (1.0, 1.0, 1.0, 1.0), num_steps, mean_error, 1.1)
+    costs = StepCosts(STEP_MODEL, STEP_DEVICE, (1.0, 1.0, 1.0, 1.0), num_steps, mean_error, 1.1, source)
     return LatencyModel.fitted(costs)
 
 

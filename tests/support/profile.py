@@ -1,7 +1,7 @@
 """A small profile."""
 
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.profile import Profile, ProfileStep
+from workers.profile import Profile, ProfileStep
 from workers.step_shape import StepCosts, chunk
 
 PROFILE = Profile(

@@ -16,9 +16,8 @@ from tests.support.worker_client import (
 )
 from workers.api import Device, PhaseSharing, StepBudget, WorkerSpec
 from workers.device import placing
-from workers.latency_model import ENOUGH_STEPS
 from workers.step_cost import StepCost
-from workers.step_shape import Contention, DeviceShape
+from workers.step_shape import ENOUGH_STEPS, Contention, DeviceShape
 
 PROMPT_LENGTHS = (1, 16, 17, 50, 131)
 NUM_TOKENS = 16

@@ -31,8 +31,9 @@ from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.slack_order import SlackOrder
 from workers.engine.span_reuse.rule import SpanReuse
 from workers.engine.step_budget import PredictedBudget, StepLimits
-from workers.latency_model import ENOUGH_STEPS, LatencyModel
+from workers.latency_model import LatencyModel
 from workers.step_cost import StepCost
+from workers.step_shape import FactorSource
 
 #: Prefill speed before any step was seen, in tokens a second, and how fast it follows what is seen.
 FIRST_PREFILL_RATE = 500.0
@@ -165,7 +166,7 @@ class Scheduler:
     def planned_s(self) -> float:
         """How long a step with the decodes is to be, by their targets; infinity for no limit."""
         latency, decodes = self._latency, self._batch.decodes
-        if latency is None or latency.num_observed < ENOUGH_STEPS:
+        if latency is None or latency.source is FactorSource.ROOFLINE:
             return math.inf
         context = sum(len(one.token_ids) for one in decodes)
         return self._limits.planned_s(StepCost.of(latency), decodes, context)

@@ -6,10 +6,10 @@ from typing import Protocol
 
 from workers.api import BlockCounts, Phase, PhaseWork
 from workers.device.sm_layouts import SmLayout
-from workers.latency_model import ENOUGH_STEPS, LatencyModel, rate_at
+from workers.latency_model import LatencyModel, rate_at
 from workers.step_choice import Head, Layout, Mixed, Step, StepChoice
 from workers.step_cost import StepCost
-from workers.step_shape import DeviceShape
+from workers.step_shape import DeviceShape, FactorSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class PredictedSharing:
     def step(self, _now_s: float, load: Load) -> Step:
         """See Sharing."""
         mixed, work = Mixed(self._max_tokens), load.work
-        if self._latency.num_observed < ENOUGH_STEPS or not work.num_decoding or not load.head.num_left:
+        if self._latency.source is FactorSource.ROOFLINE or not work.num_decoding or not load.head.num_left:
             return mixed
         cost = StepCost.of(self._latency)
         choice = StepChoice(cost, self._max_tokens, 1, 0, layouts=self._layouts)

@@ -6,9 +6,10 @@ from itertools import chain, groupby
 from workers.engine.batch import Batch
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.step_budget import StepLimits
-from workers.latency_model import ENOUGH_STEPS, LatencyModel
+from workers.latency_model import LatencyModel
 from workers.prompt_order import LEAST_SHARE, Due, LateTokens, Standing, TenantTokens, standings
 from workers.step_cost import StepCost
+from workers.step_shape import FactorSource
 
 #: Steps that pass beside the computing of a prompt: the one that runs, and half of the one in which its last token is.
 STEPS_AROUND = 1.5
@@ -112,7 +113,7 @@ class SlackOrder:
         """Seconds of a token, and of a pair of one and one that it attends to; the part of the time that prompts get; and how long a
         step is. num_tokens: of prompts that are there."""
         latency, decodes = self._latency, self._batch.decodes
-        if latency is None or latency.num_observed < ENOUGH_STEPS:
+        if latency is None or latency.source is FactorSource.ROOFLINE:
             return 1.0 / prefill_tokens_per_s, 0.0, 1.0, 0.0
         cost = StepCost.of(latency)
         context = sum(len(one.token_ids) for one in decodes)

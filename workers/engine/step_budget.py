@@ -4,9 +4,10 @@ import math
 
 from workers.api import EngineConfig, StepBudget
 from workers.engine.sequence import Sequence
-from workers.latency_model import ENOUGH_STEPS, LatencyModel
+from workers.latency_model import LatencyModel
 from workers.step_choice import Head, Mixed, StepChoice, StepPace
 from workers.step_cost import StepCost
+from workers.step_shape import FactorSource
 
 #: Part of the target for TPOT that is kept free at least; more when the latency model says that it is further off.
 MIN_ERROR = 0.05
@@ -70,7 +71,7 @@ class PredictedBudget:
     def budget(self, now_s: float, decodes: list[Sequence], first: Sequence) -> float:
         """In tokens of a prompt's beginning, beside these decodes; 0 leaves prompts out of this step. first: of the prompts."""
         latency = self._latency
-        if latency.num_observed < ENOUGH_STEPS:
+        if latency.source is FactorSource.ROOFLINE:
             return math.inf
         cost = StepCost.of(latency)
         num_decodes = len(decodes) + self._num_drafts

@@ -23,10 +23,10 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.latency_model import LatencyModel
-from workers.step_shape import EncodeCosts
+from workers.step_shape import EncodeCosts, FactorSource
 
 LEARNT = replace(
-    LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False).costs(), num_steps=1000
+    LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False).costs(), source=FactorSource.FITTED
 )
 SLO = Slo(1.0, 0.05)
 ALL = frozenset(Phase)

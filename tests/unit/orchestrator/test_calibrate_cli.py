@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import exit_codes, main
-from orchestrator.control.profile import from_json
 from tests.support.tiny_model import write_tiny_gguf
 from workers.latency_model import LatencyModel
+from workers.profile import from_json
 
 
 def test_a_model_is_measured_and_its_profile_written(

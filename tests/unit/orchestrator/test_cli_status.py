@@ -34,7 +34,7 @@ from workers.api import (
     WorkerState,
     WorkerStatus,
 )
-from workers.step_shape import EncodeCosts, StepCosts
+from workers.step_shape import EncodeCosts, FactorSource, StepCosts
 
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 PREFILL_0 = WorkerView(
@@ -240,13 +240,17 @@ def test_models_of_latency_are_shown_with_their_error_once_they_have_seen_someth
     batches = EncodeCosts(1e-3, 2e-3, 7, 0.12, 1.3)
     learned = with_status(PREFILL_0, step_costs=steps, encode_costs=batches)
     fresh = with_status(DECODE_0, step_costs=replace(steps, num_steps=0, mean_error=None))
-    report = replace(REPORT, view=replace(VIEW, workers=(learned, fresh)))
+    profiled = replace(steps, num_steps=0, source=FactorSource.PROFILE)
+    begun = with_status(replace(DECODE_0, worker_id=WorkerId("decode-1")), step_costs=profiled)
+    report = replace(REPORT, view=replace(VIEW, workers=(learned, fresh, begun)))
     shown = lines(DeploymentStatus(RUNNING, report))
     assert [line for line in shown if " model: " in line] == [
-        "  prefill-0: step model: 4% off, 1,234 steps, encode model: 12% off, 7 batches"
+        "  prefill-0: step model: fitted, 4% off, 1,234 steps, encode model: 12% off, 7 batches",
+        "  decode-1: step model: profile, 4% off, 0 steps",
     ]
     told = as_json(DeploymentStatus(RUNNING, report))["report"]["view"]["workers"][0]["status"]
     assert told["step_costs"]["factors"] == [1.0, 0.9, 1.2, 1.0]
+    assert told["step_costs"]["source"] == "fitted"
     assert told["step_costs"]["model"]["name"] == "smollm2-135m"
     assert json.dumps(told["encode_costs"])
 

@@ -10,6 +10,7 @@ from tests.support.gateway import CONFIG, collect, error_of, gateway, generate_r
 from tests.support.sim import by_token
 from tests.support.waiting import until
 from workers.api import WorkerState, WorkerStatus
+from workers.step_shape import FactorSource
 
 #: Nothing that waits for anything is in time.
 CONFIG_THAT_REFUSES = replace(CONFIG, slo=Slo(1e-9, 1.0), admission=Admission.PREDICTED)
@@ -26,7 +27,11 @@ def test_one_that_would_be_late_is_refused_with_the_time_to_come_back() -> None:
             first = it.client.Generate(generate_request(*PROMPT, max_tokens=2))
             await until(lambda: it.dispatcher.num_running == 1, "the first to run")
             status = WorkerStatus(
-                both.worker_id, 1, BOTH, WorkerState.READY, step_costs=replace(COSTS, num_steps=100)
+                both.worker_id,
+                1,
+                BOTH,
+                WorkerState.READY,
+                step_costs=replace(COSTS, num_steps=100, source=FactorSource.FITTED),
             )
             await it.publish(replace(both.view(), status=status))
             call = it.client.Generate(generate_request(*PROMPT, max_tokens=2))

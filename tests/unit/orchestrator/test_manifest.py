@@ -156,7 +156,7 @@ def test_a_misspelt_key_names_its_line_and_the_nearest_key() -> None:
         parse(MINIMAL + "      replcas: 2\n", file="m.yaml")
     assert str(caught.value) == (
         "m.yaml:11: spec.workers[0].replcas: unknown key; "
-        "allowed: name, phases, replicas, resources, device, engine; did you mean 'replicas'?"
+        "allowed: name, phases, replicas, resources, device, engine, profile; did you mean 'replicas'?"
     )
 
 

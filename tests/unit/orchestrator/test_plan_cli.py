@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import exit_codes, main
-from orchestrator.control import profile
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.manifest.load import load
 from tests.support.profile import PROFILE
+from workers import profile
 
 ROOT = Path(__file__).parents[3]
 AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"

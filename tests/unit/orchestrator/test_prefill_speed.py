@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.prefill_speed import (
     DEFAULT_BUDGET,
-    ENOUGH_STEPS,
     PrefillSpeed,
     most_learnt,
     prefill_speeds,
@@ -18,7 +17,7 @@ from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from workers.api import Phase, PhaseSet, PhaseWork, WorkerId, WorkerState, WorkerStatus
 from workers.latency_model import LatencyModel
 from workers.step_cost import StepCost
-from workers.step_shape import StepCosts
+from workers.step_shape import ENOUGH_STEPS, FactorSource, StepCosts
 
 PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 BOTH = PREFILL | DECODE
@@ -30,9 +29,11 @@ speeds = st.builds(PrefillSpeed, seconds, seconds, seconds, seconds, seconds, se
 numbers = st.integers(0, 10_000)
 
 
-def costs(num_steps: int = ENOUGH_STEPS, slowness: float = 1.0) -> StepCosts:
+def costs(
+    num_steps: int = ENOUGH_STEPS, slowness: float = 1.0, source: FactorSource = FactorSource.FITTED
+) -> StepCosts:
     c0, c1, c2, c3 = (slowness * factor for factor in LLAMA.factors)
-    return replace(LLAMA.costs(), factors=(c0, c1, c2, c3), num_steps=num_steps)
+    return replace(LLAMA.costs(), factors=(c0, c1, c2, c3), num_steps=num_steps, source=source)
 
 
 def worker(
@@ -74,10 +75,11 @@ def test_a_prompt_that_fits_a_step_takes_that_step() -> None:
 
 
 def test_a_worker_that_has_learnt_too_little_takes_what_the_most_learnt_one_has() -> None:
-    assert most_learnt(view(worker("a", learnt=costs(ENOUGH_STEPS - 1)))) is None
+    too_little = costs(ENOUGH_STEPS - 1, 9.0, FactorSource.ROOFLINE)
+    assert most_learnt(view(worker("a", learnt=too_little))) is None
     assert prefill_speeds(view(worker("a")), {}) is None
     seen = view(
-        worker("a", learnt=costs(ENOUGH_STEPS - 1, 9.0)),
+        worker("a", learnt=too_little),
         worker("b"),
         worker("c", learnt=costs(50, 3.0)),
         worker("d", learnt=costs(60, 2.0)),
@@ -91,6 +93,19 @@ def test_a_worker_that_has_learnt_too_little_takes_what_the_most_learnt_one_has(
         "d": 2,
     }
     assert (found[WorkerId("c")].budget_tokens, found[WorkerId("d")].budget_tokens) == (77, DEFAULT_BUDGET)
+
+
+def test_a_profile_is_believed_before_the_first_step_and_a_fitted_model_more() -> None:
+    profiled = worker("a", learnt=costs(0, 3.0, FactorSource.PROFILE))
+    rooflines = [
+        worker(name, learnt=costs(ENOUGH_STEPS - 1, 9.0, FactorSource.ROOFLINE)) for name in ("b", "c")
+    ]
+    found = prefill_speeds(view(profiled, *rooflines), {})
+    assert found is not None
+    assert {round(one.token_s / COST.token_s) for one in found.values()} == {3}
+    found = prefill_speeds(view(profiled, worker("b", learnt=costs(ENOUGH_STEPS, 2.0)), rooflines[1]), {})
+    assert found is not None
+    assert [round(found[WorkerId(name)].token_s / COST.token_s) for name in "abc"] == [3, 2, 2]
 
 
 def test_a_sequences_context_is_that_of_the_last_look() -> None:

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from orchestrator.cli import exit_codes, main
-from orchestrator.control import profile
 from tests.support.profile import PROFILE
+from workers import profile
 
 ROOT = Path(__file__).parents[3]
 AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"

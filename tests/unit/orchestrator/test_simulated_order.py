@@ -16,7 +16,7 @@ from orchestrator.sim.simulation import SimConfig
 from tests.support.sim import BOTH, ENGINE, SHAPES, load, random_load, run, worker
 from workers.api import EngineConfig, PrefillOrder, StepBudget
 from workers.latency_model import LatencyModel
-from workers.step_shape import DeviceShape
+from workers.step_shape import DeviceShape, StepCosts
 
 #: SmolLM2 on one core: 36 ms a step and 2.5 ms a token.
 CPU = LatencyModel(
@@ -54,6 +54,25 @@ def test_near_saturation_more_requests_meet_both_targets(seed: int) -> None:
     plan = chat(seed, rate_rps=2.0, num_requests=100)
     fixed = max(attainment(replace(SMALL, token_budget=budget), plan) for budget in (32, 64, 128, 256))
     assert attainment(PREDICTED, plan) > fixed
+
+
+def test_a_worker_begins_with_a_profile_of_what_is_simulated_and_with_no_other() -> None:
+    measured = StepCosts(CPU.model, CPU.device, (2.0, 2.0, 2.0, 2.0), 100, 0.05, 1.1)
+    other = replace(measured, model=MODELS["llama-3-8b"])
+    # Few steps: of its own it has not enough before the end.
+    plan = chat(seed=1, rate_rps=20.0, num_requests=8)
+    begun_with = {
+        name: asdict(
+            run(
+                [replace(worker("w0", BOTH, PREDICTED), profile=profile)],
+                plan,
+                LatencyModel.fitted(measured),
+                slo=SLO,
+            )[0]
+        )
+        for name, profile in (("roofline", None), ("other", other), ("profile", measured))
+    }
+    assert begun_with["other"] == begun_with["roofline"] != begun_with["profile"]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

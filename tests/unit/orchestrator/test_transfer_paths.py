@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.control.encode_split import EncoderMemory
 from orchestrator.control.known_shapes import DEVICES, MODELS
-from orchestrator.control.prefill_speed import ENOUGH_STEPS, prefill_speeds
+from orchestrator.control.prefill_speed import prefill_speeds
 from orchestrator.control.router import LoadLedger, Move, PromptLoad, Route, choose_decode, choose_route
 from orchestrator.control.transfer_paths import ANSWER_TOKENS, LEAST_BYTES, TransferPaths
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
@@ -25,10 +25,11 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.latency_model import LatencyModel
+from workers.step_shape import FactorSource
 
 P, D = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
 LLAMA = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
-COSTS = replace(LLAMA.costs(), num_steps=ENOUGH_STEPS)
+COSTS = replace(LLAMA.costs(), source=FactorSource.FITTED)
 KV = MODELS["llama-3-8b"].kv_token_bytes
 ADDRESSES = {"p": "a:1", "p2": "b:3", "near": "a:2", "far": "b:1", "far2": "b:2", "both": "c:1"}
 rates = st.one_of(st.floats(1e6, 1e12), st.sampled_from((0.0, -1.0, math.nan, math.inf)))

@@ -14,7 +14,7 @@ from workers.engine.sharing import Load, PredictedSharing, SharingLog, layouts_o
 from workers.latency_model import LatencyModel
 from workers.step_choice import Head, Layout, Mixed, Split
 from workers.step_cost import StepCost
-from workers.step_shape import Contention, StepCosts
+from workers.step_shape import Contention, FactorSource, StepCosts
 
 H100 = DEVICES["h100"]
 PHASES = (Phase.PREFILL, Phase.DECODE)
@@ -23,8 +23,8 @@ BLOCKS = BlockCounts(free=1, cached=0, in_use=0, leased=0, total=1)
 LAYOUTS = layouts_of(H100, [sms / 132 for sms in range(16, 120, 8)])
 
 
-def latency(num_steps: int = 100) -> LatencyModel:
-    costs = StepCosts(MODELS["llama-3-8b"], H100, (1.0, 1.0, 1.0, 1.0), num_steps, 0.05, 1.1)
+def latency(num_steps: int = 100, source: FactorSource = FactorSource.FITTED) -> LatencyModel:
+    costs = StepCosts(MODELS["llama-3-8b"], H100, (1.0, 1.0, 1.0, 1.0), num_steps, 0.05, 1.1, source)
     return LatencyModel.fitted(costs)
 
 
@@ -55,17 +55,18 @@ def test_on_an_h100_a_step_may_be_split_that_leaves_prompts_little_time() -> Non
 
 
 def test_a_split_is_taken_where_prompts_get_further_in_it() -> None:
-    sharing = PredictedSharing(latency(), (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
-    assert sharing.step(0.0, load(64, 64_000)) == Split(0.8, 0.2, 2048, 0)
+    for model in (latency(), latency(0, FactorSource.PROFILE)):
+        sharing = PredictedSharing(model, (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
+        assert sharing.step(0.0, load(64, 64_000)) == Split(0.8, 0.2, 2048, 0)
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "num", "left"),
-    [(3, 64, 5000), (100, 0, 5000), (100, 64, 0)],
+    ("source", "num", "left"),
+    [(FactorSource.ROOFLINE, 64, 5000), (FactorSource.PROFILE, 0, 5000), (FactorSource.PROFILE, 64, 0)],
     ids=["new", "no decodes", "no prompts"],
 )
-def test_there_is_nothing_to_split(num_steps: int, num: int, left: int) -> None:
-    sharing = PredictedSharing(latency(num_steps), (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
+def test_there_is_nothing_to_split(source: FactorSource, num: int, left: int) -> None:
+    sharing = PredictedSharing(latency(3, source), (Layout(0.8, 0.2, 0.95, 0.9),), 2048)
     assert isinstance(sharing.step(0.0, load(num, 1000 * num, left)), Mixed)
 
 

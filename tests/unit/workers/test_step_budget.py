@@ -13,7 +13,7 @@ from workers.api import Batching, PrefillOrder, StepBudget
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_budget import MAX_WAITS
 from workers.engine.step_records import shape_of
-from workers.latency_model import ENOUGH_STEPS
+from workers.step_shape import ENOUGH_STEPS, FactorSource
 
 PREDICTED = replace(CONFIG, step_budget=StepBudget.PREDICTED, token_budget=64, max_running_sequences=8)
 
@@ -68,8 +68,14 @@ def test_the_token_budget_is_never_passed() -> None:
     assert sizes(predicted(target_s=10.0), 3) == [60, 60, 60]
 
 
+def test_a_profile_counts_before_the_first_step() -> None:
+    begun = learnt(0, source=FactorSource.PROFILE)
+    assert sizes(predicted(latency=begun), 1) == sizes(predicted(latency=learnt()), 1) != [60]
+
+
 def test_before_the_model_has_learnt_and_without_targets_the_token_budget_holds() -> None:
-    assert sizes(predicted(latency=learnt(ENOUGH_STEPS - 1)), 1) == [60]
+    new = learnt(ENOUGH_STEPS - 1, source=FactorSource.ROOFLINE)
+    assert sizes(predicted(latency=new), 1) == [60]
     assert sizes(predicted(latency=None), 1) == [60]
     assert sizes(predicted(target_s=math.inf), 1) == [60]
     assert sizes(predicted(step_budget=StepBudget.FIXED), 1) == [60]

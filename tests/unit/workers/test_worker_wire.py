@@ -59,7 +59,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.kv_wire import ledger_from_pb, ledger_to_pb
-from workers.step_shape import Contention, DeviceShape, EncodeCosts, ModelShape, StepCosts
+from workers.step_shape import Contention, DeviceShape, EncodeCosts, FactorSource, ModelShape, StepCosts
 from workers.wire import (
     command_from_pb,
     command_to_pb,
@@ -249,6 +249,7 @@ STEP_COSTS = st.builds(
     INT32,
     ERRORS,
     RATIOS,
+    st.sampled_from(FactorSource),
 )
 ENCODE_COSTS = st.builds(EncodeCosts, st.floats(0, 1e6), st.floats(0, 1e6), INT32, ERRORS, RATIOS)
 GPUS = st.builds(
@@ -416,6 +417,16 @@ def test_what_a_newer_version_tells_of_kv_is_left_out_or_taken_for_the_careful_o
     assert status_from_pb(newer).step_costs is None
     ledger = ledger_from_pb(pb.KvLedger(entries=[pb.LedgerEntry(owner="x", kind=99, num_blocks=3)]))  # type: ignore[arg-type]
     assert ledger.entries == (LedgerEntry("x", LedgerKind.SEQUENCE, 3),)
+
+
+@pytest.mark.parametrize(("num_steps", "source"), [(29, FactorSource.ROOFLINE), (30, FactorSource.FITTED)])
+def test_an_older_worker_that_does_not_say_where_its_factors_come_from_had_no_profile(
+    num_steps: int, source: FactorSource
+) -> None:
+    older = pb.WorkerStatus(step_costs=pb.StepCosts(factors=[1.0] * 4, num_steps=num_steps))
+    found = status_from_pb(older).step_costs
+    assert found is not None
+    assert found.source is source
 
 
 def test_what_an_older_worker_leaves_out_of_a_transfer_is_empty() -> None:

@@ -1,15 +1,17 @@
-"""A profile file: how long steps take on one machine, as `phasewise calibrate` writes it and `phasewise simulate` reads it. Pure."""
+"""A profile file: how long steps take on one machine, as `phasewise calibrate` writes it."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from orchestrator.errors import ProfileError
+from workers.errors import ProfileError
+from workers.limits import WEIGHT_BYTES
 from workers.step_shape import Contention, Curve, DeviceShape, ModelShape, StepCosts, StepShape
 
 FORMAT = "phasewise-profile/v1"
@@ -102,6 +104,7 @@ class _Costs(_Section):
     num_steps: CountOrZero
     mean_error: NotNegative | None
     upper_ratio: Ratio
+    source: Literal["fitted"] = "fitted"
 
 
 class _Shape(_Section):
@@ -168,6 +171,55 @@ def from_json(text: str, *, file: str) -> Profile:
             for step in found.steps
         ),
     )
+
+
+def read(path: Path) -> Profile:
+    """The profile in a file. Raises ProfileError."""
+    file = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ProfileError(file, (f"cannot be read: {error.strerror}; {WRITTEN_BY}",)) from error
+    except UnicodeDecodeError as error:
+        raise ProfileError(file, (f"is no profile: {error}; {WRITTEN_BY}",)) from error
+    return from_json(text, file=file)
+
+
+def misfit(
+    profile: Profile,
+    *,
+    model_source: str,
+    is_on_gpu: bool,
+    num_threads: int,
+    tensor_parallel: int,
+    weight_dtype: str,
+    kv_dtype: str,
+) -> str | None:
+    """Why it is none for such a worker, as far as that is known before one has loaded its model, and what to do; None when nothing says so."""
+    costs, name = profile.costs, PurePath(model_source).name
+    if tensor_parallel > 1:
+        return f"is of one device, and the layers are spread over {tensor_parallel}, which nobody calibrates; leave it out"
+    where = "a GPU" if is_on_gpu else "a CPU"
+    bytes_each = costs.model.weight_bytes
+    if costs.model.name != name:
+        problem = f"is of {costs.model.name}, and the model is {name}"
+    elif costs.device.is_reading_hidden is not is_on_gpu:
+        problem = f"is of {costs.device.name}, and the worker computes on {where}"
+    elif not _is_kept_in(weight_dtype, bytes_each):
+        problem = f"is of weights of {bytes_each:g} bytes, and the worker keeps them in {weight_dtype}"
+    elif not is_on_gpu and profile.threads != num_threads:
+        problem = f"is of a worker with threads: {profile.threads}, and this one has {num_threads}"
+    else:
+        return None
+    command = f"phasewise calibrate --model {model_source} --weight-dtype {weight_dtype}"
+    command += f" --device cuda --kv-dtype {kv_dtype}" if is_on_gpu else f" --threads {num_threads}"
+    return f"{problem}; `{command}` writes one that fits"
+
+
+def _is_kept_in(weight_dtype: str, weight_bytes: float) -> bool:
+    least = WEIGHT_BYTES[weight_dtype]
+    # With fp8 the LM head is kept otherwise, and the mean is somewhere between.
+    return least <= weight_bytes < 2 * least if weight_dtype == "fp8" else weight_bytes == least
 
 
 def _sentences(errors: Sequence[ErrorDetails]) -> tuple[str, ...]:
