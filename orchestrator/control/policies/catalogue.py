@@ -125,11 +125,17 @@ def epd_queue(setting: Setting, order: MakeOrder) -> Policy:
 
 
 def mooncake(setting: Setting, order: MakeOrder) -> Policy:
-    """Half of the workers prefill, and encode, the others decode; where is the conductor's."""
+    """Half of the workers prefill, and encode, the others decode; where, and who is refused, is the conductor's."""
     half = setting.num_workers // 2
     prefill = P | E if setting.load.num_tiles else P
     shape = (prefill,) * half + (D,) * (setting.num_workers - half)
-    conductor = Conductor(setting.cost, setting.slo, kv_token_s=setting.kv_token_s, tile_s=setting.tile_s)
+    conductor = Conductor(
+        setting.cost,
+        setting.slo,
+        kv_token_s=setting.kv_token_s,
+        tile_s=setting.tile_s,
+        decode_s=setting.load.output_tokens * setting.slo.tpot_s,
+    )
     return Policy("mooncake", shape, order, conductor, PrefillFirst(PREFILL_TOKENS))
 
 

@@ -3,6 +3,8 @@
 The algorithms are distserve.py, epd_queue.py and mooncake.py; here is what calls them for a cluster's requests and workers.
 """
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,13 +92,21 @@ class EpdQueue:
 
 
 class Conductor:
-    """Mooncake's: prefill by queue, cached prefix and what fetching one takes; decode by predicted time of a token; else refused."""
+    """Mooncake's: prefill by queue, cached prefix and what fetching one takes; decode by the time of a token; early rejection by prediction.
 
-    def __init__(self, cost: StepCost, slo: Slo, *, kv_token_s: float, tile_s: float) -> None:
+    decode_s: for which each request is taken to decode.
+    """
+
+    def __init__(
+        self, cost: StepCost, slo: Slo, *, kv_token_s: float, tile_s: float, decode_s: float
+    ) -> None:
         self._cost = cost
         self._slo = slo
         self._kv_token_s = kv_token_s
         self._tile_s = tile_s
+        self._decode_s = decode_s
+        #: When the prefills of those that were taken end, as was predicted, without those that have left decode; the oldest first.
+        self._prefill_ends_s: deque[float] = deque()
 
     def place(self, now_s: float, prompt: Prompt, cluster: ClusterLoad) -> Placement | Reject:
         """See Placing."""
@@ -116,16 +126,45 @@ class Conductor:
             prefill_s=lambda tokens, known: cost.prompt_s(tokens - known, known),
             transfer_s=self._transfer_s,
         )
-        decode = min(cluster.decode, key=self._token_s)
-        why = mooncake.refusal(
-            chosen.ttft_s + self._tile_s * prompt.num_tiles, self._token_s(decode), self._slo
+        ttft_s = chosen.ttft_s + self._tile_s * prompt.num_tiles
+        why = mooncake.early_refusal(
+            ttft_s / self._slo.ttft_s, self._decode_load(now_s, now_s + ttft_s, prompt, cluster)
         )
         if why is not None:
-            return Reject(why, now_s + max(0.0, chosen.ttft_s - self._slo.ttft_s))
+            # Prefill has caught up by then, or the oldest has left decode.
+            oldest_s = self._prefill_ends_s[0] + self._decode_s if self._prefill_ends_s else now_s
+            late_s = ttft_s - self._slo.ttft_s
+            return Reject(why, now_s + late_s if late_s > 0 else max(now_s, oldest_s))
+        self._prefill_ends_s.append(now_s + ttft_s)
         fetch_from = by_id[chosen.fetched_from] if chosen.fetched_from is not None else None
         prefill = by_id[chosen.worker_id]
         encode = (prefill,) if Phase.ENCODE in prefill.phases else encoders(cluster, prompt, most=1)
+        decode = min(cluster.decode, key=self._token_s)
         return Placement(prefill, decode, encode if prompt.num_tiles else (), fetch_from)
+
+    def _decode_load(self, now_s: float, at_s: float, prompt: Prompt, cluster: ClusterLoad) -> float:
+        """Of the whole cluster when the prefill of this one ends, itself counted.
+
+        How many decode or will is seen; since each is taken to decode for as long, it is the oldest that have left.
+        """
+        num = sum(one.num_decoding + one.num_promised for one in cluster.workers)
+        context = sum(one.decode_context + one.promised_context for one in cluster.workers)
+        ends_s = self._prefill_ends_s
+        while len(ends_s) > num:
+            ends_s.popleft()
+        num_then = mooncake.predicted_decodes(
+            at_s=at_s,
+            decode_s=self._decode_s,
+            decode_began_s=[end_s for end_s in ends_s if end_s <= now_s],
+            prefill_ends_s=[*(end_s for end_s in ends_s if end_s > now_s), at_s],
+        )
+        tokens = (context + prompt.num_tokens) / (num + 1)
+        return mooncake.predicted_decode_load(
+            num_then,
+            len(cluster.decode),
+            tbt_s=lambda each: self._cost.step_s(math.ceil(each), round(each * tokens)),
+            target_s=self._slo.tpot_s,
+        )
 
     def _queue_s(self, worker: WorkerLoad) -> float:
         return self._cost.token_s * worker.prefill_tokens + self._tile_s * worker.encode_tiles

@@ -84,21 +84,55 @@ def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None
     assert not trigger.tick(12.0, cluster)
 
 
-def conductor() -> Conductor:
-    return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s)
+def conductor(decode_s: float = 2.0) -> Conductor:
+    return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s, decode_s=decode_s)
 
 
-def test_the_conductor_fetches_a_prefix_or_refuses() -> None:
+def test_the_conductor_fetches_a_prefix() -> None:
     cached = worker("cached", P, prefill_tokens=15_000)
     idle, decode = worker("idle", P), worker("d", D)
     cluster = ClusterLoad((cached, idle, decode))
     prompt = Prompt(0, 0.0, 9000, 0, SLO, "", lambda one: 8000 if one is cached else 0)
-    placed = conductor().place(0.0, prompt, cluster)
-    assert placed == Placement(idle, decode, (), cached)
-    decode.num_decoding, decode.decode_context = 250, 900_000
-    refused = conductor().place(0.0, prompt, cluster)
+    assert conductor().place(0.0, prompt, cluster) == Placement(idle, decode, (), cached)
+
+
+def test_the_conductor_refuses_by_the_queue_of_prefill() -> None:
+    cluster = ClusterLoad((worker("p", P, prefill_tokens=200_000), worker("d", D)))
+    refused = conductor().place(3.0, prompt(1000), cluster)
     assert isinstance(refused, Reject)
-    assert "a token would take" in refused.reason
+    assert "the load of prefill" in refused.reason
+    assert refused.earliest_s > 3.0
+
+
+def prompt(num_tokens: int) -> Prompt:
+    return Prompt(0, 0.0, num_tokens, 0, SLO, "", lambda _one: 0)
+
+
+def test_the_conductor_refuses_what_decode_could_not_take_when_it_gets_there() -> None:
+    decode, one = worker("d", D), conductor()
+    cluster = ClusterLoad((worker("p", P), decode))
+    taken = 0
+    # All at once: none decodes yet, so that the load of the moment is nothing.
+    while isinstance(found := one.place(0.0, prompt(2000), cluster), Placement):
+        taken += 1
+        decode.num_promised, decode.promised_context = taken, 2000 * taken
+        assert taken < 1000
+    assert "the load of decode" in found.reason
+    step_s = COSTS.step.step_s(taken + 1, 2000 * (taken + 1))
+    assert step_s > SLO.tpot_s >= COSTS.step.step_s(taken, 2000 * taken)
+    # Until they have decoded as long as each is taken to.
+    assert isinstance(one.place(1.9, prompt(2000), cluster), Reject)
+    assert isinstance(one.place(found.earliest_s, prompt(2000), cluster), Placement)
+
+
+def test_the_conductor_forgets_those_that_have_left_sooner_than_it_thought() -> None:
+    decode, one = worker("d", D), conductor(decode_s=1e6)
+    cluster = ClusterLoad((worker("p", P), decode))
+    while isinstance(one.place(0.0, prompt(2000), cluster), Placement):
+        decode.num_promised += 1
+        decode.promised_context += 2000
+    decode.num_promised = decode.promised_context = 0
+    assert isinstance(one.place(1.0, prompt(2000), cluster), Placement)
 
 
 def head() -> Head:
