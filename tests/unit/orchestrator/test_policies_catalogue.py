@@ -5,17 +5,20 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestrator.bench.trace import Trace, TraceRow
 from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
 from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
+from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting
 from tests.support.coarse import COSTS, SLO, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import Phase, WorkerId
-from workers.step_choice import Exclusive, Head, Split
+from workers.step_choice import Exclusive, Head, Layout, Split, Step
 
 SETTING = Setting(
     4,
@@ -40,6 +43,35 @@ def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
     assert len(served) >= (1 if name in {"mooncake", "phasewise", "phasewise_apart"} else len(result.records))
     for record in result.records:
         assert record.status == "OK" or "earliest in" in record.message
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), rate_rps=st.sampled_from((5.0, 40.0)), tpot_s=st.sampled_from((0.01, 0.03))
+)
+def test_the_shares_of_a_device_come_to_one_at_most_at_every_step(
+    name: str, seed: int, rate_rps: float, tpot_s: float
+) -> None:
+    """Those of semi_pd are limits of MPS processes, which may overlap: each is one at most."""
+    layouts = tuple(Layout(1 - share, share, 0.9, 0.9) for share in (0.25, 0.5, 0.75))
+    setting = replace(SETTING, slo=Slo(0.5, tpot_s), layouts=layouts)
+    one = POLICIES[name](setting, orders(COSTS.step, SLO)["fcfs"])
+    splits: list[Split] = []
+
+    class Watched:
+        def step(self, now_s: float, device: WorkerLoad, head: Head) -> Step:
+            step = one.stepping.step(now_s, device, head)
+            if isinstance(step, Split):
+                splits.append(step)
+            return step
+
+    run(replace(one, stepping=Watched()), random_load(seed, 40, rate_rps, has_images=True))
+    assert not splits or name in {"nexus", "semi_pd", "phasewise", "phasewise_apart"}
+    for step in splits:
+        assert 0 < step.prefill_share <= 1
+        assert 0 < step.decode_share <= 1
+        assert step.prefill_share + step.decode_share <= 1 + 1e-9 or name == "semi_pd"
 
 
 @pytest.mark.parametrize("name", POLICIES)
