@@ -4,7 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
-from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
+from orchestrator.control.policies.disaggregated import (
+    Conductor,
+    EpdQueue,
+    EpdSteady,
+    Workload,
+    distserve_shape,
+)
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.partitioned import NexusSteps, SemiPdSteps
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
@@ -124,6 +130,13 @@ def epd_queue(setting: Setting, order: MakeOrder) -> Policy:
     return Policy("epd_queue", setting.split, order, LeastLoaded(most_encoders=4), steps, EpdQueue().tick)
 
 
+def epd_steady(setting: Setting, order: MakeOrder) -> Policy:
+    """The same with the trigger that is ours."""
+    steady = EpdSteady(setting.cost, tile_s=setting.tile_s, output_tokens=setting.load.output_tokens)
+    steps = PrefillFirst(PREFILL_TOKENS)
+    return Policy("epd_steady", setting.split, order, LeastLoaded(most_encoders=4), steps, steady.tick)
+
+
 def mooncake(setting: Setting, order: MakeOrder) -> Policy:
     """Half of the workers prefill, and encode, the others decode; where, and who is refused, is the conductor's."""
     half = setting.num_workers // 2
@@ -174,6 +187,7 @@ POLICIES: dict[str, Callable[[Setting, MakeOrder], Policy]] = {
         semi_pd,
         nexus,
         epd_queue,
+        epd_steady,
         mooncake,
         phasewise,
         phasewise_apart,

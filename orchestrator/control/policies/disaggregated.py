@@ -80,15 +80,59 @@ class EpdQueue:
         }
         num = {phase: sum(phase in one.phases for one in cluster.workers) for phase in Phase}
         found = epd_queue.published_switch(queued, num)
-        if found is None or not num[found.target]:
+        return _donated(cluster, found) if found is not None and num[found.target] else ()
+
+
+class EpdSteady:
+    """The trigger that is ours, on seconds of work: what lacks room in decode is seen, and a worker moves where that pays.
+
+    output_tokens: mean of a request.
+    """
+
+    def __init__(self, cost: StepCost, *, tile_s: float, output_tokens: float) -> None:
+        self._cost = cost
+        self._tile_s = tile_s
+        self._output_tokens = output_tokens
+        self._trigger = epd_queue.SteadyTrigger(epd_queue.Settings())
+
+    def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
+        """What Policy.tick asks for."""
+        if any(worker.is_switching for worker in cluster.workers):
             return ()
-        donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
-        if not donors:
-            return ()
-        donor = min(
-            donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+        tiles = tokens = num_prefills = num_promised = context = 0
+        for one in cluster.workers:
+            tiles += one.encode_tiles
+            tokens += one.prefill_tokens
+            num_prefills += one.num_prefills
+            num_promised += one.num_promised
+            context += one.promised_context
+        # Promised are those in front of prefill too; of the others decode has taken none yet.
+        num_bridged = max(0, num_promised - num_prefills)
+        token_s = self._cost.decode_s + self._cost.context_s * context / max(1, num_promised)
+        work_s = {
+            Phase.ENCODE: (self._tile_s * tiles, 0.0),
+            Phase.PREFILL: (self._cost.token_s * tokens, 0.0),
+            Phase.DECODE: (0.0, num_bridged * self._output_tokens * token_s),
+        }
+        found = self._trigger.decide(
+            now_s,
+            {
+                phase: epd_queue.PhaseLoad(*work, sum(phase in one.phases for one in cluster.workers))
+                for phase, work in work_s.items()
+            },
         )
-        return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
+        return _donated(cluster, found) if found is not None else ()
+
+
+def _donated(cluster: ClusterLoad, found: epd_queue.Switch) -> Sequence[Switch]:
+    """By the worker of that phase alone which has least to do."""
+    donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
+    if not donors:
+        return ()
+    donor = min(
+        donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+    )
+    return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
 
 
 class Conductor:

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from orchestrator.bench.trace import Trace, TraceRow
 from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
-from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
+from orchestrator.control.policies.disaggregated import (
+    Conductor,
+    EpdQueue,
+    EpdSteady,
+    Workload,
+    distserve_shape,
+)
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
@@ -114,6 +120,31 @@ def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None
     (switch,) = trigger.tick(10.0, cluster)
     assert (switch.worker_id, switch.phases) == ("p0", E)
     assert not trigger.tick(12.0, cluster)
+
+
+def steady() -> EpdSteady:
+    return EpdSteady(COSTS.step, tile_s=COSTS.tile_s, output_tokens=60.0)
+
+
+def test_the_steady_trigger_sees_what_decode_lacks_room_for_and_does_not_mind_a_short_queue() -> None:
+    cluster = ClusterLoad((worker("e0", E), worker("p0", P), worker("p1", P), worker("d0", D)))
+    one = steady()
+    assert not any(one.tick(float(now_s), cluster) for now_s in range(30))
+    cluster.workers[0].encode_tiles = round(3.0 / COSTS.tile_s)
+    assert not any(one.tick(30.0 + now_s, cluster) for now_s in range(60))
+    cluster.workers[0].encode_tiles = 0
+    cluster.workers[3].num_promised, cluster.workers[3].promised_context = 50_000, 50_000_000
+    found = [switch for now_s in range(60) for switch in one.tick(90.0 + now_s, cluster)]
+    assert (found[0].worker_id, found[0].phases) == ("p0", D)
+    assert "decode needs" in found[0].reason
+
+
+def test_the_steady_trigger_does_not_count_for_decode_what_waits_for_prefill() -> None:
+    busy = worker("p0", P, prefill_tokens=4_000_000, num_prefills=2000)
+    cluster = ClusterLoad((worker("e0", E), worker("e1", E), busy, worker("d0", D, num_promised=2000)))
+    one = steady()
+    found = [switch for now_s in range(30) for switch in one.tick(float(now_s), cluster)]
+    assert [switch.phases for switch in found[:1]] == [P]
 
 
 def conductor(decode_s: float = 2.0) -> Conductor:
