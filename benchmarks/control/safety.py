@@ -42,8 +42,7 @@ from orchestrator.bench.trace import TraceRow  # noqa: E402
 from orchestrator.control.auto_switch import SwitchMode  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.policies.catalogue import POLICIES, Setting, orders  # noqa: E402
-from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
+from orchestrator.control.policies.catalogue import POLICIES, Setting, Workload, orders  # noqa: E402
 from orchestrator.control.policies.policy import Stepping, WorkerLoad  # noqa: E402
 from orchestrator.control.role_switch import SwitchRequest  # noqa: E402
 from orchestrator.control.scaling_config import ScalingConfig  # noqa: E402
@@ -218,7 +217,7 @@ def check_shares(seed: int) -> int:
         (BOTH,) * num_workers,
         COARSE_COSTS.kv_token_s,
         COARSE_COSTS.tile_s,
-        256,
+        (BOTH,) * num_workers,
         LAYOUTS,
     )
     name = rng.choice(DIVIDING)

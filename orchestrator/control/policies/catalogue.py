@@ -4,13 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
-from orchestrator.control.policies.disaggregated import (
-    Conductor,
-    EpdQueue,
-    EpdSteady,
-    Workload,
-    distserve_shape,
-)
+from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.partitioned import NexusSteps, SemiPdSteps
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
@@ -43,10 +37,20 @@ MakeOrder = Callable[[], Order]
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """Means of a load."""
+
+    prompt_tokens: float
+    output_tokens: float
+    num_tiles: float
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """What a policy is built for.
 
-    split: phases of workers that have one each, for policies that are told them. layouts: see PhasewiseConfig.
+    split: phases of workers that have one each, for policies that are told them. placed: what `distserve_shape` found for the
+    load. layouts: see PhasewiseConfig.
     """
 
     num_workers: int
@@ -56,7 +60,7 @@ class Setting:
     split: tuple[PhaseSet, ...]
     kv_token_s: float
     tile_s: float
-    max_sequences: int
+    placed: tuple[PhaseSet, ...]
     layouts: tuple[Layout, ...] = ()
 
     @property
@@ -101,16 +105,8 @@ def static_split(setting: Setting, order: MakeOrder) -> Policy:
 
 
 def distserve(setting: Setting, order: MakeOrder) -> Policy:
-    """One phase to a worker, as its placement search has it."""
-    shape = distserve_shape(
-        setting.num_workers,
-        setting.load,
-        slo=setting.slo,
-        cost=setting.cost,
-        tile_s=setting.tile_s,
-        max_sequences=setting.max_sequences,
-    )
-    return Policy("distserve", shape, order, LeastLoaded(), PrefillFirst(PREFILL_TOKENS))
+    """The workers that its placement search gave each phase."""
+    return Policy("distserve", setting.placed, order, LeastLoaded(), PrefillFirst(PREFILL_TOKENS))
 
 
 def semi_pd(setting: Setting, order: MakeOrder) -> Policy:

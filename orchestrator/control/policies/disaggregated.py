@@ -6,7 +6,6 @@ The algorithms are distserve.py, epd_queue.py and mooncake.py; here is what call
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from orchestrator.control.policies import distserve, epd_queue, mooncake
 from orchestrator.control.policies.placing import encoders, missing
@@ -22,39 +21,35 @@ EPD_DECIDES_S = 5.0
 BALANCING_THRESHOLD = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Means of a load that a placement is searched for."""
-
-    prompt_tokens: float
-    output_tokens: float
-    num_tiles: float
-
-
 def distserve_shape(
-    num_workers: int, load: Workload, *, slo: Slo, cost: StepCost, tile_s: float, max_sequences: int
+    num_workers: int, *, prefill_rps: float, decode_rps: float, has_tiles: bool
 ) -> tuple[PhaseSet, ...]:
-    """Workers of prefill, which encode too, and of decode, by the goodput of one of each: Algorithm 1 on whole devices.
+    """Workers of prefill, which encode too where tiles come, and of decode: Algorithm 1 at the highest rate for which it needs no more.
 
-    Goodput of prefill: the rate at which an M/D/1 queue has the target as its mean. Of decode: the largest batch whose steps take the
-    target. The numbers of each are to each other as the rate needs them, and fill the cluster.
+    One device to an instance. Goodputs: of one that does the phase alone, above 0.
     """
-    prefill_s = cost.prompt_s(round(load.prompt_tokens)) + tile_s * load.num_tiles
-    low_rps, high_rps = 0.0, 1.0 / prefill_s
-    for _ in range(40):
-        rps = (low_rps + high_rps) / 2
-        if distserve.ttft_s(prefill_s, rps) <= slo.ttft_s:
-            low_rps = rps
-        else:
-            high_rps = rps
-    context = load.prompt_tokens + load.output_tokens / 2
-    batch = 1
-    while batch < max_sequences and cost.step_s(batch + 1, round((batch + 1) * context)) <= slo.tpot_s:
-        batch += 1
-    decode_rps = batch / (max(1.0, load.output_tokens) * cost.step_s(batch, round(batch * context)))
-    best = max(range(1, num_workers), key=lambda num: min(num * low_rps, (num_workers - num) * decode_rps))
-    prefill = E | P if load.num_tiles else P
-    return (prefill,) * best + (D,) * (num_workers - best)
+
+    def placed(rate_rps: float) -> distserve.HighAffinityPlacement:
+        found = distserve.place_with_high_affinity(
+            rate_rps,
+            max_nodes=1,
+            node_devices=1,
+            fits=lambda _parallelism: True,
+            prefill_goodput_rps=lambda _parallelism: prefill_rps,
+            decode_goodput_rps=lambda _parallelism: decode_rps,
+        )
+        assert found is not None, (prefill_rps, decode_rps)
+        return found
+
+    # Just below those at which one of the phases needs another instance.
+    rates = (num * rps * (1 - 1e-9) for num in range(1, num_workers) for rps in (prefill_rps, decode_rps))
+    best = next(
+        found
+        for rate_rps in sorted(rates, reverse=True)
+        if (found := placed(rate_rps)).num_devices <= num_workers
+    )
+    prefill = E | P if has_tiles else P
+    return (prefill,) * (num_workers - best.decode.num) + (D,) * best.decode.num
 
 
 class EpdQueue:

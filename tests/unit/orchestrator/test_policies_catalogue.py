@@ -9,14 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.bench.trace import Trace, TraceRow
-from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
-from orchestrator.control.policies.disaggregated import (
-    Conductor,
-    EpdQueue,
-    EpdSteady,
-    Workload,
-    distserve_shape,
-)
+from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, Workload, orders
+from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady, distserve_shape
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
@@ -34,7 +28,7 @@ SETTING = Setting(
     (E, P, P, D),
     COSTS.kv_token_s,
     COSTS.tile_s,
-    256,
+    (E | P, E | P, D, D),
 )
 
 
@@ -83,7 +77,7 @@ def test_the_shares_of_a_device_come_to_one_at_most_at_every_step(
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_meets_the_targets_of_a_light_load(name: str) -> None:
     one = POLICIES[name](
-        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D)),
+        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D), placed=(P, P, P, D)),
         orders(COSTS.step, SLO)["fcfs"],
     )
     result, _ = run(one, random_load(3, 60, 4.0))
@@ -97,16 +91,32 @@ def worker(name: str, phases: frozenset[Phase], **load: int) -> WorkerLoad:
     return found
 
 
-def test_a_search_gives_the_phase_that_needs_more_the_workers() -> None:
-    def shape(load: Workload) -> tuple[int, int]:
-        found = distserve_shape(8, load, slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256)
-        return found.count(P) + found.count(E | P), found.count(D)
+def shape(prefill_rps: float, decode_rps: float, num_workers: int = 8) -> tuple[int, int]:
+    found = distserve_shape(num_workers, prefill_rps=prefill_rps, decode_rps=decode_rps, has_tiles=False)
+    return found.count(P), found.count(D)
 
-    assert shape(Workload(6000, 50, 0)) == (7, 1)
-    assert shape(Workload(200, 1000, 0)) == (1, 7)
-    assert E | P in distserve_shape(
-        8, Workload(500, 100, 10), slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256
-    )
+
+def test_a_search_gives_the_phase_that_needs_more_the_workers() -> None:
+    assert shape(1.0, 30.0) == (7, 1)
+    assert shape(30.0, 1.0) == (1, 7)
+    assert shape(2.0, 2.0) == (4, 4)
+    # 5 * 3 and 3 * 5.
+    assert shape(3.0, 5.0) == (5, 3)
+    found = distserve_shape(8, prefill_rps=1.0, decode_rps=1.0, has_tiles=True)
+    assert found.count(E | P) == found.count(D) == 4
+
+
+@given(st.floats(0.01, 100.0), st.floats(0.01, 100.0), st.integers(2, 40))
+def test_no_other_placement_of_as_many_devices_has_more_goodput(
+    prefill_rps: float, decode_rps: float, num: int
+) -> None:
+    def goodput_rps(num_prefill: int, num_decode: int) -> float:
+        return min(num_prefill * prefill_rps, num_decode * decode_rps)
+
+    best = max(goodput_rps(one, num - one) for one in range(1, num))
+    found = shape(prefill_rps, decode_rps, num)
+    assert sum(found) == num
+    assert goodput_rps(*found) >= best * (1 - 1e-6)
 
 
 def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None:
