@@ -409,29 +409,75 @@ class Decision(_message.Message):
 
     SWITCH_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     """Seconds since the gateway heard of it first."""
     @_builtins.property
     def switch(self) -> Global___SwitchView:
-        """One of the two."""
+        """One of the three."""
 
     @_builtins.property
     def scale(self) -> Global___ScaleView: ...
+    @_builtins.property
+    def refusals(self) -> Global___Refusals: ...
     def __init__(
         self,
         *,
         switch: Global___SwitchView | None = ...,
         scale: Global___ScaleView | None = ...,
+        refusals: Global___Refusals | None = ...,
         age_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scale", b"scale", "switch", b"switch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refusals", b"refusals", "scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "scale", b"scale", "switch", b"switch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "refusals", b"refusals", "scale", b"scale", "switch", b"switch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Refusals(_message.Message):
+    """New requests that the gateway refused within a few seconds, since their first tokens would have come too late."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_FIELD_NUMBER: _builtins.int
+    LASTED_S_FIELD_NUMBER: _builtins.int
+    TARGET_S_FIELD_NUMBER: _builtins.int
+    LEAST_TTFT_S_FIELD_NUMBER: _builtins.int
+    MOST_TTFT_S_FIELD_NUMBER: _builtins.int
+    LEAST_RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    MOST_RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    num: _builtins.int
+    lasted_s: _builtins.float
+    """From the first to the last of them."""
+    target_s: _builtins.float
+    """Of TTFT."""
+    least_ttft_s: _builtins.float
+    most_ttft_s: _builtins.float
+    least_retry_after_s: _builtins.float
+    """Until one like it would be taken."""
+    most_retry_after_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        num: _builtins.int = ...,
+        lasted_s: _builtins.float = ...,
+        target_s: _builtins.float = ...,
+        least_ttft_s: _builtins.float = ...,
+        most_ttft_s: _builtins.float = ...,
+        least_retry_after_s: _builtins.float = ...,
+        most_retry_after_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lasted_s", b"lasted_s", "least_retry_after_s", b"least_retry_after_s", "least_ttft_s", b"least_ttft_s", "most_retry_after_s", b"most_retry_after_s", "most_ttft_s", b"most_ttft_s", "num", b"num", "target_s", b"target_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusals: _TypeAlias = Refusals  # noqa: Y015
 
 @_typing.final
 class PublishViewResponse(_message.Message):

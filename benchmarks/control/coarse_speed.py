@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.trace import read_trace  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.policies.catalogue import POLICIES, D, P, Setting, orders  # noqa: E402
-from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
+from orchestrator.control.policies.catalogue import POLICIES, D, P, Setting, Workload, orders  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
 from orchestrator.sim.coarse_costs import CoarseCosts  # noqa: E402
@@ -52,7 +51,7 @@ def poisson(rate_rps: float, duration_s: float) -> list[CoarseRequest]:
 def measure(name: str, num_workers: int, rate_rps: float, duration_s: float) -> dict[str, Any]:
     split = (P,) * (num_workers // 2) + (D,) * (num_workers // 2)
     setting = Setting(
-        num_workers, LATENCY, SLO, Workload(1155.0, 211.0, 0.0), split, COSTS.kv_token_s, COSTS.tile_s, 256
+        num_workers, LATENCY, SLO, Workload(1155.0, 211.0, 0.0), split, COSTS.kv_token_s, COSTS.tile_s, split
     )
     order = "slack" if name.startswith("phasewise") else "fcfs"
     policy = POLICIES[name](setting, orders(COSTS.step, SLO)[order])

@@ -4,8 +4,8 @@
 
 Eight H100 that serve Llama-3-8B's shape, with SigLIP for pictures, in the coarse simulator (docs/simulation.md). Capacity is the highest
 rate at which 90 or 99 % of all requests meet both targets, by bisection; refused requests have not met them. Mean of the seeds and half of the
-95 % interval (Student's t). The same loads for all policies. static_split and the beginning of epd_queue and phasewise_apart are the best of
-all static shapes on a load of another seed. Two processes.
+95 % interval (Student's t). The same loads for all policies. static_split and the beginning of epd_queue, epd_steady and phasewise_apart are the best of
+all static shapes on a load of another seed; on that load distserve searches for its placement. Two processes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -30,8 +30,21 @@ sys.path.insert(0, str(ROOT))
 from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.bench.trace import Trace, read_trace  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
-from orchestrator.control.policies.catalogue import POLICIES, D, E, P, Setting, orders  # noqa: E402
-from orchestrator.control.policies.disaggregated import Workload  # noqa: E402
+from orchestrator.control.policies.aggregated import PrefillFirst  # noqa: E402
+from orchestrator.control.policies.catalogue import (  # noqa: E402
+    POLICIES,
+    PREFILL_TOKENS,
+    D,
+    E,
+    P,
+    Setting,
+    Workload,
+    orders,
+)
+from orchestrator.control.policies.disaggregated import distserve_shape  # noqa: E402
+from orchestrator.control.policies.orders import Fcfs  # noqa: E402
+from orchestrator.control.policies.placing import LeastLoaded  # noqa: E402
+from orchestrator.control.policies.policy import Policy  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.sim.capacity import NEAR, capacity_rps, estimate  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
@@ -45,7 +58,9 @@ TRACES = ROOT / "tests" / "fixtures" / "traces"
 NUM_DEVICES, KV_TOKENS, MAX_SEQUENCES = 8, 400_000, 256
 SEEDS, SEARCH_SEED = range(5), 1000
 ATTAINMENTS = (0.90, 0.99)
-STEPS, QUICK_STEPS = 6, 4
+STEPS, QUICK_STEPS, ALONE_STEPS = 6, 4, 10
+#: Workers of prefill that one of decode has beside it when its goodput is looked for.
+NUM_FEEDING = 64
 #: Of shifting loads.
 DURATION_S = 40.0
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
@@ -102,7 +117,7 @@ def loads(azure: Path, mooncake: Path) -> list[Load]:
     ]
 
 
-def setting_of(load: Load, split: tuple[Any, ...]) -> Setting:
+def setting_of(load: Load, split: tuple[Any, ...], placed: tuple[Any, ...]) -> Setting:
     requests = load.make(random.Random(SEARCH_SEED), load.shown_rps[1])
     means = Workload(
         statistics.fmean(one.prompt_tokens for one in requests),
@@ -117,7 +132,7 @@ def setting_of(load: Load, split: tuple[Any, ...]) -> Setting:
         split,
         COSTS.kv_token_s,
         COSTS.tile_s,
-        MAX_SEQUENCES,
+        placed,
         LAYOUTS,
     )
 
@@ -130,10 +145,11 @@ class Case:
     split: tuple[Any, ...]
     policy: str
     order: str
+    placed: tuple[Any, ...] = ()
 
     def simulation(self, seed: int, rate_rps: float) -> CoarseSimulation:
         one = POLICIES[self.policy](
-            setting_of(self.load, self.split), orders(COSTS.step, self.load.slo)[self.order]
+            setting_of(self.load, self.split, self.placed), orders(COSTS.step, self.load.slo)[self.order]
         )
         requests = self.load.make(random.Random(seed), rate_rps)
         return CoarseSimulation(CoarseConfig(COSTS, KV_TOKENS, MAX_SEQUENCES), one, requests)
@@ -181,6 +197,50 @@ def best_split(load: Load, num_steps: int) -> tuple[Any, ...]:
     return shapes[-max(found)[1]]
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What DistServe's placement search found, and the goodput of one device that does a phase alone."""
+
+    prefill_rps: float
+    decode_rps: float
+    shape: tuple[Any, ...]
+
+
+def place(load: Load) -> Placed:
+    """By goodputs that are simulated on the load of `best_split`, as DistServe does."""
+    has_tiles = any(one.num_tiles for one in load.make(random.Random(SEARCH_SEED), load.shown_rps[0]))
+    lowest_rps, highest_rps = load.rates_rps[0] / 2 / NUM_DEVICES, load.rates_rps[1]
+    found = [
+        capacity_rps(
+            partial(reaches_alone, load, phases), between=(lowest_rps, highest_rps), num_steps=ALONE_STEPS
+        )
+        for phases in (E | P if has_tiles else P, D)
+    ]
+    shape = distserve_shape(NUM_DEVICES, prefill_rps=found[0], decode_rps=found[1], has_tiles=has_tiles)
+    return Placed(*found, shape)
+
+
+def reaches_alone(load: Load, phases: Any, rate_rps: float) -> bool:
+    """Whether one worker meets the target of its phase for 90 % of the requests. Decode has more prefill beside it than it needs.
+
+    It gets one of eight requests of a cluster, as it would there: those of a trace that come at once would all be its own. And so
+    do seven others.
+    """
+    requests = load.make(random.Random(SEARCH_SEED), NUM_DEVICES * rate_rps)
+    if phases == D:
+        slo = replace(load.slo, ttft_s=math.inf)
+        requests = [replace(one, slo=slo) for one in requests]
+        shape = (E | P,) * NUM_FEEDING + (D,)
+    else:
+        requests = [replace(one, output_tokens=1) for one in requests]
+        shape = (phases, D)
+    alone = Policy("alone", shape, Fcfs, LeastLoaded(), PrefillFirst(PREFILL_TOKENS))
+    config = CoarseConfig(COSTS, KV_TOKENS, MAX_SEQUENCES)
+    runs = (CoarseSimulation(config, alone, requests[i::NUM_DEVICES]).run() for i in range(NUM_DEVICES))
+    num_met = sum(record.is_met for run in runs for record in run.records)
+    return num_met >= 0.9 * len(requests)
+
+
 def variants() -> list[tuple[str, str]]:
     """Published ones with both orders; ours, and the best of the others without admission, with that of ours too."""
     both = [
@@ -211,14 +271,17 @@ def cell(case: Case, seeds: range, num_steps: int) -> dict[str, Any]:
 
 
 def shape_text(split: tuple[Any, ...]) -> str:
-    return "+".join(
-        f"{split.count(phases)}{name}" for phases, name in ((E, "E"), (P, "P"), (D, "D")) if phases in split
-    )
+    names = ((E, "E"), (E | P, "EP"), (P, "P"), (D, "D"))
+    return "+".join(f"{split.count(phases)}{name}" for phases, name in names if phases in split)
 
 
-def print_load(load: Load, split: tuple[Any, ...], rows: list[dict[str, Any]]) -> None:
+def print_load(load: Load, split: tuple[Any, ...], placed: Placed, rows: list[dict[str, Any]]) -> None:
     target = f"TTFT {load.slo.ttft_s:g} s, TPOT {load.slo.tpot_s * 1e3:g} ms"
     print(f"\n{load.name}: {target}; best static split {shape_text(split)}")
+    print(
+        f"placed by distserve: {shape_text(placed.shape)}; alone, one device has {placed.prefill_rps:.1f} req/s of prefill, "
+        f"{placed.decode_rps:.1f} of decode"
+    )
     shown = "".join(f"{f'at {rate:g}':>8}" for rate in load.shown_rps)
     print(f"{'policy':<28}{'order':<7}{'90 %, req/s':>15}{'99 %, req/s':>15}{shown}{'switches/min':>14}")
     for row in rows:
@@ -263,16 +326,20 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     seeds, num_steps = (range(2), QUICK_STEPS) if args.quick else (SEEDS, STEPS)
-    began_s, rows, splits = time.monotonic(), [], {}
+    began_s, rows, splits, placements = time.monotonic(), [], {}, {}
     all_loads = loads(args.azure, args.mooncake)
     with ProcessPoolExecutor(2) as pool:
-        for load, split in zip(
-            all_loads, pool.map(partial(best_split, num_steps=QUICK_STEPS), all_loads), strict=True
-        ):
+        best = pool.map(partial(best_split, num_steps=QUICK_STEPS), all_loads)
+        for load, placed, split in zip(all_loads, pool.map(place, all_loads), best, strict=True):
             splits[load.name] = shape_text(split)
-            cases = [Case(load, split, policy, order) for policy, order in variants() if policy in args.only]
+            placements[load.name] = asdict(placed) | {"shape": shape_text(placed.shape)}
+            cases = [
+                Case(load, split, policy, order, placed.shape)
+                for policy, order in variants()
+                if policy in args.only
+            ]
             found = list(pool.map(partial(cell, seeds=seeds, num_steps=num_steps), cases))
-            print_load(load, split, found)
+            print_load(load, split, placed, found)
             rows += found
     print(f"\n{time.monotonic() - began_s:.0f} s")
     if args.json:
@@ -284,7 +351,7 @@ def main() -> int:
             "num_devices": NUM_DEVICES,
             "num_seeds": len(seeds),
         }
-        data |= {"traces": names, "static_splits": splits, "rows": rows}
+        data |= {"traces": names, "static_splits": splits, "placements": placements, "rows": rows}
         args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -12,6 +12,10 @@ hold, at every view, at moments in between, and at the end:
     - no block, lease, transfer, embedding or picture is held when all requests are over;
     - what arrives once the faults are over is served.
 
+The simulator that serves does not divide a device, so each seed also draws a small load for a policy that does, in the coarse one:
+
+    - at every step the shares of a device's SMs come to 1 at most. Those of semi_pd are limits of MPS processes, which may overlap: each is 1 at most.
+
 A seed that fails is printed, and `--first SEED --count 1` runs it again.
 """
 
@@ -38,15 +42,21 @@ from orchestrator.bench.trace import TraceRow  # noqa: E402
 from orchestrator.control.auto_switch import SwitchMode  # noqa: E402
 from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noqa: E402
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
+from orchestrator.control.policies.catalogue import POLICIES, Setting, Workload, orders  # noqa: E402
+from orchestrator.control.policies.policy import Stepping, WorkerLoad  # noqa: E402
 from orchestrator.control.role_switch import SwitchRequest  # noqa: E402
 from orchestrator.control.scaling_config import ScalingConfig  # noqa: E402
 from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.control.view import ClusterView, SwitchState  # noqa: E402
+from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
+from orchestrator.sim.coarse_costs import CoarseCosts  # noqa: E402
+from orchestrator.sim.coarse_loads import Kind, shifting  # noqa: E402
 from orchestrator.sim.faults import Fault, FaultKind  # noqa: E402
 from orchestrator.sim.pictures import Pictures  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
+from workers.step_choice import Head, Layout, Split, Step  # noqa: E402
 
 E, P, D = (frozenset({phase}) for phase in Phase)
 BOTH = P | D
@@ -71,6 +81,10 @@ ENGINE = EngineConfig(
 )
 PICTURE_SHARE, PICTURES_PER_REQUEST = 1 / 3, 3
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
+COARSE_COSTS = CoarseCosts.of(LATENCY)
+#: Policies that divide a device, and divisions for phasewise, as if they cost little: with the speeds of an H100 it makes none.
+DIVIDING = ("nexus", "semi_pd", "phasewise")
+LAYOUTS = tuple(Layout(1 - sms / 132, sms / 132, 0.9, 0.9) for sms in range(16, 120, 8))
 #: Faults and switches happen in so many seconds; requests that must be served arrive so long after them.
 TROUBLE_S, CALM_S = 3.0, 45.0
 #: After the last request nothing may be held any more.
@@ -183,6 +197,58 @@ def _request(
     )
 
 
+def check_shares(seed: int) -> int:
+    """Simulate a policy that divides devices; returns how many steps were divided."""
+    rng = random.Random(f"shares {seed}")
+    num_workers, slo = rng.randint(1, 3), Slo(rng.uniform(0.2, 2.0), rng.uniform(0.008, 0.04))
+    kinds = [
+        Kind(rng.randint(20, 4000), rng.randint(2, 400), rng.choice((0.0, 0.5)), rng.randint(1, 3))
+        for _ in range(2)
+    ]
+    requests = shifting(
+        *kinds, slo, rng, rate_rps=rng.uniform(2, 30) * num_workers, duration_s=4.0, first_share=0.5
+    )
+    means = Workload(kinds[0].prompt_tokens, kinds[0].output_tokens, 0.0)
+    setting = Setting(
+        num_workers,
+        LATENCY,
+        slo,
+        means,
+        (BOTH,) * num_workers,
+        COARSE_COSTS.kv_token_s,
+        COARSE_COSTS.tile_s,
+        (BOTH,) * num_workers,
+        LAYOUTS,
+    )
+    name = rng.choice(DIVIDING)
+    policy = POLICIES[name](setting, orders(COARSE_COSTS.step, slo)["fcfs"])
+    watched = Watched(policy.stepping)
+    config = CoarseConfig(COARSE_COSTS, 400_000, 256)
+    simulation = CoarseSimulation(config, replace(policy, stepping=watched), requests)
+    simulation.run()
+    simulation.check_invariants()
+    return watched.num_divided
+
+
+@dataclass
+class Watched:
+    """Counts the steps of a policy that divide a device, and checks their shares. Of MPS processes they bind, and may overlap."""
+
+    stepping: Stepping
+    num_divided: int = 0
+
+    def step(self, now_s: float, device: WorkerLoad, head: Head) -> Step:
+        """See Stepping."""
+        step = self.stepping.step(now_s, device, head)
+        if isinstance(step, Split):
+            self.num_divided += 1
+            shares = step.prefill_share, step.decode_share
+            assert min(shares) > 0, step
+            assert max(shares) <= 1, step
+            assert step.is_binding or sum(shares) <= 1 + 1e-9, step
+        return step
+
+
 def check_view(view: ClusterView, needed: PhaseSet) -> None:
     """What holds of each."""
     served = {phase for worker in view.workers for phase in worker.phases}
@@ -230,6 +296,7 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
             workers_added=sum(max(0, one.num_wanted - one.num_before) for one in result.scales),
             workers_gone=sum(one.num_wanted < one.num_before for one in result.scales),
             events=result.num_events,
+            divided_steps=check_shares(seed),
         )
     except Exception:  # noqa: BLE001 - told with its seed
         return seed, traceback.format_exc(), counts
@@ -290,7 +357,7 @@ def main() -> int:
         f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, {total['pictures']:,} pictures, "
         f"{total['faults']:,} faults, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
         f"controller itself), {total['switches_undone']:,} refused or undone, {total['workers_added']:,} workers asked for, {total['workers_gone']:,} given back, "
-        f"{total['events']:,} events"
+        f"{total['events']:,} events; {total['divided_steps']:,} steps that divided a device"
     )
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,16 +1,17 @@
-"""`phasewise decisions`: what the controller decided about phases and the number of workers, from what, and what came of it."""
+"""`phasewise decisions`: what was decided about phases, the number of workers and new requests, from what, and what came of it."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
 
 from orchestrator import interruptible
 from orchestrator.cli import exit_codes, table, target
-from orchestrator.cli.switch_text import scale_json, switch_json
+from orchestrator.cli.switch_text import refusals_json, refusals_text, scale_json, switch_json
 from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.cli.writable import file_problem, sentence
 from orchestrator.control.role_switch import phase_text
@@ -30,7 +31,7 @@ examples:
   phasewise replay-decisions looks.jsonl --policy epd_queue
 
 PREDICTED is goodput after the decision over that before, as the policy expected it. MET is the part of the requests that met their
-targets for 15 s before it was made and after it was carried out. SEEN names what the policy saw, in the file that --looks writes.
+targets for 15 s before it was made and after it was carried out. WORKER (new) are requests that were refused. SEEN names what the policy saw, in the file that --looks writes.
 
 exit codes: 0 it was told, 1 the file cannot be written, 2 wrong command line, 4 no such deployment, or its gateway does not answer
 """
@@ -42,8 +43,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "decisions",
-        help="show what the controller decided about phases and the number of workers, and what came of it",
-        description="Show what the controller decided about phases and the number of workers, from what, and what came of it.",
+        help="show what was decided about phases, the number of workers and new requests, and what came of it",
+        description="Show what was decided about phases, the number of workers and new requests, from what, and what came of it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -80,12 +81,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(lines)} looks are in {args.looks}", file=sys.stderr)
     if args.json:
         for one in answer.decisions:
-            found = (
-                scale_json(scale_from_pb(one.scale))
-                if one.HasField("scale")
-                else switch_json(switch_from_pb(one.switch))
-            )
-            print(json.dumps({"age_s": one.age_s, **found}))
+            print(json.dumps({"age_s": one.age_s, **_json(one)}))
     else:
         print("\n".join(text_lines(answer)))
     return exit_codes.OK
@@ -105,15 +101,27 @@ async def ask(address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
 
 def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
     """A table, the latest last."""
-    rows = [
-        _scale_row(one.age_s, scale_from_pb(one.scale))
-        if one.HasField("scale")
-        else _row(one.age_s, switch_from_pb(one.switch))
-        for one in answer.decisions
-    ]
+    rows = [_any_row(one) for one in answer.decisions]
     if not rows:
-        return ["the controller has decided nothing yet"]
+        return ["nothing has been decided yet"]
     return table.lines(_HEADER, rows, left=_LEFT)
+
+
+def _json(decision: pb.Decision) -> dict[str, Any]:
+    if decision.HasField("refusals"):
+        return refusals_json(decision.refusals)
+    if decision.HasField("scale"):
+        return scale_json(scale_from_pb(decision.scale))
+    return switch_json(switch_from_pb(decision.switch))
+
+
+def _any_row(decision: pb.Decision) -> tuple[str, ...]:
+    if decision.HasField("refusals"):
+        why = refusals_text(decision.refusals)
+        return (seconds(decision.age_s), "(new)", "-", "-", "refused", "-", "- -> -", "-", why)
+    if decision.HasField("scale"):
+        return _scale_row(decision.age_s, scale_from_pb(decision.scale))
+    return _row(decision.age_s, switch_from_pb(decision.switch))
 
 
 def _row(age_s: float, switch: SwitchView) -> tuple[str, ...]:

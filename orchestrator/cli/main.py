@@ -38,7 +38,7 @@ VERBS = {
     "switch": Verb("orchestrator.cli.switch", "have a worker serve other phases, while requests run"),
     "decisions": Verb(
         "orchestrator.cli.decisions",
-        "show what the controller decided about phases and the number of workers, and what came of it",
+        "show what was decided about phases, the number of workers and new requests, and what came of it",
     ),
     "replay-decisions": Verb(
         "orchestrator.cli.replay_decisions", "tell what another policy would have decided"

@@ -1,4 +1,4 @@
-"""What `phasewise switch` and `phasewise status` print of a change of phases, for people and as JSON. Pure."""
+"""What is printed of changes of phases, of the number of workers and of refusals, for people and as JSON. Pure."""
 
 from typing import Any
 
@@ -64,6 +64,35 @@ def scale_json(scale: ScaleView) -> dict[str, Any]:
         "digest": scale.digest,
         "met_before": scale.met_before,
         "met_after": scale.met_after,
+    }
+
+
+def refusals_text(refusals: pb.Refusals) -> str:
+    """One line: how many, why, and when one like them would be taken."""
+    ttft = _range(refusals.least_ttft_s, refusals.most_ttft_s)
+    retry = _range(refusals.least_retry_after_s, refusals.most_retry_after_s)
+    within = f" in {seconds(refusals.lasted_s)}" if refusals.num > 1 else ""
+    return (
+        f"{counted(refusals.num, 'request')}{within}: predicted TTFT {ttft}, target {seconds(refusals.target_s)} (slo.ttftMs); "
+        f"one like {'it' if refusals.num == 1 else 'them'} would be taken in about {retry} (gateway.admission)"
+    )
+
+
+def _range(least_s: float, most_s: float) -> str:
+    least, most = seconds(least_s), seconds(most_s)
+    return least if least == most else f"{least} to {most}"
+
+
+def refusals_json(refusals: pb.Refusals) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "num_refused": refusals.num,
+        "lasted_s": refusals.lasted_s,
+        "target_s": refusals.target_s,
+        "least_ttft_s": refusals.least_ttft_s,
+        "most_ttft_s": refusals.most_ttft_s,
+        "least_retry_after_s": refusals.least_retry_after_s,
+        "most_retry_after_s": refusals.most_retry_after_s,
     }
 
 

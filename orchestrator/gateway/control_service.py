@@ -72,7 +72,7 @@ class ControlService(GatewayControlServiceServicer):
             num_waiting_requests=dispatcher.num_waiting,
             num_finished_requests=dispatcher.num_finished,
             num_failed_requests=dispatcher.num_failed,
-            num_refused_requests=dispatcher.num_refused,
+            num_refused_requests=dispatcher.refusals.num,
         )
         if dispatcher.view is not None:
             response.view.CopyFrom(view_to_pb(dispatcher.view))
@@ -137,7 +137,7 @@ class ControlService(GatewayControlServiceServicer):
     ) -> pb.GetDecisionsResponse:
         """See the .proto."""
         now_s = asyncio.get_running_loop().time()
-        return self._decisions.answer(now_s, with_looks=request.with_looks)
+        return self._decisions.answer(now_s, self._dispatcher.refusals, with_looks=request.with_looks)
 
     async def Explain(  # noqa: N802
         self, request: pb.ExplainRequest, context: "grpc.aio.ServicerContext[Any, Any]"

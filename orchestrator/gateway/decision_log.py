@@ -1,7 +1,9 @@
 """What a gateway remembers of the controller's decisions about phases, and of what they were made from."""
 
 from collections import deque
+from collections.abc import Iterable
 
+from orchestrator.control.admission import Refusals
 from orchestrator.control.view import ClusterView, ScaleView, SwitchView
 from orchestrator.control.view_wire import scale_to_pb, switch_to_pb
 from protos import control_pb2 as pb
@@ -33,8 +35,10 @@ class DecisionLog:
         if look is not None:
             self._looks.append(look)
 
-    def answer(self, now_s: float, *, with_looks: bool) -> pb.GetDecisionsResponse:
-        """As the message."""
+    def answer(
+        self, now_s: float, refusals: Iterable[Refusals] = (), *, with_looks: bool
+    ) -> pb.GetDecisionsResponse:
+        """As the message. refusals: of new requests, which the gateway decides itself, by the same clock."""
         switches = [
             pb.Decision(switch=switch_to_pb(switch), age_s=now_s - first_at_s)
             for switch, first_at_s in self._switches.values()
@@ -43,7 +47,22 @@ class DecisionLog:
             pb.Decision(scale=scale_to_pb(scale), age_s=now_s - first_at_s)
             for scale, first_at_s in self._scales.values()
         ]
+        refused = [
+            pb.Decision(refusals=_refusals_to_pb(one), age_s=now_s - one.first_at_s) for one in refusals
+        ]
         return pb.GetDecisionsResponse(
-            decisions=sorted((*switches, *scales), key=lambda one: -one.age_s),
+            decisions=sorted((*switches, *scales, *refused), key=lambda one: -one.age_s),
             looks=self._looks if with_looks else [],
         )
+
+
+def _refusals_to_pb(refusals: Refusals) -> pb.Refusals:
+    return pb.Refusals(
+        num=refusals.num,
+        lasted_s=refusals.last_at_s - refusals.first_at_s,
+        target_s=refusals.target_s,
+        least_ttft_s=refusals.ttft_s[0],
+        most_ttft_s=refusals.ttft_s[1],
+        least_retry_after_s=refusals.retry_after_s[0],
+        most_retry_after_s=refusals.retry_after_s[1],
+    )

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from orchestrator.control.admission import Admission, refusal
+from orchestrator.control.admission import Admission, RefusalLog, refusal
 from orchestrator.control.policies.policy import Totals
 from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds
 from orchestrator.control.prefix_index import PrefixIndex
@@ -96,7 +96,7 @@ class Dispatcher:
         self.num_finished = 0
         self.num_failed = 0
         #: That would have been too late, and are not among those that failed.
-        self.num_refused = 0
+        self.refusals = RefusalLog()
         self.records = RequestRecords()
         self._served = ServedTotals(slo)
         self._slo = slo
@@ -372,10 +372,10 @@ class Dispatcher:
         first = request.samples[0]
         choice = self._choose_for(first)
         predicted = choice.predicted if isinstance(choice, Route) else None
-        waited_s = self._timers.time() - first.machine.times.arrived_at_s
-        problem = refusal(predicted, waited_s, self._slo.ttft_s)
+        now_s = self._timers.time()
+        problem = refusal(predicted, now_s - first.machine.times.arrived_at_s, self._slo.ttft_s)
         if problem is not None:
-            self.num_refused += 1
+            self.refusals.add(now_s, problem)
             logger.info("request_refused request_id=%s reason=%s", request.request_id, problem)
             raise problem
 

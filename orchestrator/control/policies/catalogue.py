@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.control.policies.aggregated import PrefillFirst, StallFree
-from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
+from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady
 from orchestrator.control.policies.orders import Fcfs, LeastSlack, ShortestFirst
 from orchestrator.control.policies.partitioned import NexusSteps, SemiPdSteps
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
@@ -37,10 +37,20 @@ MakeOrder = Callable[[], Order]
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """Means of a load."""
+
+    prompt_tokens: float
+    output_tokens: float
+    num_tiles: float
+
+
+@dataclass(frozen=True, slots=True)
 class Setting:
     """What a policy is built for.
 
-    split: phases of workers that have one each, for policies that are told them. layouts: see PhasewiseConfig.
+    split: phases of workers that have one each, for policies that are told them. placed: what `distserve_shape` found for the
+    load. layouts: see PhasewiseConfig.
     """
 
     num_workers: int
@@ -50,7 +60,7 @@ class Setting:
     split: tuple[PhaseSet, ...]
     kv_token_s: float
     tile_s: float
-    max_sequences: int
+    placed: tuple[PhaseSet, ...]
     layouts: tuple[Layout, ...] = ()
 
     @property
@@ -95,16 +105,8 @@ def static_split(setting: Setting, order: MakeOrder) -> Policy:
 
 
 def distserve(setting: Setting, order: MakeOrder) -> Policy:
-    """One phase to a worker, as its placement search has it."""
-    shape = distserve_shape(
-        setting.num_workers,
-        setting.load,
-        slo=setting.slo,
-        cost=setting.cost,
-        tile_s=setting.tile_s,
-        max_sequences=setting.max_sequences,
-    )
-    return Policy("distserve", shape, order, LeastLoaded(), PrefillFirst(PREFILL_TOKENS))
+    """The workers that its placement search gave each phase."""
+    return Policy("distserve", setting.placed, order, LeastLoaded(), PrefillFirst(PREFILL_TOKENS))
 
 
 def semi_pd(setting: Setting, order: MakeOrder) -> Policy:
@@ -124,12 +126,25 @@ def epd_queue(setting: Setting, order: MakeOrder) -> Policy:
     return Policy("epd_queue", setting.split, order, LeastLoaded(most_encoders=4), steps, EpdQueue().tick)
 
 
+def epd_steady(setting: Setting, order: MakeOrder) -> Policy:
+    """The same with the trigger that is ours."""
+    steady = EpdSteady(setting.cost, tile_s=setting.tile_s, output_tokens=setting.load.output_tokens)
+    steps = PrefillFirst(PREFILL_TOKENS)
+    return Policy("epd_steady", setting.split, order, LeastLoaded(most_encoders=4), steps, steady.tick)
+
+
 def mooncake(setting: Setting, order: MakeOrder) -> Policy:
-    """Half of the workers prefill, and encode, the others decode; where is the conductor's."""
+    """Half of the workers prefill, and encode, the others decode; where, and who is refused, is the conductor's."""
     half = setting.num_workers // 2
     prefill = P | E if setting.load.num_tiles else P
     shape = (prefill,) * half + (D,) * (setting.num_workers - half)
-    conductor = Conductor(setting.cost, setting.slo, kv_token_s=setting.kv_token_s, tile_s=setting.tile_s)
+    conductor = Conductor(
+        setting.cost,
+        setting.slo,
+        kv_token_s=setting.kv_token_s,
+        tile_s=setting.tile_s,
+        decode_s=setting.load.output_tokens * setting.slo.tpot_s,
+    )
     return Policy("mooncake", shape, order, conductor, PrefillFirst(PREFILL_TOKENS))
 
 
@@ -168,6 +183,7 @@ POLICIES: dict[str, Callable[[Setting, MakeOrder], Policy]] = {
         semi_pd,
         nexus,
         epd_queue,
+        epd_steady,
         mooncake,
         phasewise,
         phasewise_apart,

@@ -3,8 +3,9 @@
 The algorithms are distserve.py, epd_queue.py and mooncake.py; here is what calls them for a cluster's requests and workers.
 """
 
+import math
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from orchestrator.control.policies import distserve, epd_queue, mooncake
 from orchestrator.control.policies.placing import encoders, missing
@@ -20,39 +21,35 @@ EPD_DECIDES_S = 5.0
 BALANCING_THRESHOLD = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Means of a load that a placement is searched for."""
-
-    prompt_tokens: float
-    output_tokens: float
-    num_tiles: float
-
-
 def distserve_shape(
-    num_workers: int, load: Workload, *, slo: Slo, cost: StepCost, tile_s: float, max_sequences: int
+    num_workers: int, *, prefill_rps: float, decode_rps: float, has_tiles: bool
 ) -> tuple[PhaseSet, ...]:
-    """Workers of prefill, which encode too, and of decode, by the goodput of one of each: Algorithm 1 on whole devices.
+    """Workers of prefill, which encode too where tiles come, and of decode: Algorithm 1 at the highest rate for which it needs no more.
 
-    Goodput of prefill: the rate at which an M/D/1 queue has the target as its mean. Of decode: the largest batch whose steps take the
-    target. The numbers of each are to each other as the rate needs them, and fill the cluster.
+    One device to an instance. Goodputs: of one that does the phase alone, above 0.
     """
-    prefill_s = cost.prompt_s(round(load.prompt_tokens)) + tile_s * load.num_tiles
-    low_rps, high_rps = 0.0, 1.0 / prefill_s
-    for _ in range(40):
-        rps = (low_rps + high_rps) / 2
-        if distserve.ttft_s(prefill_s, rps) <= slo.ttft_s:
-            low_rps = rps
-        else:
-            high_rps = rps
-    context = load.prompt_tokens + load.output_tokens / 2
-    batch = 1
-    while batch < max_sequences and cost.step_s(batch + 1, round((batch + 1) * context)) <= slo.tpot_s:
-        batch += 1
-    decode_rps = batch / (max(1.0, load.output_tokens) * cost.step_s(batch, round(batch * context)))
-    best = max(range(1, num_workers), key=lambda num: min(num * low_rps, (num_workers - num) * decode_rps))
-    prefill = E | P if load.num_tiles else P
-    return (prefill,) * best + (D,) * (num_workers - best)
+
+    def placed(rate_rps: float) -> distserve.HighAffinityPlacement:
+        found = distserve.place_with_high_affinity(
+            rate_rps,
+            max_nodes=1,
+            node_devices=1,
+            fits=lambda _parallelism: True,
+            prefill_goodput_rps=lambda _parallelism: prefill_rps,
+            decode_goodput_rps=lambda _parallelism: decode_rps,
+        )
+        assert found is not None, (prefill_rps, decode_rps)
+        return found
+
+    # Just below those at which one of the phases needs another instance.
+    rates = (num * rps * (1 - 1e-9) for num in range(1, num_workers) for rps in (prefill_rps, decode_rps))
+    best = next(
+        found
+        for rate_rps in sorted(rates, reverse=True)
+        if (found := placed(rate_rps)).num_devices <= num_workers
+    )
+    prefill = E | P if has_tiles else P
+    return (prefill,) * (num_workers - best.decode.num) + (D,) * best.decode.num
 
 
 class EpdQueue:
@@ -78,25 +75,77 @@ class EpdQueue:
         }
         num = {phase: sum(phase in one.phases for one in cluster.workers) for phase in Phase}
         found = epd_queue.published_switch(queued, num)
-        if found is None or not num[found.target]:
+        return _donated(cluster, found) if found is not None and num[found.target] else ()
+
+
+class EpdSteady:
+    """The trigger that is ours, on seconds of work: what lacks room in decode is seen, and a worker moves where that pays.
+
+    output_tokens: mean of a request.
+    """
+
+    def __init__(self, cost: StepCost, *, tile_s: float, output_tokens: float) -> None:
+        self._cost = cost
+        self._tile_s = tile_s
+        self._output_tokens = output_tokens
+        self._trigger = epd_queue.SteadyTrigger(epd_queue.Settings())
+
+    def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
+        """What Policy.tick asks for."""
+        if any(worker.is_switching for worker in cluster.workers):
             return ()
-        donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
-        if not donors:
-            return ()
-        donor = min(
-            donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+        tiles = tokens = num_prefills = num_promised = context = 0
+        for one in cluster.workers:
+            tiles += one.encode_tiles
+            tokens += one.prefill_tokens
+            num_prefills += one.num_prefills
+            num_promised += one.num_promised
+            context += one.promised_context
+        # Promised are those in front of prefill too; of the others decode has taken none yet.
+        num_bridged = max(0, num_promised - num_prefills)
+        token_s = self._cost.decode_s + self._cost.context_s * context / max(1, num_promised)
+        work_s = {
+            Phase.ENCODE: (self._tile_s * tiles, 0.0),
+            Phase.PREFILL: (self._cost.token_s * tokens, 0.0),
+            Phase.DECODE: (0.0, num_bridged * self._output_tokens * token_s),
+        }
+        found = self._trigger.decide(
+            now_s,
+            {
+                phase: epd_queue.PhaseLoad(*work, sum(phase in one.phases for one in cluster.workers))
+                for phase, work in work_s.items()
+            },
         )
-        return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
+        return _donated(cluster, found) if found is not None else ()
+
+
+def _donated(cluster: ClusterLoad, found: epd_queue.Switch) -> Sequence[Switch]:
+    """By the worker of that phase alone which has least to do."""
+    donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
+    if not donors:
+        return ()
+    donor = min(
+        donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+    )
+    return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
 
 
 class Conductor:
-    """Mooncake's: prefill by queue, cached prefix and what fetching one takes; decode by predicted time of a token; else refused."""
+    """Mooncake's: prefill by queue, cached prefix and what fetching one takes; decode by the time of a token; early rejection by prediction.
 
-    def __init__(self, cost: StepCost, slo: Slo, *, kv_token_s: float, tile_s: float) -> None:
+    decode_s: for which each request is taken to decode.
+    """
+
+    def __init__(
+        self, cost: StepCost, slo: Slo, *, kv_token_s: float, tile_s: float, decode_s: float
+    ) -> None:
         self._cost = cost
         self._slo = slo
         self._kv_token_s = kv_token_s
         self._tile_s = tile_s
+        self._decode_s = decode_s
+        #: When the prefills of those that were taken end, as was predicted, without those that have left decode; the oldest first.
+        self._prefill_ends_s: deque[float] = deque()
 
     def place(self, now_s: float, prompt: Prompt, cluster: ClusterLoad) -> Placement | Reject:
         """See Placing."""
@@ -116,16 +165,45 @@ class Conductor:
             prefill_s=lambda tokens, known: cost.prompt_s(tokens - known, known),
             transfer_s=self._transfer_s,
         )
-        decode = min(cluster.decode, key=self._token_s)
-        why = mooncake.refusal(
-            chosen.ttft_s + self._tile_s * prompt.num_tiles, self._token_s(decode), self._slo
+        ttft_s = chosen.ttft_s + self._tile_s * prompt.num_tiles
+        why = mooncake.early_refusal(
+            ttft_s / self._slo.ttft_s, self._decode_load(now_s, now_s + ttft_s, prompt, cluster)
         )
         if why is not None:
-            return Reject(why, now_s + max(0.0, chosen.ttft_s - self._slo.ttft_s))
+            # Prefill has caught up by then, or the oldest has left decode.
+            oldest_s = self._prefill_ends_s[0] + self._decode_s if self._prefill_ends_s else now_s
+            late_s = ttft_s - self._slo.ttft_s
+            return Reject(why, now_s + late_s if late_s > 0 else max(now_s, oldest_s))
+        self._prefill_ends_s.append(now_s + ttft_s)
         fetch_from = by_id[chosen.fetched_from] if chosen.fetched_from is not None else None
         prefill = by_id[chosen.worker_id]
         encode = (prefill,) if Phase.ENCODE in prefill.phases else encoders(cluster, prompt, most=1)
+        decode = min(cluster.decode, key=self._token_s)
         return Placement(prefill, decode, encode if prompt.num_tiles else (), fetch_from)
+
+    def _decode_load(self, now_s: float, at_s: float, prompt: Prompt, cluster: ClusterLoad) -> float:
+        """Of the whole cluster when the prefill of this one ends, itself counted.
+
+        How many decode or will is seen; since each is taken to decode for as long, it is the oldest that have left.
+        """
+        num = sum(one.num_decoding + one.num_promised for one in cluster.workers)
+        context = sum(one.decode_context + one.promised_context for one in cluster.workers)
+        ends_s = self._prefill_ends_s
+        while len(ends_s) > num:
+            ends_s.popleft()
+        num_then = mooncake.predicted_decodes(
+            at_s=at_s,
+            decode_s=self._decode_s,
+            decode_began_s=[end_s for end_s in ends_s if end_s <= now_s],
+            prefill_ends_s=[*(end_s for end_s in ends_s if end_s > now_s), at_s],
+        )
+        tokens = (context + prompt.num_tokens) / (num + 1)
+        return mooncake.predicted_decode_load(
+            num_then,
+            len(cluster.decode),
+            tbt_s=lambda each: self._cost.step_s(math.ceil(each), round(each * tokens)),
+            target_s=self._slo.tpot_s,
+        )
 
     def _queue_s(self, worker: WorkerLoad) -> float:
         return self._cost.token_s * worker.prefill_tokens + self._tile_s * worker.encode_tiles

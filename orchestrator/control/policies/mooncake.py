@@ -7,7 +7,6 @@ report (arXiv 2407.00079) for early rejection and early rejection by predicted l
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.control.slo import Slo
 from workers.api import WorkerId
 
 #: Work of a layer for n tokens of a model of width d: PAIR_FLOPS * n^2 * d + TOKEN_FLOPS * n * d^2.
@@ -61,17 +60,8 @@ def choose_prefill(
     return min(choices, key=lambda choice: choice.ttft_s)
 
 
-def refusal(ttft_s: float, tbt_s: float, slo: Slo) -> str | None:
-    """Why a request is refused at once: either prediction misses its target; None when both meet it. tbt_s: of the best decode instance."""
-    if ttft_s > slo.ttft_s:
-        return f"TTFT would be {ttft_s:.3g} s, with a target of {slo.ttft_s:g} s"
-    if tbt_s > slo.tpot_s:
-        return f"a token would take {tbt_s:.3g} s, with a target of {slo.tpot_s:g} s"
-    return None
-
-
 def early_refusal(prefill_load: float, decode_load: float) -> str | None:
-    """Before prefill is spent on what decode could not take: the larger load passes 1. Loads: predicted time / its target.
+    """Why a request is refused before prefill is spent on it: the larger load passes 1; None when neither does. Loads: predicted time / its target.
 
     With the decode load of the moment of arrival it swings: requests are let in while decode is idle, and all get there a prefill later. With
     that of `predicted_decode_load` less so.

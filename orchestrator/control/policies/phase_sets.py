@@ -37,7 +37,7 @@ class PhaseSetsConfig:
     busy: load from which on a move is thought of. gain: part by which it must fall, on average over horizon_s, in whose first part those
     that move serve nothing. memory_s: after which a rate that was seen counts for
     a third. drain_s: in which a queue is to be worked off. cooldown_s: between moves, or as long as the last one took. settle_s: after a
-    move has been made its effect is looked at; one that did harm is taken back and not tried again for blocked_s. batch: part of all
+    move has been made its effect is looked at, whether others followed or not; one that did harm is taken back and not tried again for blocked_s. batch: part of all
     workers that one tick may move.
     """
 
@@ -121,7 +121,10 @@ class PhaseSets:
         #: Seconds of work of encode and prefill that come in a second.
         self._encode = self._prefill = 0.0
         self._met = 1.0
-        self._last: _Done | None = None
+        #: Moves whose effect has not been looked at, by time.
+        self._made: list[_Done] = []
+        #: What was done last, a move or a reversal, until it has settled.
+        self._latest: _Done | None = None
         self._next_at_s = 0.0
         self._blocked: dict[_Move, float] = {}
         #: As of the last look; None before there are two.
@@ -143,9 +146,9 @@ class PhaseSets:
 
     def not_made(self, now_s: float) -> None:
         """The moves of the last tick were not made: they have no effect to look at, and are not wanted again soon."""
-        if self._last is not None:
-            self._blocked[self._last.move] = now_s + self._config.blocked_s
-            self._last = None
+        if self._made and self._made[-1] is self._latest:
+            self._blocked[self._made.pop().move] = now_s + self._config.blocked_s
+        self._latest = None
 
     def tick(self, now_s: float, cluster: ClusterLoad) -> Sequence[Switch]:
         """The moves to make now."""
@@ -154,8 +157,8 @@ class PhaseSets:
         shape = Counter(worker.phases for worker in cluster.workers)
         self._asked_for = None if asked is None else (shape, asked)
         self.load = None if asked is None else load_of(shape, asked)
-        if is_moving and self._last is not None:
-            self._still_moving(now_s, self._last, cluster)
+        if is_moving and self._latest is not None:
+            self._still_moving(now_s, self._latest, cluster)
         load = self.load
         if asked is None or load is None or now_s < self._next_at_s or is_moving:
             return ()
@@ -166,10 +169,12 @@ class PhaseSets:
             return ()
         return self._best(now_s, cluster, shape, asked, load)
 
-    def _still_moving(self, now_s: float, last: _Done, cluster: ClusterLoad) -> None:
+    def _still_moving(self, now_s: float, latest: _Done, cluster: ClusterLoad) -> None:
         """Its effect begins when it is done, and rest takes as long as it took."""
-        self._last = replace(last, at_s=now_s, totals=replace(cluster.totals))
-        rest_s = max(self._config.cooldown_s, now_s - last.begun_at_s)
+        self._latest = replace(latest, at_s=now_s, totals=replace(cluster.totals))
+        if self._made and self._made[-1] is latest:
+            self._made[-1] = self._latest
+        rest_s = max(self._config.cooldown_s, now_s - latest.begun_at_s)
         self._next_at_s = max(self._next_at_s, now_s + rest_s)
 
     def _look(self, now_s: float, cluster: ClusterLoad) -> Asked | None:
@@ -240,8 +245,7 @@ class PhaseSets:
         if best is None:
             return ()
         move, num, then, is_new = best
-        self._last = _Done(move, num, now_s, now_s, load, self._met, replace(cluster.totals))
-        self._next_at_s = now_s + self._config.cooldown_s
+        self._made.append(self._begin(now_s, cluster, move, num, load))
         reason = f"load {load:.2f} would be {then:.2f}: encode {asked.encode:.1f}, prefill {asked.prefill:.1f}, decode {asked.decode:.1f} workers"
         return _switches(cluster, move, num, reason + self._how(is_new), load / best_load)
 
@@ -264,27 +268,61 @@ class PhaseSets:
             for phase, floor in self._config.floors.items()
         )
 
+    def _begin(self, now_s: float, cluster: ClusterLoad, move: _Move, num: int, load: float) -> _Done:
+        """So many go, and nothing else for a while."""
+        self._next_at_s = now_s + self._config.cooldown_s
+        self._latest = _Done(move, num, now_s, now_s, load, self._met, replace(cluster.totals))
+        return self._latest
+
     def _undo(self, now_s: float, cluster: ClusterLoad, load: float) -> Sequence[Switch]:
-        """Take back a move after which neither the load fell nor as many requests met their targets."""
-        last = self._last
-        if last is None or now_s < last.at_s + self._config.settle_s:
-            return ()
-        self._last = None
-        num = cluster.totals.num_finished - last.totals.num_finished
-        met = (cluster.totals.num_met - last.totals.num_met) / num if num else 1.0
-        if load < last.load or met >= last.met_before - 0.05:
-            return ()
-        self._blocked[last.move] = now_s + self._config.blocked_s
-        shape, back = Counter(worker.phases for worker in cluster.workers), last.move.back
-        processes = Counter((worker.phases, worker.loaded) for worker in cluster.workers)
-        # As many as were moved, or as floors let.
-        for num_back in range(min(last.num, shape[back.source]), 0, -1):
-            is_new = _is_new(processes, back, num_back)
-            if self._keeps_floors(_meanwhile(shape, back, num_back, is_new=is_new), shape):
-                self._next_at_s = now_s + self._config.cooldown_s
-                reason = f"reversed: load {last.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {last.met_before:.0%}"
-                return _switches(cluster, back, num_back, reason + self._how(is_new), 1.0)
+        """Take back a move after which neither the load fell nor as many requests met their targets.
+
+        Each is looked at once, when it has settled, whatever was moved since; what later ones did is in what is seen then.
+        """
+        settled_s = now_s - self._config.settle_s
+        if self._latest is not None and self._latest.at_s <= settled_s:
+            self._latest = None
+        while self._made and self._made[0].at_s <= settled_s:
+            one = self._made.pop(0)
+            num = cluster.totals.num_finished - one.totals.num_finished
+            met = (cluster.totals.num_met - one.totals.num_met) / num if num else 1.0
+            if load < one.load or met >= one.met_before - 0.05:
+                continue
+            num_left = _left(one, self._made)
+            if not num_left:
+                continue
+            self._blocked[one.move] = now_s + self._config.blocked_s
+            reason = f"reversed: load {one.load:.2f} became {load:.2f}, and {met:.0%} met their targets after {one.met_before:.0%}"
+            found = self._back(now_s, cluster, one.move.back, num_left, load, reason)
+            if found:
+                return found
         return ()
+
+    def _back(
+        self, now_s: float, cluster: ClusterLoad, back: _Move, most: int, load: float, reason: str
+    ) -> Sequence[Switch]:
+        """As many as were moved, or as floors let."""
+        shape = Counter(worker.phases for worker in cluster.workers)
+        processes = Counter((worker.phases, worker.loaded) for worker in cluster.workers)
+        for num in range(min(most, shape[back.source]), 0, -1):
+            is_new = _is_new(processes, back, num)
+            if self._keeps_floors(_meanwhile(shape, back, num, is_new=is_new), shape):
+                self._begin(now_s, cluster, back, num, load)
+                return _switches(cluster, back, num, reason + self._how(is_new), 1.0)
+        return ()
+
+
+def _left(first: _Done, later: Iterable[_Done]) -> int:
+    """How many workers of a move later ones have not brought back; those that went last come back first."""
+    left, more = first.num, 0
+    for one in later:
+        if one.move == first.move:
+            more += one.num
+        elif one.move == first.move.back:
+            num = min(more, one.num)
+            more -= num
+            left = max(0, left - (one.num - num))
+    return left
 
 
 def _serving(shape: Shape, phase: Phase) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 
 from orchestrator.bench.plan import PlannedRequest
 from orchestrator.bench.records import OK, RequestRecord
-from orchestrator.control.admission import Admission, refusal
+from orchestrator.control.admission import MAX_REMEMBERED, TOGETHER_S, Admission, RefusalLog, refusal
 from orchestrator.control.router import Predicted
 from orchestrator.control.slo import Slo
+from orchestrator.errors import TooLate
 from orchestrator.sim.simulation import Simulation
 from tests.support.sim import BOTH, ENGINE, by_token, load, run, worker
 
@@ -71,7 +73,7 @@ def test_under_overload_those_that_are_taken_are_in_time() -> None:
     assert {record.status for record in records} == {OK, "TooLate"}
     taken = [record for record in records if record.status == OK]
     assert attainment(taken) > 0.95
-    assert simulation.dispatcher.num_refused == len(records) - len(taken)
+    assert simulation.dispatcher.refusals.num == len(records) - len(taken)
     # The worker is not left idle for it: at most 10 s and a second's queue of work were there to be done.
     assert len(taken) > len(LIGHT) + 40
     assert [len(record.token_times_s) for record in taken] == [8] * len(taken)
@@ -83,7 +85,7 @@ def test_under_overload_those_that_are_taken_are_in_time() -> None:
 def test_a_light_load_is_taken_whole() -> None:
     records, simulation = replay(load((0.5 * number, 2000, 8) for number in range(30)), Admission.PREDICTED)
     assert {record.status for record in records} == {OK}
-    assert simulation.dispatcher.num_refused == 0
+    assert simulation.dispatcher.refusals.num == 0
 
 
 def test_one_that_comes_back_at_the_time_that_it_was_told_is_taken() -> None:
@@ -104,3 +106,28 @@ def test_a_prompt_that_is_late_by_itself_is_taken_when_nothing_waits() -> None:
     long_s = 8.0
     records, _ = replay(load([*LIGHT, (long_s, 15_000, 8), (long_s + 0.1, 15_000, 8)]), Admission.PREDICTED)
     assert [record.status for record in records[-2:]] == [OK, "TooLate"]
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 30.0), st.floats(1.0, 9.0), st.floats(0.0, 9.0)), max_size=60))
+def test_refusals_are_told_of_together_and_none_is_lost(came: list[tuple[float, float, float]]) -> None:
+    log, now_s = RefusalLog(), 0.0
+    for waits_s, ttft_s, retry_s in came:
+        now_s += waits_s
+        log.add(now_s, TooLate(ttft_s, 1.0, retry_s))
+    spans = list(log)
+    assert log.num == len(came) == sum(span.num for span in spans)
+    begin = 0
+    for span in spans:
+        told = came[begin : begin + span.num]
+        begin += span.num
+        assert 0.0 <= span.last_at_s - span.first_at_s < TOGETHER_S
+        assert span.ttft_s == (min(one[1] for one in told), max(one[1] for one in told))
+        assert span.retry_after_s == (min(one[2] for one in told), max(one[2] for one in told))
+    assert all(later.first_at_s - one.first_at_s >= TOGETHER_S for one, later in pairwise(spans))
+
+
+def test_what_is_remembered_of_refusals_is_bounded() -> None:
+    log = RefusalLog()
+    for i in range(MAX_REMEMBERED + 50):
+        log.add(i * TOGETHER_S, TooLate(2.0, 1.0, 1.0))
+    assert (log.num, len(list(log))) == (MAX_REMEMBERED + 50, MAX_REMEMBERED)

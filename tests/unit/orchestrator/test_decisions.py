@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.cli import decisions, exit_codes, main, replay_decisions
 from orchestrator.cli.decisions import text_lines
 from orchestrator.cli.replay_decisions import POLICIES, allowed_of, read_looks, replay
+from orchestrator.control.admission import RefusalLog
 from orchestrator.control.auto_switch import ALLOWED
 from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb, look_to_pb
@@ -21,7 +22,7 @@ from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, ScaleState, ScaleView, SwitchState, SwitchView
 from orchestrator.control.view_wire import scale_from_pb, scale_to_pb
-from orchestrator.errors import LooksError
+from orchestrator.errors import LooksError, TooLate
 from orchestrator.gateway.decision_log import MAX_DECISIONS, MAX_LOOKS, DecisionLog
 from protos import control_pb2 as pb
 from workers.api import Phase, PhaseSet, WorkerId
@@ -115,7 +116,7 @@ def test_the_table_says_what_was_expected_and_what_came() -> None:
         *("d0", "decode", "prefill", "changed", "2.00x", "50%", "->", "-", "c0ffee"),
         *("load", "1.20", "would", "be", "0.60"),
     ]
-    assert text_lines(pb.GetDecisionsResponse()) == ["the controller has decided nothing yet"]
+    assert text_lines(pb.GetDecisionsResponse()) == ["nothing has been decided yet"]
 
 
 def test_policies_are_asked_what_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +193,50 @@ def test_the_table_tells_of_the_number_of_workers_too() -> None:
         *("(all)", "1", "worker", "3", "workers", "done", "1.20x", "50%", "->", "100%", "c0ffee"),
         *("load", "1.20;", "all", "of", "them", "have", "a", "node"),
     ]
+
+
+def refused(*at_s: float) -> RefusalLog:
+    log = RefusalLog()
+    for i, now_s in enumerate(at_s):
+        log.add(now_s, TooLate(2.5 + i, 2.0, 0.5 + i))
+    return log
+
+
+def test_the_table_tells_of_refusals_between_the_other_decisions() -> None:
+    log = DecisionLog()
+    log.came(view(switch(1)), None, 10.0)
+    log.came(view(switch(2)), None, 30.0)
+    answer = log.answer(40.0, refused(12.0, 13.5, 31.0), with_looks=False)
+    _, first, several, last, one = text_lines(answer)
+    assert [line.split()[2] for line in (first, several, last, one)] == ["d0", "(new)", "d0", "(new)"]
+    assert several.endswith(
+        "2 requests in 1.50 s: predicted TTFT 2.50 s to 3.50 s, target 2.00 s (slo.ttftMs); "
+        "one like them would be taken in about 500 ms to 1.50 s (gateway.admission)"
+    )
+    assert one.endswith(
+        "1 request: predicted TTFT 4.50 s, target 2.00 s (slo.ttftMs); "
+        "one like it would be taken in about 2.50 s (gateway.admission)"
+    )
+
+
+def test_refusals_are_told_to_programs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(_address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
+        return DecisionLog().answer(15.0, refused(12.0, 13.5), with_looks=with_looks)
+
+    monkeypatch.setattr(decisions, "ask", ask)
+    assert main.main(["decisions", "--control-address", "127.0.0.1:1", "--json"]) == exit_codes.OK
+    assert json.loads(capsys.readouterr().out) == {
+        "age_s": 3.0,
+        "num_refused": 2,
+        "lasted_s": 1.5,
+        "target_s": 2.0,
+        "least_ttft_s": 2.5,
+        "most_ttft_s": 3.5,
+        "least_retry_after_s": 0.5,
+        "most_retry_after_s": 1.5,
+    }
 
 
 def test_looks_that_cannot_be_written_are_refused_before_anybody_is_asked(

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import pytest
+
 from orchestrator.control.admission import Admission
 from orchestrator.control.slo import Slo
 from protos import control_pb2
@@ -42,6 +44,10 @@ def test_one_that_would_be_late_is_refused_with_the_time_to_come_back() -> None:
             assert 0.0 < float(seconds) < 0.25
             answer = await it.control.GetView(control_pb2.GetViewRequest())
             assert (answer.num_refused_requests, answer.num_failed_requests) == (1, 0)
+            (decided,) = (await it.control.GetDecisions(control_pb2.GetDecisionsRequest())).decisions
+            assert decided.refusals.num == 1
+            assert decided.refusals.least_ttft_s > decided.refusals.target_s
+            assert decided.refusals.least_retry_after_s == pytest.approx(float(seconds), abs=1e-3)
             # The first one was taken, and is answered.
             both.answer = both.script
             both.say(*both.script(both.submits[0]))

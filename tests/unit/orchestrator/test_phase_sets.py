@@ -39,6 +39,7 @@ class World:
     moving: dict[WorkerId, tuple[PhaseSet, float, bool]] = field(default_factory=dict)
     moves: list[tuple[float, bool]] = field(default_factory=list)
     shapes: list[Counter[PhaseSet]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
     def serving(self) -> Counter[Phase]:
         """How many workers can be used for each phase now."""
@@ -69,6 +70,7 @@ class World:
                 is_new,
             )
             self.moves.append((self.now_s, is_new))
+            self.reasons.append(switch.reason)
             self.shapes.append(Counter(w.phases for w in self.workers))
             assert ("new process" in switch.reason) == is_new
 
@@ -135,6 +137,43 @@ def test_a_steady_load_comes_to_rest_and_no_shape_comes_twice(
     shapes = [frozenset(shape.items()) for shape in world.shapes]
     assert len(set(shapes)) == len(shapes)
     assert all(at_s < 150.0 for at_s, _ in world.moves)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num=st.integers(2, 40),
+    cooldown_s=st.floats(0.0, 6.0),
+    settle_s=st.floats(0.0, 10.0),
+    batch=st.sampled_from((1 / 16, 1 / 4)),
+)
+def test_every_move_that_did_harm_is_taken_back_however_many_followed_it(
+    num: int, cooldown_s: float, settle_s: float, batch: float
+) -> None:
+    """Each makes what there is to prefill so much more that no move makes up for it, and from the first on no request meets its targets."""
+    config = PhaseSetsConfig(
+        SLO,
+        COSTS.step,
+        COSTS.tile_s,
+        (P, D),
+        switch_cost=COST,
+        cooldown_s=cooldown_s,
+        settle_s=settle_s,
+        batch=batch,
+        blocked_s=1e9,
+    )
+    world = World(
+        [worker("p", P, P | D), *(worker(f"d{i}", D, P | D) for i in range(num))], PhaseSets(config)
+    )
+    for _ in range(round((3 * settle_s + 20) / TICK_S)):
+        num_moves = len({at_s for at_s, _ in world.moves})
+        world.workers[0].prefill_tokens = 10**6 * 50**num_moves
+        world.totals.num_finished += 1
+        world.totals.num_met += not world.moves
+        world.tick()
+    assert world.moves
+    assert Counter(one.phases for one in world.workers) == {P: 1, D: num}
+    num_back = sum(reason.startswith("reversed") for reason in world.reasons)
+    assert num_back == len(world.moves) / 2
 
 
 def pictures(*cluster: WorkerLoad) -> World:

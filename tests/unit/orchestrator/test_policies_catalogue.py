@@ -5,17 +5,20 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orchestrator.bench.trace import Trace, TraceRow
-from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, orders
-from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, Workload, distserve_shape
+from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, Workload, orders
+from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady, distserve_shape
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
+from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting
 from tests.support.coarse import COSTS, SLO, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import Phase, WorkerId
-from workers.step_choice import Exclusive, Head, Split
+from workers.step_choice import Exclusive, Head, Layout, Split, Step
 
 SETTING = Setting(
     4,
@@ -25,7 +28,7 @@ SETTING = Setting(
     (E, P, P, D),
     COSTS.kv_token_s,
     COSTS.tile_s,
-    256,
+    (E | P, E | P, D, D),
 )
 
 
@@ -43,9 +46,38 @@ def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), rate_rps=st.sampled_from((5.0, 40.0)), tpot_s=st.sampled_from((0.01, 0.03))
+)
+def test_the_shares_of_a_device_come_to_one_at_most_at_every_step(
+    name: str, seed: int, rate_rps: float, tpot_s: float
+) -> None:
+    """Those of semi_pd are limits of MPS processes, which may overlap: each is one at most."""
+    layouts = tuple(Layout(1 - share, share, 0.9, 0.9) for share in (0.25, 0.5, 0.75))
+    setting = replace(SETTING, slo=Slo(0.5, tpot_s), layouts=layouts)
+    one = POLICIES[name](setting, orders(COSTS.step, SLO)["fcfs"])
+    splits: list[Split] = []
+
+    class Watched:
+        def step(self, now_s: float, device: WorkerLoad, head: Head) -> Step:
+            step = one.stepping.step(now_s, device, head)
+            if isinstance(step, Split):
+                splits.append(step)
+            return step
+
+    run(replace(one, stepping=Watched()), random_load(seed, 40, rate_rps, has_images=True))
+    assert not splits or name in {"nexus", "semi_pd", "phasewise", "phasewise_apart"}
+    for step in splits:
+        assert 0 < step.prefill_share <= 1
+        assert 0 < step.decode_share <= 1
+        assert step.prefill_share + step.decode_share <= 1 + 1e-9 or name == "semi_pd"
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_meets_the_targets_of_a_light_load(name: str) -> None:
     one = POLICIES[name](
-        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D)),
+        replace(SETTING, load=Workload(1500.0, 60.0, 0.0), split=(P, P, D, D), placed=(P, P, P, D)),
         orders(COSTS.step, SLO)["fcfs"],
     )
     result, _ = run(one, random_load(3, 60, 4.0))
@@ -59,16 +91,32 @@ def worker(name: str, phases: frozenset[Phase], **load: int) -> WorkerLoad:
     return found
 
 
-def test_a_search_gives_the_phase_that_needs_more_the_workers() -> None:
-    def shape(load: Workload) -> tuple[int, int]:
-        found = distserve_shape(8, load, slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256)
-        return found.count(P) + found.count(E | P), found.count(D)
+def shape(prefill_rps: float, decode_rps: float, num_workers: int = 8) -> tuple[int, int]:
+    found = distserve_shape(num_workers, prefill_rps=prefill_rps, decode_rps=decode_rps, has_tiles=False)
+    return found.count(P), found.count(D)
 
-    assert shape(Workload(6000, 50, 0)) == (7, 1)
-    assert shape(Workload(200, 1000, 0)) == (1, 7)
-    assert E | P in distserve_shape(
-        8, Workload(500, 100, 10), slo=SLO, cost=COSTS.step, tile_s=COSTS.tile_s, max_sequences=256
-    )
+
+def test_a_search_gives_the_phase_that_needs_more_the_workers() -> None:
+    assert shape(1.0, 30.0) == (7, 1)
+    assert shape(30.0, 1.0) == (1, 7)
+    assert shape(2.0, 2.0) == (4, 4)
+    # 5 * 3 and 3 * 5.
+    assert shape(3.0, 5.0) == (5, 3)
+    found = distserve_shape(8, prefill_rps=1.0, decode_rps=1.0, has_tiles=True)
+    assert found.count(E | P) == found.count(D) == 4
+
+
+@given(st.floats(0.01, 100.0), st.floats(0.01, 100.0), st.integers(2, 40))
+def test_no_other_placement_of_as_many_devices_has_more_goodput(
+    prefill_rps: float, decode_rps: float, num: int
+) -> None:
+    def goodput_rps(num_prefill: int, num_decode: int) -> float:
+        return min(num_prefill * prefill_rps, num_decode * decode_rps)
+
+    best = max(goodput_rps(one, num - one) for one in range(1, num))
+    found = shape(prefill_rps, decode_rps, num)
+    assert sum(found) == num
+    assert goodput_rps(*found) >= best * (1 - 1e-6)
 
 
 def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None:
@@ -84,21 +132,80 @@ def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None
     assert not trigger.tick(12.0, cluster)
 
 
-def conductor() -> Conductor:
-    return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s)
+def steady() -> EpdSteady:
+    return EpdSteady(COSTS.step, tile_s=COSTS.tile_s, output_tokens=60.0)
 
 
-def test_the_conductor_fetches_a_prefix_or_refuses() -> None:
+def test_the_steady_trigger_sees_what_decode_lacks_room_for_and_does_not_mind_a_short_queue() -> None:
+    cluster = ClusterLoad((worker("e0", E), worker("p0", P), worker("p1", P), worker("d0", D)))
+    one = steady()
+    assert not any(one.tick(float(now_s), cluster) for now_s in range(30))
+    cluster.workers[0].encode_tiles = round(3.0 / COSTS.tile_s)
+    assert not any(one.tick(30.0 + now_s, cluster) for now_s in range(60))
+    cluster.workers[0].encode_tiles = 0
+    cluster.workers[3].num_promised, cluster.workers[3].promised_context = 50_000, 50_000_000
+    found = [switch for now_s in range(60) for switch in one.tick(90.0 + now_s, cluster)]
+    assert (found[0].worker_id, found[0].phases) == ("p0", D)
+    assert "decode needs" in found[0].reason
+
+
+def test_the_steady_trigger_does_not_count_for_decode_what_waits_for_prefill() -> None:
+    busy = worker("p0", P, prefill_tokens=4_000_000, num_prefills=2000)
+    cluster = ClusterLoad((worker("e0", E), worker("e1", E), busy, worker("d0", D, num_promised=2000)))
+    one = steady()
+    found = [switch for now_s in range(30) for switch in one.tick(float(now_s), cluster)]
+    assert [switch.phases for switch in found[:1]] == [P]
+
+
+def conductor(decode_s: float = 2.0) -> Conductor:
+    return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s, decode_s=decode_s)
+
+
+def test_the_conductor_fetches_a_prefix() -> None:
     cached = worker("cached", P, prefill_tokens=15_000)
     idle, decode = worker("idle", P), worker("d", D)
     cluster = ClusterLoad((cached, idle, decode))
     prompt = Prompt(0, 0.0, 9000, 0, SLO, "", lambda one: 8000 if one is cached else 0)
-    placed = conductor().place(0.0, prompt, cluster)
-    assert placed == Placement(idle, decode, (), cached)
-    decode.num_decoding, decode.decode_context = 250, 900_000
-    refused = conductor().place(0.0, prompt, cluster)
+    assert conductor().place(0.0, prompt, cluster) == Placement(idle, decode, (), cached)
+
+
+def test_the_conductor_refuses_by_the_queue_of_prefill() -> None:
+    cluster = ClusterLoad((worker("p", P, prefill_tokens=200_000), worker("d", D)))
+    refused = conductor().place(3.0, prompt(1000), cluster)
     assert isinstance(refused, Reject)
-    assert "a token would take" in refused.reason
+    assert "the load of prefill" in refused.reason
+    assert refused.earliest_s > 3.0
+
+
+def prompt(num_tokens: int) -> Prompt:
+    return Prompt(0, 0.0, num_tokens, 0, SLO, "", lambda _one: 0)
+
+
+def test_the_conductor_refuses_what_decode_could_not_take_when_it_gets_there() -> None:
+    decode, one = worker("d", D), conductor()
+    cluster = ClusterLoad((worker("p", P), decode))
+    taken = 0
+    # All at once: none decodes yet, so that the load of the moment is nothing.
+    while isinstance(found := one.place(0.0, prompt(2000), cluster), Placement):
+        taken += 1
+        decode.num_promised, decode.promised_context = taken, 2000 * taken
+        assert taken < 1000
+    assert "the load of decode" in found.reason
+    step_s = COSTS.step.step_s(taken + 1, 2000 * (taken + 1))
+    assert step_s > SLO.tpot_s >= COSTS.step.step_s(taken, 2000 * taken)
+    # Until they have decoded as long as each is taken to.
+    assert isinstance(one.place(1.9, prompt(2000), cluster), Reject)
+    assert isinstance(one.place(found.earliest_s, prompt(2000), cluster), Placement)
+
+
+def test_the_conductor_forgets_those_that_have_left_sooner_than_it_thought() -> None:
+    decode, one = worker("d", D), conductor(decode_s=1e6)
+    cluster = ClusterLoad((worker("p", P), decode))
+    while isinstance(one.place(0.0, prompt(2000), cluster), Placement):
+        decode.num_promised += 1
+        decode.promised_context += 2000
+    decode.num_promised = decode.promised_context = 0
+    assert isinstance(one.place(1.0, prompt(2000), cluster), Placement)
 
 
 def head() -> Head:

@@ -9,15 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.control.policies.orders import AGAIN, LATE_TURN, Fcfs, LeastSlack, ShortestFirst
-from orchestrator.control.policies.phase_sets import Asked, PhaseSets, PhaseSetsConfig, load_of
+from orchestrator.control.policies.phase_sets import (
+    Asked,
+    PhaseSets,
+    PhaseSetsConfig,
+    _Done,
+    _left,
+    _Move,
+    load_of,
+)
 from orchestrator.control.policies.phasewise import PhasewiseConfig, PredictedPlacing, PredictedSteps
 from orchestrator.control.policies.placing import MAX_CANDIDATES, LeastLoaded, candidates
-from orchestrator.control.policies.policy import ClusterLoad, Job, Placement, Prompt, Reject, WorkerLoad
+from orchestrator.control.policies.policy import (
+    ClusterLoad,
+    Job,
+    Placement,
+    Prompt,
+    Reject,
+    Totals,
+    WorkerLoad,
+)
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_costs import rates
 from orchestrator.sim.coarse_request import CoarseRequest
 from tests.support.coarse import COSTS, SLO, D, E, P, policy, random_load, run, slack_order
-from workers.api import Phase, WorkerId
+from workers.api import Phase, PhaseSet, WorkerId
 from workers.prompt_order import Standing
 from workers.step_choice import Exclusive, Head, Layout, Mixed, Split
 
@@ -362,6 +378,47 @@ def test_workers_that_moved_together_are_taken_back_together(floor: int, num_bac
     back = sets.tick(6.0, cluster)
     assert [one.phases for one in back] == [D] * num_back
     assert "reversed" in back[0].reason
+
+
+def test_a_move_is_judged_although_others_followed_it() -> None:
+    sets, cluster = phase_sets(settle_s=8.0, cooldown_s=2.0), busy(200_000)
+    sets.tick(0.0, cluster)
+    for now_s in (1.0, 3.0):
+        (switch,) = sets.tick(now_s, cluster)
+        assert switch.phases == P
+        for one in cluster.workers:
+            one.phases = P if one.worker_id == switch.worker_id else one.phases
+            one.prefill_tokens *= 4
+        cluster.regroup()
+    cluster.totals.num_finished, cluster.totals.num_met = 100, 10
+    for now_s in (9.0, 11.0):
+        (back,) = sets.tick(now_s, cluster)
+        assert back.phases == D
+        assert back.reason.startswith("reversed")
+        next(one for one in cluster.workers if one.worker_id == back.worker_id).phases = D
+        cluster.regroup()
+
+
+def move(source: PhaseSet, target: PhaseSet, num: int) -> _Done:
+    return _Done(_Move(source, target), num, 0.0, 0.0, 1.0, 1.0, Totals())
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(((D, P), (P, D), (E, P))), st.integers(1, 4)), min_size=1, max_size=9)
+)
+def test_what_is_left_of_a_move_is_what_a_stack_of_workers_has(
+    moves: list[tuple[tuple[PhaseSet, PhaseSet], int]],
+) -> None:
+    made = [move(*sets, num) for sets, num in moves]
+    first = made[0].move
+    # Who made the move first lies below who made it later.
+    stack = []
+    for i, one in enumerate(made):
+        if one.move == first:
+            stack += [i] * one.num
+        elif one.move == first.back:
+            del stack[max(0, len(stack) - one.num) :]
+    assert _left(made[0], made[1:]) == stack.count(0)
 
 
 @settings(max_examples=60, deadline=None)

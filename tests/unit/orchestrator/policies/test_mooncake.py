@@ -13,9 +13,7 @@ from orchestrator.control.policies.mooncake import (
     predicted_decode_load,
     predicted_decodes,
     prefill_flops,
-    refusal,
 )
-from orchestrator.control.slo import Slo
 from workers.api import WorkerId
 
 
@@ -93,13 +91,6 @@ def test_no_instance_would_have_been_faster_by_computing_what_it_lacks_after_a_f
 
 
 # Refusals.
-
-
-def test_a_request_is_refused_when_either_target_would_be_missed() -> None:
-    slo = Slo(ttft_s=1.0, tpot_s=0.1)
-    assert refusal(1.0, 0.1, slo) is None
-    assert refusal(1.1, 0.1, slo) == "TTFT would be 1.1 s, with a target of 1 s"
-    assert refusal(1.0, 0.2, slo) == "a token would take 0.2 s, with a target of 0.1 s"
 
 
 def test_early_refusal_looks_at_the_larger_load() -> None:
