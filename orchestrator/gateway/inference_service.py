@@ -31,6 +31,7 @@ from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.served_model import LoadedModel, ServedModel
 from orchestrator.gateway.stop_strings import StopStrings
+from orchestrator.gateway.turns import Turns
 from orchestrator.gateway.validation import CheckedRequest, check_request
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServiceServicer
@@ -116,6 +117,7 @@ class InferenceService(InferenceServiceServicer):
         #: Of the pictures of all requests that are here; at most config.max_image_bytes.
         self._num_image_bytes = 0
         self._clock = asyncio.get_running_loop().time
+        self._turns = Turns()
 
     async def Generate(  # type: ignore[override] # noqa: N802 - a coroutine that writes is the third kind of handler
         self, request: Unread, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -219,10 +221,14 @@ class InferenceService(InferenceServiceServicer):
         )
         try:
             while not answer.is_over:
-                news = await live.next()
+                await live.wait_for_news()
+                await self._turns.take()
+                # All that came until now.
+                news = live.take_now()
                 if isinstance(news, Fail):
                     return news
-                await context.write(answer.message(news, self._clock()))
+                if news is not None:
+                    await context.write(answer.message(news, self._clock()))
         finally:
             self._dispatcher.release(live)
         return None

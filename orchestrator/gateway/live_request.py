@@ -268,12 +268,11 @@ class LiveRequest:
             self._ready.appendleft(sample)
         return progress
 
-    async def next(self) -> Progress | Fail:
-        """Wait for what is new of one sample."""
-        while (news := self.take_now()) is None:
+    async def wait_for_news(self) -> None:
+        """Until `take_now` has something."""
+        while not self._ready and self._failure is None:
             self._has_news.clear()
             await self._has_news.wait()
-        return news
 
 
 def enqueue(sample: LiveSample, waiting: deque[LiveSample], *, is_first: bool = False) -> None:
