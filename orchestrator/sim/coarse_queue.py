@@ -3,7 +3,7 @@
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.control.policies.policy import Order, WorkerLoad
@@ -54,6 +54,8 @@ class FrontQueue:
     _waiting: list[Entry] = field(default_factory=list)
     _begun: list[Entry] = field(default_factory=list)
     _tiles: list[tuple[float, int, Live, int]] = field(default_factory=list)
+    #: When its order was asked for last, and what it said; None since the prompts have changed.
+    _ordered: tuple[float, list[Entry]] | None = None
 
     @property
     def has_prompts(self) -> bool:
@@ -69,6 +71,7 @@ class FrontQueue:
         """A prompt, or what is left of it."""
         prompts = self._begun if live.job.is_begun else self._waiting
         self.order.waits(live.job)
+        self._ordered = None
         insort(prompts, (self.order.key(live.job), live.number, live))
 
     def add_tiles(self, live: Live, num_tiles: int) -> None:
@@ -81,7 +84,7 @@ class FrontQueue:
         for live in away:
             self.order.leaves(live.job)
         tiles = [(live, num) for _, _, live, num in self._tiles]
-        self._waiting, self._tiles = [], []
+        self._waiting, self._tiles, self._ordered = [], [], None
         return away, tiles
 
     def head(self, now_s: float, num_tiles: int) -> Head | None:
@@ -126,6 +129,7 @@ class FrontQueue:
             size = min(job.num_left, max(1, int(budget / rate)))
             budget -= size * rate
             found.append((live, size))
+        self._ordered = None
         for entry in taken:
             job = entry[2].job
             prompts = self._begun if job.is_begun else self._waiting
@@ -135,14 +139,8 @@ class FrontQueue:
 
     def _first_to_last(self, now_s: float) -> Iterator[Entry]:
         """Who has begun or may begin; where the first that has not may not, none that has not."""
-        waiting, begun = self._waiting, self._begun
-        by_key: Iterable[Entry] = heapq.merge(waiting, begun) if waiting and begun else waiting or begun
-        if len(waiting) + len(begun) > 1:
-            jobs = (live.job for _, _, live in heapq.merge(waiting, begun))
-            if ranks := self.order.ranks(now_s, jobs, self.load):
-                by_key = [entry for _, entry in sorted(zip(ranks, by_key, strict=True))]
         is_blocked = False
-        for entry in by_key:
+        for entry in self._in_order(now_s):
             live = entry[2]
             if live.job.is_begun:
                 yield entry
@@ -151,3 +149,20 @@ class FrontQueue:
                     yield entry
                 else:
                     is_blocked = True
+
+    def _in_order(self, now_s: float) -> list[Entry]:
+        """All, as the order has them now. It is asked once for a step."""
+        if self._ordered is not None and self._ordered[0] == now_s:
+            return self._ordered[1]
+        # Two runs that are in order each, which sorting sees.
+        entries = (
+            sorted(self._waiting + self._begun)
+            if self._waiting and self._begun
+            else [*self._waiting, *self._begun]
+        )
+        if len(entries) > 1 and (
+            ranks := self.order.ranks(now_s, [one[2].job for one in entries], self.load)
+        ):
+            entries = [entry for _, entry in sorted(zip(ranks, entries, strict=True))]
+        self._ordered = now_s, entries
+        return entries

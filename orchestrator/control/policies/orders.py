@@ -94,11 +94,18 @@ class LeastSlack:
         """See Order."""
         cost, debts = self._cost, self._tokens.debts()
         step_s, share = self._speed(device)
-        begin_s = now_s + STEPS_AROUND * step_s
+        first_s = begin_s = now_s + STEPS_AROUND * step_s
         found: list[int] = []
         others: list[tuple[int, Job]] = []
         dues: list[Due] = []
+        first_late: tuple[int, Job] | None = None
         for i, job in enumerate(jobs):
+            if job.deadline_s < first_s and not job.has_first_token:
+                # Most of a long queue: however little is left, it makes no difference to the others.
+                job.standing = Standing.LATE
+                first_late = first_late or (i, job)
+                found.append(Standing.LATE)
+                continue
             pairs = job.num_left * (job.num_done + job.num_left / 2)
             left_s = (cost.token_s * job.num_left + cost.pair_s * pairs) / share
             found.append(AGAIN)
@@ -110,7 +117,8 @@ class LeastSlack:
         for (i, job), standing in zip(others, standings(dues, begin_s), strict=True):
             job.standing = standing
             found[i] = standing
-        first_late = next((one for one in others if one[1].standing is Standing.LATE), None)
+            if standing is Standing.LATE and (first_late is None or i < first_late[0]):
+                first_late = i, job
         self._late_tokens.is_anyone_late = first_late is not None
         if first_late is not None and self._late_tokens.is_enough_for(first_late[1].num_left):
             found[first_late[0]] = LATE_TURN
