@@ -35,7 +35,7 @@ from workers.engine.step_records import shape_of
 from workers.errors import PhasewiseWorkerError
 from workers.latency_model import LatencyModel
 from workers.launch_environment import missing_variables
-from workers.step_shape import StepCosts, StepShape
+from workers.step_shape import FactorSource, StepCosts, StepShape
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
 #: Of a GPU: its pool is what is left of its share, and what is captured and prepared goes up to the grid's largest steps.
@@ -176,6 +176,8 @@ def fit(
             costs.num_steps,
             mean_error=statistics.mean(abs(1 / ratio - 1) for ratio in ratios),
             upper_ratio=max(1.0, ratios[len(ratios) * 9 // 10]),
+            # However few steps a slow model had time for.
+            source=FactorSource.FITTED,
         ),
         steps,
     )

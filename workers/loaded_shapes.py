@@ -79,7 +79,7 @@ def first_latency(
     if not profile.is_of(model, profile.device):
         there, here = asdict(profile.model), asdict(model)
         parts = [
-            f"{key} {there[key]:g} and not {here[key]:g}"
+            f"{key} {there[key]} and not {here[key]}"
             for key in here
             if key != "name" and there[key] != here[key]
         ]

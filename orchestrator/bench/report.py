@@ -1,6 +1,7 @@
 """A benchmark as lines for a person and as JSON. Pure."""
 
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import Any
 
 from orchestrator.bench.plan import Slice
@@ -117,7 +118,7 @@ def as_json(
         "config": asdict(config),
         "model": asdict(result.model),
         "trace": {
-            "file": trace.file,
+            "file": PurePath(trace.file).name,
             "format": trace.format,
             "first_row": part.rows[0].number,
             "last_row": part.rows[-1].number,

@@ -8,7 +8,7 @@ TURNS_PER_PASS = 4
 
 
 class Turns:
-    """Turns to write, a few in each pass of the event loop, in the order in which they are asked for. Made and used in the loop.
+    """Turns to write, a few in each pass of the event loop; who waits longest is first. Made and used in the loop.
 
     What a worker says is read at most once in a pass. With a write for each token of all that run, a pass would soon take longer than
     a worker's step: what workers say would pile up unread, and every answer come later and later. Who waits for a turn has more tokens
@@ -46,5 +46,6 @@ class Turns:
             if not turn.done():
                 turn.set_result(None)
                 self._num_left -= 1
-        if self._waiting:
+        if self._num_left < self._turns_per_pass:
+            # There are as many again in the next.
             self._await_pass()

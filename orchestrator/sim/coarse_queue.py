@@ -54,8 +54,8 @@ class FrontQueue:
     _waiting: list[Entry] = field(default_factory=list)
     _begun: list[Entry] = field(default_factory=list)
     _tiles: list[tuple[float, int, Live, int]] = field(default_factory=list)
-    #: When its order was asked for last, and what it said; None since the prompts have changed.
-    _ordered: tuple[float, list[Entry]] | None = None
+    #: What its order was asked with last (when, and the decodes then), and what it said; None since the prompts have changed.
+    _ordered: tuple[tuple[float, int, int], list[Entry]] | None = None
 
     @property
     def has_prompts(self) -> bool:
@@ -152,7 +152,8 @@ class FrontQueue:
 
     def _in_order(self, now_s: float) -> list[Entry]:
         """All, as the order has them now. It is asked once for a step."""
-        if self._ordered is not None and self._ordered[0] == now_s:
+        asked = now_s, self.load.num_decoding, self.load.decode_context
+        if self._ordered is not None and self._ordered[0] == asked:
             return self._ordered[1]
         # Two runs that are in order each, which sorting sees.
         entries = (
@@ -164,5 +165,5 @@ class FrontQueue:
             ranks := self.order.ranks(now_s, [one[2].job for one in entries], self.load)
         ):
             entries = [entry for _, entry in sorted(zip(ranks, entries, strict=True))]
-        self._ordered = now_s, entries
+        self._ordered = asked, entries
         return entries

@@ -80,7 +80,7 @@ def compile_attention(
     """By computing batches of no context, which read and write nothing.
 
     k_cache, v_cache, dtype (of the query), windows (of the layers): as `paged_attention_cuda` will be called. progress: is
-    told of the part that is done.
+    told of the part that is done; may raise to stop.
     """
     group = num_heads // k_cache.shape[2]
     # Kernels differ by whether there is a window.
@@ -97,11 +97,15 @@ def compile_attention(
 
     # The first alone: it makes what all share.
     compute(*jobs[0])
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
-        running = [threads.submit(compute, *job) for job in jobs[1:]]
+    threads = ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0))))
+    running = [threads.submit(compute, *job) for job in jobs[1:]]
+    try:
         for num_done, one in enumerate(as_completed(running), 2):
             one.result()
             progress(num_done / len(jobs))
+    finally:
+        # Whoever stops it, by progress, waits for none that has not begun.
+        threads.shutdown(cancel_futures=True)
 
 
 def _batch_of_nothing(shape: StepShape, k_cache: torch.Tensor) -> CudaAttentionBatch:

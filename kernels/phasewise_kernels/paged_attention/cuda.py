@@ -151,6 +151,8 @@ def lean_attention(
     outputs = torch.empty(slots * shape["block_d"], dtype=torch.float32, device=query.device)
     semaphores = _semaphores(query.device) if batch.semaphores is None else batch.semaphores
     assert 3 * num_programs <= len(semaphores)
+    # Of one row nobody looks at a tree, and kernels differ by what they are given.
+    tree_masks = batch.tree_masks if max_query_len > 1 else None
     lean_kernel[(num_programs,)](
         query,
         k_cache,
@@ -159,7 +161,7 @@ def lean_attention(
         batch.block_tables,
         batch.query_starts,
         batch.context_lens,
-        query if batch.tree_masks is None else batch.tree_masks,
+        query if tree_masks is None else tree_masks,
         lse,
         outputs,
         semaphores,
@@ -173,7 +175,7 @@ def lean_attention(
         block_sequences=lean_sequences(len(batch.context_lens), max_query_len),
         max_query_len=max_query_len,
         has_window=window > 0,
-        has_tree=batch.tree_masks is not None and max_query_len > 1,
+        has_tree=tree_masks is not None,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )

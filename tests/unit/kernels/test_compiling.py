@@ -53,6 +53,10 @@ def test_all_are_computed_once_and_an_error_is_raised(
     monkeypatch.setattr(compiling, "paged_attention_cuda", attend)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: torch.inference_mode())
     options = {"num_heads": 8, "dtype": torch.bfloat16, "windows": windows, "max_sequences": 100}
+
+    def stop(_done: float) -> None:
+        raise InterruptedError
+
     is_broken = False
     compile_attention(k_cache, k_cache, progress=told.append, **options)  # type: ignore[arg-type]
     shapes = step_shapes(100, 4)
@@ -62,6 +66,11 @@ def test_all_are_computed_once_and_an_error_is_raised(
     )
     assert told == sorted(told)
     assert told[-1] == 1
+    asked.clear()
+    # As a worker that is told to stop while it loads.
+    with pytest.raises(InterruptedError):
+        compile_attention(k_cache, k_cache, progress=stop, **options)  # type: ignore[arg-type]
+    assert len(asked) < len(shapes) * len({window > 0 for window in windows})
     is_broken = True
     with pytest.raises(ValueError, match="broken"):
         compile_attention(k_cache, k_cache, progress=told.append, **options)  # type: ignore[arg-type]

@@ -64,6 +64,36 @@ def test_token_ids_on_one_worker_with_usage_and_timings() -> None:
     run(scenario)
 
 
+def test_many_that_are_written_to_in_turns_get_all_their_tokens() -> None:
+    """The worker says a token of each in one message, faster than all can be written to."""
+    num, num_tokens = 40, 50
+
+    async def scenario() -> None:
+        config = replace(CONFIG, max_running_requests=num, max_waiting_requests=num)
+        async with gateway(both := FakeWorker("both-0", BOTH), config=config) as it:
+            says_first(0, both)
+            calls = [
+                asyncio.create_task(
+                    collect(it.client.Generate(generate_request(*PROMPT, max_tokens=num_tokens)))
+                )
+                for _ in range(num)
+            ]
+            await until(lambda: len(both.submits) == num, "all requests to be at the worker")
+            scripts = [both.script(submit) for submit in both.submits]
+            # One gives up while it waits for its turn.
+            calls[3].cancel()
+            for events in zip(*scripts, strict=True):
+                both.say(*events)
+            answers = await asyncio.gather(*(call for call in calls if call is not calls[3]))
+            expected = [token_at(3 + i) for i in range(num_tokens)]
+            assert all(tokens_of(messages) == expected for messages in answers)
+            # Who waited for a turn has more in a message.
+            assert max(len(message.token_ids) for messages in answers for message in messages) > 1
+            assert sum(map(len, answers)) < num * num_tokens
+
+    run(scenario)
+
+
 def test_apart_the_tokens_of_both_workers_come_in_order() -> None:
     async def scenario() -> None:
         prefill, decode = FakeWorker("p-0", PREFILL), FakeWorker("d-0", DECODE)

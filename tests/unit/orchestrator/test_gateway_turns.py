@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,13 +18,8 @@ def test_who_comes_alone_waits_for_nobody() -> None:
         turns = Turns(1)
         for _ in range(3):
             # Without giving the loop back.
-            taking = turns.take()
-            try:
-                taking.send(None)
-            except StopIteration:
-                pass
-            else:
-                raise AssertionError("it waited")
+            with pytest.raises(StopIteration):
+                turns.take().send(None)
             await asyncio.sleep(0)
 
     in_loop(scenario())
@@ -63,6 +59,18 @@ def test_few_in_a_pass_and_all_soon(num: int, asking: list[tuple[int, bool]]) ->
         # What is taken at once and what waited for the same turns falls into two passes as they are counted here.
         for one in range(60):
             assert sum(at in (one, one + 1) for at, _ in took) <= 3 * num
+
+    in_loop(scenario())
+
+
+def test_who_comes_alone_after_others_waits_for_nobody() -> None:
+    async def scenario() -> None:
+        turns = Turns(1)
+        await asyncio.gather(turns.take(), turns.take())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        with pytest.raises(StopIteration):
+            turns.take().send(None)
 
     in_loop(scenario())
 
