@@ -209,6 +209,8 @@ class PhaseSets:
         # Decodes are there as long as they take: those of one moment, at the target, are what is asked for.
         step_s = max(config.slo.tpot_s - cost.overhead_s, 1e-6)
         decode = (cost.decode_s * sequences + cost.context_s * context) / step_s
+        # Where a step takes longer than the target whatever is in it, no worker meets it: one to a sequence is all that could help.
+        decode = min(decode, float(sequences))
         # Their KV has to have its place as well.
         if capacity:
             decode = max(decode, context * num / capacity)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import ClusterLoad, SwitchCost, Totals, WorkerLoad
+from orchestrator.control.slo import Slo
 from tests.support.coarse import COSTS, SLO, D, E, P
 from workers.api import Phase, PhaseSet, WorkerId
 
@@ -19,7 +20,8 @@ TICK_S = 0.5
 
 def policy(**more: object) -> PhaseSets:
     floors = dict.fromkeys(Phase, 1)
-    return PhaseSets(PhaseSetsConfig(SLO, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more))  # type: ignore[arg-type]
+    slo = more.pop("slo", SLO)
+    return PhaseSets(PhaseSetsConfig(slo, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more))  # type: ignore[arg-type]
 
 
 def worker(name: str, phases: PhaseSet, loaded: PhaseSet, **load: int) -> WorkerLoad:
@@ -225,3 +227,20 @@ def test_a_small_gain_is_not_worth_a_new_process(busy: float) -> None:
 
     assert not world(P | D).moves
     assert world(E | P | D).moves
+
+
+def test_a_tpot_target_that_no_worker_meets_does_not_hide_the_prompts() -> None:
+    """More workers than sequences help nobody, so that is what decode asks for at most."""
+    never = Slo(SLO.ttft_s, COSTS.step.overhead_s / 2)
+    tokens = round(20 / COSTS.step.token_s)
+    workers = [
+        worker("a", P, P | D, prefill_tokens=tokens, num_prefills=9),
+        worker("b", D, P | D, num_decoding=2, decode_context=200),
+        worker("c", D, P | D, num_decoding=1, decode_context=100),
+    ]
+    world = World(workers, policy(slo=never))
+    for _ in range(8):
+        world.tick()
+    assert world.sets.load is not None
+    assert world.sets.load < 10
+    assert [one.phases for one in workers[1:]].count(P | D) >= 1
