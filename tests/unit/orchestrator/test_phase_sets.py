@@ -244,3 +244,25 @@ def test_a_tpot_target_that_no_worker_meets_does_not_hide_the_prompts() -> None:
     assert world.sets.load is not None
     assert world.sets.load < 10
     assert [one.phases for one in workers[1:]].count(P | D) >= 1
+
+
+@pytest.mark.parametrize(("served_after", "is_kept"), [(8, True), (2, False)])
+def test_a_move_after_which_more_is_served_stays_although_work_piles_up(
+    served_after: int, is_kept: bool
+) -> None:
+    """More requests are late, and more wait, than before the load shifted: that is not what the move has done."""
+    workers = [worker("a", P, P | D, num_prefills=9), worker("b", D, P | D), worker("c", D, P | D)]
+    world = World(workers)
+    tokens_of_a_second = round(1 / COSTS.step.token_s)
+    for tick in range(60):
+        has_moved = bool(world.moves)
+        num = served_after if has_moved else 4
+        world.totals.num_finished += num
+        world.totals.num_met += 0 if has_moved else num
+        # Nothing waits until the load shifts.
+        workers[0].prefill_tokens = max(0, tick - 20) * tokens_of_a_second // 2
+        world.tick()
+        if any(one.phases == P | D for one in workers) and world.now_s > world.moves[0][0] + 12:
+            break
+    assert (Counter(one.phases for one in workers)[P | D] >= 1) == is_kept
+    assert (len(world.sets._blocked) == 0) == is_kept
