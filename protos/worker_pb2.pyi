@@ -1848,12 +1848,15 @@ class StepCosts(_message.Message):
     MEAN_ERROR_FIELD_NUMBER: _builtins.int
     UPPER_RATIO_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    NUM_PROMPT_STEPS_FIELD_NUMBER: _builtins.int
     num_steps: _builtins.int
     mean_error: _builtins.float
     """Mean of |predicted - measured| / measured; absent before the first step."""
     upper_ratio: _builtins.float
     """A tenth of all steps takes longer than so many times what was predicted."""
     source: Global___FactorSource.ValueType
+    num_prompt_steps: _builtins.int
+    """Of num_steps, those that computed tokens of prompts."""
     @_builtins.property
     def model(self) -> Global___ModelShape: ...
     @_builtins.property
@@ -1872,10 +1875,11 @@ class StepCosts(_message.Message):
         mean_error: _builtins.float | None = ...,
         upper_ratio: _builtins.float = ...,
         source: Global___FactorSource.ValueType = ...,
+        num_prompt_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "mean_error", b"mean_error", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "factors", b"factors", "mean_error", b"mean_error", "model", b"model", "num_steps", b"num_steps", "source", b"source", "upper_ratio", b"upper_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error", "device", b"device", "factors", b"factors", "mean_error", b"mean_error", "model", b"model", "num_prompt_steps", b"num_prompt_steps", "num_steps", b"num_steps", "source", b"source", "upper_ratio", b"upper_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_error: _TypeAlias = _typing.Literal["mean_error"]  # noqa: Y015
     _WhichOneofArgType__mean_error: _TypeAlias = _typing.Literal["_mean_error", b"_mean_error"]  # noqa: Y015

@@ -178,6 +178,7 @@ def fit(
             upper_ratio=max(1.0, ratios[len(ratios) * 9 // 10]),
             # However few steps a slow model had time for.
             source=FactorSource.FITTED,
+            num_prompt_steps=costs.num_prompt_steps,
         ),
         steps,
     )

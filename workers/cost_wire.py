@@ -60,6 +60,7 @@ def step_costs_to_pb(costs: StepCosts | None) -> pb.StepCosts | None:
         mean_error=costs.mean_error,
         upper_ratio=costs.upper_ratio,
         source=SOURCES[costs.source],
+        num_prompt_steps=costs.num_prompt_steps,
     )
 
 
@@ -97,6 +98,7 @@ def step_costs_from_pb(message: pb.StepCosts) -> StepCosts | None:
         message.mean_error if message.HasField("mean_error") else None,
         message.upper_ratio,
         SOURCES_FROM_PB.get(message.source) or _assumed_source(message.num_steps),
+        message.num_prompt_steps,
     )
 
 

@@ -187,6 +187,8 @@ class LatencyModel:
         self.device = device
         self._factors = Factors(PRIOR_DEVIATION, is_learning=is_learning)
         self._first_source = FactorSource.ROOFLINE
+        #: Of the steps so far, those that computed tokens of prompts.
+        self.num_prompt_steps = 0
 
     @classmethod
     def profiled(cls, costs: StepCosts) -> Self:
@@ -205,7 +207,7 @@ class LatencyModel:
         factors.values = costs.factors
         factors.num_observed, factors.mean_error = costs.num_steps, costs.mean_error
         factors.upper_ratio = costs.upper_ratio
-        found._first_source = costs.source
+        found._first_source, found.num_prompt_steps = costs.source, costs.num_prompt_steps
         return found
 
     def costs(self) -> StepCosts:
@@ -219,6 +221,7 @@ class LatencyModel:
             self.mean_error,
             self.upper_ratio,
             self.source,
+            self.num_prompt_steps,
         )
 
     @property
@@ -288,6 +291,7 @@ class LatencyModel:
     def observe(self, shape: StepShape, measured_s: float) -> None:
         """A step on the whole device, alone, took so long."""
         if measured_s > 0 and shape.num_tokens > 0:
+            self.num_prompt_steps += shape.num_prefill_tokens > 0
             self._factors.observe(roofline(shape, self.model, self.device), measured_s)
 
 

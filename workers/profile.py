@@ -105,6 +105,8 @@ class _Costs(_Section):
     mean_error: NotNegative | None
     upper_ratio: Ratio
     source: Literal["fitted"] = "fitted"
+    #: Files of before have none; whoever begins with a profile counts anew.
+    num_prompt_steps: CountOrZero = 0
 
 
 class _Shape(_Section):
@@ -165,6 +167,7 @@ def from_json(text: str, *, file: str) -> Profile:
             costs.num_steps,
             costs.mean_error,
             costs.upper_ratio,
+            num_prompt_steps=costs.num_prompt_steps,
         ),
         tuple(
             ProfileStep(step.name, StepShape(**step.shape.model_dump()), step.measured_s, step.predicted_s)

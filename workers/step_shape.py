@@ -131,7 +131,8 @@ class StepCosts:
     """A fitted latency model: all that a prediction needs, and how far off its predictions are.
 
     factors: c0 to c3. mean_error: of |predicted - measured| / measured; before the first step that of the profile, or None.
-    upper_ratio: a tenth of all steps takes longer than so many times what was predicted.
+    upper_ratio: a tenth of all steps takes longer than so many times what was predicted. num_prompt_steps: of num_steps, those
+    that computed tokens of prompts.
     """
 
     model: ModelShape
@@ -141,6 +142,12 @@ class StepCosts:
     mean_error: float | None
     upper_ratio: float
     source: FactorSource = FactorSource.FITTED
+    num_prompt_steps: int = 0
+
+    @property
+    def knows_prompts(self) -> bool:
+        """What tokens of prompts take was measured. Steps of decodes do not say: they have few tokens each, and nearly as many every time."""
+        return self.source is FactorSource.PROFILE or self.num_prompt_steps >= ENOUGH_STEPS
 
     def is_of(self, model: ModelShape, device: DeviceShape) -> bool:
         """Whether it is of such a model, whatever that is called, and such a device."""

@@ -13,14 +13,13 @@ from orchestrator.control.policies.policy import (
     Totals,
     WorkerLoad,
 )
-from orchestrator.control.prefill_speed import most_learnt
+from orchestrator.control.prefill_speed import learnt_cost
 from orchestrator.control.role_switch import SwitchRequest, switch_cost
 from orchestrator.control.scaling import Demand
 from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import ClusterView, LifecycleState
 from workers.api import Phase, PhaseSet, WorkerId
-from workers.step_cost import StepCost
 
 #: A look that led to nothing is told so often, in seconds.
 LOOK_EVERY_S = 1.0
@@ -68,8 +67,8 @@ class AutoSwitch:
     def tick(self, now_s: float, view: ClusterView, totals: Totals | None) -> Sequence[SwitchRequest]:
         """The switches to make now; none while no worker has learnt how long its steps take."""
         self.last = self._seen = None
-        learnt = most_learnt(view)
-        if learnt is None or totals is None:
+        cost = learnt_cost(view)
+        if cost is None or totals is None:
             return ()
         self._tile_s = tile_seconds(view) or self._tile_s
         tile_s = self._tile_s if totals.tiles else 0.0
@@ -77,7 +76,7 @@ class AutoSwitch:
         look = Look(
             now_s,
             load,
-            StepCost.learnt(learnt),
+            cost,
             self._slo,
             tile_s or 0.0,
             switch_cost(view.switches),

@@ -1,7 +1,7 @@
 """How many seconds a prompt takes at each worker, from what workers have learnt of their own steps. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from orchestrator.control.view import ClusterView
@@ -70,16 +70,43 @@ def most_learnt(view: ClusterView) -> StepCosts | None:
     return max(found, key=lambda costs: costs.num_steps, default=None)
 
 
+def learnt_cost(view: ClusterView) -> StepCost | None:
+    """What steps cost as the most learnt worker has it, but tokens of prompts as who has computed them; None where nobody is believed."""
+    most = most_learnt(view)
+    return None if most is None else _joined(most, _of_prompts(view))
+
+
+def _of_prompts(view: ClusterView) -> StepCost | None:
+    """By the worker that has computed prompts in most steps, few as they are: it began with the roofline, and steps of decodes say less.
+
+    None where nobody has.
+    """
+    known = [one.status.step_costs for one in view.workers if one.status is not None]
+    found = [costs for costs in known if costs is not None and costs.num_prompt_steps]
+    most = max(found, key=lambda costs: costs.num_prompt_steps, default=None)
+    return None if most is None else StepCost.learnt(most)
+
+
+def _joined(costs: StepCosts, prompts: StepCost | None) -> StepCost:
+    """What a worker has learnt; of tokens of prompts what `prompts` has, unless it knows that itself."""
+    cost = StepCost.learnt(costs)
+    if prompts is None or costs.knows_prompts:
+        return cost
+    return replace(cost, token_s=prompts.token_s, pair_s=prompts.pair_s)
+
+
 def prefill_speeds(view: ClusterView, budgets: Mapping[WorkerId, int]) -> dict[WorkerId, PrefillSpeed] | None:
     """Of each worker that prefills; None while none has learnt enough. Costs some microseconds a worker: once for each view.
 
-    One that has not learnt enough itself takes what the one has that has seen most steps. budgets: token budget of an engine's step.
+    One that has not learnt enough itself takes what the one has that has seen most steps, and of prompts what the one has that has
+    computed most. budgets: token budget of an engine's step.
     A sequence's context is the mean of those that decoded there at the last look, and where none did that of the cluster.
     """
     most = most_learnt(view)
     if most is None:
         return None
-    shared = StepCost.learnt(most)
+    prompts = _of_prompts(view)
+    shared = _joined(most, prompts)
     work = [worker.status.work for worker in view.workers if worker.status is not None]
     mean_context = sum(one.decode_context for one in work) / max(1, sum(one.num_decoding for one in work))
     found = {}
@@ -90,7 +117,7 @@ def prefill_speeds(view: ClusterView, budgets: Mapping[WorkerId, int]) -> dict[W
         if status is not None:
             own = status.step_costs
             if _is_believed(own):
-                cost = StepCost.learnt(own)
+                cost = _joined(own, prompts)
             if status.work.num_decoding:
                 context = status.work.decode_context / status.work.num_decoding
         budget = budgets.get(worker.worker_id, DEFAULT_BUDGET)

@@ -37,6 +37,7 @@ from orchestrator.control.router import (
     choose_decode,
     choose_route,
     no_encoders,
+    ready_workers,
 )
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
@@ -118,6 +119,8 @@ class Dispatcher:
         self._view_at_s = 0.0
         #: Workers that give up phases, and which.
         self._leaving: dict[WorkerId, PhaseSet] = {}
+        #: Workers that could be given prompts as of the last view.
+        self._prefilling: frozenset[WorkerId] = frozenset()
         self._links = make_links(self)
         self._ledger = LoadLedger()
         self._prefixes = PrefixIndex()
@@ -285,6 +288,7 @@ class Dispatcher:
         self._on_view(view)
         self._leaving = {worker.worker_id: worker.leaving for worker in view.workers if worker.leaving}
         self._leave_workers()
+        self._spread_prompts(view)
         self._changed()
         return True
 
@@ -387,7 +391,8 @@ class Dispatcher:
         """Requests go elsewhere from workers that give up the phase for which they are there."""
         if not self._leaving:
             return
-        for sample in list(self._running.values()):
+        # The latest first: see _worker_lost.
+        for sample in reversed(list(self._running.values())):
             machine, route, now_s = sample.machine, sample.machine.route, self._timers.time()
             if route is None or machine.is_over:
                 continue
@@ -400,6 +405,26 @@ class Dispatcher:
                     self._do(sample, machine.sent_back(f"{decode_id} gives up decode"))
             elif is_decode_leaving and machine.can_migrate:
                 self._migrate(sample, f"{decode_id} gives up decode", now_s)
+
+    def _spread_prompts(self, view: ClusterView) -> None:
+        """The last of the prompts that wait go to a worker that has come to prefill, which else would wait for those that are to come.
+
+        As many as make the queues alike. The first stay, and are sooner too: they are late already, and the last need not be.
+        """
+        ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
+        before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
+        come = self._prefilling - before
+        if not come or not before:
+            return
+        num_moved = 0
+        for sample in reversed(list(self._running.values())):
+            machine, route = sample.machine, sample.machine.route
+            if route is None or machine.is_over or not machine.is_prefill_waiting:
+                continue
+            num_moved += machine.num_prefill_tokens
+            if num_moved > len(come) * self._ledger.of(route.prefill.worker_id).prefill_tokens:
+                return
+            self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to prefill"))
 
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
         assert self._view is not None

@@ -109,6 +109,8 @@ class _Done:
     at_s: float
     load: float
     met_before: float
+    #: Requests that finished in a second.
+    rate_before: float
     totals: Totals
 
 
@@ -121,6 +123,8 @@ class PhaseSets:
         #: Seconds of work of encode and prefill that come in a second.
         self._encode = self._prefill = 0.0
         self._met = 1.0
+        #: Requests that finish in a second; None before any look at two moments.
+        self._rate: float | None = None
         #: Moves whose effect has not been looked at, by time.
         self._made: list[_Done] = []
         #: What was done last, a move or a reversal, until it has settled.
@@ -192,6 +196,8 @@ class PhaseSets:
         self._encode += gain * (config.tile_s * tiles / elapsed_s - self._encode)
         self._prefill += gain * (config.cost.token_s * tokens / elapsed_s - self._prefill)
         num_finished = totals.num_finished - last.num_finished
+        rate, known = num_finished / elapsed_s, self._rate
+        self._rate = rate if known is None else known + gain * (rate - known)
         if num_finished:
             self._met += gain * ((totals.num_met - last.num_met) / num_finished - self._met)
         return self._asked(cluster.workers)
@@ -209,6 +215,8 @@ class PhaseSets:
         # Decodes are there as long as they take: those of one moment, at the target, are what is asked for.
         step_s = max(config.slo.tpot_s - cost.overhead_s, 1e-6)
         decode = (cost.decode_s * sequences + cost.context_s * context) / step_s
+        # Where a step takes longer than the target whatever is in it, no worker meets it: one to a sequence is all that could help.
+        decode = min(decode, float(sequences))
         # Their KV has to have its place as well.
         if capacity:
             decode = max(decode, context * num / capacity)
@@ -271,11 +279,13 @@ class PhaseSets:
     def _begin(self, now_s: float, cluster: ClusterLoad, move: _Move, num: int, load: float) -> _Done:
         """So many go, and nothing else for a while."""
         self._next_at_s = now_s + self._config.cooldown_s
-        self._latest = _Done(move, num, now_s, now_s, load, self._met, replace(cluster.totals))
+        self._latest = _Done(
+            move, num, now_s, now_s, load, self._met, self._rate or 0.0, replace(cluster.totals)
+        )
         return self._latest
 
     def _undo(self, now_s: float, cluster: ClusterLoad, load: float) -> Sequence[Switch]:
-        """Take back a move after which neither the load fell nor as many requests met their targets.
+        """Take back a move after which neither the load fell, nor as many requests met their targets, nor more were served.
 
         Each is looked at once, when it has settled, whatever was moved since; what later ones did is in what is seen then.
         """
@@ -287,6 +297,9 @@ class PhaseSets:
             num = cluster.totals.num_finished - one.totals.num_finished
             met = (cluster.totals.num_met - one.totals.num_met) / num if num else 1.0
             if load < one.load or met >= one.met_before - 0.05:
+                continue
+            # While work piles up the load grows and requests are late whatever is done: more of them are served all the same.
+            if num > one.rate_before * (1 + self._config.gain) * (now_s - one.at_s) > 0:
                 continue
             num_left = _left(one, self._made)
             if not num_left:

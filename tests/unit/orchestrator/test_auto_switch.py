@@ -23,6 +23,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.latency_model import LatencyModel
+from workers.step_cost import StepCost
 from workers.step_shape import EncodeCosts, FactorSource
 
 LEARNT = replace(
@@ -193,3 +194,32 @@ def test_a_demand_names_what_the_tick_saw_also_when_that_was_not_to_be_told() ->
     # Workers that have just been replaced have learnt nothing: what was seen before is nothing to go by.
     policy.tick(2.0, view(), Totals(6, 600))
     assert policy.demand(view(), has_moved=False) is None
+
+
+@pytest.mark.parametrize("factor", [0.0, 30.0])
+def test_what_steps_of_decodes_say_of_a_prompts_tokens_moves_nobody(factor: float) -> None:
+    """They fit any factor; prompts are weighed by who has computed some."""
+    decoded = replace(LEARNT, factors=(1.0, factor, 1.0, 1.0), num_steps=900)
+    prompted = replace(LEARNT, num_steps=100, num_prompt_steps=100)
+
+    def seen(num_tokens: int) -> ClusterView:
+        workers = [
+            worker(0, P, work=PhaseWork(num_prefills=9, prefill_tokens=num_tokens)),
+            *(worker(n, D) for n in (1, 2)),
+        ]
+        costs = (prompted, decoded, decoded)
+        statuses = [
+            replace(one.status, step_costs=cost)
+            for one, cost in zip(workers, costs, strict=True)
+            if one.status
+        ]
+        return view(*(replace(one, status=status) for one, status in zip(workers, statuses, strict=True)))
+
+    def moved(num_tokens: int) -> set[PhaseSet]:
+        it, now = auto(seen(num_tokens)), seen(num_tokens)
+        return {one.phases for at_s in (0.0, 1.0) for one in it.tick(at_s, now, Totals())}
+
+    # A second of prompts is worked off in four; twenty seconds are too much for one worker.
+    second = round(1 / StepCost.learnt(LEARNT).token_s)
+    assert moved(second) == set()
+    assert moved(20 * second) == {P | D}

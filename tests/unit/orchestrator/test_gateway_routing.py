@@ -1,17 +1,19 @@
 """The gateway follows the prefix caches of its workers."""
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.control.prefix_index import PromptChain
 from orchestrator.gateway import dispatcher
 from protos import inference_pb2 as pb
-from tests.support.fake_worker import BOTH, FakeWorker, byte_ids, byte_model
+from tests.support.fake_worker import BOTH, DECODE, FakeWorker, byte_ids, byte_model
 from tests.support.gateway import Gateway, collect, gateway, run
 from tests.support.waiting import until
-from workers.api import KvBlocksStored, KvEventsLost
+from workers.api import KvBlocksStored, KvEventsLost, PrefillStarted
 from workers.block_hash import root_hash
 
 TEXT = "a text that is long enough for several blocks"
@@ -125,3 +127,35 @@ def test_what_is_cached_is_not_charged() -> None:
         call.cancel()
 
     with_two(scenario)
+
+
+def test_the_last_prompts_that_wait_go_to_a_worker_that_has_come_to_prefill() -> None:
+    async def main() -> None:
+        workers = [FakeWorker(f"b-{i}", BOTH) for i in range(2)]
+        first, second = workers
+        async with gateway(*workers) as it:
+            await it.publish(first.view(), replace(second.view(), phases=DECODE))
+            await until(lambda: len(it.linked()) == 2, "the links")
+            first.answer = lambda _submit: ()
+            asked = []
+            for number in range(4):
+                asked.append(asyncio.ensure_future(collect(it.client.Generate(request()))))
+                await until(lambda number=number: len(first.submits) > number, "it is submitted")
+            begun, second_one, third, fourth = first.submits
+            first.say(PrefillStarted(begun.key, 0.125))
+            running = it.dispatcher._running
+            await until(lambda: not running[begun.key.attempt].machine.is_prefill_waiting, "it has begun")
+            await it.publish(first.view(), second.view())
+            await asyncio.gather(*asked[2:])
+            # As many as make the queues alike, the last ones, and the first of them first.
+            assert first.aborts == [fourth.key, third.key]
+            again = [one.key.request_id for one in second.submits]
+            assert again == [third.key.request_id, fourth.key.request_id]
+            for submit in (begun, second_one):
+                first.say(*first.script(submit)[submit is begun :])
+            await asyncio.gather(*asked[:2])
+            # Also of those that were sent elsewhere: it was nobody's failure.
+            assert [task.result()[-1].timings.attempts for task in asked] == [1] * 4
+            it.dispatcher.check_invariants()
+
+    run(main)

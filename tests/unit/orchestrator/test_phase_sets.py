@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
 from orchestrator.control.policies.policy import ClusterLoad, SwitchCost, Totals, WorkerLoad
+from orchestrator.control.slo import Slo
 from tests.support.coarse import COSTS, SLO, D, E, P
 from workers.api import Phase, PhaseSet, WorkerId
 
@@ -19,7 +20,8 @@ TICK_S = 0.5
 
 def policy(**more: object) -> PhaseSets:
     floors = dict.fromkeys(Phase, 1)
-    return PhaseSets(PhaseSetsConfig(SLO, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more))  # type: ignore[arg-type]
+    slo = more.pop("slo", SLO)
+    return PhaseSets(PhaseSetsConfig(slo, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more))  # type: ignore[arg-type]
 
 
 def worker(name: str, phases: PhaseSet, loaded: PhaseSet, **load: int) -> WorkerLoad:
@@ -225,3 +227,42 @@ def test_a_small_gain_is_not_worth_a_new_process(busy: float) -> None:
 
     assert not world(P | D).moves
     assert world(E | P | D).moves
+
+
+def test_a_tpot_target_that_no_worker_meets_does_not_hide_the_prompts() -> None:
+    """More workers than sequences help nobody, so that is what decode asks for at most."""
+    never = Slo(SLO.ttft_s, COSTS.step.overhead_s / 2)
+    tokens = round(20 / COSTS.step.token_s)
+    workers = [
+        worker("a", P, P | D, prefill_tokens=tokens, num_prefills=9),
+        worker("b", D, P | D, num_decoding=2, decode_context=200),
+        worker("c", D, P | D, num_decoding=1, decode_context=100),
+    ]
+    world = World(workers, policy(slo=never))
+    for _ in range(8):
+        world.tick()
+    assert world.sets.load is not None
+    assert world.sets.load < 10
+    assert [one.phases for one in workers[1:]].count(P | D) >= 1
+
+
+@pytest.mark.parametrize(("served_after", "is_kept"), [(8, True), (2, False)])
+def test_a_move_after_which_more_is_served_stays_although_work_piles_up(
+    served_after: int, is_kept: bool
+) -> None:
+    """More requests are late, and more wait, than before the load shifted: that is not what the move has done."""
+    workers = [worker("a", P, P | D, num_prefills=9), worker("b", D, P | D), worker("c", D, P | D)]
+    world = World(workers)
+    tokens_of_a_second = round(1 / COSTS.step.token_s)
+    for tick in range(60):
+        has_moved = bool(world.moves)
+        num = served_after if has_moved else 4
+        world.totals.num_finished += num
+        world.totals.num_met += 0 if has_moved else num
+        # Nothing waits until the load shifts.
+        workers[0].prefill_tokens = max(0, tick - 20) * tokens_of_a_second // 2
+        world.tick()
+        if any(one.phases == P | D for one in workers) and world.now_s > world.moves[0][0] + 12:
+            break
+    assert (Counter(one.phases for one in workers)[P | D] >= 1) == is_kept
+    assert (len(world.sets._blocked) == 0) == is_kept

@@ -400,7 +400,7 @@ def test_a_move_is_judged_although_others_followed_it() -> None:
 
 
 def move(source: PhaseSet, target: PhaseSet, num: int) -> _Done:
-    return _Done(_Move(source, target), num, 0.0, 0.0, 1.0, 1.0, Totals())
+    return _Done(_Move(source, target), num, 0.0, 0.0, 1.0, 1.0, 0.0, Totals())
 
 
 @given(

@@ -9,6 +9,7 @@ from orchestrator.control.known_shapes import DEVICES, MODELS
 from orchestrator.control.prefill_speed import (
     DEFAULT_BUDGET,
     PrefillSpeed,
+    learnt_cost,
     most_learnt,
     prefill_speeds,
 )
@@ -156,3 +157,39 @@ def test_long_contexts_that_decode_make_a_worker_slow() -> None:
     short = PhaseWork(num_decoding=20, decode_context=20 * 100)
     seen = view(worker("a", BOTH, costs(), long), worker("b", BOTH, costs(), short))
     assert route(seen, ledger, PromptLoad(3000)).prefill.worker_id == "b"
+
+
+#: Steps of decodes have few tokens, and nearly as many every time: a fit of them says anything of a token, as one on two busy cores did.
+DECODED = replace(costs(300), factors=(1.0, 0.0, 3.0, 1.0))
+PROMPTED = costs(ENOUGH_STEPS, 2.0, FactorSource.FITTED)
+
+
+def test_what_a_token_of_a_prompt_takes_is_of_who_has_computed_prompts() -> None:
+    seen = view(
+        worker("a", BOTH, replace(DECODED, num_prompt_steps=ENOUGH_STEPS - 1)),
+        worker("b", PREFILL, replace(PROMPTED, num_prompt_steps=ENOUGH_STEPS)),
+        worker("c", BOTH, DECODED),
+    )
+    found = prefill_speeds(seen, {})
+    assert found is not None
+    assert {round(one.token_s / COST.token_s, 6) for one in found.values()} == {2.0}
+    assert {round(one.pair_s / COST.pair_s, 6) for one in found.values()} == {2.0}
+    # All else it has measured itself.
+    assert [round(found[WorkerId(name)].overhead_s / COST.overhead_s, 6) for name in "abc"] == [1.0, 2.0, 1.0]
+
+
+def test_a_few_steps_of_prompts_say_more_of_them_than_many_of_decodes() -> None:
+    few = replace(costs(5, 2.0, FactorSource.ROOFLINE), num_prompt_steps=5)
+    found = learnt_cost(view(worker("a", PREFILL, few), worker("b", DECODE, DECODED)))
+    assert found is not None
+    assert (found.token_s, found.pair_s) == (2 * COST.token_s, 2 * COST.pair_s)
+    assert found.context_s == 3 * COST.context_s
+
+
+def test_a_profile_knows_prompts_before_the_first_one() -> None:
+    profiled = costs(0, 3.0, FactorSource.PROFILE)
+    found = prefill_speeds(
+        view(worker("a", learnt=profiled), worker("b", learnt=replace(PROMPTED, num_prompt_steps=40))), {}
+    )
+    assert found is not None
+    assert [round(found[WorkerId(name)].token_s / COST.token_s) for name in "ab"] == [3, 2]

@@ -61,6 +61,21 @@ def test_what_no_step_was_told_of_stays_the_profiles() -> None:
     assert model.factors[3] == pytest.approx(PROFILE.factors[3], abs=1e-9)
 
 
+def test_prompts_are_known_after_enough_steps_that_computed_some() -> None:
+    model = LatencyModel(LLAMA, H100)
+    for _ in range(ENOUGH_STEPS):
+        model.observe(decodes(8, 800), 0.01)
+    assert (model.costs().source, model.costs().knows_prompts) == (FactorSource.FITTED, False)
+    for _ in range(ENOUGH_STEPS - 1):
+        model.observe(decodes(8, 800) + chunk(100), 0.01)
+    assert not model.costs().knows_prompts
+    model.observe(chunk(100), 0.01)
+    assert model.costs().knows_prompts
+    assert LatencyModel.fitted(model.costs()).costs() == model.costs()
+    assert PROFILE.source is FactorSource.FITTED
+    assert replace(PROFILE, source=FactorSource.PROFILE).knows_prompts
+
+
 def test_a_profile_that_is_far_off_is_soon_overruled() -> None:
     """Of another machine, or of this one with other work on it: also what it had as nothing."""
     truth = LatencyModel.fitted(replace(PROFILE, factors=(1.0, 2.0, 1.5, 0.8)))
