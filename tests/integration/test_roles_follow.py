@@ -190,12 +190,12 @@ def test_prefill_then_decode_gets_another_worker_as_the_load_asks(tmp_path: Path
             async with it.flowing(PROMPTS):
                 await until(serve(Phase.PREFILL, 2), "another worker for prefill", MOVE_BOUND_S)
                 await it.more_answers()
-            num_made = len(it.made())
-            assert num_made >= 1
+            assert it.made()
             async with it.flowing(ANSWERS):
                 await until(serve(Phase.DECODE, 3), "all workers for decode", MOVE_BOUND_S)
                 await it.more_answers()
-                await until(lambda: len(it.made()) > num_made, "the switch has been made")
+                # The second may have been made while the last long prompts were answered.
+                await until(lambda: len(it.made()) >= 2, "two switches have been made")
                 await until(
                     lambda: any(one.met_after is not None for one in it.made()), "the effect has been seen"
                 )
