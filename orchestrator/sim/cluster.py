@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, decide, recover
@@ -18,7 +18,7 @@ from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.leap import Leap
 from orchestrator.sim.links import SimLinks
-from orchestrator.sim.network import EVENT_BYTES, GATEWAY
+from orchestrator.sim.network import CONTROLLER, EVENT_BYTES, GATEWAY
 from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.transfers import SimTransfers
 from orchestrator.sim.unread import Calm
@@ -31,8 +31,6 @@ TICK_S = 0.5
 SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
-#: Of a command, in bytes.
-COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,7 @@ class SimCluster:
         self.links: SimLinks | None = None
         self._world = world
         self.timers = world.timers
+        self.network = world.network
         self._rng = rng
         self._config = ControllerConfig(
             "simulated",
@@ -106,7 +105,11 @@ class SimCluster:
         self._last_view: ClusterView | None = None
         #: How long there is none, once the controller has ended in its next tick; None lets it live.
         self._no_controller_s: float | None = None
-        self._wanted: list[SwitchRequest] = []
+        #: That no view of the gateway tells of yet.
+        self._wanted: dict[str, SwitchRequest] = {}
+        #: The gateway's answer to the newest view, unless that was lost; then the one before.
+        self._news = GatewayNews()
+        self._is_news_lost = False
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
         self._switches: dict[str, SwitchView] = {}
@@ -127,17 +130,10 @@ class SimCluster:
         self._on_view = on_view
         self._tick()
 
-    def send(
-        self, source: str, target: str, num_bytes: int, deliver: Callable[..., object], *args: object
-    ) -> None:
-        """Over the network."""
-        self._world.network.send(source, target, num_bytes, deliver, *args)
-
-    def send_command(self, process: SimWorker, command: Command) -> None:
-        """From the gateway; with a picture its file goes."""
+    def file_bytes(self, command: Command) -> int:
+        """Of the picture that goes with it."""
         pictures = self._world.pictures
-        file_bytes = pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
-        self.send(GATEWAY, process.address, COMMAND_BYTES + file_bytes, process.command, command)
+        return pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
 
     def images_at(self, address: str) -> SimImages | None:
         """Of the process that listens there, while it lives."""
@@ -172,30 +168,20 @@ class SimCluster:
     # The controller.
 
     def _tick(self) -> None:
-        assert self.links is not None
-        network, now_s = self._world.network, self.timers.now_s
+        now_s = self.timers.now_s
         reports = self._reports()
         statuses = {
             key: status
             for key, process in self.processes.items()
-            if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
+            if self._is_heard(process) and (status := process.status()) is not None
         }
-        news = GatewayNews(tuple(self._wanted), self._totals(), self._state.version)
-        observation = Observation(tuple(reports), statuses, news, self._refusals)
-        self._wanted, self._refusals = [], {}
+        observation = Observation(tuple(reports), statuses, self._heard_news(), self._refusals)
+        self._refusals = {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
         if self._no_controller_s is None:
             self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
-        self._last_view = plan.view
-        self.links.read_caches()
-        if not self.links.is_steady(plan.view):
-            self.links.read_all()
-        self._on_view(plan.view)
-        if not self._is_calm():
-            self.links.read_on_time()
-            for process in self.living():
-                process.stop_leap()
+        self._publish(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
         if self._no_controller_s is not None:
@@ -216,6 +202,39 @@ class SimCluster:
             if machine is None or key[1] < machine.incarnation:
                 self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.now_s))
 
+    def _is_heard(self, process: SimWorker) -> bool:
+        """It is asked how it is, and its answer comes."""
+        network, address = self.network, process.address
+        if network.is_cut(GATEWAY, address):
+            return False
+        return not network.loses(GATEWAY, address) and not network.loses(address, GATEWAY)
+
+    def _heard_news(self) -> GatewayNews:
+        """As runtime.control_loop: of an answer that was lost nothing is known but what the one before it said."""
+        if self._is_news_lost:
+            return replace(self._news, wanted_switches=())
+        self._news = GatewayNews(tuple(self._wanted.values()), self._totals(), self._state.version)
+        return self._news
+
+    def _publish(self, view: ClusterView) -> None:
+        """Tell the gateway, if that comes there."""
+        self._is_news_lost = self.network.loses(CONTROLLER, GATEWAY)
+        if self._is_news_lost:
+            return
+        assert self.links is not None
+        self._last_view = view
+        self.links.read_caches()
+        if not self.links.is_steady(view):
+            self.links.read_all()
+        self._on_view(view)
+        if not self._is_calm():
+            self.links.read_on_time()
+            for process in self.living():
+                process.stop_leap()
+        for switch in view.switches:
+            self._wanted.pop(switch.switch_id, None)
+        self._is_news_lost = self.network.loses(GATEWAY, CONTROLLER)
+
     def _reports(self) -> list[ProcessReport]:
         return [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
@@ -223,20 +242,28 @@ class SimCluster:
         ]
 
     def _begin_controller(self) -> None:
+        if self.network.loses(CONTROLLER, GATEWAY) or self.network.loses(GATEWAY, CONTROLLER):
+            # It touches nothing before it knows what the one before it did.
+            self.timers.call_later(TICK_S, self._begin_controller)
+            return
+        self._is_news_lost = False
         self._state = recover(self._last_view, self._reports(), self._config, self.timers.now_s)
         self._refusals = {}
         self._tick()
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
-        self._wanted.append(request)
+        self._wanted[request.switch_id] = request
 
     def _set_phases(self, action: SetPhases) -> None:
         process = self.processes.get((action.worker_id, action.incarnation))
-        if process is None or not process.is_alive or self._world.network.is_cut(GATEWAY, process.address):
+        network = self.network
+        if process is None or not process.is_alive or network.is_cut(GATEWAY, process.address):
+            return
+        if network.loses(GATEWAY, process.address):
             return
         refused = process.set_phases(action.phases, action.phase_epoch)
-        if refused is not None:
+        if not network.loses(process.address, GATEWAY) and refused is not None:
             self._refusals[action.worker_id, action.incarnation] = refused
 
     def _start(self, start: StartWorker) -> None:
@@ -254,11 +281,17 @@ class SimCluster:
     ) -> None:
         """See GatewayWay."""
         assert self.links is not None
+        stream = process.stream
+        if stream is not None and stream.is_broken:
+            return
         num_events = sum(len(one.keys) for one in decoded) + len(events) + _num_told(kv_events)
         if not self.can_wait(process):
+            if stream is not None and self.network.loses(process.address, GATEWAY):
+                self.links.lose(process, stream)
+                return
             events = [event for one in decoded for event in one.events()] + events
-            num_bytes = EVENT_BYTES * num_events
-            self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+            num_bytes, come = EVENT_BYTES * num_events, self.links.events_came
+            self.network.send(process.address, GATEWAY, num_bytes, come, process, stream, events, kv_events)
             return
         arrive_s, unread = self._carry(process, num_events), self.links.unread
         for one in decoded:
@@ -270,14 +303,20 @@ class SimCluster:
             else:
                 urgent.append(event)
         if urgent:
-            self.timers.call_at(arrive_s, self.links.events_came, process, urgent, kv_events)
+            self.timers.call_at(arrive_s, self.links.events_came, process, stream, urgent, kv_events)
         elif kv_events:
             self.links.cache_events_come(process, kv_events, arrive_s)
 
     def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""
-        world = self._world
-        return world.is_leaping and self._is_calm() and not world.network.is_cut(process.address, GATEWAY)
+        network, stream, address = self.network, process.stream, process.address
+        if not self._world.is_leaping or (stream is not None and stream.is_broken):
+            return False
+        return (
+            self._is_calm()
+            and not network.is_cut(address, GATEWAY)
+            and not network.is_lossy(address, GATEWAY)
+        )
 
     def begin_leap(self, process: SimWorker, leap: Leap) -> None:
         """See GatewayWay."""
@@ -298,7 +337,7 @@ class SimCluster:
             self.links.cache_events_come(process, kv_events, arrive_s)
 
     def _carry(self, process: SimWorker, num_events: int) -> float:
-        return self._world.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
+        return self.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:
@@ -309,7 +348,7 @@ class SimCluster:
 
     def _reset(self, process: SimWorker) -> None:
         assert self.links is not None
-        self.links.broke(process)
+        self.links.ended(process)
         for other in self.living():
             other.transfers.lost(process.address)
 
@@ -319,6 +358,9 @@ class SimCluster:
         now_s = self.timers.now_s
         if fault.kind is FaultKind.CONTROLLER_CRASH:
             self._no_controller_s = fault.duration_s
+            return
+        if fault.kind is FaultKind.LOSS_OF_VIEWS:
+            self._lose(CONTROLLER, [GATEWAY], fault)
             return
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
@@ -335,14 +377,26 @@ class SimCluster:
             case FaultKind.CUT_FROM_GATEWAY:
                 self._cut(process.address, [GATEWAY], fault.duration_s)
             case FaultKind.CUT_FROM_WORKERS:
-                others = [one.address for one in self.living() if one is not process]
-                self._cut(process.address, others, fault.duration_s)
+                self._cut(process.address, self._others(process), fault.duration_s)
+            case FaultKind.LOSS_WITH_GATEWAY:
+                process.stop_leap()
+                self._lose(process.address, [GATEWAY], fault)
+            case FaultKind.LOSS_WITH_WORKERS:
+                self._lose(process.address, self._others(process), fault)
+
+    def _others(self, process: SimWorker) -> list[str]:
+        return [one.address for one in self.living() if one is not process]
 
     def _cut(self, address: str, others: list[str], duration_s: float) -> None:
         self._by_address[address].stop_leap()
         for other in others:
-            self._world.network.cut(address, other)
-            self.timers.call_later(duration_s, self._world.network.mend, address, other)
+            self.network.cut(address, other)
+            self.timers.call_later(duration_s, self.network.mend, address, other)
+
+    def _lose(self, host: str, others: list[str], fault: Fault) -> None:
+        for other in others:
+            self.network.make_lossy(host, other, fault.rate)
+            self.timers.call_later(fault.duration_s, self.network.make_sound, host, other, fault.rate)
 
 
 def _num_told(events: Sequence[KvEvent]) -> int:

@@ -1,13 +1,13 @@
 """The links of the gateway to the processes of a simulated cluster. Pure."""
 
 from collections.abc import Callable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from orchestrator.control.observation import ProcessKey
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.gateway.links import LinkListener
-from orchestrator.sim.network import GATEWAY
+from orchestrator.sim.network import GATEWAY, Stream
 from orchestrator.sim.unread import UnreadTokens
 from orchestrator.sim.worker import SimWorker
 from workers.api import Command, Event, KvEvent, RequestId
@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from orchestrator.sim.cluster import SimCluster
 
 
+#: Of a command, in bytes.
+COMMAND_BYTES = 4096
+#: Waits before a session is opened again, in seconds, as gateway.worker_link.
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
+
+
 class SimLink:
     """The gateway's way to one process. Implements gateway.links.Link."""
 
     def __init__(self, worker: WorkerView, process: SimWorker, *, is_cache_told: bool) -> None:
         self.worker = worker
         self.process = process
-        self.is_open = False
+        #: The session, while it is open.
+        self.stream: Stream | None = None
         engine = process.spec.engine
         self.block_size = engine.block_size if engine.is_prefix_cache_on and is_cache_told else 0
 
@@ -32,6 +39,7 @@ class SimLinks:
 
     def __init__(self, cluster: "SimCluster", listener: LinkListener) -> None:
         self._cluster = cluster
+        self._network = cluster.network
         self._listener = listener
         self._links: dict[ProcessKey, SimLink] = {}
         #: That the dispatcher has not been told of.
@@ -56,14 +64,25 @@ class SimLinks:
             process = self._cluster.processes.get(key)
             if key not in self._links and process is not None:
                 self._links[key] = link = SimLink(worker, process, is_cache_told=self._cluster.is_cache_told)
-                self._cluster.send(GATEWAY, worker.address, 0, self._opened, link)
+                self._open(link, FIRST_BACKOFF_S)
         return lost
+
+    def _open(self, link: SimLink, backoff_s: float) -> None:
+        """As gateway.worker_link: again and again, until a session is open."""
+        if not self.has(link):
+            return
+        address = link.worker.address
+        if self._network.loses(GATEWAY, address):
+            again_s = self._network.break_heard_s() + backoff_s
+            self._cluster.timers.call_later(again_s, self._open, link, min(2 * backoff_s, MAX_BACKOFF_S))
+        else:
+            self._network.send(GATEWAY, address, 0, self._opened, link)
 
     def _opened(self, link: SimLink) -> None:
         # What came before is lost.
         self.read_all()
         if link.process.is_alive and self.has(link):
-            link.is_open = True
+            link.stream = link.process.open_stream()
             self._listener.link_opened(link)
 
     def has(self, link: object) -> bool:
@@ -73,7 +92,7 @@ class SimLinks:
     def is_open(self, worker: WorkerView) -> bool:
         """See Links."""
         link = self._links.get((worker.worker_id, worker.incarnation))
-        return link is not None and link.is_open
+        return link is not None and link.stream is not None
 
     def unsent_bytes(self, _worker: WorkerView) -> int:
         """See Links."""
@@ -82,17 +101,30 @@ class SimLinks:
     def send(self, worker: WorkerView, command: Command) -> None:
         """See Links."""
         link = self._links.get((worker.worker_id, worker.incarnation))
-        if link is not None and link.is_open:
-            self._cluster.send_command(link.process, command)
+        stream = link.stream if link is not None else None
+        if link is None or stream is None or stream.is_broken:
+            return
+        address, process = link.worker.address, link.process
+        if self._network.loses(GATEWAY, address):
+            self.lose(process, stream)
+            return
+        num_bytes = COMMAND_BYTES + self._cluster.file_bytes(command)
+        self._network.send(GATEWAY, address, num_bytes, process.command, command, stream)
 
     async def close(self) -> None:
         """See Links."""
 
-    def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
-        """From a process; of one whose link is closed they are lost."""
+    def events_came(
+        self,
+        process: SimWorker,
+        stream: Stream | None,
+        events: Sequence[Event],
+        kv_events: Sequence[KvEvent],
+    ) -> None:
+        """From a process, by this session; when that is not open they are lost."""
         self.read_caches()
         link = self._links.get(process.key)
-        if link is not None and link.is_open:
+        if link is not None and link.stream is not None and link.stream is stream:
             if kv_events:
                 self._listener.cache_changed(link, kv_events)
             if events:
@@ -109,7 +141,7 @@ class SimLinks:
         while coming and coming[0][0] <= now_s:
             _, _, process, kv_events = heappop(coming)
             link = self._links.get(process.key)
-            if link is not None and link.is_open:
+            if link is not None and link.stream is not None:
                 self._listener.cache_changed(link, kv_events)
 
     def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
@@ -149,14 +181,38 @@ class SimLinks:
         self.read_caches()
         for told in self.unread.read(request_id, self._cluster.timers.now_s):
             link = self._links.get(told.process)
-            if link is not None and link.is_open:
+            if link is not None and link.stream is not None:
                 self._listener.events_came(link, (told.event,), told.times_s[-1])
                 self.on_events((request_id,), told.times_s)
 
-    def broke(self, process: SimWorker) -> None:
-        """The process has ended."""
-        self.read_all()
+    # Sessions that end.
+
+    def lose(self, process: SimWorker, stream: Stream) -> None:
+        """A message of this session is lost."""
+        stream.is_broken = True
+        later = self._cluster.timers.call_later
+        later(self._network.break_heard_s(), self._broke, process, stream)
+        later(self._network.break_heard_s(), process.stream_ended, stream)
+
+    def _broke(self, process: SimWorker, stream: Stream) -> None:
         link = self._links.get(process.key)
-        if link is not None and link.is_open:
-            link.is_open = False
-            self._listener.link_broke(link, "its process ended")
+        if link is not None and link.stream is stream:
+            self._close(link, "its session broke")
+            self._cluster.timers.call_later(FIRST_BACKOFF_S, self._open, link, 2 * FIRST_BACKOFF_S)
+
+    def ended(self, process: SimWorker) -> None:
+        """The process has ended."""
+        link = self._links.get(process.key)
+        if link is not None and link.stream is not None:
+            self._close(link, "its process ended")
+        else:
+            self.read_all()
+
+    def _close(self, link: SimLink, reason: str) -> None:
+        """What came before counts; what is under way is lost."""
+        self.read_all()
+        link.stream = None
+        self.unread.forget(link.process.key)
+        self._kv_coming = [one for one in self._kv_coming if one[2] is not link.process]
+        heapify(self._kv_coming)
+        self._listener.link_broke(link, reason)
