@@ -309,14 +309,10 @@ class SimCluster:
 
     def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""
-        network, stream, address = self.network, process.stream, process.address
+        stream = process.stream
         if not self._world.is_leaping or (stream is not None and stream.is_broken):
             return False
-        return (
-            self._is_calm()
-            and not network.is_cut(address, GATEWAY)
-            and not network.is_lossy(address, GATEWAY)
-        )
+        return self._is_calm() and self.network.is_sound(process.address, GATEWAY)
 
     def begin_leap(self, process: SimWorker, leap: Leap) -> None:
         """See GatewayWay."""

@@ -151,15 +151,19 @@ class SimNetwork:
         if not self._losses[pair]:
             del self._losses[pair]
 
-    def is_lossy(self, one: Host, other: Host) -> bool:
-        """Something may be lost between them now."""
-        return bool(self._losses) and frozenset((one, other)) in self._losses
+    def is_sound(self, one: Host, other: Host) -> bool:
+        """All that they send each other now arrives, and is held back by nothing but what was sent before."""
+        if not self._cut and not self._losses:
+            return True
+        pair = frozenset((one, other))
+        return pair not in self._cut and pair not in self._losses
 
     def loses(self, one: Host, other: Host) -> bool:
         """Whether what passes between them now is lost; drawn for each message, and only where one may be."""
-        if not self.is_lossy(one, other):
+        rates = self._losses.get(frozenset((one, other))) if self._losses else None
+        if rates is None:
             return False
-        kept = math.prod(1 - rate for rate in self._losses[frozenset((one, other))])
+        kept = math.prod(1 - rate for rate in rates)
         is_lost = self._loss_rng.random() >= kept
         self.num_lost += is_lost
         return is_lost

@@ -154,12 +154,11 @@ class SimTransfers:
                 lambda: self.frame_came(sender, stream, transfer_id, frame, is_for_receiver=is_for_receiver),
             )
             return
-        if is_for_receiver and isinstance(frame, Reserve | Resume):
-            self._begin_stream(sender, stream, frame)
-            return
         side = (self._receiving if is_for_receiver else self._sending).get(transfer_id)
         if side is not None and side.stream is stream:
             side.post(frame)
+        elif is_for_receiver and isinstance(frame, Reserve | Resume):
+            self._begin_stream(sender, stream, frame)
 
     def _begin_stream(self, sender: str, stream: Stream, frame: Reserve | Resume) -> None:
         """The first frame of a stream: as kvtransfer.server."""
