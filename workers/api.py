@@ -681,6 +681,17 @@ Event = (
 )
 
 
+def is_last(event: Event) -> bool:
+    """Nothing follows for this request."""
+    match event:
+        case RequestFailed() | KvTransferred() | DraftsGenerated() | ImagesEncoded():
+            return True
+        case TokensGenerated():
+            return event.finish_reason is not None
+        case _:
+            return False
+
+
 @dataclass(frozen=True, slots=True)
 class KvBlocksStored:
     """These blocks can be found by their hashes from now on, each the child of the one before it.

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from workers.api import (
     Abort,
     Command,
-    DraftsGenerated,
     Encode,
     Event,
     FailureCode,
-    ImagesEncoded,
     KvBlocksStored,
     KvEvent,
     KvEventsLost,
-    KvTransferred,
     Migrate,
     PromptScored,
     RequestFailed,
@@ -27,6 +24,7 @@ from workers.api import (
     Submit,
     SubscribeKvEvents,
     TokensGenerated,
+    is_last,
 )
 from workers.submit_check import encode_problem, migrate_problem, submit_problem
 
@@ -180,7 +178,7 @@ class SessionTable:
             if session is None:
                 continue
             by_session.setdefault(session, []).append(event)
-            if _is_last(event):
+            if is_last(event):
                 session.keys.remove(event.key)
                 del self._owners[event.key]
         for session, theirs in by_session.items():
@@ -235,17 +233,6 @@ class SessionTable:
         session.keys.add(submit.key)
         self._owners[submit.key] = session
         self._post(submit)
-
-
-def _is_last(event: Event) -> bool:
-    """Nothing follows for this request."""
-    match event:
-        case RequestFailed() | KvTransferred() | DraftsGenerated() | ImagesEncoded():
-            return True
-        case TokensGenerated():
-            return event.finish_reason is not None
-        case _:
-            return False
 
 
 def _post_nowhere(_command: Command) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/control/safety.py [--quick] [--count N] [--first SEED] [--pictures] [--json FILE]
 
-Each seed draws a shape of two to four workers, of which some encode in every third, a small load, with pictures there, up to three faults (crashes, pauses, slow steps, cuts), up to four switches that
+Each seed draws a shape of two to four workers, of which some encode in every third, a small load, with pictures there, up to three faults (crashes, pauses, slow steps, cuts, messages that are lost), up to four switches that
 somebody asks for, whether the controller switches by itself, and whether it adds workers and gives them back. It is simulated with the code that serves (docs/simulation.md). What must
 hold, at every view, at moments in between, and at the end:
 
@@ -51,7 +51,7 @@ from orchestrator.control.view import ClusterView, SwitchState  # noqa: E402
 from orchestrator.sim.coarse import CoarseConfig, CoarseSimulation  # noqa: E402
 from orchestrator.sim.coarse_costs import CoarseCosts  # noqa: E402
 from orchestrator.sim.coarse_loads import Kind, shifting  # noqa: E402
-from orchestrator.sim.faults import Fault, FaultKind  # noqa: E402
+from orchestrator.sim.faults import Fault, FaultKind, random_rate  # noqa: E402
 from orchestrator.sim.pictures import Pictures  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId  # noqa: E402
@@ -79,6 +79,7 @@ PICTURE_SHAPES: tuple[tuple[PhaseSet, ...], ...] = (
 ENGINE = EngineConfig(
     kv_cache_bytes=10**9, token_budget=512, max_running_sequences=16, max_waiting_requests=100
 )
+LOSSES = (FaultKind.LOSS_WITH_GATEWAY, FaultKind.LOSS_WITH_WORKERS, FaultKind.LOSS_OF_VIEWS)
 PICTURE_SHARE, PICTURES_PER_REQUEST = 1 / 3, 3
 LATENCY = LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False)
 COARSE_COSTS = CoarseCosts.of(LATENCY)
@@ -133,6 +134,7 @@ def draw(seed: int) -> Case:
             rng.choice(names),
             rng.uniform(0.1, 3.0),
             3.0,
+            random_rate(rng),
         )
         for _ in range(rng.choice((0, 1, 1, 2, 3)))
     )
@@ -289,6 +291,8 @@ def run(seed: int) -> tuple[int, str, Counter[str]]:
             requests=len(records),
             served=sum(record.status == OK for record in records),
             faults=len(case.config.faults),
+            losses=sum(fault.kind in LOSSES for fault in case.config.faults),
+            lost=simulation.cluster.network.num_lost,
             pictures=sum(one.num_images for one in case.plan),
             switches_done=sum(switch.state is not SwitchState.UNDONE for switch in result.switches),
             switches_undone=sum(switch.state is SwitchState.UNDONE for switch in result.switches),
@@ -355,7 +359,7 @@ def main() -> int:
     }
     print(
         f"{count} seeds, {len(failed)} failed: {total['requests']:,} requests, {total['served']:,} served, {total['pictures']:,} pictures, "
-        f"{total['faults']:,} faults, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
+        f"{total['faults']:,} faults, of which {total['losses']:,} lost {total['lost']:,} messages, {total['switches_done']:,} switches ({total['switches_by_itself']:,} by the "
         f"controller itself), {total['switches_undone']:,} refused or undone, {total['workers_added']:,} workers asked for, {total['workers_gone']:,} given back, "
         f"{total['events']:,} events; {total['divided_steps']:,} steps that divided a device"
     )

@@ -452,6 +452,9 @@ class Dispatcher:
         for sample in reversed([sample for request in self._requests.values() for sample in request.samples]):
             if actions := sample.machine.worker_lost(worker, reason, self._timers.time()):
                 self._do(sample, actions)
+            elif sample.machine.images is not None:
+                # A shard that was no longer needed ends without an action.
+                self._encoders.settle(sample)
 
     def _deadline_passed(self, request: LiveRequest) -> None:
         for sample in request.samples:

@@ -2,8 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
+from dataclasses import dataclass, replace
 
 from orchestrator.control.auto_switch import SwitchMode
 from orchestrator.control.controller import ControllerConfig, decide, recover
@@ -14,16 +13,17 @@ from orchestrator.control.policies.policy import Totals
 from orchestrator.control.role_switch import SwitchRequest
 from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
-from orchestrator.control.view import ClusterView, LifecycleState, ScaleView, SwitchView, WorkerView
+from orchestrator.control.view import ClusterView, ScaleView, SwitchView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.faults import Fault, FaultKind
 from orchestrator.sim.leap import Leap
-from orchestrator.sim.network import EVENT_BYTES, GATEWAY
+from orchestrator.sim.links import SimLinks
+from orchestrator.sim.network import CONTROLLER, EVENT_BYTES, GATEWAY
 from orchestrator.sim.pictures import SimImages
 from orchestrator.sim.transfers import SimTransfers
-from orchestrator.sim.unread import Calm, UnreadTokens
+from orchestrator.sim.unread import Calm
 from orchestrator.sim.worker import SimWorker, WorkerWorld
-from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused, RequestId
+from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused
 from workers.engine.messages import TokensDecoded
 
 TICK_S = 0.5
@@ -31,8 +31,6 @@ TICK_S = 0.5
 SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
-#: Of a command, in bytes.
-COMMAND_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,152 +55,6 @@ class WorkerUse:
             min(1.0, process.busy_s / life_s) if life_s > 0 else 0.0,
             process.engine.reuse_counts().num_cached_tokens,
         )
-
-
-class SimLink:
-    """The gateway's way to one process. Implements gateway.links.Link."""
-
-    def __init__(self, worker: WorkerView, process: SimWorker, *, is_cache_told: bool) -> None:
-        self.worker = worker
-        self.process = process
-        self.is_open = False
-        engine = process.spec.engine
-        self.block_size = engine.block_size if engine.is_prefix_cache_on and is_cache_told else 0
-
-
-class SimLinks:
-    """Implements gateway.links.Links."""
-
-    def __init__(self, cluster: "SimCluster", listener: LinkListener) -> None:
-        self._cluster = cluster
-        self._listener = listener
-        self._links: dict[ProcessKey, SimLink] = {}
-        #: That the dispatcher has not been told of.
-        self.unread = UnreadTokens()
-        #: What processes have told of their caches alone, by when it comes; it changes nothing but the dispatcher's index of blocks, so it is told
-        #: of that before it looks.
-        self._kv_coming: list[tuple[float, int, SimWorker, Sequence[KvEvent]]] = []
-        self._num_kv = 0
-        #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
-        self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
-
-    def use(self, view: ClusterView) -> list[tuple[WorkerView, str]]:
-        """See Links."""
-        wanted = {(w.worker_id, w.incarnation): w for w in view.workers if w.state is LifecycleState.READY}
-        lost = []
-        for key in [key for key in self._links if key not in wanted]:
-            present = view.worker(key[0])
-            lost.append(
-                (self._links.pop(key).worker, f"it is {present.state if present else 'not declared'}")
-            )
-        for key, worker in wanted.items():
-            process = self._cluster.processes.get(key)
-            if key not in self._links and process is not None:
-                self._links[key] = link = SimLink(worker, process, is_cache_told=self._cluster.is_cache_told)
-                self._cluster.send(GATEWAY, worker.address, 0, self._opened, link)
-        return lost
-
-    def _opened(self, link: SimLink) -> None:
-        # What came before is lost.
-        self.read_all()
-        if link.process.is_alive and self.has(link):
-            link.is_open = True
-            self._listener.link_opened(link)
-
-    def has(self, link: object) -> bool:
-        """See Links."""
-        return any(one is link for one in self._links.values())
-
-    def is_open(self, worker: WorkerView) -> bool:
-        """See Links."""
-        link = self._links.get((worker.worker_id, worker.incarnation))
-        return link is not None and link.is_open
-
-    def unsent_bytes(self, _worker: WorkerView) -> int:
-        """See Links."""
-        return 0
-
-    def send(self, worker: WorkerView, command: Command) -> None:
-        """See Links."""
-        link = self._links.get((worker.worker_id, worker.incarnation))
-        if link is not None and link.is_open:
-            self._cluster.send_command(link.process, command)
-
-    async def close(self) -> None:
-        """See Links."""
-
-    def events_came(self, process: SimWorker, events: Sequence[Event], kv_events: Sequence[KvEvent]) -> None:
-        """From a process; of one whose link is closed they are lost."""
-        self.read_caches()
-        link = self._links.get(process.key)
-        if link is not None and link.is_open:
-            if kv_events:
-                self._listener.cache_changed(link, kv_events)
-            if events:
-                self._dispatch(link, events)
-
-    def cache_events_come(self, process: SimWorker, kv_events: Sequence[KvEvent], arrive_s: float) -> None:
-        """The same for what changes no request, later."""
-        self._num_kv += 1
-        heappush(self._kv_coming, (arrive_s, self._num_kv, process, kv_events))
-
-    def read_caches(self) -> None:
-        """The dispatcher is told what has come by now of caches alone."""
-        coming, now_s = self._kv_coming, self._cluster.timers.now_s
-        while coming and coming[0][0] <= now_s:
-            _, _, process, kv_events = heappop(coming)
-            link = self._links.get(process.key)
-            if link is not None and link.is_open:
-                self._listener.cache_changed(link, kv_events)
-
-    def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
-        request_ids = list(dict.fromkeys(event.key.request_id for event in events))
-        for request_id in request_ids:
-            # What it got before.
-            self._read(request_id)
-        self._listener.events_came(link, events)
-        self.on_events(request_ids, ())
-
-    # Tokens that the dispatcher is told of later.
-
-    def read_all(self) -> None:
-        """The dispatcher is told of all that has come by now, of tokens with the time of each."""
-        self.read_caches()
-        for request_id in self.unread.request_ids():
-            self._read(request_id)
-
-    def read_on_time(self) -> None:
-        """It is told of tokens that are on their way when they come."""
-        timers = self._cluster.timers
-        for request_id in self.unread.request_ids():
-            for at_s in sorted(self.unread.coming_s(request_id, timers.time())):
-                timers.call_at(at_s, self._read, request_id)
-
-    def is_steady(self, view: ClusterView) -> bool:
-        """With this view all workers that are linked can go on as they do."""
-        return all(
-            (worker := view.worker(worker_id)) is not None
-            and worker.incarnation == incarnation
-            and worker.state is LifecycleState.READY
-            and not worker.leaving
-            for worker_id, incarnation in self._links
-        )
-
-    def _read(self, request_id: RequestId) -> None:
-        self.read_caches()
-        for told in self.unread.read(request_id, self._cluster.timers.now_s):
-            link = self._links.get(told.process)
-            if link is not None and link.is_open:
-                self._listener.events_came(link, (told.event,), told.times_s[-1])
-                self.on_events((request_id,), told.times_s)
-
-    def broke(self, process: SimWorker) -> None:
-        """The process has ended."""
-        self.read_all()
-        link = self._links.get(process.key)
-        if link is not None and link.is_open:
-            link.is_open = False
-            self._listener.link_broke(link, "its process ended")
 
 
 class SimCluster:
@@ -237,6 +89,7 @@ class SimCluster:
         self.links: SimLinks | None = None
         self._world = world
         self.timers = world.timers
+        self.network = world.network
         self._rng = rng
         self._config = ControllerConfig(
             "simulated",
@@ -252,7 +105,11 @@ class SimCluster:
         self._last_view: ClusterView | None = None
         #: How long there is none, once the controller has ended in its next tick; None lets it live.
         self._no_controller_s: float | None = None
-        self._wanted: list[SwitchRequest] = []
+        #: That no view of the gateway tells of yet.
+        self._wanted: dict[str, SwitchRequest] = {}
+        #: The gateway's answer to the newest view, unless that was lost; then the one before.
+        self._news = GatewayNews()
+        self._is_news_lost = False
         self._refusals: dict[ProcessKey, PhasesRefused] = {}
         #: All of them as they were last seen, by id; a view forgets the oldest.
         self._switches: dict[str, SwitchView] = {}
@@ -273,17 +130,10 @@ class SimCluster:
         self._on_view = on_view
         self._tick()
 
-    def send(
-        self, source: str, target: str, num_bytes: int, deliver: Callable[..., object], *args: object
-    ) -> None:
-        """Over the network."""
-        self._world.network.send(source, target, num_bytes, deliver, *args)
-
-    def send_command(self, process: SimWorker, command: Command) -> None:
-        """From the gateway; with a picture its file goes."""
+    def file_bytes(self, command: Command) -> int:
+        """Of the picture that goes with it."""
         pictures = self._world.pictures
-        file_bytes = pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
-        self.send(GATEWAY, process.address, COMMAND_BYTES + file_bytes, process.command, command)
+        return pictures.file_bytes if pictures is not None and isinstance(command, Encode) else 0
 
     def images_at(self, address: str) -> SimImages | None:
         """Of the process that listens there, while it lives."""
@@ -318,30 +168,20 @@ class SimCluster:
     # The controller.
 
     def _tick(self) -> None:
-        assert self.links is not None
-        network, now_s = self._world.network, self.timers.now_s
+        now_s = self.timers.now_s
         reports = self._reports()
         statuses = {
             key: status
             for key, process in self.processes.items()
-            if not network.is_cut(GATEWAY, process.address) and (status := process.status()) is not None
+            if self._is_heard(process) and (status := process.status()) is not None
         }
-        news = GatewayNews(tuple(self._wanted), self._totals(), self._state.version)
-        observation = Observation(tuple(reports), statuses, news, self._refusals)
-        self._wanted, self._refusals = [], {}
+        observation = Observation(tuple(reports), statuses, self._heard_news(), self._refusals)
+        self._refusals = {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
         if self._no_controller_s is None:
             self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
-        self._last_view = plan.view
-        self.links.read_caches()
-        if not self.links.is_steady(plan.view):
-            self.links.read_all()
-        self._on_view(plan.view)
-        if not self._is_calm():
-            self.links.read_on_time()
-            for process in self.living():
-                process.stop_leap()
+        self._publish(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
         if self._no_controller_s is not None:
@@ -362,6 +202,39 @@ class SimCluster:
             if machine is None or key[1] < machine.incarnation:
                 self.uses.append(WorkerUse.of(self.processes.pop(key), self.timers.now_s))
 
+    def _is_heard(self, process: SimWorker) -> bool:
+        """It is asked how it is, and its answer comes."""
+        network, address = self.network, process.address
+        if network.is_cut(GATEWAY, address):
+            return False
+        return not network.loses(GATEWAY, address) and not network.loses(address, GATEWAY)
+
+    def _heard_news(self) -> GatewayNews:
+        """As runtime.control_loop: of an answer that was lost nothing is known but what the one before it said."""
+        if self._is_news_lost:
+            return replace(self._news, wanted_switches=())
+        self._news = GatewayNews(tuple(self._wanted.values()), self._totals(), self._state.version)
+        return self._news
+
+    def _publish(self, view: ClusterView) -> None:
+        """Tell the gateway, if that comes there."""
+        self._is_news_lost = self.network.loses(CONTROLLER, GATEWAY)
+        if self._is_news_lost:
+            return
+        assert self.links is not None
+        self._last_view = view
+        self.links.read_caches()
+        if not self.links.is_steady(view):
+            self.links.read_all()
+        self._on_view(view)
+        if not self._is_calm():
+            self.links.read_on_time()
+            for process in self.living():
+                process.stop_leap()
+        for switch in view.switches:
+            self._wanted.pop(switch.switch_id, None)
+        self._is_news_lost = self.network.loses(GATEWAY, CONTROLLER)
+
     def _reports(self) -> list[ProcessReport]:
         return [
             ProcessReport(*key, process.address, None if process.is_alive else "killed")
@@ -369,20 +242,28 @@ class SimCluster:
         ]
 
     def _begin_controller(self) -> None:
+        if self.network.loses(CONTROLLER, GATEWAY) or self.network.loses(GATEWAY, CONTROLLER):
+            # It touches nothing before it knows what the one before it did.
+            self.timers.call_later(TICK_S, self._begin_controller)
+            return
+        self._is_news_lost = False
         self._state = recover(self._last_view, self._reports(), self._config, self.timers.now_s)
         self._refusals = {}
         self._tick()
 
     def want_switch(self, request: SwitchRequest) -> None:
         """Somebody wants a worker to serve other phases; the next tick hears of it."""
-        self._wanted.append(request)
+        self._wanted[request.switch_id] = request
 
     def _set_phases(self, action: SetPhases) -> None:
         process = self.processes.get((action.worker_id, action.incarnation))
-        if process is None or not process.is_alive or self._world.network.is_cut(GATEWAY, process.address):
+        network = self.network
+        if process is None or not process.is_alive or network.is_cut(GATEWAY, process.address):
+            return
+        if network.loses(GATEWAY, process.address):
             return
         refused = process.set_phases(action.phases, action.phase_epoch)
-        if refused is not None:
+        if not network.loses(process.address, GATEWAY) and refused is not None:
             self._refusals[action.worker_id, action.incarnation] = refused
 
     def _start(self, start: StartWorker) -> None:
@@ -400,11 +281,17 @@ class SimCluster:
     ) -> None:
         """See GatewayWay."""
         assert self.links is not None
+        stream = process.stream
+        if stream is not None and stream.is_broken:
+            return
         num_events = sum(len(one.keys) for one in decoded) + len(events) + _num_told(kv_events)
         if not self.can_wait(process):
+            if stream is not None and self.network.loses(process.address, GATEWAY):
+                self.links.lose(process, stream)
+                return
             events = [event for one in decoded for event in one.events()] + events
-            num_bytes = EVENT_BYTES * num_events
-            self.send(process.address, GATEWAY, num_bytes, self.links.events_came, process, events, kv_events)
+            num_bytes, come = EVENT_BYTES * num_events, self.links.events_came
+            self.network.send(process.address, GATEWAY, num_bytes, come, process, stream, events, kv_events)
             return
         arrive_s, unread = self._carry(process, num_events), self.links.unread
         for one in decoded:
@@ -416,14 +303,16 @@ class SimCluster:
             else:
                 urgent.append(event)
         if urgent:
-            self.timers.call_at(arrive_s, self.links.events_came, process, urgent, kv_events)
+            self.timers.call_at(arrive_s, self.links.events_came, process, stream, urgent, kv_events)
         elif kv_events:
             self.links.cache_events_come(process, kv_events, arrive_s)
 
     def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""
-        world = self._world
-        return world.is_leaping and self._is_calm() and not world.network.is_cut(process.address, GATEWAY)
+        stream = process.stream
+        if not self._world.is_leaping or (stream is not None and stream.is_broken):
+            return False
+        return self._is_calm() and self.network.is_sound(process.address, GATEWAY)
 
     def begin_leap(self, process: SimWorker, leap: Leap) -> None:
         """See GatewayWay."""
@@ -444,7 +333,7 @@ class SimCluster:
             self.links.cache_events_come(process, kv_events, arrive_s)
 
     def _carry(self, process: SimWorker, num_events: int) -> float:
-        return self._world.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
+        return self.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
 
     def _end(self, process: SimWorker | None) -> None:
         if process is None or not process.is_alive:
@@ -455,7 +344,7 @@ class SimCluster:
 
     def _reset(self, process: SimWorker) -> None:
         assert self.links is not None
-        self.links.broke(process)
+        self.links.ended(process)
         for other in self.living():
             other.transfers.lost(process.address)
 
@@ -465,6 +354,9 @@ class SimCluster:
         now_s = self.timers.now_s
         if fault.kind is FaultKind.CONTROLLER_CRASH:
             self._no_controller_s = fault.duration_s
+            return
+        if fault.kind is FaultKind.LOSS_OF_VIEWS:
+            self._lose(CONTROLLER, [GATEWAY], fault)
             return
         process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
         if process is None:
@@ -481,14 +373,26 @@ class SimCluster:
             case FaultKind.CUT_FROM_GATEWAY:
                 self._cut(process.address, [GATEWAY], fault.duration_s)
             case FaultKind.CUT_FROM_WORKERS:
-                others = [one.address for one in self.living() if one is not process]
-                self._cut(process.address, others, fault.duration_s)
+                self._cut(process.address, self._others(process), fault.duration_s)
+            case FaultKind.LOSS_WITH_GATEWAY:
+                process.stop_leap()
+                self._lose(process.address, [GATEWAY], fault)
+            case FaultKind.LOSS_WITH_WORKERS:
+                self._lose(process.address, self._others(process), fault)
+
+    def _others(self, process: SimWorker) -> list[str]:
+        return [one.address for one in self.living() if one is not process]
 
     def _cut(self, address: str, others: list[str], duration_s: float) -> None:
         self._by_address[address].stop_leap()
         for other in others:
-            self._world.network.cut(address, other)
-            self.timers.call_later(duration_s, self._world.network.mend, address, other)
+            self.network.cut(address, other)
+            self.timers.call_later(duration_s, self.network.mend, address, other)
+
+    def _lose(self, host: str, others: list[str], fault: Fault) -> None:
+        for other in others:
+            self.network.make_lossy(host, other, fault.rate)
+            self.timers.call_later(fault.duration_s, self.network.make_sound, host, other, fault.rate)
 
 
 def _num_told(events: Sequence[KvEvent]) -> int:

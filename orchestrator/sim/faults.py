@@ -23,11 +23,17 @@ class FaultKind(StrEnum):
     CUT_FROM_WORKERS = "cut_from_workers"
     #: The controller ends in its next tick, when it has told the gateway what it decided and done nothing of it; another one begins after a while.
     CONTROLLER_CRASH = "controller_crash"
+    #: A part of what it and the gateway, or the controller, send each other is lost for a while: their stream breaks, and calls fail, done or not.
+    LOSS_WITH_GATEWAY = "loss_with_gateway"
+    #: The same between it and the other workers: streams of transfers break, chunks that are read in place are not whole, embeddings do not come.
+    LOSS_WITH_WORKERS = "loss_with_workers"
+    #: The gateway misses views, or the controller what the gateway says to them.
+    LOSS_OF_VIEWS = "loss_of_views"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """worker_id: nobody's for the controller. duration_s and factor: for kinds that have one."""
+    """worker_id: nobody's for the controller and its views. duration_s, factor and rate: for kinds that have one."""
 
     at_s: float
     kind: FaultKind
@@ -35,6 +41,8 @@ class Fault:
     duration_s: float = 0.0
     #: How many times slower.
     factor: float = 1.0
+    #: The share of messages that is lost.
+    rate: float = 0.0
 
 
 def random_faults(
@@ -45,5 +53,10 @@ def random_faults(
     while rate_per_s > 0 and (at_s := at_s + rng.expovariate(rate_per_s)) < until_s:
         duration_s = min(rng.expovariate(1 / 2.0), until_s - at_s)
         kind, worker_id = rng.choice(list(FaultKind)), rng.choice(worker_ids)
-        faults.append(Fault(at_s, kind, worker_id, duration_s, rng.uniform(2.0, 10.0)))
+        faults.append(Fault(at_s, kind, worker_id, duration_s, rng.uniform(2.0, 10.0), random_rate(rng)))
     return tuple(faults)
+
+
+def random_rate(rng: random.Random) -> float:
+    """A share of messages that is lost: as often one of a thousand as nearly all."""
+    return float(10 ** rng.uniform(-3.0, 0.0))

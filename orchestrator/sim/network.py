@@ -2,8 +2,11 @@
 
 Messages are whole and in order, as on the streams of gRPC. What is sent between two hosts waits for what was
 sent by the one and to the other before; a cut pair of hosts holds back what is sent until it is mended, as TCP does.
+Between lossy hosts a message may be lost. What comes of that is the sender's to say, since gRPC loses no message of a stream alone: the
+stream breaks, and a call that has one answer fails.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +17,10 @@ from orchestrator.sim.timers import SimTimers
 
 Host = str
 GATEWAY: Host = "gateway"
+#: Of its calls to the gateway alone; to workers it speaks from the gateway's host.
+CONTROLLER: Host = "controller"
+#: Until one end of a broken stream hears of it, in seconds: at the least and at the most.
+BREAK_HEARD_S = (0.01, 0.5)
 #: Of what a message to the gateway says of one request or block, in bytes.
 EVENT_BYTES = 64
 
@@ -28,6 +35,15 @@ class NetworkShape:
     bytes_per_s: float
     latency_s: float = 200e-6
     jitter: float = 0.2
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """Of gRPC. Once it is broken nothing passes it, either way, and each end hears of that by itself."""
+
+    is_broken: bool = False
+    #: Its server has heard, and takes nothing of it that was under way.
+    is_closed: bool = False
 
 
 @dataclass(slots=True)
@@ -48,16 +64,22 @@ class Way:
 
 
 class SimNetwork:
-    """Carries messages. rng: for the jitter alone."""
+    """Carries messages. rng: for the jitter alone. loss_rng: for what is lost, and when that is heard of."""
 
-    def __init__(self, timers: SimTimers, shape: NetworkShape, rng: random.Random) -> None:
+    def __init__(
+        self, timers: SimTimers, shape: NetworkShape, rng: random.Random, loss_rng: random.Random
+    ) -> None:
         self._timers = timers
         self._bytes_per_s, self._latency_s, self._jitter = shape.bytes_per_s, shape.latency_s, shape.jitter
         self._random = rng.random
+        self._loss_rng = loss_rng
+        self.num_lost = 0
         self._hosts: dict[Host, _Host] = {}
         self._ways: dict[tuple[Host, Host], Way] = {}
         #: How often a pair was cut and not yet mended; those that are not cut are not in it.
         self._cut: Counter[frozenset[Host]] = Counter()
+        #: Shares of messages that are lost, one for each reason; pairs that lose none are not in it.
+        self._losses: dict[frozenset[Host], list[float]] = {}
         self._held: dict[
             frozenset[Host], list[tuple[Host, Host, int, Callable[..., Any], tuple[Any, ...]]]
         ] = {}
@@ -115,3 +137,37 @@ class SimNetwork:
         del self._cut[pair]
         for source, target, num_bytes, deliver, args in self._held.pop(pair, []):
             self.send(source, target, num_bytes, deliver, *args)
+
+    # Loss.
+
+    def make_lossy(self, one: Host, other: Host, rate: float) -> None:
+        """This share of what they send each other is lost from now on, 0 to 1, beside what is lost already."""
+        self._losses.setdefault(frozenset((one, other)), []).append(rate)
+
+    def make_sound(self, one: Host, other: Host, rate: float) -> None:
+        """Undo one `make_lossy`."""
+        pair = frozenset((one, other))
+        self._losses[pair].remove(rate)
+        if not self._losses[pair]:
+            del self._losses[pair]
+
+    def is_sound(self, one: Host, other: Host) -> bool:
+        """All that they send each other now arrives, and is held back by nothing but what was sent before."""
+        if not self._cut and not self._losses:
+            return True
+        pair = frozenset((one, other))
+        return pair not in self._cut and pair not in self._losses
+
+    def loses(self, one: Host, other: Host) -> bool:
+        """Whether what passes between them now is lost; drawn for each message, and only where one may be."""
+        rates = self._losses.get(frozenset((one, other))) if self._losses else None
+        if rates is None:
+            return False
+        kept = math.prod(1 - rate for rate in rates)
+        is_lost = self._loss_rng.random() >= kept
+        self.num_lost += is_lost
+        return is_lost
+
+    def break_heard_s(self) -> float:
+        """How long one end of a stream that breaks now does not know it, in seconds."""
+        return self._loss_rng.uniform(*BREAK_HEARD_S)

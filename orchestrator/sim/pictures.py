@@ -263,13 +263,23 @@ class SimImages:
             return
         num_tiles = job.encode.tile_hi - job.encode.tile_lo
         num_bytes = num_tiles * self.pictures.embeddings * self.pictures.embedding_bytes
-        self.network.send(self.address, target, num_bytes, self._brought, job)
+        if self.network.loses(self.address, target):
+            self._lose(job)
+        else:
+            self.network.send(self.address, target, num_bytes, self._brought, job)
 
     def _brought(self, job: _Job) -> None:
         target = job.encode.prefill_address
         there = self.peer(target)
         problem = there._arrive(job.encode) if there is not None else f"nobody listens at {target}"
-        self.network.send(target, self.address, ACK_BYTES, self._end, job, problem)
+        if self.network.loses(target, self.address):
+            # They are there all the same.
+            self._lose(job)
+        else:
+            self.network.send(target, self.address, ACK_BYTES, self._end, job, problem)
+
+    def _lose(self, job: _Job) -> None:
+        self.timers.call_later(self.network.break_heard_s(), self._end, job, "the stream broke")
 
     def _end(self, job: _Job, problem: str) -> None:
         if self._jobs.pop(job.encode.key, None) is None:

@@ -6,7 +6,7 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import ne
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
@@ -108,7 +108,8 @@ class Simulation:
         self._plan = plan
         self._duration_s = duration_s
         shape = NetworkShape(config.latency.device.transfer_bytes_per_s, config.message_s)
-        network = SimNetwork(self.timers, shape, random.Random(rng.random()))
+        network_rng, cluster_rng = random.Random(rng.random()), random.Random(rng.random())
+        network = SimNetwork(self.timers, shape, network_rng, random.Random(rng.random()))
         start_s = config.load_s + WARM_S
         world = WorkerWorld(
             config.latency.model,
@@ -124,11 +125,11 @@ class Simulation:
             lambda address: self.cluster.images_at(address),
             config.is_leaping,
         )
-        faults = [Fault(f.at_s + start_s, f.kind, f.worker_id, f.duration_s, f.factor) for f in config.faults]
+        faults = [replace(fault, at_s=fault.at_s + start_s) for fault in config.faults]
         self.cluster = SimCluster(
             config.declared,
             world,
-            random.Random(rng.random()),
+            cluster_rng,
             faults=faults,
             is_cache_told=config.is_cache_told,
             slo=config.slo,

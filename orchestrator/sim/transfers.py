@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from kvtransfer.config import KvTransferConfig
-from kvtransfer.frames import Chunk, Frame, Reserve
+from kvtransfer.frames import Chunk, Committed, Ended, Frame, Refused, Reserve, Resume
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import KvLayout
 from kvtransfer.lease import LeaseTable
@@ -20,6 +20,7 @@ from kvtransfer.session import (
     Action,
     BlocksReserved,
     CancelReservation,
+    ChunkDamaged,
     ChunkRead,
     ChunkWritten,
     CommitBlocks,
@@ -39,7 +40,7 @@ from kvtransfer.session import (
     TimePassed,
     WriteChunk,
 )
-from orchestrator.sim.network import SimNetwork
+from orchestrator.sim.network import SimNetwork, Stream
 from orchestrator.sim.timers import SimTimer, SimTimers
 from workers.engine import messages
 
@@ -141,22 +142,47 @@ class SimTransfers:
 
     # The network.
 
-    def frame_came(self, sender: str, transfer_id: str, frame: Frame, *, is_for_receiver: bool) -> None:
+    def frame_came(
+        self, sender: str, stream: Stream, transfer_id: str, frame: Frame, *, is_for_receiver: bool
+    ) -> None:
         """From the other side of a transfer. sender: its address."""
         if self._is_dead:
             return
         if self._timers.now_s < self._paused_until_s:
             self._timers.call_at(
                 self._paused_until_s,
-                lambda: self.frame_came(sender, transfer_id, frame, is_for_receiver=is_for_receiver),
+                lambda: self.frame_came(sender, stream, transfer_id, frame, is_for_receiver=is_for_receiver),
             )
             return
-        sides = self._receiving if is_for_receiver else self._sending
-        side = sides.get(transfer_id)
-        if side is None and isinstance(frame, Reserve):
-            side = sides[transfer_id] = _Side(self, self._new_receiver(), sender, ())
-        if side is not None:
+        side = (self._receiving if is_for_receiver else self._sending).get(transfer_id)
+        if side is not None and side.stream is stream:
             side.post(frame)
+        elif is_for_receiver and isinstance(frame, Reserve | Resume):
+            self._begin_stream(sender, stream, frame)
+
+    def _begin_stream(self, sender: str, stream: Stream, frame: Reserve | Resume) -> None:
+        """The first frame of a stream: as kvtransfer.server."""
+        side = self._receiving.get(frame.transfer_id)
+        if isinstance(frame, Reserve):
+            if side is not None and side.may_be_asked_again(frame):
+                side.take_over()
+                # It may have ended by that.
+                side = self._receiving.get(frame.transfer_id)
+            elif side is not None:
+                refused = Refused("this transfer is served here already", retryable=False)
+                self._answer(sender, stream, frame.transfer_id, refused)
+                return
+            if side is None:
+                side = self._receiving[frame.transfer_id] = _Side(self, self._new_receiver(), sender, ())
+        elif side is None:
+            is_over = frame.incarnation == self._incarnation and self.leases.is_settled(frame.lease_id)
+            answer = Committed() if is_over else Ended(f"lease {frame.lease_id} is not known here any more")
+            self._answer(sender, stream, frame.transfer_id, answer)
+            return
+        else:
+            side.take_over()
+        side.stream = stream
+        side.post(frame)
 
     def _new_receiver(self) -> ReceiverMachine:
         return ReceiverMachine(
@@ -192,22 +218,49 @@ class SimTransfers:
 
     # What the sides do.
 
-    def _send(self, side: "_Side", frame: Frame, num_bytes: int = 0) -> None:
+    def _send(self, side: "_Side", frame: Frame, num_bytes: int = FRAME_BYTES) -> None:
         peer = self._peer(side.peer_address)
         if peer is None:
             self._timers.call_later(0.0, side.post, StreamBroke(f"nobody listens at {side.peer_address}"))
             return
-        self._network.send(
-            self.address,
-            side.peer_address,
-            num_bytes or FRAME_BYTES,
-            _deliver,
-            self,
-            peer,
-            side.transfer_id,
-            frame,
-            side.is_sender,
+        if side.stream is not None:
+            self._send_by(side.stream, peer, side.transfer_id, frame, side.is_sender, num_bytes)
+
+    def _answer(self, sender: str, stream: Stream, transfer_id: str, frame: Frame) -> None:
+        """The only thing that is said on this stream."""
+        peer = self._peer(sender)
+        if peer is not None:
+            self._send_by(stream, peer, transfer_id, frame, False, FRAME_BYTES)
+
+    def _send_by(
+        self,
+        stream: Stream,
+        peer: "SimTransfers",
+        transfer_id: str,
+        frame: Frame,
+        is_sender: bool,
+        num_bytes: int,
+    ) -> None:
+        network, later = self._network, self._timers.call_later
+        if stream.is_broken:
+            return
+        if network.loses(self.address, peer.address):
+            stream.is_broken = True
+            for one, sides in ((self, is_sender), (peer, not is_sender)):
+                later(network.break_heard_s(), one._stream_broke, stream, transfer_id, sides)
+            return
+        network.send(
+            self.address, peer.address, num_bytes, _deliver, self, peer, stream, transfer_id, frame, is_sender
         )
+
+    def _stream_broke(self, stream: Stream, transfer_id: str, is_sender: bool) -> None:
+        """It hears that."""
+        if self._timers.now_s < self._paused_until_s:
+            self._timers.call_at(self._paused_until_s, self._stream_broke, stream, transfer_id, is_sender)
+            return
+        side = (self._sending if is_sender else self._receiving).get(transfer_id)
+        if side is not None:
+            side.stream_broke(stream, "a message was lost")
 
     def _over(self, side: "_Side", end: End) -> None:
         if not side.is_sender:
@@ -222,12 +275,17 @@ class SimTransfers:
 
 
 def _deliver(
-    source: SimTransfers, target: SimTransfers, transfer_id: str, frame: Frame, is_sender: bool
+    source: SimTransfers,
+    target: SimTransfers,
+    stream: Stream,
+    transfer_id: str,
+    frame: Frame,
+    is_sender: bool,
 ) -> None:
     if target._is_dead:
         source.lost(target.address)
     else:
-        target.frame_came(source.address, transfer_id, frame, is_for_receiver=is_sender)
+        target.frame_came(source.address, stream, transfer_id, frame, is_for_receiver=is_sender)
 
 
 class _Side:
@@ -240,6 +298,8 @@ class _Side:
         self.is_sender = isinstance(machine, SenderMachine)
         #: A receiver learns it from its first frame.
         self.transfer_id = machine.transfer_id
+        #: None while it has none. A sender opens another one with each `Started`, a receiver is told by the first frame.
+        self.stream: Stream | None = None
         self._owner = owner
         self._machine = machine
         self._block_ids = block_ids
@@ -253,9 +313,29 @@ class _Side:
             return
         if isinstance(event, Reserve):
             self.transfer_id = event.transfer_id
+        elif isinstance(event, Started):
+            self.stream = Stream()
+        elif isinstance(event, StreamBroke):
+            self.stream = None
         for action in self._machine.handle(event, owner._timers.now_s):
             self._perform(action)
         self._set_timer()
+
+    def stream_broke(self, stream: Stream, reason: str) -> None:
+        """It hears that of this stream; nothing happens when it has left that."""
+        if self.stream is stream:
+            self.post(StreamBroke(reason))
+
+    def take_over(self) -> None:
+        """The sender has left the stream for another one."""
+        if self.stream is not None:
+            self.stream.is_broken = True
+            self.post(StreamBroke("another stream takes over"))
+
+    def may_be_asked_again(self, request: Reserve) -> bool:
+        """Its sender may not know yet that it was granted."""
+        machine = self._machine
+        return isinstance(machine, ReceiverMachine) and machine.request == request and machine.is_unanswered
 
     def stop(self) -> None:
         """Its process has ended."""
@@ -270,7 +350,8 @@ class _Side:
             case SendChunk():
                 self._send_chunk(action)
             case WriteChunk():
-                owner._timers.call_later(0.0, self.post, ChunkWritten(action.chunk.sequence_number))
+                # At once, as in the driver: a stream that breaks finds no chunk that is being written.
+                self.post(self._read_chunk(action.chunk.sequence_number))
             case Reconnect():
                 owner._timers.call_later(action.delay_s, self.post, Started())
             case ReserveBlocks():
@@ -298,6 +379,12 @@ class _Side:
                 owner._over(self, action)
             case _:
                 assert_never(action)
+
+    def _read_chunk(self, number: int) -> ChunkWritten | ChunkDamaged:
+        """From the sender's pool."""
+        if self._owner._network.loses(self.peer_address, self._owner.address):
+            return ChunkDamaged(number, "what was read is not what was sent")
+        return ChunkWritten(number)
 
     def _send_chunk(self, action: SendChunk) -> None:
         where, layout = action.kv_range, self._owner._layout

@@ -103,6 +103,15 @@ class UnreadTokens:
             stretch.take(stretch.leap.num_done)
             stretch.leap = None
 
+    def forget(self, process: ProcessKey) -> None:
+        """What it has sent and has not come by now never comes."""
+        for request_id, stretches in list(self._stretches.items()):
+            left = [one for one in stretches if one.process != process]
+            if left:
+                self._stretches[request_id] = left
+            else:
+                del self._stretches[request_id]
+
     def request_ids(self) -> list[RequestId]:
         """Those that may have some."""
         return list(self._stretches)

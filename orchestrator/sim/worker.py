@@ -10,7 +10,7 @@ from typing import Protocol
 from kvtransfer.layout import KvLayout
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, token_of, tokens_of
-from orchestrator.sim.network import GATEWAY, SimNetwork
+from orchestrator.sim.network import GATEWAY, SimNetwork, Stream
 from orchestrator.sim.pictures import Batch, Pictures, SimImages
 from orchestrator.sim.timers import SimTimer, SimTimers
 from orchestrator.sim.transfers import SimTransfers
@@ -25,16 +25,20 @@ from workers.api import (
     KvBlocksRemoved,
     KvBlocksStored,
     KvEvent,
+    Migrate,
     Phase,
     PhaseSet,
     PhasesRefused,
     PrefillOrder,
     RequestFailed,
+    RequestKey,
     StepBudget,
+    Submit,
     WorkerId,
     WorkerSpec,
     WorkerState,
     WorkerStatus,
+    is_last,
 )
 from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
@@ -192,9 +196,13 @@ class SimWorker:
                 self._timers,
                 world.network,
                 self.post,
-                lambda events: self._gateway.publish(self, events, [], []),
+                lambda events: self._tell(events, [], []),
                 world.images_at,
             )
+        #: The gateway's newest session of which it has not seen the end; None before the first.
+        self.stream: Stream | None = None
+        #: Requests that have no end, by the session that each came by.
+        self._sessions: dict[RequestKey, Stream] = {}
         #: Pictures and steps take turns.
         self._is_encodes_turn = True
         self._mailbox: list[Message] = []
@@ -280,19 +288,52 @@ class SimWorker:
         self.phases, self._phase_epoch = phases, phase_epoch
         return None
 
-    def command(self, command: Command) -> None:
-        """From the gateway. A process that has ended hears nothing."""
-        if isinstance(command, Encode):
-            self._encode(command)
-        elif not (isinstance(command, Abort) and self.images is not None and self.images.abort(command.key)):
-            self.post(command)
+    # Sessions: as workers.sessions.
+
+    def open_stream(self) -> Stream:
+        """A session of the gateway begins."""
+        self.stream = Stream()
+        return self.stream
+
+    def stream_ended(self, stream: Stream) -> None:
+        """It sees that: what came by this session is aborted."""
+        if not self.is_alive or self._is_paused(self.stream_ended, stream):
+            return
+        stream.is_closed = True
+        if self.stream is stream:
+            self.stream = None
+        for key in [key for key, one in self._sessions.items() if one is stream]:
+            del self._sessions[key]
+            self._abort(Abort(key))
+
+    def command(self, command: Command, stream: Stream) -> None:
+        """From the gateway, by this session. A process that has ended hears nothing."""
+        if not self.is_alive or stream.is_closed:
+            return
+        match command:
+            case Encode():
+                self._sessions[command.key] = stream
+                self._encode(command)
+            case Submit():
+                self._sessions[command.key] = stream
+                self.post(command)
+            case Abort():
+                if self._sessions.pop(command.key, None) is not None:
+                    self._abort(command)
+            case Migrate():
+                if command.key in self._sessions:
+                    self.post(command)
+            case _:
+                self.post(command)
+
+    def _abort(self, abort: Abort) -> None:
+        if self.images is None or not self.images.abort(abort.key):
+            self.post(abort)
 
     def _encode(self, encode: Encode) -> None:
-        if not self.is_alive:
-            return
         if self.images is None or Phase.ENCODE not in self.phases:
             reason = f"asked for encode; serves {'+'.join(sorted(self.phases))}"
-            self._gateway.publish(self, [RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [], [])
+            self._tell([RequestFailed(encode.key, FailureCode.INTERNAL, reason)], [], [])
             return
         self.images.submit(encode)
         self._turn_soon()
@@ -567,7 +608,14 @@ class SimWorker:
             elif not self.transfers.handle(output):
                 events.append(output)  # type: ignore[arg-type]
         if events or kv_events or decoded:
-            self._gateway.publish(self, events, kv_events, decoded)
+            self._tell(events, kv_events, decoded)
+
+    def _tell(self, events: list[Event], kv_events: list[KvEvent], decoded: list[TokensDecoded]) -> None:
+        """The gateway."""
+        for event in events:
+            if is_last(event):
+                self._sessions.pop(event.key, None)
+        self._gateway.publish(self, events, kv_events, decoded)
 
 
 def _is_predicting(engine: EngineConfig) -> bool:

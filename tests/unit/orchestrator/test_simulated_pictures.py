@@ -117,6 +117,7 @@ def test_whatever_breaks_every_request_has_its_end_and_nothing_is_held(
             WorkerId(f"w{rng.randrange(len(sets))}"),
             rng.uniform(0.1, 2),
             3.0,
+            rate=0.3,
         )
         for _ in range(num_faults)
     )
@@ -193,3 +194,34 @@ def test_the_coarse_mode_is_near_the_fine_one_and_never_sooner(name: str) -> Non
     assert 0.98 < b.ttft_s.p50 / a.ttft_s.p50 < 1.45
     assert 0.98 < b.ttft_s.p90 / a.ttft_s.p90 < 1.45
     assert b.tpot_s.p50 == pytest.approx(a.tpot_s.p50, rel=0.1)
+
+
+class Second(random.Random):
+    """Of all messages that may be lost the second one is, and that is heard of late."""
+
+    num_drawn = 0
+
+    def random(self) -> float:
+        self.num_drawn += 1
+        return 1.0 if self.num_drawn == 2 else 0.0
+
+    def uniform(self, a: float, b: float) -> float:
+        return b
+
+
+def test_an_encoder_that_is_lost_after_its_pictures_are_used_is_charged_for_nothing() -> None:
+    """That they have come is lost, so that the gateway still waits for the encoder when the prompt is computed, and then that ends."""
+    num = PICTURES.num_tokens + 100
+    plan = [PlannedRequest(TraceRow(1, 0.0, num, 60, (), 1), 0.0, num, 60, 1)]
+    faults = (
+        Fault(0.0, FaultKind.LOSS_WITH_WORKERS, WorkerId("w0"), 5.0, rate=0.5),
+        Fault(0.3, FaultKind.CRASH, WorkerId("w0")),
+    )
+    config = SimConfig(
+        shape(E, P | D), LLAMA_ON_H100, load_s=1.0, pictures=PICTURES, faults=faults, check_every=1
+    )
+    simulation = Simulation(config, plan, 0.0)
+    simulation.cluster.network._loss_rng = Second()
+    (record,) = simulation.run().load.records
+    assert record.status == OK
+    assert record.token_times_s[0] < 0.3 < record.token_times_s[-1]

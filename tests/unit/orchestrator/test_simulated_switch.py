@@ -167,7 +167,9 @@ def test_whatever_is_asked_for_every_request_has_its_answer(
     faults: list[tuple[float, FaultKind, str, float]],
 ) -> None:
     asked = tuple((at_s, wanted(name, phases, i)) for i, (at_s, name, phases) in enumerate(switches))
-    broken = tuple(Fault(at_s, kind, name, duration_s, 3.0) for at_s, kind, name, duration_s in faults)
+    broken = tuple(
+        Fault(at_s, kind, name, duration_s, 3.0, rate=0.3) for at_s, kind, name, duration_s in faults
+    )
     result, simulation = run(SHAPES[shape], random_load(seed, 30), seed=seed, switches=asked, faults=broken)
     # A request may have used all its attempts on faults; without any nothing fails.
     if not broken:

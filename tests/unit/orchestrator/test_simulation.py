@@ -123,14 +123,14 @@ def test_two_workers_serve_more_than_one() -> None:
 @pytest.mark.parametrize("shape", ["two", "two apart"])
 def test_a_fault_costs_time_and_no_request(kind: FaultKind, shape: str) -> None:
     for worker_id in {one.worker_id for one in SHAPES[shape]}:
-        fault = Fault(1.0, kind, worker_id, duration_s=2.0, factor=5.0)
+        fault = Fault(1.0, kind, worker_id, duration_s=2.0, factor=5.0, rate=0.1)
         result, _ = run(SHAPES[shape], random_load(seed=6, num_requests=20), faults=(fault,))
         assert {record.status for record in result.load.records} == {OK}, (kind, worker_id)
 
 
 @pytest.mark.parametrize("kind", FaultKind)
 def test_a_lone_worker_that_comes_back_goes_on(kind: FaultKind) -> None:
-    fault = Fault(1.0, kind, WorkerId("w0"), duration_s=2.0, factor=5.0)
+    fault = Fault(1.0, kind, WorkerId("w0"), duration_s=2.0, factor=5.0, rate=0.01)
     result, _ = run(SHAPES["one"], random_load(seed=6, num_requests=20), faults=(fault,))
     assert {record.status for record in result.load.records} == {OK}
 
