@@ -127,7 +127,7 @@ def test_a_worker_begins_with_the_profile_that_calibrate_wrote_and_goes_on_with_
         assert up.returncode == 0, up.stderr
         # Workers have its content, and do not look for the file.
         profile.unlink()
-        assert costs() == {**measured, "num_steps": 0, "source": "profile"}
+        assert costs() == {**measured, "num_steps": 0, "num_prompt_steps": 0, "source": "profile"}
         shown = user.run("status", "profiled").stdout
         assert f"worker-0: step model: profile, {measured['mean_error']:.0%} off, 0 steps" in shown
         options = ("--name", "profiled", "--max-tokens", "60", "--ignore-eos")

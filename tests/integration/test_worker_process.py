@@ -63,7 +63,7 @@ def test_plain_process_begins_with_the_profile_that_it_is_given(model_path: Path
     option = ("--profile", str(profile))
     with worker_processes(("a-0", both), model=model_path, arguments=[option]) as [worker]:
         found, measured = asyncio.run(costs(worker.address)), read(profile).costs
-        assert found == replace(measured, num_steps=0, source=FactorSource.PROFILE)
+        assert found == replace(measured, num_steps=0, num_prompt_steps=0, source=FactorSource.PROFILE)
     arguments = ("--worker-id", "a-0", "--phases", "decode", "--model", str(model_path), *option)
     with start_process(*arguments, "--threads", "2") as process:
         _output, errors = process.communicate(timeout=120)
