@@ -97,7 +97,9 @@ def test_a_worker_on_a_gpu_begins_with_a_profile_of_that_gpu_and_with_no_others(
     assert plain.source is FactorSource.ROOFLINE
     device = replace(plain.device, compute_curve=((0.5, 0.9),), memory_curve=((0.5, 0.95),))
     measured = StepCosts(plain.model, device, (2.3, 4.5, 1.6, 1.5), 100, 0.15, 1.3)
-    assert asyncio.run(costs(measured)) == replace(measured, num_steps=0, num_prompt_steps=0, source=FactorSource.PROFILE)
+    assert asyncio.run(costs(measured)) == replace(
+        measured, num_steps=0, num_prompt_steps=0, source=FactorSource.PROFILE
+    )
     assert "profile_unused" not in caplog.text
     other = replace(measured, device=replace(device, name="another GPU"))
     assert asyncio.run(costs(other)) == plain
