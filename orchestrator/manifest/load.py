@@ -10,6 +10,7 @@ from orchestrator.manifest.fields import Path, key_path
 from orchestrator.manifest.models import Deployment
 from orchestrator.manifest.problems import sentences
 from orchestrator.manifest.yaml_tree import MAX_TEXT_BYTES, Refused, read_tree
+from workers import profile
 
 
 def load(path: FilePath) -> Deployment:
@@ -47,7 +48,9 @@ def parse(text: str, *, file: str = "manifest", folder: FilePath | None = None) 
     deployment: Deployment | None = None
     try:
         # By way of JSON, where a list may be a tuple and 1 a float and nothing else is converted.
-        deployment = Deployment.model_validate_json(json.dumps(tree.data), context={"folder": folder})
+        deployment = Deployment.model_validate_json(
+            json.dumps(tree.data), context={"folder": folder, "read_profile": profile.read}
+        )
     except ValidationError as error:
         details = error.errors(include_url=False)
         found += [(path, tree.line_of(path), message) for path, message in sentences(details)]

@@ -1,4 +1,4 @@
-"""The keys of a group of workers, those of `engine` aside. A profile that is named is read here; all else is pure."""
+"""The keys of a group of workers, those of `engine` aside. Pure: a profile that is named is read by who validates."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,11 +25,14 @@ PhaseName = Literal["encode", "prefill", "decode"]
 def _read_profile(value: Any, info: ValidationInfo) -> profile.Profile:
     if not isinstance(value, str):
         raise PydanticCustomError("string_type", "is no path")
-    folder = (info.context or {}).get("folder") or Path()
+    context = info.context or {}
+    folder = context.get("folder") or Path()
+    found: profile.Profile
     try:
-        return profile.read(folder / Path(value).expanduser())
+        found = context["read_profile"](folder / Path(value).expanduser())
     except ProfileError as error:
         raise ValueError("; ".join(str(error).splitlines())) from error
+    return found
 
 
 ProfileFile = Annotated[
