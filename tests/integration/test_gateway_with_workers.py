@@ -56,7 +56,7 @@ def test_apart_and_together_the_tokens_are_the_same(model_path: Path) -> None:
             await use(it, view(prefill), view(decode))
             assert await answers(it) == together
             last = (await collect(it.client.Generate(request(PROMPTS[2]))))[-1]
-            assert last.timings.kv_transfer.num_bytes > 0
+            assert (await it.kv_transfer(last.request_id)).num_bytes > 0
             assert last.timings.attempts == 1
             assert last.timings.decode_worker_id == decode.worker.spec.worker_id
 

@@ -100,7 +100,7 @@ def test_fewer_embeddings_and_less_kv_travel(model: Path, expected: list[list[in
         report, num_text = reduced.usage.image_reduction, whole.usage.prompt_tokens - whole.usage.image_tokens
         num_bytes = [sum(one.num_bytes for one in last.timings.encodes) for last in (whole, reduced)]
         assert num_bytes[1] * whole.usage.image_tokens == num_bytes[0] * report.encoded_tokens
-        kv_bytes = [last.timings.kv_transfer.num_bytes for last in (whole, reduced)]
+        kv_bytes = [(await it.gateway.kv_transfer(last.request_id)).num_bytes for last in (whole, reduced)]
         assert kv_bytes[1] * whole.usage.prompt_tokens == kv_bytes[0] * (num_text + report.kept_tokens)
 
     run(model, "E+P+D", scenario)

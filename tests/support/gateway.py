@@ -21,6 +21,7 @@ from protos import control_pb2, control_pb2_grpc, inference_pb2_grpc
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import FakeWorker, running
 from tests.support.waiting import until
+from workers.api import KvTransferred, RequestId
 
 if TYPE_CHECKING:
     from protos.control_pb2_grpc import GatewayControlServiceAsyncStub
@@ -73,6 +74,15 @@ class Gateway:
             (link.worker.worker_id, link.worker.incarnation)
             for link in self.dispatcher._links.open_links()  # type: ignore[attr-defined]
         }
+
+    async def kv_transfer(self, request_id: str) -> KvTransferred:
+        """Of a request of one attempt and one sample: it may be told of after the last token."""
+        record = self.dispatcher.records.get(RequestId(request_id))
+        assert record is not None
+        ((attempt,),) = [one.attempts for one in record.samples]
+        await until(lambda: attempt.transfer is not None, f"the KV transfer of {request_id}")
+        assert attempt.transfer is not None
+        return attempt.transfer
 
     async def is_serving(self, service: str = "") -> bool:
         """What the health service says."""
