@@ -16,7 +16,7 @@ from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, ScaleView, SwitchView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.breaking import Breaker
-from orchestrator.sim.faults import Fault
+from orchestrator.sim.faults import Fault, FaultOutcome
 from orchestrator.sim.leap import Leap
 from orchestrator.sim.links import SimLinks
 from orchestrator.sim.network import CONTROLLER, EVENT_BYTES, GATEWAY
@@ -61,7 +61,7 @@ class WorkerUse:
 class SimCluster:
     """Starts and stops processes as the controller says, and breaks them as the faults say.
 
-    rng: for the noise of all processes. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
+    rng: for the noise of all processes. start_s: when the clock of the faults begins. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
     served.
     """
 
@@ -72,6 +72,7 @@ class SimCluster:
         rng: random.Random,
         *,
         faults: Sequence[Fault] = (),
+        start_s: float = 0.0,
         is_cache_told: bool = True,
         slo: Slo = NO_SLO,
         switch_mode: SwitchMode = SwitchMode.OFF,
@@ -115,7 +116,7 @@ class SimCluster:
         self._scales: dict[str, ScaleView] = {}
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
-        self._breaker = Breaker(self, faults)
+        self._breaker = Breaker(self, faults, start_s)
 
     def make_links(self, listener: LinkListener) -> SimLinks:
         """The gateway's, one time."""
@@ -157,6 +158,11 @@ class SimCluster:
         """All decisions about the number of workers, in order."""
         return tuple(self._scales.values())
 
+    @property
+    def fault_outcomes(self) -> tuple[FaultOutcome, ...]:
+        """Of all faults, in their order, by now."""
+        return self._breaker.outcomes()
+
     def check_invariants(self) -> None:
         """Of every living process, and of the controller."""
         self._state.check_invariants()
@@ -177,14 +183,14 @@ class SimCluster:
         self._refusals = {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
-        if self._breaker.no_controller_s is None:
+        no_controller_s = self._breaker.controller_ends()
+        if no_controller_s is None:
             self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
         self._publish(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
-        if self._breaker.no_controller_s is not None:
-            self.timers.call_later(self._breaker.no_controller_s, self._begin_controller)
-            self._breaker.no_controller_s = None
+        if no_controller_s is not None:
+            self.timers.call_later(no_controller_s, self._begin_controller)
             return
         for action in plan.actions:
             match action:
@@ -221,6 +227,7 @@ class SimCluster:
             return
         assert self.links is not None
         self._last_view = view
+        self._breaker.came(view)
         self.links.read_caches()
         if not self.links.is_steady(view):
             self.links.read_all()
@@ -245,6 +252,7 @@ class SimCluster:
             self.timers.call_later(TICK_S, self._begin_controller)
             return
         self._is_news_lost = False
+        self._breaker.controller_began()
         self._state = recover(self._last_view, self._reports(), self._config, self.timers.now_s)
         self._refusals = {}
         self._tick()

@@ -6,7 +6,7 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import ne
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
@@ -25,7 +25,7 @@ from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
-from orchestrator.sim.faults import Fault
+from orchestrator.sim.faults import Fault, FaultOutcome
 from orchestrator.sim.leap import VOCAB_SIZE, tokens_of
 from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.pictures import Pictures
@@ -58,6 +58,7 @@ class SimConfig:
     max_context_tokens: int = 131_072
     max_waiting_requests: int = 10_000
     max_running_requests: int = 10_000
+    #: Each with its time after the first arrival.
     faults: tuple[Fault, ...] = ()
     #: Changes of phases that somebody asks for, each with its time after the first arrival.
     switches: tuple[tuple[float, SwitchRequest], ...] = ()
@@ -86,7 +87,7 @@ class SimConfig:
 class SimResult:
     """What became of the load, as a benchmark of a real cluster records it, and of the cluster.
 
-    start_s: on the controller's clock, when arrivals began.
+    start_s: on the controller's clock, when arrivals began. faults: what came of each, in seconds since then. num_lost: messages.
     """
 
     load: LoadResult
@@ -96,6 +97,8 @@ class SimResult:
     num_wrong_tokens: int
     start_s: float = 0.0
     scales: tuple[ScaleView, ...] = ()
+    faults: tuple[FaultOutcome, ...] = ()
+    num_lost: int = 0
 
 
 class Simulation:
@@ -125,12 +128,12 @@ class Simulation:
             lambda address: self.cluster.images_at(address),
             config.is_leaping,
         )
-        faults = [replace(fault, at_s=fault.at_s + start_s) for fault in config.faults]
         self.cluster = SimCluster(
             config.declared,
             world,
             cluster_rng,
-            faults=faults,
+            faults=config.faults,
+            start_s=start_s,
             is_cache_told=config.is_cache_told,
             slo=config.slo,
             switch_mode=config.switch_mode,
@@ -195,6 +198,8 @@ class Simulation:
             self._num_wrong_tokens,
             self._start_s,
             self.cluster.scales,
+            self.cluster.fault_outcomes,
+            self.cluster.network.num_lost,
         )
 
     def check_invariants(self) -> None:
