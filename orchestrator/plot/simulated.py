@@ -13,11 +13,15 @@ from orchestrator.plot.chart import BELOW, LEFT, RIGHT, Axis, Frame, Series, axe
 from orchestrator.plot.requests import MARGIN, SPAN_COLOURS, WIDTH, SpanKind, kinds_of, spans_of
 from workers.api import Phase, PhaseSet, WorkerId
 
-PREFILL, DECODE = frozenset({Phase.PREFILL}), frozenset({Phase.DECODE})
+ENCODE, PREFILL, DECODE = (frozenset({phase}) for phase in Phase)
 PHASE_COLOURS: Mapping[PhaseSet, str] = {
     PREFILL: svg.BLUE,
     DECODE: svg.AMBER,
     PREFILL | DECODE: svg.GREEN,
+    ENCODE: svg.PURPLE,
+    ENCODE | PREFILL: svg.PINK,
+    ENCODE | DECODE: svg.BROWN,
+    ENCODE | PREFILL | DECODE: svg.TEAL,
 }
 SWITCH_COLOUR = svg.RED
 #: Workers that one picture shows at most, and the height of each.
@@ -88,7 +92,10 @@ def phases_picture(course: Course) -> str:
     title = "workers, by what they serve"
     if len(shown) < len(course.workers):
         title += f"; the first {len(shown)} of {len(course.workers):,}"
-    entries = [(phase_text(phases), colour) for phases, colour in PHASE_COLOURS.items()]
+    occurring = {*course.workers.values(), *(switch.phases for switch in course.switches)}
+    entries = [
+        (phase_text(phases), colour) for phases, colour in PHASE_COLOURS.items() if phases in occurring
+    ]
     parts, top = _heading(title, [*entries, ("switch begins", SWITCH_COLOUR)], left, MARGIN)
     lanes = Frame(left, top, width, LANE * len(shown))
     parts += _lanes(course, shown, lanes, time)

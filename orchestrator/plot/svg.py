@@ -6,9 +6,19 @@ Coordinates are pixels, y grows downwards. Ink, grid and ground follow the reade
 from collections.abc import Iterable, Sequence
 from html import escape
 
-#: Blue, amber, grey, green, red, purple. The first three are distinct in grey too.
-COLOURS = ("#1f6feb", "#d29922", "#8b949e", "#2da44e", "#da3633", "#8957e5")
-BLUE, AMBER, GREY, GREEN, RED, PURPLE = COLOURS
+#: The first three are distinct in grey too.
+COLOURS = (
+    "#1f6feb",
+    "#d29922",
+    "#8b949e",
+    "#2da44e",
+    "#da3633",
+    "#8957e5",
+    "#bf3989",
+    "#9a6700",
+    "#1b7c83",
+)
+BLUE, AMBER, GREY, GREEN, RED, PURPLE, PINK, BROWN, TEAL = COLOURS
 
 FONT_SIZE = 12
 #: At most so wide is a character on average, in pixels.

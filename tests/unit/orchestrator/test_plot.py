@@ -27,7 +27,7 @@ from orchestrator.plot.simulated import (
     phases_picture,
 )
 from tests.support.sim import BOTH, D, P
-from workers.api import WorkerId
+from workers.api import Phase, WorkerId
 
 SLO = Slo(0.5, 0.03)
 #: Pixels that rounding may add.
@@ -250,6 +250,16 @@ def test_a_worker_changes_its_colour_when_it_has_its_new_phases() -> None:
     bars = [one.attrib for one in lanes if one.tag.endswith("rect") and "fill" in one.attrib]
     assert [one["fill"] for one in bars] == [PHASE_COLOURS[P], PHASE_COLOURS[D], SWITCH_COLOUR]
     assert float(bars[0]["width"]) == pytest.approx(float(bars[1]["width"]), abs=0.02)
+
+
+def test_every_set_of_phases_has_a_colour_of_its_own() -> None:
+    sets = [frozenset(chosen) for num in (1, 2, 3) for chosen in combinations(Phase, num)]
+    assert set(PHASE_COLOURS) == set(sets)
+    assert len({*PHASE_COLOURS.values(), SWITCH_COLOUR}) == len(sets) + 1
+    picture = phases_picture(Course({WorkerId(f"w{i}"): one for i, one in enumerate(sets)}, (), 0.0, (), 1.0))
+    check(picture)
+    # Of the legend and of its lane; other charts may have it too.
+    assert all(picture.count(colour) >= 2 for colour in PHASE_COLOURS.values())
 
 
 def test_of_many_workers_the_first_are_shown() -> None:

@@ -214,7 +214,8 @@ def test_pictures_of_both_formats_are_simulated_in_both_modes(
     texts = []
     for name, more in (("a", ()), ("b", ()), ("c", ("--image-tiles", 1))):
         path = tmp_path / name
-        arguments = ("--rate", 10, "--duration", 2, "--mode", mode, "--json", path, *more)
+        plots = ("--plot", tmp_path / "plots")
+        arguments = ("--rate", 10, "--duration", 2, "--mode", mode, "--json", path, *plots, *more)
         assert simulate(manifest, *arguments, trace=trace) == exit_codes.OK
         texts.append(path.read_bytes())
     assert texts[0] == texts[1] != texts[2]
