@@ -16,7 +16,14 @@ from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes, simulate_checks, step_times
 from orchestrator.cli.collector import without_collector
-from orchestrator.cli.simulate_faults import fault_json, fault_text, faults_line, num_happened, read_faults
+from orchestrator.cli.simulate_faults import (
+    fault_json,
+    fault_mark,
+    fault_text,
+    faults_line,
+    num_happened,
+    read_faults,
+)
 from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, switch_text
 from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control.admission import Admission
@@ -301,7 +308,10 @@ class _Run:
         """What a picture shows of it."""
         load = self.result.load
         workers = {one.worker_id: one.phases for one in self._sim.declared}
-        return Course(workers, self.result.switches, self.result.start_s, load.records, load.elapsed_s)
+        faults = [fault_mark(one) for one in self.result.faults if not one.why_not]
+        return Course(
+            workers, self.result.switches, self.result.start_s, load.records, load.elapsed_s, faults
+        )
 
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
@@ -324,7 +334,12 @@ def _pictures(runs: list[_Run]) -> tuple[str, str, str]:
     last = runs[-1]
     slo, records = last.config.slo, last.result.load.records
     points = [Point(one.config.rate_rps, one.summary) for one in runs]
-    return attainment_picture(points, slo), phases_picture(last.course()), requests_picture(records, slo)
+    course = last.course()
+    return (
+        attainment_picture(points, slo, len(last.result.faults)),
+        phases_picture(course),
+        requests_picture(records, slo, [fault.begin_s for fault in course.faults]),
+    )
 
 
 def _table(runs: list[_Run]) -> list[str]:

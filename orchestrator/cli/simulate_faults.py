@@ -8,6 +8,7 @@ from orchestrator.bench.records import RequestRecord
 from orchestrator.cli.transfer_text import counted, seconds
 from orchestrator.control.declared import DeclaredWorker
 from orchestrator.manifest.faults import FaultSection, load_faults
+from orchestrator.plot.simulated import FaultMark
 from orchestrator.sim.faults import Fault, FaultKind, FaultOutcome
 from orchestrator.sim.simulation import SimResult
 from workers.api import WorkerId
@@ -75,6 +76,13 @@ def _end(outcome: FaultOutcome) -> str:
             return f": another one{after}" if after else ": no other one before the end"
         case _:
             return "" if after else ": not over at the end"
+
+
+def fault_mark(outcome: FaultOutcome) -> FaultMark:
+    """Of one that happened, on a picture."""
+    fault = outcome.fault
+    is_down = fault.kind in (FaultKind.CRASH, FaultKind.CONTROLLER_CRASH)
+    return FaultMark(fault.worker_id or None, fault.at_s, outcome.over_at_s, is_down)
 
 
 def fault_json(outcome: FaultOutcome) -> dict[str, Any]:
