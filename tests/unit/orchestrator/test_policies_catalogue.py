@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from orchestrator.bench.trace import Trace, TraceRow
 from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, Workload, orders
 from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady, distserve_shape
+from orchestrator.control.policies.epd_queue import Settings
 from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
@@ -155,6 +156,30 @@ def test_the_steady_trigger_does_not_count_for_decode_what_waits_for_prefill() -
     one = steady()
     found = [switch for now_s in range(30) for switch in one.tick(float(now_s), cluster)]
     assert [switch.phases for switch in found[:1]] == [P]
+
+
+def overloaded_decode() -> WorkerLoad:
+    return worker("d0", D, num_promised=50_000, promised_context=50_000_000)
+
+
+def test_the_steady_trigger_rests_only_after_a_switch_that_it_made() -> None:
+    # Both have two phases, so that none can leave one for decode.
+    cluster = ClusterLoad((worker("w0", E | P), worker("w1", E | P), overloaded_decode()))
+    one = steady()
+    assert not any(one.tick(float(now_s), cluster) for now_s in range(22))
+    cluster = ClusterLoad((*cluster.workers, worker("p0", P)))
+    (switch,) = one.tick(22.0, cluster)
+    assert (switch.worker_id, switch.phases) == ("p0", D)
+    again = next(now_s for now_s in range(23, 60) if one.tick(float(now_s), cluster))
+    assert again - 22 == Settings().cooldown_s
+
+
+def test_the_steady_trigger_takes_a_worker_from_a_phase_that_has_one_to_give() -> None:
+    # Encode would be missed no more than prefill, and comes first.
+    cluster = ClusterLoad((worker("w0", E | P), worker("w1", E | P), worker("p0", P), overloaded_decode()))
+    one = steady()
+    found = [switch for now_s in range(12) for switch in one.tick(float(now_s), cluster)]
+    assert [(switch.worker_id, switch.phases) for switch in found] == [("p0", D)]
 
 
 def conductor(decode_s: float = 2.0) -> Conductor:
