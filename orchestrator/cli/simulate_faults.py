@@ -74,8 +74,11 @@ def _end(outcome: FaultOutcome) -> str:
             return f": serves again{after}" if after else ": did not serve again before the end"
         case FaultKind.CONTROLLER_CRASH:
             return f": another one{after}" if after else ": no other one before the end"
+        case _ if over_at_s is None:
+            return ": not over at the end"
         case _:
-            return "" if after else ": not over at the end"
+            is_cut_short = over_at_s < fault.at_s + fault.duration_s
+            return f": its process ended{after}" if is_cut_short else ""
 
 
 def fault_mark(outcome: FaultOutcome) -> FaultMark:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import TYPE_CHECKING
 
 from orchestrator.control.observation import ProcessKey
@@ -26,18 +27,24 @@ class Breaker:
         #: Numbers of faults that the controller ends by in its next tick, and of those it has ended by, until another one begins.
         self._ends: list[int] = []
         self._ended: list[int] = []
-        #: By numbers of faults: processes that have ended, until one that is READY has taken their place.
+        #: By numbers of faults: processes that have ended, until one that is READY has taken their place, and those that a fault lasts on.
         self._crashed: dict[int, ProcessKey] = {}
+        self._broken: dict[int, SimWorker] = {}
         for number, fault in enumerate(faults):
             self._timers.call_at(start_s + fault.at_s, self._break, number, fault)
 
     def outcomes(self) -> tuple[FaultOutcome, ...]:
         """Of all faults, in their order, by now."""
-        now_s = self._now_s
-        return tuple(
-            replace(one, over_at_s=None) if one.over_at_s is not None and one.over_at_s > now_s else one
-            for one in self._outcomes
-        )
+        return tuple(starmap(self._by_now, enumerate(self._outcomes)))
+
+    def _by_now(self, number: int, outcome: FaultOutcome) -> FaultOutcome:
+        """What lasts is over with its process, and not yet if that is later."""
+        over_at_s, process = outcome.over_at_s, self._broken.get(number)
+        if over_at_s is None:
+            return outcome
+        if process is not None and process.ended_at_s is not None:
+            over_at_s = min(over_at_s, process.ended_at_s - self._start_s)
+        return replace(outcome, over_at_s=over_at_s if over_at_s <= self._now_s else None)
 
     def came(self, view: ClusterView) -> None:
         """The gateway has this view now."""
@@ -98,6 +105,8 @@ class Breaker:
         others = [one.address for one in living if one is not process]
         if fault.kind in (FaultKind.CUT_FROM_WORKERS, FaultKind.LOSS_WITH_WORKERS) and not others:
             return "no other worker lived"
+        if fault.kind is not FaultKind.CRASH:
+            self._broken[number] = process
         match fault.kind:
             case FaultKind.CRASH:
                 self._crashed[number] = process.key

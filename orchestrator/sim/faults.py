@@ -49,8 +49,8 @@ class Fault:
 class FaultOutcome:
     """What came of a fault.
 
-    why_not: why nothing was broken; empty where something was. over_at_s: on the fault's clock, when it was over, after a crash when the process in its place
-    was READY for the gateway; None where it was not over when the run ended.
+    why_not: why nothing was broken; empty where something was. over_at_s: on the fault's clock, when it was over: after a crash when the process in its place
+    was READY for the gateway, else after its duration, or with its process. None where it was not over when the run ended.
     """
 
     fault: Fault

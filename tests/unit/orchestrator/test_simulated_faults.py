@@ -76,6 +76,13 @@ def test_what_was_not_over_at_the_end_has_no_end() -> None:
     assert outcome == FaultOutcome(outcome.fault, "")
 
 
+@pytest.mark.parametrize("kind", [FaultKind.PAUSE, FaultKind.CUT_FROM_GATEWAY])
+def test_a_worker_that_is_silent_too_long_gets_a_new_process_and_the_fault_is_over(kind: FaultKind) -> None:
+    outcome = outcome_of(fault(kind, duration_s=12.0))
+    # It was heard at 3 s, and is lost in the first tick that is 5 s later.
+    assert outcome == FaultOutcome(outcome.fault, "", 8.5)
+
+
 def test_a_worker_that_is_dead_already_cannot_be_broken() -> None:
     faults = (fault(FaultKind.CRASH), fault(FaultKind.PAUSE, at_s=3.2), fault(FaultKind.CRASH, "nobody"))
     result, _ = run(SHAPES["two apart"], LOAD, faults=faults)
