@@ -233,7 +233,7 @@ class _Run:
         rate: float,
         part: Slice,
     ) -> None:
-        slo, gateway = deployment.spec.slo, deployment.spec.gateway
+        slo, gateway, controller = deployment.spec.slo, deployment.spec.gateway, deployment.spec.controller
         self.part = part
         self._mode: str = args.mode
         self.config = BenchConfig(
@@ -252,6 +252,8 @@ class _Run:
             latency,
             seed=args.seed,
             timeout_s=gateway.request_timeout_s,
+            tick_s=controller.tick_ms / 1000,
+            heartbeat_timeout_s=controller.heartbeat_timeout_ms / 1000,
             max_context_tokens=args.max_context_tokens,
             max_waiting_requests=gateway.max_waiting_requests,
             max_running_requests=gateway.max_running_requests,

@@ -27,8 +27,7 @@ from orchestrator.sim.worker import SimWorker, WorkerWorld
 from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused
 from workers.engine.messages import TokensDecoded
 
-TICK_S = 0.5
-#: While a worker takes other phases.
+#: Between two ticks, while a worker takes other phases, at most.
 SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
@@ -61,7 +60,7 @@ class WorkerUse:
 class SimCluster:
     """Starts and stops processes as the controller says, and breaks them as the faults say.
 
-    rng: for the noise of all processes. start_s: when the clock of the faults begins. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
+    rng: for the noise of all processes. start_s: when the clock of the faults begins. tick_s, heartbeat_timeout_s: the controller's. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
     served.
     """
 
@@ -72,7 +71,9 @@ class SimCluster:
         rng: random.Random,
         *,
         faults: Sequence[Fault] = (),
-        start_s: float = 0.0,
+        start_s: float,
+        tick_s: float,
+        heartbeat_timeout_s: float,
         is_cache_told: bool = True,
         slo: Slo = NO_SLO,
         switch_mode: SwitchMode = SwitchMode.OFF,
@@ -101,7 +102,9 @@ class SimCluster:
             switch_mode=switch_mode,
             extra=tuple(extra),
             scaling=scaling,
+            heartbeat_timeout_s=heartbeat_timeout_s,
         )
+        self._tick_s = tick_s
         self._state = recover(None, (), self._config, self.timers.now_s)
         #: What the gateway has, which a new controller asks it for; None before the first.
         self._last_view: ClusterView | None = None
@@ -185,7 +188,8 @@ class SimCluster:
         is_switching = self._state.switching.is_under_way
         no_controller_s = self._breaker.controller_ends()
         if no_controller_s is None:
-            self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+            tick_s = min(self._tick_s, SWITCH_TICK_S) if is_switching else self._tick_s
+            self.timers.call_later(tick_s, self._tick)
         self._publish(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
@@ -249,7 +253,7 @@ class SimCluster:
     def _begin_controller(self) -> None:
         if self.network.loses(CONTROLLER, GATEWAY) or self.network.loses(GATEWAY, CONTROLLER):
             # It touches nothing before it knows what the one before it did.
-            self.timers.call_later(TICK_S, self._begin_controller)
+            self.timers.call_later(self._tick_s, self._begin_controller)
             return
         self._is_news_lost = False
         self._breaker.controller_began()

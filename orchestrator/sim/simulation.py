@@ -46,7 +46,7 @@ class SimConfig:
     """What is simulated, beside the load.
 
     noise: standard deviation of the logarithm of what a step takes. load_s: from the start of a process to READY. timeout_s: the
-    deadline of each request. check_every: events between two checks of all invariants; 0 checks at the end alone.
+    deadline of each request. tick_s: between two looks of the controller. heartbeat_timeout_s: a worker that is silent for so long is lost. check_every: events between two checks of all invariants; 0 checks at the end alone.
     """
 
     declared: tuple[DeclaredWorker, ...]
@@ -55,6 +55,8 @@ class SimConfig:
     noise: float = 0.03
     load_s: float = 5.0
     timeout_s: float = 600.0
+    tick_s: float = 0.5
+    heartbeat_timeout_s: float = 5.0
     max_context_tokens: int = 131_072
     max_waiting_requests: int = 10_000
     max_running_requests: int = 10_000
@@ -134,6 +136,8 @@ class Simulation:
             cluster_rng,
             faults=config.faults,
             start_s=start_s,
+            tick_s=config.tick_s,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
             is_cache_told=config.is_cache_told,
             slo=config.slo,
             switch_mode=config.switch_mode,

@@ -213,6 +213,21 @@ def test_what_did_not_happen_is_told_with_the_reason(
     assert [one["why_not"] for one in run["faults"]] == ["", "no process of it lived"]
 
 
+def test_the_manifest_says_how_long_a_worker_may_be_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, manifest = tmp_path / "f.yaml", tmp_path / "two.yaml"
+    path.write_text("faults:\n- {kind: pause, worker: full-1, atS: 0.05, durationS: 3}\n")
+    text = (EXAMPLES / "two-full.yaml").read_text()
+    for keys, said in (
+        ("tickMs: 100, heartbeatTimeoutMs: 1000", ": its process ended after 1.05 s\n"),
+        ("tickMs: 500, heartbeatTimeoutMs: 5000", ", for 3.00 s\n"),
+    ):
+        manifest.write_text(text.replace("  slo:\n", f"  controller: {{{keys}}}\n  slo:\n"))
+        assert simulate(path, "--rate", 20, "--duration", 4, manifest=str(manifest)) == exit_codes.OK
+        assert said in capsys.readouterr().out
+
+
 def test_every_key_and_kind_is_on_the_page() -> None:
     _, _, section = PAGE.partition("\n## Faults\n")
     for word in (*keys_of(FaultSection), *FIELDS_OF_KIND):
