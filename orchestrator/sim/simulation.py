@@ -115,7 +115,7 @@ class Simulation:
         shape = NetworkShape(config.latency.device.transfer_bytes_per_s, config.message_s)
         network_rng, cluster_rng = random.Random(rng.random()), random.Random(rng.random())
         network = SimNetwork(self.timers, shape, network_rng, random.Random(rng.random()))
-        start_s = config.load_s + WARM_S
+        self._start_s = start_s = config.load_s + WARM_S
         world = WorkerWorld(
             config.latency.model,
             config.latency,
@@ -160,7 +160,6 @@ class Simulation:
         self._records: dict[int, RequestRecord] = {}
         self._num_wrong_tokens = 0
         self._num_failed = 0
-        self._start_s = start_s
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
         for at_s, request in config.switches:
