@@ -2,7 +2,7 @@
 
     PhasewiseOrchestratorError
     ├── CallerError             what we were given is at fault
-    │   ├── ManifestError       the manifest: a list of problems, each with its line
+    │   ├── ManifestError       the manifest, or the faults of a simulation: a list of problems, each with its line
     │   ├── InvalidRequest      a field of a request, with its value and what is allowed
     │   ├── UnknownModel        a request for a model that is not served
     │   ├── RequestTooLarge     a request that no worker's KV cache can ever hold
@@ -67,7 +67,7 @@ class ManifestProblem:
 
 
 class ManifestError(CallerError):
-    """The manifest cannot be used; `problems` are all that was found, sorted by line."""
+    """The manifest, or a file that is written like one, cannot be used; `problems` are all that was found, sorted by line."""
 
     def __init__(self, problems: tuple[ManifestProblem, ...]) -> None:
         super().__init__(problems)

@@ -5,7 +5,7 @@
 A local cluster with two prefill and two decode workers of the embedded model on the CPU (`phasewise up`). Six clients ask for long answers and
 two or more for short ones, each one after the other: the first step in a new phase waits until somebody wants it, so it takes as many as the
 cores can serve. Switches follow each other, of a decode worker to prefill and back and of a prefill worker to decode and back. From the controller's decision to the
-first step in the new phase is what the controller and the worker measured; the pause of a sequence is what the gateway saw between the last
+first step in the new phase is what the controller and the worker measured, and its parts, for all and by the phase that is taken, are as a client hears of them; the pause of a sequence is what the gateway saw between the last
 token of the one worker and the first of the other, and stands beside the longest gap of as many sequences that were not moved. Every answer
 is compared with that of the same request without a switch.
 """
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +59,8 @@ SWITCHES = (
     ("prefill-1", PHASE_DECODE),
     ("prefill-1", PHASE_PREFILL),
 )
+#: Of the time of a switch.
+PARTS = ("leaving_s", "changing_s", "change_s", "waiting_s", "first_step_s")
 #: How long the first step in the new phase may take to come; no prompt may need it.
 PROOF_S = 20.0
 
@@ -122,25 +125,52 @@ class Load:
                 self.gaps_s.append(max(b - a for a, b in pairwise(times)))
 
 
-async def switch(
-    control: grpc.aio.Channel, worker_id: str, phase: "worker_pb2.Phase.ValueType"
-) -> tuple[float, float | None]:
-    """Seconds until it had the phase, and to its first step in it, if one came."""
+@dataclass(frozen=True)
+class Switched:
+    """Where the seconds of one switch went: until nobody needed what the worker gave up, until it had the new phase, to its first step in it.
+
+    change_s: the first two, as the controller measured them; these are as a client hears of them. first_step_s: all three; None where no step came.
+    """
+
+    phase: str
+    leaving_s: float
+    changing_s: float
+    change_s: float
+    first_step_s: float | None
+
+
+async def switch(control: grpc.aio.Channel, worker_id: str, phase: "worker_pb2.Phase.ValueType") -> Switched:
+    """One, to its first step if that comes."""
     stub = control_pb2_grpc.GatewayControlServiceStub(control)
     request = control_pb2.SwitchPhasesRequest(worker_id=worker_id, phases=[phase], reason="benchmark")
-    last = None
+    last, began_s, left_s = None, None, None
     async for progress in stub.SwitchPhases(request):
         last = progress.switch
-    if last is None or last.state != control_pb2.SWITCH_STATE_CHANGED:
+        # Until then it waits for a tick of the controller.
+        began_s = began_s or time.monotonic()
+        if last.state == control_pb2.SWITCH_STATE_LEAVING:
+            # It may come back to that, for a request that its gateway had sent before it knew.
+            left_s = None
+        elif left_s is None:
+            left_s = time.monotonic()
+    ended_s = time.monotonic()
+    if last is None or began_s is None or left_s is None or last.state != control_pb2.SWITCH_STATE_CHANGED:
         raise RuntimeError(f"{worker_id} did not change: {last}")
+    found = Switched(
+        worker_pb2.Phase.Name(phase).removeprefix("PHASE_").lower(),
+        left_s - began_s,
+        ended_s - left_s,
+        last.change_s,
+        None,
+    )
     give_up_s = time.monotonic() + PROOF_S
     while time.monotonic() < give_up_s:
         view = view_from_pb((await stub.GetView(control_pb2.GetViewRequest())).view)
-        found = next((one for one in view.switches if one.switch_id == last.switch_id), None)
-        if found is not None and found.state is SwitchState.PROVEN:
-            return last.change_s, found.first_step_s
+        one = next((one for one in view.switches if one.switch_id == last.switch_id), None)
+        if one is not None and one.state is SwitchState.PROVEN:
+            return replace(found, first_step_s=one.first_step_s)
         await asyncio.sleep(0.1)
-    return last.change_s, None
+    return found
 
 
 async def measure(running: RunningDeployment, num_rounds: int, num_short_clients: int) -> dict[str, Any]:
@@ -154,27 +184,39 @@ async def measure(running: RunningDeployment, num_rounds: int, num_short_clients
             load.expected[prompt] = (await load.ask(prompt))[0]
         clients = [asyncio.create_task(load.client(number)) for number in range(NUM_CLIENTS)]
         clients += [asyncio.create_task(load.short_client(number)) for number in range(num_short_clients)]
-        changes_s: list[float] = []
-        firsts_s: list[float] = []
+        switched: list[Switched] = []
         for done in range(num_rounds):
             for worker_id, phase in SWITCHES:
-                change_s, first_step_s = await switch(control, worker_id, phase)
-                changes_s.append(change_s)
-                firsts_s += [] if first_step_s is None else [first_step_s]
+                switched.append(await switch(control, worker_id, phase))
             print(f"round {done + 1} of {num_rounds}: {len(load.pauses_s)} sequences moved", file=sys.stderr)
         load.stop.set()
         await asyncio.gather(*clients)
     return {
-        "num_switches": len(changes_s),
-        "change_s": spread(changes_s),
-        "first_step_s": spread(firsts_s),
-        "num_first_steps": len(firsts_s),
+        "num_switches": len(switched),
+        "num_first_steps": sum(one.first_step_s is not None for one in switched),
+        **where_it_went(switched),
+        "to": {
+            phase: where_it_went([one for one in switched if one.phase == phase])
+            for phase in sorted({one.phase for one in switched})
+        },
         "num_moved": len(load.pauses_s),
         "pause_s": spread(load.pauses_s),
         "longest_gap_not_moved_s": spread(load.gaps_s),
         "num_answers": load.num_answers,
         "num_wrong_answers": load.num_wrong,
         "num_attempts": load.num_attempts,
+    }
+
+
+def where_it_went(switched: Sequence[Switched]) -> dict[str, dict[str, float]]:
+    """Of these switches, the whole and its parts; waiting_s: for somebody who needs the phase, and the first step itself."""
+    proven = [(one.change_s, one.first_step_s) for one in switched if one.first_step_s is not None]
+    return {
+        "leaving_s": spread([one.leaving_s for one in switched]),
+        "changing_s": spread([one.changing_s for one in switched]),
+        "change_s": spread([one.change_s for one in switched]),
+        "waiting_s": spread([first_step_s - change_s for change_s, first_step_s in proven]),
+        "first_step_s": spread([first_step_s for _, first_step_s in proven]),
     }
 
 
@@ -212,9 +254,11 @@ def main() -> None:
         "num_short_clients": args.short_clients,
         **found,
     }
-    for name in ("change_s", "first_step_s", "pause_s", "longest_gap_not_moved_s"):
-        row = ", ".join(f"{key} {1000 * value:.0f} ms" for key, value in found[name].items())
-        print(f"{name:<24} {row}")
+    whole = {name: found[name] for name in (*PARTS, "pause_s", "longest_gap_not_moved_s")}
+    for title, part in (("", whole), *((f"to {phase}: ", part) for phase, part in found["to"].items())):
+        for name, values in part.items():
+            row = ", ".join(f"{key} {1000 * value:.0f} ms" for key, value in values.items())
+            print(f"{title + name:<24} {row}")
     print(
         f"{found['num_switches']} switches, {found['num_moved']} sequences moved; {found['num_answers']} answers in "
         f"{found['num_attempts']} attempts, {found['num_wrong_answers']} wrong"

@@ -14,7 +14,8 @@ hold, at every view, at moments in between, and at the end:
 
 The simulator that serves does not divide a device, so each seed also draws a small load for a policy that does, in the coarse one:
 
-    - at every step the shares of a device's SMs come to 1 at most. Those of semi_pd are limits of MPS processes, which may overlap: each is 1 at most.
+    - at every step its two sides have no more of a device's SMs for themselves than there are. Of shares that are set apart that is their sum. Those of semi_pd are limits of MPS
+      processes, which may overlap: of them it is what the limit of the other side leaves.
 
 A seed that fails is printed, and `--first SEED --count 1` runs it again.
 """
@@ -54,6 +55,7 @@ from orchestrator.sim.coarse_loads import Kind, shifting  # noqa: E402
 from orchestrator.sim.faults import Fault, FaultKind, random_rate  # noqa: E402
 from orchestrator.sim.pictures import Pictures  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
+from tests.support.coarse import check_split  # noqa: E402
 from workers.api import EngineConfig, KvTransferConfig, Phase, PhaseSet, WorkerId  # noqa: E402
 from workers.latency_model import LatencyModel  # noqa: E402
 from workers.step_choice import Head, Layout, Split, Step  # noqa: E402
@@ -234,7 +236,7 @@ def check_shares(seed: int) -> int:
 
 @dataclass
 class Watched:
-    """Counts the steps of a policy that divide a device, and checks their shares. Of MPS processes they bind, and may overlap."""
+    """Counts the steps of a policy that divide a device, and checks their shares."""
 
     stepping: Stepping
     num_divided: int = 0
@@ -244,10 +246,7 @@ class Watched:
         step = self.stepping.step(now_s, device, head)
         if isinstance(step, Split):
             self.num_divided += 1
-            shares = step.prefill_share, step.decode_share
-            assert min(shares) > 0, step
-            assert max(shares) <= 1, step
-            assert step.is_binding or sum(shares) <= 1 + 1e-9, step
+            check_split(step)
         return step
 
 

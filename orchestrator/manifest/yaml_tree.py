@@ -103,7 +103,7 @@ def _compose(text: str) -> Node:
         second = loader.get_node() if loader.check_node() else None
         if second is not None:
             line = second.start_mark.line + 1
-            raise Refused(line, "a second YAML document starts here; a manifest is one document")
+            raise Refused(line, "a second YAML document starts here; keep one")
     finally:
         loader.dispose()
     return root

@@ -35,7 +35,7 @@ SPAN_COLOURS = {
     SpanKind.DECODE: svg.AMBER,
     SpanKind.FAILED: svg.RED,
 }
-MISSED_COLOUR = svg.RED
+MISSED_COLOUR, FAULT_COLOUR = svg.RED, svg.INK
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,24 +73,26 @@ def kinds_of(records: Sequence[RequestRecord]) -> list[SpanKind]:
     return [kind for kind in SpanKind if kind in found]
 
 
-def requests_picture(records: Sequence[RequestRecord], slo: Slo) -> str:
-    """At most MAX_REQUESTS of them, evenly chosen, in order of arrival; each begins on the left."""
+def requests_picture(records: Sequence[RequestRecord], slo: Slo, faults_s: Sequence[float] = ()) -> str:
+    """At most MAX_REQUESTS of them, evenly chosen, in order of arrival; each begins on the left. faults_s: when each fault began, which is marked on requests that were there."""
     num = min(MAX_REQUESTS, len(records))
     shown = [records[index * len(records) // num] for index in range(num)]
     left = 110.0
     width = WIDTH - left - RIGHT
     entries = [(kind.value, SPAN_COLOURS[kind]) for kind in kinds_of(shown)]
     parts = [svg.text(MARGIN, 24, f"{num} of {len(records)} requests in order of arrival")]
-    marks, height = svg.legend(
-        [*entries, ("missed its targets", MISSED_COLOUR)], MARGIN, 38, WIDTH - 2 * MARGIN
-    )
+    entries.append(("missed its targets", MISSED_COLOUR))
+    if faults_s:
+        entries.append(("a fault begins", FAULT_COLOUR))
+    marks, height = svg.legend(entries, MARGIN, 38, WIDTH - 2 * MARGIN)
     frame = Frame(left, 38 + height + TITLE, width, max(1, num) * ROW)
     longest_s = max((span.end_s for record in shown for span in spans_of(record)), default=0.0)
     parts.append(svg.text(left - 14, frame.top - 8, "arrived at", "end"))
     time = Axis("seconds since its arrival", 0.0, longest_s or 1.0)
     parts += [*marks, "<g>", *axes(frame, "", time)]
     for i, record in enumerate(shown):
-        parts += _row(record, slo, frame, time, frame.top + i * ROW)
+        y = frame.top + i * ROW
+        parts += [*_row(record, slo, frame, time, y), *_faults(record, faults_s, frame, time, y)]
     parts.append("</g>")
     return svg.document(WIDTH, frame.top + frame.height + BELOW, "Where the time of requests goes", parts)
 
@@ -103,6 +105,16 @@ def _row(record: RequestRecord, slo: Slo, frame: Frame, time: Axis, y: float) ->
         begin, end = frame.x(time, span.begin_s), frame.x(time, span.end_s)
         parts.append(svg.bar(begin, y + 1, end - begin, ROW - 2, SPAN_COLOURS[span.kind]))
     return parts
+
+
+def _faults(
+    record: RequestRecord, faults_s: Sequence[float], frame: Frame, time: Axis, y: float
+) -> list[str]:
+    end_s = max((span.end_s for span in spans_of(record)), default=0.0)
+    since_s = [at_s - record.planned.arrival_s for at_s in faults_s]
+    return [
+        svg.bar(frame.x(time, one_s) - 1, y, 2, ROW, FAULT_COLOUR) for one_s in since_s if 0 <= one_s < end_s
+    ]
 
 
 def _is_met(record: RequestRecord, slo: Slo) -> bool:

@@ -6,9 +6,21 @@ Coordinates are pixels, y grows downwards. Ink, grid and ground follow the reade
 from collections.abc import Iterable, Sequence
 from html import escape
 
-#: Blue, amber, grey, green, red, purple. The first three are distinct in grey too.
-COLOURS = ("#1f6feb", "#d29922", "#8b949e", "#2da44e", "#da3633", "#8957e5")
-BLUE, AMBER, GREY, GREEN, RED, PURPLE = COLOURS
+#: The first three are distinct in grey too.
+COLOURS = (
+    "#1f6feb",
+    "#d29922",
+    "#8b949e",
+    "#2da44e",
+    "#da3633",
+    "#8957e5",
+    "#bf3989",
+    "#9a6700",
+    "#1b7c83",
+)
+BLUE, AMBER, GREY, GREEN, RED, PURPLE, PINK, BROWN, TEAL = COLOURS
+#: That of words, which follows the scheme.
+INK = "currentColor"
 
 FONT_SIZE = 12
 #: At most so wide is a character on average, in pixels.
@@ -16,9 +28,11 @@ CHARACTER_WIDTH = 7.0
 
 _STYLE = """\
 <style>
+svg { color: #24292f }
 .ground { fill: #ffffff } .ink { fill: #24292f } .frame { fill: none; stroke: #8c959f }
 .grid { stroke: #d8dee4 } .tick { stroke: #24292f }
 @media (prefers-color-scheme: dark) {
+svg { color: #e6edf3 }
 .ground { fill: #0d1117 } .ink { fill: #e6edf3 } .frame { stroke: #6e7681 }
 .grid { stroke: #30363d } .tick { stroke: #e6edf3 }
 }

@@ -15,7 +15,8 @@ from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, ScaleView, SwitchView
 from orchestrator.gateway.links import LinkListener
-from orchestrator.sim.faults import Fault, FaultKind
+from orchestrator.sim.breaking import Breaker
+from orchestrator.sim.faults import Fault, FaultOutcome
 from orchestrator.sim.leap import Leap
 from orchestrator.sim.links import SimLinks
 from orchestrator.sim.network import CONTROLLER, EVENT_BYTES, GATEWAY
@@ -26,8 +27,7 @@ from orchestrator.sim.worker import SimWorker, WorkerWorld
 from workers.api import Command, Encode, Event, KvBlocksStored, KvEvent, PhasesRefused
 from workers.engine.messages import TokensDecoded
 
-TICK_S = 0.5
-#: While a worker takes other phases.
+#: Between two ticks, while a worker takes other phases, at most.
 SWITCH_TICK_S = 0.02
 #: From the end of a process to the end of its connections.
 RESET_S = 0.01
@@ -60,7 +60,7 @@ class WorkerUse:
 class SimCluster:
     """Starts and stops processes as the controller says, and breaks them as the faults say.
 
-    rng: for the noise of all processes. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
+    rng: for the noise of all processes. start_s: when the clock of the faults begins. tick_s, heartbeat_timeout_s: the controller's. is_cache_told: workers tell the gateway of their prefix caches. totals: what the gateway has
     served.
     """
 
@@ -71,6 +71,9 @@ class SimCluster:
         rng: random.Random,
         *,
         faults: Sequence[Fault] = (),
+        start_s: float,
+        tick_s: float,
+        heartbeat_timeout_s: float,
         is_cache_told: bool = True,
         slo: Slo = NO_SLO,
         switch_mode: SwitchMode = SwitchMode.OFF,
@@ -99,12 +102,12 @@ class SimCluster:
             switch_mode=switch_mode,
             extra=tuple(extra),
             scaling=scaling,
+            heartbeat_timeout_s=heartbeat_timeout_s,
         )
+        self._tick_s = tick_s
         self._state = recover(None, (), self._config, self.timers.now_s)
         #: What the gateway has, which a new controller asks it for; None before the first.
         self._last_view: ClusterView | None = None
-        #: How long there is none, once the controller has ended in its next tick; None lets it live.
-        self._no_controller_s: float | None = None
         #: That no view of the gateway tells of yet.
         self._wanted: dict[str, SwitchRequest] = {}
         #: The gateway's answer to the newest view, unless that was lost; then the one before.
@@ -116,8 +119,7 @@ class SimCluster:
         self._scales: dict[str, ScaleView] = {}
         self._by_address: dict[str, SimWorker] = {}
         self._on_view: Callable[[ClusterView], object] = lambda _view: None
-        for fault in faults:
-            self.timers.call_at(fault.at_s, self._break, fault)
+        self._breaker = Breaker(self, faults, start_s)
 
     def make_links(self, listener: LinkListener) -> SimLinks:
         """The gateway's, one time."""
@@ -159,6 +161,11 @@ class SimCluster:
         """All decisions about the number of workers, in order."""
         return tuple(self._scales.values())
 
+    @property
+    def fault_outcomes(self) -> tuple[FaultOutcome, ...]:
+        """Of all faults, in their order, by now."""
+        return self._breaker.outcomes()
+
     def check_invariants(self) -> None:
         """Of every living process, and of the controller."""
         self._state.check_invariants()
@@ -179,21 +186,22 @@ class SimCluster:
         self._refusals = {}
         plan = decide(now_s, observation, self._state, self._config)
         is_switching = self._state.switching.is_under_way
-        if self._no_controller_s is None:
-            self.timers.call_later(SWITCH_TICK_S if is_switching else TICK_S, self._tick)
+        no_controller_s = self._breaker.controller_ends()
+        if no_controller_s is None:
+            tick_s = min(self._tick_s, SWITCH_TICK_S) if is_switching else self._tick_s
+            self.timers.call_later(tick_s, self._tick)
         self._publish(plan.view)
         self._switches.update((switch.switch_id, switch) for switch in plan.view.switches)
         self._scales.update((scale.scale_id, scale) for scale in plan.view.scales)
-        if self._no_controller_s is not None:
-            self.timers.call_later(self._no_controller_s, self._begin_controller)
-            self._no_controller_s = None
+        if no_controller_s is not None:
+            self.timers.call_later(no_controller_s, self._begin_controller)
             return
         for action in plan.actions:
             match action:
                 case StartWorker():
                     self._start(action)
                 case StopWorker():
-                    self._end(self.processes.get((action.worker_id, action.incarnation)))
+                    self.end(self.processes.get((action.worker_id, action.incarnation)))
                 case SetPhases():
                     self._set_phases(action)
         # Of those that have ended the newest is kept, so that its end is seen.
@@ -223,6 +231,7 @@ class SimCluster:
             return
         assert self.links is not None
         self._last_view = view
+        self._breaker.came(view)
         self.links.read_caches()
         if not self.links.is_steady(view):
             self.links.read_all()
@@ -244,9 +253,10 @@ class SimCluster:
     def _begin_controller(self) -> None:
         if self.network.loses(CONTROLLER, GATEWAY) or self.network.loses(GATEWAY, CONTROLLER):
             # It touches nothing before it knows what the one before it did.
-            self.timers.call_later(TICK_S, self._begin_controller)
+            self.timers.call_later(self._tick_s, self._begin_controller)
             return
         self._is_news_lost = False
+        self._breaker.controller_began()
         self._state = recover(self._last_view, self._reports(), self._config, self.timers.now_s)
         self._refusals = {}
         self._tick()
@@ -335,7 +345,8 @@ class SimCluster:
     def _carry(self, process: SimWorker, num_events: int) -> float:
         return self.network.carry(process.way, self.timers.now_s, EVENT_BYTES * num_events)
 
-    def _end(self, process: SimWorker | None) -> None:
+    def end(self, process: SimWorker | None) -> None:
+        """Its process ends, unless it has already, and a moment later its connections."""
         if process is None or not process.is_alive:
             return
         process.die()
@@ -347,52 +358,6 @@ class SimCluster:
         self.links.ended(process)
         for other in self.living():
             other.transfers.lost(process.address)
-
-    # Faults.
-
-    def _break(self, fault: Fault) -> None:
-        now_s = self.timers.now_s
-        if fault.kind is FaultKind.CONTROLLER_CRASH:
-            self._no_controller_s = fault.duration_s
-            return
-        if fault.kind is FaultKind.LOSS_OF_VIEWS:
-            self._lose(CONTROLLER, [GATEWAY], fault)
-            return
-        process = next((one for one in self.living() if one.spec.worker_id == fault.worker_id), None)
-        if process is None:
-            return
-        later = self.timers.call_later
-        match fault.kind:
-            case FaultKind.CRASH:
-                self._end(process)
-            case FaultKind.PAUSE:
-                process.pause(now_s + fault.duration_s)
-            case FaultKind.SLOW:
-                process.slowdowns.append(fault.factor)
-                later(fault.duration_s, process.slowdowns.remove, fault.factor)
-            case FaultKind.CUT_FROM_GATEWAY:
-                self._cut(process.address, [GATEWAY], fault.duration_s)
-            case FaultKind.CUT_FROM_WORKERS:
-                self._cut(process.address, self._others(process), fault.duration_s)
-            case FaultKind.LOSS_WITH_GATEWAY:
-                process.stop_leap()
-                self._lose(process.address, [GATEWAY], fault)
-            case FaultKind.LOSS_WITH_WORKERS:
-                self._lose(process.address, self._others(process), fault)
-
-    def _others(self, process: SimWorker) -> list[str]:
-        return [one.address for one in self.living() if one is not process]
-
-    def _cut(self, address: str, others: list[str], duration_s: float) -> None:
-        self._by_address[address].stop_leap()
-        for other in others:
-            self.network.cut(address, other)
-            self.timers.call_later(duration_s, self.network.mend, address, other)
-
-    def _lose(self, host: str, others: list[str], fault: Fault) -> None:
-        for other in others:
-            self.network.make_lossy(host, other, fault.rate)
-            self.timers.call_later(fault.duration_s, self.network.make_sound, host, other, fault.rate)
 
 
 def _num_told(events: Sequence[KvEvent]) -> int:

@@ -45,6 +45,19 @@ class Fault:
     rate: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class FaultOutcome:
+    """What came of a fault.
+
+    why_not: why nothing was broken; empty where something was. over_at_s: on the fault's clock, when it was over: after a crash when the process in its place
+    was READY for the gateway, else after its duration, or with its process. None where it was not over when the run ended.
+    """
+
+    fault: Fault
+    why_not: str
+    over_at_s: float | None = None
+
+
 def random_faults(
     rng: random.Random, worker_ids: Sequence[WorkerId], *, rate_per_s: float, until_s: float
 ) -> tuple[Fault, ...]:

@@ -6,7 +6,7 @@ pools, transfers with their leases. What is simulated: time, the forward pass, t
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import ne
 
 from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
@@ -25,7 +25,7 @@ from orchestrator.gateway.dispatcher import Dispatcher
 from orchestrator.gateway.live_request import LiveRequest
 from orchestrator.gateway.validation import CheckedRequest
 from orchestrator.sim.cluster import SimCluster, WorkerUse
-from orchestrator.sim.faults import Fault
+from orchestrator.sim.faults import Fault, FaultOutcome
 from orchestrator.sim.leap import VOCAB_SIZE, tokens_of
 from orchestrator.sim.network import NetworkShape, SimNetwork
 from orchestrator.sim.pictures import Pictures
@@ -46,7 +46,7 @@ class SimConfig:
     """What is simulated, beside the load.
 
     noise: standard deviation of the logarithm of what a step takes. load_s: from the start of a process to READY. timeout_s: the
-    deadline of each request. check_every: events between two checks of all invariants; 0 checks at the end alone.
+    deadline of each request. tick_s: between two looks of the controller. heartbeat_timeout_s: a worker that is silent for so long is lost. check_every: events between two checks of all invariants; 0 checks at the end alone.
     """
 
     declared: tuple[DeclaredWorker, ...]
@@ -55,9 +55,12 @@ class SimConfig:
     noise: float = 0.03
     load_s: float = 5.0
     timeout_s: float = 600.0
+    tick_s: float = 0.5
+    heartbeat_timeout_s: float = 5.0
     max_context_tokens: int = 131_072
     max_waiting_requests: int = 10_000
     max_running_requests: int = 10_000
+    #: Each with its time after the first arrival.
     faults: tuple[Fault, ...] = ()
     #: Changes of phases that somebody asks for, each with its time after the first arrival.
     switches: tuple[tuple[float, SwitchRequest], ...] = ()
@@ -86,7 +89,7 @@ class SimConfig:
 class SimResult:
     """What became of the load, as a benchmark of a real cluster records it, and of the cluster.
 
-    start_s: on the controller's clock, when arrivals began.
+    start_s: on the controller's clock, when arrivals began. faults: what came of each, in seconds since then. num_lost: messages.
     """
 
     load: LoadResult
@@ -96,6 +99,8 @@ class SimResult:
     num_wrong_tokens: int
     start_s: float = 0.0
     scales: tuple[ScaleView, ...] = ()
+    faults: tuple[FaultOutcome, ...] = ()
+    num_lost: int = 0
 
 
 class Simulation:
@@ -110,7 +115,7 @@ class Simulation:
         shape = NetworkShape(config.latency.device.transfer_bytes_per_s, config.message_s)
         network_rng, cluster_rng = random.Random(rng.random()), random.Random(rng.random())
         network = SimNetwork(self.timers, shape, network_rng, random.Random(rng.random()))
-        start_s = config.load_s + WARM_S
+        self._start_s = start_s = config.load_s + WARM_S
         world = WorkerWorld(
             config.latency.model,
             config.latency,
@@ -125,12 +130,14 @@ class Simulation:
             lambda address: self.cluster.images_at(address),
             config.is_leaping,
         )
-        faults = [replace(fault, at_s=fault.at_s + start_s) for fault in config.faults]
         self.cluster = SimCluster(
             config.declared,
             world,
             cluster_rng,
-            faults=faults,
+            faults=config.faults,
+            start_s=start_s,
+            tick_s=config.tick_s,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
             is_cache_told=config.is_cache_told,
             slo=config.slo,
             switch_mode=config.switch_mode,
@@ -153,7 +160,6 @@ class Simulation:
         self._records: dict[int, RequestRecord] = {}
         self._num_wrong_tokens = 0
         self._num_failed = 0
-        self._start_s = start_s
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
         for at_s, request in config.switches:
@@ -195,6 +201,8 @@ class Simulation:
             self._num_wrong_tokens,
             self._start_s,
             self.cluster.scales,
+            self.cluster.fault_outcomes,
+            self.cluster.network.num_lost,
         )
 
     def check_invariants(self) -> None:

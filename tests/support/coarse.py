@@ -15,10 +15,23 @@ from orchestrator.sim.coarse_costs import CoarseCosts
 from orchestrator.sim.coarse_request import CoarseRequest
 from workers.api import Phase, PhaseSet
 from workers.latency_model import LatencyModel
+from workers.step_choice import Split
 
 E, P, D = (frozenset({phase}) for phase in Phase)
 SLO = Slo(0.5, 0.03)
 COSTS = CoarseCosts.of(LatencyModel(MODELS["llama-3-8b"], DEVICES["h100"], is_learning=False))
+
+
+def check_split(step: Split) -> None:
+    """The two sides together have no more of a device's SMs for themselves than there are, whoever divided it.
+
+    Of shares that are set apart these are the shares. Of limits (`Split.is_binding`) it is what the limit of the other side leaves, so
+    that these may overlap, and leave no SM that neither side may use.
+    """
+    shares = step.prefill_share, step.decode_share
+    assert 0 < min(shares) <= max(shares) <= 1, step
+    alone = (1 - step.decode_share, 1 - step.prefill_share) if step.is_binding else shares
+    assert sum(alone) <= 1 + 1e-9, step
 
 
 def slack_order(weights: dict[str, float] | None = None) -> LeastSlack:

@@ -112,7 +112,11 @@ class EpdSteady:
         found = self._trigger.decide(
             now_s,
             {
-                phase: epd_queue.PhaseLoad(*work, sum(phase in one.phases for one in cluster.workers))
+                phase: epd_queue.PhaseLoad(
+                    *work,
+                    sum(phase in one.phases for one in cluster.workers),
+                    bool(_donors(cluster, phase)),
+                )
                 for phase, work in work_s.items()
             },
         )
@@ -121,13 +125,18 @@ class EpdSteady:
 
 def _donated(cluster: ClusterLoad, found: epd_queue.Switch) -> Sequence[Switch]:
     """By the worker of that phase alone which has least to do."""
-    donors = [one for one in cluster.workers if one.phases == frozenset({found.source})]
+    donors = _donors(cluster, found.source)
     if not donors:
         return ()
     donor = min(
         donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
     )
     return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
+
+
+def _donors(cluster: ClusterLoad, phase: Phase) -> list[WorkerLoad]:
+    """Workers of this phase alone."""
+    return [one for one in cluster.workers if one.phases == frozenset({phase})]
 
 
 class Conductor:

@@ -46,12 +46,14 @@ def published_switch(queued: Mapping[Phase, int], num_workers: Mapping[Phase, in
 class PhaseLoad:
     """What waits for one phase, in seconds of one worker, and who works on it.
 
-    queued_s: inside it. bridge_s: in front of it, between the phase before and this one; what decode lacks room for waits there.
+    queued_s: inside it. bridge_s: in front of it, between the phase before and this one; what decode lacks room for waits there. can_give: one of
+    its workers can take another phase in place of this one.
     """
 
     queued_s: float
     bridge_s: float
     num_workers: int
+    can_give: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class SteadyTrigger:
         # By the longest time that is left, then by the donor's own; the last worker of a phase stays.
         best: tuple[float, float, Phase] | None = None
         for source in PHASES:
-            if source is target or num[source] <= 1:
+            if source is target or num[source] <= 1 or not loads[source].can_give:
                 continue
             after_s = self._clearing_s({**num, source: num[source] - 1, target: num[target] + 1})
             one = max(after_s.values()), after_s[source], source

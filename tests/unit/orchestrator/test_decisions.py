@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cli import decisions, exit_codes, main, replay_decisions
-from orchestrator.cli.decisions import text_lines
+from orchestrator.cli.decisions import EPISODE_S, _episodes, text_lines
 from orchestrator.cli.replay_decisions import POLICIES, allowed_of, read_looks, replay
-from orchestrator.control.admission import RefusalLog
+from orchestrator.control.admission import MAX_REMEMBERED, RefusalLog
 from orchestrator.control.auto_switch import ALLOWED
 from orchestrator.control.look import Look
 from orchestrator.control.look_wire import look_from_pb, look_to_pb
@@ -217,6 +218,42 @@ def test_the_table_tells_of_refusals_between_the_other_decisions() -> None:
         "1 request: predicted TTFT 4.50 s, target 2.00 s (slo.ttftMs); "
         "one like it would be taken in about 2.50 s (gateway.admission)"
     )
+
+
+def test_refusals_that_go_on_are_one_row_and_make_no_room_for_themselves() -> None:
+    log = DecisionLog()
+    for number in range(MAX_DECISIONS):
+        log.came(view(switch(number)), None, float(number))
+    # One a second for a day and a half, then nothing for a minute, and a last one.
+    refusals = refused(*(MAX_DECISIONS + float(i) for i in range(130_000)), MAX_DECISIONS + 130_059.0)
+    answer = log.answer(MAX_DECISIONS + 140_000.0, refusals, with_looks=False)
+    assert sum(one.HasField("switch") for one in answer.decisions) == MAX_DECISIONS
+    _, *rows = text_lines(answer)
+    assert [row.split()[2] for row in rows[MAX_DECISIONS - 1 :]] == ["d0", "(new)", "(new)"]
+    # Programs get the last thousand times 10 s.
+    assert len(answer.decisions) == MAX_DECISIONS + MAX_REMEMBERED
+    assert " 9990 requests in 9989 s: predicted TTFT " in rows[-2]
+    assert " 1 request: " in rows[-1]
+
+
+@given(st.lists(st.floats(0.0, 100.0), max_size=40), st.integers(0, 39))
+def test_a_row_of_refusals_counts_all_of_its_episode(waits_s: list[float], decided: int) -> None:
+    times_s = list(accumulate(waits_s))
+    refusals = refused(*times_s)
+    log = DecisionLog()
+    if decided < len(times_s):
+        log.came(view(switch(1)), None, times_s[decided])
+    answer = log.answer(5000.0, refusals, with_looks=False)
+    told = list(_episodes(answer.decisions))
+    rows = [one.refusals for one in told if one.HasField("refusals")]
+    assert sum(row.num for row in rows) == len(times_s)
+    if times_s:
+        assert min(row.least_ttft_s for row in rows) == 2.5
+        assert max(row.most_ttft_s for row in rows) == pytest.approx(2.5 + len(times_s) - 1)
+    for one, later in pairwise(told):
+        assert one.age_s >= later.age_s
+        if one.HasField("refusals") and later.HasField("refusals"):
+            assert one.age_s - one.refusals.lasted_s - later.age_s >= EPISODE_S
 
 
 def test_refusals_are_told_to_programs(

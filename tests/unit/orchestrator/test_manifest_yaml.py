@@ -33,7 +33,7 @@ def refusal(text: str) -> str:
         ("---\n...\n", "m.yaml: is empty"),
         ("\n- a\n", "m.yaml:2: is not a mapping; allowed: a mapping with apiVersion, kind, metadata and spec"),
         ("5", "m.yaml:1: is not a mapping; allowed: a mapping with apiVersion, kind, metadata and spec"),
-        ("a: 1\n---\nb: 1\n", "m.yaml:3: a second YAML document starts here; a manifest is one document"),
+        ("a: 1\n---\nb: 1\n", "m.yaml:3: a second YAML document starts here; keep one"),
         ("a:\n\tb: 1\n", "m.yaml:2: a tab indents this line; YAML is indented with spaces"),
         ("a: 1\nb: \x07\n", "m.yaml:2: character U+0007 is not allowed in YAML"),
         ('a: "\\UFFFFFFFF"', "m.yaml: is not YAML: an escape in quotes names no character"),

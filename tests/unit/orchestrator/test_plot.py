@@ -18,16 +18,18 @@ from orchestrator.plot import svg
 from orchestrator.plot.chart import Axis, Frame, Series, axis_over, chart
 from orchestrator.plot.requests import MAX_REQUESTS, Span, SpanKind, requests_picture, spans_of
 from orchestrator.plot.simulated import (
+    FAULT_COLOUR,
     MAX_LANES,
     PHASE_COLOURS,
     SWITCH_COLOUR,
     Course,
+    FaultMark,
     Point,
     attainment_picture,
     phases_picture,
 )
 from tests.support.sim import BOTH, D, P
-from workers.api import WorkerId
+from workers.api import Phase, WorkerId
 
 SLO = Slo(0.5, 0.03)
 #: Pixels that rounding may add.
@@ -250,6 +252,93 @@ def test_a_worker_changes_its_colour_when_it_has_its_new_phases() -> None:
     bars = [one.attrib for one in lanes if one.tag.endswith("rect") and "fill" in one.attrib]
     assert [one["fill"] for one in bars] == [PHASE_COLOURS[P], PHASE_COLOURS[D], SWITCH_COLOUR]
     assert float(bars[0]["width"]) == pytest.approx(float(bars[1]["width"]), abs=0.02)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-1, 2), durations, st.none() | durations, st.booleans())),
+    records,
+    durations,
+)
+@settings(max_examples=40, deadline=None)
+def test_every_fault_is_on_the_picture_of_phases(
+    drawn: list[tuple[int, float, float | None, bool]], found: list[RequestRecord], elapsed_s: float
+) -> None:
+    faults = [
+        FaultMark(
+            None if i < 0 else WorkerId(f"w{i}"),
+            begin_s,
+            None if lasts_s is None else begin_s + lasts_s,
+            is_down,
+        )
+        for i, begin_s, lasts_s, is_down in drawn
+    ]
+    course = Course({WorkerId(f"w{i}"): BOTH for i in range(3)}, (), 6.0, found, elapsed_s, faults)
+    picture = phases_picture(course)
+    assert picture == phases_picture(course)
+    check(picture)
+    lanes, *bands = picture.split("<g>")[1:]
+    assert lanes.count(FAULT_COLOUR) == len(faults)
+    assert all(band.split("</g>")[0].count(FAULT_COLOUR) == len(faults) for band in bands)
+    assert (">controller<" in picture) == any(i < 0 for i, *_ in drawn)
+    assert (">fault; dashed: begins<" in picture) == bool(faults)
+
+
+@pytest.mark.parametrize(
+    ("downs", "parts"),
+    [
+        ([], [(0, 10)]),
+        ([(2, 4)], [(0, 2), (4, 10)]),
+        ([(2, None)], [(0, 2)]),
+        ([(0, 4), (3, 5)], [(5, 10)]),
+        ([(6, 7), (2, 3)], [(0, 2), (3, 6), (7, 10)]),
+        ([(2, 9), (3, 4)], [(0, 2), (9, 10)]),
+        ([(12, 13)], [(0, 10)]),
+    ],
+)
+def test_a_worker_serves_nothing_while_it_is_down(
+    downs: list[tuple[float, float | None]], parts: list[tuple[float, float]]
+) -> None:
+    worker = WorkerId("w")
+    faults = [FaultMark(worker, begin_s, end_s, is_down=True) for begin_s, end_s in downs]
+    picture = phases_picture(Course({worker: P}, (), 0.0, (), 10.0, faults))
+    lanes = next(one for one in elements(picture) if one.tag.endswith("}g"))
+    left, _, right, _ = next(found for one in lanes if (found := box(one)) is not None)
+    bars = [box(one) for one in lanes if one.attrib.get("fill") == PHASE_COLOURS[P]]
+    served = [(one[0], one[2]) for one in bars if one is not None]
+    width = right - left
+    assert served == [
+        (pytest.approx(left + width * begin / 10, abs=0.1), pytest.approx(left + width * end / 10, abs=0.1))
+        for begin, end in parts
+    ]
+
+
+def test_a_fault_that_begins_while_a_request_is_there_is_marked_on_it() -> None:
+    one = record(3.0, 0.5, 0.1, 4, None)
+    plain = requests_picture([one], SLO)
+    assert FAULT_COLOUR not in plain.split("</style>")[1]
+    # Before it, in it and after it.
+    picture = requests_picture([one], SLO, [2.9, 3.4, 4.9])
+    check(picture)
+    assert picture.count(f'"{FAULT_COLOUR}"') == 2
+    assert ">a fault begins<" in picture
+
+
+def test_the_picture_of_attainment_says_how_many_faults_there_were() -> None:
+    points = [Point(1.0, summarise(LoadResult((), 1.0, 1.0, was_interrupted=False), SLO))]
+    for num, said in ((0, "the target<"), (1, "with 1 fault<"), (3, "with 3 faults<")):
+        picture = attainment_picture(points, SLO, num)
+        check(picture)
+        assert said in picture
+
+
+def test_every_set_of_phases_has_a_colour_of_its_own() -> None:
+    sets = [frozenset(chosen) for num in (1, 2, 3) for chosen in combinations(Phase, num)]
+    assert set(PHASE_COLOURS) == set(sets)
+    assert len({*PHASE_COLOURS.values(), SWITCH_COLOUR}) == len(sets) + 1
+    picture = phases_picture(Course({WorkerId(f"w{i}"): one for i, one in enumerate(sets)}, (), 0.0, (), 1.0))
+    check(picture)
+    # Of the legend and of its lane; other charts may have it too.
+    assert all(picture.count(colour) >= 2 for colour in PHASE_COLOURS.values())
 
 
 def test_of_many_workers_the_first_are_shown() -> None:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from orchestrator.bench.trace import Trace, TraceRow
 from orchestrator.control.policies.catalogue import FULL, POLICIES, D, E, P, Setting, Workload, orders
 from orchestrator.control.policies.disaggregated import Conductor, EpdQueue, EpdSteady, distserve_shape
-from orchestrator.control.policies.partitioned import WINDOW_STEPS, NexusSteps, SemiPdSteps
+from orchestrator.control.policies.epd_queue import Settings
+from orchestrator.control.policies.partitioned import LEAST, WINDOW_STEPS, NexusSteps, SemiPdSteps
 from orchestrator.control.policies.policy import ClusterLoad, Ended, Placement, Prompt, Reject, WorkerLoad
 from orchestrator.control.slo import Slo
 from orchestrator.sim.coarse_loads import Kind, of_trace, shifting
-from tests.support.coarse import COSTS, SLO, random_load, run
+from tests.support.coarse import COSTS, SLO, check_split, random_load, run
 from tests.support.sim import LLAMA_ON_H100
 from workers.api import Phase, WorkerId
 from workers.step_choice import Exclusive, Head, Layout, Split, Step
@@ -50,10 +51,9 @@ def test_every_policy_serves_with_every_order(name: str, order: str) -> None:
 @given(
     seed=st.integers(0, 10**6), rate_rps=st.sampled_from((5.0, 40.0)), tpot_s=st.sampled_from((0.01, 0.03))
 )
-def test_the_shares_of_a_device_come_to_one_at_most_at_every_step(
+def test_no_more_of_a_device_is_given_away_than_there_is_at_any_step(
     name: str, seed: int, rate_rps: float, tpot_s: float
 ) -> None:
-    """Those of semi_pd are limits of MPS processes, which may overlap: each is one at most."""
     layouts = tuple(Layout(1 - share, share, 0.9, 0.9) for share in (0.25, 0.5, 0.75))
     setting = replace(SETTING, slo=Slo(0.5, tpot_s), layouts=layouts)
     one = POLICIES[name](setting, orders(COSTS.step, SLO)["fcfs"])
@@ -69,9 +69,8 @@ def test_the_shares_of_a_device_come_to_one_at_most_at_every_step(
     run(replace(one, stepping=Watched()), random_load(seed, 40, rate_rps, has_images=True))
     assert not splits or name in {"nexus", "semi_pd", "phasewise", "phasewise_apart"}
     for step in splits:
-        assert 0 < step.prefill_share <= 1
-        assert 0 < step.decode_share <= 1
-        assert step.prefill_share + step.decode_share <= 1 + 1e-9 or name == "semi_pd"
+        check_split(step)
+        assert step.is_binding == (name == "semi_pd")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -157,6 +156,30 @@ def test_the_steady_trigger_does_not_count_for_decode_what_waits_for_prefill() -
     assert [switch.phases for switch in found[:1]] == [P]
 
 
+def overloaded_decode() -> WorkerLoad:
+    return worker("d0", D, num_promised=50_000, promised_context=50_000_000)
+
+
+def test_the_steady_trigger_rests_only_after_a_switch_that_it_made() -> None:
+    # Both have two phases, so that none can leave one for decode.
+    cluster = ClusterLoad((worker("w0", E | P), worker("w1", E | P), overloaded_decode()))
+    one = steady()
+    assert not any(one.tick(float(now_s), cluster) for now_s in range(22))
+    cluster = ClusterLoad((*cluster.workers, worker("p0", P)))
+    (switch,) = one.tick(22.0, cluster)
+    assert (switch.worker_id, switch.phases) == ("p0", D)
+    again = next(now_s for now_s in range(23, 60) if one.tick(float(now_s), cluster))
+    assert again - 22 == Settings().cooldown_s
+
+
+def test_the_steady_trigger_takes_a_worker_from_a_phase_that_has_one_to_give() -> None:
+    # Encode would be missed no more than prefill, and comes first.
+    cluster = ClusterLoad((worker("w0", E | P), worker("w1", E | P), worker("p0", P), overloaded_decode()))
+    one = steady()
+    found = [switch for now_s in range(12) for switch in one.tick(float(now_s), cluster)]
+    assert [(switch.worker_id, switch.phases) for switch in found] == [("p0", D)]
+
+
 def conductor(decode_s: float = 2.0) -> Conductor:
     return Conductor(COSTS.step, SLO, kv_token_s=COSTS.kv_token_s, tile_s=COSTS.tile_s, decode_s=decode_s)
 
@@ -232,6 +255,64 @@ def test_nexus_gives_decode_no_more_than_its_slack_asks() -> None:
     assert found.prefill_share + found.decode_share == pytest.approx(1.0)
     # Reading memory does not need many SMs, as it has it.
     assert 0.6 < found.prefill_share < 0.9
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 256), st.integers(0, 4000), st.integers(0, 400_000), st.integers(0, 20_000)),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_nexus_gives_all_of_a_device_and_no_more_whatever_runs_on_it(
+    seen: list[tuple[int, int, int, int]],
+) -> None:
+    steps, device = NexusSteps(LLAMA_ON_H100), worker("w", FULL)
+    for num_decoding, context, kv_tokens, num_left in seen:
+        device.num_decoding, device.decode_context = num_decoding, num_decoding * context
+        device.kv_tokens = kv_tokens
+        step = steps.step(0.0, device, Head(0, num_left, 0, 1.0, float("inf")))
+        assert isinstance(step, Split)
+        check_split(step)
+        assert step.prefill_share + step.decode_share == pytest.approx(1.0)
+        assert min(step.prefill_share, step.decode_share) >= LEAST / 100
+
+
+@given(st.lists(st.tuples(st.floats(1e-4, 10.0), st.floats(1e-4, 1.0)), max_size=30))
+def test_semi_pd_lets_one_phase_use_the_whole_device(seen: list[tuple[float, float]]) -> None:
+    steps, now_s = SemiPdSteps(COSTS.step, SLO), 0.0
+    device = worker("w", FULL, num_decoding=20, decode_context=20_000)
+    for ttft_s, tpot_s in seen:
+        now_s += 10.0
+        steps.told(now_s, Ended(WorkerId("w"), WorkerId("w"), ttft_s, tpot_s, SLO))
+        for _ in range(WINDOW_STEPS):
+            step = steps.step(now_s, device, head())
+            assert isinstance(step, Split)
+            check_split(step)
+            assert max(step.prefill_share, step.decode_share) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("step", "is_right"),
+    [
+        (Split(0.4, 0.6, 1), True),
+        (Split(0.4, 0.5, 1), True),
+        (Split(0.5, 0.6, 1), False),
+        (Split(1.1, -0.1, 1), False),
+        (Split(1.0, 0.0, 1), False),
+        (Split(1.0, 0.3, 1, is_binding=True), True),
+        (Split(0.4, 0.6, 1, is_binding=True), True),
+        # Of a tenth of the SMs neither side may use any.
+        (Split(0.4, 0.5, 1, is_binding=True), False),
+        (Split(1.2, 0.5, 1, is_binding=True), False),
+    ],
+)
+def test_what_is_checked_of_a_divided_device_can_fail(step: Split, *, is_right: bool) -> None:
+    if is_right:
+        check_split(step)
+    else:
+        with pytest.raises(AssertionError):
+            check_split(step)
 
 
 # Loads.
