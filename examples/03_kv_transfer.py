@@ -19,8 +19,9 @@ from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.digest import token_digest
 from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel
 from kvtransfer.host import CachedKv
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout, blocks_needed
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.server import add_kvtransfer_service
 from kvtransfer.shared_memory import SharedMemory
 

@@ -7,8 +7,10 @@ import torch
 
 from kvtransfer.codecs.codec import CodecId, PageShape
 from kvtransfer.frames import Chunk
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import INT4, KvLayout
 from kvtransfer.pool import KvSpan
+from kvtransfer.pool_tensor import payload_tensor
+from phasewise_kernels.kv_int4.op import unpack_kv
 
 
 def pack_chunk(plain: memoryview, span: KvSpan, layout: KvLayout, codec: CodecId) -> tuple[bytes, int]:
@@ -18,9 +20,9 @@ def pack_chunk(plain: memoryview, span: KvSpan, layout: KvLayout, codec: CodecId
     shape = PageShape(
         span.layer_hi - span.layer_lo, span.num_tokens, span.head_hi - span.head_lo, layout.head_dim
     )
-    kv = torch.frombuffer(plain, dtype=getattr(torch, layout.dtype)).view(
-        shape.num_layers, 2, shape.num_tokens, shape.num_heads, shape.head_dim
-    )
+    kv = payload_tensor(torch.frombuffer(plain, dtype=torch.uint8), span, layout, layout.dtype)
+    if layout.dtype == INT4:
+        kv = unpack_kv(kv)
     packer = codec_of(codec)
     packed = bytearray(packer.packed_bytes(shape))
     packer.pack(kv, memoryview(packed))

@@ -4,15 +4,15 @@ import numpy as np
 import torch
 
 from kvtransfer.host_memory import HostMemory
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import PoolGeometry, check_span
 from kvtransfer.pool import KvSpan, PoolOffer, span_bytes
+from kvtransfer.pool_tensor import payload_tensor, pool_shape, torch_dtype
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transports import in_process, nixl, shm
+from phasewise_kernels.block_copy.reference import convert
 from phasewise_kernels.kv_copy.op import copy_pieces, has_kernel
 
-#: Largest value of float8_e4m3fn.
-MAX_FP8 = 448.0
 #: What checksums of it can be compared with: each transport's is CRC32C.
 _TRANSPORTS = ("grpc", "in_process", "shm", "nixl")
 
@@ -82,8 +82,7 @@ class HostPool:
 
     def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
         """See pool.KvPool. Rounds to the nearest, ties to even; what float8 cannot hold becomes its largest value."""
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        torch_dtype(dtype)
         check_span(span, self._memory.geometry)
         received, expected = np.frombuffer(payload, np.uint8), span_bytes(span, self._layout, dtype)
         if received.size != expected:
@@ -94,33 +93,17 @@ class HostPool:
         staged = torch.empty(received.size, dtype=torch.uint8)
         start = np.zeros(1, np.int64)
         checksum = copy_pieces(received, start, staged.numpy(), start, np.array([received.size], np.int64))
-        converted = _converted(staged.view(_torch_dtype(dtype)), _torch_dtype(self._layout.dtype))
-        self._memory.write(span, converted.view(torch.uint8).numpy())
+        kv = payload_tensor(staged, span, self._layout, dtype)
+        converted = convert(kv, torch_dtype(self._layout.dtype))
+        self._memory.write(span, converted.contiguous().view(-1).view(torch.uint8).numpy())
         return checksum
-
-
-def pool_shape(layout: KvLayout, num_blocks: int) -> tuple[int, int, int, int, int, int]:
-    """Of the tensor of a pool."""
-    return (layout.num_layers, 2, num_blocks, layout.block_size, layout.num_heads, layout.head_dim)
 
 
 def _check_tensor(kv_cache: torch.Tensor, layout: KvLayout) -> None:
     expected = pool_shape(layout, kv_cache.shape[2] if kv_cache.ndim == 6 else 0)
-    if tuple(kv_cache.shape) != expected or kv_cache.dtype != _torch_dtype(layout.dtype):
+    if tuple(kv_cache.shape) != expected or kv_cache.dtype != torch_dtype(layout.dtype):
         raise ValueError(
             f"the KV cache is {list(kv_cache.shape)} {kv_cache.dtype}, not {list(expected)} {layout.dtype}"
         )
     if kv_cache.device.type != "cpu" or not kv_cache.is_contiguous():
         raise ValueError("the KV cache is not contiguous in memory of the host")
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def _converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if dtype is torch.float8_e4m3fn:
-        # Not all versions of torch saturate by themselves.
-        values = values.clamp(-MAX_FP8, MAX_FP8)
-    return values.to(dtype)

@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass
 
-#: Elements that a pool may hold. float8_e4m3fn is stored without a scale: values beyond 448 saturate.
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+from phasewise_kernels.kv_int4.rows import row_bytes
+
+#: What a pool may keep numbers in, and bits of each. float8_e4m3fn is stored without a scale: values beyond 448 saturate. int4 is rows of
+#: `phasewise_kernels/kv_int4`, whose scales come on top.
+DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, "int4": 4}
+INT4 = "int4"
+
+
+def head_bytes(dtype: str, head_dim: int) -> int:
+    """K or V of one head of a token. dtype: a key of DTYPE_BITS."""
+    return row_bytes(head_dim) if dtype == INT4 else head_dim * DTYPE_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,13 +20,13 @@ class KvLayout:
     """What the bytes of a block pool mean.
 
     A pool is [num_layers, 2 (K, V), num_blocks, block_size, heads, head_dim], where `heads` are those of one
-    tensor-parallel rank: [head_lo, head_hi) of the model's `num_kv_heads`.
+    tensor-parallel rank: [head_lo, head_hi) of the model's `num_kv_heads`. Of int4 the last is the bytes of a row.
     On the wire KV is ordered [layer, K then V, token, head, head_dim], whatever the blocks of either side are.
     """
 
     #: SHA-256 of the model's weights and configuration, hexadecimal.
     model_digest: str
-    #: A key of DTYPE_BYTES.
+    #: A key of DTYPE_BITS.
     dtype: str
     block_size: int
     num_layers: int
@@ -46,7 +55,7 @@ class KvLayout:
     @property
     def token_bytes(self) -> int:
         """K and V of one token in one layer, of the heads here."""
-        return 2 * self.num_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_heads * head_bytes(self.dtype, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
@@ -87,7 +96,7 @@ def inexactness(sender: KvLayout, receiver: KvLayout) -> str | None:
     if sender.weight_dtype != receiver.weight_dtype:
         theirs, ours = (one.weight_dtype or "others" for one in (sender, receiver))
         return f"is computed with weights in {theirs}, and KV here with weights in {ours}"
-    if DTYPE_BYTES[sender.dtype] < DTYPE_BYTES[receiver.dtype]:
+    if DTYPE_BITS[sender.dtype] < DTYPE_BITS[receiver.dtype]:
         return f"is in {sender.dtype}, and KV here in {receiver.dtype}"
     return None
 

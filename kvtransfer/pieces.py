@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed
+from kvtransfer.layout import KvLayout, blocks_needed, head_bytes
 from kvtransfer.pool import KvSpan
 
 Offsets = npt.NDArray[np.int64]
@@ -124,7 +124,7 @@ def _run_starts(span: KvSpan, layout: KvLayout) -> Offsets:
 
 
 def _head_bytes(layout: KvLayout) -> int:
-    return layout.head_dim * DTYPE_BYTES[layout.dtype]
+    return head_bytes(layout.dtype, layout.head_dim)
 
 
 def _lengths(starts: Offsets, span: KvSpan, layout: KvLayout) -> Offsets:

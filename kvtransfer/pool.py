@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import KvLayout, head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,5 +106,5 @@ class KvPool(Protocol):
 
 def span_bytes(span: KvSpan, layout: KvLayout, dtype: str | None = None) -> int:
     """Payload of a span. dtype: of the bytes, when it is not the pool's."""
-    per_token = 2 * (span.head_hi - span.head_lo) * layout.head_dim * DTYPE_BYTES[dtype or layout.dtype]
+    per_token = 2 * (span.head_hi - span.head_lo) * head_bytes(dtype or layout.dtype, layout.head_dim)
     return (span.layer_hi - span.layer_lo) * span.num_tokens * per_token

@@ -40,7 +40,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import Coverage, KvRange
-from kvtransfer.layout import DTYPE_BYTES, KvLayout, blocks_needed, incompatibility, inexactness, shared_heads
+from kvtransfer.layout import KvLayout, blocks_needed, head_bytes, incompatibility, inexactness, shared_heads
 from kvtransfer.lease import LeaseTable
 from kvtransfer.session import (
     LIVE,
@@ -490,9 +490,10 @@ class ReceiverMachine(Machine):
             return (
                 f"chunk {chunk.sequence_number} names {len(chunk.source_block_ids)} blocks for {num_blocks}"
             )
-        element_bytes = DTYPE_BYTES[sender.dtype if chunk.codec is CodecId.NONE else UNPACKED_DTYPE]
+        dtype = sender.dtype if chunk.codec is CodecId.NONE else UNPACKED_DTYPE
         num_heads = chunk.heads[1] - chunk.heads[0]
-        num_bytes = 2 * where.num_layers * where.num_tokens * num_heads * sender.head_dim * element_bytes
+        per_token = 2 * where.num_layers * num_heads * head_bytes(dtype, sender.head_dim)
+        num_bytes = where.num_tokens * per_token
         if len(chunk.payload) != num_bytes:
             return f"chunk {chunk.sequence_number} has {len(chunk.payload)} bytes for {num_bytes}"
         return None

@@ -50,7 +50,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import KvRange
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import DTYPE_BITS, KvLayout
 from kvtransfer.pool import PoolOffer
 from protos import kvtransfer_pb2 as pb
 
@@ -247,8 +247,8 @@ def _id_problem(transfer_id: str) -> str | None:
 
 
 def _layout_problem(layout: KvLayout) -> str | None:
-    if layout.dtype not in DTYPE_BYTES:
-        return f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}"
+    if layout.dtype not in DTYPE_BITS:
+        return f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BITS)}"
     if min(layout.block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
         return "a layout with a zero dimension"
     lo, hi = layout.heads

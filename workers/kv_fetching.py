@@ -13,7 +13,7 @@ from kvtransfer.counts import PeerCounts, TransferCounts
 from kvtransfer.errors import DigestMismatch, PhasewiseTransferError
 from kvtransfer.grpc_stream import GrpcChannel
 from kvtransfer.host import KvHost
-from kvtransfer.layout import DTYPE_BYTES, inexactness
+from kvtransfer.layout import DTYPE_BITS, inexactness
 from kvtransfer.transports.choice import TransportOpener
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
@@ -235,7 +235,7 @@ class KvFetching:
     def _is_exact(self, answer: pb.FindPrefixResponse) -> bool:
         """What this peer has is what is computed here: nothing else would be taken when it has come."""
         here = self._host.pool.layout
-        if answer.kv_dtype not in DTYPE_BYTES:
+        if answer.kv_dtype not in DTYPE_BITS:
             return False
         there = replace(here, dtype=answer.kv_dtype, weight_dtype=answer.weight_dtype)
         return inexactness(there, here) is None

@@ -19,6 +19,7 @@ from kvtransfer.errors import (
 )
 from kvtransfer.grpc_stream import GrpcChannel
 from kvtransfer.host import KvHost
+from kvtransfer.layout import INT4
 from kvtransfer.session import TransferReport
 from workers.engine.messages import (
     FinishTransfer,
@@ -116,6 +117,9 @@ class KvSending:
         if self._config.codec is not None:
             return self._config.codec
         layout = self._host.pool.layout
+        if layout.dtype == INT4:
+            # Nothing makes it smaller.
+            return CodecId.NONE
         num_bytes = start.num_tokens * layout.num_layers * layout.token_bytes
         codec, reason = choose_codec(
             AUTO_CODECS,

@@ -24,12 +24,12 @@ FP8_SPEED_UP = 1.6
 
 
 def model_shape(
-    config: ModelConfig, model_source: str, dtype: WeightDtype, *, kv_value_bytes: int = 4
+    config: ModelConfig, model_source: str, dtype: WeightDtype, *, kv_head_bytes: int | None = None
 ) -> ModelShape:
-    """Of the text model. The name is the source's, without its folders. kv_value_bytes: of KV in the pool."""
+    """Of the text model. The name is the source's, without its folders. kv_head_bytes: of K or V of a head in the pool, None of fp32."""
     query_size = config.num_heads * config.head_dim
     layer = config.hidden_size * (config.qkv_size + query_size + 3 * config.intermediate_size)
-    kv_values = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    kv_heads = 2 * config.num_layers * config.num_kv_heads
     num_weights, num_head_weights = config.num_layers * layer, config.vocab_size * config.hidden_size
     weight_bytes = WEIGHT_BYTES[dtype]
     if dtype is WeightDtype.FP8:
@@ -43,7 +43,7 @@ def model_shape(
         weight_bytes=weight_bytes,
         num_layers=config.num_layers,
         hidden_size=query_size,
-        kv_token_bytes=kv_values * kv_value_bytes,
+        kv_token_bytes=kv_heads * (kv_head_bytes or 4 * config.head_dim),
     )
 
 

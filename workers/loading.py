@@ -12,9 +12,10 @@ from tokenizers import Tokenizer
 
 from kvtransfer.config import TransportChoice
 from kvtransfer.errors import SharedMemoryUnavailable, TransportUnavailable
-from kvtransfer.host_pool import HostPool, pool_shape
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.host_pool import HostPool
+from kvtransfer.layout import KvLayout, head_bytes
 from kvtransfer.pool import KvPool
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 from phasewise_kernels import jit
 from workers.api import Device, KvDtype, ModelInfo, Phase, PhaseSharing, Submit, WorkerSpec
@@ -194,7 +195,10 @@ def _loaded_text(
     latency, problem = first_latency(
         spec.profile,
         model_shape(
-            config, spec.model_source, spec.engine.weight_dtype, kv_value_bytes=DTYPE_BYTES[layout.dtype]
+            config,
+            spec.model_source,
+            spec.engine.weight_dtype,
+            kv_head_bytes=head_bytes(layout.dtype, config.head_dim),
         ),
         placed.shape,
     )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.attention_shapes import BLOCK_SIZE, HEAD_DIM, NUM_HEADS
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
+from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 
 #: Of K, and of V.
@@ -53,7 +55,9 @@ class Pool:
     ) -> list[Part]:
         """As many as are needed to read from memory; lengths: (new tokens, all tokens)."""
         blocks = [-(-context_len // block_size) for _, context_len in lengths]
-        num_blocks, block_values = sum(blocks), block_size * num_kv_heads * HEAD_DIM
+        # In four bits K and V are random bytes, among them scales that are no numbers: nothing takes longer for that.
+        width = row_bytes(HEAD_DIM) if dtype == PACKED_DTYPE else HEAD_DIM
+        num_blocks, block_values = sum(blocks), block_size * num_kv_heads * width
         planes = [
             plane.view(torch.uint8).view(dtype) if dtype.itemsize == 1 else plane for plane in self.planes
         ]
@@ -74,7 +78,7 @@ class Pool:
             max(query_lens),
             max(context_lens),
         )
-        shape = (num_blocks, block_size, num_kv_heads, HEAD_DIM)
+        shape = (num_blocks, block_size, num_kv_heads, width)
         parts = []
         for i in range(count):
             values = slice(i * num_blocks * block_values, (i + 1) * num_blocks * block_values)

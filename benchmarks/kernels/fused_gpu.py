@@ -29,6 +29,8 @@ from phasewise_kernels.block_copy.op import start_block_copy  # noqa: E402
 from phasewise_kernels.block_copy.reference import TokenRows, convert, gather, scatter  # noqa: E402
 from phasewise_kernels.kv_codec.op import decode_pages, encode_pages  # noqa: E402
 from phasewise_kernels.kv_codec.reference import CODECS, PageCodec  # noqa: E402
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE  # noqa: E402
+from phasewise_kernels.kv_int4.rows import row_bytes  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch, paged_attention_cuda  # noqa: E402
 from phasewise_kernels.quantised_attention.op import quantised_attention  # noqa: E402
 from phasewise_kernels.rms_norm.op import rms_norm  # noqa: E402
@@ -157,8 +159,12 @@ def gate_ways(table: Table, num_rows: int) -> None:
 def rope_ways(table: Table, num_tokens: int, cache_dtype: torch.dtype) -> None:
     """Rotation and write."""
     num_all = NUM_HEADS + 2 * NUM_KV_HEADS
-    written = NUM_HEADS * 2 + 2 * NUM_KV_HEADS * cache_dtype.itemsize
-    num_bytes = num_tokens * HEAD_DIM * (num_all * 2 + 2 * 4 + written)
+    is_packed = cache_dtype == PACKED_DTYPE
+    width = row_bytes(HEAD_DIM) if is_packed else HEAD_DIM
+    read_bytes = HEAD_DIM * (num_all * 2 + 2 * 4)
+    num_bytes = num_tokens * (
+        read_bytes + NUM_HEADS * HEAD_DIM * 2 + 2 * NUM_KV_HEADS * width * cache_dtype.itemsize
+    )
     n = copies_of(num_bytes)
     heads, half = (
         random(n, num_tokens, num_all, HEAD_DIM),
@@ -168,7 +174,7 @@ def rope_ways(table: Table, num_tokens: int, cache_dtype: torch.dtype) -> None:
     cos, sin = angles.cos(), angles.sin()
     num_blocks = num_tokens // 16 + 64
     caches = [
-        torch.zeros(n, num_blocks, 16, NUM_KV_HEADS, HEAD_DIM, device="cuda").to(cache_dtype) for _ in "kv"
+        torch.zeros(n, num_blocks, 16, NUM_KV_HEADS, width, device="cuda").to(cache_dtype) for _ in "kv"
     ]
     slots = torch.randperm(num_blocks * 16, device="cuda")[:num_tokens]
 
@@ -186,7 +192,10 @@ def rope_ways(table: Table, num_tokens: int, cache_dtype: torch.dtype) -> None:
         "torch": lambda i: plain(heads[i], caches[0][i], caches[1][i]),
         "torch.compile": lambda i: compiled(heads[i], caches[0][i], caches[1][i]),
     }
-    name = str(cache_dtype).removeprefix("torch.")
+    if is_packed:
+        # Of torch it would be a dozen kernels.
+        ways = {"ours": ways["ours"]}
+    name = "int4" if is_packed else str(cache_dtype).removeprefix("torch.")
     table.measure(f"rope_write, {num_tokens} tokens, cache {name}", num_bytes, n, ways)
 
 
@@ -330,7 +339,7 @@ def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
             for num_rows in (64, 2048):
                 norm_ways(table, num_rows)
                 gate_ways(table, num_rows)
-                for cache_dtype in (BF16, torch.float8_e4m3fn):
+                for cache_dtype in (BF16, torch.float8_e4m3fn, PACKED_DTYPE):
                     rope_ways(table, num_rows, cache_dtype)
         case "sample":
             for num_rows in (1, 64, 256):

@@ -57,6 +57,7 @@ from benchmarks.kernels.attention_shapes import (  # noqa: E402
     ragged_lengths,
 )
 from benchmarks.kernels.attention_summary import summary_of  # noqa: E402
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE  # noqa: E402
 from phasewise_kernels.paged_attention.cuda import (  # noqa: E402
     Tuning,
     chunk_attention,
@@ -257,12 +258,14 @@ def shape_rows(pool: Pool, copy: float) -> list[dict[str, Any]]:
     for name, dtype, new, window in (
         ("bf16", torch.bfloat16, 1, 0),
         ("fp8 cache", torch.float8_e4m3fn, 1, 0),
+        ("int4 cache", PACKED_DTYPE, 1, 0),
+        ("int4 cache, 4 new tokens", PACKED_DTYPE, 4, 0),
         ("window of 1024", torch.bfloat16, 1, 1024),
         ("4 new tokens", torch.bfloat16, 4, 0),
         ("16 new tokens", torch.bfloat16, 16, 0),
     ):
         parts = pool.parts([(new, 2048)] * 64, 8, dtype)
-        num_bytes = 64 * min(2048, window or 2048) * 8 * HEAD_DIM * 2 * dtype.itemsize
+        num_bytes = 64 * min(2048, window or 2048) * 2 * parts[0].caches[0][0, 0].nbytes
         call = partial(lean, window=window, max_query_len=new)
         seconds = time_s(call, parts)
         rows.append({"name": name, "us": seconds * 1e6, "share_of_copy": num_bytes / seconds / copy})

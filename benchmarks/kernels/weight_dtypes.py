@@ -1,4 +1,4 @@
-"""What bfloat16, int8 and fp8 weights and KV in fp8 cost in accuracy, and what the first two give in time, on the embedded model.
+"""What bfloat16, int8 and fp8 weights and KV in fp8 and in four bits cost in accuracy, and what the first two give in time, on the embedded model.
 
     python benchmarks/kernels/weight_dtypes.py [--quick] [--accuracy] [--json FILE]
 
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from orchestrator.bench.machine import describe_machine
 from phasewise_kernels import jit
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from workers.api import WeightDtype
 from workers.device.forward import DeviceForward
 from workers.engine.forwarding import HostForward
@@ -71,8 +72,10 @@ def ways(config: ModelConfig, weights: dict[str, torch.Tensor], models: dict[str
     found: dict[str, Way] = {name: _host_way(model) for name, model in models.items()}
     found["fp8, few rows"] = _host_way(Llama(config, weights | few_rows))
     found["fp8"] = _host_way(fp8)
-    found["fp8 KV"] = _fp8_kv_way(models["float32"])
-    found["fp8, fp8 KV"] = _fp8_kv_way(fp8)
+    found["fp8 KV"] = _kv_way(models["float32"], torch.float8_e4m3fn)
+    found["int4 KV"] = _kv_way(models["float32"], PACKED_DTYPE)
+    found["fp8, fp8 KV"] = _kv_way(fp8, torch.float8_e4m3fn)
+    found["fp8, int4 KV"] = _kv_way(fp8, PACKED_DTYPE)
     return found
 
 
@@ -80,8 +83,11 @@ def _host_way(model: Llama) -> Way:
     return HostForward(model, torch.zeros(_cache_shape(model)))
 
 
-def _fp8_kv_way(model: Llama) -> Way:
-    kv_cache = torch.zeros(_cache_shape(model)).to(torch.float8_e4m3fn)
+def _kv_way(model: Llama, dtype: torch.dtype) -> Way:
+    shape = model.kv_cache_shape(
+        -(-CONTEXT_TOKENS // BLOCK_SIZE), BLOCK_SIZE, is_packed=dtype == PACKED_DTYPE
+    )
+    kv_cache = torch.zeros(shape).to(dtype)
     return DeviceForward(model, kv_cache, max_context_tokens=CONTEXT_TOKENS)
 
 

@@ -23,9 +23,10 @@ import google_crc32c
 import numpy as np
 import torch
 
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvSpan
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, SharedMemoryDescriptor
 from kvtransfer.transports import shm
 from orchestrator.bench.machine import describe_machine

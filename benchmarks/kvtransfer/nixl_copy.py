@@ -28,10 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import PoolGeometry, pieces_in
 from kvtransfer.pool import KvSpan
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transports import nixl, shm
 from orchestrator.bench.machine import describe_machine

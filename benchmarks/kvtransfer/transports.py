@@ -40,10 +40,11 @@ from kvtransfer.config import KvTransferConfig, TransportChoice
 from kvtransfer.digest import token_digest
 from kvtransfer.grpc_stream import GRPC_OPTIONS, GrpcChannel, add_handler
 from kvtransfer.host import CachedKv
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.kv_range import KvRange, split
 from kvtransfer.layout import KvLayout, blocks_needed
 from kvtransfer.pool import KvSpan, span_bytes, span_of
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.raw_bytes import filled
 from kvtransfer.server import add_kvtransfer_service
 from kvtransfer.shared_memory import MappedMemory, SharedMemory

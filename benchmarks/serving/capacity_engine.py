@@ -1,6 +1,5 @@
 """Our engine under a load: a model on its device, and its requests served by a policy."""
 
-import math
 import sys
 import threading
 import time
@@ -11,8 +10,9 @@ import torch
 
 from benchmarks.serving.capacity_rows import Load, Served
 from benchmarks.serving.capacity_sharing import SemiPdSharing, Sharer, shared_row
-from benchmarks.serving.engine_gpu import kv_torch_dtype, random_weights
+from benchmarks.serving.engine_gpu import kv_block_bytes, kv_torch_dtype, random_weights
 from orchestrator.control.slo import Slo, tpot_s
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from workers.api import (
     EngineConfig,
     KvDtype,
@@ -121,8 +121,10 @@ class Machine:
         self.block_size = 16
         reserved_bytes = RESERVED_BYTES + (SPLIT_BYTES if is_split else 0)
         self.num_blocks = 512 if is_tiny else self._num_blocks(model, reserved_bytes)
-        shape = model.kv_cache_shape(self.num_blocks, self.block_size)
+        is_packed = self._kv_dtype == PACKED_DTYPE
+        shape = model.kv_cache_shape(self.num_blocks, self.block_size, is_packed=is_packed)
         kv_cache = torch.zeros(shape, dtype=self._kv_dtype, device=self._device)
+        self._kv_head_bytes = kv_cache[0, 0, 0, 0, 0].nbytes
         self.forward = DeviceForward(
             model,
             kv_cache,
@@ -151,13 +153,11 @@ class Machine:
         """What 90 % of the memory leaves beside weights and what is reserved for steps and graphs."""
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         room_bytes = int(0.9 * total_bytes) - (total_bytes - free_bytes) - reserved_bytes
-        block_bytes = math.prod(model.kv_cache_shape(1, self.block_size)) * self._kv_dtype.itemsize
-        return room_bytes // block_bytes
+        return room_bytes // kv_block_bytes(model, self.block_size, self._kv_dtype)
 
     def latency(self) -> LatencyModel:
         """As a worker begins with it."""
-        kv_value_bytes = self._kv_dtype.itemsize
-        shape = model_shape(self.config, "llama-3-8b", self.weights, kv_value_bytes=kv_value_bytes)
+        shape = model_shape(self.config, "llama-3-8b", self.weights, kv_head_bytes=self._kv_head_bytes)
         return LatencyModel(shape, gpu_shape("h100", 80 * 10**9, self.weights))
 
 

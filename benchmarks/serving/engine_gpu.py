@@ -1,6 +1,6 @@
 """The engine on one GPU with the shape of Llama-3-8B and random weights: prefill, decode steps, and a full house.
 
-    python benchmarks/serving/engine_gpu.py [--weights fp8] [--kv fp8] [--quick] [--profile] [--json FILE]
+    python benchmarks/serving/engine_gpu.py [--weights fp8] [--kv fp8|int4] [--quick] [--profile] [--json FILE]
 
 - copy: 2 GiB within the device; bytes read and written are both counted. What a decode step could do at best follows from it:
   it reads all weights but the embedding table, and the KV of all sequences.
@@ -38,6 +38,9 @@ import torch  # noqa: E402
 
 from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
+from kvtransfer.pool_tensor import torch_dtype  # noqa: E402
+from phasewise_kernels.block_copy.reference import convert  # noqa: E402
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE  # noqa: E402
 from workers.api import EngineConfig, KvDtype, WeightDtype  # noqa: E402
 from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
 from workers.device.dtypes import kv_dtype  # noqa: E402
@@ -69,8 +72,6 @@ LLAMA_3_8B = ModelConfig(
     bos_token="",
     eos_token="",
 )
-#: Of one token.
-KV_VALUES = 2 * LLAMA_3_8B.num_layers * LLAMA_3_8B.num_kv_heads * LLAMA_3_8B.head_dim
 BLOCK_SIZE = 16
 #: New tokens of a prompt, those before them, and so many decodes of a context.
 MIXED = ((512, 0, 63, 1024), (512, 2048, 63, 2048), (1536, 0, 63, 1024), (256, 7680, 15, 4096))
@@ -169,13 +170,17 @@ class Bench:
         weights_s = time.perf_counter() - began_s
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         kept_in = kv_torch_dtype(weights, kv)
-        self._kv_token_bytes = KV_VALUES * kept_in.itemsize
-        block_bytes = self._kv_token_bytes * BLOCK_SIZE
+        block_bytes = kv_block_bytes(self._model, BLOCK_SIZE, kept_in)
+        self._kv_token_bytes = block_bytes // BLOCK_SIZE
         self._num_blocks = (free_bytes - int(0.1 * total_bytes) - 3 * 2**30) // block_bytes
-        shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE)
+        is_packed = kept_in == PACKED_DTYPE
+        shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE, is_packed=is_packed)
         self._kv_cache = torch.empty(shape, dtype=kept_in, device="cuda")
         # A few blocks of random numbers again and again: what they are makes no difference, but for NaN.
-        some = torch.randn(*shape[1:2], min(4096, shape[2]), *shape[3:], device="cuda")
+        some = torch.randn(
+            1, 2, min(4096, shape[2]), *self._model.kv_cache_shape(1, BLOCK_SIZE)[3:], device="cuda"
+        )
+        some = convert(some, kept_in)[0]
         for layer in self._kv_cache:
             for first in range(0, shape[2], some.shape[1]):
                 part = layer[:, first : first + some.shape[1]]
@@ -350,8 +355,13 @@ def random_weights(config: ModelConfig, dtype: WeightDtype = WeightDtype.BFLOAT1
 
 def kv_torch_dtype(weights: WeightDtype, kv: KvDtype) -> torch.dtype:
     """What a worker with these settings keeps KV in."""
-    found: torch.dtype = getattr(torch, kv_dtype(EngineConfig(weight_dtype=weights, kv_dtype=kv)))
-    return found
+    return torch_dtype(kv_dtype(EngineConfig(weight_dtype=weights, kv_dtype=kv)))
+
+
+def kv_block_bytes(model: Llama, block_size: int, kept_in: torch.dtype) -> int:
+    """Of all layers."""
+    shape = model.kv_cache_shape(1, block_size, is_packed=kept_in == PACKED_DTYPE)
+    return prod(shape) * kept_in.itemsize
 
 
 def batch_of(sequences: list[tuple[int, int]]) -> ForwardBatch:

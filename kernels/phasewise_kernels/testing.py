@@ -103,6 +103,25 @@ SMALL_OP_TOLERANCES = {
 }
 
 
+#: Of queries that are turned by a Hadamard matrix, by dtype of what comes out.
+TURNED_TOLERANCES = SMALL_OP_TOLERANCES | {
+    torch.float32: Tolerance(
+        absolute=2e-5,
+        relative=2e-6,
+        reason=(
+            "Of up to 256 numbers eight sums and differences follow each other, each rounded by 2**-24 of up to 16 times a number "
+            "of up to 4 before the factor of 1/16: 8 * 2**-24 * 4, four times that."
+        ),
+    ),
+    torch.bfloat16: Tolerance(
+        absolute=2e-5, relative=2**-7, reason="One rounding to 8 bits; the sums as in float32."
+    ),
+    torch.float16: Tolerance(
+        absolute=2e-5, relative=2**-10, reason="One rounding to 11 bits; the sums as in float32."
+    ),
+}
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> None:
     """Fail, with the largest difference, unless shapes and dtypes are equal and all values within tolerance.
 

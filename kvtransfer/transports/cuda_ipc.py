@@ -25,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 from kvtransfer.errors import PoolUnreachable
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import PoolGeometry, check_same_shape, check_span
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes
+from kvtransfer.pool_tensor import payload_tensor, pool_shape, torch_dtype
 from kvtransfer.transports import cuda_driver
 from kvtransfer.transports.cuda_driver import Allocation, CudaDriverError
 from kvtransfer.transports.cuda_mapping import ProcessIdentity, bytes_at, device_uuid, this_process
@@ -51,8 +52,8 @@ class CudaPool:
     """
 
     def __init__(self, kv_cache: torch.Tensor, layout: KvLayout) -> None:
-        shape = _shape(layout, kv_cache.shape[2] if kv_cache.ndim == 6 else 0)
-        if tuple(kv_cache.shape) != shape or kv_cache.dtype != _dtype(layout.dtype):
+        shape = pool_shape(layout, kv_cache.shape[2] if kv_cache.ndim == 6 else 0)
+        if tuple(kv_cache.shape) != shape or kv_cache.dtype != torch_dtype(layout.dtype):
             raise ValueError(
                 f"the KV cache is {list(kv_cache.shape)} {kv_cache.dtype} and the layout {list(shape)} {layout.dtype}"
             )
@@ -87,7 +88,7 @@ class CudaPool:
     def warm_up(self) -> None:
         """Compile the kernels for all heads of the pool: a second or more, which the first transfer then has not to
         wait for. Other ranges of heads compile when they are first met."""
-        shape = (1, 2, 1, self._layout.num_heads, self._layout.head_dim)
+        shape = (1, 2, 1, *self._kv_cache.shape[4:])
         kv = torch.empty((2, *shape), dtype=self._kv_cache.dtype, device=self._kv_cache.device)
         pair = contiguous_rows(kv[0]), contiguous_rows(kv[1])
         block_checksum(pair[0])
@@ -119,7 +120,7 @@ class CudaPool:
         rows = self.rows(span)
         host = _host_bytes(len(payload), rows.kv_cache.device)
         crc = _copy_with_crc32c(np.frombuffer(payload, np.uint8), host.numpy())
-        kv = host.to(rows.kv_cache.device, non_blocking=True).view(_dtype(dtype)).view(rows.shape)
+        kv = payload_tensor(host.to(rows.kv_cache.device, non_blocking=True), span, self._layout, dtype)
         start_block_copy(contiguous_rows(kv), rows, is_checked=False)
         self._wait()
         return crc
@@ -288,7 +289,7 @@ def _tensor_in(allocation: Allocation, pool: _Description, device_index: int) ->
         )
     address = allocation.address + pool.offset
     flat = bytes_at(address, num_bytes, device_index)
-    return flat.view(_dtype(pool.layout.dtype)).view(_shape(pool.layout, pool.num_blocks))
+    return flat.view(torch_dtype(pool.layout.dtype)).view(pool_shape(pool.layout, pool.num_blocks))
 
 
 def _rows(kv_cache: torch.Tensor, layout: KvLayout, span: KvSpan) -> TokenRows:
@@ -332,18 +333,6 @@ def _copy_with_crc32c(source: Any, target: Any) -> int:
 def _check_size(memory: memoryview, expected: int) -> None:
     if memory.nbytes != expected:
         raise ValueError(f"{memory.nbytes} bytes for a span of {expected}")
-
-
-def _shape(layout: KvLayout, num_blocks: int) -> tuple[int, ...]:
-    return (layout.num_layers, 2, num_blocks, layout.block_size, layout.num_heads, layout.head_dim)
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPE_BYTES:
-        raise ValueError(f"dtype {name!r} is none of {', '.join(DTYPE_BYTES)}")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 @contextmanager

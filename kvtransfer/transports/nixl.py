@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from kvtransfer.errors import PoolUnreachable, TransportUnavailable
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import DTYPE_BITS, KvLayout
 from kvtransfer.pieces import PoolGeometry, check_same_shape, check_span, pieces_in
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes
 from kvtransfer.transports import nixl_endpoint
@@ -112,7 +112,7 @@ class _Description:
                 nonce=bytes.fromhex(about["nonce"]),
             )
             geometry = description.geometry
-            is_whole = is_whole and geometry.layout.dtype in DTYPE_BYTES and geometry.num_bytes > 0
+            is_whole = is_whole and geometry.layout.dtype in DTYPE_BITS and geometry.num_bytes > 0
             is_whole = is_whole and len(description.nonce) == _NONCE_BYTES
             is_whole = is_whole and min(description.address, description.nonce_address) > 0
         except (ValueError, TypeError, KeyError) as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from kvtransfer import host_memory, shared_memory
 from kvtransfer.errors import PoolUnreachable
 from kvtransfer.host_memory import HostMemory
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import DTYPE_BITS, KvLayout
 from kvtransfer.pieces import PoolGeometry
 from kvtransfer.pool import KvPool, KvSpan
 from kvtransfer.shared_memory import MappedMemory, SharedMemory, SharedMemoryDescriptor
@@ -71,7 +71,7 @@ def _parsed(descriptor: bytes) -> tuple[SharedMemoryDescriptor, int, PoolGeometr
             )
         memory = SharedMemoryDescriptor(**about["memory"])
         geometry, offset = PoolGeometry(KvLayout(**about["layout"]), about["num_blocks"]), about["offset"]
-        is_whole = _is_right(memory) and _is_right(geometry.layout) and geometry.layout.dtype in DTYPE_BYTES
+        is_whole = _is_right(memory) and _is_right(geometry.layout) and geometry.layout.dtype in DTYPE_BITS
         is_whole = is_whole and 0 <= geometry.layout.heads[0] < geometry.layout.heads[1]
         is_whole = is_whole and type(offset) is type(geometry.num_blocks) is int and offset >= 0
         is_whole = is_whole and 0 < geometry.num_bytes <= memory.num_bytes - offset

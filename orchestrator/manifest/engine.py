@@ -132,10 +132,11 @@ class Engine(Section):
         "on a GPU (float32, bfloat16, float16) all else is the same, or with fp8 (e4m3 with a scale for each output, from compute "
         "capability 8.9 on) bfloat16. Default: float32, on a GPU bfloat16.",
     )
-    kv_dtype: Literal["auto", "fp8"] = Field(
+    kv_dtype: Literal["auto", "fp8", "int4"] = Field(
         default=_ENGINE.kv_dtype.value,
         description="What KV is kept in. auto: what is computed in, float32 on a CPU. fp8: e4m3 without a scale, half of the memory, on a "
-        "GPU from compute capability 8.9 on; answers differ a little.",
+        "GPU from compute capability 8.9 on; answers differ a little. int4: four bits with scales for each head of a token, less than a third "
+        "of the memory, on a GPU; answers differ more.",
     )
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,

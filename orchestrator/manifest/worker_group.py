@@ -163,7 +163,7 @@ class WorkerGroup(Section):
             sentence = f"is {dtype}; allowed on {where}: {' or '.join(dtypes)}"
             inconsistent([(("engine", "weightDtype"), sentence)])
         if self.engine.kv_dtype != "auto" and not self.is_on_gpu:
-            inconsistent([(("engine", "kvDtype"), "is fp8; allowed on a CPU: auto")])
+            inconsistent([(("engine", "kvDtype"), f"is {self.engine.kv_dtype}; allowed on a CPU: auto")])
         if self.is_on_gpu and self.engine.span_reuse is not None:
             inconsistent(
                 [(("engine", "spanReuse"), "is set; allowed: absent on a GPU, which does not do it yet")]

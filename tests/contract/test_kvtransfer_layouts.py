@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvtransfer.client import KvSender
+from kvtransfer.codecs.codec import CodecId
 from kvtransfer.errors import (
     DeadlineExceeded,
     TransferAborted,
@@ -15,8 +16,10 @@ from kvtransfer.errors import (
     TransferRefused,
 )
 from kvtransfer.frames import Chunk, Reserve, Verified
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import DTYPE_BITS, KvLayout
 from kvtransfer.wire import decode
+from phasewise_kernels.block_copy.reference import convert
+from tests.support.kv_dtypes import PLAIN_DTYPES
 from tests.support.kvtransfer_ends import (
     CONFIG,
     NUM_TOKENS,
@@ -37,6 +40,7 @@ MAX_FP8 = 448.0
 #: Four KV heads, which ranks share.
 WIDE = replace(LAYOUT, num_kv_heads=4)
 #: KV with its payload over a network, and pulled from memory.
+LAYOUT_16 = replace(LAYOUT, head_dim=16)
 TWO_WAYS = ("queues", "shm")
 
 
@@ -82,7 +86,7 @@ def test_block_sizes_may_differ(run: Run, source_size: int, target_size: int, nu
 
 
 @pytest.mark.parametrize("way", TWO_WAYS)
-@pytest.mark.parametrize(("source_dtype", "target_dtype"), [*product(DTYPE_BYTES, DTYPE_BYTES)])
+@pytest.mark.parametrize(("source_dtype", "target_dtype"), [*product(PLAIN_DTYPES, PLAIN_DTYPES)])
 def test_dtypes_may_differ(way: str, source_dtype: str, target_dtype: str) -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.sender()
@@ -93,7 +97,7 @@ def test_dtypes_may_differ(way: str, source_dtype: str, target_dtype: str) -> No
         sent = sent_kv(ends)
         tell_all(sender)
         report = await sender.run()
-        assert report.num_bytes == sent.numel() * DTYPE_BYTES[source_dtype]
+        assert report.num_bytes == sent.numel() * DTYPE_BITS[source_dtype] // 8
         check_received(ends, sent)
 
     run_whole(
@@ -101,6 +105,41 @@ def test_dtypes_may_differ(way: str, source_dtype: str, target_dtype: str) -> No
         scenario,
         source_layouts=[replace(LAYOUT, dtype=source_dtype, block_size=4)],
         layout=replace(LAYOUT, dtype=target_dtype, block_size=6),
+    )
+
+
+@pytest.mark.parametrize("way", TWO_WAYS)
+@pytest.mark.parametrize("codec", [CodecId.NONE, CodecId.FP8])
+@pytest.mark.parametrize(
+    ("source_dtype", "target_dtype"),
+    [("int4", "int4"), ("int4", "bfloat16"), ("bfloat16", "int4"), ("float8_e4m3fn", "int4")],
+)
+def test_rows_in_four_bits_are_packed_and_unpacked_where_they_arrive(
+    way: str, codec: CodecId, source_dtype: str, target_dtype: str
+) -> None:
+    """With a codec too: its numbers are then packed again."""
+
+    async def scenario(ends: Ends) -> None:
+        sender = ends.sender(codec=codec)
+        block_ids = owned(ends.source, "t1")
+        wide = torch.randn(*ends.source.kv_cache[:, :, block_ids].shape[:-1], LAYOUT_16.head_dim)
+        ends.source.kv_cache[:, :, block_ids] = convert(wide, ends.source.kv_cache.dtype)
+        sent = sent_kv(ends)
+        tell_all(sender)
+        report = await sender.run()
+        got = received(ends)
+        if report.codec is CodecId.NONE:
+            expected = convert(sent, got.dtype)
+            assert torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        else:
+            values, wanted = (convert(one, torch.float32) for one in (got, sent))
+            assert (values - wanted).norm() < 0.2 * wanted.norm()
+
+    run_whole(
+        way,
+        scenario,
+        source_layouts=[replace(LAYOUT_16, dtype=source_dtype, block_size=4)],
+        layout=replace(LAYOUT_16, dtype=target_dtype, block_size=6),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kvtransfer.errors import PoolUnreachable
-from kvtransfer.layout import DTYPE_BYTES
+from kvtransfer.layout import DTYPE_BITS
 from kvtransfer.pool import span_bytes
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, is_owner_gone, open_pool
 from phasewise_kernels.block_copy import op
@@ -25,16 +25,17 @@ from phasewise_kernels.block_copy.reference import (
     checksum_reference,
     convert,
 )
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, values_of
 from tests.support.block_copy_pools import DTYPES as KV_DTYPES
 from tests.support.block_copy_pools import KERNEL_CASES, Case, bits_of, random_pool
-from tests.support.cuda_layouts import NUM_BLOCKS, a_span, layout_of, pool_tensor, values_in
+from tests.support.cuda_layouts import NUM_BLOCKS, a_span, kept_in, layout_of, pool_tensor, values_in
 from tests.support.cuda_owner import BOUND_S, Owner, an_owner
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
 ]
-DTYPES = tuple(DTYPE_BYTES)
+DTYPES = tuple(DTYPE_BITS)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,18 @@ def opened() -> Iterator[list[MappedCudaPool]]:
 def a_target(dtype: str, block_size: int = 16) -> tuple[CudaPool, torch.Tensor]:
     """Every value NaN."""
     layout = layout_of(dtype, block_size, (1, 4))
-    kv_cache = torch.full_like(pool_tensor(layout, 0).float(), float("nan")).to(getattr(torch, dtype)).cuda()
+    like = pool_tensor(layout, 0)
+    if like.dtype == PACKED_DTYPE:
+        kv_cache = torch.full_like(like, 0xFF).cuda()
+    else:
+        kv_cache = torch.full_like(like.float(), float("nan")).to(like.dtype).cuda()
     return CudaPool(kv_cache, layout), kv_cache
 
 
 def assert_only(kv_cache: torch.Tensor, expected: torch.Tensor) -> None:
     """As many values as were expected are there; the rest is NaN as before."""
-    assert int((~kv_cache.float().isnan()).sum()) == expected.numel()
+    values, wanted = (values_of(one, torch.float32) for one in (kv_cache, expected))
+    assert int((~values.isnan()).sum()) == wanted.numel()
 
 
 # The kernel.
@@ -131,8 +137,8 @@ def test_a_pull_brings_the_values_and_the_checksum_that_the_owner_announces(
         span, into = a_span(layout, tokens), a_span(target.layout, tokens, seed=6)
         announced = owner.ask("checksum", number, span)
         assert opened[0].pull(span, target, into) == announced
-        expected = convert(values_in(pool_tensor(layout, 11), layout, span), kv_cache.dtype).float()
-        assert torch.equal(values_in(kv_cache, target.layout, into), expected)
+        expected = convert(kept_in(pool_tensor(layout, 11), layout, span), kv_cache.dtype)
+        assert torch.equal(bits_of(kept_in(kv_cache, target.layout, into)), bits_of(expected))
         assert_only(kv_cache, expected)
 
 
@@ -220,8 +226,8 @@ def test_what_is_written_is_read_again(owner: Owner, opened: list[MappedCudaPool
         target, kv_cache = a_target(dtype, 32)
         into = a_span(target.layout, seed=6)
         assert target.write(into, memoryview(payload), "float32") == google_crc32c.value(bytes(payload))
-        expected = convert(values_in(pool_tensor(layout, 8), layout, span), kv_cache.dtype).float()
-        assert torch.equal(values_in(kv_cache, target.layout, into), expected)
+        expected = convert(kept_in(pool_tensor(layout, 8), layout, span), kv_cache.dtype)
+        assert torch.equal(bits_of(kept_in(kv_cache, target.layout, into)), bits_of(expected))
         assert_only(kv_cache, expected)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtransfer.host_pool import pool_shape
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.transports.cuda_ipc import CudaPool
 from protos import inference_pb2 as pb
 from tests.support.both_shapes import ROOMY, use

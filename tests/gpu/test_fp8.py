@@ -1,4 +1,4 @@
-"""Weights and KV in fp8 on a GPU: kernels against their specification, engines against the same arithmetic on a CPU, pairs of workers."""
+"""Weights and KV in fp8, and KV in four bits, on a GPU: kernels against their specification, engines against the same arithmetic on a CPU, pairs of workers."""
 
 import asyncio
 from dataclasses import replace
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from tests.support.device_engine import PROMPTS, TINY, DeviceEngine, first_logits, greedy, random_weights
 from tests.support.tiny_model import write_tiny_gguf
 from tests.support.triton_checks import fp8_linear
@@ -85,8 +86,13 @@ def engine(
 
 DTYPES = pytest.mark.parametrize(
     ("dtype", "kv_dtype"),
-    [(WeightDtype.FP8, None), (WeightDtype.BFLOAT16, FP8), (WeightDtype.FP8, FP8)],
-    ids=["weights", "kv", "both"],
+    [
+        (WeightDtype.FP8, None),
+        (WeightDtype.BFLOAT16, FP8),
+        (WeightDtype.FP8, FP8),
+        (WeightDtype.BFLOAT16, PACKED_DTYPE),
+    ],
+    ids=["weights", "kv", "both", "int4"],
 )
 
 
@@ -125,8 +131,9 @@ def test_overlapped_and_preempted_requests_are_served(
     assert [len(tokens) for tokens in found] == [24 - i % 5 for i in range(len(PROMPTS))]
 
 
-def test_drafts_are_verified_over_kv_in_fp8() -> None:
-    made = engine(WeightDtype.FLOAT32, FP8)
+@pytest.mark.parametrize("kv_dtype", [FP8, PACKED_DTYPE])
+def test_drafts_are_verified_over_kv_in_fewer_bits(kv_dtype: torch.dtype) -> None:
+    made = engine(WeightDtype.FLOAT32, kv_dtype)
     prompt = (5, 6, 7, 8) * 8
     found = made.serve([prompt], lambda _i: SamplingParams(16, decoding=NgramDrafts(4)))
     assert len(found[0]) == 16
@@ -184,9 +191,16 @@ async def tokens_alone(model: Path, kv: KvDtype) -> list[int]:
 
 @pytest.mark.parametrize(
     ("prefill_kv", "decode_kv"),
-    [(KvDtype.FP8, KvDtype.FP8), (KvDtype.AUTO, KvDtype.FP8), (KvDtype.FP8, KvDtype.AUTO)],
+    [
+        (KvDtype.FP8, KvDtype.FP8),
+        (KvDtype.AUTO, KvDtype.FP8),
+        (KvDtype.FP8, KvDtype.AUTO),
+        (KvDtype.INT4, KvDtype.INT4),
+        (KvDtype.AUTO, KvDtype.INT4),
+        (KvDtype.INT4, KvDtype.AUTO),
+    ],
 )
-def test_kv_in_fp8_goes_from_prefill_to_decode(
+def test_kv_in_fewer_bits_goes_from_prefill_to_decode(
     model_path: Path, prefill_kv: KvDtype, decode_kv: KvDtype
 ) -> None:
     """Float32 between: what differs is the KV alone. Pairs of two kinds convert."""
@@ -202,6 +216,6 @@ def test_kv_in_fp8_goes_from_prefill_to_decode(
             found = await decode.generate(to_decode)
         assert found
         if prefill_kv == decode_kv:
-            assert found == (await tokens_alone(model_path, KvDtype.FP8))[1:]
+            assert found == (await tokens_alone(model_path, prefill_kv))[1:]
 
     asyncio.run(scenario())

@@ -1,9 +1,13 @@
 """Pools of the shape that tests of CUDA IPC use."""
 
+from dataclasses import replace
+
 import torch
 
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import INT4, KvLayout
 from kvtransfer.pool import KvSpan, span_of
+from phasewise_kernels.block_copy.reference import convert
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, unpack_kv
 from tests.support.block_copy_pools import random_pool
 
 NUM_LAYERS = 3
@@ -17,6 +21,8 @@ def layout_of(dtype: str, block_size: int = 16, heads: tuple[int, int] = (0, 3))
 
 def pool_tensor(layout: KvLayout, seed: int) -> torch.Tensor:
     """Random, on the CPU; the same in every process for the same seed."""
+    if layout.dtype == INT4:
+        return convert(pool_tensor(replace(layout, dtype="float32"), seed), PACKED_DTYPE)
     return random_pool(
         getattr(torch, layout.dtype),
         num_layers=layout.num_layers,
@@ -38,9 +44,17 @@ def a_span(
 
 def values_in(kv_cache: torch.Tensor, layout: KvLayout, span: KvSpan) -> torch.Tensor:
     """[num_layers, 2, num_tokens, num_heads, head_dim] float32 on the CPU, by indexing token for token."""
+    kept = kept_in(kv_cache, layout, span)
+    return unpack_kv(kept) if kept.dtype == PACKED_DTYPE else kept.float()
+
+
+def kept_in(kv_cache: torch.Tensor, layout: KvLayout, span: KvSpan) -> torch.Tensor:
+    """The same in the dtype of the pool."""
     first_head = layout.heads[0]
     heads = slice(span.head_lo - first_head, span.head_hi - first_head)
-    cache = kv_cache.cpu().float()[span.layer_lo : span.layer_hi]
+    cache = kv_cache.cpu()[span.layer_lo : span.layer_hi]
     places = range(span.first_token, span.first_token + span.num_tokens)
     size = layout.block_size
-    return torch.stack([cache[:, :, span.block_ids[i // size], i % size, heads] for i in places], dim=2)
+    rows = [cache[:, :, span.block_ids[i // size], i % size, heads] for i in places]
+    # As bytes: not every dtype can be stacked.
+    return torch.stack([one.contiguous().view(torch.uint8) for one in rows], dim=2).view(cache.dtype)

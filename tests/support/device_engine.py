@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from workers.api import (
     Abort,
     EngineConfig,
@@ -100,9 +101,13 @@ class DeviceEngine:
         sharing: Sharing | None = None,
         shares: SmShares | None = None,
     ) -> None:
-        shape = model.kv_cache_shape(num_blocks, config.block_size)
-        # What is in unused slots must reach nobody.
-        self.kv_cache = torch.full(shape, float("nan"), device=model.device).to(kv_dtype or model.dtype)
+        shape = model.kv_cache_shape(num_blocks, config.block_size, is_packed=kv_dtype == PACKED_DTYPE)
+        # What is in unused slots must reach nobody: NaN, also as the scale of a row in four bits.
+        self.kv_cache = (
+            torch.full(shape, 0xFF, dtype=PACKED_DTYPE, device=model.device)
+            if kv_dtype == PACKED_DTYPE
+            else torch.full(shape, float("nan"), device=model.device).to(kv_dtype or model.dtype)
+        )
         self.forward: DeviceForward | None = None
         if buckets is not None:
             self.forward = DeviceForward(

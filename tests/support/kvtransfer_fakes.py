@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from kvtransfer.errors import ReservationRefused
 from kvtransfer.host import CachedKv
 from kvtransfer.host_memory import HostMemory
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout, blocks_needed
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer
+from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.stream import MessageStream
 
@@ -97,7 +98,7 @@ class FakeKvHost:
     ) -> None:
         self.incarnation = incarnation
         self.owners = [FREE] * num_blocks
-        shape, dtype = pool_shape(layout, num_blocks), getattr(torch, layout.dtype)
+        shape, dtype = pool_shape(layout, num_blocks), torch_dtype(layout.dtype)
         self._memory = SharedMemory.create(num_blocks * layout.block_bytes) if is_shared else None
         self.kv_cache = (
             self._memory.tensor(shape, dtype) if self._memory is not None else torch.zeros(shape, dtype=dtype)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import PoolOffer
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 
 ROOT = Path(__file__).parents[2]

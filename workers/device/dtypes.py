@@ -1,5 +1,6 @@
 """What a GPU computes in and keeps, by the settings of the engine. Pure."""
 
+from kvtransfer.layout import INT4
 from workers.api import EngineConfig, KvDtype, WeightDtype
 
 #: bfloat16 products, and what the kernels are compiled for. Measured are those of 9.0 (Hopper) alone.
@@ -14,8 +15,14 @@ def computed_in(weights: WeightDtype) -> str:
 
 
 def kv_dtype(engine: EngineConfig) -> str:
-    """A key of kvtransfer.layout.DTYPE_BYTES."""
-    return "float8_e4m3fn" if engine.kv_dtype is KvDtype.FP8 else computed_in(engine.weight_dtype)
+    """A key of kvtransfer.layout.DTYPE_BITS."""
+    match engine.kv_dtype:
+        case KvDtype.AUTO:
+            return computed_in(engine.weight_dtype)
+        case KvDtype.FP8:
+            return "float8_e4m3fn"
+        case KvDtype.INT4:
+            return INT4
 
 
 def needed_capability(engine: EngineConfig) -> tuple[int, int]:

@@ -5,8 +5,8 @@ from math import isqrt
 
 import torch
 
-from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.transports.cuda_ipc import CudaPool
 from workers.api import WeightDtype, WorkerSpec
 from workers.device.buckets import graph_tiles

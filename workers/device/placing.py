@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
+from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from kvtransfer.transports.cuda_ipc import CudaPool
 from phasewise_kernels.fp8_linear.op import SIZE_STEP
+from phasewise_kernels.kv_int4.rows import is_supported
 from workers.api import KvDtype, PhaseSharing, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
@@ -37,7 +38,7 @@ Progress = Callable[[str, float], None]
 def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) -> PlacedText:
     """Raises GpuUnavailable, NotOnGpu, SharingUnsupported, UnsupportedModel, OutOfMemory and KvCacheTooSmall."""
     check_spec(spec)
-    check_fp8(spec, prepared.config)
+    check_dtypes(spec, prepared.config)
     device = open_gpu(needed_capability=needed_capability(spec.engine))
     # Before KV: it gets what their captured steps leave.
     shares = _open_shares(spec)
@@ -141,8 +142,8 @@ def check_spec(spec: WorkerSpec) -> None:
         raise NotOnGpu("engine.spanReuse", "leave it out, or use device cpu")
 
 
-def check_fp8(spec: WorkerSpec, config: ModelConfig) -> None:
-    """config: of the model, or of a rank's part of it. Raises UnsupportedModel for what cannot be multiplied in fp8.
+def check_dtypes(spec: WorkerSpec, config: ModelConfig) -> None:
+    """config: of the model, or of a rank's part of it. Raises UnsupportedModel for what cannot be multiplied in fp8, or kept in four bits.
 
     Logs what KV in fp8 may do to this model.
     """
@@ -153,6 +154,9 @@ def check_fp8(spec: WorkerSpec, config: ModelConfig) -> None:
             "make sense, or set engine.kvDtype to auto",
             spec.worker_id,
         )
+    if spec.engine.kv_dtype is KvDtype.INT4 and not is_supported(config.head_dim):
+        feature = f"heads of {config.head_dim} channels, with engine.kvDtype int4"
+        raise UnsupportedModel(spec.model_source, feature, "a power of two, or kvDtype fp8 or auto")
     found = fp8.problem(config) if spec.engine.weight_dtype is WeightDtype.FP8 else None
     if found is not None:
         feature = f"{found}, with engine.weightDtype fp8"
@@ -189,4 +193,4 @@ def _take_kv_cache(
         )
     shape = pool_shape(layout, num_blocks)
     progress(f"taking the KV cache ({num_blocks * layout.block_bytes / 2**20:.0f} MiB)", 0.0)
-    return torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+    return torch.zeros(shape, dtype=torch_dtype(layout.dtype), device=device)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtransfer.host_pool import HostPool, pool_shape
+from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout, blocks_needed
 from kvtransfer.pool import KvPool
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 
 #: Embeddings of one block.

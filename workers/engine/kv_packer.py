@@ -8,6 +8,7 @@ import torch
 
 from kvtransfer.codecs.codec import Codec, CodecId, PageShape
 from phasewise_kernels.block_copy.reference import convert
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, head_dim_of, unpack_kv
 from workers.api import HostCacheCodec
 from workers.engine.host_tier import PackedBlock
 
@@ -26,15 +27,15 @@ def codec_of(word: HostCacheCodec) -> Codec | None:
 class KvPacker:
     """Packs blocks with a codec, or as they are without one. Used in the engine's thread. Implements `host_tier.Packer`.
 
-    kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], of any dtype of `kvtransfer.layout`, on any
-    device.
+    kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], of any dtype of `kvtransfer.layout` (int4: rows of bytes),
+    on any device.
     """
 
     def __init__(self, kv_cache: torch.Tensor, codec: Codec | None = None) -> None:
         self._kv_cache = kv_cache
         self._codec = codec
-        num_layers, _, _, block_size, num_heads, head_dim = kv_cache.shape
-        self._shape = PageShape(num_layers, block_size, num_heads, head_dim)
+        num_layers, _, _, block_size, num_heads, _ = kv_cache.shape
+        self._shape = PageShape(num_layers, block_size, num_heads, head_dim_of(kv_cache))
         if codec is None:
             self._block_bytes = kv_cache.nbytes // kv_cache.shape[2]
         else:
@@ -52,7 +53,8 @@ class KvPacker:
             if self._codec is None:
                 self._as_block(data).copy_(self._kv_cache[:, :, block_id])
             else:
-                self._codec.pack(self._kv_cache[:, :, block_id].to("cpu").contiguous(), data.data)
+                kv = self._kv_cache[:, :, block_id].to("cpu").contiguous()
+                self._codec.pack(unpack_kv(kv) if kv.dtype == PACKED_DTYPE else kv, data.data)
         except (ValueError, MemoryError) as error:
             logger.warning("block_not_packed block_id=%d reason=%s", block_id, error)
             return None
@@ -75,7 +77,6 @@ class KvPacker:
         self._kv_cache[:, :, block_id] = kv.to(self._kv_cache.device)
 
     def _as_block(self, data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> torch.Tensor:
-        """The same memory as [num_layers, 2, block_size, num_kv_heads, head_dim] of the cache's dtype."""
-        shape = self._shape
+        """The same memory as a block of the cache, [num_layers, 2, block_size, num_kv_heads, head_dim]."""
         kv = torch.from_numpy(data).view(self._kv_cache.dtype)
-        return kv.view(shape.num_layers, 2, shape.num_tokens, shape.num_heads, shape.head_dim)
+        return kv.view(*self._kv_cache.shape[:2], *self._kv_cache.shape[3:])

@@ -184,7 +184,7 @@ class ModelConfig:
         return cls(**values)
 
     def kv_layout(self, *, block_size: int, dtype: str, model_digest: str, weight_dtype: str) -> KvLayout:
-        """The layout of a KV cache of this model; dtype is a key of DTYPE_BYTES, weight_dtype a WeightDtype."""
+        """The layout of a KV cache of this model; dtype is a key of DTYPE_BITS, weight_dtype a WeightDtype."""
         return KvLayout(
             model_digest=model_digest,
             dtype=dtype,

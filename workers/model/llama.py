@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from phasewise_kernels.fp8_linear.op import Fp8Linear
+from phasewise_kernels.kv_int4.op import values_of
+from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.linear.op import projection
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from phasewise_kernels.rms_norm.op import rms_norm
@@ -99,10 +101,11 @@ class Llama:
         """What is between the layers."""
         return self._embedding.dtype
 
-    def kv_cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]."""
+    def kv_cache_shape(self, num_blocks: int, block_size: int, *, is_packed: bool = False) -> tuple[int, ...]:
+        """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]; or bytes of rows in four bits, see `kv_int4/op.py`."""
         config = self.config
-        return (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        width = row_bytes(config.head_dim) if is_packed else config.head_dim
+        return (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, width)
 
     @torch.inference_mode()
     def forward(
@@ -231,7 +234,8 @@ class Llama:
                     break
             attended = rows.attend(query, kv_cache[i], layer.window)
             if i < last and i in batch.filter_layers(self.config.num_layers):
-                stay = rows.staying(query, _at(kv_cache[i], rows.slots)[0], layer.window)
+                keys, _ = _at(kv_cache[i], rows.slots)
+                stay = rows.staying(query, values_of(keys, query.dtype), layer.window)
                 if len(stay) < len(query):
                     rows, hidden, attended = LayerRows(batch, rows.rows[stay]), hidden[stay], attended[stay]
                     rotation = rotation[0][stay], rotation[1][stay]
@@ -415,8 +419,9 @@ def _at(kv_cache: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torc
 def _put(kv_cache: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Write K and V to these slots of one layer."""
     layer_keys, layer_values = kv_cache.flatten(1, 2)
-    layer_keys.index_copy_(0, slots, keys)
-    layer_values.index_copy_(0, slots, values)
+    # Not index_copy_, which torch has not for float8_e4m3fn.
+    layer_keys[slots] = keys
+    layer_values[slots] = values
 
 
 def _norm_heads(heads: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
+from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from kvtransfer.shared_memory import HEADER_BYTES, SharedMemoryDescriptor
 from workers.engine.forwarding import Forward
 from workers.engine.runner import NO_SOURCE
@@ -139,7 +139,7 @@ def _mapped(memory: SharedMemoryDescriptor, layout: KvLayout, num_blocks: int) -
     finally:
         os.close(fd)
     flat = np.frombuffer(mapped, np.uint8, offset=HEADER_BYTES, count=memory.num_bytes)
-    dtype: torch.dtype = getattr(torch, layout.dtype)
+    dtype = torch_dtype(layout.dtype)
     num_bytes = num_blocks * layout.block_bytes
     return torch.from_numpy(flat)[:num_bytes].view(dtype).view(pool_shape(layout, num_blocks))
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from kvtransfer.config import TransportChoice
 from kvtransfer.errors import PoolUnreachable, TransportUnavailable
-from kvtransfer.host_pool import pool_shape
 from kvtransfer.pool import KvSpan
+from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from kvtransfer.shared_memory import SharedMemory
 from workers.api import Phase, WorkerSpec
 from workers.device.placed import PlacedText
@@ -173,7 +173,7 @@ def _tensor(
     if memory is None:
         return None
     layout = replace(own.full_layout, head_lo=heads[0], head_hi=heads[1])
-    dtype: torch.dtype = getattr(torch, layout.dtype)
+    dtype = torch_dtype(layout.dtype)
     return memory.tensor(pool_shape(layout, num_blocks), dtype)
 
 

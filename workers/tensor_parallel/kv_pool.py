@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import PoolGeometry, check_span
 from kvtransfer.pool import KvSpan, PoolOffer, span_bytes
+from kvtransfer.pool_tensor import payload_tensor, torch_dtype
+from phasewise_kernels.block_copy.reference import convert
 from phasewise_kernels.kv_copy.op import copy_pieces, has_kernel
-
-#: Largest value of float8_e4m3fn.
-MAX_FP8 = 448.0
 
 
 class GroupPool:
@@ -80,8 +79,7 @@ class GroupPool:
 
     def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
         """See pool.KvPool. Raises ValueError when the payload has another size."""
-        if dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        torch_dtype(dtype)
         check_span(span, self._geometry)
         expected = span_bytes(span, self._layout, dtype)
         if payload.nbytes != expected:
@@ -89,9 +87,7 @@ class GroupPool:
         # A tensor must not share memory that may be read-only.
         staged = torch.empty(expected, dtype=torch.uint8)
         checksum = _copied(np.frombuffer(payload, np.uint8), staged.numpy())
-        num_heads = span.head_hi - span.head_lo
-        shape = (span.layer_hi - span.layer_lo, 2, span.num_tokens, num_heads, self._layout.head_dim)
-        values = _converted(staged.view(_dtype(dtype)).view(shape), _dtype(self._layout.dtype))
+        values = convert(payload_tensor(staged, span, self._layout, dtype), torch_dtype(self._layout.dtype))
         slots = self._slots(span)
         # A step that runs may still write to these blocks for a sequence that has left them, on a stream of each rank's own.
         self._wait(0)
@@ -128,15 +124,3 @@ def _copied(source: np.ndarray, target: np.ndarray) -> int:
     """CRC32C of what was copied."""
     start = np.zeros(1, np.int64)
     return copy_pieces(source, start, target, start, np.array([source.size], np.int64))
-
-
-def _dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
-def _converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if values.dtype is not dtype and dtype is torch.float8_e4m3fn:
-        # Not all versions of torch saturate by themselves.
-        values = values.clamp(-MAX_FP8, MAX_FP8)
-    return values.to(dtype)

@@ -9,8 +9,8 @@ from math import prod
 
 import torch
 
-from kvtransfer.host_pool import pool_shape
 from kvtransfer.layout import KvLayout
+from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from phasewise_kernels import jit
 from workers.api import Device, WorkerSpec
 from workers.device.dtypes import kv_dtype, needed_capability
@@ -54,10 +54,10 @@ def load_rank(spec: WorkerSpec, prepared: PreparedModel, rank: Rank, progress: P
 
     if spec.device is Device.CUDA:
         from workers.device.gpu import check_room, compute_dtype, open_gpu, placed
-        from workers.device.placing import check_fp8, check_spec
+        from workers.device.placing import check_dtypes, check_spec
 
         check_spec(spec)
-        check_fp8(spec, own)
+        check_dtypes(spec, own)
         kept = engine.weight_dtype
         device = open_gpu(rank.index, rank.degree, needed_capability(engine))
         num_bytes = weights_bytes(shapes, kept, compute_dtype(kept).itemsize)
@@ -147,14 +147,9 @@ def make_forward(
 def take_kv_cache(loaded: RankWeights, num_blocks: int) -> torch.Tensor:
     """On the GPU of this rank."""
     shape = pool_shape(loaded.layout, num_blocks)
-    return torch.zeros(shape, dtype=_dtype(loaded.layout.dtype), device=loaded.device)
+    return torch.zeros(shape, dtype=torch_dtype(loaded.layout.dtype), device=loaded.device)
 
 
 def _of_rank(layout: KvLayout, rank: Rank) -> KvLayout:
     lo, hi = kv_heads(layout.num_kv_heads, rank)
     return replace(layout, head_lo=lo, head_hi=hi)
-
-
-def _dtype(name: str) -> torch.dtype:
-    found: torch.dtype = getattr(torch, name)
-    return found

@@ -1,7 +1,7 @@
 """KV of some tokens from one block pool to another on a GPU, with a checksum of what was read.
 
 One kernel reads each vector of 16 bytes once, stores it, converted where the pools differ in dtype, and adds it to the
-checksum. On the CPU, and for rows that are not whole vectors, `reference.py` runs.
+checksum. On the CPU, for rows that are not whole vectors, and from or to rows in four bits, `reference.py` runs.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import torch
 
 from phasewise_kernels.block_copy import reference
 from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +59,19 @@ def start_block_copy(
     Returns [n] int64 on that device, for `checksum_of`; empty when not checked. Source and target must stay
     as they are until then.
     """
-    if target is not None and source.shape != target.shape:
-        raise ValueError(f"the source is {list(source.shape)} and the target {list(target.shape)}")
+    if target is not None and source.kv_shape != target.kv_shape:
+        raise ValueError(f"the source is {list(source.kv_shape)} and the target {list(target.kv_shape)}")
     device = (source if target is None else target).kv_cache.device
     if 0 in source.shape or (target is None and not is_checked):
         return torch.empty(0, dtype=torch.int64, device=device)
     is_by_kernel = device.type != "cpu" and _is_in_vectors(source)
     if target is None:
         return _by_kernel(source, None, True, tuning) if is_by_kernel else _by_reference(source, None, True)
-    if not (is_by_kernel and _is_in_vectors(target)):
+    is_repacked = source.kv_cache.dtype != target.kv_cache.dtype and PACKED_DTYPE in (
+        source.kv_cache.dtype,
+        target.kv_cache.dtype,
+    )
+    if is_repacked or not (is_by_kernel and _is_in_vectors(target)):
         return _by_reference(source, target, is_checked)
     return _by_kernel(source, target, is_checked, tuning)
 

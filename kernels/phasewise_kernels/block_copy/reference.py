@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, head_dim_of, pack_kv, unpack_kv
+
 VECTOR_BYTES = 16
 WORD_FACTORS = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63)
 GOLDEN = 0x9E3779B97F4A7C15
@@ -62,9 +64,14 @@ class TokenRows:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """[num_layers, 2, num_tokens, num_heads, head_dim], as on the wire."""
+        """[num_layers, 2, num_tokens, num_heads, head_dim], as on the wire; of rows in four bits the last is their bytes."""
         num_layers, num_heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
         return num_layers, 2, len(self.slots), num_heads, self.kv_cache.shape[-1]
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int, int]:
+        """The same of the numbers, whatever they are kept in."""
+        return *self.shape[:4], head_dim_of(self.kv_cache)
 
     @property
     def row_bytes(self) -> int:
@@ -82,7 +89,7 @@ def block_copy_reference(source: TokenRows, target: TokenRows | None) -> int:
     """Copy and convert, unless target is None; returns the checksum of what was read, in the source's dtype."""
     kv = gather(source)
     if target is not None:
-        assert source.shape == target.shape, (source.shape, target.shape)
+        assert source.kv_shape == target.kv_shape, (source.kv_shape, target.kv_shape)
         scatter(convert(kv, target.kv_cache.dtype), target)
     partials = partial_checksums(kv)
     return int(sum(partials.tolist())) & _MASK
@@ -102,9 +109,14 @@ def scatter(kv: torch.Tensor, rows: TokenRows) -> None:
 
 
 def convert(kv: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded to the nearest, ties to even. Beyond what float8_e4m3fn holds it saturates; NaN stays NaN."""
+    """kv: [num_layers, 2 (K, V), ..., head_dim]. Rounded to the nearest, ties to even. Beyond what float8_e4m3fn holds it saturates; NaN
+    stays NaN. uint8 is rows in four bits: see `kv_int4/op.py`."""
     if kv.dtype == dtype:
         return kv
+    if dtype == PACKED_DTYPE:
+        return pack_kv(kv)
+    if kv.dtype == PACKED_DTYPE:
+        kv = unpack_kv(kv)
     if dtype == torch.float8_e4m3fn:
         return kv.float().clamp(-_FP8_MAX, _FP8_MAX).to(dtype)
     return kv.to(dtype)

@@ -95,8 +95,9 @@ def _encode_page(x: torch.Tensor, codec: PageCodec) -> torch.Tensor:
         scales = (x.abs().amax(3, keepdim=True) / E4M3_MAX).clamp(min=MIN_SCALE).half()
         sections = [(x * scales.float().reciprocal()).to(torch.float8_e4m3fn), scales]
     elif codec == "int4_hadamard":
+        block = block_of(x.shape[3])
         # [head_dim, 2, num_heads, num_tokens]
-        codes, scales, minima = _quantise(rotate(x).movedim(3, 0).contiguous(), block_of(x.shape[3]), 4)
+        codes, scales, minima = _quantise(rotate(x, block).movedim(3, 0).contiguous(), block, 4)
         sections = [codes[: len(codes) // 2] | codes[len(codes) // 2 :] << 4, scales, minima]
     elif x.shape[2] < MIN_TOKENS:
         sections = [x.half()]
@@ -117,7 +118,7 @@ def _decode_page(packed: torch.Tensor, codec: PageCodec, n: int, num_heads: int,
         codes = parts.take(torch.uint8, d // 2, 2, num_heads, n)
         codes = torch.cat((codes & 15, codes >> 4)).view(d // block, block, 2, num_heads, n)
         scales, minima = (parts.take(torch.float16, d // block, 1, 2, num_heads, n).float() for _ in "sm")
-        x = rotate((codes.float() * scales + minima).flatten(0, 1).movedim(0, 3).contiguous())
+        x = rotate((codes.float() * scales + minima).flatten(0, 1).movedim(0, 3).contiguous(), block)
     elif n < MIN_TOKENS:
         x = parts.take(torch.float16, 2, num_heads, n, d).float()
     else:
@@ -128,12 +129,11 @@ def _decode_page(packed: torch.Tensor, codec: PageCodec, n: int, num_heads: int,
     return (x * _power(shifts)).clamp(-limit, limit)
 
 
-def rotate(x: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     """The last axis in blocks, each times its Hadamard matrix over the root of its size, by sums and differences."""
-    block = block_of(x.shape[-1])
     half = block // 2
     while half:
-        first, second = x.view(*x.shape[:-1], -1, 2, half).unbind(-2)
+        first, second = x.view(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half).unbind(-2)
         x = torch.stack((first + second, first - second), -2).flatten(-3)
         half //= 2
     rotated: torch.Tensor = x * block**-0.5

@@ -188,15 +188,15 @@ def decode_fp8_kernel(  # type: ignore[no-untyped-def]
 
 @_jit
 def _stage(x, half: tl.constexpr, head_dim: tl.constexpr):  # type: ignore[no-untyped-def]
-    pairs = tl.permute(tl.reshape(x, [PAGE * head_dim // (2 * half), 2, half]), [0, 2, 1])
+    pairs = tl.permute(tl.reshape(x, [x.shape[0] * head_dim // (2 * half), 2, half]), [0, 2, 1])
     first, second = tl.split(pairs)
     pairs = tl.join(first + second, first - second)
-    return tl.reshape(tl.permute(pairs, [0, 2, 1]), [PAGE, head_dim])
+    return tl.reshape(tl.permute(pairs, [0, 2, 1]), [x.shape[0], head_dim])
 
 
 @_jit
 def rotate(x, head_dim: tl.constexpr, block: tl.constexpr, log_block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x: [PAGE, head_dim]. Blocks of channels times their Hadamard matrix over its root, by sums and differences."""
+    """x: [rows, head_dim]. Blocks of channels times their Hadamard matrix, by sums and differences."""
     for stage in tl.static_range(log_block):
         x = _stage(x, block >> (stage + 1), head_dim)
     return x

@@ -147,7 +147,7 @@ def chunk_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations,
                 query, first_token, num_rows, head, q_token, q_head, group, head_dim, block_m, block_d
             )
             if k_cache.dtype.element_ty.primitive_bitwidth == 8:
-                # fp8 becomes fp16 in one instruction, exactly.
+                # fp8 becomes fp16 in one instruction, exactly; what is in four bits becomes fp16, too.
                 q = q.to(tl.float16)
             keys = k_cache + head.to(tl.int64) * k_head
             values = v_cache + head.to(tl.int64) * v_head

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from phasewise_kernels.kv_int4.op import head_dim_of
 from phasewise_kernels.paged_attention.cuda import (
     MAX_LEAN_ROWS,
     MIN_CHUNK_SEQUENCES,
@@ -91,7 +92,7 @@ def compile_attention(
         with torch.cuda.device(k_cache.device):
             batch = _batch_of_nothing(shape, k_cache)
             query = torch.zeros(
-                batch.num_tokens, num_heads, k_cache.shape[3], dtype=dtype, device=k_cache.device
+                batch.num_tokens, num_heads, head_dim_of(k_cache), dtype=dtype, device=k_cache.device
             )
             paged_attention_cuda(query, k_cache, v_cache, batch, window=window)
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, head_dim_of
+
 #: More rows than this, a row being a new token of a query head, are not a decode's.
 MAX_LEAN_ROWS = 64
 #: New tokens of a tree: bits of an int64.
@@ -89,7 +91,7 @@ def paged_attention_cuda(
 
     query: [num_tokens, num_heads, head_dim] fp16, bf16 or fp32; k_cache, v_cache: [num_blocks, block_size,
     num_kv_heads, head_dim], of the same dtype or float8_e4m3fn, with any strides but 1 in the last dimension, as
-    `out` and query may have. num_heads is a multiple of num_kv_heads. window: as in `reference.py`.
+    `out` and query may have; or [..., row_bytes(head_dim)] of `kv_int4/op.py`, all strides multiples of 8, with queries that are turned. num_heads is a multiple of num_kv_heads. window: as in `reference.py`.
     Returns out, or a new tensor like query. Raises ValueError when shapes or dtypes do not fit.
     """
     _check(query, k_cache, v_cache, batch)
@@ -307,6 +309,9 @@ def split_attention(
 
 def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False) -> Tuning:
     """Measured on an H100, see docs/gpu-kernels.md. has_few_outputs: no more of them, one for each KV head of a sequence, than SMs."""
+    if k_cache.dtype == PACKED_DTYPE and block_m == 16:
+        # As of fp8, which is unpacked too. Not measured.
+        return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
@@ -335,14 +340,19 @@ def _check(
     num_tokens, num_heads, head_dim = query.shape
     if num_tokens != batch.num_tokens:
         raise ValueError(f"query has {num_tokens} tokens, the batch {batch.num_tokens}")
-    if k_cache.shape != v_cache.shape or k_cache.shape[1] != batch.block_size or k_cache.shape[3] != head_dim:
+    is_same = k_cache.shape == v_cache.shape and k_cache.shape[1] == batch.block_size
+    if not is_same or head_dim_of(k_cache) != head_dim:
         raise ValueError(
             f"caches of {tuple(k_cache.shape)} and {tuple(v_cache.shape)} "
             f"for blocks of {batch.block_size} tokens and heads of {head_dim}"
         )
     if num_heads % k_cache.shape[2]:
         raise ValueError(f"{num_heads} query heads cannot share {k_cache.shape[2]} KV heads")
-    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (query.dtype, torch.float8_e4m3fn):
+    if k_cache.dtype != v_cache.dtype or k_cache.dtype not in (
+        query.dtype,
+        torch.float8_e4m3fn,
+        PACKED_DTYPE,
+    ):
         raise ValueError(f"a query in {query.dtype} over caches in {k_cache.dtype} and {v_cache.dtype}")
     if {tensor.stride(-1) for tensor in (query, k_cache, v_cache)} != {1}:
         raise ValueError("values of a head do not follow each other in memory")
@@ -350,7 +360,8 @@ def _check(
 
 def _shape(query: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any]:
     """What all kernels are compiled for."""
-    _, block_size, num_kv_heads, head_dim = k_cache.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    head_dim = query.shape[2]
     return {
         "num_kv_heads": num_kv_heads,
         "group": query.shape[1] // num_kv_heads,

@@ -124,7 +124,7 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                 query, first_token, query_len, head, q_token, q_head, group, head_dim, block_m, block_d
             )
             if k_cache.dtype.element_ty.primitive_bitwidth == 8:
-                # fp8 becomes fp16 in one instruction, exactly.
+                # fp8 becomes fp16 in one instruction, exactly; what is in four bits becomes fp16, too.
                 q = q.to(tl.float16)
             largest, weight_sum, weighted = attend_tiles(
                 q,

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
+from phasewise_kernels.kv_int4.op import values_of
 from phasewise_kernels.paged_attention.cuda import MAX_TREE_TOKENS, CudaAttentionBatch
 
 
@@ -27,7 +28,8 @@ def paged_attention_padded(
     slots = batch.block_tables.long()[:, places // block_size].clamp(min=0) * block_size + places % block_size
     is_known = (places[None] < contexts[:, None])[:, :, None, None]
     keys, values = (
-        torch.where(is_known, cache.flatten(0, 1)[slots].to(query.dtype), 0) for cache in (k_cache, v_cache)
+        torch.where(is_known, values_of(cache.flatten(0, 1)[slots], query.dtype), 0)
+        for cache in (k_cache, v_cache)
     )
     # Position of each row, and of each place of its sequence: in a tree they are not those in memory.
     positions = prefix_lens[owners] + rows - starts[owners]

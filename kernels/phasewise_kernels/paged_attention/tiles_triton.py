@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import triton
 import triton.language as tl
 
+from phasewise_kernels.paged_attention.int4_triton import unpacked
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 #: Not compiled anew for numbers that are 1 or divisible by 16: they differ from step to step.
 _VARYING = ["num_sequences", "window", "table_stride", "num_splits", "num_groups", "part_tokens"]
@@ -126,13 +128,19 @@ def attend_tiles(  # type: ignore[no-untyped-def]
     tiles are whole blocks, slots lie in each where they do in any other, and addresses within blocks are computed but once.
     """
     is_aligned: tl.constexpr = tile_tokens % block_size == 0
+    is_packed: tl.constexpr = keys.dtype.element_ty == tl.uint8
     dims = tl.arange(0, q.shape[1])
     steps = tl.arange(0, tile_tokens)
     tile_blocks: tl.constexpr = tile_tokens // block_size
     if is_aligned:
         block_table += steps // block_size
-        keys += (steps % block_size * k_slot)[:, None] + dims[None, :]
-        values += (steps % block_size * v_slot)[:, None] + dims[None, :]
+        k_steps, v_steps = steps % block_size * k_slot, steps % block_size * v_slot
+        if is_packed:
+            keys += k_steps
+            values += v_steps
+        else:
+            keys += k_steps[:, None] + dims[None, :]
+            values += v_steps[:, None] + dims[None, :]
     # Block ids are a tile ahead, since the loads of K and V wait for them.
     positions = first_tile * tile_tokens + steps
     first = first_tile * tile_blocks if is_aligned else positions // block_size
@@ -144,14 +152,20 @@ def attend_tiles(  # type: ignore[no-untyped-def]
         ahead = positions + tile_tokens
         following = (tile + 1) * tile_blocks if is_aligned else ahead // block_size
         blocks = tl.load(block_table + following, mask=ahead < context_len, other=0)
-        if is_aligned:
-            k_places = (places * k_block)[:, None]
-            v_places = (places * v_block)[:, None]
-        else:
+        k_places, v_places = places * k_block, places * v_block
+        if not is_aligned:
             slots = positions % block_size
-            k_places = (places * k_block + slots * k_slot)[:, None] + dims[None, :]
-            v_places = (places * v_block + slots * v_slot)[:, None] + dims[None, :]
-        if is_edge:
+            k_places += slots * k_slot
+            v_places += slots * v_slot
+        if not is_packed:
+            k_places, v_places = k_places[:, None], v_places[:, None]
+            if not is_aligned:
+                k_places += dims[None, :]
+                v_places += dims[None, :]
+        if is_packed:
+            k = unpacked(keys + k_places, is_seen, is_edge, head_dim)
+            v = unpacked(values + v_places, is_seen, is_edge, head_dim)
+        elif is_edge:
             is_loaded = is_seen[:, None] & (dims < head_dim)[None, :]
             k = tl.load(keys + k_places, mask=is_loaded, other=0.0)
             v = tl.load(values + v_places, mask=is_loaded, other=0.0)

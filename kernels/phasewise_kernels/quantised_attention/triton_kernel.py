@@ -192,7 +192,7 @@ def attend(
 @cache
 def rotation_of(head_dim: int, device: torch.device) -> torch.Tensor:
     """[head_dim, head_dim] fp32: what the pages' channels were multiplied by."""
-    return reference.rotate(torch.eye(head_dim)).to(device)
+    return reference.rotate(torch.eye(head_dim), reference.block_of(head_dim)).to(device)
 
 
 @cache

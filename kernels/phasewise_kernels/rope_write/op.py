@@ -4,6 +4,7 @@ import torch
 
 from phasewise_kernels import jit
 from phasewise_kernels.block_copy.reference import convert
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, pack, turned
 from phasewise_kernels.threads import run_ranges
 
 _KERNEL = "phasewise_kernels.rope_write.kernel"
@@ -24,7 +25,8 @@ def rope_write(
     cos and sin, each [num_tokens, 1, head_dim], whose halves are alike. slots: [num_tokens] int64, all different
     and within the cache, which is not checked. k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim],
     contiguous. is_rotated: False leaves queries and keys as they are.
-    The caches may be float8_e4m3fn: rounded to nearest, saturating. On a GPU heads may be bf16 or fp16 (the rotation is computed in
+    The caches may be float8_e4m3fn: rounded to nearest, saturating; or in four bits, [..., row_bytes(head_dim)] of `kv_int4/op.py`: the
+    query that is returned is then turned as the keys are, and head_dim is a power of two. On a GPU heads may be bf16 or fp16 (the rotation is computed in
     float32); a slot below 0 is not written, as the rows have that fill up a CUDA graph. Nothing is waited for.
     Returns [num_tokens, num_heads, head_dim] as heads. Source: RoFormer (Su et al. 2021), section 3.4.2.
     """
@@ -45,11 +47,16 @@ def rope_write(
         # Query and key heads are neighbours, so one rotation serves both.
         query_key = heads[:, : num_heads + num_kv_heads]
         if is_rotated:
-            query_key = _rotate(query_key.float(), *rotation).to(heads.dtype)
+            query_key = _rotate(query_key.float(), *rotation)
+        is_packed = keys.dtype == PACKED_DTYPE
+        if is_packed:
+            query_key = turned(query_key)
+        # What is packed is rounded once.
+        rounded = pack if is_packed else lambda x: convert(x.to(heads.dtype), keys.dtype)
         is_kept = slots >= 0
-        keys[slots[is_kept]] = convert(query_key[is_kept, num_heads:], keys.dtype)
-        values[slots[is_kept]] = convert(heads[is_kept, num_heads + num_kv_heads :], values.dtype)
-        return query_key[:, :num_heads]
+        keys[slots[is_kept]] = rounded(query_key[is_kept, num_heads:])
+        values[slots[is_kept]] = rounded(heads[is_kept, num_heads + num_kv_heads :])
+        return query_key[:, :num_heads].to(heads.dtype)
     assert heads.is_contiguous()
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()

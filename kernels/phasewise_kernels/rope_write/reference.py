@@ -2,6 +2,9 @@
 
 import torch
 
+from phasewise_kernels.kv_codec.reference import rotate
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, pack
+
 
 def rope_write_reference(
     heads: torch.Tensor,
@@ -13,10 +16,11 @@ def rope_write_reference(
 ) -> torch.Tensor:
     """Arguments as in the op; cos and sin are None for no rotation. Writes the caches and returns the query.
 
-    Any dtypes: computed in fp64, rounded once; float8_e4m3fn saturates. A slot below 0 is not written.
+    Any dtypes: computed in fp64, rounded once; float8_e4m3fn saturates. A slot below 0 is not written. Caches in four bits get what
+    `kv_int4/op.py` packs, and the query is turned with the keys.
     Source: RoFormer (Su et al. 2021), section 3.4.2, with the two dimensions of a pair half a head apart.
     """
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, head_dim = k_cache.shape[2], heads.shape[2]
     num_rotated = heads.shape[1] - num_kv_heads
     rotated = heads[:, :num_rotated].double()
     half = head_dim // 2
@@ -26,6 +30,8 @@ def rope_write_reference(
             c, s = cos[:, :, i].double(), sin[:, :, i].double()
             rotated[:, :, i] = first * c - second * s
             rotated[:, :, half + i] = second * c + first * s
+    if k_cache.dtype == PACKED_DTYPE:
+        rotated = rotate(rotated, head_dim)
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue
@@ -36,4 +42,6 @@ def rope_write_reference(
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if dtype == PACKED_DTYPE:
+        return pack(x)
     return x.clamp(-448, 448).to(dtype) if dtype == torch.float8_e4m3fn else x.to(dtype)

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
+from phasewise_kernels.rope_write.int4_kernel import rope_write_int4_kernel
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _jit: Callable[[_F], Any] = triton.jit
 
@@ -95,17 +98,27 @@ def rope_write(
     num_kv_heads = k_cache.shape[2]
     num_heads = num_all - 2 * num_kv_heads
     query = heads.new_empty(num_tokens, num_heads, head_dim)
-    if num_tokens:
-        cos, sin = rotation
-        heads_block = min(HEADS_BLOCK, triton.next_power_of_2(num_all))
-        rope_write_kernel[(num_tokens, triton.cdiv(num_all, heads_block))](
-            heads,
-            cos,
-            sin,
-            slots,
-            query,
-            k_cache,
-            v_cache,
+    if not num_tokens:
+        return query
+    heads_block = min(HEADS_BLOCK, triton.next_power_of_2(num_all))
+    grid = num_tokens, triton.cdiv(num_all, heads_block)
+    tensors = heads, *rotation, slots, query, k_cache, v_cache
+    if k_cache.dtype == PACKED_DTYPE:
+        rope_write_int4_kernel[grid](
+            *tensors,
+            head_dim**-0.5,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            head_dim.bit_length() - 1,
+            k_cache.shape[3],
+            heads_block,
+            is_rotated,
+            num_warps=2,
+        )
+    else:
+        rope_write_kernel[grid](
+            *tensors,
             num_heads,
             num_kv_heads,
             head_dim,

@@ -9,11 +9,13 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, pack, values_of
 from phasewise_kernels.paged_attention import cuda
 from phasewise_kernels.paged_attention.cuda import (
     CudaAttentionBatch,
@@ -119,7 +121,10 @@ class Inputs:
             blocks = torch.tensor(block_table, dtype=torch.int64)[positions // case.block_size]
             places = blocks * case.block_size + positions % case.block_size
             slots[places] = torch.randn(context_len, *slot_shape, generator=generator)
-        pool = slots.view(-1, case.block_size, *slot_shape).to(case.kv_dtype or case.dtype).to(self.device)
+        pool = slots.view(-1, case.block_size, *slot_shape)
+        if case.kv_dtype == PACKED_DTYPE:
+            pool = pack(pool)
+        pool = pool.to(case.kv_dtype or case.dtype).to(self.device)
         order = (0, 2, 1, 3, 4) if case.is_interleaved else (2, 0, 1, 3, 4)
         pool = pool.view(torch.uint8 if pool.element_size() == 1 else pool.dtype).permute(order).contiguous()
         pool = pool.view(case.kv_dtype or case.dtype)
@@ -142,8 +147,8 @@ class Inputs:
         case = self.case
         return paged_attention_reference(
             self.query.cpu().float(),
-            self.k_cache.cpu().float(),
-            self.v_cache.cpu().float(),
+            values_of(self.k_cache.cpu(), torch.float32),
+            values_of(self.v_cache.cpu(), torch.float32),
             block_tables=self.block_tables,
             query_lens=[query_len for query_len, _ in case.lengths],
             context_lens=[context_len for _, context_len in case.lengths],
@@ -168,7 +173,9 @@ class Inputs:
             if case.window:
                 seen &= positions[None] > depths[:, None] - case.window
             keys, values = (
-                cache[table].flatten(0, 1)[:context_len].double().repeat_interleave(case.group, 1)
+                values_of(cache[table].flatten(0, 1)[:context_len], torch.float64).repeat_interleave(
+                    case.group, 1
+                )
                 for cache in (self.k_cache, self.v_cache)
             )
             rows = slice(row, row + query_len)
@@ -215,6 +222,12 @@ CASES = (
     Case(_MIXED, window=7, num_padding=2),
     Case(_MIXED, dtype=torch.float16),
     Case(_MIXED, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
+    Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, num_padding=2),
+    Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, head_dim=64, block_size=16, group=1),
+    Case(((1, 6), (5, 5), (5, 90)), trees=(1, 2), window=30, dtype=torch.float16, kv_dtype=PACKED_DTYPE),
+    Case(
+        ((40, 70), (1, 300)), dtype=torch.bfloat16, kv_dtype=PACKED_DTYPE, head_dim=128, is_interleaved=True
+    ),
     Case(_MIXED, is_interleaved=True, head_dim=24, block_size=16),
     Case(_MIXED, block_size=5, head_dim=96),
     Case(((1, 6), (5, 5), (5, 90)), trees=(1, 2)),
@@ -223,6 +236,13 @@ CASES = (
     Case(((40, 70), (5, 8), (64, 100)), trees=(2,), window=9),
     Case(((1, 40), (3, 9)), group=32),
 )
+
+
+def _any_kv() -> st.SearchStrategy[dict[str, Any]]:
+    """head_dim, and dtypes: of queries, and of caches where it is another one."""
+    plain = st.fixed_dictionaries({"head_dim": st.sampled_from((8, 16, 40))})
+    packed = {"head_dim": st.sampled_from((16, 32)), "dtype": st.just(torch.float16)}
+    return st.one_of(plain, st.fixed_dictionaries(packed | {"kv_dtype": st.just(PACKED_DTYPE)}))
 
 
 @st.composite
@@ -236,12 +256,12 @@ def any_case(draw: st.DrawFn) -> Case:
         lengths,
         num_kv_heads=draw(st.integers(1, 3)),
         group=draw(st.integers(1, 9)),
-        head_dim=draw(st.sampled_from((8, 16, 40))),
         block_size=draw(st.sampled_from((1, 3, 8, 16, 64))),
         window=draw(st.one_of(st.just(0), st.integers(1, 80))),
         trees=tuple(i for i in could_be_trees if draw(st.booleans())),
         num_padding=draw(st.sampled_from((0, 0, 2))),
         is_interleaved=draw(st.booleans()),
+        **draw(_any_kv()),
         seed=draw(st.integers(0, 1 << 30)),
     )
 

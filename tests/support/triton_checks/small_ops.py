@@ -10,19 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, unpack
+from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.rms_norm import op as rms_norm_op
 from phasewise_kernels.rms_norm.reference import rms_norm_reference
 from phasewise_kernels.rope_write import op as rope_write_op
 from phasewise_kernels.rope_write.reference import rope_write_reference
 from phasewise_kernels.swiglu import op as swiglu_op
 from phasewise_kernels.swiglu.reference import swiglu_reference
-from phasewise_kernels.testing import SMALL_OP_TOLERANCES, assert_close, poisoned_memory
+from phasewise_kernels.testing import SMALL_OP_TOLERANCES, TURNED_TOLERANCES, assert_close, poisoned_memory
 from tests.support.triton_checks.interpreter import main
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = 1e-5
 Heads = tuple[int, int, int]
 #: Query heads, KV heads, head_dim.
+PACKED_HEADS: tuple[Heads, ...] = ((1, 1, 16), (9, 3, 64), (32, 8, 128), (2, 2, 256))
 HEADS: tuple[Heads, ...] = ((1, 1, 2), (9, 3, 64), (4, 4, 96), (3, 1, 80), (32, 8, 128))
 
 
@@ -101,6 +104,46 @@ def a_write(
             assert_close(found, wanted, SMALL_OP_TOLERANCES[cache_dtype])
 
 
+def a_packed_write(
+    num_tokens: int,
+    heads: Heads,
+    dtype: torch.dtype,
+    is_rotated: bool,
+    device: str,
+    scale: float = 1,
+) -> None:
+    """The same into caches in four bits: a code may be its neighbour where float32 errors move a number across the border."""
+    num_heads, num_kv_heads, head_dim = heads
+    x = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, scale=scale, device=device)
+    half = random(num_tokens, 1, head_dim // 2, device=device)
+    both = torch.cat((half, half), dim=-1)
+    slots = torch.randperm(40)[:num_tokens]
+    slots[2::3] = -1
+    slots = slots.to(device)
+    shape = (5, 8, num_kv_heads, row_bytes(head_dim))
+    caches, expected_caches = (
+        [torch.full(shape, 0xFF, dtype=PACKED_DTYPE, device=device) for _ in "kv"] for _ in range(2)
+    )
+    turn = (both.cos(), both.sin())
+    wanted_turn = turn if is_rotated else (None, None)
+    expected = rope_write_reference(x, *wanted_turn, slots, *expected_caches)
+    with poisoned_memory():
+        actual = way(rope_write_op, "rope_write", device)(x, turn, slots, *caches, is_rotated=is_rotated)
+    assert_close(actual, expected.contiguous(), TURNED_TOLERANCES[dtype])
+    # Nothing turns V.
+    assert torch.equal(caches[1], expected_caches[1])
+    found, wanted = (one[0].flatten(0, 1) for one in (caches, expected_caches))
+    is_written = torch.zeros(len(found), dtype=torch.bool, device=device)
+    is_written[slots[slots >= 0]] = True
+    assert torch.equal(found[~is_written], wanted[~is_written])
+    found, wanted = found[is_written], wanted[is_written]
+    steps = wanted[..., head_dim // 2 :].clone().view(torch.float16).float()[..., :2]
+    error = (unpack(found) - unpack(wanted)).abs().unflatten(-1, (-1, 2))
+    assert (error <= steps[..., None, :] * 1.01 + 1e-6 * scale).all()
+    is_other = (found != wanted)[..., : head_dim // 2]
+    assert is_other.float().mean() < 0.01 or is_other.sum() < 3
+
+
 def check_rms_norm(device: str) -> None:
     """Shapes that are no powers of two, one row, none."""
     for num_rows, size, dtype, has_added in product((0, 1, 3), (1, 7, 576, 4096), DTYPES, (False, True)):
@@ -128,6 +171,30 @@ def check_rope_write(device: str) -> None:
     a_write(7, (3, 1, 80), torch.bfloat16, torch.float8_e4m3fn, False, device, scale=400)
 
 
+def check_write_in_four_bits(device: str) -> None:
+    """All sizes of heads that there are, dtypes, padding rows, no tokens."""
+    for num_tokens, heads, is_rotated in product((0, 1, 7), PACKED_HEADS, (True, False)):
+        a_packed_write(num_tokens, heads, torch.float32, is_rotated, device)
+    for dtype, scale in product(DTYPES, (1e-3, 1, 100)):
+        a_packed_write(7, (9, 3, 64), dtype, True, device, scale)
+
+
+def check_what_four_bits_cannot_hold(device: str) -> None:
+    """NaN stays in its group of its row, numbers beyond fp16 saturate, and equal ones are exact."""
+    x = torch.ones(1, 3, 16, device=device)
+    x[0, 2, 3] = float("nan")
+    x[0, 2, 0::2] = 1e30
+    caches = [torch.zeros(1, 1, 1, row_bytes(16), dtype=PACKED_DTYPE, device=device) for _ in "kv"]
+    angles, slots = torch.zeros(1, 1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    way(rope_write_op, "rope_write", device)(x, (angles, angles), slots, *caches, is_rotated=False)
+    keys, values = (unpack(cache).flatten() for cache in caches)
+    # A row of ones, turned: all of it in the first channel.
+    assert abs(keys[0] - 4) <= 4 * 2**-11
+    assert not keys[1:].any()
+    assert values[1::2].isnan().all()
+    assert (values[0::2] >= 65504).all()
+
+
 def check_what_float8_cannot_hold(device: str) -> None:
     """Infinity saturates, NaN stays, as in `block_copy`."""
     x = torch.tensor([[449.0, -1e30, float("inf"), float("nan")]] * 3, device=device).view(1, 3, 4)
@@ -150,6 +217,14 @@ def check_odd_shapes(device: str) -> None:
         a_norm(num_rows, size, dtype, has_added, device, scale)
         a_gate(num_rows, size, dtype, device, min(scale, 5))
 
+    @settings(max_examples=10, deadline=None, database=None)
+    @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 4), st.integers(4, 7), dtypes, st.booleans())
+    def packed_writes(
+        num_tokens: int, group: int, num_kv_heads: int, log_dim: int, dtype: torch.dtype, is_rotated: bool
+    ) -> None:
+        heads = (group * num_kv_heads, num_kv_heads, 2**log_dim)
+        a_packed_write(num_tokens, heads, dtype, is_rotated, device)
+
     @settings(max_examples=25, deadline=None, database=None)
     @given(
         st.integers(0, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 70), dtypes, st.booleans()
@@ -162,6 +237,7 @@ def check_odd_shapes(device: str) -> None:
 
     norms_and_gates()
     writes()
+    packed_writes()
 
 
 if __name__ == "__main__":

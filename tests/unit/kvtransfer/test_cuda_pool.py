@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvtransfer.errors import PoolUnreachable
-from kvtransfer.layout import DTYPE_BYTES
+from kvtransfer.layout import DTYPE_BITS
 from kvtransfer.pool import KvSpan, span_bytes, span_of
 from kvtransfer.transports import cuda_driver, cuda_ipc
 from kvtransfer.transports.cuda_driver import Allocation
@@ -16,9 +16,9 @@ from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from kvtransfer.transports.cuda_mapping import this_process
 from phasewise_kernels.block_copy.reference import checksum_reference, convert
 from tests.support.block_copy_pools import bits_of
-from tests.support.cuda_layouts import a_span, layout_of, pool_tensor, values_in
+from tests.support.cuda_layouts import a_span, kept_in, layout_of, pool_tensor
 
-DTYPES = tuple(DTYPE_BYTES)
+DTYPES = tuple(DTYPE_BITS)
 
 
 def a_pool(
@@ -56,8 +56,7 @@ def test_what_is_read_is_in_the_order_of_the_wire_with_its_crc32c(dtype: str) ->
     span = a_span(pool.layout)
     out = bytearray(span_bytes(span, pool.layout))
     assert pool.read(span, memoryview(out)) == google_crc32c.value(bytes(out))
-    values = torch.frombuffer(out, dtype=getattr(torch, dtype)).float()
-    assert torch.equal(values, values_in(kv_cache, pool.layout, span).reshape(-1))
+    assert out == bits_of(kept_in(kv_cache, pool.layout, span)).numpy().tobytes()
     assert pool.checksum(span, "cuda_ipc") == checksum_reference(bytes(out))
 
 
@@ -71,8 +70,8 @@ def test_what_is_written_is_converted_and_leaves_the_rest_alone(dtype: str, own_
     before = kv_cache.clone()
     into = a_span(pool.layout, (30, 67), seed=6)
     assert pool.write(into, memoryview(payload), dtype) == google_crc32c.value(bytes(payload))
-    expected = convert(values_in(source_cache, source.layout, span), kv_cache.dtype).float()
-    assert torch.equal(values_in(kv_cache, pool.layout, into), expected)
+    expected = convert(kept_in(source_cache, source.layout, span), kv_cache.dtype)
+    assert torch.equal(bits_of(kept_in(kv_cache, pool.layout, into)), bits_of(expected))
     assert (bits_of(kv_cache) != bits_of(before)).sum() <= expected.numel() * kv_cache.itemsize
 
 
@@ -82,8 +81,8 @@ def test_a_pull_gives_the_checksum_that_the_owner_announces(dtype: str, own_dtyp
     pool, kv_cache = a_pool(own_dtype, 32, heads=(1, 4), seed=5)
     span, into = a_span(source.layout), a_span(pool.layout, seed=6)
     assert mapped(source, source_cache).pull(span, pool, into) == source.checksum(span, "cuda_ipc")
-    expected = convert(values_in(source_cache, source.layout, span), kv_cache.dtype).float()
-    assert torch.equal(values_in(kv_cache, pool.layout, into), expected)
+    expected = convert(kept_in(source_cache, source.layout, span), kv_cache.dtype)
+    assert torch.equal(bits_of(kept_in(kv_cache, pool.layout, into)), bits_of(expected))
 
 
 def test_a_pool_of_the_host_can_be_filled_too() -> None:

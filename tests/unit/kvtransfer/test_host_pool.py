@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.host_pool import HostPool, pool_shape
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.host_pool import HostPool
+from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvSpan, span_bytes, span_of
+from kvtransfer.pool_tensor import pool_shape
 from kvtransfer.shared_memory import SharedMemory
 from kvtransfer.transports import in_process
+from tests.support.kv_dtypes import PLAIN_DTYPES
 
 LAYOUT = KvLayout("model", "float32", 4, 3, 6, 8, "rope")
 SPAN = KvSpan((5, 6, 1, 8), 2, 11, 1, 3, 0, 6)
@@ -57,7 +59,7 @@ def read(pool: HostPool, span: KvSpan) -> tuple[bytes, int]:
     return bytes(out), checksum
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES)
 @pytest.mark.parametrize(
     "span",
     [
@@ -94,7 +96,7 @@ def test_write_changes_the_span_and_nothing_else(span: KvSpan) -> None:
 @st.composite
 def pulls(draw: st.DrawFn) -> tuple[KvLayout, KvSpan, KvLayout, KvSpan]:
     """A span of one pool and where it goes in another of other blocks and other heads."""
-    dtype = draw(st.sampled_from(sorted(DTYPE_BYTES)))
+    dtype = draw(st.sampled_from(sorted(PLAIN_DTYPES)))
     head_dim = draw(st.sampled_from([1, 3, 8, 64]))
     num_heads = draw(st.integers(1, 4))
     layer_lo, layer_hi = sorted(draw(st.tuples(st.integers(0, 3), st.integers(0, 3))))
@@ -132,8 +134,8 @@ def test_a_pull_between_any_two_pools_is_plain_indexing(
     assert checksum == google_crc32c.value(as_bytes(wanted)) == source_pool.checksum(source, "in_process")
 
 
-@pytest.mark.parametrize("target_dtype", DTYPE_BYTES)
-@pytest.mark.parametrize("source_dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("target_dtype", PLAIN_DTYPES)
+@pytest.mark.parametrize("source_dtype", PLAIN_DTYPES)
 def test_every_pair_of_dtypes_converts_by_rounding_to_the_nearest(
     source_dtype: str, target_dtype: str
 ) -> None:

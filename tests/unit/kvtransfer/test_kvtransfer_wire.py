@@ -32,7 +32,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import KvRange
-from kvtransfer.layout import DTYPE_BYTES, KvLayout
+from kvtransfer.layout import DTYPE_BITS, KvLayout
 from kvtransfer.pool import PoolOffer
 from kvtransfer.wire import (
     CHUNK_HEADER_BYTES,
@@ -57,7 +57,7 @@ LAYOUTS = st.builds(
         model, dtype, *sizes[:2], max(sizes[2], heads[1]), sizes[3], position_encoding, *heads, weights
     ),
     REASONS,
-    st.sampled_from(sorted(DTYPE_BYTES)),
+    st.sampled_from(sorted(DTYPE_BITS)),
     st.tuples(COUNTS, COUNTS, COUNTS, COUNTS),
     REASONS,
     st.one_of(st.just((0, 0)), HEADS),

@@ -341,6 +341,7 @@ def test_kv_of_several_gpus_is_not_read_in_place() -> None:
         ),
         ("cpu", {"weightDtype": "fp8"}, "engine.weightDtype: is fp8; allowed on a CPU: float32 or bfloat16"),
         ("cpu", {"kvDtype": "fp8"}, "engine.kvDtype: is fp8; allowed on a CPU: auto"),
+        ("cpu", {"kvDtype": "int4"}, "engine.kvDtype: is int4; allowed on a CPU: auto"),
         ("cuda", {"spanReuse": {}}, "engine.spanReuse: is set; allowed: absent on a GPU"),
     ],
 )
@@ -390,8 +391,8 @@ def test_steps_of_a_gpu_with_both_phases_may_be_split() -> None:
     assert worker.engine.phase_sharing is PhaseSharing.PREDICTED
 
 
-def test_fp8_of_weights_and_of_kv_are_asked_for_apart() -> None:
-    for weights, kv in product((None, "fp8"), ("auto", "fp8")):
+def test_fewer_bits_of_weights_and_of_kv_are_asked_for_apart() -> None:
+    for weights, kv in product((None, "fp8"), ("auto", "fp8", "int4")):
         engine = {"kvDtype": kv} | ({"weightDtype": weights} if weights else {})
         workers = [group("w", "prefill", "decode", device="cuda", engine=engine)]
         (worker,) = worker_specs(parse(manifest(workers=workers)))
@@ -435,7 +436,7 @@ def test_group_names_differ() -> None:
         ("prefixCache", "on", 'is "on"; allowed: true or false'),
         ("prefixCache", 1, "is 1; allowed: true or false"),
         ("weightDtype", "float8", "allowed: float32 or bfloat16 or float16 or int8 or fp8; did you mean"),
-        ("kvDtype", "bfloat16", 'is "bfloat16"; allowed: auto or fp8'),
+        ("kvDtype", "bfloat16", 'is "bfloat16"; allowed: auto or fp8 or int4'),
         ("weightDtype", "INT8", "did you mean 'int8'?"),
         ("threads", 0, "is 0; allowed: a whole number from 1 to 1024"),
         ("threads", 1.5, "is 1.5; allowed: a whole number from 1 to 1024"),

@@ -1,4 +1,4 @@
-"""An engine with weights and KV in fp8: the forward pass of a GPU on a CPU, with its arithmetic."""
+"""An engine with weights and KV in fp8, or KV in four bits: the forward pass of a GPU on a CPU, with its arithmetic."""
 
 from dataclasses import replace
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from phasewise_kernels.block_copy.reference import convert
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, values_of
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 from phasewise_kernels.paged_attention.padded import paged_attention_padded
 from tests.support.device_engine import PROMPTS, TINY, DeviceEngine, greedy, random_weights
@@ -48,7 +50,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("is_fp8", "kv_dtype"), [(True, torch.float32), (False, FP8), (True, FP8)], ids=["weights", "kv", "both"]
+    ("is_fp8", "kv_dtype"),
+    [(True, torch.float32), (False, FP8), (True, FP8), (False, PACKED_DTYPE)],
+    ids=["weights", "kv", "both", "int4"],
 )
 def test_logits_are_near_those_of_float32(
     weights: dict[str, torch.Tensor], is_fp8: bool, kv_dtype: torch.dtype
@@ -76,7 +80,7 @@ def decodes_of(num_sequences: int, num_tokens: int) -> ForwardBatch:
     )
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float32, FP8])
+@pytest.mark.parametrize("kv_dtype", [torch.float32, FP8, PACKED_DTYPE])
 @pytest.mark.parametrize("num_sequences", [1, 3, 5, 8])
 def test_captured_steps_compute_what_eager_ones_do(
     weights: dict[str, torch.Tensor], kv_dtype: torch.dtype, num_sequences: int
@@ -94,8 +98,9 @@ def test_captured_steps_compute_what_eager_ones_do(
     assert (found[1] - found[0]).norm() < BORDERS * found[0].norm()
 
 
-def test_kv_in_fp8_moves_as_it_is() -> None:
-    kv_cache = torch.randn(2, 2, 3, 4, 1, 8).to(FP8)
+@pytest.mark.parametrize("kv_dtype", [FP8, PACKED_DTYPE])
+def test_kv_in_fewer_bits_moves_as_it_is(kv_dtype: torch.dtype) -> None:
+    kv_cache = convert(torch.randn(2, 2, 3, 4, 1, 16), kv_dtype)
     before = kv_cache.clone()
     copy_blocks(kv_cache, {2: 0})
     move_slots(kv_cache, torch.tensor([4, 5]), torch.tensor([5, 0]))
@@ -104,9 +109,10 @@ def test_kv_in_fp8_moves_as_it_is() -> None:
     assert torch.equal(moved[:, :, [4, 5]], flat[:, :, [5, 0]])
 
 
-def test_attention_over_kv_in_fp8_is_that_over_its_numbers() -> None:
+@pytest.mark.parametrize("kv_dtype", [FP8, PACKED_DTYPE])
+def test_attention_over_kv_in_fewer_bits_is_that_over_its_numbers(kv_dtype: torch.dtype) -> None:
     query = torch.randn(3, 4, 16)
-    caches = [torch.randn(5, 8, 2, 16).to(FP8) for _ in "kv"]
+    caches = convert(torch.randn(1, 2, 5, 8, 2, 16), kv_dtype)[0].unbind()
     batch = CudaAttentionBatch(
         torch.tensor([[1, 3], [2, 0]], dtype=torch.int32),
         torch.tensor([0, 2, 3], dtype=torch.int32),
@@ -116,7 +122,7 @@ def test_attention_over_kv_in_fp8_is_that_over_its_numbers() -> None:
         2,
         12,
     )
-    expected = paged_attention_padded(query, *(one.float() for one in caches), batch)
+    expected = paged_attention_padded(query, *(values_of(one, torch.float32) for one in caches), batch)
     assert torch.equal(paged_attention_padded(query, *caches, batch), expected)
 
 
@@ -137,6 +143,7 @@ def test_matrices_alone_are_in_fp8(weights: dict[str, torch.Tensor]) -> None:
         (WeightDtype.FP8, KvDtype.FP8, "bfloat16", "float8_e4m3fn"),
         (WeightDtype.FLOAT16, KvDtype.AUTO, "float16", "float16"),
         (WeightDtype.FLOAT32, KvDtype.FP8, "float32", "float8_e4m3fn"),
+        (WeightDtype.BFLOAT16, KvDtype.INT4, "bfloat16", "int4"),
     ],
 )
 def test_what_is_computed_in_and_what_kv_is_kept_in(
@@ -150,7 +157,9 @@ def test_the_latency_model_reads_fewer_bytes_and_multiplies_faster() -> None:
     config = replace(TINY, num_layers=32, vocab_size=1000)
     shapes = {
         dtype: (
-            model_shape(config, "m", dtype, kv_value_bytes=1 if dtype is WeightDtype.FP8 else 2),
+            model_shape(
+                config, "m", dtype, kv_head_bytes=(1 if dtype is WeightDtype.FP8 else 2) * config.head_dim
+            ),
             gpu_shape("gpu", 80 * 10**9, dtype),
         )
         for dtype in (WeightDtype.BFLOAT16, WeightDtype.FP8)

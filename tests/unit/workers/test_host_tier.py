@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvtransfer.codecs.codec import CodecId, PageShape
+from phasewise_kernels.block_copy.reference import convert
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, unpack_kv
 from tests.support.engine_fakes import BOTH, CLAIM_S, CONFIG, DECODE, PREFILL, expanded, submit
 from tests.support.engine_model import PLAIN, EngineWithModel
 from tests.support.kv_memory import FactPacker, KvMemory
@@ -612,12 +614,15 @@ def test_whatever_is_evicted_and_restored_tokens_are_the_same(
 
 
 def cache_of(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """3 layers, 5 blocks of 4 tokens, 2 heads of 8."""
+    """3 layers, 5 blocks of 4 tokens, 2 heads of 8; of 16 in four bits."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(3, 2, 5, SIZE, 2, 8, generator=generator).to(dtype)
+    head_dim = 16 if dtype == PACKED_DTYPE else 8
+    return convert(torch.randn(3, 2, 5, SIZE, 2, head_dim, generator=generator), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, PACKED_DTYPE]
+)
 def test_a_packed_block_comes_back_into_any_block(dtype: torch.dtype) -> None:
     kv_cache = cache_of(dtype)
     packer = KvPacker(kv_cache)
@@ -685,6 +690,16 @@ def test_a_codec_packs_and_unpacks(dtype: torch.dtype) -> None:
     assert packed is not None
     packer.unpack(packed, 1)
     assert torch.equal(kv_cache[:, :, 1], kv_cache[:, :, 3].half().to(dtype))
+
+
+def test_a_codec_packs_the_numbers_of_rows_in_four_bits() -> None:
+    kv_cache = cache_of(PACKED_DTYPE)
+    packer = KvPacker(kv_cache, HalfCodec())
+    packed = packer.pack(3)
+    assert packed is not None
+    assert packed.data.nbytes == packer.block_bytes == 3 * 2 * SIZE * 2 * 16 * 2
+    packer.unpack(packed, 1)
+    assert torch.equal(kv_cache[:, :, 1], convert(unpack_kv(kv_cache[:, :, 3]).half(), PACKED_DTYPE))
 
 
 def test_what_the_codec_cannot_pack_is_not_packed(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, values_of
 from phasewise_kernels.rms_norm.op import rms_norm
 from tests.support.tiny_model import write_tiny_gguf
 from workers.api import ImageReduction
@@ -16,7 +17,7 @@ from workers.model import reduction
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
 from workers.model.prepare import load_weights, prepare
-from workers.model.reduction import FilteringBatch, attention_given, filter_layers
+from workers.model.reduction import FilteringBatch, attention_given, device_attention, filter_layers
 
 BLOCK_SIZE = 4
 NUM_TOKENS, PICTURE = 24, range(3, 17)
@@ -127,6 +128,27 @@ def _masked(model: Llama, batch: FilteringBatch, next_token: int) -> tuple[torch
         states.append(model._lm_head(rms_norm(state, model._norm, config.rms_norm_eps, added=added)))
     rows = left[:NUM_TOKENS].nonzero()[:, 0].tolist()
     return torch.stack((states[0][NUM_TOKENS - 1], states[1][NUM_TOKENS])), rows
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, PACKED_DTYPE])
+def test_the_filter_reads_keys_in_fewer_bits(
+    model: Llama, monkeypatch: pytest.MonkeyPatch, kv_dtype: torch.dtype
+) -> None:
+    """As on a GPU: the attention of one takes such caches."""
+    monkeypatch.setattr(reduction, "host_attention", device_attention)
+    batch = _batch(model, individual=0.05)
+    exact = model.forward_filtering(batch, _cache(model))
+    shape = model.kv_cache_shape(8, BLOCK_SIZE, is_packed=kv_dtype == PACKED_DTYPE)
+    cache = torch.zeros(shape).to(kv_dtype)
+    found = model.forward_filtering(batch, cache)
+    assert 0 < len(found.rows) < NUM_TOKENS
+    # Few tokens are at the border.
+    assert len(set(found.rows.tolist()) ^ set(exact.rows.tolist())) <= 3
+    assert (found.logits - exact.logits).norm() < 0.3 * exact.logits.norm()
+    # Those that are left have the first slots.
+    slots = batch.slots(torch.arange(NUM_TOKENS))
+    told = values_of(cache[-1, 0].flatten(0, 1)[slots], torch.float32).abs().sum((1, 2))
+    assert told[: len(found.rows)].all()
 
 
 def test_when_nothing_leaves_logits_and_kv_are_those_of_a_plain_prefill(model: Llama) -> None:

@@ -23,7 +23,7 @@ from workers.api import (
     WorkerId,
     WorkerSpec,
 )
-from workers.device.placing import check_fp8, check_spec
+from workers.device.placing import check_dtypes, check_spec
 from workers.errors import NotOnCpu, NotOnGpu, SharingUnsupported, UnsupportedModel
 from workers.loading import load
 
@@ -98,21 +98,33 @@ def test_the_layout_of_kv_names_what_weights_are_kept_in(
 def test_matrices_of_odd_sizes_are_refused_in_fp8_alone() -> None:
     config = replace(TINY, intermediate_size=264)
     spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
-    check_fp8(spec, config)
+    check_dtypes(spec, config)
     spec = replace(spec, engine=EngineConfig(weight_dtype=WeightDtype.FP8))
-    check_fp8(spec, TINY)
+    check_dtypes(spec, TINY)
     with pytest.raises(UnsupportedModel, match=r"has 128 x 264 numbers in down, with .*multiples of 16"):
-        check_fp8(spec, config)
+        check_dtypes(spec, config)
+
+
+def test_heads_that_cannot_be_turned_are_refused_with_kv_in_four_bits_alone() -> None:
+    config = replace(TINY, head_dim=80)
+    spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
+    check_dtypes(spec, config)
+    spec = replace(spec, engine=EngineConfig(kv_dtype=KvDtype.INT4))
+    check_dtypes(spec, TINY)
+    with pytest.raises(
+        UnsupportedModel, match=r"heads of 80 channels, with engine.kvDtype int4.*power of two"
+    ):
+        check_dtypes(spec, config)
 
 
 def test_kv_in_fp8_of_a_model_whose_keys_may_be_large_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     spec = WorkerSpec(WorkerId("w"), 1, frozenset({Phase.DECODE}), "m", device=Device.CUDA)
     fp8 = replace(spec, engine=EngineConfig(kv_dtype=KvDtype.FP8))
     with_bias = replace(TINY, has_qkv_bias=True)
-    check_fp8(spec, with_bias)
-    check_fp8(fp8, TINY)
+    check_dtypes(spec, with_bias)
+    check_dtypes(fp8, TINY)
     assert not caplog.records
-    check_fp8(fp8, with_bias)
+    check_dtypes(fp8, with_bias)
     assert "kv_in_fp8_may_saturate worker_id=w" in caplog.text
 
 

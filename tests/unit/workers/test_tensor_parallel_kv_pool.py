@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvtransfer.host_pool import HostPool
 from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvSpan, span_bytes
+from kvtransfer.pool_tensor import pool_shape
 from workers.tensor_parallel.kv_pool import GroupPool
 
 LAYOUT = KvLayout(
@@ -97,6 +98,29 @@ def test_a_group_keeps_kv_in_fp8_as_one_pool_does() -> None:
         one.read(span, memoryview(found[-1]))
     assert found[0] == found[1]
     assert torch.frombuffer(found[0], dtype=torch.float8_e4m3fn).float().abs().max() == 448
+
+
+def test_a_group_keeps_kv_in_four_bits_as_one_pool_does() -> None:
+    layout = replace(LAYOUT, dtype="int4", head_dim=16)
+    span = KvSpan((4, 0, 2), 1, 9, 0, 3, 0, 4)
+    wide = replace(layout, dtype="bfloat16")
+    source = HostPool(torch.randn(pool_shape(wide, 6)).bfloat16(), wide)
+    payload = memoryview(bytearray(span_bytes(span, wide)))
+    source.read(span, payload)
+    parts = [replace(layout, head_lo=lo, head_hi=hi) for lo, hi in HEADS[2]]
+    caches = [torch.zeros(pool_shape(one, 6), dtype=torch.uint8) for one in parts]
+    reach = [partial(torch.Tensor.view_as, one, one) for one in caches]
+    pools = [
+        HostPool(torch.zeros(pool_shape(layout, 6), dtype=torch.uint8), layout),
+        GroupPool(reach, HEADS[2], layout, 6, lambda: None),
+    ]
+    found = []
+    for one in pools:
+        one.write(span, payload, "bfloat16")
+        found.append(bytearray(span_bytes(span, one.layout)))
+        one.read(span, memoryview(found[-1]))
+    assert found[0] == found[1]
+    assert any(found[0])
 
 
 def test_nothing_is_written_before_what_rank_0_has_launched_has_ended(

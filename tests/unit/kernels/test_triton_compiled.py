@@ -1,0 +1,107 @@
+"""Kernels that the interpreter runs are compiled for a GPU too, which needs none: it says what the interpreter does not mind."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phasewise_kernels.kv_int4.rows import row_bytes
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+#: An H100's.
+CAPABILITY = 90
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> str:
+    """Its PTX. types: of the arguments that are no constants; pointers lie at multiples of 16 bytes, as torch has them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_for
+
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name][0] == "*"}
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    ptx: str = compile_for(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options).asm["ptx"]
+    return ptx
+
+
+def attention_types(**more: str) -> dict[str, str]:
+    pointers = {
+        "query": "*bf16",
+        "k_cache": "*u8",
+        "v_cache": "*u8",
+        "out": "*bf16",
+        "block_tables": "*i32",
+        "query_starts": "*i32",
+        "context_lens": "*i32",
+        "tree_masks": "*i64",
+        "partial_lse": "*fp32",
+        "partial_outputs": "*fp32",
+        "semaphores": "*i32",
+    }
+    numbers = ("num_sequences", "window", "q_token", "q_head", "out_token", "out_head", "table_stride")
+    return pointers | dict.fromkeys(numbers, "i32") | {"scale": "fp32"} | more
+
+
+def attention_constants(**more: Any) -> dict[str, Any]:
+    row = row_bytes(HEAD_DIM)
+    strides = {"block": BLOCK_SIZE * NUM_KV_HEADS * row, "slot": NUM_KV_HEADS * row, "head": row}
+    shape = {
+        "num_kv_heads": NUM_KV_HEADS,
+        "group": NUM_HEADS // NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "block_size": BLOCK_SIZE,
+        "block_d": HEAD_DIM,
+        "block_sequences": 64,
+        "has_window": True,
+        "has_tree": True,
+    }
+    return {f"{one}_{name}": size for one in "kv" for name, size in strides.items()} | shape | more
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def test_decode_over_a_cache_in_four_bits() -> None:
+    from phasewise_kernels.paged_attention.lean_triton import lean_kernel
+
+    constants = attention_constants(block_m=16, block_r=16, tile_tokens=32, max_query_len=4)
+    ptx = compiled(lean_kernel, attention_types(), constants, num_warps=2, num_stages=4)
+    # Codes are on their way to shared memory while others are multiplied.
+    assert "cp.async" in ptx
+
+
+def test_chunks_over_a_cache_in_four_bits() -> None:
+    from phasewise_kernels.paged_attention.chunk_triton import chunk_kernel
+
+    types = attention_types(num_groups="i32", part_tokens="i32")
+    constants = attention_constants(block_m=128, tile_tokens=64, min_query_len=5, max_waves=4, merged_rows=32)
+    assert "cp.async" in compiled(chunk_kernel, types, constants, num_warps=8, num_stages=4)
+
+
+def test_rotation_and_write_into_a_cache_in_four_bits() -> None:
+    from phasewise_kernels.rope_write.int4_kernel import rope_write_int4_kernel
+
+    types = dict.fromkeys(("heads", "cos", "sin", "query"), "*bf16") | {
+        "slots": "*i64",
+        "keys": "*u8",
+        "values": "*u8",
+        "factor": "fp32",
+    }
+    constants = {
+        "num_heads": NUM_HEADS,
+        "num_kv_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "log_dim": 7,
+        "row_bytes": row_bytes(HEAD_DIM),
+        "heads_block": 8,
+        "is_rotated": True,
+    }
+    assert "st.global" in compiled(rope_write_int4_kernel, types, constants, num_warps=2)
