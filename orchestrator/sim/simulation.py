@@ -115,7 +115,8 @@ class Simulation:
         shape = NetworkShape(config.latency.device.transfer_bytes_per_s, config.message_s)
         network_rng, cluster_rng = random.Random(rng.random()), random.Random(rng.random())
         network = SimNetwork(self.timers, shape, network_rng, random.Random(rng.random()))
-        self._start_s = start_s = config.load_s + WARM_S
+        # The controller has seen by then that all are ready.
+        self._start_s = start_s = config.load_s + max(WARM_S, 2 * config.tick_s)
         world = WorkerWorld(
             config.latency.model,
             config.latency,

@@ -125,11 +125,9 @@ class EpdSteady:
 
 def _donated(cluster: ClusterLoad, found: epd_queue.Switch) -> Sequence[Switch]:
     """By the worker of that phase alone which has least to do."""
-    donors = _donors(cluster, found.source)
-    if not donors:
-        return ()
     donor = min(
-        donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
+        _donors(cluster, found.source),
+        key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id),
     )
     return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
 

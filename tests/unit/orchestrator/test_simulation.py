@@ -268,6 +268,15 @@ def test_a_record_says_where_the_time_of_a_request_went() -> None:
     assert max(waits_s) > 10 * min(waits_s)
 
 
+def test_requests_come_once_a_controller_that_looks_seldom_has_seen_the_workers() -> None:
+    shape = next(iter(SHAPES.values()))
+    config = SimConfig(shape, LLAMA_ON_H100, load_s=1.0, tick_s=20.0)
+    result = Simulation(config, random_load(seed=3), 5.0).run()
+    waits_s = [record.gateway.queue_s for record in result.load.records if record.gateway]
+    assert len(waits_s) == len(result.load.records)
+    assert max(waits_s) < 5.0
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_run_leaves_nothing_to_the_garbage_collector(shape: str) -> None:
     """It is off in a run: a request that stayed with its tokens would fill the memory of a long one."""
