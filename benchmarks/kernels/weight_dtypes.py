@@ -84,15 +84,12 @@ def _host_way(model: Llama) -> Way:
 
 
 def _kv_way(model: Llama, dtype: torch.dtype) -> Way:
-    shape = model.kv_cache_shape(
-        -(-CONTEXT_TOKENS // BLOCK_SIZE), BLOCK_SIZE, is_packed=dtype == PACKED_DTYPE
-    )
-    kv_cache = torch.zeros(shape).to(dtype)
+    kv_cache = torch.zeros(_cache_shape(model, dtype)).to(dtype)
     return DeviceForward(model, kv_cache, max_context_tokens=CONTEXT_TOKENS)
 
 
-def _cache_shape(model: Llama) -> tuple[int, ...]:
-    return model.kv_cache_shape(-(-CONTEXT_TOKENS // BLOCK_SIZE), BLOCK_SIZE)
+def _cache_shape(model: Llama, dtype: torch.dtype = torch.float32) -> tuple[int, ...]:
+    return model.kv_cache_shape(-(-CONTEXT_TOKENS // BLOCK_SIZE), BLOCK_SIZE, dtype)
 
 
 def errors(found_ways: dict[str, Way], token_ids: torch.Tensor) -> dict[str, dict[str, float]]:

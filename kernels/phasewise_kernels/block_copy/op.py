@@ -1,17 +1,17 @@
 """KV of some tokens from one block pool to another on a GPU, with a checksum of what was read.
 
 One kernel reads each vector of 16 bytes once, stores it, converted where the pools differ in dtype, and adds it to the
-checksum. On the CPU, for rows that are not whole vectors, and from or to rows in four bits, `reference.py` runs.
+checksum. On the CPU, and for rows that are not whole vectors, `reference.py` runs; from or to rows in four bits it converts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 
 from phasewise_kernels.block_copy import reference
-from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows
+from phasewise_kernels.block_copy.reference import VECTOR_BYTES, TokenRows, contiguous_rows
 from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 
 
@@ -67,11 +67,10 @@ def start_block_copy(
     is_by_kernel = device.type != "cpu" and _is_in_vectors(source)
     if target is None:
         return _by_kernel(source, None, True, tuning) if is_by_kernel else _by_reference(source, None, True)
-    is_repacked = source.kv_cache.dtype != target.kv_cache.dtype and PACKED_DTYPE in (
-        source.kv_cache.dtype,
-        target.kv_cache.dtype,
-    )
-    if is_repacked or not (is_by_kernel and _is_in_vectors(target)):
+    dtypes = {source.kv_cache.dtype, target.kv_cache.dtype}
+    if len(dtypes) > 1 and PACKED_DTYPE in dtypes:
+        return _repacked(source, target, is_checked, tuning)
+    if not (is_by_kernel and _is_in_vectors(target)):
         return _by_reference(source, target, is_checked)
     return _by_kernel(source, target, is_checked, tuning)
 
@@ -81,6 +80,16 @@ def _is_in_vectors(rows: TokenRows) -> bool:
     head_bytes = cache.shape[-1] * cache.itemsize
     sizes = (rows.row_bytes, rows.heads[0] * head_bytes, cache.shape[-2] * head_bytes, cache.data_ptr())
     return all(size % VECTOR_BYTES == 0 for size in sizes)
+
+
+def _repacked(source: TokenRows, target: TokenRows, is_checked: bool, tuning: Tuning) -> torch.Tensor:
+    """From or to rows in four bits: first to the target's device as they are, then layer by layer, as numbers take many times the room."""
+    kept = torch.empty(source.shape, dtype=source.kv_cache.dtype, device=target.kv_cache.device)
+    partials = start_block_copy(source, contiguous_rows(kept), is_checked=is_checked, tuning=tuning)
+    for i, layer in enumerate(range(*target.layers)):
+        converted = reference.convert(kept[i : i + 1], target.kv_cache.dtype)
+        reference.scatter(converted, replace(target, layers=(layer, layer + 1)))
+    return partials
 
 
 def _by_reference(source: TokenRows, target: TokenRows | None, is_checked: bool) -> torch.Tensor:

@@ -31,6 +31,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
 _MASK = 2**64 - 1
+#: Vectors whose words are 64-bit numbers at a time: they take several times the room.
+_PIECE_VECTORS = 2**18
 #: Largest finite float8_e4m3fn.
 _FP8_MAX = 448.0
 
@@ -126,11 +128,15 @@ def partial_checksums(kv: torch.Tensor) -> torch.Tensor:
     """[at least 1] int64, on the device of kv (contiguous), whose sum mod 2**64 is its checksum."""
     data = kv.reshape(-1).view(torch.uint8)
     data = torch.nn.functional.pad(data, (0, -len(data) % VECTOR_BYTES))
-    words = data.view(torch.int32).view(-1, 4).long() & 0xFFFFFFFF
     factors = torch.tensor([_signed(factor) for factor in WORD_FACTORS], device=kv.device)
-    positions = torch.arange(len(words), device=kv.device)
-    # Products and sums of int64 wrap.
-    return ((words * factors).sum(1) * _coefficients(positions)).sum().view(1)
+    sums = []
+    vectors = data.view(torch.int32).view(-1, 4)
+    for first in range(0, max(1, len(vectors)), _PIECE_VECTORS):
+        words = vectors[first : first + _PIECE_VECTORS].long() & 0xFFFFFFFF
+        positions = first + torch.arange(len(words), device=kv.device)
+        # Products and sums of int64 wrap.
+        sums.append(((words * factors).sum(1) * _coefficients(positions)).sum())
+    return torch.stack(sums)
 
 
 def checksum_reference(payload: bytes) -> int:

@@ -25,7 +25,8 @@ from phasewise_kernels.kv_int4.rows import SCALES_BYTES
 #: Of packed caches, which are told by it.
 PACKED_DTYPE = torch.uint8
 _TOP = 15
-_MAX_FP16 = 65504.0
+#: Of numbers: fifteen steps from the least of them, with their scale rounded up, fp16 is not at its end.
+_LARGEST = 65024.0
 
 
 def head_dim_of(cache: torch.Tensor) -> int:
@@ -41,12 +42,12 @@ def turned(x: torch.Tensor) -> torch.Tensor:
 def pack(x: torch.Tensor) -> torch.Tensor:
     """x: [..., head_dim] of any float dtype; keys are `turned` before. Returns [..., row_bytes] uint8, contiguous.
 
-    Beyond what fp16 holds minima and scales saturate. A group with a NaN becomes NaN.
+    Beyond 65024 numbers saturate. A group with a NaN becomes NaN.
     """
-    groups = torch.stack((x[..., 0::2], x[..., 1::2]), -2).float()
+    groups = torch.stack((x[..., 0::2], x[..., 1::2]), -2).float().clamp(-_LARGEST, _LARGEST)
     low = groups.amin(-1, keepdim=True)
-    scales = _as_fp16((groups.amax(-1, keepdim=True) - low) / _TOP)
-    minima = _as_fp16(low)
+    scales = ((groups.amax(-1, keepdim=True) - low) / _TOP).half()
+    minima = low.half()
     steps = (groups - minima.float()) / torch.where(scales == 0, 1.0, scales.float())
     codes = steps.round().clamp(0, _TOP).nan_to_num(0.0).to(torch.uint8)
     # [..., word, group, channel of it], as four bits each.
@@ -81,7 +82,3 @@ def pack_kv(kv: torch.Tensor) -> torch.Tensor:
 def unpack_kv(rows: torch.Tensor) -> torch.Tensor:
     """The reverse: [num_layers, 2, ..., head_dim] fp32."""
     return torch.stack((turned(unpack(rows[:, 0])), unpack(rows[:, 1])), 1)
-
-
-def _as_fp16(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-_MAX_FP16, _MAX_FP16).half()

@@ -356,6 +356,10 @@ def _check(
         raise ValueError(f"a query in {query.dtype} over caches in {k_cache.dtype} and {v_cache.dtype}")
     if {tensor.stride(-1) for tensor in (query, k_cache, v_cache)} != {1}:
         raise ValueError("values of a head do not follow each other in memory")
+    if k_cache.dtype == PACKED_DTYPE and any(
+        one % 8 for one in (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    ):
+        raise ValueError("rows in four bits do not begin at multiples of 8 bytes")
 
 
 def _shape(query: torch.Tensor, k_cache: torch.Tensor) -> dict[str, Any]:

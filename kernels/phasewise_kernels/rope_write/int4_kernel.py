@@ -14,7 +14,8 @@ from phasewise_kernels.kv_codec.triton_kernel import rotate, round_even
 _F = TypeVar("_F", bound=Callable[..., Any])
 _jit: Callable[[_F], Any] = triton.jit
 
-_MAX_FP16 = tl.constexpr(65504.0)
+#: As in kv_int4/op.py.
+_LARGEST = tl.constexpr(65024.0)
 _TOP = tl.constexpr(15.0)
 _FP16 = tl.constexpr(tl.pointer_type(tl.float16))
 _INT32 = tl.constexpr(tl.pointer_type(tl.int32))
@@ -24,10 +25,10 @@ _INT32 = tl.constexpr(tl.pointer_type(tl.int32))
 def _group(x):  # type: ignore[no-untyped-def] # Triton looks at annotations, and knows but its own
     """x: [heads_block, channels] of a group. Its codes, and its scale and minimum, [heads_block] fp16; NaN where there is one."""
     is_number = tl.min((x == x).to(tl.int32), axis=1) > 0
+    x = tl.clamp(x, -_LARGEST, _LARGEST)
     low = tl.min(x, axis=1)
-    scales = tl.div_rn(tl.max(x, axis=1) - low, tl.full(low.shape, _TOP, tl.float32))
-    scales = tl.minimum(scales, _MAX_FP16).to(tl.float16)
-    minima = tl.clamp(low, -_MAX_FP16, _MAX_FP16).to(tl.float16)
+    scales = tl.div_rn(tl.max(x, axis=1) - low, tl.full(low.shape, _TOP, tl.float32)).to(tl.float16)
+    minima = low.to(tl.float16)
     wide = scales.to(tl.float32)
     steps = tl.div_rn(
         x - minima.to(tl.float32)[:, None],

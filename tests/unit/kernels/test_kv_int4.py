@@ -70,10 +70,14 @@ def test_nan_stays_in_its_group_and_what_is_too_large_saturates() -> None:
     x = torch.ones(2, 32)
     x[0, 3] = float("nan")
     x[1, 0::2] = 1e30
+    x[1, 1::2] = torch.tensor([float("inf"), -1e30] * 8)
     found = unpack(pack(x))
     assert found[0, 1::2].isnan().all()
     assert torch.equal(found[0, 0::2], x[0, 0::2])
-    assert (found[1, 0::2] == 65504).all()
+    assert (found[1, 0::2] == 65024).all()
+    # What attention makes of them in fp16 is a number too.
+    assert found[1].half().isfinite().all()
+    assert found[1, 1::4].min() > 0 > found[1, 3::4].max()
 
 
 def test_caches_are_told_apart_by_their_dtype() -> None:

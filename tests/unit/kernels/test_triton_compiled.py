@@ -10,12 +10,14 @@ from phasewise_kernels.kv_int4.rows import row_bytes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-#: An H100's.
-CAPABILITY = 90
+#: An A100's, the oldest that is supported, and an H100's.
+CAPABILITIES = (80, 90)
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 
 
-def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> str:
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], *, capability: int = 90, **options: int
+) -> str:
     """Its PTX. types: of the arguments that are no constants; pointers lie at multiples of 16 bytes, as torch has them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -26,7 +28,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name][0] == "*"}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs, aligned)
-    ptx: str = compile_for(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options).asm["ptx"]
+    ptx: str = compile_for(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     return ptx
 
 
@@ -69,11 +71,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def test_decode_over_a_cache_in_four_bits() -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_decode_over_a_cache_in_four_bits(capability: int) -> None:
     from phasewise_kernels.paged_attention.lean_triton import lean_kernel
 
     constants = attention_constants(block_m=16, block_r=16, tile_tokens=32, max_query_len=4)
-    ptx = compiled(lean_kernel, attention_types(), constants, num_warps=2, num_stages=4)
+    ptx = compiled(
+        lean_kernel, attention_types(), constants, capability=capability, num_warps=2, num_stages=4
+    )
     # Codes are on their way to shared memory while others are multiplied.
     assert "cp.async" in ptx
 
