@@ -7,22 +7,19 @@ import torch
 
 from kvtransfer.codecs.codec import CodecId, PageShape
 from kvtransfer.frames import Chunk
-from kvtransfer.layout import INT4, KvLayout
+from kvtransfer.layout import KvLayout
 from kvtransfer.pool import KvSpan
 from kvtransfer.pool_tensor import payload_tensor
-from phasewise_kernels.kv_int4.op import unpack_kv
 
 
 def pack_chunk(plain: memoryview, span: KvSpan, layout: KvLayout, codec: CodecId) -> tuple[bytes, int]:
-    """What travels of a span, and its CRC32C. plain: as `KvPool.read` gives it."""
+    """What travels of a span, and its CRC32C. plain: as `KvPool.read` of a pool that is not in four bits gives it."""
     from kvtransfer.codecs.codecs import codec as codec_of
 
     shape = PageShape(
         span.layer_hi - span.layer_lo, span.num_tokens, span.head_hi - span.head_lo, layout.head_dim
     )
     kv = payload_tensor(torch.frombuffer(plain, dtype=torch.uint8), span, layout, layout.dtype)
-    if layout.dtype == INT4:
-        kv = unpack_kv(kv)
     packer = codec_of(codec)
     packed = bytearray(packer.packed_bytes(shape))
     packer.pack(kv, memoryview(packed))

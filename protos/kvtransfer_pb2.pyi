@@ -298,7 +298,7 @@ class KvLayout(_message.Message):
     WEIGHT_DTYPE_FIELD_NUMBER: _builtins.int
     model_digest: _builtins.str
     dtype: _builtins.str
-    """"float32", "bfloat16", "float16", "float8_e4m3fn"."""
+    """"float32", "bfloat16", "float16", "float8_e4m3fn", "int4"."""
     block_size: _builtins.int
     """Tokens per block."""
     num_layers: _builtins.int

@@ -130,7 +130,7 @@ class KvDtype(StrEnum):
     AUTO = "auto"
     #: e4m3 without a scale: half of the memory. On a GPU alone, of compute capability 8.9 or newer.
     FP8 = "fp8"
-    #: Four bits, with scales and minima for each head of a token: less than a third of the memory. On a GPU alone.
+    #: Four bits, with scales and minima for each head of a token: less than a third of the memory with heads of 64 or more. On a GPU alone.
     INT4 = "int4"
 
 

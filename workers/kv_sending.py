@@ -114,12 +114,12 @@ class KvSending:
 
     def _codec(self, start: StartTransfer) -> CodecId:
         """How this transfer's chunks are packed, if they have to travel."""
-        if self._config.codec is not None:
-            return self._config.codec
         layout = self._host.pool.layout
         if layout.dtype == INT4:
-            # Nothing makes it smaller.
+            # It is packed already.
             return CodecId.NONE
+        if self._config.codec is not None:
+            return self._config.codec
         num_bytes = start.num_tokens * layout.num_layers * layout.token_bytes
         codec, reason = choose_codec(
             AUTO_CODECS,

@@ -85,6 +85,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"argument --weight-dtype: with --device {arguments.device} it is one of {', '.join(dtypes)}"
     if arguments.kv_dtype != KvDtype.AUTO and not is_on_gpu:
         return f"argument --kv-dtype: with --device {arguments.device} it is {KvDtype.AUTO}"
+    if arguments.kv_dtype == KvDtype.INT4 and arguments.host_cache_codec != HostCacheCodec.NONE:
+        return f"argument --host-cache-codec: with --kv-dtype {KvDtype.INT4}, which is packed already, it is {HostCacheCodec.NONE}"
     if arguments.span_recompute is not None and is_on_gpu:
         return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:

@@ -12,7 +12,6 @@ from benchmarks.serving.capacity_rows import Load, Served
 from benchmarks.serving.capacity_sharing import SemiPdSharing, Sharer, shared_row
 from benchmarks.serving.engine_gpu import kv_block_bytes, kv_torch_dtype, random_weights
 from orchestrator.control.slo import Slo, tpot_s
-from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from workers.api import (
     EngineConfig,
     KvDtype,
@@ -121,8 +120,7 @@ class Machine:
         self.block_size = 16
         reserved_bytes = RESERVED_BYTES + (SPLIT_BYTES if is_split else 0)
         self.num_blocks = 512 if is_tiny else self._num_blocks(model, reserved_bytes)
-        is_packed = self._kv_dtype == PACKED_DTYPE
-        shape = model.kv_cache_shape(self.num_blocks, self.block_size, is_packed=is_packed)
+        shape = model.kv_cache_shape(self.num_blocks, self.block_size, self._kv_dtype)
         kv_cache = torch.zeros(shape, dtype=self._kv_dtype, device=self._device)
         self._kv_head_bytes = kv_cache[0, 0, 0, 0, 0].nbytes
         self.forward = DeviceForward(

@@ -144,6 +144,9 @@ def main() -> int:
     if any(name.startswith(PREFIX) for name in names) and not is_installed():
         print(MISSING, file=sys.stderr)
         return 2
+    if args.kv == KvDtype.INT4 and any(name.startswith(PREFIX) for name in names):
+        print("vLLM keeps no KV in four bits: measure it without --kv int4", file=sys.stderr)
+        return 2
     batched_tokens = {name: int(name.removeprefix(PREFIX)) for name in names if name.startswith(PREFIX)}
     policies = [Policy.of(name) for name in names if name not in batched_tokens]
     rates = [float(rate) for rate in args.rates.split(",")][: 1 if args.quick else None]

@@ -40,7 +40,6 @@ from benchmarks.gpu import describe_gpu, tests_problem  # noqa: E402
 from benchmarks.serving.gpu_clients import BOTH, Clients  # noqa: E402
 from kvtransfer.pool_tensor import torch_dtype  # noqa: E402
 from phasewise_kernels.block_copy.reference import convert  # noqa: E402
-from phasewise_kernels.kv_int4.op import PACKED_DTYPE  # noqa: E402
 from workers.api import EngineConfig, KvDtype, WeightDtype  # noqa: E402
 from workers.device.buckets import decode_buckets, mixed_buckets  # noqa: E402
 from workers.device.dtypes import kv_dtype  # noqa: E402
@@ -93,8 +92,8 @@ def main() -> int:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    is_fp8 = args.weights == WeightDtype.FP8 or args.kv == KvDtype.FP8
-    if (problem := tests_problem(*TESTS, *(FP8_TESTS if is_fp8 else ()))) is not None:
+    has_fewer_bits = args.weights == WeightDtype.FP8 or args.kv != KvDtype.AUTO
+    if (problem := tests_problem(*TESTS, *(FP8_TESTS if has_fewer_bits else ()))) is not None:
         print(problem, file=sys.stderr)
         return 1
     about = describe_gpu()
@@ -173,8 +172,7 @@ class Bench:
         block_bytes = kv_block_bytes(self._model, BLOCK_SIZE, kept_in)
         self._kv_token_bytes = block_bytes // BLOCK_SIZE
         self._num_blocks = (free_bytes - int(0.1 * total_bytes) - 3 * 2**30) // block_bytes
-        is_packed = kept_in == PACKED_DTYPE
-        shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE, is_packed=is_packed)
+        shape = self._model.kv_cache_shape(self._num_blocks, BLOCK_SIZE, kept_in)
         self._kv_cache = torch.empty(shape, dtype=kept_in, device="cuda")
         # A few blocks of random numbers again and again: what they are makes no difference, but for NaN.
         some = torch.randn(
@@ -360,8 +358,7 @@ def kv_torch_dtype(weights: WeightDtype, kv: KvDtype) -> torch.dtype:
 
 def kv_block_bytes(model: Llama, block_size: int, kept_in: torch.dtype) -> int:
     """Of all layers."""
-    shape = model.kv_cache_shape(1, block_size, is_packed=kept_in == PACKED_DTYPE)
-    return prod(shape) * kept_in.itemsize
+    return prod(model.kv_cache_shape(1, block_size, kept_in)) * kept_in.itemsize
 
 
 def batch_of(sequences: list[tuple[int, int]]) -> ForwardBatch:

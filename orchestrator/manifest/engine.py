@@ -136,7 +136,7 @@ class Engine(Section):
         default=_ENGINE.kv_dtype.value,
         description="What KV is kept in. auto: what is computed in, float32 on a CPU. fp8: e4m3 without a scale, half of the memory, on a "
         "GPU from compute capability 8.9 on; answers differ a little. int4: four bits with scales for each head of a token, less than a third "
-        "of the memory, on a GPU; answers differ more.",
+        "of the memory with heads of 64 channels or more, on a GPU; answers differ more, and it has not run on a GPU yet.",
     )
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,
@@ -191,6 +191,11 @@ class Engine(Section):
                 f"is {self.host_cache_mib}; allowed: 0 with prefixCache: false, which leaves no block to keep"
             )
             inconsistent([(("hostCacheMiB",), sentence)])
+        if self.kv_dtype == "int4" and self.host_cache_codec != "none":
+            sentence = (
+                f"is {self.host_cache_codec}; allowed: none with kvDtype: int4, which is packed already"
+            )
+            inconsistent([(("hostCacheCodec",), sentence)])
         if self.span_reuse is not None and not self.prefix_cache:
             sentence = "is set; allowed: absent with prefixCache: false, which leaves no block to reuse"
             inconsistent([(("spanReuse",), sentence)])

@@ -104,6 +104,24 @@ def test_a_conversion_is_as_the_reference_and_has_the_checksum_of_what_was_read(
     assert torch.equal(bits_of(target.kv_cache.cpu()), bits_of(expected.kv_cache))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "own_dtype"), [("int4", "int4"), ("int4", "bfloat16"), ("bfloat16", "int4")]
+)
+def test_rows_in_four_bits_that_are_whole_vectors_go_by_the_kernel(dtype: str, own_dtype: str) -> None:
+    """Of all four heads, 96 bytes; those of three are none."""
+    layouts = [layout_of(name, size, (0, 4)) for name, size in ((dtype, 16), (own_dtype, 32))]
+    caches = [pool_tensor(one, i) for i, one in enumerate(layouts)]
+    spans = [a_span(one, seed=i, heads=(0, 4)) for i, one in enumerate(layouts)]
+    source, target = (CudaPool(cache.cuda(), one) for cache, one in zip(caches, layouts, strict=True))
+    rows, into = source.rows(spans[0]), target.rows(spans[1])
+    assert op._is_in_vectors(rows)
+    assert op._is_in_vectors(into)
+    kept = kept_in(caches[0], layouts[0], spans[0])
+    assert block_copy(rows, into) == checksum_reference(bits_of(kept).numpy().tobytes())
+    found = kept_in(target.rows(spans[1]).kv_cache, layouts[1], spans[1])
+    assert torch.equal(bits_of(found), bits_of(convert(kept, found.dtype)))
+
+
 def test_a_pool_of_billions_of_words_is_addressed_rightly() -> None:
     # 16 GiB: more words than 32 bits count.
     num_blocks = 1 << 21

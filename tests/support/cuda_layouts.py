@@ -14,9 +14,11 @@ NUM_LAYERS = 3
 NUM_BLOCKS = 12
 
 
-def layout_of(dtype: str, block_size: int = 16, heads: tuple[int, int] = (0, 3)) -> KvLayout:
-    """Of a model with 4 KV heads of 32 elements."""
-    return KvLayout("digest", dtype, block_size, NUM_LAYERS, 4, 32, "rope:theta=10000", *heads)
+def layout_of(
+    dtype: str, block_size: int = 16, heads: tuple[int, int] = (0, 3), head_dim: int = 32
+) -> KvLayout:
+    """Of a model with 4 KV heads."""
+    return KvLayout("digest", dtype, block_size, NUM_LAYERS, 4, head_dim, "rope:theta=10000", *heads)
 
 
 def pool_tensor(layout: KvLayout, seed: int) -> torch.Tensor:

@@ -101,7 +101,7 @@ class DeviceEngine:
         sharing: Sharing | None = None,
         shares: SmShares | None = None,
     ) -> None:
-        shape = model.kv_cache_shape(num_blocks, config.block_size, is_packed=kv_dtype == PACKED_DTYPE)
+        shape = model.kv_cache_shape(num_blocks, config.block_size, kv_dtype or model.dtype)
         # What is in unused slots must reach nobody: NaN, also as the scale of a row in four bits.
         self.kv_cache = (
             torch.full(shape, 0xFF, dtype=PACKED_DTYPE, device=model.device)

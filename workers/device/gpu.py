@@ -42,7 +42,7 @@ def open_gpu(
         raise GpuUnavailable(
             f"{torch.cuda.get_device_name(index)} has compute capability {have} and {need} is needed"
             + (" for fp8" if is_enough else ""),
-            "use a newer GPU, or neither engine.weightDtype nor engine.kvDtype fp8"
+            "use a newer GPU, or neither engine.weightDtype nor engine.kvDtype fp8 (kvDtype int4 works)"
             if is_enough
             else "use a newer GPU or device cpu",
         )

@@ -156,7 +156,9 @@ def check_dtypes(spec: WorkerSpec, config: ModelConfig) -> None:
         )
     if spec.engine.kv_dtype is KvDtype.INT4 and not is_supported(config.head_dim):
         feature = f"heads of {config.head_dim} channels, with engine.kvDtype int4"
-        raise UnsupportedModel(spec.model_source, feature, "a power of two, or kvDtype fp8 or auto")
+        raise UnsupportedModel(
+            spec.model_source, feature, "a power of two from 16 on, or kvDtype fp8 or auto"
+        )
     found = fp8.problem(config) if spec.engine.weight_dtype is WeightDtype.FP8 else None
     if found is not None:
         feature = f"{found}, with engine.weightDtype fp8"

@@ -8,7 +8,6 @@ import torch
 
 from kvtransfer.codecs.codec import Codec, CodecId, PageShape
 from phasewise_kernels.block_copy.reference import convert
-from phasewise_kernels.kv_int4.op import PACKED_DTYPE, head_dim_of, unpack_kv
 from workers.api import HostCacheCodec
 from workers.engine.host_tier import PackedBlock
 
@@ -27,15 +26,15 @@ def codec_of(word: HostCacheCodec) -> Codec | None:
 class KvPacker:
     """Packs blocks with a codec, or as they are without one. Used in the engine's thread. Implements `host_tier.Packer`.
 
-    kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], of any dtype of `kvtransfer.layout` (int4: rows of bytes),
-    on any device.
+    kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], of any dtype of `kvtransfer.layout`, on any
+    device; rows in four bits are not packed with a codec.
     """
 
     def __init__(self, kv_cache: torch.Tensor, codec: Codec | None = None) -> None:
         self._kv_cache = kv_cache
         self._codec = codec
-        num_layers, _, _, block_size, num_heads, _ = kv_cache.shape
-        self._shape = PageShape(num_layers, block_size, num_heads, head_dim_of(kv_cache))
+        num_layers, _, _, block_size, num_heads, head_dim = kv_cache.shape
+        self._shape = PageShape(num_layers, block_size, num_heads, head_dim)
         if codec is None:
             self._block_bytes = kv_cache.nbytes // kv_cache.shape[2]
         else:
@@ -53,8 +52,7 @@ class KvPacker:
             if self._codec is None:
                 self._as_block(data).copy_(self._kv_cache[:, :, block_id])
             else:
-                kv = self._kv_cache[:, :, block_id].to("cpu").contiguous()
-                self._codec.pack(unpack_kv(kv) if kv.dtype == PACKED_DTYPE else kv, data.data)
+                self._codec.pack(self._kv_cache[:, :, block_id].to("cpu").contiguous(), data.data)
         except (ValueError, MemoryError) as error:
             logger.warning("block_not_packed block_id=%d reason=%s", block_id, error)
             return None

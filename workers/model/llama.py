@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
 from phasewise_kernels.fp8_linear.op import Fp8Linear
-from phasewise_kernels.kv_int4.op import values_of
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE, values_of
 from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.linear.op import projection
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
@@ -101,10 +101,12 @@ class Llama:
         """What is between the layers."""
         return self._embedding.dtype
 
-    def kv_cache_shape(self, num_blocks: int, block_size: int, *, is_packed: bool = False) -> tuple[int, ...]:
-        """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]; or bytes of rows in four bits, see `kv_int4/op.py`."""
+    def kv_cache_shape(
+        self, num_blocks: int, block_size: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[int, ...]:
+        """[num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]; of PACKED_DTYPE the last is the bytes of a row."""
         config = self.config
-        width = row_bytes(config.head_dim) if is_packed else config.head_dim
+        width = row_bytes(config.head_dim) if dtype == PACKED_DTYPE else config.head_dim
         return (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, width)
 
     @torch.inference_mode()

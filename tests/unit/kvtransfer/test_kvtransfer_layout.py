@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvtransfer.layout import KvLayout, blocks_needed, incompatibility, shared_heads
+from kvtransfer.layout import KvLayout, blocks_needed, incompatibility, inexactness, shared_heads
 from kvtransfer.pool import KvSpan, span_bytes, span_of
 
 LAYOUT = KvLayout("d", "float16", 16, 30, 4, 64, "rope")
@@ -25,6 +25,32 @@ def test_sizes_count_the_heads_that_are_here() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (16, 1), (17, 2)])
 def test_blocks_needed_counts_a_partly_filled_one(num_tokens: int, num_blocks: int) -> None:
     assert blocks_needed(num_tokens, 16) == num_blocks
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "is_exact"),
+    [
+        ("int4", "int4", True),
+        ("float8_e4m3fn", "float8_e4m3fn", True),
+        ("bfloat16", "int4", True),
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", False),
+        ("int4", "bfloat16", False),
+        ("float8_e4m3fn", "bfloat16", False),
+        # Rounded once more than it would be here.
+        ("float8_e4m3fn", "int4", False),
+    ],
+)
+def test_kv_in_fewer_bits_than_here_or_rounded_to_others_is_not_exact(
+    sender: str, receiver: str, is_exact: bool
+) -> None:
+    found = inexactness(replace(LAYOUT, dtype=sender), replace(LAYOUT, dtype=receiver))
+    assert (found is None) is is_exact
+
+
+def test_rows_in_four_bits_have_their_scales_with_them() -> None:
+    assert replace(LAYOUT, dtype="int4").token_bytes == 2 * 4 * (32 + 8)
+    assert replace(LAYOUT, dtype="int4", head_dim=128).token_bytes == 2 * 4 * 72
 
 
 @pytest.mark.parametrize(

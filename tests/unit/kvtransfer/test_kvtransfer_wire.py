@@ -32,7 +32,7 @@ from kvtransfer.frames import (
     Verified,
 )
 from kvtransfer.kv_range import KvRange
-from kvtransfer.layout import DTYPE_BITS, KvLayout
+from kvtransfer.layout import DTYPE_BITS, INT4, KvLayout
 from kvtransfer.pool import PoolOffer
 from kvtransfer.wire import (
     CHUNK_HEADER_BYTES,
@@ -54,7 +54,14 @@ REASONS = st.text(max_size=50)
 HEADS = st.sets(U16, min_size=2, max_size=2).map(lambda ends: tuple(sorted(ends)))
 LAYOUTS = st.builds(
     lambda model, dtype, sizes, position_encoding, heads, weights: KvLayout(
-        model, dtype, *sizes[:2], max(sizes[2], heads[1]), sizes[3], position_encoding, *heads, weights
+        model,
+        dtype,
+        *sizes[:2],
+        max(sizes[2], heads[1]),
+        64 if dtype == INT4 else sizes[3],
+        position_encoding,
+        *heads,
+        weights,
     ),
     REASONS,
     st.sampled_from(sorted(DTYPE_BITS)),
@@ -287,6 +294,7 @@ IMPOSSIBLE: list[tuple[str, Frame]] = [
     ("timeout", Reserve("t", LAYOUT, 1, 1, 0, float("inf"))),
     ("timeout", Reserve("t", LAYOUT, 1, 1, 0, 0.0)),
     ("dtype 'int3'", Reserve("t", KvLayout("d", "int3", 1, 1, 1, 1, ""), 1, 1, 0, 1.0)),
+    ("heads of 80 in int4", Reserve("t", KvLayout("d", "int4", 1, 1, 1, 80, ""), 1, 1, 0, 1.0)),
     ("zero dimension", Reserve("t", KvLayout("d", "float16", 0, 1, 1, 1, ""), 1, 1, 0, 1.0)),
     ("KV heads", Reserve("t", replace(LAYOUT, head_lo=2, head_hi=2), 1, 1, 0, 1.0)),
     ("KV heads", Reserve("t", replace(LAYOUT, head_lo=1, head_hi=4), 1, 1, 0, 1.0)),

@@ -343,6 +343,11 @@ def test_kv_of_several_gpus_is_not_read_in_place() -> None:
         ("cpu", {"kvDtype": "fp8"}, "engine.kvDtype: is fp8; allowed on a CPU: auto"),
         ("cpu", {"kvDtype": "int4"}, "engine.kvDtype: is int4; allowed on a CPU: auto"),
         ("cuda", {"spanReuse": {}}, "engine.spanReuse: is set; allowed: absent on a GPU"),
+        (
+            "cuda",
+            {"kvDtype": "int4", "hostCacheCodec": "fp8"},
+            "engine.hostCacheCodec: is fp8; allowed: none with kvDtype: int4, which is packed already",
+        ),
     ],
 )
 def test_what_the_device_does_not_do_is_refused(device: str, engine: dict[str, Any], says: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvtransfer.codecs.codec import CodecId, PageShape
 from phasewise_kernels.block_copy.reference import convert
-from phasewise_kernels.kv_int4.op import PACKED_DTYPE, unpack_kv
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 from tests.support.engine_fakes import BOTH, CLAIM_S, CONFIG, DECODE, PREFILL, expanded, submit
 from tests.support.engine_model import PLAIN, EngineWithModel
 from tests.support.kv_memory import FactPacker, KvMemory
@@ -690,16 +690,6 @@ def test_a_codec_packs_and_unpacks(dtype: torch.dtype) -> None:
     assert packed is not None
     packer.unpack(packed, 1)
     assert torch.equal(kv_cache[:, :, 1], kv_cache[:, :, 3].half().to(dtype))
-
-
-def test_a_codec_packs_the_numbers_of_rows_in_four_bits() -> None:
-    kv_cache = cache_of(PACKED_DTYPE)
-    packer = KvPacker(kv_cache, HalfCodec())
-    packed = packer.pack(3)
-    assert packed is not None
-    assert packed.data.nbytes == packer.block_bytes == 3 * 2 * SIZE * 2 * 16 * 2
-    packer.unpack(packed, 1)
-    assert torch.equal(kv_cache[:, :, 1], convert(unpack_kv(kv_cache[:, :, 3]).half(), PACKED_DTYPE))
 
 
 def test_what_the_codec_cannot_pack_is_not_packed(caplog: pytest.LogCaptureFixture) -> None:

@@ -138,8 +138,7 @@ def test_the_filter_reads_keys_in_fewer_bits(
     monkeypatch.setattr(reduction, "host_attention", device_attention)
     batch = _batch(model, individual=0.05)
     exact = model.forward_filtering(batch, _cache(model))
-    shape = model.kv_cache_shape(8, BLOCK_SIZE, is_packed=kv_dtype == PACKED_DTYPE)
-    cache = torch.zeros(shape).to(kv_dtype)
+    cache = torch.zeros(model.kv_cache_shape(8, BLOCK_SIZE, kv_dtype)).to(kv_dtype)
     found = model.forward_filtering(batch, cache)
     assert 0 < len(found.rows) < NUM_TOKENS
     # Few tokens are at the border.

@@ -67,6 +67,8 @@ def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: py
         ("--weight-dtype float16", "with --device cpu it is one of float32, bfloat16, int8"),
         ("--weight-dtype fp8", "with --device cpu it is one of float32, bfloat16, int8"),
         ("--kv-dtype fp8", "argument --kv-dtype: with --device cpu it is auto"),
+        ("--kv-dtype int4", "argument --kv-dtype: with --device cpu it is auto"),
+        ("--device cuda --kv-dtype int4 --host-cache-codec fp8", "which is packed already, it is none"),
         ("--device cuda --span-recompute 0.5", "a GPU does not do it yet"),
         (
             "--phase-sharing predicted",
