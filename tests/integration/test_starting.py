@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.command import BOUND_S, User, press_ctrl_c, read_until
+from tests.support.command import BOUND_S, User, press_ctrl_c, read_until, with_free_ports
 from tests.support.tiny_model import write_tiny_gguf
 from tests.support.waiting import until_in_thread
 from workers.model.prepare import FORMAT_VERSION, default_cache_dir
@@ -164,8 +164,8 @@ def test_a_worker_that_is_killed_while_it_loads_is_started_again(tmp_path: Path)
 
 @pytest.mark.parametrize("moment", ["starting Ray", "starting the gateway", "prefill-0"])
 def test_ctrl_c_in_the_first_example_leaves_nothing_running(tmp_path: Path, moment: str) -> None:
-    user = User(tmp_path / "state")
-    with user.start("examples/01_first_answer.py") as demo:
+    user, manifest = User(tmp_path / "state"), with_free_ports("laptop.yaml", tmp_path)
+    with user.start("examples/01_first_answer.py", "--manifest", str(manifest)) as demo:
         read_until(demo, moment)
         press_ctrl_c(demo)
         out, err = demo.communicate(timeout=BOUND_S)
@@ -224,8 +224,8 @@ def test_a_deployment_that_is_stopped_while_it_starts_says_so(tmp_path: Path) ->
 
 
 def test_the_first_example_answers_and_leaves_nothing_running(tmp_path: Path) -> None:
-    user = User(tmp_path / "state")
-    with user.start("examples/01_first_answer.py") as demo:
+    user, manifest = User(tmp_path / "state"), with_free_ports("laptop.yaml", tmp_path)
+    with user.start("examples/01_first_answer.py", "--manifest", str(manifest)) as demo:
         out, err = demo.communicate(timeout=BOUND_S)
     assert demo.returncode == 0, err
     assert "Paris" in out
@@ -235,8 +235,8 @@ def test_the_first_example_answers_and_leaves_nothing_running(tmp_path: Path) ->
 
 def test_the_demo_answers_about_a_picture_by_three_workers_and_leaves_nothing_running(tmp_path: Path) -> None:
     answers = json.loads((EXAMPLES / "images" / "answers.json").read_text())
-    user = User(tmp_path / "state")
-    with user.start("examples/04_images.py") as demo:
+    user, manifest = User(tmp_path / "state"), with_free_ports("images.yaml", tmp_path)
+    with user.start("examples/04_images.py", "--manifest", str(manifest)) as demo:
         out, err = demo.communicate(timeout=BOUND_S)
     assert demo.returncode == 0, err
     assert "Paris" in out
@@ -249,7 +249,7 @@ def test_the_demo_answers_about_a_picture_by_three_workers_and_leaves_nothing_ru
 def test_questions_about_pictures_are_answered_on_the_command_line(tmp_path: Path) -> None:
     answers = json.loads((EXAMPLES / "images" / "answers.json").read_text())
     user = User(tmp_path / "state")
-    up = user.run("up", "deploy/manifests/images.yaml")
+    up = user.run("up", str(with_free_ports("images.yaml", tmp_path)))
     assert up.returncode == 0, up.stderr
     for picture in ("red_circle.png", "five_stars.png"):
         question, answer = list(answers[picture].items())[-1]
