@@ -45,10 +45,10 @@ def test_the_higher_priority_starts_first(model_path: Path, monkeypatch: pytest.
         async with together(model_path, max_running_sequences=1) as it, asyncio.TaskGroup() as group:
             group.create_task(ask(it, "running", 0))
             await gate.reached()
+            mailbox = it.decode.worker.text.step_loop._mailbox  # type: ignore[union-attr]
             for i, (name, priority) in enumerate((("low", -1), ("plain", 0), ("high", 5)), start=1):
                 group.create_task(ask(it, name, priority))
-                await until(lambda i=i: it.gateway.dispatcher.num_running == i + 1, "the submit")  # type: ignore[misc]
-            await it.decode.status()
+                await until(lambda i=i: mailbox.qsize() == i, "the submit at the worker")  # type: ignore[misc]
             gate.open()
 
     asyncio.run(scenario())
@@ -172,7 +172,10 @@ def test_kv_events_tell_what_is_cached_and_what_is_no_more(model_path: Path) -> 
             # Another prompt needs blocks of the first.
             await worker.generate(submit(prompt(120, seed=1), request_id="other", max_new_tokens=1))
             await worker.wait_for(lambda: bool(removed()), "an eviction")
+            num_cached = (await worker.status()).blocks.cached
+            await worker.wait_for(
+                lambda: len(set(stored()) - set(removed())) == num_cached, "all that is cached is told of"
+            )
             assert set(removed()) <= known
-            assert len(set(stored()) - set(removed())) == (await worker.status()).blocks.cached
 
     asyncio.run(scenario())
