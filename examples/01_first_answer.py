@@ -1,9 +1,12 @@
 """Prefill and decode on two workers, on this machine: start them, ask one question, show where its time went.
 
+    python examples/01_first_answer.py [--manifest FILE]
+
 It starts what deploy/manifests/laptop.yaml declares, as `phasewise up` would, and stops
 it again, also after Ctrl-C.
 """
 
+import argparse
 import signal
 import sys
 import time
@@ -27,10 +30,13 @@ QUESTION = "What is the capital of France?"
 
 def main() -> int:
     """Returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--manifest", type=Path, default=MANIFEST, metavar="FILE")
+    args = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGHUP, _interrupt)
     try:
-        return _demo()
+        return _demo(args.manifest)
     except KeyboardInterrupt:
         print("interrupted; everything that was started is stopped", file=sys.stderr)
         return 130
@@ -42,9 +48,9 @@ def main() -> int:
         return 1
 
 
-def _demo() -> int:
+def _demo(manifest: Path) -> int:
     began_s = time.monotonic()
-    with local_deployment(load(MANIFEST), shown_progress) as running:
+    with local_deployment(load(manifest), shown_progress) as running:
         started_s = time.monotonic() - began_s
         print(f"a prefill worker and a decode worker serve at {running.address}, after {started_s:.0f} s\n")
         print(f"> {QUESTION}")

@@ -19,6 +19,7 @@ from workers.launch_environment import LAUNCH_ENVIRONMENT
 START_TIMEOUT_S = 120.0
 #: Ray needs one to two seconds to end all its processes.
 END_TIMEOUT_S = 20.0
+POLL_S = 0.05
 SHOWN_LOG_LINES = 5
 MODULE = "orchestrator.runtime.local_head"
 #: A process that began at another time is another one. But all such times shift when the clock of the machine
@@ -85,10 +86,26 @@ def end_process(pid: int, created_unix_s: float | None) -> None:
             return
         process.terminate()
         try:
-            process.wait(END_TIMEOUT_S)
+            _wait(process)
         except psutil.TimeoutExpired:
             process.kill()
-            process.wait(END_TIMEOUT_S)
+            _wait(process)
+
+
+def _wait(process: psutil.Process) -> None:
+    """Until it has ended; nobody may wait for it then, as in a container whose first process takes no children over.
+
+    Raises psutil.TimeoutExpired after END_TIMEOUT_S.
+    """
+    give_up_s = time.monotonic() + END_TIMEOUT_S
+    while process.status() != psutil.STATUS_ZOMBIE:
+        try:
+            process.wait(POLL_S)
+        except psutil.TimeoutExpired:
+            if time.monotonic() >= give_up_s:
+                raise
+        else:
+            return
 
 
 def is_running(pid: int, created_unix_s: float | None) -> bool:

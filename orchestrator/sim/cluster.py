@@ -232,9 +232,7 @@ class SimCluster:
         assert self.links is not None
         self._last_view = view
         self._breaker.came(view)
-        self.links.read_caches()
-        if not self.links.is_steady(view):
-            self.links.read_all()
+        self.links.read_for(view)
         self._on_view(view)
         if not self._is_calm():
             self.links.read_on_time()

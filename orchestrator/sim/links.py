@@ -5,12 +5,13 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from orchestrator.control.observation import ProcessKey
+from orchestrator.control.router import ready_workers
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.gateway.links import LinkListener
 from orchestrator.sim.network import GATEWAY, Stream
 from orchestrator.sim.unread import UnreadTokens
 from orchestrator.sim.worker import SimWorker
-from workers.api import Command, Event, KvEvent, RequestId
+from workers.api import Command, Event, KvEvent, Phase, RequestId, WorkerId
 
 if TYPE_CHECKING:
     from orchestrator.sim.cluster import SimCluster
@@ -48,6 +49,8 @@ class SimLinks:
         #: of that before it looks.
         self._kv_coming: list[tuple[float, int, SimWorker, Sequence[KvEvent]]] = []
         self._num_kv = 0
+        #: Workers that could be given prompts as of the last view.
+        self._prefilling: frozenset[WorkerId] = frozenset()
         #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
         self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
 
@@ -167,7 +170,16 @@ class SimLinks:
             for at_s in sorted(self.unread.coming_s(request_id, timers.time())):
                 timers.call_at(at_s, self._read, request_id)
 
-    def is_steady(self, view: ClusterView) -> bool:
+    def read_for(self, view: ClusterView) -> None:
+        """The dispatcher is told of what it needs to know to use this view."""
+        self.read_caches()
+        ready = ready_workers(view, Phase.PREFILL, self.is_open)
+        before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
+        # Prompts may go to a worker that has come to prefill: to choose which, it has to know how far each is.
+        if self._prefilling != before or not self._is_steady(view):
+            self.read_all()
+
+    def _is_steady(self, view: ClusterView) -> bool:
         """With this view all workers that are linked can go on as they do."""
         return all(
             (worker := view.worker(worker_id)) is not None

@@ -44,13 +44,13 @@ def test_names_that_are_none(name: str) -> None:
 
 def test_rows_say_how_the_device_was_shared(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    command = [sys.executable, SCRIPT, "--tiny", "--trace", TRACE, "--first-row", "20", "--rows", "12"]
+    command = [sys.executable, SCRIPT, "--tiny", "--trace", TRACE, "--first-row", "20", "--rows", "6"]
     command += ["--rates", "12", "--max-running", "8", "--slo-tpot-ms", "500", "--json", str(path)]
     command += ["--policies", "sarathi+fcfs@256,nexus+spf,semi_pd+fcfs,phasewise"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert found.returncode == 0, found.stderr[-3000:]
     rows = {row["policy"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
-    assert {row["num_requests"] for row in rows.values()} == {12}
+    assert {row["num_requests"] for row in rows.values()} == {6}
     assert "layouts" not in rows["sarathi+fcfs@256"]
     for name in ("nexus+spf", "semi_pd+fcfs"):
         assert any(layout.startswith("split") for layout in rows[name]["layouts"])

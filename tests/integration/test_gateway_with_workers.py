@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,11 @@ from tests.support.worker_client import (
     DECODE,
     PREFILL,
     RunningWorker,
+    StepGate,
+    at_start,
     running_pair,
     running_worker,
+    standing_still,
     worker_spec,
 )
 from workers.api import PrefillOrder, RequestId, StepBudget, WorkerId
@@ -98,14 +100,12 @@ def test_by_slack_and_prediction_tokens_are_the_same_and_who_passed_says_so(mode
     async def in_turns(it: Gateway, both: RunningWorker) -> None:
         """Two come while the engine is held between two steps; the later one has less time."""
         assert both.worker.text is not None
-        loop, go_on = both.worker.text.step_loop, threading.Event()
-        held = loop.call(go_on.wait)
-        await until(held.running, "the engine to stand still")
-        relaxed = it.client.Generate(named("relaxed"), timeout=59.0)
-        await until(lambda: loop._mailbox.qsize() == 1, "the first one")
-        urgent = it.client.Generate(named("urgent"), timeout=40.0)
-        await until(lambda: loop._mailbox.qsize() == 2, "the second one")
-        go_on.set()
+        loop = both.worker.text.step_loop
+        async with standing_still(both):
+            relaxed = it.client.Generate(named("relaxed"), timeout=59.0)
+            await until(lambda: loop._mailbox.qsize() == 1, "the first one")
+            urgent = it.client.Generate(named("urgent"), timeout=40.0)
+            await until(lambda: loop._mailbox.qsize() == 2, "the second one")
         await asyncio.gather(collect(relaxed), collect(urgent))
         reasons = {}
         for name in ("relaxed", "urgent"):
@@ -123,7 +123,9 @@ def test_by_slack_and_prediction_tokens_are_the_same_and_who_passed_says_so(mode
     asyncio.run(scenario())
 
 
-def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_same(model_path: Path) -> None:
+def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_same(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario() -> None:
         pair = (worker_spec(model_path, PREFILL), worker_spec(model_path, DECODE))
         async with (
@@ -132,14 +134,17 @@ def test_a_request_moves_from_a_pair_to_another_worker_and_its_tokens_stay_the_s
             gateway() as it,
         ):
             await use(it, view(both))
-            long = request(PROMPTS[2], max_tokens=300, temperature=1.0)
+            long = request(PROMPTS[2], max_tokens=60, temperature=1.0)
             expected = tokens_of(await collect(it.client.Generate(long)))
             await use(it, view(prefill), view(decode))
+            # It does not end before it moves.
+            gate = StepGate(monkeypatch, at_start(len(PROMPTS[2]) + 8))
             call = it.client.Generate(long)
-            await until(lambda: bool(it.dispatcher._requests), "the request")
+            await gate.reached()
             (live,) = it.dispatcher._requests.values()
             await until(lambda: len(live.samples[0].machine.delivered) > 3, "some tokens")
             await it.publish(view(both))
+            gate.open()
             messages = await collect(call)
             assert tokens_of(messages) == expected
             assert messages[-1].timings.attempts == 2

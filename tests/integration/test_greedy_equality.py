@@ -1,6 +1,6 @@
 """Greedy output of the embedded model is the same in transformers, on one worker, and on two over gRPC.
 
-32 prompts, 64 tokens each. The prompts of a group have one length, so that transformers can take them as one batch
+20 prompts, 40 tokens each. The prompts of a group have one length, so that transformers can take them as one batch
 without padding. A different batch size or chunk rounds differently, in the last digits of a logit, so a test of equality
 needs prompts that never come to a near tie; the reference run checks that these do not.
 """
@@ -34,10 +34,10 @@ from workers.model.prepare import load_weights
 
 pytestmark = pytest.mark.integration
 
-NUM_TOKENS = 64
+#: Of each prompt, over the ends of two or three blocks.
+NUM_TOKENS = 40
 #: All prompts together, on a busy machine.
 PATIENCE_S = 240.0
-GROUP_SIZE = 8
 BLOCK_SIZE = 16
 #: Smaller than the prompts of the last group, which therefore take several chunks.
 TOKEN_BUDGET = 96
@@ -48,11 +48,10 @@ TEXT = (Path(__file__).resolve().parent.parent / "fixtures" / "texts.txt").read_
 
 @cache
 def prompts() -> dict[str, list[list[int]]]:
-    """Groups of eight, by what they are to show."""
+    """Groups of four or eight, by what they are to show."""
     tokenizer = embedded_tokenizer()
     paragraphs = [tokenizer.encode(part).ids for part in TEXT.strip().split("\n\n")]
-    foreign, english = paragraphs[:GROUP_SIZE], paragraphs[GROUP_SIZE:]
-    assert len(english) == GROUP_SIZE
+    foreign, english = paragraphs[:8], paragraphs[8:12]
     return {
         "one token": [[ids[0]] for ids in english],
         "exactly a block": [ids[:BLOCK_SIZE] for ids in english],
@@ -98,7 +97,7 @@ def _spec(phases: frozenset[object]) -> WorkerSpec:
 
 def test_the_prompts_are_what_they_claim_to_be() -> None:
     groups = prompts()
-    assert sum(map(len, groups.values())) == 32
+    assert sum(map(len, groups.values())) == 20
     assert {len(ids) for ids in groups["exactly a block"]} == {BLOCK_SIZE}
     assert all(len(ids) > 2 * TOKEN_BUDGET for ids in groups["several chunks"])
     text = embedded_tokenizer().decode(groups["non-ASCII, more than a block"][0])
@@ -130,7 +129,7 @@ async def _generate_all(prefill: RunningWorker, decode: RunningWorker | None) ->
             for number, token_ids in enumerate(ids_of):
                 request_id = f"{name}-{number}"
                 tasks[name, number] = group.create_task(_generate(prefill, decode, request_id, token_ids))
-    return {name: [tasks[name, i].result() for i in range(GROUP_SIZE)] for name in prompts()}
+    return {name: [tasks[name, i].result() for i in range(len(ids_of))] for name, ids_of in prompts().items()}
 
 
 async def _generate(
@@ -143,5 +142,9 @@ async def _generate(
     await prefill.send(to_prefill)
     later = await decode.generate(to_decode, patience_s=PATIENCE_S)
     first = await prefill.wait_for_tokens(request_id, 1)
-    assert any(isinstance(event, KvTransferred) for event in prefill.events_of(request_id))
+    # What the prefill worker says of it may come after all that the other one says.
+    await prefill.wait_for(
+        lambda: any(isinstance(event, KvTransferred) for event in prefill.events_of(request_id)),
+        "the hand-off",
+    )
     return first + later

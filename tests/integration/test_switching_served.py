@@ -22,7 +22,15 @@ from protos import inference_pb2 as pb
 from tests.support.both_shapes import ROOMY, random_prompt, request_of
 from tests.support.gateway import Gateway, collect, gateway, tokens_of
 from tests.support.waiting import until
-from tests.support.worker_client import BOTH, DECODE, PREFILL, RunningWorker, running_worker, worker_spec
+from tests.support.worker_client import (
+    BOTH,
+    DECODE,
+    PREFILL,
+    RunningWorker,
+    running_worker,
+    standing_still,
+    worker_spec,
+)
 from workers.api import PhaseSet, WorkerId
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
@@ -138,14 +146,20 @@ def test_sequences_go_on_elsewhere_and_no_token_changes(model_path: Path) -> Non
             expected = await it.answers(requests())
             asked = asyncio.create_task(it.answers(requests()))
             await it.some_tokens_of(4)
-            states = [switch.state for switch in await it.switch("d1", PREFILL)]
+            async with standing_still(it.workers["d0"], it.workers["d1"]):
+                # None of them ends before the gateway knows.
+                switching = asyncio.create_task(it.switch("d1", PREFILL))
+                await until(lambda: it.gateway.dispatcher.is_leaving, "the gateway to know")
+            states = [switch.state for switch in await switching]
             assert (states[0], states[-1]) == (SwitchState.LEAVING, SwitchState.CHANGED)
             assert await asked == expected
             records = it.gateway.dispatcher.records._ended.values()
             moved = [one for record in records for one in record.samples[0].migrations]
             assert moved
             assert {(one.source, one.target) for one in moved} == {("d1", "d0")}
-            assert all(one.transfer is not None and one.pause_s is not None for one in moved)
+            assert all(one.pause_s is not None for one in moved)
+            # Its source tells of a transfer, maybe after the last token.
+            await until(lambda: all(one.transfer is not None for one in moved), "the transfers' reports")
             # It computes all prompts, once the other one has given that up.
             [*_, last] = await it.switch("prefill", DECODE)
             assert last.state is SwitchState.CHANGED, last

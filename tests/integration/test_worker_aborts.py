@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 
 from protos import worker_pb2 as pb
+from tests.support.waiting import until
 from tests.support.worker_client import (
     BOTH,
     DECODE,
@@ -78,8 +79,8 @@ def test_end_while_queued_frees_all(model_path: Path, monkeypatch: pytest.Monkey
     asyncio.run(scenario())
 
 
-async def end(worker: WorkerClient, ends_by: str) -> None:
-    """End r1, and return once the worker must have heard of it."""
+async def end(worker: RunningWorker, ends_by: str) -> None:
+    """End r1, and return once the worker has heard of it."""
     if ends_by == "abort":
         await worker.abort()
         # Commands are taken in order: the answer to this one says that the abort was taken.
@@ -87,6 +88,7 @@ async def end(worker: WorkerClient, ends_by: str) -> None:
         await worker.failure_of("probe")
     else:
         await worker.drop_session()
+        await until(lambda: not worker.worker._sessions._sessions, "the end of the session")
 
 
 @pytest.mark.parametrize("ends_at", ["prefill", "decode", "both"])

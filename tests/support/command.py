@@ -48,6 +48,14 @@ class User:
         return {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
 
 
+def with_free_ports(manifest: str, folder: Path) -> Path:
+    """A copy of a manifest that ships, with free ports: others on this machine may have those that it names."""
+    text = (ROOT / "deploy" / "manifests" / manifest).read_text().replace("source: ../..", f"source: {ROOT}")
+    copy = folder / manifest
+    copy.write_text(re.sub(r"(127\.0\.0\.1):\d+", r"\1:0", text))
+    return copy
+
+
 def command_lines(text: str) -> list[list[str]]:
     """Arguments of every `phasewise ...` line in a text, without what a shell does around it."""
     text = text.replace("\\\n", " ")

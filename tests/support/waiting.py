@@ -8,6 +8,8 @@ from typing import ParamSpec
 
 #: Far above what any wait of a test takes on a busy machine.
 BOUND_S = 30.0
+#: The same where a process may start meanwhile, which loads all that a worker needs.
+PROCESS_BOUND_S = 120.0
 POLL_S = 0.005
 Args = ParamSpec("Args")
 
@@ -31,8 +33,8 @@ async def until(condition: Callable[[], bool], what: str, bound_s: float = BOUND
 
 
 def until_in_thread(condition: Callable[[], bool], what: str) -> None:
-    """The same where there is no loop."""
-    give_up_s = time.monotonic() + BOUND_S
+    """The same where there is no loop: what is waited for is the doing of other threads, or of processes."""
+    give_up_s = time.monotonic() + PROCESS_BOUND_S
     while not condition():
-        assert time.monotonic() < give_up_s, f"waited {BOUND_S:g} s in vain for: {what}"
+        assert time.monotonic() < give_up_s, f"waited {PROCESS_BOUND_S:g} s in vain for: {what}"
         time.sleep(POLL_S)

@@ -15,6 +15,7 @@ import torch
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
 from tests.support.tiny_model import EOS_TOKEN_ID
+from tests.support.waiting import until
 from workers.api import (
     Abort,
     Command,
@@ -319,6 +320,19 @@ def handed_off(request: Submit, decode: WorkerClient, transfer_id: str = "t1") -
         replace(request, phases=PREFILL, handoff=handoff),
         replace(request, phases=DECODE, handoff=Handoff(transfer_id)),
     )
+
+
+@asynccontextmanager
+async def standing_still(*workers: RunningWorker) -> AsyncIterator[None]:
+    """Their engines do nothing until the block ends, between two steps; what comes for them waits."""
+    go_on = threading.Event()
+    loops = [one.worker.text.step_loop for one in workers if one.worker.text is not None]
+    held = [loop.call(go_on.wait) for loop in loops]
+    try:
+        await until(lambda: all(one.running() for one in held), "the engines to stand still")
+        yield
+    finally:
+        go_on.set()
 
 
 class StepGate:

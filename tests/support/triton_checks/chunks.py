@@ -4,7 +4,6 @@ TRITON_INTERPRET=1 python -m tests.support.triton_checks.chunks
 """
 
 import heapq
-import sys
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from phasewise_kernels.paged_attention import cuda
 from phasewise_kernels.paged_attention.chunk_triton import pieces_of
 from phasewise_kernels.paged_attention.tiles_triton import jit
-from tests.support.triton_checks.interpreter import main
 from tests.support.triton_checks.paged_attention import Case, assert_semaphores_are_reset, run_cut
 
 _GROUPS, _COSTS = st.integers(1, 132), st.integers(0, 40)
@@ -109,7 +107,3 @@ def ends_at(num_tiles: list[int], reaches: list[int], pieces: list[int], num_gro
         for _ in range(tiles * count):
             heapq.heapreplace(free, free[0] + -(-reach // count))
     return max(free)
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

@@ -1,6 +1,5 @@
 """Packed pages made and read on a GPU or interpreted, against their specification and the codecs of the CPU."""
 
-import sys
 from itertools import product
 
 import numpy as np
@@ -21,7 +20,6 @@ from phasewise_kernels.kv_codec.reference import (
 )
 from phasewise_kernels.testing import poisoned_memory
 from tests.support.block_copy_pools import bits_of, poisoned_pool, random_slots
-from tests.support.triton_checks.interpreter import main
 
 IDS = {
     "fp8": CodecId.FP8,
@@ -158,7 +156,3 @@ def check_odd_shapes(device: str) -> None:
         a_round(codec, num_tokens, *shape, device)
 
     rounds()
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

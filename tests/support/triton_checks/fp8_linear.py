@@ -1,6 +1,5 @@
 """Rows to fp8, and products with weights in fp8, on a GPU or interpreted, against their specification."""
 
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -16,7 +15,6 @@ from phasewise_kernels.fp8_linear.reference import (
 )
 from phasewise_kernels.swiglu.reference import swiglu_reference
 from phasewise_kernels.testing import poisoned_memory
-from tests.support.triton_checks.interpreter import main
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (out_size, in_size): fewer and more than a program has, and sizes that are no multiple of its.
@@ -127,7 +125,3 @@ def check_linear(device: str) -> None:
                     error = float((found - expected).norm() / expected.norm())
                     print(f"{num_rows} x {in_size} x {out_size}: relative error {error:.1e}")
                     assert error < (3e-6 if device == "cpu" else 1e-2)
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

@@ -1,9 +1,14 @@
-"""Runs the checks of a module under Triton's interpreter."""
+"""Runs the checks of modules under Triton's interpreter."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +61,58 @@ def round_as_a_gpu() -> None:
     interpreter._patch_lang = patch_once
 
 
-def main(module: str) -> int:
-    """Run the checks of the module on the CPU; returns the exit status."""
+def main() -> int:
+    """For each module that stdin names, answer with what went wrong with its checks on the CPU: a line of JSON, empty if nothing did."""
+    # Settings of hypothesis.
+    import_module("tests.conftest")
     round_as_a_gpu()
-    for name, check in checks_of(module).items():
-        print(name, flush=True)
-        check("cpu")
+    for line in sys.stdin:
+        module, problem = line.strip(), ""
+        import_module(module)
+        try:
+            with redirect_stdout(sys.stderr):
+                for name, check in checks_of(module).items():
+                    print(name)
+                    check("cpu")
+        except Exception:
+            problem = traceback.format_exc()
+        print(json.dumps(problem), flush=True)
     return 0
 
 
-def run_interpreted(module: str, timeout_s: float = 240) -> None:
-    """In a process of its own: the variable is read when Triton is imported."""
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """A process of its own, as the variable is read when Triton is imported; one for all modules, as that takes a while."""
+
+    process: "subprocess.Popen[str]"
+
+    def problem(self, module: str) -> str:
+        """What went wrong with the checks of this module."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(module, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        found: str = json.loads(answer) if answer else "it has ended"
+        return found
+
+
+@contextmanager
+def interpreter() -> Iterator[Interpreter]:
+    """Killed at the end."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]))
-    ran = subprocess.run(
-        [sys.executable, "-m", module],
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    ) as process:
+        try:
+            yield Interpreter(process)
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

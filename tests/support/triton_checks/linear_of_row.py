@@ -1,11 +1,8 @@
 """The product of one row on a GPU or interpreted, against fp64."""
 
-import sys
-
 import torch
 
 from phasewise_kernels.linear.triton_kernel import linear_of_row
-from tests.support.triton_checks.interpreter import main
 
 #: (out_size, in_size): fewer and more than a tile has, odd ones, and enough for each number of outputs of a program.
 SHAPES = ((1, 1), (3, 5), (130, 1025), (8, 4096), (8193, 16), (65537, 4))
@@ -31,7 +28,3 @@ def check_outputs(device: str) -> None:
                 error = (given.double() - expected).norm() / expected.norm()
                 assert given.shape == (1, out_size)
                 assert error < tolerance, (out_size, in_size, dtype, bias is not None, error)
-
-
-if __name__ == "__main__":
-    sys.exit(main(__name__))

@@ -6,7 +6,6 @@ runs them on the CPU; it leaves with 0 when all agree.
 """
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +27,6 @@ from phasewise_kernels.paged_attention.cuda import (
 )
 from phasewise_kernels.paged_attention.reference import paged_attention_reference
 from phasewise_kernels.testing import ATTENTION_TOLERANCES, assert_close
-from tests.support.triton_checks.interpreter import main
 
 #: On the CPU there are no multiprocessors to count; few, so that programs share outputs.
 NUM_SMS = 3
@@ -403,7 +401,3 @@ def check_that_nothing_is_no_work(device: str) -> None:
     """No sequence; only padding."""
     assert run(Case(()).on(device)).numel() == 0
     assert run(Case((), num_padding=3).on(device)).isnan().all()
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

@@ -1,6 +1,5 @@
 """Attention over packed pages, on a GPU or interpreted, against its specification."""
 
-import sys
 from itertools import product
 
 import torch
@@ -11,7 +10,6 @@ from phasewise_kernels.kv_codec.reference import PAGE_TOKENS, PageCodec, encode_
 from phasewise_kernels.quantised_attention import op
 from phasewise_kernels.quantised_attention.reference import quantised_attention_reference
 from phasewise_kernels.testing import QUANTISED_ATTENTION_TOLERANCE, assert_close, poisoned_memory
-from tests.support.triton_checks.interpreter import main
 
 LENS = (0, 1, 63, 64, 65, 200, 700, 128)
 
@@ -135,7 +133,3 @@ def check_odd_shapes(device: str) -> None:
         an_attention(tuple(lens), heads, "int4_hadamard", device, num_sms=num_sms)
 
     attentions()
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

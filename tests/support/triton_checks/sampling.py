@@ -1,6 +1,5 @@
 """The draw of the next token, on a GPU or interpreted, against its specification and the engine's sampler."""
 
-import sys
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from phasewise_kernels.sample import op
 from phasewise_kernels.sample.reference import NO_TOKEN, sample_reference, uniform
 from phasewise_kernels.testing import poisoned_memory
-from tests.support.triton_checks.interpreter import main
 from workers.api import SamplingParams
 from workers.engine.sampler import SampleRow
 from workers.engine.sampler import sample as sample_by_engine
@@ -122,7 +120,7 @@ def check_the_numbers_are_those_of_the_engine(device: str) -> None:
 
 def check_all_options_on_all_kinds_of_logits(device: str) -> None:
     """In one batch, so that rows end in different launches; what is equal may lie anywhere."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(7)
     kinds = ("peaked", "flat", "equal", "ties", "few")
     sizes: tuple[tuple[int, torch.dtype], ...] = (
         (1, torch.float32),
@@ -145,7 +143,7 @@ def check_all_options_on_all_kinds_of_logits(device: str) -> None:
 
 def check_unusable_rows(device: str) -> None:
     """Each fails alone."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(7)
     for bad, heat in product((float("nan"), float("inf")), (0.0, 1.0)):
         logits = logits_of("peaked", 4, 300, torch.float32, rng)
         logits[1, 299] = bad
@@ -164,13 +162,13 @@ def check_the_largest_with_the_lowest_id(device: str) -> None:
     logits[0, [399, 77, 78]] = 5.0
     logits[1] = -1.0
     logits[1, 33], logits[1, 200] = -0.0, 0.0
-    given_arguments = arguments([(0.0, 0, 1.0, 0.0)] * 2, device, np.random.default_rng())
+    given_arguments = arguments([(0.0, 0, 1.0, 0.0)] * 2, device, np.random.default_rng(7))
     assert drawn(logits.to(device), given_arguments).tolist() == [77, 33]
 
 
 def check_no_rows(device: str) -> None:
     """Nothing comes of nothing."""
-    found = drawn(torch.empty(0, 50, device=device), arguments([], device, np.random.default_rng()))
+    found = drawn(torch.empty(0, 50, device=device), arguments([], device, np.random.default_rng(7)))
     assert found.shape == (0,)
 
 
@@ -194,7 +192,3 @@ def check_whatever_comes(device: str) -> None:
         assert_same(logits_of(kind, 2, *size, rng).to(device), [options] * 2, rng)
 
     draws()
-
-
-if __name__ == "__main__":
-    sys.exit(main("__main__"))

@@ -1,5 +1,8 @@
 """Which attention kernels are compiled ahead."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from phasewise_kernels.paged_attention import compiling
 from phasewise_kernels.paged_attention.compiling import StepShape, compile_attention, step_shapes
 from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
+from tests.support.waiting import BOUND_S
 
 
 @given(
@@ -39,6 +43,8 @@ def test_all_are_computed_once_and_an_error_is_raised(
     k_cache = torch.zeros(3, 16, 2, 8)
     asked: list[tuple[StepShape, bool]] = []
     told: list[float] = []
+    may_go_on = threading.Event()
+    may_go_on.set()
 
     def attend(
         query: torch.Tensor, _k: object, _v: object, batch: CudaAttentionBatch, *, window: int
@@ -47,6 +53,8 @@ def test_all_are_computed_once_and_an_error_is_raised(
         assert not batch.context_lens.any()
         shape = StepShape(len(batch.context_lens), batch.max_query_len, batch.tree_masks is not None)
         asked.append((shape, window > 0))
+        if len(asked) > 2:
+            assert may_go_on.wait(BOUND_S)
         if batch.max_query_len == 3 and is_broken:
             raise ValueError("broken")
 
@@ -56,6 +64,12 @@ def test_all_are_computed_once_and_an_error_is_raised(
 
     def stop(_done: float) -> None:
         raise InterruptedError
+
+    class Threads(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            may_go_on.set()
+            super().shutdown(wait)
 
     is_broken = False
     compile_attention(k_cache, k_cache, progress=told.append, **options)  # type: ignore[arg-type]
@@ -67,10 +81,13 @@ def test_all_are_computed_once_and_an_error_is_raised(
     assert told == sorted(told)
     assert told[-1] == 1
     asked.clear()
-    # As a worker that is told to stop while it loads.
+    # As a worker that is told to stop while it loads, when two are done. Those that have begun end when no other one can begin.
+    may_go_on.clear()
+    monkeypatch.setattr(compiling, "ThreadPoolExecutor", Threads)
+    monkeypatch.setattr(compiling, "MAX_THREADS", 3)
     with pytest.raises(InterruptedError):
         compile_attention(k_cache, k_cache, progress=stop, **options)  # type: ignore[arg-type]
-    assert len(asked) < len(shapes) * len({window > 0 for window in windows})
+    assert len(asked) <= 2 + 3 < len(shapes)
     is_broken = True
     with pytest.raises(ValueError, match="broken"):
         compile_attention(k_cache, k_cache, progress=told.append, **options)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,25 @@ from kvtransfer.host_pool import HostPool
 from kvtransfer.pool import KvSpan
 from kvtransfer.shared_memory import HEADER_BYTES, MappedMemory, SharedMemory, SharedMemoryDescriptor
 from kvtransfer.transports import in_process, shm
-from tests.support.pool_owner import LAYOUT, NUM_BLOCKS, filled_cache, pool_owner, shared_pool, shm_offer
+from tests.support.pool_owner import (
+    LAYOUT,
+    NUM_BLOCKS,
+    PoolOwner,
+    filled_cache,
+    pool_owner,
+    shared_pool,
+    shm_offer,
+)
 from tests.support.waiting import BOUND_S, until_in_thread
 
 SPAN = KvSpan(tuple(range(NUM_BLOCKS)), 0, NUM_BLOCKS * LAYOUT.block_size, 0, 3, 0, 2)
+
+
+@pytest.fixture(scope="module")
+def owner() -> Iterator[PoolOwner]:
+    """For all that leave it as it is."""
+    with pool_owner() as found:
+        yield found
 
 
 def empty_pool(dtype: str = LAYOUT.dtype) -> tuple[HostPool, torch.Tensor]:
@@ -57,18 +73,17 @@ def link_of(path: Path) -> str:
         return ""
 
 
-def test_another_process_reads_the_pool_and_its_checksum() -> None:
-    with pool_owner() as owner:
-        mapped = shm.open_pool(owner.offer.descriptor)
-        expected, cache_of = filled_cache(), {}
-        ours, _ = empty_pool()
-        for dtype in ("float16", "float32", "bfloat16"):
-            target, cache_of[dtype] = empty_pool(dtype)
-            checksum = mapped.pull(SPAN, target, SPAN)
-            ours.write(SPAN, memoryview(bytes(read_all(expected))), "float16")
-            assert checksum == ours.checksum(SPAN, "shm")
-            assert torch.equal(cache_of[dtype], expected.to(cache_of[dtype].dtype))
-        mapped.close()
+def test_another_process_reads_the_pool_and_its_checksum(owner: PoolOwner) -> None:
+    mapped = shm.open_pool(owner.offer.descriptor)
+    expected, cache_of = filled_cache(), {}
+    ours, _ = empty_pool()
+    for dtype in ("float16", "float32", "bfloat16"):
+        target, cache_of[dtype] = empty_pool(dtype)
+        checksum = mapped.pull(SPAN, target, SPAN)
+        ours.write(SPAN, memoryview(bytes(read_all(expected))), "float16")
+        assert checksum == ours.checksum(SPAN, "shm")
+        assert torch.equal(cache_of[dtype], expected.to(cache_of[dtype].dtype))
+    mapped.close()
 
 
 def read_all(cache: torch.Tensor) -> bytearray:
@@ -77,25 +92,25 @@ def read_all(cache: torch.Tensor) -> bytearray:
     return out
 
 
-def test_what_the_owner_writes_later_is_seen_by_the_checksum() -> None:
-    with pool_owner() as owner:
-        mapped = shm.open_pool(owner.offer.descriptor)
-        target, _ = empty_pool()
-        before = mapped.pull(SPAN, target, SPAN)
-        assert mapped.pull(SPAN, target, SPAN) == before
-        owner.tell("flip")
-        assert mapped.pull(SPAN, target, SPAN) != before
-        mapped.close()
+def test_what_the_owner_writes_later_is_seen_by_the_checksum(owner: PoolOwner) -> None:
+    mapped = shm.open_pool(owner.offer.descriptor)
+    target, _ = empty_pool()
+    before = mapped.pull(SPAN, target, SPAN)
+    assert mapped.pull(SPAN, target, SPAN) == before
+    owner.tell("flip")
+    assert mapped.pull(SPAN, target, SPAN) != before
+    owner.tell("flip")
+    assert mapped.pull(SPAN, target, SPAN) == before
+    mapped.close()
 
 
-def test_the_memory_cannot_be_written_from_outside() -> None:
-    with pool_owner() as owner:
-        memory = MappedMemory.open(SharedMemoryDescriptor(**json.loads(owner.offer.descriptor)["memory"]))
-        with pytest.raises(ValueError, match="read-only"):
-            memory.bytes()[0] = 1
-        memory.close()
-        with pytest.raises(ConnectionError, match="not mapped"):
-            memory.bytes()
+def test_the_memory_cannot_be_written_from_outside(owner: PoolOwner) -> None:
+    memory = MappedMemory.open(SharedMemoryDescriptor(**json.loads(owner.offer.descriptor)["memory"]))
+    with pytest.raises(ValueError, match="read-only"):
+        memory.bytes()[0] = 1
+    memory.close()
+    with pytest.raises(ConnectionError, match="not mapped"):
+        memory.bytes()
 
 
 def test_a_killed_owner_leaves_what_is_mapped_readable_and_nothing_to_clean_up() -> None:
@@ -169,19 +184,18 @@ def test_a_pool_that_its_owner_closed_is_not_found() -> None:
         mapped.close()
 
 
-def test_another_process_under_the_same_pid_is_found_out() -> None:
-    with pool_owner() as owner:
-        descriptor = owner.offer.descriptor
-        for wrong, message in (
-            # The new process has such a memory under the same number: the nonce tells.
-            ({"nonce": "00" * 16}, "not the one meant"),
-            ({"num_bytes": json.loads(descriptor)["memory"]["num_bytes"] + 1}, "another size"),
-            # Standard input, which is a pipe: it must not even be opened.
-            ({"fd": 0}, "another one by now"),
-            ({"fd": 4000}, "has closed its pool"),
-        ):
-            with pytest.raises(PoolUnreachable, match=message):
-                shm.open_pool(changed(descriptor, **wrong))
+def test_another_process_under_the_same_pid_is_found_out(owner: PoolOwner) -> None:
+    descriptor = owner.offer.descriptor
+    for wrong, message in (
+        # The new process has such a memory under the same number: the nonce tells.
+        ({"nonce": "00" * 16}, "not the one meant"),
+        ({"num_bytes": json.loads(descriptor)["memory"]["num_bytes"] + 1}, "another size"),
+        # Standard input, which is a pipe: it must not even be opened.
+        ({"fd": 0}, "another one by now"),
+        ({"fd": 4000}, "has closed its pool"),
+    ):
+        with pytest.raises(PoolUnreachable, match=message):
+            shm.open_pool(changed(descriptor, **wrong))
 
 
 def test_other_hosts_and_containers_are_named() -> None:

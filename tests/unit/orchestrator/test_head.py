@@ -33,6 +33,23 @@ def test_a_head_is_known_again_when_the_clock_was_set(process: psutil.Process) -
     assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_head_that_nobody_waits_for_has_ended_all_the_same() -> None:
+    # As the first process of a container may be, which is the parent of a head whose start is over.
+    child = "print(flush=True); input()"
+    parent = (
+        "import subprocess, sys; pipe = subprocess.PIPE;"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]], stdin=pipe, stdout=pipe);"
+        "child.stdout.readline(); print(child.pid, flush=True); input()"
+    )
+    command = [sys.executable, "-c", parent, MODULE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as careless:
+        assert careless.stdout is not None
+        process = psutil.Process(int(careless.stdout.readline()))
+        end_process(process.pid, process.create_time())
+        assert process.status() == psutil.STATUS_ZOMBIE
+        careless.kill()
+
+
 @pytest.mark.parametrize(
     ("process", "shift_s"), [(MODULE, 86400.0), ("something else", 0.0)], indirect=["process"]
 )

@@ -16,7 +16,7 @@ from orchestrator.sim.faults import random_faults
 from orchestrator.sim.leap import token_of, tokens_of
 from orchestrator.sim.simulation import SimConfig, Simulation
 from tests.support.sim import BOTH, ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, worker
-from workers.api import EngineConfig, RequestId
+from workers.api import EngineConfig, RequestId, WorkerId
 from workers.latency_model import LatencyModel
 
 
@@ -75,6 +75,14 @@ def test_faults_and_switches_come_in_between(seed: int, shape: str, data: st.Dat
     )
     plan = random_load(seed, num_requests=data.draw(st.integers(1, 25)), rate_rps=10.0)
     assert_same(config, plan, check_every=data.draw(st.sampled_from((0, 23))))
+
+
+@pytest.mark.parametrize("seed", [9, 18, 27])
+def test_a_worker_comes_to_prefill_while_prompts_wait(seed: int) -> None:
+    """Which of them it gets depends on how far each is by then."""
+    switch = (random.Random(seed).uniform(0, 0.6), SwitchRequest("s0", WorkerId("d0"), BOTH, "asked for"))
+    config = config_of("apart", seed, noise=0.0, switches=(switch,))
+    assert_same(config, random_load(seed, num_requests=10, rate_rps=10.0))
 
 
 def test_a_deadline_ends_a_request_with_all_tokens_that_have_come() -> None:

@@ -64,18 +64,16 @@ def test_a_profile_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "leave out --model and --device" in capsys.readouterr().err
 
 
-def test_one_seed_gives_one_plan(tmp_path: Path) -> None:
+def test_of_one_device_nothing_can_be_apart_and_one_seed_gives_one_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [tmp_path / name for name in "ab"]
     for file in files:
         assert plan("--devices", 1, "--quick", "--json", file) == exit_codes.OK
+        said = capsys.readouterr()
+        assert "disaggregated: 0 candidates" in said.err
+        assert "nothing can be apart" in said.out
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_of_one_device_nothing_can_be_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--devices", 1, "--quick") == exit_codes.OK
-    said = capsys.readouterr()
-    assert "disaggregated: 0 candidates" in said.err
-    assert "nothing can be apart" in said.out
 
 
 def test_targets_that_nothing_meets_are_said_with_what_is_possible(
