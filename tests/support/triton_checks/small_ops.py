@@ -127,7 +127,9 @@ def a_packed_write(
     expected = rope_write_reference(x, *wanted_turn, slots, *expected_caches)
     with poisoned_memory():
         actual = way(rope_write_op, "rope_write", device)(x, turn, slots, *caches, is_rotated=is_rotated)
-    assert_close(actual, expected.contiguous(), TURNED_TOLERANCES[dtype])
+    # The tolerance is for numbers near 1.
+    unit = max(1.0, scale)
+    assert_close(actual.float() / unit, expected.float() / unit, TURNED_TOLERANCES[dtype])
     # Nothing turns V.
     assert torch.equal(caches[1], expected_caches[1])
     found, wanted = (one[0].flatten(0, 1) for one in (caches, expected_caches))
