@@ -124,10 +124,12 @@ class EpdSteady:
 
 
 def _donated(cluster: ClusterLoad, found: epd_queue.Switch) -> Sequence[Switch]:
-    """By the worker of that phase alone which has least to do."""
+    """By the worker of that phase alone which has least to do; the published trigger does not ask whether there is one."""
+    donors = _donors(cluster, found.source)
+    if not donors:
+        return ()
     donor = min(
-        _donors(cluster, found.source),
-        key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id),
+        donors, key=lambda one: (one.num_decoding + one.num_prefills + one.encode_tiles, one.worker_id)
     )
     return (Switch(donor.worker_id, frozenset({found.target}), found.reason, 1.0),)
 

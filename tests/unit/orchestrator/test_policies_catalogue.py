@@ -131,6 +131,13 @@ def test_the_published_trigger_does_not_see_what_decode_lacks_room_for() -> None
     assert not trigger.tick(12.0, cluster)
 
 
+def test_the_published_trigger_may_name_a_phase_that_no_worker_serves_alone() -> None:
+    cluster = ClusterLoad((worker("a", E | P), worker("b", E | P), worker("d0", D)))
+    cluster.totals.num_requests, cluster.totals.tiles = 10, 100
+    cluster.workers[0].encode_tiles = 300
+    assert not EpdQueue().tick(5.0, cluster)
+
+
 def steady() -> EpdSteady:
     return EpdSteady(COSTS.step, tile_s=COSTS.tile_s, output_tokens=60.0)
 
