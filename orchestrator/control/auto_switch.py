@@ -144,9 +144,10 @@ def allowed_sets(declared: Iterable[PhaseSet]) -> tuple[PhaseSet, ...]:
 
 
 def phase_sets(look: Look, allowed: tuple[PhaseSet, ...]) -> PhaseSets:
-    """The policy, at its beginning."""
+    """The policy, at its beginning, which comes after that of the cluster: steps have been learnt from, perhaps under another controller."""
     floors = dict.fromkeys(Phase, 1)
-    return PhaseSets(PhaseSetsConfig(look.slo, look.cost, look.tile_s, allowed, floors, look.switch_cost))
+    config = PhaseSetsConfig(look.slo, look.cost, look.tile_s, allowed, floors, look.switch_cost)
+    return PhaseSets(config, look.at_s if look.load.totals.num_requests else None)
 
 
 def tile_seconds(view: ClusterView) -> float | None:
