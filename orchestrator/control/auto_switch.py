@@ -200,4 +200,17 @@ def cluster_load(
                 loaded=status.loaded or ANY_PHASES,
             )
         )
+    _promise(workers)
     return ClusterLoad(tuple(workers), replace(totals))
+
+
+def _promise(workers: Sequence[WorkerLoad]) -> None:
+    """What workers hold that do not decode is KV of sequences that others will, as soon as they have room for it.
+
+    That they are promised says not how long they are: a few decode, and many times their KV may wait for room.
+    """
+    num_promised = sum(one.num_promised for one in workers)
+    held = sum(one.kv_tokens for one in workers if Phase.DECODE not in one.phases)
+    for one in workers:
+        if one.num_promised:
+            one.promised_context = held * one.num_promised // num_promised
