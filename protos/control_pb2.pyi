@@ -313,6 +313,7 @@ class LookWorker(_message.Message):
     NUM_DECODE_STEPS_FIELD_NUMBER: _builtins.int
     ENCODE_TILES_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
+    PROMISED_CONTEXT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     kv_capacity: _builtins.int
     is_switching: _builtins.bool
@@ -325,6 +326,8 @@ class LookWorker(_message.Message):
     num_decode_steps: _builtins.int
     encode_tiles: _builtins.int
     """Tiles of pictures that are not encoded yet."""
+    promised_context: _builtins.int
+    """Tokens of KV that others hold for sequences that wait for room here."""
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[_worker_pb2.Phase.ValueType]: ...
     @_builtins.property
@@ -347,10 +350,11 @@ class LookWorker(_message.Message):
         num_decode_steps: _builtins.int = ...,
         encode_tiles: _builtins.int = ...,
         loaded: _abc.Iterable[_worker_pb2.Phase.ValueType] | None = ...,
+        promised_context: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "encode_tiles", b"encode_tiles", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context", b"decode_context", "encode_tiles", b"encode_tiles", "is_switching", b"is_switching", "kv_capacity", b"kv_capacity", "kv_tokens", b"kv_tokens", "loaded", b"loaded", "num_decode_steps", b"num_decode_steps", "num_decoding", b"num_decoding", "num_prefills", b"num_prefills", "num_promised", b"num_promised", "phases", b"phases", "prefill_tokens", b"prefill_tokens", "promised_context", b"promised_context", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,9 +144,10 @@ def allowed_sets(declared: Iterable[PhaseSet]) -> tuple[PhaseSet, ...]:
 
 
 def phase_sets(look: Look, allowed: tuple[PhaseSet, ...]) -> PhaseSets:
-    """The policy, at its beginning."""
+    """The policy, at its beginning, which comes after that of the cluster: steps have been learnt from, perhaps under another controller."""
     floors = dict.fromkeys(Phase, 1)
-    return PhaseSets(PhaseSetsConfig(look.slo, look.cost, look.tile_s, allowed, floors, look.switch_cost))
+    config = PhaseSetsConfig(look.slo, look.cost, look.tile_s, allowed, floors, look.switch_cost)
+    return PhaseSets(config, look.at_s if look.load.totals.num_requests else None)
 
 
 def tile_seconds(view: ClusterView) -> float | None:
@@ -199,4 +200,17 @@ def cluster_load(
                 loaded=status.loaded or ANY_PHASES,
             )
         )
+    _promise(workers)
     return ClusterLoad(tuple(workers), replace(totals))
+
+
+def _promise(workers: Sequence[WorkerLoad]) -> None:
+    """What workers hold that do not decode is KV of sequences that others will, as soon as they have room for it.
+
+    That they are promised says not how long they are: a few decode, and many times their KV may wait for room.
+    """
+    num_promised = sum(one.num_promised for one in workers)
+    held = sum(one.kv_tokens for one in workers if Phase.DECODE not in one.phases)
+    for one in workers:
+        if one.num_promised:
+            one.promised_context = held * one.num_promised // num_promised

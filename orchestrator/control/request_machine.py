@@ -278,6 +278,11 @@ class RequestMachine:
         """It is with its workers, and none has begun to compute its prompt."""
         return self.state is RequestState.PREFILL and not self._is_prefill_started
 
+    @property
+    def has_last_attempt(self) -> bool:
+        """Where this one fails, so does the request."""
+        return self.num_attempts >= MAX_ATTEMPTS
+
     def sent_back(self, reason: str) -> list[Action]:
         """It goes to other workers, before its prefill has begun. That is nobody's failure, and no attempt."""
         assert self.is_prefill_waiting
@@ -580,7 +585,7 @@ class RequestMachine:
         if self._moving_from is not None and code.is_retryable:
             # It was well where it was: what went wrong on the way takes none of its attempts.
             self.num_attempts -= 1
-        if not code.is_retryable or self.num_attempts >= MAX_ATTEMPTS:
+        if not code.is_retryable or self.has_last_attempt:
             return self._fail(_KIND_OF_CODE[code], reason)
         self._move_to(RequestState.QUEUED)
         return [*self._abort_holders(), WantRoute(reason)]

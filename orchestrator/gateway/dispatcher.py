@@ -119,7 +119,7 @@ class Dispatcher:
         self._view_at_s = 0.0
         #: Workers that give up phases, and which.
         self._leaving: dict[WorkerId, PhaseSet] = {}
-        #: Workers that could be given prompts as of the last view.
+        #: Workers that could be given prompts as of the last view, or have been linked since.
         self._prefilling: frozenset[WorkerId] = frozenset()
         self._links = make_links(self)
         self._ledger = LoadLedger()
@@ -331,6 +331,7 @@ class Dispatcher:
         if link.block_size > 0:
             self._prefixes.add(worker, link.block_size)
             self._links.send(worker, SubscribeKvEvents())
+        self._give_share(worker.worker_id)
         self._changed()
 
     def link_broke(self, link: Link, reason: str) -> None:
@@ -407,24 +408,42 @@ class Dispatcher:
                 self._migrate(sample, f"{decode_id} gives up decode", now_s)
 
     def _spread_prompts(self, view: ClusterView) -> None:
-        """The last of the prompts that wait go to a worker that has come to prefill, which else would wait for those that are to come.
-
-        As many as make the queues alike. The first stay, and are sooner too: they are late already, and the last need not be.
-        """
+        """Some of the prompts that wait go to a worker that has come to prefill, which else would wait for those that are to come."""
         ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
         before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
         come = self._prefilling - before
-        if not come or not before:
-            return
+        if come and before:
+            self._send_back(Phase.PREFILL, come)
+
+    def _give_share(self, worker_id: WorkerId) -> None:
+        """A worker that can be used again gets some of the prompts that wait: all that it had have gone to others, perhaps to one that has no room to decode them."""
+        assert self._view is not None
+        for phase in (Phase.PREFILL, Phase.DECODE):
+            ready = ready_workers(self._view, phase, self._links.is_open)
+            if any(one.worker_id == worker_id for one in ready):
+                self._send_back(phase, frozenset({worker_id}))
+                if phase is Phase.PREFILL:
+                    self._prefilling |= {worker_id}
+
+    def _send_back(self, phase: Phase, come: frozenset[WorkerId]) -> None:
+        """The last prompts, as many as make the queues of a phase alike. The first stay, and are sooner too: they are late already, and the last need not be.
+
+        One that has its last attempt stays as well: a link that broke may break again.
+        """
         num_moved = 0
         for sample in reversed(list(self._running.values())):
             machine, route = sample.machine, sample.machine.route
-            if route is None or machine.is_over or not machine.is_prefill_waiting:
+            if route is None or not machine.is_prefill_waiting or machine.has_last_attempt:
                 continue
-            num_moved += machine.num_prefill_tokens
-            if num_moved > len(come) * self._ledger.of(route.prefill.worker_id).prefill_tokens:
+            if phase is Phase.PREFILL:
+                num_here = self._ledger.of(route.prefill.worker_id).prefill_tokens
+                num_moved += machine.num_prefill_tokens
+            else:
+                num_here = self._ledger.of(route.decode.worker_id).decode_sequences
+                num_moved += 1
+            if num_moved > len(come) * num_here:
                 return
-            self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to prefill"))
+            self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to {phase}"))
 
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
         assert self._view is not None

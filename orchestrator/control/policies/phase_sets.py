@@ -115,11 +115,17 @@ class _Done:
 
 
 class PhaseSets:
-    """One cluster's. `tick` is what the protocol asks for."""
+    """One cluster's. `tick` is what the protocol asks for.
 
-    def __init__(self, config: PhaseSetsConfig) -> None:
+    taken_over_at_s: when it comes to a cluster that serves, as a new controller does: it knows none of the rates, takes the mean of what it sees until
+    that is enough, and moves nobody for a cooldown. None at the beginning of a cluster, before which all rates were 0.
+    """
+
+    def __init__(self, config: PhaseSetsConfig, taken_over_at_s: float | None = None) -> None:
         self._config = config
         self._seen: tuple[float, Totals] | None = None
+        #: For how long rates have been followed, as far as that counts.
+        self._followed_s = config.memory_s if taken_over_at_s is None else 0.0
         #: Seconds of work of encode and prefill that come in a second.
         self._encode = self._prefill = 0.0
         self._met = 1.0
@@ -129,7 +135,7 @@ class PhaseSets:
         self._made: list[_Done] = []
         #: What was done last, a move or a reversal, until it has settled.
         self._latest: _Done | None = None
-        self._next_at_s = 0.0
+        self._next_at_s = 0.0 if taken_over_at_s is None else taken_over_at_s + config.cooldown_s
         self._blocked: dict[_Move, float] = {}
         #: As of the last look; None before there are two.
         self.load: float | None = None
@@ -191,7 +197,8 @@ class PhaseSets:
         if totals.num_requests < last.num_requests or totals.num_finished < last.num_finished:
             # Who counts has begun anew.
             return self._asked(cluster.workers)
-        gain = min(1.0, elapsed_s / config.memory_s)
+        self._followed_s = min(config.memory_s, self._followed_s + elapsed_s)
+        gain = min(1.0, elapsed_s / self._followed_s)
         tiles, tokens = totals.tiles - last.tiles, totals.prompt_tokens - last.prompt_tokens
         self._encode += gain * (config.tile_s * tiles / elapsed_s - self._encode)
         self._prefill += gain * (config.cost.token_s * tokens / elapsed_s - self._prefill)

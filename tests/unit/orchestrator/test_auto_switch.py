@@ -223,3 +223,25 @@ def test_what_steps_of_decodes_say_of_a_prompts_tokens_moves_nobody(factor: floa
     second = round(1 / StepCost.learnt(LEARNT).token_s)
     assert moved(second) == set()
     assert moved(20 * second) == {P | D}
+
+
+def test_sequences_that_wait_for_room_are_seen_by_the_kv_that_is_held_for_them() -> None:
+    """Nothing waits to be computed, and those that decode are few: the workers that have computed the prompts are full of their KV."""
+
+    def seen(held: int) -> ClusterView:
+        full = PhaseWork(num_decodes=60, num_decoding=4, decode_context=4 * 3000)
+        workers = [*(worker(i, P) for i in range(2)), worker(2, D, work=full), worker(3, D)]
+        blocks = BlockCounts(total=1000, free=1000 - held, cached=0, in_use=0, leased=held)
+        first, status = workers[0], workers[0].status
+        assert status is not None
+        return view(replace(first, status=replace(status, blocks=blocks)), *workers[1:])
+
+    def wanted(held: int) -> list[SwitchRequest]:
+        it, now = auto(seen(held)), seen(held)
+        found = [one for at_s in range(8) for one in it.tick(float(at_s), now, Totals(at_s, at_s))]
+        assert it.last is not None
+        assert [one.promised_context for one in it.last.load.workers] == [0, 0, 16 * held, 0]
+        return found
+
+    assert not wanted(0)
+    assert {one.phases for one in wanted(1000)} == {P | D}

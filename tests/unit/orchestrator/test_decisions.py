@@ -73,7 +73,8 @@ def file_of(folder: Path, looks: list[Look]) -> Path:
 
 
 def test_a_look_is_the_same_after_its_way() -> None:
-    for one in LOOKS:
+    waiting = WorkerLoad(WorkerId("d2"), D, 100_000, num_promised=3, promised_context=9000)
+    for one in (*LOOKS, replace(LOOKS[0], load=ClusterLoad((waiting,), Totals()))):
         assert look_from_pb(look_to_pb(one)) == one
     assert len({one.digest for one in LOOKS}) == len(LOOKS)
 

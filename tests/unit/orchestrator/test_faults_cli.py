@@ -244,3 +244,10 @@ def test_any_faults_of_all_kinds_are_read_as_they_are_written(kinds: list[str], 
         json.dumps({"faults": written}), context={"worker_ids": WORKERS, "duration_s": 60.0}
     )
     assert [one.model_dump(by_alias=True, exclude_none=True) for one in file.faults] == written
+
+
+def test_the_faults_of_the_shifting_load_are_of_its_workers_and_within_it() -> None:
+    """As docs/role-switch.md has it; the run itself takes long."""
+    workers = [f"{phase}-{number}" for phase in ("prefill", "decode") for number in range(2)]
+    kinds = [one.kind for one in load_faults(EXAMPLES / "shifting-faults.yaml", workers, 42.0)]
+    assert kinds == ["crash", "slow", "cut_from_workers", "loss_with_gateway", "controller_crash"]

@@ -10,7 +10,7 @@ import pytest
 from orchestrator.control.prefix_index import PromptChain
 from orchestrator.gateway import dispatcher
 from protos import inference_pb2 as pb
-from tests.support.fake_worker import BOTH, DECODE, FakeWorker, byte_ids, byte_model
+from tests.support.fake_worker import BOTH, DECODE, PREFILL, FakeWorker, byte_ids, byte_model
 from tests.support.gateway import Gateway, collect, gateway, run
 from tests.support.waiting import until
 from workers.api import KvBlocksStored, KvEventsLost, PrefillStarted
@@ -157,5 +157,36 @@ def test_the_last_prompts_that_wait_go_to_a_worker_that_has_come_to_prefill() ->
             # Also of those that were sent elsewhere: it was nobody's failure.
             assert [task.result()[-1].timings.attempts for task in asked] == [1] * 4
             it.dispatcher.check_invariants()
+
+    run(main)
+
+
+def test_a_worker_that_is_back_decodes_some_of_what_it_had_but_is_nobodys_last_attempt() -> None:
+    """All of it went to the other one, which may have no room for it."""
+
+    async def main() -> None:
+        workers = [FakeWorker("p", PREFILL), FakeWorker("d-0", DECODE), FakeWorker("d-1", DECODE)]
+        async with gateway(*workers) as it:
+            await it.use(*workers)
+            for one in workers:
+                one.answer = lambda _submit: ()
+            asked = [it.client.Generate(request()) for _ in range(8)]
+            ledger = it.dispatcher._ledger
+
+            def shares() -> list[int]:
+                return [ledger.of(one.worker_id).decode_sequences for one in workers[1:]]
+
+            await until(lambda: shares() == [4, 4], "each has half")
+            # Half have lost it twice, then the others have.
+            for number, expected in enumerate(([4, 4], [4, 4], [4, 4], [8, 0])):
+                workers[2].break_session()
+                await until(
+                    lambda number=number: workers[2].num_sessions == number + 2, "its link is open again"
+                )
+                await until(lambda expected=expected: shares() == expected, "it has its share")
+                it.dispatcher.check_invariants()
+            assert it.dispatcher.num_failed == 0
+            for call in asked:
+                call.cancel()
 
     run(main)

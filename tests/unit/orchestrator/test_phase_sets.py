@@ -1,13 +1,15 @@
 """Which phases workers serve, encode among them: what a move costs, and what holds while it is made, whatever comes."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig
+from orchestrator.control.policies.phase_sets import PhaseSets, PhaseSetsConfig, load_of
 from orchestrator.control.policies.policy import ClusterLoad, SwitchCost, Totals, WorkerLoad
 from orchestrator.control.slo import Slo
 from tests.support.coarse import COSTS, SLO, D, E, P
@@ -18,10 +20,11 @@ COST = SwitchCost(0.1, 9.0)
 TICK_S = 0.5
 
 
-def policy(**more: object) -> PhaseSets:
+def policy(taken_over_at_s: float | None = None, **more: object) -> PhaseSets:
     floors = dict.fromkeys(Phase, 1)
     slo = more.pop("slo", SLO)
-    return PhaseSets(PhaseSetsConfig(slo, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more))  # type: ignore[arg-type]
+    config = PhaseSetsConfig(slo, COSTS.step, COSTS.tile_s, ALLOWED, floors, COST, **more)  # type: ignore[arg-type]
+    return PhaseSets(config, taken_over_at_s)
 
 
 def worker(name: str, phases: PhaseSet, loaded: PhaseSet, **load: int) -> WorkerLoad:
@@ -266,3 +269,49 @@ def test_a_move_after_which_more_is_served_stays_although_work_piles_up(
             break
     assert (Counter(one.phases for one in workers)[P | D] >= 1) == is_kept
     assert (len(world.sets._blocked) == 0) == is_kept
+
+
+def steady(cluster: list[WorkerLoad], tiles: int, tokens: int, sequences: int) -> Iterator[World]:
+    """What comes in each tick is served at once, and so many sequences decode."""
+    world = World(cluster)
+    for one in cluster:
+        if Phase.DECODE in one.phases:
+            one.num_decoding, one.decode_context = sequences, sequences * 1000
+            break
+    while True:
+        world.totals.num_requests += 1
+        world.totals.num_finished += 1
+        world.totals.num_met += 1
+        world.totals.tiles += tiles
+        world.totals.prompt_tokens += tokens
+        world.tick()
+        yield world
+
+
+@settings(max_examples=50, deadline=None)
+@given(clusters, st.tuples(st.integers(0, 50), st.integers(0, 20_000), st.integers(0, 200)))
+def test_a_new_controller_sees_the_load_that_the_one_before_saw(
+    cluster: list[tuple[PhaseSet, PhaseSet]], load: tuple[int, int, int]
+) -> None:
+    ticks = steady([worker(f"w{i}", *one) for i, one in enumerate(cluster)], *load)
+    *_, world = islice(ticks, 120)
+    began_s = world.now_s
+    new = policy(began_s)
+    new.tick(began_s, ClusterLoad(tuple(world.workers), world.totals))
+    for world in islice(ticks, 20):
+        shape = Counter(one.phases for one in world.workers)
+        wanted = new.tick(world.now_s, ClusterLoad(tuple(world.workers), world.totals))
+        assert new.load == pytest.approx(load_of(shape, world.sets._asked(world.workers)), rel=1e-3)
+        assert not wanted or world.now_s >= began_s + 2.0
+
+
+def test_a_new_controller_knows_of_no_pictures_and_takes_no_encoder_away() -> None:
+    """Both encoders have all that they can do, and no picture waits."""
+    workers = [*(worker(f"e{i}", E, E | P | D) for i in range(2)), worker("t", P | D, P | D)]
+    ticks = steady(workers, round(1.9 * TICK_S / COSTS.tile_s), 0, 0)
+    for world in islice(ticks, 60):
+        assert not world.moves
+    world.sets = policy(world.now_s)
+    workers[2].prefill_tokens = round(0.9 * 4.0 / COSTS.step.token_s)
+    for world in islice(ticks, 20):
+        assert not world.moves, world.reasons
