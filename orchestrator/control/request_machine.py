@@ -275,8 +275,8 @@ class RequestMachine:
 
     @property
     def is_prefill_waiting(self) -> bool:
-        """It is with its workers, and none has begun to compute its prompt."""
-        return self.state is RequestState.PREFILL and not self._is_prefill_started
+        """It is with its workers, and nothing has been heard of its prompt being computed."""
+        return self.state is RequestState.PREFILL and not self._is_prefill_started and not self._early
 
     @property
     def has_last_attempt(self) -> bool:

@@ -428,12 +428,17 @@ class Dispatcher:
     def _send_back(self, phase: Phase, come: frozenset[WorkerId]) -> None:
         """The last prompts, as many as make the queues of a phase alike. The first stay, and are sooner too: they are late already, and the last need not be.
 
-        One that has its last attempt stays as well: a link that broke may break again.
+        One that has its last attempt stays as well: a link that broke may break again. So do those that would come back: what avoids these workers, samples
+        that follow the first of their request, and what is decoded where it is prefilled.
         """
         num_moved = 0
         for sample in reversed(list(self._running.values())):
             machine, route = sample.machine, sample.machine.route
             if route is None or not machine.is_prefill_waiting or machine.has_last_attempt:
+                continue
+            if come <= machine.avoided or (sample.index > 0 and machine.num_attempts == 1):
+                continue
+            if phase is Phase.DECODE and route.is_colocated:
                 continue
             if phase is Phase.PREFILL:
                 num_here = self._ledger.of(route.prefill.worker_id).prefill_tokens

@@ -190,3 +190,24 @@ def test_a_worker_that_is_back_decodes_some_of_what_it_had_but_is_nobodys_last_a
                 call.cancel()
 
     run(main)
+
+
+def test_prompts_that_are_decoded_where_they_are_prefilled_stay_when_a_worker_is_back() -> None:
+    """They would come back to it, for nothing."""
+
+    async def main() -> None:
+        both, decode = FakeWorker("pd", PREFILL | DECODE), FakeWorker("d", DECODE)
+        async with gateway(both, decode) as it:
+            await it.use(both, decode)
+            both.answer = lambda _submit: ()
+            asked = [it.client.Generate(request()) for _ in range(4)]
+            await until(lambda: len(both.submits) == 4, "all are submitted")
+            decode.break_session()
+            await until(lambda: decode.num_sessions == 2, "its link is open again")
+            await until(lambda: len(it.linked()) == 2, "the gateway knows")
+            assert both.aborts == []
+            assert len(both.submits) == 4
+            for call in asked:
+                call.cancel()
+
+    run(main)
