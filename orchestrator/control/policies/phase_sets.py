@@ -126,8 +126,8 @@ class PhaseSets:
         self._seen: tuple[float, Totals] | None = None
         #: For how long rates have been followed, as far as that counts.
         self._followed_s = config.memory_s if taken_over_at_s is None else 0.0
-        #: Seconds of work of encode and prefill that come in a second.
-        self._encode = self._prefill = 0.0
+        #: Of pictures and of prompts, that come. What they take may be learnt later.
+        self._tiles_per_s = self._tokens_per_s = 0.0
         self._met = 1.0
         #: Requests that finish in a second; None before any look at two moments.
         self._rate: float | None = None
@@ -200,8 +200,8 @@ class PhaseSets:
         self._followed_s = min(config.memory_s, self._followed_s + elapsed_s)
         gain = min(1.0, elapsed_s / self._followed_s)
         tiles, tokens = totals.tiles - last.tiles, totals.prompt_tokens - last.prompt_tokens
-        self._encode += gain * (config.tile_s * tiles / elapsed_s - self._encode)
-        self._prefill += gain * (config.cost.token_s * tokens / elapsed_s - self._prefill)
+        self._tiles_per_s += gain * (tiles / elapsed_s - self._tiles_per_s)
+        self._tokens_per_s += gain * (tokens / elapsed_s - self._tokens_per_s)
         num_finished = totals.num_finished - last.num_finished
         rate, known = num_finished / elapsed_s, self._rate
         self._rate = rate if known is None else known + gain * (rate - known)
@@ -228,8 +228,8 @@ class PhaseSets:
         if capacity:
             decode = max(decode, context * num / capacity)
         return Asked(
-            self._encode + config.tile_s * tiles / config.drain_s,
-            self._prefill + cost.token_s * tokens / config.drain_s,
+            config.tile_s * (self._tiles_per_s + tiles / config.drain_s),
+            cost.token_s * (self._tokens_per_s + tokens / config.drain_s),
             decode,
         )
 
