@@ -1,7 +1,4 @@
-"""Contexts of chunks that are cut into pieces, on a GPU or in Triton's interpreter (see paged_attention.py).
-
-TRITON_INTERPRET=1 python -m tests.support.triton_checks.chunks
-"""
+"""Contexts of chunks that are cut into pieces, on a GPU or interpreted (see paged_attention.py)."""
 
 import heapq
 from dataclasses import replace

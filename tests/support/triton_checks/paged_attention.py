@@ -1,9 +1,4 @@
-"""Attention on a GPU: its kernels against their reference.
-
-    TRITON_INTERPRET=1 python -m tests.support.triton_checks.paged_attention
-
-runs them on the CPU; it leaves with 0 when all agree.
-"""
+"""Attention on a GPU, or interpreted: its kernels against their reference."""
 
 import random
 from collections.abc import Callable

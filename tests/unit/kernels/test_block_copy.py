@@ -75,6 +75,13 @@ def test_the_checksum_in_torch_is_the_one_that_is_defined(payload: bytes) -> Non
     assert checksum_of_bytes(payload) == checksum_reference(payload)
 
 
+@pytest.mark.parametrize("num_bytes", [16, 47, 48, 49, 200])
+def test_a_checksum_of_several_pieces_is_that_of_one(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
+    payload = bytes(range(num_bytes))
+    monkeypatch.setattr(reference, "_PIECE_VECTORS", 3)
+    assert checksum_of_bytes(payload) == checksum_reference(payload)
+
+
 @given(st.binary(min_size=1, max_size=200), st.data())
 def test_a_single_wrong_byte_is_always_seen(payload: bytes, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(payload) - 1))

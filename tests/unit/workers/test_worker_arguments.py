@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import pytest
 from annotated_types import Ge, Le
 
+from kvtransfer.codecs.codec import CodecId
+from kvtransfer.config import TransportChoice
 from orchestrator.manifest.engine import Engine, SpanReuse
 from orchestrator.manifest.models import KvTransfer
 from workers import main as worker_main
@@ -105,6 +107,13 @@ def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         weight_dtype=WeightDtype.BFLOAT16,
         host_cache_codec=HostCacheCodec.FP8,
     )
+
+
+def test_options_reach_the_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--streams 3 --codec fp8 --transport grpc --max-chunk-kib 512 --credits 7 --layer-group-size 2"
+    config = spec_of(monkeypatch, *options.split()).kv_transfer
+    assert (config.num_streams, config.codec, config.transport) == (3, CodecId.FP8, TransportChoice.GRPC)
+    assert (config.max_chunk_bytes, config.credits, config.layer_group_size) == (512 * 1024, 7, 2)
 
 
 def test_the_host_cache_is_given_in_mib(monkeypatch: pytest.MonkeyPatch) -> None:
