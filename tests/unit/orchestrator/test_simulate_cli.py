@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 AZURE = ROOT / "tests" / "fixtures" / "traces" / "azure_llm_2023_conv.csv"
 MOONCAKE = ROOT / "tests" / "fixtures" / "traces" / "mooncake_conversation.jsonl"
 EXAMPLES = ROOT / "examples" / "simulate"
-#: What goes wrong, for one of the manifests.
-FAULTS = EXAMPLES / "faults.yaml"
+#: What goes wrong, for some of the manifests.
+FAULTS = set(EXAMPLES.glob("*faults.yaml"))
 
 
 def simulate(manifest: Path, *arguments: object, trace: Path = AZURE) -> int:
@@ -26,7 +26,7 @@ def simulate(manifest: Path, *arguments: object, trace: Path = AZURE) -> int:
 
 
 @pytest.mark.parametrize(
-    "manifest", sorted(set(EXAMPLES.glob("*.yaml")) - {FAULTS}), ids=lambda path: path.stem
+    "manifest", sorted(set(EXAMPLES.glob("*.yaml")) - FAULTS), ids=lambda path: path.stem
 )
 def test_every_example_can_be_simulated(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate(manifest, "--rate", 10, "--duration", 2) == exit_codes.OK
