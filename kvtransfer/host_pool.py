@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from kvtransfer.host_memory import HostMemory
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import KvLayout, check_dtype
 from kvtransfer.pieces import PoolGeometry, check_span
 from kvtransfer.pool import KvSpan, PoolOffer, span_bytes
 from kvtransfer.pool_tensor import payload_tensor, pool_shape, torch_dtype
@@ -82,7 +82,7 @@ class HostPool:
 
     def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
         """See pool.KvPool. Rounds to the nearest, ties to even; what float8 cannot hold becomes its largest value."""
-        torch_dtype(dtype)
+        check_dtype(dtype)
         check_span(span, self._memory.geometry)
         received, expected = np.frombuffer(payload, np.uint8), span_bytes(span, self._layout, dtype)
         if received.size != expected:

@@ -10,6 +10,12 @@ DTYPE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8_e4m3fn": 8, 
 INT4 = "int4"
 
 
+def check_dtype(name: str) -> None:
+    """Raises ValueError for what is no key of DTYPE_BITS."""
+    if name not in DTYPE_BITS:
+        raise ValueError(f"dtype {name!r} is none of {', '.join(DTYPE_BITS)}")
+
+
 def head_bytes(dtype: str, head_dim: int) -> int:
     """K or V of one head of a token. dtype: a key of DTYPE_BITS."""
     return row_bytes(head_dim) if dtype == INT4 else head_dim * DTYPE_BITS[dtype] // 8

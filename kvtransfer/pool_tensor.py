@@ -2,15 +2,14 @@
 
 import torch
 
-from kvtransfer.layout import DTYPE_BITS, INT4, KvLayout, head_bytes
+from kvtransfer.layout import INT4, KvLayout, check_dtype, head_bytes
 from kvtransfer.pool import KvSpan
 from phasewise_kernels.kv_int4.op import PACKED_DTYPE
 
 
 def torch_dtype(name: str) -> torch.dtype:
     """name: a key of DTYPE_BITS; int4 is rows of bytes. Raises ValueError for another one."""
-    if name not in DTYPE_BITS:
-        raise ValueError(f"dtype {name!r} is none of {', '.join(DTYPE_BITS)}")
+    check_dtype(name)
     dtype = PACKED_DTYPE if name == INT4 else getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

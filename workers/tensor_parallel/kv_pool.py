@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from kvtransfer.layout import KvLayout
+from kvtransfer.layout import KvLayout, check_dtype
 from kvtransfer.pieces import PoolGeometry, check_span
 from kvtransfer.pool import KvSpan, PoolOffer, span_bytes
 from kvtransfer.pool_tensor import payload_tensor, torch_dtype
@@ -79,7 +79,7 @@ class GroupPool:
 
     def write(self, span: KvSpan, payload: memoryview, dtype: str) -> int:
         """See pool.KvPool. Raises ValueError when the payload has another size."""
-        torch_dtype(dtype)
+        check_dtype(dtype)
         check_span(span, self._geometry)
         expected = span_bytes(span, self._layout, dtype)
         if payload.nbytes != expected:
