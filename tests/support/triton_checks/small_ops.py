@@ -63,6 +63,31 @@ def a_gate(num_rows: int, size: int, dtype: torch.dtype, device: str, scale: flo
     assert_close(actual, expected, SMALL_OP_TOLERANCES[dtype])
 
 
+def written(
+    num_tokens: int,
+    heads: Heads,
+    dtype: torch.dtype,
+    caches: list[torch.Tensor],
+    expected_caches: list[torch.Tensor],
+    is_rotated: bool,
+    device: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Into both pairs of caches, by the op and by its reference: the two queries, and the slots, of which every third is none."""
+    num_heads, num_kv_heads, head_dim = heads
+    x = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, scale=scale, device=device)
+    half = random(num_tokens, 1, head_dim // 2, device=device)
+    both = torch.cat((half, half), dim=-1)
+    turn = both.cos(), both.sin()
+    slots = torch.randperm(40)[:num_tokens]
+    slots[2::3] = -1
+    slots = slots.to(device)
+    expected = rope_write_reference(x, *(turn if is_rotated else (None, None)), slots, *expected_caches)
+    with poisoned_memory():
+        actual = way(rope_write_op, "rope_write", device)(x, turn, slots, *caches, is_rotated=is_rotated)
+    return actual, expected, slots
+
+
 def a_write(
     num_tokens: int,
     heads: Heads,
@@ -73,24 +98,13 @@ def a_write(
     scale: float = 1,
 ) -> None:
     """One rotation and write, every third token without a slot; nothing but its slots is written."""
-    num_heads, num_kv_heads, head_dim = heads
-    x = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, scale=scale, device=device)
-    half = random(num_tokens, 1, head_dim // 2, device=device)
-    both = torch.cat((half, half), dim=-1)
-    cos, sin = both.cos(), both.sin()
-    slots = torch.randperm(40)[:num_tokens]
-    slots[2::3] = -1
-    slots = slots.to(device)
-    shape = (5, 8, num_kv_heads, head_dim)
+    shape = (5, 8, heads[1], heads[2])
     caches, expected_caches = (
         [torch.full(shape, float("nan"), device=device).to(cache_dtype) for _ in "kv"] for _ in range(2)
     )
-    turn = (cos, sin) if is_rotated else (None, None)
-    expected = rope_write_reference(x, *turn, slots, *expected_caches)
-    with poisoned_memory():
-        actual = way(rope_write_op, "rope_write", device)(
-            x, (cos, sin), slots, *caches, is_rotated=is_rotated
-        )
+    actual, expected, _ = written(
+        num_tokens, heads, dtype, caches, expected_caches, is_rotated, device, scale
+    )
     assert_close(actual, expected.contiguous(), SMALL_OP_TOLERANCES[dtype])
     for cache, wanted, is_exact in zip(caches, expected_caches, (not is_rotated, True), strict=True):
         found, wanted = cache.float(), wanted.float()
@@ -111,22 +125,14 @@ def a_packed_write(
     scale: float = 1,
 ) -> None:
     """The same into caches in four bits: a code may be its neighbour where float32 errors move a number across the border."""
-    num_heads, num_kv_heads, head_dim = heads
-    x = random(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, scale=scale, device=device)
-    half = random(num_tokens, 1, head_dim // 2, device=device)
-    both = torch.cat((half, half), dim=-1)
-    slots = torch.randperm(40)[:num_tokens]
-    slots[2::3] = -1
-    slots = slots.to(device)
+    _, num_kv_heads, head_dim = heads
     shape = (5, 8, num_kv_heads, row_bytes(head_dim))
     caches, expected_caches = (
         [torch.full(shape, 0xFF, dtype=PACKED_DTYPE, device=device) for _ in "kv"] for _ in range(2)
     )
-    turn = (both.cos(), both.sin())
-    wanted_turn = turn if is_rotated else (None, None)
-    expected = rope_write_reference(x, *wanted_turn, slots, *expected_caches)
-    with poisoned_memory():
-        actual = way(rope_write_op, "rope_write", device)(x, turn, slots, *caches, is_rotated=is_rotated)
+    actual, expected, slots = written(
+        num_tokens, heads, dtype, caches, expected_caches, is_rotated, device, scale
+    )
     # The tolerance is for numbers near 1.
     unit = max(1.0, scale)
     assert_close(actual.float() / unit, expected.float() / unit, TURNED_TOLERANCES[dtype])
