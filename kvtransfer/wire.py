@@ -52,7 +52,7 @@ from kvtransfer.frames import (
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import DTYPE_BITS, INT4, KvLayout
 from kvtransfer.pool import PoolOffer
-from phasewise_kernels.kv_int4.rows import is_supported
+from phasewise_kernels.kv_int4.rows import MIN_HEAD_DIM, is_supported
 from protos import kvtransfer_pb2 as pb
 
 KIND_CONTROL = 0
@@ -253,7 +253,7 @@ def _layout_problem(layout: KvLayout) -> str | None:
     if min(layout.block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
         return "a layout with a zero dimension"
     if layout.dtype == INT4 and not is_supported(layout.head_dim):
-        return f"heads of {layout.head_dim} in int4, which are a power of two from 16 on"
+        return f"heads of {layout.head_dim} in int4, which are a power of two from {MIN_HEAD_DIM} on"
     lo, hi = layout.heads
     if not 0 <= lo < hi <= layout.num_kv_heads:
         return f"KV heads {[lo, hi]} of {layout.num_kv_heads}"

@@ -10,7 +10,7 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.pool_tensor import pool_shape, torch_dtype
 from kvtransfer.transports.cuda_ipc import CudaPool
 from phasewise_kernels.fp8_linear.op import SIZE_STEP
-from phasewise_kernels.kv_int4.rows import is_supported
+from phasewise_kernels.kv_int4.rows import MIN_HEAD_DIM, is_supported
 from workers.api import KvDtype, PhaseSharing, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
@@ -157,7 +157,7 @@ def check_dtypes(spec: WorkerSpec, config: ModelConfig) -> None:
     if spec.engine.kv_dtype is KvDtype.INT4 and not is_supported(config.head_dim):
         feature = f"heads of {config.head_dim} channels, with engine.kvDtype int4"
         raise UnsupportedModel(
-            spec.model_source, feature, "a power of two from 16 on, or kvDtype fp8 or auto"
+            spec.model_source, feature, f"a power of two from {MIN_HEAD_DIM} on, or kvDtype fp8 or auto"
         )
     found = fp8.problem(config) if spec.engine.weight_dtype is WeightDtype.FP8 else None
     if found is not None:

@@ -1,7 +1,7 @@
 """The size of a row, for those who have no torch."""
 
 #: Of the smallest heads that the kernels multiply; also what makes scales lie at multiples of their eight bytes.
-MIN_HEAD_DIM = 16
+MIN_HEAD_DIM = 32
 SCALES_BYTES = 8
 
 

@@ -78,6 +78,11 @@ class Tuning:
     programs_per_sm: int = 1
 
 
+#: Of one row of 16 or less for many outputs, and for few.
+_INT4_LEAN = Tuning(32, 1, 3, 8), Tuning(32, 1, 3, 8)
+_FP8_LEAN = Tuning(32, 2, 4, 4), Tuning(32, 2, 4, 4)
+
+
 def paged_attention_cuda(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -141,7 +146,8 @@ def lean_attention(
 
     shape = _shape(query, k_cache)
     block_r = _power_of_two(max_query_len * shape["group"])
-    block_m = max(16, block_r)
+    # Where codes are multiplied as they are, rows are columns of a product, of which it takes fewer.
+    block_m = max(8 if k_cache.dtype == PACKED_DTYPE else 16, block_r)
     num_kv_heads = k_cache.shape[2]
     num_sms = batch.num_sms or _num_sms(query.device)
     has_few_outputs = len(batch.context_lens) * num_kv_heads <= num_sms
@@ -309,16 +315,14 @@ def split_attention(
 
 def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False) -> Tuning:
     """Measured on an H100, see docs/gpu-kernels.md. has_few_outputs: no more of them, one for each KV head of a sequence, than SMs."""
-    if k_cache.dtype == PACKED_DTYPE and block_m == 16:
-        # As of fp8, which is unpacked too. Not measured.
-        return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
+    if k_cache.dtype == PACKED_DTYPE and block_m <= 16:
+        return _INT4_LEAN[has_few_outputs]
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
         return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
     if row_bytes == 128 and k_cache.element_size() == 1:
-        # Many small programs: while one converts, others read.
-        return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
+        return _FP8_LEAN[has_few_outputs]
     if row_bytes <= 128:
         return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=2)
     # Few outputs are sooner merged of fewer parts, many are read faster by more programs.

@@ -16,7 +16,7 @@ _jit: Callable[[_F], Any] = triton.jit
 
 _INT32 = tl.constexpr(tl.pointer_type(tl.int32))
 #: The interpreter knows no assembly.
-_IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @_jit
@@ -46,10 +46,10 @@ def unpacked(rows, is_loaded, is_edge: tl.constexpr, head_dim: tl.constexpr):  #
 @_jit
 def _pair(words, mask: tl.constexpr, scales, minima):  # type: ignore[no-untyped-def]
     """[tile_tokens, num_words, 2] fp16: what `mask` leaves of both halves of each word, times the halves of scales, plus those of minima."""
-    if _IS_INTERPRETED:
+    if IS_INTERPRETED:
         codes = words & mask
-        even = _low(codes).to(tl.float16) * _as_fp16(_low(scales)) + _as_fp16(_low(minima))
-        odd = _high(codes).to(tl.float16) * _as_fp16(_high(scales)) + _as_fp16(_high(minima))
+        even = (codes & 0xFFFF).to(tl.float16) * low_half(scales) + low_half(minima)
+        odd = (codes >> 16).to(tl.float16) * high_half(scales) + high_half(minima)
     else:
         even, odd = tl.inline_asm_elementwise(
             """{
@@ -72,9 +72,9 @@ def _pair(words, mask: tl.constexpr, scales, minima):  # type: ignore[no-untyped
 @_jit
 def _sixteenth(scales):  # type: ignore[no-untyped-def]
     """Of both halves of each word, exactly but for the smallest numbers."""
-    if _IS_INTERPRETED:
-        low = (_as_fp16(_low(scales)) * 0.0625).to(tl.int16, bitcast=True).to(tl.int32)
-        high = (_as_fp16(_high(scales)) * 0.0625).to(tl.int16, bitcast=True).to(tl.int32)
+    if IS_INTERPRETED:
+        low = (low_half(scales) * 0.0625).to(tl.int16, bitcast=True).to(tl.int32)
+        high = (high_half(scales) * 0.0625).to(tl.int16, bitcast=True).to(tl.int32)
         small = (low & 0xFFFF) | (high << 16)
     else:
         small = tl.inline_asm_elementwise(
@@ -89,15 +89,12 @@ def _sixteenth(scales):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _low(words):  # type: ignore[no-untyped-def]
-    return (words & 0xFFFF).to(tl.int16)
+def low_half(words):  # type: ignore[no-untyped-def]
+    """Of each word, fp16."""
+    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @_jit
-def _high(words):  # type: ignore[no-untyped-def]
-    return (words >> 16).to(tl.int16)
-
-
-@_jit
-def _as_fp16(x):  # type: ignore[no-untyped-def]
-    return x.to(tl.float16, bitcast=True)
+def high_half(words):  # type: ignore[no-untyped-def]
+    """Of each word, fp16."""
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)

@@ -20,6 +20,7 @@ and a host program per output that waits for the others.
 
 import triton.language as tl
 
+from phasewise_kernels.paged_attention.packed_tiles_triton import attend_packed_tiles
 from phasewise_kernels.paged_attention.parts_triton import is_last, log_sum, merge_parts, store_part
 from phasewise_kernels.paged_attention.tiles_triton import (
     attend_tiles,
@@ -120,41 +121,71 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                 row_masks = tl.load(tree_masks + first_token + tokens, mask=tokens < query_len, other=0)
                 depths = prefix_len + num_ancestors(row_masks) - 1
                 row_positions = tl.where(row_masks == 0, row_positions, depths)
-            q = load_rows(
-                query, first_token, query_len, head, q_token, q_head, group, head_dim, block_m, block_d
-            )
-            if k_cache.dtype.element_ty.primitive_bitwidth == 8:
-                # fp8 becomes fp16 in one instruction, exactly; what is in four bits becomes fp16, too.
-                q = q.to(tl.float16)
-            largest, weight_sum, weighted = attend_tiles(
-                q,
-                tl.full([block_m], float("-inf"), tl.float32),
-                tl.zeros([block_m], tl.float32),
-                tl.zeros([block_m, block_d], tl.float32),
-                k_cache + head.to(tl.int64) * k_head,
-                v_cache + head.to(tl.int64) * v_head,
-                block_tables + sequence.to(tl.int64) * table_stride,
-                tree_masks + first_token,
-                row_masks,
-                row_positions,
-                first_tile + place - output_first,
-                first_tile + piece_stop - output_first,
-                context_len,
-                prefix_len,
-                window,
-                scale,
-                k_block,
-                k_slot,
-                v_block,
-                v_slot,
-                block_size,
-                head_dim,
-                tile_tokens,
-                True,
-                max_query_len > 1,
-                has_window,
-                has_tree,
-            )
+            if k_cache.dtype.element_ty == tl.uint8:
+                places = (first_token + tokens).to(tl.int64) * q_token + (head * group + rows % group) * q_head
+                largest, weight_sum, weighted = attend_packed_tiles(
+                    query,
+                    places,
+                    tokens < query_len,
+                    k_cache + head.to(tl.int64) * k_head,
+                    v_cache + head.to(tl.int64) * v_head,
+                    block_tables + sequence.to(tl.int64) * table_stride,
+                    tree_masks + first_token,
+                    row_masks,
+                    row_positions,
+                    first_tile + place - output_first,
+                    first_tile + piece_stop - output_first,
+                    context_len,
+                    prefix_len,
+                    window,
+                    scale,
+                    k_block,
+                    k_slot,
+                    v_block,
+                    v_slot,
+                    block_size,
+                    head_dim,
+                    tile_tokens,
+                    max_query_len > 1,
+                    has_window,
+                    has_tree,
+                )
+            else:
+                q = load_rows(
+                    query, first_token, query_len, head, q_token, q_head, group, head_dim, block_m, block_d
+                )
+                if k_cache.dtype.element_ty.primitive_bitwidth == 8:
+                    # It becomes fp16 in one instruction, exactly.
+                    q = q.to(tl.float16)
+                largest, weight_sum, weighted = attend_tiles(
+                    q,
+                    tl.full([block_m], float("-inf"), tl.float32),
+                    tl.zeros([block_m], tl.float32),
+                    tl.zeros([block_m, block_d], tl.float32),
+                    k_cache + head.to(tl.int64) * k_head,
+                    v_cache + head.to(tl.int64) * v_head,
+                    block_tables + sequence.to(tl.int64) * table_stride,
+                    tree_masks + first_token,
+                    row_masks,
+                    row_positions,
+                    first_tile + place - output_first,
+                    first_tile + piece_stop - output_first,
+                    context_len,
+                    prefix_len,
+                    window,
+                    scale,
+                    k_block,
+                    k_slot,
+                    v_block,
+                    v_slot,
+                    block_size,
+                    head_dim,
+                    tile_tokens,
+                    True,
+                    max_query_len > 1,
+                    has_window,
+                    has_tree,
+                )
             if piece_stop - place == tiles:
                 store_rows(
                     out,

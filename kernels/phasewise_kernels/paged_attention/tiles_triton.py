@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import triton
 import triton.language as tl
 
-from phasewise_kernels.paged_attention.int4_triton import unpacked
+from phasewise_kernels.paged_attention.int4_triton import IS_INTERPRETED, unpacked
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 #: Not compiled anew for numbers that are 1 or divisible by 16: they differ from step to step.
@@ -88,6 +88,52 @@ def store_rows(  # type: ignore[no-untyped-def]
 def finished(weighted, weight_sum):  # type: ignore[no-untyped-def]
     """The output of a softmax; 0 for a row of padding, which may have seen nothing."""
     return weighted / tl.where(weight_sum == 0, 1.0, weight_sum)[:, None]
+
+
+@jit
+def rows_seen(  # type: ignore[no-untyped-def]
+    positions,
+    is_seen,
+    tree_masks,
+    row_masks,
+    row_positions,
+    prefix_len,
+    window,
+    has_window: tl.constexpr,
+    has_tree: tl.constexpr,
+):
+    """[rows, positions]: which row sees which position, of those that is_seen says are there."""
+    if has_tree:
+        # A token of a tree is one further than its parent.
+        new = positions - prefix_len
+        is_new = (new >= 0) & is_seen
+        bits = (row_masks[:, None] >> tl.minimum(tl.maximum(new, 0), 63)[None, :].to(tl.int64)) & 1
+        is_row_seen = tl.where(
+            (row_masks == 0)[:, None],
+            positions[None, :] <= row_positions[:, None],
+            (new < 0)[None, :] | ((bits != 0) & (new < 64)[None, :]),
+        )
+        if has_window:
+            masks = tl.load(tree_masks + new, mask=is_new, other=0)
+            depths = tl.where(masks == 0, positions, prefix_len + num_ancestors(masks) - 1)
+            is_row_seen = is_row_seen & (depths[None, :] > row_positions[:, None] - window)
+    else:
+        is_row_seen = positions[None, :] <= row_positions[:, None]
+        if has_window:
+            is_row_seen = is_row_seen & (positions[None, :] > row_positions[:, None] - window)
+    return is_row_seen
+
+
+@jit
+def _widened(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x as `dtype`, of which the compiler does not know that it was bytes: it would lay the operands of a product out for bytes, which
+    takes twice the instructions (moves between registers before each product, and loads of single bytes of V)."""
+    x = x.to(dtype)
+    if not IS_INTERPRETED:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    return x
 
 
 @jit
@@ -175,27 +221,22 @@ def attend_tiles(  # type: ignore[no-untyped-def]
         else:
             k = tl.load(keys + k_places)
             v = tl.load(values + v_places)
+        if keys.dtype.element_ty.primitive_bitwidth == 8:
+            k, v = _widened(k, q.dtype), _widened(v, q.dtype)
         # [block_m, tile_tokens]
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
         if is_causal:
-            if has_tree:
-                # A token of a tree is one further than its parent.
-                new = positions - prefix_len
-                is_new = (new >= 0) & is_seen
-                bits = (row_masks[:, None] >> tl.minimum(tl.maximum(new, 0), 63)[None, :].to(tl.int64)) & 1
-                is_row_seen = tl.where(
-                    (row_masks == 0)[:, None],
-                    positions[None, :] <= row_positions[:, None],
-                    (new < 0)[None, :] | ((bits != 0) & (new < 64)[None, :]),
-                )
-                if has_window:
-                    masks = tl.load(tree_masks + new, mask=is_new, other=0)
-                    depths = tl.where(masks == 0, positions, prefix_len + num_ancestors(masks) - 1)
-                    is_row_seen = is_row_seen & (depths[None, :] > row_positions[:, None] - window)
-            else:
-                is_row_seen = positions[None, :] <= row_positions[:, None]
-                if has_window:
-                    is_row_seen = is_row_seen & (positions[None, :] > row_positions[:, None] - window)
+            is_row_seen = rows_seen(
+                positions,
+                is_seen,
+                tree_masks,
+                row_masks,
+                row_positions,
+                prefix_len,
+                window,
+                has_window,
+                has_tree,
+            )
             scores = tl.where(is_row_seen & is_seen[None, :], scores, float("-inf"))
         elif is_edge:
             if has_window:

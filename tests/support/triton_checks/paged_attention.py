@@ -215,9 +215,16 @@ CASES = (
     Case(_MIXED, window=7, num_padding=2),
     Case(_MIXED, dtype=torch.float16),
     Case(_MIXED, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
-    Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, num_padding=2),
+    Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, head_dim=32, num_padding=2),
     Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, head_dim=64, block_size=16, group=1),
-    Case(((1, 6), (5, 5), (5, 90)), trees=(1, 2), window=30, dtype=torch.float16, kv_dtype=PACKED_DTYPE),
+    Case(
+        ((1, 6), (5, 5), (5, 90)),
+        trees=(1, 2),
+        window=30,
+        dtype=torch.float16,
+        kv_dtype=PACKED_DTYPE,
+        head_dim=64,
+    ),
     Case(
         ((40, 70), (1, 300)), dtype=torch.bfloat16, kv_dtype=PACKED_DTYPE, head_dim=128, is_interleaved=True
     ),
@@ -234,7 +241,7 @@ CASES = (
 def _any_kv() -> st.SearchStrategy[dict[str, Any]]:
     """head_dim, and dtypes: of queries, and of caches where it is another one."""
     plain = st.fixed_dictionaries({"head_dim": st.sampled_from((8, 16, 40))})
-    packed = {"head_dim": st.sampled_from((16, 32)), "dtype": st.just(torch.float16)}
+    packed = {"head_dim": st.sampled_from((32, 64)), "dtype": st.just(torch.float16)}
     return st.one_of(plain, st.fixed_dictionaries(packed | {"kv_dtype": st.just(PACKED_DTYPE)}))
 
 
