@@ -149,8 +149,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model of three layers, whose sizes are multiples of 16."""
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", num_layers=3)
+    """A tiny model of three layers, with heads of 32 and sizes that are multiples of 16."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", hidden=128, num_layers=3)
 
 
 def spec(
