@@ -78,11 +78,6 @@ class Tuning:
     programs_per_sm: int = 1
 
 
-#: Of one row of 16 or less for many outputs, and for few.
-_INT4_LEAN = Tuning(32, 1, 3, 8), Tuning(32, 1, 3, 8)
-_FP8_LEAN = Tuning(32, 2, 4, 4), Tuning(32, 2, 4, 4)
-
-
 def paged_attention_cuda(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -208,7 +203,7 @@ def chunk_attention(
     shape = _shape(query, k_cache)
     num_kv_heads = k_cache.shape[2]
     block_m = max(block_m, _power_of_two(shape["group"]))
-    tuning = tuning or chunk_tuning(query, block_m)
+    tuning = tuning or chunk_tuning(query, k_cache, block_m)
     block_q = block_m // shape["group"]
     # Of n new tokens at most n / block_q tiles are full, and each sequence has one that is not.
     num_prompts = min(len(batch.context_lens), batch.num_tokens // min_query_len)
@@ -316,25 +311,31 @@ def split_attention(
 def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False) -> Tuning:
     """Measured on an H100, see docs/gpu-kernels.md. has_few_outputs: no more of them, one for each KV head of a sequence, than SMs."""
     if k_cache.dtype == PACKED_DTYPE and block_m <= 16:
-        return _INT4_LEAN[has_few_outputs]
+        # A program of one warp has all of a tile in its registers, and waits for no other.
+        num_stages, programs_per_sm = (3, 4) if has_few_outputs else (2, 8)
+        return Tuning(tile_tokens=32, num_warps=1, num_stages=num_stages, programs_per_sm=programs_per_sm)
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
         return Tuning(tile_tokens, num_warps=4, num_stages=3, programs_per_sm=2 if block_m == 16 else 1)
     if row_bytes == 128 and k_cache.element_size() == 1:
-        return _FP8_LEAN[has_few_outputs]
+        # Many small programs: while one converts, others read.
+        return Tuning(tile_tokens=32, num_warps=2, num_stages=4, programs_per_sm=4)
     if row_bytes <= 128:
         return Tuning(tile_tokens=128, num_warps=4, num_stages=3, programs_per_sm=2)
     # Few outputs are sooner merged of fewer parts, many are read faster by more programs.
     return Tuning(tile_tokens=64, num_warps=4, num_stages=3, programs_per_sm=1 if has_few_outputs else 2)
 
 
-def chunk_tuning(query: torch.Tensor, block_m: int) -> Tuning:
+def chunk_tuning(query: torch.Tensor, k_cache: torch.Tensor, block_m: int) -> Tuning:
     """Measured on an H100, see docs/gpu-kernels.md; with fewer stages where a multiprocessor has less shared memory."""
     row_bytes = _power_of_two(query.shape[2]) * query.element_size()
-    tile_tokens, num_stages = (64, 4) if row_bytes <= 256 else (32 if row_bytes <= 512 else 16, 2)
-    stage_bytes = 2 * tile_tokens * row_bytes
     room = _shared_bytes(query.device) - block_m * row_bytes - SHARED_REST_BYTES
+    tile_tokens, num_stages = (64, 4) if row_bytes <= 256 else (32 if row_bytes <= 512 else 16, 2)
+    # What is converted waits for that: fewer and larger tiles.
+    if k_cache.element_size() == 1 and row_bytes == 256 and room >= 2 * 2 * 128 * row_bytes:
+        tile_tokens, num_stages = 128, 2
+    stage_bytes = 2 * tile_tokens * row_bytes
     return Tuning(tile_tokens, num_warps=8, num_stages=max(1, min(num_stages, room // stage_bytes)))
 
 

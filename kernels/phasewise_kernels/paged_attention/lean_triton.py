@@ -122,7 +122,9 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                 depths = prefix_len + num_ancestors(row_masks) - 1
                 row_positions = tl.where(row_masks == 0, row_positions, depths)
             if k_cache.dtype.element_ty == tl.uint8:
-                places = (first_token + tokens).to(tl.int64) * q_token + (head * group + rows % group) * q_head
+                places = (first_token + tokens).to(tl.int64) * q_token + (
+                    head * group + rows % group
+                ) * q_head
                 largest, weight_sum, weighted = attend_packed_tiles(
                     query,
                     places,

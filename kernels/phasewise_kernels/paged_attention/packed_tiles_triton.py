@@ -168,9 +168,7 @@ def _rows_at(cache, blocks, positions, block: tl.constexpr, slot: tl.constexpr, 
 @jit
 def _told(at, is_seen):  # type: ignore[no-untyped-def]
     """[tokens, 1] each: words of scales and of minima."""
-    scales, minima = tl.split(
-        tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask=is_seen[:, None], other=0)
-    )
+    scales, minima = tl.split(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask=is_seen[:, None], other=0))
     return scales[:, None], minima[:, None]
 
 

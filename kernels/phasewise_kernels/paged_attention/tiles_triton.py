@@ -126,13 +126,13 @@ def rows_seen(  # type: ignore[no-untyped-def]
 
 @jit
 def _widened(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x as `dtype`, of which the compiler does not know that it was bytes: it would lay the operands of a product out for bytes, which
-    takes twice the instructions (moves between registers before each product, and loads of single bytes of V)."""
+    """x as `dtype`, of which the compiler does not know that it was bytes, and then loads it side by side with others, as it does what is not converted.
+
+    For products that take K and V from shared memory: on an H100 chunks take 6 % less. Those of few rows, which have them in registers, take more.
+    """
     x = x.to(dtype)
     if not IS_INTERPRETED:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     return x
 
 
@@ -221,7 +221,7 @@ def attend_tiles(  # type: ignore[no-untyped-def]
         else:
             k = tl.load(keys + k_places)
             v = tl.load(values + v_places)
-        if keys.dtype.element_ty.primitive_bitwidth == 8:
+        if keys.dtype.element_ty.primitive_bitwidth == 8 and q.shape[0] >= 64:
             k, v = _widened(k, q.dtype), _widened(v, q.dtype)
         # [block_m, tile_tokens]
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")

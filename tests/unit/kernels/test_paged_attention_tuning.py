@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from phasewise_kernels.kv_int4.op import PACKED_DTYPE
+from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.paged_attention import cuda
 
 H100, A100, L4 = 232_448, 166_912, 101_376
@@ -24,5 +26,26 @@ def test_chunks_have_as_many_stages_as_fit(
     monkeypatch: pytest.MonkeyPatch, shared_bytes: int, head_dim: int, dtype: torch.dtype, num_stages: int
 ) -> None:
     monkeypatch.setattr(cuda, "_shared_bytes", lambda _device: shared_bytes)
-    tuning = cuda.chunk_tuning(torch.empty(1, 4, head_dim, dtype=dtype), block_m=128)
-    assert tuning.num_stages == num_stages
+    query, k_cache = torch.empty(1, 4, head_dim, dtype=dtype), torch.empty(1, 16, 4, head_dim, dtype=dtype)
+    assert cuda.chunk_tuning(query, k_cache, block_m=128).num_stages == num_stages
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "head_dim", "tile_tokens", "num_stages"),
+    [(H100, 128, 128, 2), (A100, 128, 128, 2), (L4, 128, 64, 2), (H100, 64, 64, 4), (H100, 256, 32, 2)],
+)
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, PACKED_DTYPE])
+def test_what_is_converted_is_read_in_larger_tiles_where_they_fit(
+    monkeypatch: pytest.MonkeyPatch,
+    kv_dtype: torch.dtype,
+    shared_bytes: int,
+    head_dim: int,
+    tile_tokens: int,
+    num_stages: int,
+) -> None:
+    monkeypatch.setattr(cuda, "_shared_bytes", lambda _device: shared_bytes)
+    query = torch.empty(1, 4, head_dim, dtype=torch.bfloat16)
+    width = row_bytes(head_dim) if kv_dtype == PACKED_DTYPE else head_dim
+    k_cache = torch.empty(1, 16, 4, width, dtype=torch.uint8).view(kv_dtype)
+    tuning = cuda.chunk_tuning(query, k_cache, block_m=128)
+    assert (tuning.tile_tokens, tuning.num_stages) == (tile_tokens, num_stages)
