@@ -135,8 +135,8 @@ class Engine(Section):
     kv_dtype: Literal["auto", "fp8", "int4"] = Field(
         default=_ENGINE.kv_dtype.value,
         description="What KV is kept in. auto: what is computed in, float32 on a CPU. fp8: e4m3 without a scale, half of the memory, on a "
-        "GPU from compute capability 8.9 on; answers differ a little. int4: four bits with scales for each head of a token, less than a third "
-        "of the memory with heads of 64 channels or more, on a GPU; answers differ more, and it has not run on a GPU yet.",
+        "GPU from compute capability 8.9 on; answers differ a little. int4: four bits with scales for each head of a token, whose channels must "
+        "be a power of two from 32 on; less than a third of the memory with 64 or more, on a GPU; answers differ more.",
     )
     host_cache_mib: int = Field(
         default=_ENGINE.host_cache_bytes // MIB,
