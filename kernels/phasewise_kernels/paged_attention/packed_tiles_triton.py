@@ -101,10 +101,10 @@ def attend_packed_tiles(  # type: ignore[no-untyped-def] # Triton looks at annot
         at = at_keys[:, None] + half_words
         a = tl.load(at)
         b = tl.load(at + num_words // 2)
-        k_scales, k_minima = _told(at_keys + num_words, is_seen)
+        k_scales, k_minima = _scales_and_minima(at_keys + num_words, is_seen)
         first = tl.load(at_first[:, None] + words)
         second = tl.load(at_second[:, None] + words)
-        v_scales, v_minima = _told(at_values + num_words, is_seen)
+        v_scales, v_minima = _scales_and_minima(at_values + num_words, is_seen)
 
         # [tile_tokens, rows]
         evens, odds = _halves(a, b)
@@ -166,7 +166,7 @@ def _rows_at(cache, blocks, positions, block: tl.constexpr, slot: tl.constexpr, 
 
 
 @jit
-def _told(at, is_seen):  # type: ignore[no-untyped-def]
+def _scales_and_minima(at, is_seen):  # type: ignore[no-untyped-def]
     """[tokens, 1] each: words of scales and of minima."""
     scales, minima = tl.split(tl.load(at[:, None] + tl.arange(0, 2)[None, :], mask=is_seen[:, None], other=0))
     return scales[:, None], minima[:, None]
