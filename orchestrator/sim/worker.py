@@ -40,9 +40,10 @@ from workers.api import (
     WorkerStatus,
     is_last,
 )
+from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
-from workers.engine.pacing import LayerPacing
+from workers.engine.pacing import GPU_LAYER_LAUNCH_S, LayerPacing
 from workers.engine.scheduler import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
@@ -173,6 +174,8 @@ class SimWorker:
                 num_layers=layout.num_layers,
                 token_bytes=layout.token_bytes,
                 max_chunk_bytes=spec.kv_transfer.max_chunk_bytes,
+                layer_launch_s=GPU_LAYER_LAUNCH_S if self._latency.device.is_reading_hidden else 0.0,
+                max_graph_tokens=MAX_MIXED_TOKENS,
                 fixed=spec.kv_transfer.layer_group_size,
             ),
             latency=self._learnt,

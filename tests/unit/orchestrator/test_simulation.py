@@ -29,6 +29,8 @@ from tests.support.sim import (
     worker,
 )
 from workers.api import WorkerId
+from workers.engine.pacing import LayerPacing
+from workers.latency_model import LatencyModel
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -284,3 +286,22 @@ def test_a_run_leaves_nothing_to_the_garbage_collector(shape: str) -> None:
     with without_collector():
         simulation.run()
         assert gc.collect() == 0
+
+
+@pytest.mark.parametrize("is_on_gpu", [True, False])
+def test_kv_of_a_step_that_is_one_graph_leaves_when_that_is_over(
+    is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of workers on a GPU, where a step in groups of layers is launched kernel by kernel."""
+    sizes: list[int] = []
+    group_size = LayerPacing.group_size
+
+    def look(pacing: LayerPacing, num_tokens: int) -> int:
+        sizes.append(group_size(pacing, num_tokens))
+        return sizes[-1]
+
+    monkeypatch.setattr(LayerPacing, "group_size", look)
+    device = replace(LLAMA_ON_H100.device, is_reading_hidden=is_on_gpu)
+    run(SHAPES["apart"], load([(0.0, 100, 2)]), LatencyModel(LLAMA_ON_H100.model, device, is_learning=False))
+    (size,) = sizes
+    assert (size == LLAMA_ON_H100.model.num_layers) is is_on_gpu
