@@ -28,16 +28,19 @@ from orchestrator.control.request_actions import (
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.router import (
+    NO_ROOMS,
     LoadLedger,
     Move,
     PromptLoad,
     Refuse,
+    Rooms,
     Route,
     Wait,
     choose_decode,
     choose_route,
     no_encoders,
     ready_workers,
+    rooms_of,
 )
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
@@ -106,6 +109,7 @@ class Dispatcher:
         self._token_budgets = token_budgets or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
+        self._rooms: Rooms = NO_ROOMS
         self._paths: TransferPaths | None = None
         self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
@@ -208,10 +212,12 @@ class Dispatcher:
                     not is_queued and not machine.is_over
                 )
                 if machine.route is not None and not is_queued and not machine.is_over:
-                    ledger.add(machine.route.decode.worker_id, decode_sequences=1)
+                    decode_id = machine.route.decode.worker_id
+                    ledger.add(decode_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         num_tokens = machine.num_prefill_tokens - machine.route.num_cached_tokens
                         ledger.add(machine.route.prefill.worker_id, prefill_tokens=num_tokens)
+                        ledger.add(decode_id, coming_tokens=machine.coming_tokens)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
@@ -281,6 +287,7 @@ class Dispatcher:
         self._view = view
         self._view_at_s = self._timers.time()
         self._speeds = prefill_speeds(view, self._token_budgets)
+        self._rooms = rooms_of(view)
         if self._paths is None or self._view_at_s - self._paths_at_s >= PATHS_EVERY_S:
             self._paths, self._paths_at_s = TransferPaths.of(view), self._view_at_s
         for worker, reason in self._links.use(view):
@@ -456,7 +463,14 @@ class Dispatcher:
         if self._paths is not None and machine.route is not None:
             # It stops while its KV moves: nothing of it is hidden.
             move = Move(self._paths, machine.route.decode, machine.num_prefill_tokens)
-        target = choose_decode(self._view, self._ledger, self._links.is_open, move)
+        target = choose_decode(
+            self._view,
+            self._ledger,
+            self._links.is_open,
+            move,
+            rooms=self._rooms,
+            max_tokens=machine.max_tokens,
+        )
         if target is None:
             # It stays where it is until there is one.
             return
@@ -633,6 +647,7 @@ class Dispatcher:
                 prompt,
                 self._speeds,
                 self._paths,
+                self._rooms,
             )
             if isinstance(choice, Route):
                 return choice
@@ -643,7 +658,8 @@ class Dispatcher:
         machine = sample.machine
         is_scored = machine.sampling.num_prompt_logprobs is not None
         cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
-        return PromptLoad(machine.num_prefill_tokens, cached, self._prefixes.num_blocks_by_worker())
+        num_blocks = self._prefixes.num_blocks_by_worker()
+        return PromptLoad(machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens)
 
     def _choose(
         self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None
@@ -657,7 +673,10 @@ class Dispatcher:
                 prompt,
                 self._speeds,
                 self._paths,
+                self._rooms,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths)
+        return choose_route(
+            self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths, self._rooms
+        )
