@@ -188,7 +188,7 @@ def choose_route(
     if decode is None:
         return missing(view, Phase.DECODE)
     peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
-    predicted = None if speeds is None else _predict(prefill, ledger, prompt, speeds)
+    predicted = None if speeds is None else predict(prefill, ledger, prompt, speeds)
     reason = _reason(prefill, decode, ledger, prompt)
     if 0 < len(roomy) < len(ready):
         reason += f"; {len(roomy)} of {len(ready)} workers have room for its KV"
@@ -357,9 +357,10 @@ def _soonest(
     return [worker for worker, time_s in zip(candidates, times_s, strict=True) if time_s <= limit_s]
 
 
-def _predict(
+def predict(
     worker: WorkerView, ledger: LoadLedger, prompt: PromptLoad, speeds: Mapping[WorkerId, PrefillSpeed]
 ) -> Predicted:
+    """Of a prompt that is given to this worker now, which is one of `speeds`."""
     load, num_before = ledger.of(worker.worker_id), prompt.cached_at(worker)
     speed, num_new = speeds[worker.worker_id], prompt.num_tokens - num_before
     ttft_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)

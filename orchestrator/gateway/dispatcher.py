@@ -8,6 +8,7 @@ state is whole between any two calls. The simulator runs it too, with its own ti
 import asyncio
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -27,6 +28,13 @@ from orchestrator.control.request_actions import (
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
+from orchestrator.control.rerouting import (
+    REST_S,
+    crowded_workers,
+    is_anywhere_room,
+    is_worth,
+    without_room,
+)
 from orchestrator.control.router import (
     NO_ROOMS,
     LoadLedger,
@@ -38,7 +46,9 @@ from orchestrator.control.router import (
     Wait,
     choose_decode,
     choose_route,
+    has_room,
     no_encoders,
+    predict,
     ready_workers,
     rooms_of,
 )
@@ -110,6 +120,8 @@ class Dispatcher:
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
         self._rooms: Rooms = NO_ROOMS
+        #: When prompts that wait for room were looked at, last.
+        self._routed_again_at_s = -math.inf
         self._paths: TransferPaths | None = None
         self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
@@ -296,6 +308,8 @@ class Dispatcher:
         self._leaving = {worker.worker_id: worker.leaving for worker in view.workers if worker.leaving}
         self._leave_workers()
         self._spread_prompts(view)
+        self._route_waiting()
+        self._route_again(view)
         self._changed()
         return True
 
@@ -441,9 +455,7 @@ class Dispatcher:
         num_moved = 0
         for sample in reversed(list(self._running.values())):
             machine, route = sample.machine, sample.machine.route
-            if route is None or not machine.is_prefill_waiting or machine.has_last_attempt:
-                continue
-            if come <= machine.avoided or (sample.index > 0 and machine.num_attempts == 1):
+            if route is None or not _can_go_back(sample) or come <= machine.avoided:
                 continue
             if phase is Phase.DECODE and route.is_colocated:
                 continue
@@ -456,6 +468,43 @@ class Dispatcher:
             if num_moved > len(come) * num_here:
                 return
             self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to {phase}"))
+
+    def _route_again(self, view: ClusterView) -> None:
+        """Prompts for which their workers have no room go to others that have."""
+        crowded, speeds, now_s = crowded_workers(view), self._speeds, self._timers.time()
+        if not crowded or speeds is None or now_s < self._routed_again_at_s + REST_S:
+            return
+        if not is_anywhere_room(view, self._ledger, self._rooms):
+            return
+        self._routed_again_at_s = now_s
+        prompts = (
+            sample.as_waiting(route)
+            for sample in self._running.values()
+            if (route := sample.machine.route) is not None
+            and route.prefill.worker_id in crowded
+            and _can_go_back(sample)
+            # Its embeddings are there, or on their way.
+            and sample.machine.images is None
+        )
+        for prompt in without_room(prompts, self._rooms, now_s):
+            sample = self._running.get(prompt.attempt)
+            # It may have been cancelled with another sample of its request.
+            if sample is not None and (reason := self._why_again(sample, now_s - prompt.since_s, speeds)):
+                self._do(sample, sample.machine.sent_back(reason))
+                self._route_waiting()
+
+    def _why_again(self, sample: LiveSample, waited_s: float, speeds: Mapping[WorkerId, PrefillSpeed]) -> str:
+        """Why it goes to another worker that has room; empty when it stays."""
+        machine, load = sample.machine, self._prompt_load(sample)
+        choice = self._choose(frozenset(machine.avoided), load)
+        if not isinstance(choice, Route) or choice.predicted is None or machine.route is None:
+            return ""
+        here, there = machine.route.prefill, choice.prefill
+        if not has_room(there, self._ledger, self._rooms, load.room_at(there)):
+            return ""
+        if not is_worth(waited_s, predict(here, self._ledger, load, speeds), choice.predicted):
+            return ""
+        return f"{here.worker_id} has no room for its KV, and {there.worker_id} has"
 
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
         assert self._view is not None
@@ -680,3 +729,10 @@ class Dispatcher:
         return choose_route(
             self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths, self._rooms
         )
+
+
+def _can_go_back(sample: LiveSample) -> bool:
+    """Nobody has begun it, this is not its last attempt, and it would not come back: samples after the first of their request follow that."""
+    machine = sample.machine
+    is_following = sample.index > 0 and machine.num_attempts == 1
+    return machine.is_prefill_waiting and not machine.has_last_attempt and not is_following

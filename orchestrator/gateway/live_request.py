@@ -10,6 +10,7 @@ from orchestrator.control.prefix_index import PromptChain
 from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts, DeliverPrompt, Fail
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, SampleRecord
+from orchestrator.control.rerouting import WaitingPrompt
 from orchestrator.control.router import LoadLedger, Route
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.gateway.links import Timer
@@ -121,6 +122,19 @@ class LiveSample:
         self.request.has_no_news_of(self)
         # Tokens after a stop string are no part of the answer.
         self.record.refresh(self.machine)
+
+    def as_waiting(self, route: Route) -> WaitingPrompt:
+        """While a worker has it, by this route, and has not begun it."""
+        machine = self.machine
+        return WaitingPrompt(
+            machine.priority,
+            machine.times.arrived_at_s + machine.slo.ttft_s,
+            machine.attempt,
+            route.prefill.worker_id,
+            # What is cached there may need no more room.
+            machine.num_prefill_tokens - route.num_cached_tokens,
+            self.record.attempts[-1].at_s,
+        )
 
     def charge(self, ledger: LoadLedger) -> None:
         """Count what has just been submitted."""
