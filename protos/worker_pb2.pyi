@@ -1487,6 +1487,7 @@ class WorkerStatus(_message.Message):
     LOADED_FIELD_NUMBER: _builtins.int
     TAKES_PICTURES_FIELD_NUMBER: _builtins.int
     LAYOUT_S_FIELD_NUMBER: _builtins.int
+    ROOM_TOKENS_FIELD_NUMBER: _builtins.int
     GPU_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.int
@@ -1511,6 +1512,10 @@ class WorkerStatus(_message.Message):
     """Seconds from then to its first step in a phase that it had not before; absent until that."""
     takes_pictures: _builtins.bool
     """Its model does."""
+    room_tokens: _builtins.int
+    """Of a sequence that would be begun at once, at its end; 0 while all places are taken, and while KV on its way waits for blocks. Absent from a worker without an
+    engine.
+    """
     @_builtins.property
     def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___Phase.ValueType]: ...
     @_builtins.property
@@ -1572,11 +1577,12 @@ class WorkerStatus(_message.Message):
         loaded: _abc.Iterable[Global___Phase.ValueType] | None = ...,
         takes_pictures: _builtins.bool = ...,
         layout_s: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        room_tokens: _builtins.int | None = ...,
         gpu: Global___GpuStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "reuse", b"reuse", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_room_tokens", b"_room_tokens", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "reuse", b"reuse", "room_tokens", b"room_tokens", "step_costs", b"step_costs", "transfers", b"transfers", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "layout_s", b"layout_s", "leaked_blocks", b"leaked_blocks", "loaded", b"loaded", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "state", b"state", "step_costs", b"step_costs", "takes_pictures", b"takes_pictures", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs", "_first_step_s", b"_first_step_s", "_gpu", b"_gpu", "_room_tokens", b"_room_tokens", "_step_costs", b"_step_costs", "blocks", b"blocks", "embeddings", b"embeddings", "encode_costs", b"encode_costs", "first_step_s", b"first_step_s", "gpu", b"gpu", "incarnation", b"incarnation", "layout_s", b"layout_s", "leaked_blocks", b"leaked_blocks", "loaded", b"loaded", "memory_bytes", b"memory_bytes", "message", b"message", "num_invariant_failures", b"num_invariant_failures", "num_leases", b"num_leases", "num_running", b"num_running", "num_steps", b"num_steps", "num_waiting", b"num_waiting", "peers", b"peers", "phase_epoch", b"phase_epoch", "phases", b"phases", "pid", b"pid", "reuse", b"reuse", "room_tokens", b"room_tokens", "state", b"state", "step_costs", b"step_costs", "takes_pictures", b"takes_pictures", "transfers", b"transfers", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__encode_costs: _TypeAlias = _typing.Literal["encode_costs"]  # noqa: Y015
     _WhichOneofArgType__encode_costs: _TypeAlias = _typing.Literal["_encode_costs", b"_encode_costs"]  # noqa: Y015
@@ -1584,6 +1590,8 @@ class WorkerStatus(_message.Message):
     _WhichOneofArgType__first_step_s: _TypeAlias = _typing.Literal["_first_step_s", b"_first_step_s"]  # noqa: Y015
     _WhichOneofReturnType__gpu: _TypeAlias = _typing.Literal["gpu"]  # noqa: Y015
     _WhichOneofArgType__gpu: _TypeAlias = _typing.Literal["_gpu", b"_gpu"]  # noqa: Y015
+    _WhichOneofReturnType__room_tokens: _TypeAlias = _typing.Literal["room_tokens"]  # noqa: Y015
+    _WhichOneofArgType__room_tokens: _TypeAlias = _typing.Literal["_room_tokens", b"_room_tokens"]  # noqa: Y015
     _WhichOneofReturnType__step_costs: _TypeAlias = _typing.Literal["step_costs"]  # noqa: Y015
     _WhichOneofArgType__step_costs: _TypeAlias = _typing.Literal["_step_costs", b"_step_costs"]  # noqa: Y015
     @_typing.overload
@@ -1592,6 +1600,8 @@ class WorkerStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_s) -> _WhichOneofReturnType__first_step_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu) -> _WhichOneofReturnType__gpu | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__room_tokens) -> _WhichOneofReturnType__room_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_costs) -> _WhichOneofReturnType__step_costs | None: ...
 

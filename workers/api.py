@@ -1005,6 +1005,9 @@ class WorkerStatus:
     takes_pictures: bool = False
     #: Seconds for which its device computed with each layout, by name; of a worker whose steps may be split.
     layout_s: tuple[tuple[str, float], ...] = ()
+    #: Of a sequence that would be begun at once, at its end. 0 while all places are taken, and while KV on its way waits for blocks; None of a worker
+    #: without an engine, or that does not say.
+    room_tokens: int | None = None
 
     def needs_new_process(self, phases: PhaseSet) -> bool:
         """It can serve these only after another process has taken its place, as far as is known."""

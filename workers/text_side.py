@@ -130,6 +130,7 @@ class TextSide:
             first_step_s=engine.first_step_s,
             step_costs=engine.step_costs,
             layout_s=engine.layout_s,
+            room_tokens=engine.room_tokens,
         )
 
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:

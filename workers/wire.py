@@ -384,6 +384,7 @@ def status_to_pb(status: WorkerStatus) -> pb.WorkerStatus:
         loaded=phases_to_pb(status.loaded),
         takes_pictures=status.takes_pictures,
         layout_s=dict(status.layout_s),
+        room_tokens=status.room_tokens,
     )
 
 
@@ -426,6 +427,7 @@ def status_from_pb(message: pb.WorkerStatus) -> WorkerStatus:
         loaded=phases_from_pb(message.loaded),
         takes_pictures=message.takes_pictures,
         layout_s=tuple(sorted(message.layout_s.items())),
+        room_tokens=message.room_tokens if message.HasField("room_tokens") else None,
     )
 
 

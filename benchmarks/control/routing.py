@@ -5,7 +5,8 @@
 A decision: which workers have the beginning of a prompt, from an index of 1,048,576 blocks over 256 workers, and which of them gets
 it, by tokens and by seconds that are predicted from what workers have learnt of their steps; what these cost a worker is computed once for
 each view, and timed. The names of the prompt's blocks are computed before, once for a request, and are timed apart. Times are of the
-processor; collections of garbage in between are in them, and look past what was loaded at the beginning, as in the gateway's process. What it
+processor; collections of garbage in between are in them, and look past what was loaded at the beginning, as in the gateway's process. Half of the workers have
+room for a prompt. A view: what a gateway does with one while it has 10,000 prompts at 256 workers, of which one has room, and 255 none; and with one of which none has. What it
 brings is simulated (docs/simulation.md): sixteen workers of Llama-3-8B's shape on an H100 each, with 50 GB of KV, and the Mooncake conversation trace at 8 and 12
 requests a second, two parts of it. The
 baseline routes by load alone; both have the same prefix caches, and in both a worker finds what it has.
@@ -36,20 +37,35 @@ from orchestrator.control.declared import DeclaredWorker, WorkerResources  # noq
 from orchestrator.control.known_shapes import DEVICES, MODELS  # noqa: E402
 from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds  # noqa: E402
 from orchestrator.control.prefix_index import PrefixIndex, PromptChain  # noqa: E402
-from orchestrator.control.router import LoadLedger, PromptLoad, Route, choose_route  # noqa: E402
+from orchestrator.control.router import (  # noqa: E402
+    LoadLedger,
+    PromptLoad,
+    Route,
+    choose_route,
+    rooms_of,
+)
 from orchestrator.control.slo import Slo, percentile  # noqa: E402
 from orchestrator.control.transfer_paths import LEAST_BYTES, TransferPaths  # noqa: E402
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView  # noqa: E402
+from orchestrator.gateway.dispatcher import Dispatcher  # noqa: E402
+from orchestrator.gateway.links import Link  # noqa: E402
+from orchestrator.gateway.validation import CheckedRequest  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
+from orchestrator.sim.timers import SimTimers  # noqa: E402
 from workers.api import (  # noqa: E402
+    Abort,
+    Command,
     EngineConfig,
     KvBlocksStored,
     KvDirection,
     KvPeer,
     KvTransferConfig,
+    ModelInfo,
     Phase,
     PhaseSet,
     PhaseWork,
+    RequestId,
+    SamplingParams,
     WorkerId,
     WorkerState,
     WorkerStatus,
@@ -59,6 +75,7 @@ from workers.latency_model import LatencyModel  # noqa: E402
 from workers.step_shape import FactorSource  # noqa: E402
 
 BOTH = frozenset({Phase.PREFILL, Phase.DECODE})
+NUM_WAITING = 10_000
 NUM_WORKERS, NUM_BLOCKS, BLOCK_SIZE = 256, 2**20, 16
 PROMPT_TOKENS = 8192
 SLO = Slo(3.0, 0.05)
@@ -80,7 +97,15 @@ def worker_view(name: str, rng: random.Random) -> WorkerView:
     c0, c1, c2, c3 = (rng.uniform(0.9, 1.1) * factor for factor in latency.factors)
     work = PhaseWork(num_decoding=32, decode_context=32 * rng.randrange(100, 8000))
     costs = replace(latency.costs(), factors=(c0, c1, c2, c3), source=FactorSource.FITTED)
-    status = WorkerStatus(WorkerId(name), 1, BOTH, WorkerState.READY, step_costs=costs, work=work)
+    status = WorkerStatus(
+        WorkerId(name),
+        1,
+        BOTH,
+        WorkerState.READY,
+        step_costs=costs,
+        work=work,
+        room_tokens=rng.choice((0, 100_000)),
+    )
     return WorkerView(WorkerId(name), 1, BOTH, LifecycleState.READY, f"{name}:1", status=status)
 
 
@@ -159,10 +184,13 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
         named_s = time.process_time()
         naming_s.append(named_s - began_s)
         for name, (seen, known_speeds, known_paths) in by.items():
+            rooms = rooms_of(seen)
             began_s = time.process_time()
             cached = index.cached_tokens(fresh)
-            prompt = PromptLoad(PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker())
-            route = choose_route(seen, ledger, lambda _: True, prompt, known_speeds, known_paths)
+            prompt = PromptLoad(
+                PROMPT_TOKENS + 1, cached, index.num_blocks_by_worker(), max_tokens=PROMPT_TOKENS + 500
+            )
+            route = choose_route(seen, ledger, lambda _: True, prompt, known_speeds, known_paths, rooms)
             deciding_s[name].append(time.process_time() - began_s)
             assert isinstance(route, Route)
             assert (route.predicted is None) == (known_speeds is None)
@@ -180,6 +208,86 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
         "paths_p99_s": percentile(sorted(deciding_s["paths"]), 99),
         "naming_p50_s": statistics.median(naming_s),
     }
+
+
+class Everywhere:
+    """Links to all workers, which hear nothing. Implements gateway.links.Links."""
+
+    num_aborts = 0
+
+    def use(self, _view: ClusterView) -> list[tuple[WorkerView, str]]:
+        return []
+
+    def has(self, _link: Link) -> bool:
+        return True
+
+    def is_open(self, _worker: WorkerView) -> bool:
+        return True
+
+    def unsent_bytes(self, _worker: WorkerView) -> int:
+        return 0
+
+    def send(self, _worker: WorkerView, command: Command) -> None:
+        self.num_aborts += isinstance(command, Abort)
+
+    async def close(self) -> None:
+        pass
+
+
+def time_views(num_views: int) -> dict[str, float]:
+    """In seconds. Each view is 1 s after the one before."""
+    timers, rng, links = SimTimers(), random.Random(2), Everywhere()
+    gateway = Dispatcher(
+        timers,
+        lambda _listener: links,
+        max_waiting_requests=NUM_WAITING,
+        max_running_requests=2 * NUM_WAITING,
+        learn_model=learn_nothing,
+        slo=SLO,
+    )
+    workers = [worker_view(f"w-{i}", rng) for i in range(NUM_WORKERS)]
+    version = 0
+
+    def publish(num_roomy: int, room: int) -> float:
+        nonlocal version
+        version += 1
+        timers.now_s += 1.0
+        views = []
+        for i, worker in enumerate(workers):
+            assert worker.status is not None
+            work = replace(worker.status.work, prefill_tokens=40 * 2000)
+            status = replace(worker.status, work=work, room_tokens=room if i < num_roomy else 0)
+            views.append(replace(worker, status=status))
+        view = ClusterView("d", 1, version, "m", tuple(views))
+        began_s = time.process_time()
+        gateway.update_view(view)
+        return time.process_time() - began_s
+
+    publish(NUM_WORKERS, 10**6)
+    root = root_hash("model", "tokenizer", "")
+    for number in range(NUM_WAITING):
+        prompt = tuple(rng.randrange(32_000) for _ in range(2000))
+        checked = CheckedRequest(RequestId(f"r{number}"), prompt, SamplingParams(500), prefix_root=root)
+        gateway.submit(checked, arrived_at_s=timers.now_s, deadline_s=timers.now_s + 10**6)
+        if number % 100 == 0:
+            print(f"\r{number:,} requests", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    gc.collect()
+    gc.freeze()
+    full_s = sorted(publish(0, 0) for _ in range(num_views))
+    room_s = sorted(publish(1, 10**9) for _ in range(num_views))
+    return {
+        "num_waiting": NUM_WAITING,
+        "view_full_p50_s": statistics.median(full_s),
+        "view_full_p99_s": percentile(full_s, 99),
+        "view_room_p50_s": statistics.median(room_s),
+        "view_room_p99_s": percentile(room_s, 99),
+        "moved_per_view": links.num_aborts / num_views,
+    }
+
+
+async def learn_nothing(_worker: WorkerView, _model: ModelInfo) -> None:
+    """No model."""
 
 
 def simulate(
@@ -211,13 +319,16 @@ def simulate(
 
 def decide(num_decisions: int) -> dict[str, float]:
     """Time decisions, and print that."""
-    times = time_decisions(num_decisions)
+    times = time_decisions(num_decisions) | time_views(max(10, num_decisions // 50))
     print(
         f"{times['num_blocks']:,} blocks over {NUM_WORKERS} workers, prompts of {PROMPT_TOKENS:,} tokens: a decision by tokens "
         f"takes {times['tokens_p50_s'] * 1e3:.3f} ms, p99 {times['tokens_p99_s'] * 1e3:.3f}; by seconds "
         f"{times['seconds_p50_s'] * 1e3:.3f} ms, p99 {times['seconds_p99_s'] * 1e3:.3f}, and {times['speeds_s'] * 1e3:.2f} ms for each "
         f"view; with ways of KV between {NUM_WORKERS // 2} and {NUM_WORKERS // 2} {times['paths_p50_s'] * 1e3:.3f} ms, p99 "
-        f"{times['paths_p99_s'] * 1e3:.3f}, and {times['paths_s'] * 1e3:.2f} ms for each view; naming the blocks {times['naming_p50_s'] * 1e3:.2f} ms"
+        f"{times['paths_p99_s'] * 1e3:.3f}, and {times['paths_s'] * 1e3:.2f} ms for each view; naming the blocks {times['naming_p50_s'] * 1e3:.2f} ms\n"
+        f"a view while {times['num_waiting']:,} prompts wait for room: {times['view_full_p50_s'] * 1e3:.1f} ms, p99 "
+        f"{times['view_full_p99_s'] * 1e3:.1f}, where no worker has any; {times['view_room_p50_s'] * 1e3:.1f} ms, p99 "
+        f"{times['view_room_p99_s'] * 1e3:.1f}, where one has and gets {times['moved_per_view']:g} of them"
     )
     return times
 

@@ -12,10 +12,15 @@ from orchestrator.control.prefill_speed import PrefillSpeed
 from orchestrator.control.prefix_index import WorkerKey
 from orchestrator.control.transfer_paths import ANSWER_TOKENS, TransferPaths
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
-from workers.api import Phase, PrefixPeer, WorkerId
+from workers.api import EngineConfig, Phase, PrefixPeer, WorkerId
 
+#: By worker: see rooms_of.
+Rooms = Mapping[WorkerId, int]
+NO_ROOMS: Rooms = {}
 #: Workers that are asked for the beginning of a prompt, all at once.
 MAX_PREFIX_PEERS = 8
+#: Of engines whose own nobody has told.
+GROWTH_RESERVE = EngineConfig().growth_reserve
 ENCODE_ALONE = frozenset({Phase.ENCODE})
 #: A sequence that decodes on a worker delays a prompt there as so many tokens of prompt do: an estimate that has not been tuned.
 #: Without any a beginning that many prompts have would fill one worker.
@@ -29,12 +34,20 @@ NEAR = 1.1
 class PromptLoad:
     """What a prompt would cost where.
 
-    cached: tokens of its beginning that a worker has, where it has any. num_blocks: that a worker has of all prompts.
+    cached: tokens of its beginning that a worker has, where it has any. num_blocks: that a worker has of all prompts. max_tokens: with those that may be
+    generated.
     """
 
     num_tokens: int = 0
     cached: Mapping[WorkerKey, int] = field(default_factory=dict)
     num_blocks: Mapping[WorkerKey, int] = field(default_factory=dict)
+    max_tokens: int = 0
+
+    def room_at(self, worker: WorkerView) -> int:
+        """Tokens for which a worker must have room that begins it: where it is decoded elsewhere those of the prompt."""
+        if Phase.DECODE not in worker.phases:
+            return self.num_tokens
+        return kept_tokens(self.num_tokens, self.max_tokens)
 
     def cached_at(self, worker: WorkerView) -> int:
         """Tokens that this worker need not compute, as far as is known."""
@@ -94,6 +107,11 @@ class Load:
     decode_sequences: int = 0
     #: Patches of pictures that are being encoded there.
     encode_patches: int = 0
+    #: Of these sequences, those whose prompts are not computed: tokens that are kept for them there.
+    coming_tokens: int = 0
+
+
+_NO_LOAD = Load()
 
 
 @dataclass(slots=True)
@@ -113,6 +131,7 @@ class LoadLedger:
         prefill_tokens: int = 0,
         decode_sequences: int = 0,
         encode_patches: int = 0,
+        coming_tokens: int = 0,
     ) -> None:
         """Count work that was submitted (positive) or has ended (negative)."""
         load = self.loads.get(worker_id)
@@ -121,10 +140,12 @@ class LoadLedger:
         load.prefill_tokens += prefill_tokens
         load.decode_sequences += decode_sequences
         load.encode_patches += encode_patches
+        load.coming_tokens += coming_tokens
         assert load.prefill_tokens >= 0, worker_id
         assert load.decode_sequences >= 0, worker_id
         assert load.encode_patches >= 0, worker_id
-        if not (load.prefill_tokens or load.decode_sequences or load.encode_patches):
+        assert load.coming_tokens >= 0, worker_id
+        if load == _NO_LOAD:
             del self.loads[worker_id]
 
 
@@ -135,10 +156,11 @@ def choose_route(
     prompt: PromptLoad | None = None,
     speeds: Mapping[WorkerId, PrefillSpeed] | None = None,
     paths: TransferPaths | None = None,
+    rooms: Rooms = NO_ROOMS,
 ) -> Route | Wait | Refuse:
     """Prefill where the first token, and KV elsewhere if it has to move, are predicted to come first; decode see choose_decode.
 
-    is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. speeds: of all workers that prefill; without them,
+    Where some workers have room for its KV, it goes to these. is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. rooms: see rooms_of. speeds: of all workers that prefill; without them,
     and among workers that are near each other, that one is first where least is to be computed: what waits there, the
     prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
     that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
@@ -147,7 +169,9 @@ def choose_route(
     if view is None:
         return Wait("no controller has published a view of the cluster yet")
     prompt = prompt or PromptLoad()
-    candidates = ready_workers(view, Phase.PREFILL, is_linked)
+    ready = ready_workers(view, Phase.PREFILL, is_linked)
+    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, prompt.room_at(worker))]
+    candidates = roomy or ready
     if speeds is not None:
         candidates = _soonest(candidates, ledger, prompt, speeds, paths)
     prefill = _cheapest(candidates, ledger, prompt)
@@ -160,12 +184,14 @@ def choose_route(
             own = None if speeds is None else speeds[prefill.worker_id]
             hidden_s = 0.0 if own is None else own.token_s * (prompt.num_tokens - prompt.cached_at(prefill))
             move = Move(paths, prefill, prompt.num_tokens, hidden_s)
-        decode = choose_decode(view, ledger, is_linked, move)
+        decode = choose_decode(view, ledger, is_linked, move, rooms=rooms, max_tokens=prompt.max_tokens)
     if decode is None:
         return missing(view, Phase.DECODE)
     peers = _prefix_peers(view, prefill, decode, is_linked, prompt)
-    predicted = None if speeds is None else _predict(prefill, ledger, prompt, speeds)
+    predicted = None if speeds is None else predict(prefill, ledger, prompt, speeds)
     reason = _reason(prefill, decode, ledger, prompt)
+    if 0 < len(roomy) < len(ready):
+        reason += f"; {len(roomy)} of {len(ready)} workers have room for its KV"
     if predicted is not None:
         reason += f"; first token in about {predicted.ttft_s:.2g} s"
     if move is not None and (move_s := move.move_s(decode)):
@@ -196,10 +222,13 @@ def choose_decode(
     ledger: LoadLedger,
     is_linked: Callable[[WorkerView], bool],
     move: Move | None = None,
+    *,
+    rooms: Rooms = NO_ROOMS,
+    max_tokens: int = 0,
 ) -> WorkerView | None:
-    """Where fewest sequences are, or, with `move`, where waiting for the KV and for the others' tokens takes least.
+    """Where fewest sequences are, or, with `move`, where waiting for the KV and for the others' tokens takes least, of those that have room for `max_tokens`.
 
-    None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
+    All count where none has. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
     """
     idle, loads = Load(), ledger.loads
 
@@ -208,7 +237,29 @@ def choose_decode(
         wait_s = 0.0 if move is None else move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num
         return wait_s, num, worker.worker_id
 
-    return min(ready_workers(view, Phase.DECODE, is_linked), key=cost, default=None)
+    ready = ready_workers(view, Phase.DECODE, is_linked)
+    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, max_tokens)]
+    return min(roomy or ready, key=cost, default=None)
+
+
+def kept_tokens(num_tokens: int, max_tokens: int) -> int:
+    """For which an engine keeps blocks when it begins a prompt of `num_tokens` that may come to `max_tokens`, unless its growth reserve is another."""
+    return num_tokens + math.ceil(GROWTH_RESERVE * (max_tokens - num_tokens))
+
+
+def rooms_of(view: ClusterView) -> Rooms:
+    """Tokens for which each worker has room now, as it told last; see WorkerStatus."""
+    told = ((one.worker_id, one.status.room_tokens) for one in view.workers if one.status is not None)
+    return {worker_id: tokens for worker_id, tokens in told if tokens is not None}
+
+
+def has_room(worker: WorkerView, ledger: LoadLedger, rooms: Rooms, num_tokens: int) -> bool:
+    """It would begin a sequence that needs room for so many at once, beside those that have been promised room there.
+
+    Some of these have it already, so it may have more than is thought. A worker that has told nothing is taken to have some.
+    """
+    room = rooms.get(worker.worker_id)
+    return room is None or room - ledger.loads.get(worker.worker_id, _NO_LOAD).coming_tokens >= num_tokens
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -306,9 +357,10 @@ def _soonest(
     return [worker for worker, time_s in zip(candidates, times_s, strict=True) if time_s <= limit_s]
 
 
-def _predict(
+def predict(
     worker: WorkerView, ledger: LoadLedger, prompt: PromptLoad, speeds: Mapping[WorkerId, PrefillSpeed]
 ) -> Predicted:
+    """Of a prompt that is given to this worker now, which is one of `speeds`."""
     load, num_before = ledger.of(worker.worker_id), prompt.cached_at(worker)
     speed, num_new = speeds[worker.worker_id], prompt.num_tokens - num_before
     ttft_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)

@@ -8,6 +8,7 @@ state is whole between any two calls. The simulator runs it too, with its own ti
 import asyncio
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -27,17 +28,29 @@ from orchestrator.control.request_actions import (
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
+from orchestrator.control.rerouting import (
+    REST_S,
+    crowded_workers,
+    is_anywhere_room,
+    is_worth,
+    without_room,
+)
 from orchestrator.control.router import (
+    NO_ROOMS,
     LoadLedger,
     Move,
     PromptLoad,
     Refuse,
+    Rooms,
     Route,
     Wait,
     choose_decode,
     choose_route,
+    has_room,
     no_encoders,
+    predict,
     ready_workers,
+    rooms_of,
 )
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
@@ -106,6 +119,9 @@ class Dispatcher:
         self._token_budgets = token_budgets or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
+        self._rooms: Rooms = NO_ROOMS
+        #: When prompts that wait for room were looked at, last.
+        self._routed_again_at_s = -math.inf
         self._paths: TransferPaths | None = None
         self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
@@ -208,10 +224,12 @@ class Dispatcher:
                     not is_queued and not machine.is_over
                 )
                 if machine.route is not None and not is_queued and not machine.is_over:
-                    ledger.add(machine.route.decode.worker_id, decode_sequences=1)
+                    decode_id = machine.route.decode.worker_id
+                    ledger.add(decode_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         num_tokens = machine.num_prefill_tokens - machine.route.num_cached_tokens
                         ledger.add(machine.route.prefill.worker_id, prefill_tokens=num_tokens)
+                        ledger.add(decode_id, coming_tokens=machine.coming_tokens)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
@@ -281,6 +299,7 @@ class Dispatcher:
         self._view = view
         self._view_at_s = self._timers.time()
         self._speeds = prefill_speeds(view, self._token_budgets)
+        self._rooms = rooms_of(view)
         if self._paths is None or self._view_at_s - self._paths_at_s >= PATHS_EVERY_S:
             self._paths, self._paths_at_s = TransferPaths.of(view), self._view_at_s
         for worker, reason in self._links.use(view):
@@ -289,6 +308,8 @@ class Dispatcher:
         self._leaving = {worker.worker_id: worker.leaving for worker in view.workers if worker.leaving}
         self._leave_workers()
         self._spread_prompts(view)
+        self._route_waiting()
+        self._route_again(view)
         self._changed()
         return True
 
@@ -434,9 +455,7 @@ class Dispatcher:
         num_moved = 0
         for sample in reversed(list(self._running.values())):
             machine, route = sample.machine, sample.machine.route
-            if route is None or not machine.is_prefill_waiting or machine.has_last_attempt:
-                continue
-            if come <= machine.avoided or (sample.index > 0 and machine.num_attempts == 1):
+            if route is None or not _can_go_back(sample) or come <= machine.avoided:
                 continue
             if phase is Phase.DECODE and route.is_colocated:
                 continue
@@ -450,13 +469,57 @@ class Dispatcher:
                 return
             self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to {phase}"))
 
+    def _route_again(self, view: ClusterView) -> None:
+        """Prompts for which their workers have no room go to others that have."""
+        crowded, speeds, now_s = crowded_workers(view), self._speeds, self._timers.time()
+        if not crowded or speeds is None or now_s < self._routed_again_at_s + REST_S:
+            return
+        if not is_anywhere_room(view, self._ledger, self._rooms):
+            return
+        self._routed_again_at_s = now_s
+        prompts = (
+            sample.as_waiting(route)
+            for sample in self._running.values()
+            if (route := sample.machine.route) is not None
+            and route.prefill.worker_id in crowded
+            and _can_go_back(sample)
+            # Its embeddings are there, or on their way.
+            and sample.machine.images is None
+        )
+        for prompt in without_room(prompts, self._rooms, now_s):
+            sample = self._running.get(prompt.attempt)
+            # It may have been cancelled with another sample of its request.
+            if sample is not None and (reason := self._why_again(sample, now_s - prompt.since_s, speeds)):
+                self._do(sample, sample.machine.sent_back(reason))
+                self._route_waiting()
+
+    def _why_again(self, sample: LiveSample, waited_s: float, speeds: Mapping[WorkerId, PrefillSpeed]) -> str:
+        """Why it goes to another worker that has room; empty when it stays."""
+        machine, load = sample.machine, self._prompt_load(sample)
+        choice = self._choose(frozenset(machine.avoided), load)
+        if not isinstance(choice, Route) or choice.predicted is None or machine.route is None:
+            return ""
+        here, there = machine.route.prefill, choice.prefill
+        if not has_room(there, self._ledger, self._rooms, load.room_at(there)):
+            return ""
+        if not is_worth(waited_s, predict(here, self._ledger, load, speeds), choice.predicted):
+            return ""
+        return f"{here.worker_id} has no room for its KV, and {there.worker_id} has"
+
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
         assert self._view is not None
         machine, move = sample.machine, None
         if self._paths is not None and machine.route is not None:
             # It stops while its KV moves: nothing of it is hidden.
             move = Move(self._paths, machine.route.decode, machine.num_prefill_tokens)
-        target = choose_decode(self._view, self._ledger, self._links.is_open, move)
+        target = choose_decode(
+            self._view,
+            self._ledger,
+            self._links.is_open,
+            move,
+            rooms=self._rooms,
+            max_tokens=machine.max_tokens,
+        )
         if target is None:
             # It stays where it is until there is one.
             return
@@ -633,6 +696,7 @@ class Dispatcher:
                 prompt,
                 self._speeds,
                 self._paths,
+                self._rooms,
             )
             if isinstance(choice, Route):
                 return choice
@@ -643,7 +707,8 @@ class Dispatcher:
         machine = sample.machine
         is_scored = machine.sampling.num_prompt_logprobs is not None
         cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
-        return PromptLoad(machine.num_prefill_tokens, cached, self._prefixes.num_blocks_by_worker())
+        num_blocks = self._prefixes.num_blocks_by_worker()
+        return PromptLoad(machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens)
 
     def _choose(
         self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None
@@ -657,7 +722,17 @@ class Dispatcher:
                 prompt,
                 self._speeds,
                 self._paths,
+                self._rooms,
             )
             if isinstance(choice, Route):
                 return choice
-        return choose_route(self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths)
+        return choose_route(
+            self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths, self._rooms
+        )
+
+
+def _can_go_back(sample: LiveSample) -> bool:
+    """Nobody has begun it, this is not its last attempt, and it would not come back: samples after the first of their request follow that."""
+    machine = sample.machine
+    is_following = sample.index > 0 and machine.num_attempts == 1
+    return machine.is_prefill_waiting and not machine.has_last_attempt and not is_following

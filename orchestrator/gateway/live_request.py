@@ -10,6 +10,7 @@ from orchestrator.control.prefix_index import PromptChain
 from orchestrator.control.request_actions import Action, Deliver, DeliverDrafts, DeliverPrompt, Fail
 from orchestrator.control.request_machine import RequestMachine, RequestState, RequestTimes
 from orchestrator.control.request_record import RequestRecord, SampleRecord
+from orchestrator.control.rerouting import WaitingPrompt
 from orchestrator.control.router import LoadLedger, Route
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.gateway.links import Timer
@@ -56,7 +57,7 @@ class LiveSample:
         #: Among what was served.
         self.is_counted = False
         self._route: Route | None = None
-        self._prefill_tokens = 0
+        self._prefill_tokens = self._coming_tokens = 0
         #: Shards that are charged: by attempt, the worker and the patches.
         self._encodes: dict[int, tuple[WorkerId, int]] = {}
 
@@ -122,14 +123,28 @@ class LiveSample:
         # Tokens after a stop string are no part of the answer.
         self.record.refresh(self.machine)
 
+    def as_waiting(self, route: Route) -> WaitingPrompt:
+        """While a worker has it, by this route, and has not begun it."""
+        machine = self.machine
+        return WaitingPrompt(
+            machine.priority,
+            machine.times.arrived_at_s + machine.slo.ttft_s,
+            machine.attempt,
+            route.prefill.worker_id,
+            # What is cached there may need no more room.
+            machine.num_prefill_tokens - route.num_cached_tokens,
+            self.record.attempts[-1].at_s,
+        )
+
     def charge(self, ledger: LoadLedger) -> None:
         """Count what has just been submitted."""
         assert self._route is None
         assert self.machine.route is not None
         self._route = self.machine.route
         self._prefill_tokens = self.machine.num_prefill_tokens - self._route.num_cached_tokens
+        self._coming_tokens = self.machine.coming_tokens
         ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
-        ledger.add(self._route.decode.worker_id, decode_sequences=1)
+        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._coming_tokens)
 
     def move_charge(self, ledger: LoadLedger) -> None:
         """It goes on at the decode worker that its machine's route has now."""
@@ -162,9 +177,10 @@ class LiveSample:
         """Uncharge what the machine's state says is no longer in flight."""
         if self._route is None or self.machine.state is RequestState.PREFILL:
             return
-        if self._prefill_tokens:
+        if self._coming_tokens:
             ledger.add(self._route.prefill.worker_id, prefill_tokens=-self._prefill_tokens)
-            self._prefill_tokens = 0
+            ledger.add(self._route.decode.worker_id, coming_tokens=-self._coming_tokens)
+            self._prefill_tokens = self._coming_tokens = 0
         if self.machine.state is not RequestState.DECODE:
             ledger.add(self._route.decode.worker_id, decode_sequences=-1)
             self._route = None

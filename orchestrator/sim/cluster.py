@@ -318,7 +318,8 @@ class SimCluster:
     def can_wait(self, process: SimWorker) -> bool:
         """See GatewayWay."""
         stream = process.stream
-        if not self._world.is_leaping or (stream is not None and stream.is_broken):
+        # Without a session what it says is lost, also where the gateway has not seen the end of the last one.
+        if not self._world.is_leaping or stream is None or stream.is_broken:
             return False
         return self._is_calm() and self.network.is_sound(process.address, GATEWAY)
 

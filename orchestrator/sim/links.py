@@ -5,6 +5,7 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from orchestrator.control.observation import ProcessKey
+from orchestrator.control.rerouting import crowded_workers
 from orchestrator.control.router import ready_workers
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.gateway.links import LinkListener
@@ -175,8 +176,8 @@ class SimLinks:
         self.read_caches()
         ready = ready_workers(view, Phase.PREFILL, self.is_open)
         before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
-        # Prompts may go to a worker that has come to prefill: to choose which, it has to know how far each is.
-        if self._prefilling != before or not self._is_steady(view):
+        # Prompts may go to a worker that has come to prefill, or has room: to choose which, it has to know how far each is.
+        if self._prefilling != before or not self._is_steady(view) or crowded_workers(view):
             self.read_all()
 
     def _is_steady(self, view: ClusterView) -> bool:

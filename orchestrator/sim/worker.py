@@ -255,6 +255,7 @@ class SimWorker:
             first_step_s=engine.first_step_s,
             step_costs=self._step_costs() if has_text else None,
             loaded=self._loaded,
+            room_tokens=engine.room_tokens() if has_text else None,
         )
         return status if self.images is None else self.images.with_status(status)
 

@@ -192,6 +192,17 @@ class Engine:
             decode_context=sum(one.num_computed_tokens for one in batch.decodes),
         )
 
+    def room_tokens(self) -> int:
+        """That a sequence may have which is begun now; takes time with the number of those that run.
+
+        What is kept for these is not in it. 0 while all places are taken, and while KV on its way waits for blocks, which prompts do not pass.
+        """
+        batch = self._batch
+        num_places = self._config.max_running_sequences - batch.num_places - self._incoming.num_held
+        if num_places < 1 or self._incoming.is_waited_for:
+            return 0
+        return max(0, self.pool.num_available - batch.num_reserved_blocks()) * self.pool.block_size
+
     def set_phases(self, phases: PhaseSet, now_s: float) -> str | None:
         """Serve these from now on; why not, when a request here needs one that would go."""
         num_left = self.work().of(self._phases - phases)

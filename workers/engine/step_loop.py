@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 MAX_IDLE_S = 0.5
 #: How often it is looked which of two steps has ended, in seconds. The next one of each is begun by then, so that none waits for it.
 POLL_S = 1e-4
+#: The room for prompts is counted in every step while no more sequences run, else in every so many: it takes 1 us for each.
+FEW_SEQUENCES, ROOM_EVERY_STEPS = 32, 8
 #: Steps that may break in a row before the worker says that it cannot serve.
 MAX_BROKEN_STEPS = 3
 
@@ -67,6 +69,8 @@ class EngineSnapshot:
     step_costs: StepCosts | None = None
     #: See SharingLog.seconds; none in a loop that splits no steps.
     layout_s: tuple[tuple[str, float], ...] = ()
+    #: See Engine; up to ROOM_EVERY_STEPS old while many sequences run.
+    room_tokens: int = 0
 
 
 class StepLoop:
@@ -109,6 +113,8 @@ class StepLoop:
         self._num_broken_steps = 0
         self._is_broken = False
         self._idle_check = IdleCheck(engine)
+        #: As of the last count.
+        self._room_tokens = 0
         self._snapshot = self._take_snapshot()
 
     @property
@@ -359,6 +365,8 @@ class StepLoop:
 
     def _take_snapshot(self) -> EngineSnapshot:
         engine = self.engine
+        if engine.num_running <= FEW_SEQUENCES or self.num_steps % ROOM_EVERY_STEPS == 0:
+            self._room_tokens = engine.room_tokens()
         return EngineSnapshot(
             engine.num_waiting,
             engine.num_running,
@@ -373,6 +381,7 @@ class StepLoop:
             engine.first_step_s,
             self._latency.costs() if self._latency is not None else None,
             tuple(sorted(self._splitting.log.seconds.items())) if self._splitting is not None else (),
+            self._room_tokens,
         )
 
     def _publish_outputs(self) -> None:

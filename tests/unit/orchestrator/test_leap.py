@@ -85,6 +85,14 @@ def test_a_worker_comes_to_prefill_while_prompts_wait(seed: int) -> None:
     assert_same(config, random_load(seed, num_requests=10, rate_rps=10.0))
 
 
+def test_what_a_worker_says_after_it_has_seen_its_session_end_is_lost() -> None:
+    """The gateway sees the end 40 ms later."""
+    faults = random_faults(random.Random(1387), ["p0", "p1", "d0", "d1"], rate_per_s=1.5, until_s=4.0)
+    engine = replace(ENGINE, kv_cache_bytes=5 * 10**8, max_running_sequences=16)
+    config = config_of("two apart", 1387, engine, noise=0.0, faults=faults, slo=Slo(0.05, 0.02))
+    assert_same(config, random_load(1387, num_requests=22, rate_rps=10.0))
+
+
 def test_a_deadline_ends_a_request_with_all_tokens_that_have_come() -> None:
     """No message, view or answer makes the gateway look just then."""
     config, plan = replace(config_of("one"), timeout_s=1.03), load([(0.0, 100, 1000)])

@@ -615,6 +615,10 @@ class World:
             self.ends.append(FinishReason.STOP)
             self.wants_route = False
 
+    def send_back(self) -> None:
+        if self.request.is_prefill_waiting:
+            self.apply(self.request.sent_back("test"))
+
     def route(self, route: Route) -> None:
         if self.wants_route and not self.request.is_over:
             self.wants_route = False
@@ -628,6 +632,7 @@ steps = st.one_of(
     st.tuples(st.just("route"), st.sampled_from([SPLIT, TOGETHER])),
     st.tuples(st.just("migrate"), st.integers(0, 3)),
     st.tuples(st.just("migrate"), st.integers(0, 3)),
+    st.tuples(st.just("send back")),
     st.tuples(st.just("lose"), st.sampled_from([P, D, E, B])),
     st.tuples(st.just("fail"), st.integers(0, 3), st.sampled_from(FailureCode)),
     st.tuples(st.just("cancel")),
@@ -649,6 +654,8 @@ def test_on_any_schedule_tokens_come_once_in_order_and_nobody_is_left_holding(
                 world.route(route)
             case "migrate", int(num_before_leaving):
                 world.migrate(num_before_leaving)
+            case ("send back",):
+                world.send_back()
             case "lose", WorkerView() as lost:
                 world.lose(lost)
             case "fail", int(choice), FailureCode() as code:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtransfer.digest import token_digest
 from kvtransfer.layout import blocks_needed
@@ -355,6 +357,48 @@ def test_prompts_that_came_later_do_not_overtake_a_reservation() -> None:
     engine.handle(ReleaseTransfer("big", tuple(engine._incoming.leased_block_ids()), "over"), 2.0)
     run_step(engine, 2.0)
     assert engine.num_waiting == 0
+
+
+@given(
+    begun=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), max_size=3),
+    num_steps=st.integers(0, 6),
+    reserved=st.integers(0, 16),
+    growth_reserve=st.sampled_from([0.0, 0.25, 1.0]),
+)
+def test_what_has_room_by_what_is_told_begins_with_the_next_step(
+    begun: list[tuple[int, int]], num_steps: int, reserved: int, growth_reserve: float
+) -> None:
+    engine = make_engine(config=replace(CONFIG, growth_reserve=growth_reserve))
+    for number, (num_prompt, max_new) in enumerate(begun):
+        engine.handle(submit(f"r{number}", num_prompt=num_prompt, max_new=max_new), 0.0)
+    for _ in range(num_steps):
+        if not run_step(engine, 0.0):
+            break
+    if reserved:
+        reserve(engine, max_tokens=4 * reserved, num_tokens=1)
+    room = engine.room_tokens()
+    if engine.num_waiting or not room:
+        return
+    engine.handle(submit("new", num_prompt=room - room // 2, max_new=max(1, room // 2)), 1.0)
+    assert engine.schedule(1.0) is not None
+    assert engine.num_waiting == 0
+    engine.check_invariants()
+
+
+def test_there_is_no_room_without_a_place_and_while_kv_waits_for_blocks() -> None:
+    engine = make_engine()
+    assert engine.room_tokens() == 64
+    assert len(reserve(engine, max_tokens=32)) == 8
+    assert engine.room_tokens() == 32
+    # Prompts do not pass it, whatever is free.
+    assert reserve(engine, "big", max_tokens=36) == ()
+    assert engine.room_tokens() == 0
+    engine.handle(CancelReservation("big"), 0.0)
+    assert engine.room_tokens() == 32
+    for number in range(3):
+        reserve(engine, f"t{number}", max_tokens=4)
+    assert engine.block_counts().free == 5
+    assert engine.room_tokens() == 0
 
 
 def test_a_reservation_that_waits_too_long_is_refused_and_the_next_one_moves_up() -> None:

@@ -301,6 +301,7 @@ STATUSES = st.builds(
     encode_costs=st.none() | ENCODE_COSTS,
     gpu=st.none() | GPUS,
     layout_s=st.dictionaries(TEXT, SECONDS, max_size=3).map(lambda found: tuple(sorted(found.items()))),
+    room_tokens=st.none() | st.integers(0, 2**40),
 )
 MODELS = st.builds(
     ModelInfo,

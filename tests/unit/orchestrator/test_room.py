@@ -1,0 +1,98 @@
+"""Prompts go where there is room for their KV."""
+
+from dataclasses import replace
+
+from orchestrator.bench.records import OK
+from orchestrator.control.prefill_speed import prefill_speeds
+from orchestrator.control.router import (
+    LoadLedger,
+    PromptLoad,
+    Route,
+    choose_decode,
+    choose_route,
+    kept_tokens,
+    rooms_of,
+)
+from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from tests.support.sim import BOTH, LLAMA_ON_H100, SHAPES, D, P, load
+from tests.support.sim import run as simulate
+from workers.api import PhaseSet, RequestId, WorkerId, WorkerState, WorkerStatus
+from workers.step_shape import FactorSource
+
+COSTS = replace(LLAMA_ON_H100.costs(), source=FactorSource.FITTED)
+PROMPT = PromptLoad(num_tokens=100, max_tokens=300)
+
+
+def seen(name: str, phases: PhaseSet, room: int | None) -> WorkerView:
+    told = WorkerStatus(WorkerId(name), 1, phases, WorkerState.READY, step_costs=COSTS, room_tokens=room)
+    return WorkerView(WorkerId(name), 1, phases, LifecycleState.READY, f"{name}:1", status=told)
+
+
+def route(*workers: WorkerView, ledger: LoadLedger | None = None, by_seconds: bool = True) -> Route:
+    view = ClusterView("d", 1, 1, "m", workers)
+    speeds = prefill_speeds(view, {}) if by_seconds else None
+    ledger = LoadLedger() if ledger is None else ledger
+    chosen = choose_route(view, ledger, lambda _: True, PROMPT, speeds, rooms=rooms_of(view))
+    assert isinstance(chosen, Route)
+    return chosen
+
+
+def test_a_prompt_goes_where_there_is_room_for_it_though_more_waits_there() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b"), prefill_tokens=5000)
+    enough = kept_tokens(100, 300)
+    assert enough == 150
+    for by_seconds in (True, False):
+        chosen = route(
+            seen("a", BOTH, enough - 1), seen("b", BOTH, enough), ledger=ledger, by_seconds=by_seconds
+        )
+        assert chosen.prefill.worker_id == "b"
+        assert "; 1 of 2 workers have room for its KV" in chosen.reason
+
+
+def test_where_nobody_has_room_it_goes_where_it_is_computed_first() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b"), prefill_tokens=5000)
+    chosen = route(seen("a", BOTH, 0), seen("b", BOTH, 10), ledger=ledger)
+    assert chosen.prefill.worker_id == "a"
+    assert "room" not in chosen.reason
+
+
+def test_what_was_promised_since_the_view_takes_room() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("a"), coming_tokens=51)
+    assert route(seen("a", BOTH, 200), seen("b", BOTH, 150), ledger=ledger).prefill.worker_id == "b"
+
+
+def test_a_worker_that_does_not_say_is_taken_to_have_room() -> None:
+    assert route(seen("a", BOTH, None), seen("b", BOTH, 10_000)).prefill.worker_id == "a"
+    assert route(seen("a", BOTH, 0), seen("b", BOTH, None)).prefill.worker_id == "b"
+
+
+def test_who_only_prefills_needs_room_for_the_prompt_and_who_decodes_it_for_all() -> None:
+    chosen = route(seen("b", BOTH, 149), seen("p", P, 100), seen("d", D, 299), seen("e", D, 300))
+    assert (chosen.prefill.worker_id, chosen.decode.worker_id) == ("p", "e")
+    view = ClusterView("d", 1, 1, "m", (seen("d", D, 299), seen("e", D, 300)))
+    ledger = LoadLedger()
+    ledger.add(WorkerId("e"), decode_sequences=9)
+    for max_tokens, expected in ((299, "d"), (300, "e"), (301, "d")):
+        found = choose_decode(view, ledger, lambda _: True, rooms=rooms_of(view), max_tokens=max_tokens)
+        assert found is not None
+        assert found.worker_id == expected
+
+
+def test_prompts_go_to_the_one_worker_that_has_room_though_more_sequences_decode_there() -> None:
+    """w0 has three answers of 2,500 tokens that last 15 s, beside which there is no room for a prompt of 4,000."""
+    plan = load(
+        [
+            *((0.2 * i, 2500, 2500 if i in (0, 3, 4) else 400) for i in range(6)),
+            *((3.5 + 0.2 * i, 600, 300) for i in range(4)),
+            *((4.5 + 0.2 * i, 4000, 400) for i in range(2)),
+        ]
+    )
+    result, simulation = simulate(SHAPES["two"], plan, noise=0.0)
+    assert {one.status for one in result.load.records} == {OK}
+    found = [simulation.dispatcher.records.get(RequestId(f"r{i}")) for i in range(len(plan))]
+    used = [one.samples[0].attempts[0].route.prefill.worker_id for one in found if one is not None]
+    assert used[-2:] == ["w1", "w1"]
+    assert max(one.token_times_s[0] for one in result.load.records[-2:]) < 0.2
