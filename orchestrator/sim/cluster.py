@@ -298,8 +298,11 @@ class SimCluster:
                 self.links.lose(process, stream)
                 return
             events = [event for one in decoded for event in one.events()] + events
-            num_bytes, come = EVENT_BYTES * num_events, self.links.events_came
-            self.network.send(process.address, GATEWAY, num_bytes, come, process, stream, events, kv_events)
+            come, number = self.links.events_came, self.links.next_number()
+            num_bytes = EVENT_BYTES * num_events
+            self.network.send(
+                process.address, GATEWAY, num_bytes, come, process, stream, events, kv_events, number
+            )
             return
         arrive_s, unread = self._carry(process, num_events), self.links.unread
         for one in decoded:
@@ -311,7 +314,8 @@ class SimCluster:
             else:
                 urgent.append(event)
         if urgent:
-            self.timers.call_at(arrive_s, self.links.events_came, process, stream, urgent, kv_events)
+            number = self.links.next_number()
+            self.timers.call_at(arrive_s, self.links.events_came, process, stream, urgent, kv_events, number)
         elif kv_events:
             self.links.cache_events_come(process, kv_events, arrive_s)
 

@@ -1,5 +1,6 @@
 """The links of the gateway to the processes of a simulated cluster. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
@@ -46,10 +47,10 @@ class SimLinks:
         self._links: dict[ProcessKey, SimLink] = {}
         #: That the dispatcher has not been told of.
         self.unread = UnreadTokens()
-        #: What processes have told of their caches alone, by when it comes; it changes nothing but the dispatcher's index of blocks, so it is told
-        #: of that before it looks.
+        #: What processes have told of their caches alone, by when it comes and by its number; it changes nothing but the dispatcher's index of
+        #: blocks, so it is told of that before it looks.
         self._kv_coming: list[tuple[float, int, SimWorker, Sequence[KvEvent]]] = []
-        self._num_kv = 0
+        self._num_sent = 0
         #: Workers that could be given prompts as of the last view.
         self._prefilling: frozenset[WorkerId] = frozenset()
         #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
@@ -124,35 +125,40 @@ class SimLinks:
         stream: Stream | None,
         events: Sequence[Event],
         kv_events: Sequence[KvEvent],
+        number: int,
     ) -> None:
-        """From a process, by this session; when that is not open they are lost."""
-        self.read_caches()
+        """From a process, by this session; when that is not open they are lost. number: see next_number."""
+        self.read_caches(number)
         link = self._links.get(process.key)
         if link is not None and link.stream is not None and link.stream is stream:
             if kv_events:
                 self._listener.cache_changed(link, kv_events)
             if events:
-                self._dispatch(link, events)
+                self._dispatch(link, events, number)
+
+    def next_number(self) -> int:
+        """Of a message that is sent now: those of one process that come at one moment count in their order."""
+        self._num_sent += 1
+        return self._num_sent
 
     def cache_events_come(self, process: SimWorker, kv_events: Sequence[KvEvent], arrive_s: float) -> None:
         """The same for what changes no request, later."""
-        self._num_kv += 1
-        heappush(self._kv_coming, (arrive_s, self._num_kv, process, kv_events))
+        heappush(self._kv_coming, (arrive_s, self.next_number(), process, kv_events))
 
-    def read_caches(self) -> None:
-        """The dispatcher is told what has come by now of caches alone."""
-        coming, now_s = self._kv_coming, self._cluster.timers.now_s
-        while coming and coming[0][0] <= now_s:
+    def read_caches(self, before: float = math.inf) -> None:
+        """The dispatcher is told what has come by now of caches alone. before: of what comes now, messages with smaller numbers."""
+        coming, until = self._kv_coming, (self._cluster.timers.now_s, before)
+        while coming and coming[0][:2] < until:
             _, _, process, kv_events = heappop(coming)
             link = self._links.get(process.key)
             if link is not None and link.stream is not None:
                 self._listener.cache_changed(link, kv_events)
 
-    def _dispatch(self, link: SimLink, events: Sequence[Event]) -> None:
+    def _dispatch(self, link: SimLink, events: Sequence[Event], number: int) -> None:
         request_ids = list(dict.fromkeys(event.key.request_id for event in events))
         for request_id in request_ids:
             # What it got before.
-            self._read(request_id)
+            self._read(request_id, number)
         self._listener.events_came(link, events)
         self.on_events(request_ids, ())
 
@@ -190,8 +196,8 @@ class SimLinks:
             for worker_id, incarnation in self._links
         )
 
-    def _read(self, request_id: RequestId) -> None:
-        self.read_caches()
+    def _read(self, request_id: RequestId, before: float = math.inf) -> None:
+        self.read_caches(before)
         for told in self.unread.read(request_id, self._cluster.timers.now_s):
             link = self._links.get(told.process)
             if link is not None and link.stream is not None:

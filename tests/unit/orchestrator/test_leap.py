@@ -93,6 +93,19 @@ def test_what_a_worker_says_after_it_has_seen_its_session_end_is_lost() -> None:
     assert_same(config, random_load(1387, num_requests=22, rate_rps=10.0))
 
 
+def test_messages_of_one_process_that_come_at_one_moment_count_in_their_order() -> None:
+    """Of blocks that were stored, told with a request's end, and of blocks that were then removed, told alone."""
+    names = [one.worker_id for one in SHAPES["two apart"]]
+    config = config_of(
+        "two apart",
+        1530,
+        replace(ENGINE, kv_cache_bytes=5 * 10**8, max_running_sequences=16),
+        noise=0.0,
+        faults=random_faults(random.Random(1530), names, rate_per_s=1.5, until_s=4.0),
+    )
+    assert_same(config, random_load(1530, num_requests=10, rate_rps=10.0))
+
+
 def test_a_deadline_ends_a_request_with_all_tokens_that_have_come() -> None:
     """No message, view or answer makes the gateway look just then."""
     config, plan = replace(config_of("one"), timeout_s=1.03), load([(0.0, 100, 1000)])
