@@ -8,8 +8,9 @@ from tests.support.engine_fakes import BOTH, CONFIG, submit
 from workers.api import EngineConfig, PhaseSet
 from workers.engine.batch import Batch
 from workers.engine.block_pool import BlockPool
-from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_plan import StepPlan
 from workers.latency_model import LatencyModel
 
 MAX_BLOCKS = 4096

@@ -19,8 +19,8 @@ from workers.engine.batch import Batch
 from workers.engine.branching import Branching
 from workers.engine.image_needs import ImageNeeds
 from workers.engine.messages import FinishTransfer, Output, TokensDecoded
-from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_ROW, NO_TOKEN, Sequence, SequenceState
+from workers.engine.step_plan import Slice, StepPlan
 from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.engine.superposing import Superposing
 

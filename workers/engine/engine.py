@@ -61,10 +61,11 @@ from workers.engine.messages import (
 from workers.engine.migration import Migrations, can_migrate
 from workers.engine.outgoing import OutgoingKv, kv_ready
 from workers.engine.pacing import LayerPacing
-from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
 from workers.engine.sharing import Load
 from workers.engine.span_reuse.span_index import SpanIndex
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_choice import Head

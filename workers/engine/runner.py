@@ -19,10 +19,10 @@ from workers.engine.kv_packer import KvPacker
 from workers.engine.lookahead import sources_of
 from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
 from workers.engine.sampling.rows import is_plain
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.selection import by_deviation
 from workers.engine.step_batch import EmbeddedRows, StepBatch, embedded_rows
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama

@@ -44,8 +44,8 @@ from workers.engine.messages import (
     ReserveBlocks,
     StartTransfer,
 )
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepPlan
 from workers.model.llama import Llama
 from workers.model.prepare import load_weights, prepare
 

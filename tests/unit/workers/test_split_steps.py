@@ -22,7 +22,7 @@ from workers.api import (
     RequestFailed,
 )
 from workers.engine.engine import Engine
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.step_choice import Exclusive, Mixed
 
