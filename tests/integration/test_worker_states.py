@@ -23,15 +23,11 @@ from tests.support.worker_client import (
     worker_spec,
 )
 from workers import loading, text_side
-from workers.api import (
-    FailureCode,
-    Handoff,
-    WorkerState,
-)
+from workers.api import FailureCode, Handoff, WorkerState
 from workers.engine.runner import ModelRunner
 from workers.engine.step_loop import MAX_BROKEN_STEPS
 from workers.errors import AddressUnavailable
-from workers.wire import model_from_pb
+from workers.status_wire import model_from_pb
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
