@@ -9,7 +9,7 @@ import grpc.aio
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.counts import TransferCounts
-from kvtransfer.driver import PoolOpener, Session
+from kvtransfer.driver import Session
 from kvtransfer.errors import (
     CorruptFrame,
     DigestMismatch,
@@ -24,6 +24,7 @@ from kvtransfer.host import CachedKv, KvHost
 from kvtransfer.kv_range import KvRange
 from kvtransfer.lease import Lease, LeaseTable
 from kvtransfer.parts import PartJoin
+from kvtransfer.pool import PoolOpener
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
 from kvtransfer.session import (
