@@ -561,7 +561,7 @@ class SimWorker:
         self._gateway.leap_step(self, leap, engine.pool.take_events())
         if not leap.is_stopped:
             engine.make_room([decodes[index] for index in full])
-        if engine.pool.news:
+        if engine.pool.index.news:
             self._publish(engine.take_outputs())
 
     def _catch_up(self) -> None:

@@ -81,7 +81,7 @@ class Steps:
 
     def compute(self, plan: StepPlan, step_s: float = 0.0) -> None:
         """The step has run, and every prompt that ended got a token."""
-        self.batch.pool.settle(self.batch.pool.pending)
+        self.batch.pool.index.settle(self.batch.pool.index.pending)
         self.scheduler.observe(plan, step_s)
         for sequence in plan.decodes:
             sequence.num_computed_tokens = len(sequence.token_ids)

@@ -66,7 +66,7 @@ class Completion:
     def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Ended]:
         """The step has run. Those that end with it are returned; they hold what they held until they are dropped."""
         self._ended = []
-        self._batch.pool.settle(plan.pending)
+        self._batch.pool.index.settle(plan.pending)
         self._batch.end_step()
         self._complete_decodes(plan, result, now_s)
         index = len(plan.decodes)

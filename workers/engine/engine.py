@@ -340,7 +340,7 @@ class Engine:
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
         # Decodes fill no block that is told of before.
-        plan.began_s, plan.pending = now_s, self.pool.pending if phase is not Phase.DECODE else ()
+        plan.began_s, plan.pending = now_s, self.pool.index.pending if phase is not Phase.DECODE else ()
         if self._gained:
             self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)

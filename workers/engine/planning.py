@@ -8,7 +8,7 @@ request fits the pool alone, so that there is always progress.
 from kvtransfer.layout import blocks_needed
 from workers.api import Batching, EngineConfig
 from workers.engine.batch import Batch, places
-from workers.engine.block_pool import PrefixMatch
+from workers.engine.prefix_index import PrefixMatch
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.span_reuse.rule import SpanReuse
 from workers.engine.step_plan import Slice
@@ -201,7 +201,7 @@ class Planning:
         if cost > most or self._batch.num_blocks_to_grow(sequence, part.end) > num_left:
             return False
         # It is computed before the other chunks, so what it begins with has to be there before the step.
-        is_begun = all(map(self._pool.is_computed, sequence.block_table))
+        is_begun = all(map(self._pool.index.is_computed, sequence.block_table))
         if not is_begun or (self.chunks and cost > self._budget):
             # What is handed off begins now: later there would be no telling the other side.
             return not sequence.is_handed_off
