@@ -8,22 +8,16 @@ from collections.abc import Sequence
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.counts import TransferCounts
-from kvtransfer.driver import PoolOpener, Session
+from kvtransfer.driver import Session
 from kvtransfer.frames import Attach, Fetch, Reserve
 from kvtransfer.host import KvHost
 from kvtransfer.kv_range import KvRange
 from kvtransfer.layout import KvLayout, inexactness
 from kvtransfer.lease import LeaseTable
+from kvtransfer.pool import PoolOpener
 from kvtransfer.receiver import ReceiverMachine
 from kvtransfer.sender import SenderMachine
-from kvtransfer.session import (
-    GivenUp,
-    KvReady,
-    PrefillFinished,
-    Started,
-    StreamBroke,
-    TransferReport,
-)
+from kvtransfer.session import GivenUp, KvReady, PrefillFinished, Started, StreamBroke, TransferReport
 from kvtransfer.stream import MessageChannel, MessageStream
 from kvtransfer.transports.choice import offers_of
 from kvtransfer.wire import encode

@@ -10,16 +10,15 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from kvtransfer.chunk_codec import pack_chunk, unpack_chunk
+from kvtransfer.chunk_codec import unpack_chunk
+from kvtransfer.chunk_reading import ChunkReader
 from kvtransfer.chunk_writing import ChunkWriter
 from kvtransfer.codecs.codec import CodecId
 from kvtransfer.errors import CorruptFrame, MalformedFrame, PhasewiseTransferError, ReservationRefused
 from kvtransfer.frames import Announce, Chunk
 from kvtransfer.host import KvHost
-from kvtransfer.pool import KvSpan, MappedPool, PoolOffer, span_bytes, span_of
-from kvtransfer.raw_bytes import filled
+from kvtransfer.pool import PoolOffer, PoolOpener
 from kvtransfer.session import (
     Action,
     BlocksReserved,
@@ -44,7 +43,7 @@ from kvtransfer.session import (
     WriteChunk,
 )
 from kvtransfer.stream import MessageStream
-from kvtransfer.wire import CHUNK_HEADER_BYTES, chunk_header, decode, encode
+from kvtransfer.wire import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +58,8 @@ MAX_QUEUED_FRAMES = 64
 MAX_TOGETHER_BYTES = 2**16
 #: Ways on which the receiver copies a chunk while the sender computes its checksum. On the others one does both.
 ANNOUNCED_WAYS = frozenset({"shm", "cuda_ipc"})
-#: A smaller chunk has its checksum sooner than it would be heard of.
-MIN_ANNOUNCED_BYTES = 2**22
 
 Outbox = asyncio.Queue[SendFrame | SendChunk]
-
-
-class PoolOpener(Protocol):
-    """Opens the pools of senders, each once for all transfers."""
-
-    async def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
-        """The best way to read a pool: its transport, the pool, and why no better one; ("grpc", None, why) without.
-
-        Raises ReservationRefused when the way that must be taken cannot be. Every pool that was opened is given to
-        `close`.
-        """
-        ...
-
-    def close(self, pool: MappedPool) -> None:
-        """A transfer has ended that used it."""
-        ...
 
 
 class Session:
@@ -105,7 +86,7 @@ class Session:
         #: Streams of chunks that are being read.
         self.num_feeds = 0
         self._host = host
-        self._block_ids = block_ids
+        self._reader = ChunkReader(host, block_ids)
         self._pools = pools
         self._on_event = on_event
         self._writer = ChunkWriter(host, machine.wants)
@@ -114,8 +95,6 @@ class Session:
         #: Chunks go here while there are streams for them alone.
         self._chunk_outbox: Outbox = asyncio.Queue()
         self._num_chunk_streams = 0
-        #: Sender: numbers of chunks that were announced on this stream.
-        self._announced: set[int] = set()
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._ended = asyncio.Event()
@@ -169,7 +148,7 @@ class Session:
         finally:
             self._attached = None
             # What waits to be sent was meant for this stream. What matters of it is said again on the next.
-            self._announced.clear()
+            self._reader.forget_announced()
             self._writer.forget_announced()
             for outbox in (self._outbox, self._chunk_outbox):
                 while not outbox.empty():
@@ -451,14 +430,7 @@ class Session:
         chunks = [item for item in taken if isinstance(item, SendChunk)]
         if len(chunks) < self.machine.num_in_flight:
             return []
-        messages = []
-        for item in chunks:
-            span = self._source_span(item)
-            is_worth_it = span_bytes(span, self._host.pool.layout) >= MIN_ANNOUNCED_BYTES
-            if is_worth_it and item.sequence_number not in self._announced:
-                self._announced.add(item.sequence_number)
-                messages.append(encode(Announce(_chunk_of(item, 0, span))))
-        return messages
+        return self._reader.announce(chunks)
 
     async def _encode(self, item: SendFrame | SendChunk) -> bytes | None:
         """None for a chunk that must not be sent any more, or that the host could not read."""
@@ -467,47 +439,13 @@ class Session:
         if self.machine.is_ended or self.machine.state is TransferState.SUSPENDED:
             return None
         try:
-            message, checksum = await self._read_chunk(item)
+            message, checksum = await self._reader.read(item)
         except Exception as error:
             logger.exception("kv_read_failed transfer_id=%s", self.machine.transfer_id)
             self.post(HostBroke(f"reading {item.kv_range}: {error}"))
             return None
         self.post(ChunkRead(item.sequence_number, checksum, len(message)))
         return None if self.machine.is_ended else message
-
-    async def _read_chunk(self, item: SendChunk) -> tuple[bytes, int]:
-        """The message of a chunk, and the checksum of what it carries."""
-        pool, span = self._host.pool, self._source_span(item)
-        layout = pool.layout
-        if item.transport != "grpc":
-            chunk = _chunk_of(item, pool.checksum(span, item.transport), span)
-            return chunk_header(chunk), chunk.checksum
-        num_bytes = span_bytes(span, layout)
-        if item.codec is not CodecId.NONE:
-            plain = bytearray(num_bytes)
-            pool.read(span, memoryview(plain))
-            packed, checksum = await asyncio.to_thread(
-                pack_chunk, memoryview(plain), span, layout, item.codec
-            )
-            return chunk_header(_chunk_of(item, checksum)) + packed, checksum
-        checksum = 0
-
-        def fill(message: memoryview) -> None:
-            nonlocal checksum
-            checksum = pool.read(span, message[CHUNK_HEADER_BYTES:])
-            message[:CHUNK_HEADER_BYTES] = chunk_header(_chunk_of(item, checksum))
-
-        return filled(CHUNK_HEADER_BYTES + num_bytes, fill), checksum
-
-    def _source_span(self, item: SendChunk) -> KvSpan:
-        where = item.kv_range
-        return span_of(
-            self._block_ids,
-            self._host.pool.layout.block_size,
-            tokens=(where.token_lo, where.token_hi),
-            layers=(where.layer_lo, where.layer_hi),
-            heads=item.heads,
-        )
 
     async def _linger(self, stream: MessageStream, reader: asyncio.Task[None] | None) -> None:
         """Let the last frames out; with a reader, see the stream end."""
@@ -538,20 +476,6 @@ class Session:
     def _on_timer(self) -> None:
         self._timer_at_s = math.inf
         self.post(TimePassed())
-
-
-def _chunk_of(item: SendChunk, checksum: int, span: KvSpan | None = None) -> Chunk:
-    return Chunk(
-        item.lease_id,
-        item.incarnation,
-        item.sequence_number,
-        item.kv_range,
-        item.heads,
-        item.codec,
-        checksum,
-        source_block_ids=span.block_ids if span is not None else (),
-        source_first_token=span.first_token if span is not None else 0,
-    )
 
 
 def _event(message: bytes) -> object:

@@ -72,6 +72,22 @@ class MappedPool(Protocol):
         ...
 
 
+class PoolOpener(Protocol):
+    """Opens the pools of senders, each once for all transfers."""
+
+    async def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
+        """The best way to read a pool: its transport, the pool, and why no better one; ("grpc", None, why) without.
+
+        Raises ReservationRefused when the way that must be taken cannot be. Every pool that was opened is given to
+        `close`.
+        """
+        ...
+
+    def close(self, pool: MappedPool) -> None:
+        """A transfer has ended that used it."""
+        ...
+
+
 class KvPool(Protocol):
     """The KV memory of one worker."""
 

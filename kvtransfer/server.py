@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import grpc.aio
 
-from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import KvTransferConfig
 from kvtransfer.counts import TransferCounts
-from kvtransfer.driver import PoolOpener, Session
+from kvtransfer.driver import Session
 from kvtransfer.errors import (
     CorruptFrame,
     DigestMismatch,
@@ -18,25 +17,17 @@ from kvtransfer.errors import (
     ReservationRefused,
     TooManyStreams,
 )
+from kvtransfer.fetch_serving import FetchServing
 from kvtransfer.frames import Abort, Attach, Committed, Ended, Fetch, Frame, Refused, Reserve, Resume
 from kvtransfer.grpc_stream import add_handler
-from kvtransfer.host import CachedKv, KvHost
-from kvtransfer.kv_range import KvRange
+from kvtransfer.host import KvHost
 from kvtransfer.lease import Lease, LeaseTable
 from kvtransfer.parts import PartJoin
+from kvtransfer.pool import PoolOpener
 from kvtransfer.receiver import ReceiverMachine
-from kvtransfer.sender import SenderMachine
-from kvtransfer.session import (
-    GivenUp,
-    KvReady,
-    PartsWhole,
-    PrefillFinished,
-    Started,
-    StreamBroke,
-    TransferReport,
-)
+from kvtransfer.session import GivenUp, PartsWhole, StreamBroke, TransferReport
 from kvtransfer.stream import MessageStream
-from kvtransfer.transports.choice import TransportOpener, offers_of
+from kvtransfer.transports.choice import TransportOpener
 from kvtransfer.wire import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -68,7 +59,6 @@ class KvTransferServer:
     ) -> None:
         self._host = host
         self._config = config
-        self._on_sent = on_sent
         #: Pools that nobody else uses.
         self._own_pools = TransportOpener(config.transport) if pools is None else None
         self._pools = pools or self._own_pools
@@ -76,16 +66,13 @@ class KvTransferServer:
         self._join = PartJoin(host, self._abort_part, self._commit_part)
         #: Receiving, by transfer and part, in order of arrival.
         self._sessions: dict[tuple[str, int], Session] = {}
-        #: Sending what was fetched.
-        self._fetched: dict[Session, str] = {}
-        #: Fetches for which the host looks.
-        self._num_looking = 0
         self._num_streams = 0
         self._num_new_streams = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._closed_reason: str | None = None
         self.counts = TransferCounts()
+        self._fetches = FetchServing(host, config, self.counts, on_sent)
 
     @property
     def num_leases(self) -> int:
@@ -95,7 +82,7 @@ class KvTransferServer:
     @property
     def num_transfers(self) -> int:
         """Transfers that live, and streams that have not said what they are."""
-        return max(self._num_streams, len(self._sessions) + len(self._fetched))
+        return max(self._num_streams, len(self._sessions) + len(self._fetches.sessions))
 
     def leases(self) -> list[Lease]:
         """Those that are held now."""
@@ -122,7 +109,9 @@ class KvTransferServer:
                 case Attach():
                     await self._attach(first, stream)
                 case Fetch():
-                    await self._serve_fetch(first, stream)
+                    refusal = await self._fetches.serve(first, stream)
+                    if refusal is not None:
+                        await _say(stream, Abort(refusal))
                 case None:
                     return
                 case _:
@@ -136,14 +125,15 @@ class KvTransferServer:
 
         Nothing happens when there is none, or when it has committed.
         """
-        for session in [*self._sessions.values(), *self._fetched]:
+        for session in [*self._sessions.values(), *self._fetches.sessions]:
             if session.machine.transfer_id == transfer_id:
                 session.post(GivenUp(reason))
 
     async def close(self, reason: str) -> None:
         """Give up every transfer, and each that comes from now on; returns when none is left."""
         self._closed_reason = reason
-        for session in [*self._sessions.values(), *self._fetched]:
+        self._fetches.close(reason)
+        for session in [*self._sessions.values(), *self._fetches.sessions]:
             session.post(GivenUp(reason))
         await self._is_idle.wait()
         if self._own_pools is not None:
@@ -194,7 +184,7 @@ class KvTransferServer:
             return Ended(f"a stream does not begin with {type(first).__name__}")
         if self._closed_reason is not None:
             return Abort(self._closed_reason) if isinstance(first, Fetch) else Ended(self._closed_reason)
-        num_served = len(self._sessions) + len(self._fetched) + self._num_looking
+        num_served = len(self._sessions) + self._fetches.num_served
         if num_served >= MAX_SESSIONS and isinstance(first, (Reserve, Fetch)):
             reason = f"{MAX_SESSIONS} transfers are served already"
             return Abort(reason) if isinstance(first, Fetch) else Refused(reason, retryable=True)
@@ -309,81 +299,8 @@ class KvTransferServer:
         self._set_idle()
 
     def _set_idle(self) -> None:
-        if not self._sessions and not self._fetched and self._num_streams == 0:
+        if not self._sessions and not self._fetches.sessions and self._num_streams == 0:
             self._is_idle.set()
-
-    # What is fetched from here.
-
-    async def _serve_fetch(self, fetch: Fetch, stream: MessageStream) -> None:
-        """Become the sender of cached KV, or say why not."""
-        layout = self._host.pool.layout
-        if fetch.layout.block_size != layout.block_size:
-            reason = f"blocks are of {layout.block_size} tokens here, not {fetch.layout.block_size}"
-            await _say(stream, Abort(reason))
-            return
-        try:
-            cached = await self._look(fetch)
-        except TimeoutError:
-            await _say(stream, Abort("the worker was too busy to look"))
-        except ReservationRefused as refusal:
-            await _say(stream, Abort(refusal.reason))
-        else:
-            if self._closed_reason is not None:
-                self._host.release(fetch.transfer_id, cached.block_ids, self._closed_reason)
-                await _say(stream, Abort(self._closed_reason))
-                return
-            await self._send_cached(fetch, cached, stream)
-
-    async def _look(self, fetch: Fetch) -> CachedKv:
-        self._num_looking += 1
-        try:
-            async with asyncio.timeout(min(fetch.timeout_s, self._config.lease_s)):
-                return await self._host.find_cached(
-                    fetch.transfer_id, fetch.block_hashes, min_tokens=fetch.min_tokens
-                )
-        finally:
-            self._num_looking -= 1
-
-    async def _send_cached(self, fetch: Fetch, cached: CachedKv, stream: MessageStream) -> None:
-        pool = self._host.pool
-        request = Reserve(
-            fetch.transfer_id,
-            pool.layout,
-            cached.num_tokens,
-            cached.num_tokens,
-            fetch.incarnation,
-            fetch.timeout_s,
-            token_digest=cached.block_hash,
-            offers=offers_of(pool.offers, self._config),
-            # Chosen by the manifest or not at all: nothing is known here of the way there.
-            codec=self._config.codec or CodecId.NONE,
-        )
-        machine = SenderMachine(
-            request,
-            cached.block_ids,
-            max_chunk_bytes=self._config.max_chunk_bytes,
-            resume_s=0.0,
-            now_s=asyncio.get_running_loop().time(),
-        )
-        session = Session(machine, self._host, block_ids=cached.block_ids)
-        self._fetched[session] = fetch.transfer_id
-        try:
-            session.post(Started())
-            session.post(KvReady(KvRange(0, pool.layout.num_layers, 0, cached.num_tokens)))
-            session.post(PrefillFinished(()))
-            await session.attach(stream, awaits_end=False)
-        finally:
-            session.post(GivenUp("cancelled"))
-            del self._fetched[session]
-            if session.outcome is not None and session.outcome.report is not None:
-                self._note_sent(fetch, session.outcome.report)
-
-    def _note_sent(self, fetch: Fetch, report: TransferReport) -> None:
-        self.counts.num_sent += 1
-        self.counts.num_bytes_sent += report.num_bytes
-        self.counts.num_resent_chunks += report.num_resent_chunks
-        if self._on_sent is not None and fetch.address:
-            self._on_sent(fetch.address, report)
 
 
 def add_kvtransfer_service(

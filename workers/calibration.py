@@ -29,8 +29,8 @@ from workers.api import (
     WorkerId,
     WorkerSpec,
 )
-from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import Sequence as TokenSequence
+from workers.engine.step_plan import Slice, StepPlan
 from workers.engine.step_records import shape_of
 from workers.errors import PhasewiseWorkerError
 from workers.latency_model import LatencyModel

@@ -3,22 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from workers.api import (
-    Abort,
-    EmbeddingCounts,
-    Encode,
-    Phase,
-    PhaseSet,
-    WorkerSpec,
-    WorkerStatus,
-)
+from workers.api import Abort, EmbeddingCounts, Encode, Phase, PhaseSet, WorkerSpec, WorkerStatus
 from workers.embeddings.encoding import Encoding
 from workers.embeddings.host import EmbeddingHost
 from workers.engine.messages import Message
+from workers.image_loading import LoadedImages
 from workers.images.limits import ImageLimits
 from workers.images.pool import DecodePool, DecodePoolConfig
 from workers.kv_channels import MAX_IDLE_CHANNELS, PeerChannels
-from workers.loading import LoadedImages
 from workers.sessions import SessionTable
 
 

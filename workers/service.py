@@ -25,14 +25,8 @@ from workers.api import (
 )
 from workers.kv_wire import ledger_to_pb
 from workers.sessions import GatewaySession, SessionTable
-from workers.wire import (
-    command_from_pb,
-    event_to_pb,
-    kv_event_to_pb,
-    model_to_pb,
-    phases_from_pb,
-    status_to_pb,
-)
+from workers.status_wire import model_to_pb, status_to_pb
+from workers.wire import command_from_pb, event_to_pb, kv_event_to_pb, phases_from_pb
 
 logger = logging.getLogger(__name__)
 

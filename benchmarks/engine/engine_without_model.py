@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from workers.api import EngineConfig, Phase, RequestId, RequestKey, SamplingParams, Submit
 from workers.engine.engine import Engine
-from workers.engine.scheduler import StepPlan
 from workers.engine.step_loop import StepLoop
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 
 BLOCK_SIZE = 16

@@ -25,7 +25,8 @@ from workers.api import (
     WorkerStatus,
     is_last,
 )
-from workers.wire import command_to_pb, event_from_pb, status_from_pb
+from workers.status_wire import status_from_pb
+from workers.wire import command_to_pb, event_from_pb
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PHASES = frozenset({Phase.PREFILL, Phase.DECODE})

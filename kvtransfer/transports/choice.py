@@ -16,14 +16,14 @@ def offers_of(offers: Sequence[PoolOffer], config: KvTransferConfig) -> tuple[Po
 
 
 class TransportOpener:
-    """Opens senders' pools by the ways that `choice` allows. Implements driver.PoolOpener."""
+    """Opens senders' pools by the ways that `choice` allows. Implements pool.PoolOpener."""
 
     def __init__(self, choice: TransportChoice) -> None:
         self._choice = choice
         self._pools = PoolOpener()
 
     async def open(self, offers: Sequence[PoolOffer]) -> tuple[str, MappedPool | None, str]:
-        """See driver.PoolOpener."""
+        """See pool.PoolOpener."""
         if self._choice is TransportChoice.GRPC:
             return "grpc", None, "kvTransfer.transport is grpc"
         is_auto = self._choice is TransportChoice.AUTO
@@ -45,7 +45,7 @@ class TransportOpener:
         )
 
     def close(self, pool: MappedPool) -> None:
-        """See driver.PoolOpener."""
+        """See pool.PoolOpener."""
         self._pools.release(pool)
 
     def close_all(self) -> None:

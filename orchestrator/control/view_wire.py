@@ -14,7 +14,8 @@ from orchestrator.control.view import (
 )
 from protos import control_pb2 as pb
 from workers.api import WorkerId
-from workers.wire import phases_from_pb, phases_to_pb, status_from_pb, status_to_pb
+from workers.status_wire import status_from_pb, status_to_pb
+from workers.wire import phases_from_pb, phases_to_pb
 
 _STATES = {
     LifecycleState.PENDING: pb.LIFECYCLE_STATE_PENDING,

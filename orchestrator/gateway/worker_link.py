@@ -16,7 +16,8 @@ from orchestrator.gateway.links import LinkListener
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
 from workers.api import Abort, Command, Encode, RequestKey
-from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb, model_from_pb
+from workers.status_wire import model_from_pb
+from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb
 
 if TYPE_CHECKING:
     SessionCall = grpc.aio.StreamStreamCall[bytes, pb.EventBatch]

@@ -10,7 +10,8 @@ from orchestrator.runtime.channel import open_channel
 from protos import worker_pb2 as pb
 from protos.worker_pb2_grpc import WorkerServiceStub
 from workers.api import PhaseSet, PhasesRefused, WorkerStatus
-from workers.wire import phases_to_pb, status_from_pb
+from workers.status_wire import status_from_pb
+from workers.wire import phases_to_pb
 
 #: A question that was not answered after this is asked anew, in seconds.
 ANSWER_TIMEOUT_S = 5.0

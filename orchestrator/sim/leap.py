@@ -8,7 +8,7 @@ anybody looks.
 import zlib
 
 from orchestrator.sim.network import EVENT_BYTES
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 
 VOCAB_SIZE = 32_000
 

@@ -44,7 +44,7 @@ from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.engine.engine import Engine
 from workers.engine.messages import ImagesNeeded, ImagesReleased, Message, Output, TokensDecoded
 from workers.engine.pacing import GPU_LAYER_LAUNCH_S, LayerPacing
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
@@ -561,7 +561,7 @@ class SimWorker:
         self._gateway.leap_step(self, leap, engine.pool.take_events())
         if not leap.is_stopped:
             engine.make_room([decodes[index] for index in full])
-        if engine.pool.news:
+        if engine.pool.index.news:
             self._publish(engine.take_outputs())
 
     def _catch_up(self) -> None:

@@ -7,7 +7,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from kvtransfer import driver
+from kvtransfer import chunk_reading
+from kvtransfer.chunk_writing import ChunkWriter
 from kvtransfer.frames import Announce, Chunk, Nack
 from tests.support.kvtransfer_ends import (
     CONFIG,
@@ -27,7 +28,7 @@ ONE_CHUNK = replace(CONFIG, max_chunk_bytes=2**20)
 
 @pytest.fixture(autouse=True)
 def small_chunks_are_announced() -> Iterator[None]:
-    with patch.object(driver, "MIN_ANNOUNCED_BYTES", 0):
+    with patch.object(chunk_reading, "MIN_ANNOUNCED_BYTES", 0):
         yield
 
 
@@ -59,17 +60,17 @@ def test_a_copy_that_differs_from_what_is_checked_later_is_made_again() -> None:
     async def scenario(ends: Ends) -> None:
         sender = ends.ready_sender()
         sent = kv_of(ends.source, owned(ends.source, "t1"))
-        pull = driver.ChunkWriter._pull
+        pull = ChunkWriter._pull
         num_lies = 0
 
-        def lie_once(writer: driver.ChunkWriter, chunk: Chunk, into: tuple[int, ...]) -> int:
+        def lie_once(writer: ChunkWriter, chunk: Chunk, into: tuple[int, ...]) -> int:
             nonlocal num_lies
             checksum = pull(writer, chunk, into)
             is_lie = chunk.sequence_number == 1 and num_lies == 0
             num_lies += is_lie
             return checksum ^ is_lie
 
-        with patch.object(driver.ChunkWriter, "_pull", lie_once):
+        with patch.object(ChunkWriter, "_pull", lie_once):
             report = await sender.run()
         assert num_lies == 1
         # It is read again, and nothing is sent again.

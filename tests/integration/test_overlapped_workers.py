@@ -36,7 +36,7 @@ PROMPT_LENGTHS = (1, 16, 17, 50, 131)
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models stay on the CPU, and their steps are padded, sampled where the logits are, and overlap."""
-    place_on_cpu = loading._place_on_cpu
+    place_on_cpu = loading.place_on_cpu
 
     def place(
         spec: WorkerSpec, prepared: PreparedModel, progress: Callable[[str, float], None]
@@ -46,7 +46,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         forward.capture(progress)
         return replace(placed, forward=forward, sampler=DeviceSampler(torch.device("cpu")))
 
-    monkeypatch.setattr(loading, "_place_on_cpu", place)
+    monkeypatch.setattr(loading, "place_on_cpu", place)
 
 
 def test_one_worker_generates_what_transformers_does(model_path: Path, reference: LlamaForCausalLM) -> None:

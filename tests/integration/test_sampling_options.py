@@ -18,7 +18,7 @@ from tests.support.both_shapes import (
 from tests.support.gateway import text_of, tokens_of
 from tests.support.tiny_model import EOS_TOKEN_ID
 from workers.engine.runner import ModelRunner
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 

@@ -22,16 +22,13 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from workers import loading, text_side
-from workers.api import (
-    FailureCode,
-    Handoff,
-    WorkerState,
-)
+from workers import text_side
+from workers.api import FailureCode, Handoff, WorkerState
+from workers.device import cpu_placing
 from workers.engine.runner import ModelRunner
 from workers.engine.step_loop import MAX_BROKEN_STEPS
 from workers.errors import AddressUnavailable
-from workers.wire import model_from_pb
+from workers.status_wire import model_from_pb
 
 pytestmark = pytest.mark.usefixtures("cache_home", "nothing_escapes")
 
@@ -103,7 +100,7 @@ def test_worker_that_cannot_load_says_why_until_it_is_stopped(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("module", "function"), [(loading, "load_weights"), (text_side, "Engine")])
+@pytest.mark.parametrize(("module", "function"), [(cpu_placing, "load_weights"), (text_side, "Engine")])
 def test_bug_while_loading_makes_the_worker_fail(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, function: str
 ) -> None:

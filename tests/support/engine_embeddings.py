@@ -19,7 +19,7 @@ from workers.engine.messages import (
     StartTransfer,
     TransferSent,
 )
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 
 

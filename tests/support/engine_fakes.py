@@ -17,7 +17,7 @@ from workers.api import (
 )
 from workers.engine.engine import Engine
 from workers.engine.messages import Output, TokensDecoded
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_shape import DeviceShape, FactorSource, ModelShape, StepCosts

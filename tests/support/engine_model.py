@@ -28,7 +28,7 @@ from workers.engine.engine import Engine
 from workers.engine.kv_packer import KvPacker, codec_of
 from workers.engine.messages import Output
 from workers.engine.runner import GrammarTools, ModelRunner
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.latency_model import LatencyModel
 from workers.model.llama import Llama
 from workers.step_shape import DeviceShape, ModelShape, StepCosts

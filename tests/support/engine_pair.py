@@ -41,7 +41,7 @@ from workers.engine.messages import (
     TransferFailed,
     TransferSent,
 )
-from workers.engine.scheduler import Slice
+from workers.engine.step_plan import Slice
 from workers.engine.step_result import StepResult
 
 CONFIG = EngineConfig(block_size=2, token_budget=7, max_running_sequences=3, max_waiting_requests=5)

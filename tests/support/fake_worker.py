@@ -40,7 +40,8 @@ from workers.api import (
 )
 from workers.api import Phase as Phase
 from workers.kv_wire import ledger_to_pb
-from workers.wire import command_from_pb, event_to_pb, kv_event_to_pb, model_to_pb
+from workers.status_wire import model_to_pb
+from workers.wire import command_from_pb, event_to_pb, kv_event_to_pb
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS = 2

@@ -8,8 +8,8 @@ from workers.api import CautiousDecoding, NgramDrafts, SuperposedDecoding
 from workers.engine.decoding.acceptance import walk
 from workers.engine.decoding.superposed import mix_settings
 from workers.engine.host_tier import PackedBlock
-from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_TOKEN, Sequence
+from workers.engine.step_plan import Slice, StepPlan
 from workers.engine.step_result import RowDetail, StepResult
 
 #: What a slot holds: the root of its sequence and all tokens up to its own.

@@ -8,8 +8,9 @@ from tests.support.engine_fakes import BOTH, CONFIG, submit
 from workers.api import EngineConfig, PhaseSet
 from workers.engine.batch import Batch
 from workers.engine.block_pool import BlockPool
-from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_plan import StepPlan
 from workers.latency_model import LatencyModel
 
 MAX_BLOCKS = 4096
@@ -80,7 +81,7 @@ class Steps:
 
     def compute(self, plan: StepPlan, step_s: float = 0.0) -> None:
         """The step has run, and every prompt that ended got a token."""
-        self.batch.pool.settle(self.batch.pool.pending)
+        self.batch.pool.index.settle(self.batch.pool.index.pending)
         self.scheduler.observe(plan, step_s)
         for sequence in plan.decodes:
             sequence.num_computed_tokens = len(sequence.token_ids)

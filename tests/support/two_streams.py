@@ -18,10 +18,10 @@ from workers.engine.host_tier import PackedBlock
 from workers.engine.lookahead import ASSUMED_TOKEN, sources_of
 from workers.engine.messages import Output
 from workers.engine.running import Splitting
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence as EngineSequence
 from workers.engine.sharing import Load, SharingLog
 from workers.engine.step_loop import StepLoop
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.step_choice import Exclusive, Mixed, Split, Step
 

@@ -39,9 +39,10 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.engine.runner import ModelRunner
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
-from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb, status_from_pb
+from workers.status_wire import status_from_pb
+from workers.wire import command_to_pb, event_from_pb, kv_event_from_pb
 from workers.worker import Worker
 
 #: Nothing that a test waits for takes this long on a working machine.

@@ -22,7 +22,7 @@ from workers.device.sm_share import LiveLayout, SmShares, close_shares
 from workers.device.step_graph import MAX_PROMPTS, Side
 from workers.engine.runner import BegunStep, ModelRunner
 from workers.engine.running import SharedStep
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.model.llama import Llama
 from workers.step_choice import Split

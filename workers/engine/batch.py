@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from kvtransfer.layout import blocks_needed
 from workers.api import CautiousDecoding, EngineConfig, LedgerKind, SuperposedDecoding
-from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
+from workers.engine.block_pool import BlockPool
 from workers.engine.flights import Flights
 from workers.engine.host_tier import PackedBlock
 from workers.engine.ledger import Holder
+from workers.engine.prefix_index import NO_MATCH, PrefixMatch
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
 from workers.engine.span_reuse.lookup import find_reuse
 from workers.engine.span_reuse.rule import SpanReuse
@@ -91,7 +92,7 @@ class Batch:
         size = self.pool.block_size
         # Whoever waits has no tokens but those whose KV means the same to others.
         sequence.hash_blocks(len(sequence.token_ids) // size, size)
-        return self.pool.match(sequence.block_hashes, sequence.named_tokens(0, len(sequence.token_ids)))
+        return self.pool.index.match(sequence.block_hashes, sequence.named_tokens(0, len(sequence.token_ids)))
 
     def num_known_blocks(self, sequence: Sequence) -> int | None:
         """Whole blocks of a waiting sequence that need not be computed; None when all have to be."""
@@ -322,20 +323,20 @@ class Batch:
         hashes, table, num_before = sequence.block_hashes, sequence.block_table, sequence.num_stored_blocks
         sequence.num_stored_blocks = num_whole
         tokens = sequence.named_tokens(num_before * size, num_whole * size)
-        spans, lossless = self.pool.spans, sequence.num_lossless_tokens
+        spans, lossless = self.pool.index.spans, sequence.num_lossless_tokens
         if spans is None and lossless is None:
             if num_whole == num_before + 1:
                 # As nearly always.
                 block_id, parent, name = table[num_before], hashes[num_before], hashes[num_whole]
-                self.pool.store(block_id, name, parent, tokens, is_pending=is_pending)
+                self.pool.index.store(block_id, name, parent, tokens, is_pending=is_pending)
                 return
             names = hashes[num_before : num_whole + 1]
-            self.pool.store_chain(table[num_before:num_whole], names, tokens, is_pending=is_pending)
+            self.pool.index.store_chain(table[num_before:num_whole], names, tokens, is_pending=is_pending)
             return
         for i in range(num_before, num_whole):
             own = tokens[(i - num_before) * size : (i - num_before + 1) * size]
             is_lossy = lossless is not None and (i + 1) * size > lossless
-            is_new = self.pool.store(
+            is_new = self.pool.index.store(
                 table[i], hashes[i + 1], hashes[i], own, is_pending=is_pending, is_lossy=is_lossy
             )
             if is_new and spans is not None and sequence.images is None:
@@ -346,10 +347,10 @@ class Batch:
 
     def find_spans(self, sequence: Sequence) -> SpanReuse | None:
         """What is known, from other contexts, of the tokens that it has not computed; None if that is too little."""
-        spans, config = self.pool.spans, self._span_reuse
+        spans, config = self.pool.index.spans, self._span_reuse
         if spans is None or config is None:
             return None
-        return find_reuse(spans, sequence, config, self.pool.is_computed)
+        return find_reuse(spans, sequence, config, self.pool.index.is_computed)
 
     def begin_reuse(self, sequence: Sequence, reuse: SpanReuse) -> None:
         """The next step computes all its tokens with these spans: it gets blocks for them, and holds what is read.
@@ -406,7 +407,7 @@ class Batch:
     def _lossless_tokens(self, match: PrefixMatch) -> int | None:
         """Tokens of what was found before the first lossy block; None without one."""
         found = match.block_ids if match.partial is None else (*match.block_ids, match.partial)
-        num_exact = self.pool.num_exact_of(found)
+        num_exact = self.pool.index.num_exact_of(found)
         return num_exact * self.pool.block_size if num_exact < len(found) else None
 
     def _restore(self, sequence: Sequence) -> int:

@@ -19,8 +19,8 @@ from workers.engine.batch import Batch
 from workers.engine.branching import Branching
 from workers.engine.image_needs import ImageNeeds
 from workers.engine.messages import FinishTransfer, Output, TokensDecoded
-from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import NO_ROW, NO_TOKEN, Sequence, SequenceState
+from workers.engine.step_plan import Slice, StepPlan
 from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
 from workers.engine.superposing import Superposing
 
@@ -66,7 +66,7 @@ class Completion:
     def apply(self, plan: StepPlan, result: StepResult, now_s: float) -> list[Ended]:
         """The step has run. Those that end with it are returned; they hold what they held until they are dropped."""
         self._ended = []
-        self._batch.pool.settle(plan.pending)
+        self._batch.pool.index.settle(plan.pending)
         self._batch.end_step()
         self._complete_decodes(plan, result, now_s)
         index = len(plan.decodes)

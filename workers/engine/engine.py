@@ -61,10 +61,11 @@ from workers.engine.messages import (
 from workers.engine.migration import Migrations, can_migrate
 from workers.engine.outgoing import OutgoingKv, kv_ready
 from workers.engine.pacing import LayerPacing
-from workers.engine.scheduler import Scheduler, StepPlan
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import NO_ROW, Sequence, SequenceState
 from workers.engine.sharing import Load
 from workers.engine.span_reuse.span_index import SpanIndex
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 from workers.step_choice import Head
@@ -339,7 +340,7 @@ class Engine:
             plan.decodes, self._batch, num_rows=plan.num_tokens, num_waiting=self.num_waiting
         )
         # Decodes fill no block that is told of before.
-        plan.began_s, plan.pending = now_s, self.pool.pending if phase is not Phase.DECODE else ()
+        plan.began_s, plan.pending = now_s, self.pool.index.pending if phase is not Phase.DECODE else ()
         if self._gained:
             self._note_first_step(plan, now_s)
         num_leaving = sum(part.end - part.start for part in plan.chunks if part.sequence.is_handed_off)

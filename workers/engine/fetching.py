@@ -148,7 +148,7 @@ class PrefixFetching:
         elif not commit.is_lossy:
             for i, block_id in enumerate(block_ids):
                 tokens = fetch.token_ids[i * size : (i + 1) * size]
-                self._pool.store(block_id, fetch.chain[i + 1], fetch.chain[i], tokens)
+                self._pool.index.store(block_id, fetch.chain[i + 1], fetch.chain[i], tokens)
         self._pool.release(block_ids)
         self._forget_if_over(commit.transfer_id, fetch)
         return True
@@ -202,7 +202,7 @@ class PrefixFetching:
         num_checked, most = 0, max(0, min(MAX_PUT_BACK, pool.num_available - num_kept))
         found: list[int | SavedBlock] = []
         for name in hashes:
-            if not pool.is_known(name):
+            if not pool.index.is_known(name):
                 if num_checked == most:
                     break
                 num_checked += 1

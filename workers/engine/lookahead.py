@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from workers.engine.batch import Batch
 from workers.engine.sampling.rows import is_plain
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 
 #: Stands in `token_ids` for a token that is not known; any that a model has.

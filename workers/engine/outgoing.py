@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from workers.api import LedgerKind
 from workers.engine.ledger import Holder
 from workers.engine.messages import KvReady, StartTransfer
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.digest import approximate_digest
+from workers.engine.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,22 +8,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.api import CautiousDecoding, SuperposedDecoding, TokenLogprobs
+from workers.api import TokenLogprobs
 from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.acceptance import Accepted, walk
-from workers.engine.decoding.superposed import mix_settings
 from workers.engine.forwarding import Forward, HostForward
 from workers.engine.grammar_masks import GrammarMasks
 from workers.engine.grammar_states import GrammarStates
 from workers.engine.kv_packer import KvPacker
 from workers.engine.lookahead import sources_of
 from workers.engine.sampler import SampleResult, SampleRow, sample, score_prompt
-from workers.engine.sampling.rows import is_plain
-from workers.engine.scheduler import StepPlan
-from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.selection import by_deviation
 from workers.engine.step_batch import EmbeddedRows, StepBatch, embedded_rows
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import FilteredChunk, RowDetail, StepResult
+from workers.engine.step_sampling import is_drawn_alone, likeliest_tokens, sample_rows, score_prompts, to_host
 from workers.model.forward_batch import Embeds, ForwardBatch
 from workers.model.llama import Llama
 from workers.tensor_parallel.kv_moves import copy_blocks, move_slots
@@ -117,7 +115,7 @@ class ModelRunner:
             assert self._packer is not None
             self._packer.unpack(packed, block_id)
         step = StepBatch(plan, self._block_size)
-        rows = _sample_rows(step)
+        rows = sample_rows(step)
         on_host = [i for i, row in enumerate(rows) if self._sampler is None or not is_drawn_alone(row)]
         self._begin_masks(step, on_host)
         try:
@@ -138,7 +136,7 @@ class ModelRunner:
         """Wait for its tokens, and choose those that are chosen on the host."""
         step = begun.step
         try:
-            prompt_logprobs = _score_prompts(step, begun.logits[step.num_sampled_rows :])
+            prompt_logprobs = score_prompts(step, begun.logits[step.num_sampled_rows :])
             result = self._sample(begun, prompt_logprobs)
             if self._followers is not None:
                 self._followers.check()
@@ -236,7 +234,7 @@ class ModelRunner:
                 begun.tokens.wait()
             return StepResult((), {}, prompt_logprobs)
         logits = begun.logits[: step.num_sampled_rows]
-        tops = _tops(step, logits)
+        tops = likeliest_tokens(step, logits)
         forced = self._rows_with_logprobs_and_grammar(step, logits)
         result = SampleResult(begun.tokens.wait()) if begun.tokens is not None else SampleResult([])
         if begun.on_host:
@@ -250,7 +248,7 @@ class ModelRunner:
         rows, indices = begun.rows, begun.on_host
         is_all = len(indices) == len(rows)
         rule_out = self._grammars.masks.rule_out if self._grammars is not None else None
-        found = sample(_on_host(logits if is_all else logits[indices]), [rows[i] for i in indices], rule_out)
+        found = sample(to_host(logits if is_all else logits[indices]), [rows[i] for i in indices], rule_out)
         if is_all:
             return found
         for i, token_id in zip(indices, found.token_ids, strict=True):
@@ -322,7 +320,7 @@ class ModelRunner:
     ) -> dict[int, torch.Tensor]:
         """What the model itself says, where a grammar may replace the token whose logprob is asked for."""
         return {
-            i: _on_host(logits[step.first_rows[i]]).clone()
+            i: to_host(logits[step.first_rows[i]]).clone()
             for i in step.special
             if step.sampled[i].sampling.grammar is not None
             and step.sampled[i].sampling.num_logprobs is not None
@@ -376,76 +374,3 @@ def _token_sources(step: StepBatch, previous: BegunStep | None) -> _TokenSources
     decodes = step.plan.decodes
     sources[: len(decodes)] = sources_of(previous.step.plan, decodes, NO_SOURCE)
     return {"sources": sources, "previous": previous.tokens.on_device}
-
-
-def _sample_rows(step: StepBatch) -> list[SampleRow]:
-    """One for each row of logits that a token is sampled from."""
-    rows: list[SampleRow] = []
-    for i, sequence in enumerate(step.sampled):
-        is_cautious = isinstance(sequence.sampling.decoding, CautiousDecoding)
-        row = SampleRow(
-            sequence.sampling,
-            len(sequence.token_ids) + sequence.num_dropped_tokens,
-            sequence.token_ids,
-            sequence.num_own_tokens,
-            sequence.num_delivered,
-            sequence.stream,
-            is_branching=is_cautious and _may_branch(sequence),
-            wants_warped_logprob=sequence.parent is not None,
-        )
-        rows.append(row)
-        tree = step.plan.drafts.get(i)
-        for j in range(tree.num_drafts if tree is not None else 0):
-            assert tree is not None
-            path = tree.path(j + 1)
-            rows.append(
-                replace(row, position=row.position + len(path), token_ids=[*sequence.token_ids, *path])
-            )
-    return rows
-
-
-def _may_branch(sequence: Sequence) -> bool:
-    """The first token of all is drawn as ever, on whichever worker; also what is drawn where no decode follows."""
-    is_first = len(sequence.token_ids) == sequence.num_own_tokens
-    return sequence.parent is None and not is_first and not sequence.is_handed_off
-
-
-def _tops(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[tuple[int, float], ...]]:
-    """The likeliest next tokens of superposed sequences, with their logprobs."""
-    tops = {}
-    for i in step.special:
-        decoding = step.sampled[i].sampling.decoding
-        if isinstance(decoding, SuperposedDecoding):
-            num = min(mix_settings(decoding.num_drafts).num_candidates, logits.shape[-1])
-            logprobs = torch.log_softmax(logits[step.first_rows[i]].double(), dim=-1)
-            values, token_ids = torch.topk(logprobs, num)
-            tops[i] = tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
-    return tops
-
-
-def is_drawn_alone(row: SampleRow) -> bool:
-    """Its token is all that is asked for, and follows from its logits and the options of the draw."""
-    return is_plain(row.sampling) and not row.is_branching and not row.wants_warped_logprob
-
-
-def _on_host(logits: torch.Tensor) -> torch.Tensor:
-    """As the sampler takes them: those of a CPU as they are."""
-    return logits.to("cpu", torch.float32)
-
-
-def _score_prompts(step: StepBatch, logits: torch.Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
-    """Logprobs of prompt tokens, by chunk. logits: of the rows that come after those that are sampled."""
-    scored: dict[int, tuple[TokenLogprobs, ...]] = {}
-    if len(logits):
-        logits = _on_host(logits)
-    row = 0
-    for i, part in enumerate(step.plan.chunks):
-        positions = part.scored_positions
-        if not positions:
-            continue
-        sequence: Sequence = part.sequence
-        token_ids = sequence.token_ids[positions.start : positions.stop]
-        num_top = sequence.sampling.num_prompt_logprobs or 0
-        scored[i] = tuple(score_prompt(logits[row : row + len(positions)], token_ids, num_top))
-        row += len(positions)
-    return scored

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from workers.api import Phase
-from workers.engine.scheduler import StepPlan
 from workers.engine.sharing import Sharing, SharingLog
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.step_choice import Exclusive, Split
 from workers.step_shape import StepShape

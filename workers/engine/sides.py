@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from workers.api import Phase
 from workers.engine.engine import Engine
 from workers.engine.running import BeginningBrokeError, Begun, Flight, SharedStep
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.step_choice import Split
 
 #: Decodes first: who waits for blocks keeps prompts from taking them.

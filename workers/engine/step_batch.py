@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from workers.engine.scheduler import Slice, StepPlan
 from workers.engine.sequence import Sequence
 from workers.engine.span_reuse.rule import SpanReuse
+from workers.engine.step_plan import Slice, StepPlan
 from workers.model.forward_batch import Embeds, ForwardBatch, Mixes
 from workers.model.reduction import FilteringBatch
 from workers.model.selective import Reused, SelectiveBatch

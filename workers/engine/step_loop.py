@@ -22,8 +22,8 @@ from workers.engine.running import (
     SharedStep,
     Splitting,
 )
-from workers.engine.scheduler import StepPlan
 from workers.engine.sides import Acts, Sides
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_records import is_described, shape_of
 from workers.latency_model import LatencyModel
 from workers.step_choice import Mixed

@@ -1,6 +1,6 @@
 """Steps as the latency model knows them. Pure."""
 
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.step_shape import StepShape
 
 

@@ -6,28 +6,25 @@ the gate of the MLP. Angles are in `rope`; here is the order in which all that r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 
-from phasewise_kernels.fp8_linear.op import Fp8Linear
 from phasewise_kernels.kv_int4.op import PACKED_DTYPE, values_of
 from phasewise_kernels.kv_int4.rows import row_bytes
 from phasewise_kernels.linear.op import projection
 from phasewise_kernels.paged_attention.op import AttentionBatch, paged_attention
 from phasewise_kernels.rms_norm.op import rms_norm
 from phasewise_kernels.rope_write.op import rope_write
-from phasewise_kernels.swiglu.op import swiglu
 from workers.api import WeightDtype
 from workers.model.config import ModelConfig
 from workers.model.forward_batch import Embeds as Embeds
 from workers.model.forward_batch import ForwardBatch as ForwardBatch
 from workers.model.forward_batch import ForwardInputs, PlacedEmbeds, logit_row_batch
 from workers.model.forward_batch import Mixes as Mixes
-from workers.model.fp8 import scales_of
+from workers.model.layer import Layer, make_layer
 from workers.model.reduction import Filtered, FilteringBatch, LayerRows
 from workers.model.rope import Rope
 from workers.model.selective import (
@@ -42,27 +39,6 @@ from workers.model.selective import (
 
 if TYPE_CHECKING:
     from workers.tensor_parallel.ranks import Ranks
-
-#: [num_rows, in_size] to [num_rows, out_size].
-Projection = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer, from the weights that `workers.model.convert` names."""
-
-    attention_norm: torch.Tensor
-    qkv: Projection
-    #: Weight of the norm of each Q and K head, [num_heads + num_kv_heads, head_dim]; None without one.
-    qk_norm: torch.Tensor | None
-    attention_out: Projection
-    mlp_norm: torch.Tensor
-    gate_up: Projection
-    #: Of silu(gate) * up: it takes what gate_up gives.
-    down: Projection
-    #: Tokens that a token sees, itself included; 0 is all.
-    window: int
-    is_rotated: bool
 
 
 class Llama:
@@ -82,7 +58,7 @@ class Llama:
         self.config = config
         self.ranks = ranks
         self._embedding = weights["embedding"]
-        self._layers = [_layer(config, weights, dtype, i, ranks) for i in range(config.num_layers)]
+        self._layers = [make_layer(config, weights, dtype, i, ranks) for i in range(config.num_layers)]
         self._norm = weights["norm"]
         self._lm_head = projection(
             weights["embedding" if config.tie_embeddings else "lm_head"], None, dtype.value
@@ -262,7 +238,7 @@ class Llama:
         return self._rope.cos_sin(positions, rope_lens)
 
     def _moved(
-        self, reused: Reused, kv_cache: torch.Tensor, layer: _Layer
+        self, reused: Reused, kv_cache: torch.Tensor, layer: Layer
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K, turned to where the tokens are now, and V, each [num_reused, num_kv_heads, head_dim]."""
         keys, values = _at(kv_cache, reused.source_slots)
@@ -271,7 +247,7 @@ class Llama:
         return keys, values
 
     def _checked(
-        self, batch: SelectiveBatch, query: torch.Tensor, kv_cache: torch.Tensor, layer: _Layer
+        self, batch: SelectiveBatch, query: torch.Tensor, kv_cache: torch.Tensor, layer: Layer
     ) -> CheckedLayer:
         keys, values = _at(kv_cache, batch.slots(torch.arange(batch.context_len)))
         k_reused, v_reused = self._moved(batch.reused, kv_cache, layer)
@@ -302,7 +278,7 @@ class Llama:
 
     def _project(
         self,
-        layer: _Layer,
+        layer: Layer,
         normed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         kv_cache: torch.Tensor,
@@ -318,7 +294,7 @@ class Llama:
         return rope_write(heads, rotation, slots, kv_cache[0], kv_cache[1], is_rotated=layer.is_rotated)
 
     def _attend_last(
-        self, layer: _Layer, query: torch.Tensor, kv_cache: torch.Tensor, inputs: ForwardInputs
+        self, layer: Layer, query: torch.Tensor, kv_cache: torch.Tensor, inputs: ForwardInputs
     ) -> torch.Tensor:
         """Attention of the rows that need logits alone, [num_logit_rows, num_heads, head_dim]: nobody reads the others."""
         rows, batch = inputs.logit_rows, inputs.logit_attention
@@ -329,7 +305,7 @@ class Llama:
         attended = paged_attention(query, kv_cache[0], kv_cache[1], inputs.attention, window=layer.window)
         return attended if rows is None else attended[rows]
 
-    def _mix(self, layer: _Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor | None:
+    def _mix(self, layer: Layer, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor | None:
         """What follows attention in a layer: adds its output to `hidden`, and returns what the MLP adds.
 
         hidden: [num_rows, hidden_size]; attended: [num_rows, num_heads, head_dim]. None without rows.
@@ -341,45 +317,6 @@ class Llama:
         projected = layer.attention_out(attended.flatten(1))
         normed = rms_norm(hidden, layer.mlp_norm, self.config.rms_norm_eps, added=projected)
         return layer.down(layer.gate_up(normed))
-
-
-def _layer(
-    config: ModelConfig,
-    weights: Mapping[str, torch.Tensor],
-    dtype: WeightDtype,
-    i: int,
-    ranks: "Ranks | None",
-) -> _Layer:
-    def linear(name: str) -> Projection:
-        name = f"layers.{i}.{name}"
-        weight, bias = weights[name], weights.get(f"{name}_bias")
-        scales = weights.get(scales_of(name))
-        return projection(weight, bias, dtype.value) if scales is None else Fp8Linear(weight, scales, bias)
-
-    def gated(name: str) -> Projection:
-        project = linear(name)
-        return project.gated if isinstance(project, Fp8Linear) else lambda rows: project(swiglu(rows))
-
-    def summed(project: Projection) -> Projection:
-        return project if ranks is None else ranks.summed(project)
-
-    qk_norm = None
-    if config.has_qk_norm:
-        query_norm, key_norm = weights[f"layers.{i}.q_norm"], weights[f"layers.{i}.k_norm"]
-        qk_norm = torch.cat(
-            (query_norm.expand(config.num_heads, -1), key_norm.expand(config.num_kv_heads, -1))
-        )
-    return _Layer(
-        attention_norm=weights[f"layers.{i}.attention_norm"],
-        qkv=linear("qkv"),
-        qk_norm=qk_norm,
-        attention_out=summed(linear("attention_out")),
-        mlp_norm=weights[f"layers.{i}.mlp_norm"],
-        gate_up=linear("gate_up"),
-        down=summed(gated("down")),
-        window=config.window(i),
-        is_rotated=i not in config.nope_layers,
-    )
 
 
 def _host_inputs(batch: ForwardBatch, block_size: int) -> ForwardInputs:

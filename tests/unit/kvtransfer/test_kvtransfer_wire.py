@@ -8,6 +8,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from kvtransfer.codecs.codec import CodecId
+from kvtransfer.control_wire import MAX_REASON_CHARS
 from kvtransfer.digest import DIGEST_BYTES
 from kvtransfer.errors import CorruptFrame, MalformedFrame
 from kvtransfer.frames import (
@@ -40,7 +41,6 @@ from kvtransfer.wire import (
     MAX_OFFER_BYTES,
     MAX_OFFERS,
     MAX_PARTS,
-    MAX_REASON_CHARS,
     chunk_header,
     decode,
     encode,

@@ -17,7 +17,7 @@ from protos import control_pb2, worker_pb2
 from protos.control_pb2_grpc import GatewayControlServiceServicer, add_GatewayControlServiceServicer_to_server
 from protos.worker_pb2_grpc import WorkerServiceServicer, add_WorkerServiceServicer_to_server
 from workers.api import Phase, WorkerId, WorkerState, WorkerStatus
-from workers.wire import status_to_pb
+from workers.status_wire import status_to_pb
 
 STATUS = WorkerStatus(WorkerId("w-0"), 3, frozenset({Phase.DECODE}), WorkerState.READY, num_running=2)
 VIEW = ClusterView(

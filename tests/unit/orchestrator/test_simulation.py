@@ -202,7 +202,7 @@ def test_what_is_known_of_caches_is_what_is_in_them() -> None:
     assert index.num_blocks_by_worker().keys() == {("w0", 2), ("w1", 1)}
     for key, process in simulation.cluster.processes.items():
         if process.is_alive:
-            stored = set(process.engine.pool._names.values())
+            stored = set(process.engine.pool.index.names.values())
             assert index._blocks[key] == stored
             assert key == ("w0", 2) or stored
 

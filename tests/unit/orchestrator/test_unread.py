@@ -11,8 +11,8 @@ from orchestrator.sim.unread import UnreadTokens
 from tests.support.engine_fakes import BOTH, submit
 from workers.api import RequestId, RequestKey, WorkerId
 from workers.engine.messages import TokensDecoded
-from workers.engine.scheduler import StepPlan
 from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepPlan
 
 PROCESS = (WorkerId("w"), 1)
 NUM_REQUESTS = 3

@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from workers.api import BlockCounts, KvBlocksRemoved, KvBlocksStored
 from workers.block_hash import block_hash, chain_hashes, root_hash
-from workers.engine.block_pool import NO_MATCH, BlockPool, PrefixMatch
+from workers.engine.block_pool import BlockPool
+from workers.engine.prefix_index import NO_MATCH, PrefixMatch
 
 SIZE = 2
 ROOT = root_hash("model", "tokenizer", "")
@@ -27,11 +28,11 @@ def store(pool: BlockPool, block_ids: list[int], token_ids: list[int], *, is_pen
     names = hashes(token_ids)
     for i, block_id in enumerate(block_ids):
         tokens = token_ids[i * SIZE : (i + 1) * SIZE]
-        pool.store(block_id, names[i + 1], names[i], tokens, is_pending=is_pending)
+        pool.index.store(block_id, names[i + 1], names[i], tokens, is_pending=is_pending)
 
 
 def match(pool: BlockPool, token_ids: list[int]) -> PrefixMatch:
-    return pool.match(hashes(token_ids), token_ids)
+    return pool.index.match(hashes(token_ids), token_ids)
 
 
 # Holders.
@@ -129,7 +130,7 @@ def test_another_salt_model_or_tokenizer_finds_nothing() -> None:
         root_hash("m", "tokenizer", ""),
         root_hash("model", "t", ""),
     ):
-        assert pool.match([root, block_hash(root, [1, 2])], [1, 2, 3]) == NO_MATCH
+        assert pool.index.match([root, block_hash(root, [1, 2])], [1, 2, 3]) == NO_MATCH
 
 
 def test_roots_that_spell_alike_differ() -> None:
@@ -151,11 +152,11 @@ def test_the_last_token_of_a_prompt_is_computed_in_a_copy() -> None:
 def test_a_block_that_begins_with_the_rest_of_a_prompt_is_copied() -> None:
     pool = BlockPool(4, 4)
     [block] = pool.allocate(1)
-    pool.store(block, block_hash(ROOT, [1, 2, 3, 4]), ROOT, [1, 2, 3, 4])
-    assert pool.match([ROOT], [1, 2, 9]) == PrefixMatch((), block, 2)
+    pool.index.store(block, block_hash(ROOT, [1, 2, 3, 4]), ROOT, [1, 2, 3, 4])
+    assert pool.index.match([ROOT], [1, 2, 9]) == PrefixMatch((), block, 2)
     # The last token is never taken from a copy.
-    assert pool.match([ROOT], [1, 2]) == PrefixMatch((), block, 1)
-    assert pool.match([ROOT], [9, 2]) == NO_MATCH
+    assert pool.index.match([ROOT], [1, 2]) == PrefixMatch((), block, 1)
+    assert pool.index.match([ROOT], [9, 2]) == NO_MATCH
 
 
 def test_the_block_used_longest_ago_is_taken_first_and_ends_before_beginnings() -> None:
@@ -200,7 +201,7 @@ def test_what_a_step_is_about_to_compute_can_be_shared_but_not_copied() -> None:
     assert match(pool, [1, 2, 3, 4, 5]) == PrefixMatch(tuple(blocks))
     assert match(pool, [1, 2, 3, 4]) == PrefixMatch((blocks[0],))
     assert match(pool, [1, 2, 3, 9]) == PrefixMatch((blocks[0],))
-    pool.settle(pool.pending)
+    pool.index.settle(pool.index.pending)
     assert match(pool, [1, 2, 3, 4]) == PrefixMatch((blocks[0],), blocks[1], 1)
 
 
@@ -229,7 +230,7 @@ def test_changes_are_told_from_when_somebody_watches() -> None:
     [second] = pool.allocate(1)
     store(pool, [second], [3, 4], is_pending=True)
     assert pool.take_events() == []
-    pool.settle(pool.pending)
+    pool.index.settle(pool.index.pending)
     other = hashes([3, 4])[1]
     assert pool.take_events() == [KvBlocksStored(ROOT, (other,))]
     pool.free([first])
@@ -301,15 +302,15 @@ class AnyOrder(RuleBasedStateMachine):
     def store(self, data: st.DataObject, is_pending: bool) -> None:
         blocks = data.draw(st.sampled_from(self.sequences))
         for block in blocks:
-            if block not in self.pool._names:
+            if block not in self.pool.index.names:
                 self.next_token += 1
                 tokens = [self.next_token] * SIZE
-                self.pool.store(block, block_hash(ROOT, tokens), ROOT, tokens, is_pending=is_pending)
+                self.pool.index.store(block, block_hash(ROOT, tokens), ROOT, tokens, is_pending=is_pending)
 
     @rule(is_good=st.booleans())
     def end_step(self, is_good: bool) -> None:
         if is_good:
-            self.pool.settle(self.pool.pending)
+            self.pool.index.settle(self.pool.index.pending)
         else:
             self.pool.forget_pending()
 
@@ -372,8 +373,9 @@ TestAnyOrder = AnyOrder.TestCase
 
 
 def _index_of(pool: BlockPool) -> tuple[object, ...]:
-    tokens = {block_id: pool._tokens_of(block_id) for block_id in pool._names}
-    known = pool._names, pool._parents, tokens, pool._by_hash, pool._children, pool._pending
+    index = pool.index
+    tokens = {block_id: index.tokens_of(block_id) for block_id in index.names}
+    known = index.names, index._parents, tokens, index._by_hash, index._children, index._pending
     return *known, pool.take_events()
 
 
@@ -392,10 +394,10 @@ def test_a_chain_is_stored_as_its_blocks_one_by_one_are(
         block_ids = one.allocate(len(names) - 1 - first)
         assert other.allocate(len(block_ids)) == block_ids
         own = token_ids[first * SIZE : (len(names) - 1) * SIZE]
-        one.store_chain(block_ids, names[first:], own, is_pending=is_pending)
+        one.index.store_chain(block_ids, names[first:], own, is_pending=is_pending)
         for i, block_id in enumerate(block_ids):
             tokens = own[i * SIZE : (i + 1) * SIZE]
-            other.store(block_id, names[first + i + 1], names[first + i], tokens, is_pending=is_pending)
+            other.index.store(block_id, names[first + i + 1], names[first + i], tokens, is_pending=is_pending)
         one.check_invariants()
         assert _index_of(one) == _index_of(other)
 

@@ -33,7 +33,6 @@ from workers.api import (
     TokensGenerated,
 )
 from workers.engine.batch import Batch
-from workers.engine.block_pool import PrefixMatch
 from workers.engine.engine import Engine
 from workers.engine.host_tier import PackedBlock
 from workers.engine.messages import (
@@ -44,6 +43,7 @@ from workers.engine.messages import (
     ImagesReleased,
     StartTransfer,
 )
+from workers.engine.prefix_index import PrefixMatch
 from workers.engine.sequence import Sequence, SequenceState
 from workers.engine.step_result import RowDetail, StepResult
 

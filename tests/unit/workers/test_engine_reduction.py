@@ -41,8 +41,8 @@ from workers.engine.messages import (
     ReserveBlocks,
     StartTransfer,
 )
-from workers.engine.scheduler import StepPlan
 from workers.engine.step_budget import MAX_WAITS
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import FilteredChunk, StepResult
 
 PICTURE, NUM_LAYERS = 9, 2

@@ -31,7 +31,7 @@ from workers.api import (
 )
 from workers.block_hash import block_hash, root_hash
 from workers.engine.batch import Batch
-from workers.engine.block_pool import NO_MATCH, BlockPool
+from workers.engine.block_pool import BlockPool
 from workers.engine.engine import Engine
 from workers.engine.fetching import PrefixFetching
 from workers.engine.host_tier import HostTier, HostTierCounts, PackedBlock
@@ -44,8 +44,9 @@ from workers.engine.messages import (
     ReserveBlocks,
     StartTransfer,
 )
-from workers.engine.scheduler import StepPlan
+from workers.engine.prefix_index import NO_MATCH
 from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepPlan
 from workers.model.llama import Llama
 from workers.model.prepare import load_weights, prepare
 
@@ -209,9 +210,9 @@ class TieredPool(RuleBasedStateMachine):
         for block_id, (name, parent, tokens) in zip(
             block_ids, chain([text] * SIZE * num_blocks), strict=True
         ):
-            self.pool.store(block_id, name, parent, tokens, is_pending=is_pending, is_lossy=is_lossy)
+            self.pool.index.store(block_id, name, parent, tokens, is_pending=is_pending, is_lossy=is_lossy)
         self.sequences.append(block_ids)
-        self.pool.settle(self.pool.pending)
+        self.pool.index.settle(self.pool.index.pending)
 
     @rule(text=st.integers(0, 3), num_blocks=st.integers(1, 3))
     def break_step(self, text: int, num_blocks: int) -> None:
@@ -220,7 +221,7 @@ class TieredPool(RuleBasedStateMachine):
         block_ids = self.pool.allocate(num_blocks)
         blocks = chain([text] * SIZE * num_blocks)
         for block_id, (name, parent, tokens) in zip(block_ids, blocks, strict=True):
-            self.pool.store(block_id, name, parent, tokens, is_pending=True)
+            self.pool.index.store(block_id, name, parent, tokens, is_pending=True)
         self.pool.free(block_ids)
         self.pool.forget_pending()
 
@@ -245,8 +246,8 @@ class TieredPool(RuleBasedStateMachine):
         found = PrefixFetching(self.pool).find(FindCached("f", names, SIZE), num_kept=num_kept, now_s=0.0)
         if isinstance(found, CachedFound):
             assert len(found.block_ids) <= num_known
-            assert [self.pool._names[i] for i in found.block_ids] == list(names[: len(found.block_ids)])
-            assert self.pool.num_exact_of(found.block_ids) == len(found.block_ids)
+            assert [self.pool.index.names[i] for i in found.block_ids] == list(names[: len(found.block_ids)])
+            assert self.pool.index.num_exact_of(found.block_ids) == len(found.block_ids)
             self.pool.check_invariants()
             self.pool.release(found.block_ids)
         else:
@@ -285,7 +286,7 @@ class TieredPool(RuleBasedStateMachine):
                     assert set(event.hashes) <= self.told
                     self.told -= set(event.hashes)
         if self.is_watched:
-            assert self.told == set(self.pool._by_hash) | set(self.tier.parents())
+            assert self.told == set(self.pool.index._by_hash) | set(self.tier.parents())
 
 
 TestTieredPool = TieredPool.TestCase

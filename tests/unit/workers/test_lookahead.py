@@ -25,8 +25,8 @@ from workers.api import Abort, BlockCounts, EngineConfig, ImageTile, RequestFail
 from workers.engine.engine import Engine
 from workers.engine.lookahead import ASSUMED_TOKEN, entries_of, sources_of, still_there
 from workers.engine.messages import Output
-from workers.engine.scheduler import StepPlan
 from workers.engine.step_loop import StepLoop
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.latency_model import LatencyModel
 

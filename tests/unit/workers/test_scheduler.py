@@ -11,8 +11,9 @@ from kvtransfer.layout import blocks_needed
 from tests.support.engine_fakes import BOTH, CONFIG, PREFILL
 from tests.support.scheduler_steps import Steps
 from workers.api import Batching, EngineConfig, PrefillOrder
-from workers.engine.scheduler import FIRST_PREFILL_RATE, StepPlan
+from workers.engine.scheduler import FIRST_PREFILL_RATE
 from workers.engine.sequence import Sequence, SequenceState
+from workers.engine.step_plan import StepPlan
 
 
 def parts(step: StepPlan) -> list[tuple[int, int, bool]]:

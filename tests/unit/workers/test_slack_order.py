@@ -11,8 +11,9 @@ from kvtransfer.layout import blocks_needed
 from tests.support.engine_fakes import CONFIG, learnt, make_engine, outputs_of, run_step, submit
 from tests.support.scheduler_steps import Steps
 from workers.api import PrefillOrder, PrefillStarted, StepBudget
-from workers.engine.scheduler import FIRST_PREFILL_RATE, StepPlan
+from workers.engine.scheduler import FIRST_PREFILL_RATE
 from workers.engine.sequence import Sequence
+from workers.engine.step_plan import StepPlan
 from workers.prompt_order import LATE_SHARE, Standing
 
 SLACK = replace(CONFIG, prefill_order=PrefillOrder.LEAST_SLACK)

@@ -34,7 +34,7 @@ from workers.engine.messages import (
     ReserveBlocks,
     StartTransfer,
 )
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.errors import UnsupportedModel
 from workers.loading import load
 from workers.model.llama import Llama

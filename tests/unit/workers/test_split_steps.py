@@ -22,7 +22,7 @@ from workers.api import (
     RequestFailed,
 )
 from workers.engine.engine import Engine
-from workers.engine.scheduler import StepPlan
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_result import StepResult
 from workers.step_choice import Exclusive, Mixed
 
@@ -207,9 +207,9 @@ def test_a_prompts_blocks_are_told_of_when_its_own_step_has_ended() -> None:
     prompts, decodes = scheduled(engine, Phase.PREFILL), scheduled(engine, Phase.DECODE)
     engine.complete(decodes, StepResult([50]), 0.0)
     assert prompts.pending
-    assert not any(engine.pool.is_computed(block_id) for block_id in prompts.pending)
+    assert not any(engine.pool.index.is_computed(block_id) for block_id in prompts.pending)
     engine.complete(prompts, StepResult([50]), 0.0)
-    assert all(engine.pool.is_computed(block_id) for block_id in prompts.pending)
+    assert all(engine.pool.index.is_computed(block_id) for block_id in prompts.pending)
 
 
 def test_nobody_is_preempted_while_a_step_runs() -> None:

@@ -10,8 +10,8 @@ from kvtransfer.layout import blocks_needed
 from tests.support.engine_fakes import CONFIG, PREFILL, learnt
 from tests.support.scheduler_steps import Steps
 from workers.api import Batching, PrefillOrder, StepBudget
-from workers.engine.scheduler import StepPlan
 from workers.engine.step_budget import MAX_WAITS
+from workers.engine.step_plan import StepPlan
 from workers.engine.step_records import shape_of
 from workers.step_shape import ENOUGH_STEPS, FactorSource
 

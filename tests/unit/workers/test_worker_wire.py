@@ -59,6 +59,7 @@ from workers.api import (
     WorkerStatus,
 )
 from workers.kv_wire import ledger_from_pb, ledger_to_pb
+from workers.status_wire import model_from_pb, model_to_pb, status_from_pb, status_to_pb
 from workers.step_shape import Contention, DeviceShape, EncodeCosts, FactorSource, ModelShape, StepCosts
 from workers.wire import (
     command_from_pb,
@@ -67,12 +68,8 @@ from workers.wire import (
     event_to_pb,
     kv_event_from_pb,
     kv_event_to_pb,
-    model_from_pb,
-    model_to_pb,
     phases_from_pb,
     phases_to_pb,
-    status_from_pb,
-    status_to_pb,
 )
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
