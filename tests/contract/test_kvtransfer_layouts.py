@@ -40,7 +40,7 @@ MAX_FP8 = 448.0
 #: Four KV heads, which ranks share.
 WIDE = replace(LAYOUT, num_kv_heads=4)
 #: KV with its payload over a network, and pulled from memory.
-LAYOUT_16 = replace(LAYOUT, head_dim=16)
+LAYOUT_32 = replace(LAYOUT, head_dim=32)
 TWO_WAYS = ("queues", "shm")
 
 
@@ -127,7 +127,7 @@ def test_rows_in_four_bits_are_packed_and_unpacked_where_they_arrive(
     async def scenario(ends: Ends) -> None:
         sender = ends.sender(codec=codec)
         block_ids = owned(ends.source, "t1")
-        wide = torch.randn(*ends.source.kv_cache[:, :, block_ids].shape[:-1], LAYOUT_16.head_dim)
+        wide = torch.randn(*ends.source.kv_cache[:, :, block_ids].shape[:-1], LAYOUT_32.head_dim)
         ends.source.kv_cache[:, :, block_ids] = convert(wide, ends.source.kv_cache.dtype)
         sent = sent_kv(ends)
         tell_all(sender)
@@ -143,8 +143,8 @@ def test_rows_in_four_bits_are_packed_and_unpacked_where_they_arrive(
     run_whole(
         way,
         scenario,
-        source_layouts=[replace(LAYOUT_16, dtype=source_dtype, block_size=4)],
-        layout=replace(LAYOUT_16, dtype=target_dtype, block_size=6),
+        source_layouts=[replace(LAYOUT_32, dtype=source_dtype, block_size=4)],
+        layout=replace(LAYOUT_32, dtype=target_dtype, block_size=6),
     )
 
 
