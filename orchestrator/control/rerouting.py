@@ -24,10 +24,10 @@ REST_S = 0.25
 class WaitingPrompt(NamedTuple):
     """One that a worker has and has not begun; a smaller one is more urgent. Times are of one clock, in seconds.
 
-    first_token_by_s: its target. attempt: names it. num_tokens: that the worker needs room for at least. since_s: when it was given the prompt.
+    rank: of its priority, the least first. first_token_by_s: its target. attempt: names it. num_tokens: that the worker needs room for at least. since_s: when it was given the prompt.
     """
 
-    priority: int
+    rank: int
     first_token_by_s: float
     attempt: int
     worker_id: WorkerId

@@ -127,7 +127,8 @@ class LiveSample:
         """While a worker has it, by this route, and has not begun it."""
         machine = self.machine
         return WaitingPrompt(
-            machine.priority,
+            # Higher priorities come first.
+            -machine.priority,
             machine.times.arrived_at_s + machine.slo.ttft_s,
             machine.attempt,
             route.prefill.worker_id,

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hypothesis import given
@@ -68,9 +69,9 @@ def test_of_those_without_room_the_most_urgent_are_looked_at(found: list[Waiting
     ]
     assert set(chosen) <= set(stuck)
     assert len(chosen) == min(MAX_LOOKS, len(stuck))
-    urgency = [(one.priority, one.first_token_by_s) for one in chosen]
+    urgency = [(one.rank, one.first_token_by_s) for one in chosen]
     assert urgency == sorted(urgency)
-    left = [(one.priority, one.first_token_by_s) for one in stuck if one not in chosen]
+    left = [(one.rank, one.first_token_by_s) for one in stuck if one not in chosen]
     assert all(one >= urgency[-1] for one in left)
 
 
@@ -131,13 +132,16 @@ def told(worker: FakeWorker, room: int, num_waiting: int = 0) -> WorkerView:
     return replace(worker.view(), status=status(worker.worker_id, worker.phases, room, num_waiting))
 
 
-async def give(it: Gateway, first: FakeWorker, second: FakeWorker, num: int) -> list[asyncio.Task[object]]:
+async def give(
+    it: Gateway, first: FakeWorker, second: FakeWorker, num: int, priorities: Sequence[int] = ()
+) -> list[asyncio.Task[object]]:
     """So many requests, which the first worker has and says nothing of; for the second one there was no room then."""
     await it.publish(told(first, 10_000), told(second, 0))
     first.answer = lambda _submit: ()
     asked = []
     for number in range(num):
-        asked.append(asyncio.ensure_future(collect(it.client.Generate(request()))))
+        more = {"priority": priorities[number]} if priorities else {}
+        asked.append(asyncio.ensure_future(collect(it.client.Generate(request(**more)))))
         await until(lambda number=number: len(first.submits) > number, "it is submitted")
     return asked
 
@@ -187,6 +191,26 @@ def test_prompts_that_wait_for_room_go_to_a_worker_that_has_some() -> None:
             # It was nobody's failure.
             assert [answer[-1].timings.attempts for answer in answers] == [1, 3, 1, 1]  # type: ignore[index]
             it.dispatcher.check_invariants()
+
+    run(main)
+
+
+def test_the_prompt_of_the_highest_priority_goes_first() -> None:
+    """There is room for one of them."""
+
+    async def main() -> None:
+        first, second = (FakeWorker(f"b-{i}", BOTH) for i in range(2))
+        async with gateway(first, second) as it:
+            asked = await give(it, first, second, 3, priorities=(0, 2, 1))
+            urgent = first.submits[1]
+            rest(it)
+            num = kept_tokens(len(urgent.token_ids), len(urgent.token_ids) + 2)
+            await it.publish(told(first, 0, 100), told(second, num))
+            await until(lambda: first.aborts == [urgent.key], "it was taken back")
+            await asyncio.gather(asked[1])
+            for submit in (first.submits[0], first.submits[2]):
+                first.say(*first.script(submit))
+            await asyncio.gather(*asked)
 
     run(main)
 
