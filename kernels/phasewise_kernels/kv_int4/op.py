@@ -12,7 +12,7 @@ it is packed: its outliers, which always are in the same few channels, are then 
 that queries are rotated too and nothing is turned back. V has no such channels, and is packed as it is. A row depends on nothing
 else: the next token's is written beside it, which groups over tokens do not allow.
 
-`rope_write` packs where it rotates, and attention unpacks where it reads, each within its kernel; what is here moves KV to and from
+`rope_write` packs where it rotates, and attention reads rows as they are, each within its kernel; what is here moves KV to and from
 caches that hold it otherwise, and is what those are tested against.
 Source: QuaRot (arXiv 2404.00456): KV in groups of each token with a scale and a minimum, K rotated after its position.
 """

@@ -7,6 +7,9 @@ cut out itself. Scales and minima come in afterwards, one of each for a token's 
     score    = scale_even * (codes_even . q_even) + minimum_even * sum(q_even), and the same of the odd channels
     even out = sum over tokens of codes_even * (weight * scale_even), plus that of weight * minimum_even
 
+What stands in brackets is fp16 where it is multiplied with codes, in units of the largest scale of V so far: 2**15 of them are the whole of
+fp16, so that many small weights beside a large one, which has the first token of many models, are not lost.
+
 Channels are in the order in which a thread has them, in the queries and in the output.
 """
 
@@ -20,6 +23,8 @@ _INT32 = tl.constexpr(tl.pointer_type(tl.int32))
 #: What codes stand for, times this, are the codes: of the lower four bits of what `cut` takes, and of those above.
 _LOW = tl.constexpr(2.0**24)
 _HIGH = tl.constexpr(2.0**20)
+#: A scale with an exponent e is below 2**(e - 14), and a weight at most 1: times 2**(29 - e) both together are at most 2**15.
+_WHOLE = tl.constexpr(29)
 
 
 @jit
@@ -65,6 +70,8 @@ def attend_packed_tiles(  # type: ignore[no-untyped-def] # Triton looks at annot
     sums = tl.zeros([tile_tokens, rows], tl.float32)
     even_minima = tl.zeros([tile_tokens, rows], tl.float32)
     odd_minima = tl.zeros([tile_tokens, rows], tl.float32)
+    # Of the largest scale of V, as fp16 has it.
+    exponent = tl.full([], 0, tl.int32)
     even_out = tl.zeros([half, rows], tl.float32)
     odd_out = tl.zeros([half, rows], tl.float32)
 
@@ -139,13 +146,19 @@ def attend_packed_tiles(  # type: ignore[no-untyped-def] # Triton looks at annot
         sums = sums * kept + weights
         even_minima = even_minima * kept + weights * _even(v_minima)
         odd_minima = odd_minima * kept + weights * _odd(v_minima)
+        of_tile = tl.maximum((v_scales >> 10) & 0x1F, (v_scales >> 26) & 0x1F)
+        new_exponent = tl.maximum(exponent, tl.max(tl.max(of_tile, 0), 0))
+        kept *= tl.exp2((exponent - new_exponent).to(tl.float32))
+        exponent = new_exponent
+        weights *= tl.exp2(-(exponent - _WHOLE).to(tl.float32))
         evens, odds = _halves(first, second)
         even_weights = (weights * _even(v_scales)).to(tl.float16)
         odd_weights = (weights * _odd(v_scales)).to(tl.float16)
         even_out = tl.dot(_v_operand(evens), even_weights, even_out * kept)
         odd_out = tl.dot(_v_operand(odds), odd_weights, odd_out * kept)
-    even = _in_order(even_out, tl.sum(even_minima, 0), num_words)
-    odd = _in_order(odd_out, tl.sum(odd_minima, 0), num_words)
+    unit = tl.exp2((exponent - _WHOLE).to(tl.float32))
+    even = _in_order(even_out * unit, tl.sum(even_minima, 0), num_words)
+    odd = _in_order(odd_out * unit, tl.sum(odd_minima, 0), num_words)
     return largest, tl.sum(sums, 0), tl.reshape(tl.join(even, odd), [rows, head_dim])
 
 
