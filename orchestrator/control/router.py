@@ -97,7 +97,7 @@ class Refuse:
     reason: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a gateway has in flight on one worker."""
 
@@ -111,7 +111,7 @@ class Load:
     coming_tokens: int = 0
 
 
-_NO_LOAD = Load()
+NO_LOAD = Load()
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class LoadLedger:
 
     def of(self, worker_id: WorkerId) -> Load:
         """What is in flight there; zero for a worker without any."""
-        return self.loads.get(worker_id) or Load()
+        return self.loads.get(worker_id, NO_LOAD)
 
     def add(
         self,
@@ -134,19 +134,21 @@ class LoadLedger:
         coming_tokens: int = 0,
     ) -> None:
         """Count work that was submitted (positive) or has ended (negative)."""
-        load = self.loads.get(worker_id)
-        if load is None:
-            self.loads[worker_id] = load = Load()
-        load.prefill_tokens += prefill_tokens
-        load.decode_sequences += decode_sequences
-        load.encode_patches += encode_patches
-        load.coming_tokens += coming_tokens
+        before = self.of(worker_id)
+        load = Load(
+            before.prefill_tokens + prefill_tokens,
+            before.decode_sequences + decode_sequences,
+            before.encode_patches + encode_patches,
+            before.coming_tokens + coming_tokens,
+        )
         assert load.prefill_tokens >= 0, worker_id
         assert load.decode_sequences >= 0, worker_id
         assert load.encode_patches >= 0, worker_id
         assert load.coming_tokens >= 0, worker_id
-        if load == _NO_LOAD:
-            del self.loads[worker_id]
+        if load == NO_LOAD:
+            self.loads.pop(worker_id, None)
+        else:
+            self.loads[worker_id] = load
 
 
 def choose_route(
@@ -230,10 +232,10 @@ def choose_decode(
 
     All count where none has. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
     """
-    idle, loads = Load(), ledger.loads
+    loads = ledger.loads
 
     def cost(worker: WorkerView) -> tuple[float, int, WorkerId]:
-        num = loads.get(worker.worker_id, idle).decode_sequences
+        num = loads.get(worker.worker_id, NO_LOAD).decode_sequences
         wait_s = 0.0 if move is None else move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num
         return wait_s, num, worker.worker_id
 
@@ -259,7 +261,7 @@ def has_room(worker: WorkerView, ledger: LoadLedger, rooms: Rooms, num_tokens: i
     Some of these have it already, so it may have more than is thought. A worker that has told nothing is taken to have some.
     """
     room = rooms.get(worker.worker_id)
-    return room is None or room - ledger.loads.get(worker.worker_id, _NO_LOAD).coming_tokens >= num_tokens
+    return room is None or room - ledger.of(worker.worker_id).coming_tokens >= num_tokens
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -304,13 +306,13 @@ def _prefix_peers(
 
 def _cheapest(candidates: list[WorkerView], ledger: LoadLedger, prompt: PromptLoad) -> WorkerView | None:
     """See choose_route. Most are out at the first number, so that the others are found for few."""
-    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    loads, cached, num_tokens = ledger.loads, prompt.cached, prompt.num_tokens
     best: WorkerView | None = None
     best_cost = math.inf
     best_rest: tuple[int, int, int, WorkerId] | None = None
     for worker in candidates:
         worker_id = worker.worker_id
-        key, load = (worker_id, worker.incarnation), loads.get(worker_id, idle)
+        key, load = (worker_id, worker.incarnation), loads.get(worker_id, NO_LOAD)
         can_decode = Phase.DECODE in worker.phases
         cost = load.prefill_tokens + num_tokens - cached.get(key, 0)
         if can_decode:
@@ -342,11 +344,11 @@ def _soonest(
     paths: TransferPaths | None,
 ) -> list[WorkerView]:
     """Those at which the prompt is predicted to be computed first, or nearly, and to be where it can be decoded."""
-    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    loads, cached, num_tokens = ledger.loads, prompt.cached, prompt.num_tokens
     times_s = []
     for worker in candidates:
         worker_id = worker.worker_id
-        load = loads.get(worker_id, idle)
+        load = loads.get(worker_id, NO_LOAD)
         num_before = cached.get((worker_id, worker.incarnation), 0)
         speed, num_new = speeds[worker_id], num_tokens - num_before
         time_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)
