@@ -26,7 +26,7 @@ from orchestrator.control.request_actions import (
     WantEncoders,
     WantRoute,
 )
-from orchestrator.control.router import Route, kept_tokens
+from orchestrator.control.router import Route
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import WorkerView
 from workers.api import (
@@ -191,14 +191,6 @@ class RequestMachine:
     def max_tokens(self) -> int:
         """Tokens that it may come to."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
-
-    @property
-    def coming_tokens(self) -> int:
-        """For which its decode worker keeps room once it begins there. A hand-off is given all that it may need."""
-        assert self.route is not None
-        if self.route.is_colocated:
-            return kept_tokens(self.num_prefill_tokens, self.max_tokens)
-        return self.max_tokens
 
     def routed(self, route: Route, attempt: int, now_s: float) -> list[Action]:
         """A route was chosen: submit to its workers.

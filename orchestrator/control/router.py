@@ -76,6 +76,10 @@ class Route:
     num_cached_tokens: int = 0
     #: None while no worker has learnt how long its steps take.
     predicted: Predicted | None = None
+    #: Tokens for which the prefill worker keeps room until the prompt is computed, and the decode worker, when it is another one, until
+    #: the KV is there.
+    prefill_room: int = 0
+    decode_room: int = 0
 
     @property
     def is_colocated(self) -> bool:
@@ -107,7 +111,7 @@ class Load:
     decode_sequences: int = 0
     #: Patches of pictures that are being encoded there.
     encode_patches: int = 0
-    #: Of these sequences, those whose prompts are not computed: tokens that are kept for them there.
+    #: That are kept there for prompts which are not computed, and for KV that is to come.
     coming_tokens: int = 0
 
 
@@ -198,7 +202,17 @@ def choose_route(
         reason += f"; first token in about {predicted.ttft_s:.2g} s"
     if move is not None and (move_s := move.move_s(decode)):
         reason += f"; its KV takes about {move_s:.2g} s, {move.exposed_s(decode):.2g} s of it after prefill"
-    return Route(prefill, decode, reason, peers, prompt.cached_at(prefill), predicted)
+    return Route(
+        prefill,
+        decode,
+        reason,
+        peers,
+        prompt.cached_at(prefill),
+        predicted,
+        prefill_room=prompt.room_at(prefill),
+        # A hand-off is given all that it may need.
+        decode_room=0 if decode is prefill else prompt.max_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)

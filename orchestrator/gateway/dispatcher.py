@@ -228,8 +228,12 @@ class Dispatcher:
                     ledger.add(decode_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         num_tokens = machine.num_prefill_tokens - machine.route.num_cached_tokens
-                        ledger.add(machine.route.prefill.worker_id, prefill_tokens=num_tokens)
-                        ledger.add(decode_id, coming_tokens=machine.coming_tokens)
+                        ledger.add(
+                            machine.route.prefill.worker_id,
+                            prefill_tokens=num_tokens,
+                            coming_tokens=machine.route.prefill_room,
+                        )
+                        ledger.add(decode_id, coming_tokens=machine.route.decode_room)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)

@@ -57,7 +57,7 @@ class LiveSample:
         #: Among what was served.
         self.is_counted = False
         self._route: Route | None = None
-        self._prefill_tokens = self._coming_tokens = 0
+        self._prefill_tokens = self._prefill_room = self._decode_room = 0
         #: Shards that are charged: by attempt, the worker and the patches.
         self._encodes: dict[int, tuple[WorkerId, int]] = {}
 
@@ -143,9 +143,13 @@ class LiveSample:
         assert self.machine.route is not None
         self._route = self.machine.route
         self._prefill_tokens = self.machine.num_prefill_tokens - self._route.num_cached_tokens
-        self._coming_tokens = self.machine.coming_tokens
-        ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
-        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._coming_tokens)
+        self._prefill_room, self._decode_room = self._route.prefill_room, self._route.decode_room
+        ledger.add(
+            self._route.prefill.worker_id,
+            prefill_tokens=self._prefill_tokens,
+            coming_tokens=self._prefill_room,
+        )
+        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._decode_room)
 
     def move_charge(self, ledger: LoadLedger) -> None:
         """It goes on at the decode worker that its machine's route has now."""
@@ -178,10 +182,16 @@ class LiveSample:
         """Uncharge what the machine's state says is no longer in flight."""
         if self._route is None or self.machine.state is RequestState.PREFILL:
             return
-        if self._coming_tokens:
-            ledger.add(self._route.prefill.worker_id, prefill_tokens=-self._prefill_tokens)
-            ledger.add(self._route.decode.worker_id, coming_tokens=-self._coming_tokens)
-            self._prefill_tokens = self._coming_tokens = 0
+        if self._prefill_room:
+            ledger.add(
+                self._route.prefill.worker_id,
+                prefill_tokens=-self._prefill_tokens,
+                coming_tokens=-self._prefill_room,
+            )
+            self._prefill_tokens = self._prefill_room = 0
+        if self._decode_room:
+            ledger.add(self._route.decode.worker_id, coming_tokens=-self._decode_room)
+            self._decode_room = 0
         if self.machine.state is not RequestState.DECODE:
             ledger.add(self._route.decode.worker_id, decode_sequences=-1)
             self._route = None

@@ -29,7 +29,8 @@ from orchestrator.sim.faults import random_faults
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import BOTH, DECODE, FakeWorker
 from tests.support.gateway import Gateway, collect, gateway, run
-from tests.support.sim import ENGINE, LLAMA_ON_H100, SHAPES, load, random_load, worker
+from tests.support.quiet_workers import QuietWorkers
+from tests.support.sim import ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, worker
 from tests.support.sim import run as simulate
 from tests.support.waiting import until
 from workers.api import PhaseSet, PhaseWork, PrefillStarted, RequestId, WorkerId, WorkerState, WorkerStatus
@@ -236,6 +237,15 @@ def test_what_a_worker_says_of_a_prompt_that_has_gone_is_nothing() -> None:
             await until(lambda: first.aborts == [submit.key], "it was taken back")
 
     run(main)
+
+
+def test_as_many_prompts_go_to_a_worker_that_only_prefills_as_it_has_room_for() -> None:
+    workers = QuietWorkers({"p0": P, "p1": P, "d": D})
+    workers.see({"p0": 10**6, "p1": 0, "d": 10**6})
+    workers.submit(20, 100, 100)
+    workers.see({"p0": 0, "p1": 100, "d": 10**6})
+    workers.see({"p0": 0, "p1": 100, "d": 10**6})
+    assert workers.num_at == {("p0", "d"): 19, ("p1", "d"): 1}
 
 
 # In simulated clusters.

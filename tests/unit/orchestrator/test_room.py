@@ -14,6 +14,7 @@ from orchestrator.control.router import (
     rooms_of,
 )
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from tests.support.quiet_workers import QuietWorkers
 from tests.support.sim import BOTH, LLAMA_ON_H100, SHAPES, D, P, load
 from tests.support.sim import run as simulate
 from workers.api import PhaseSet, RequestId, WorkerId, WorkerState, WorkerStatus
@@ -79,6 +80,14 @@ def test_who_only_prefills_needs_room_for_the_prompt_and_who_decodes_it_for_all(
         found = choose_decode(view, ledger, lambda _: True, rooms=rooms_of(view), max_tokens=max_tokens)
         assert found is not None
         assert found.worker_id == expected
+
+
+def test_prompts_take_room_where_they_are_only_prefilled() -> None:
+    """p1 has room for one prompt; the others are computed as soon at either."""
+    workers = QuietWorkers({"p0": P, "p1": P, "d": D})
+    workers.see({"p0": 0, "p1": 100, "d": 10**6})
+    workers.submit(50, 100, 100)
+    assert workers.num_at == {("p0", "d"): 25, ("p1", "d"): 25}
 
 
 def test_prompts_go_to_the_one_worker_that_has_room_though_more_sequences_decode_there() -> None:
