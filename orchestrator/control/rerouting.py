@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from orchestrator.control.router import LoadLedger, Predicted, Rooms, has_room
-from orchestrator.control.view import ClusterView
+from orchestrator.control.router import LoadLedger, Predicted, Rooms, room_left
+from orchestrator.control.view import ClusterView, WorkerView
 from workers.api import Phase, WorkerId
 
 #: Prompts of which the most urgent are looked for at once, those that were given to workers first. One takes 3 us.
@@ -47,11 +47,9 @@ def crowded_workers(view: ClusterView) -> frozenset[WorkerId]:
     )
 
 
-def is_anywhere_room(view: ClusterView, ledger: LoadLedger, rooms: Rooms) -> bool:
-    """Some worker has room for a prompt, be it a short one."""
-    return any(
-        Phase.PREFILL in worker.phases and has_room(worker, ledger, rooms, 1) for worker in view.workers
-    )
+def most_room(workers: Iterable[WorkerView], ledger: LoadLedger, rooms: Rooms) -> int:
+    """Tokens of the longest sequence for which one of these workers has room; 0 where nobody has any, or tells."""
+    return max((room_left(worker, ledger, rooms) for worker in workers), default=0)
 
 
 def without_room(prompts: Iterable[WaitingPrompt], rooms: Rooms, now_s: float) -> list[WaitingPrompt]:

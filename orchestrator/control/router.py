@@ -4,7 +4,7 @@ Loads are the gateway's own account of what it has in flight: the view is up to 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -166,7 +166,7 @@ def choose_route(
 ) -> Route | Wait | Refuse:
     """Prefill where the first token, and KV elsewhere if it has to move, are predicted to come first; decode see choose_decode.
 
-    Where some workers have room for its KV, it goes to these. is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. rooms: see rooms_of. speeds: of all workers that prefill; without them,
+    Where some workers have room for its KV, and all tell, it goes to these. is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. rooms: see rooms_of. speeds: of all workers that prefill; without them,
     and among workers that are near each other, that one is first where least is to be computed: what waits there, the
     prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
     that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
@@ -176,7 +176,7 @@ def choose_route(
         return Wait("no controller has published a view of the cluster yet")
     prompt = prompt or PromptLoad()
     ready = ready_workers(view, Phase.PREFILL, is_linked)
-    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, prompt.room_at(worker))]
+    roomy = workers_with_room(ready, ledger, rooms, prompt.room_at)
     candidates = roomy or ready
     if speeds is not None:
         candidates = _soonest(candidates, ledger, prompt, speeds, paths)
@@ -244,7 +244,7 @@ def choose_decode(
 ) -> WorkerView | None:
     """Where fewest sequences are, or, with `move`, where waiting for the KV and for the others' tokens takes least, of those that have room for `max_tokens`.
 
-    All count where none has. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
+    All count where none has, or one does not tell. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
     """
     loads = ledger.loads
 
@@ -254,7 +254,7 @@ def choose_decode(
         return wait_s, num, worker.worker_id
 
     ready = ready_workers(view, Phase.DECODE, is_linked)
-    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, max_tokens)]
+    roomy = workers_with_room(ready, ledger, rooms, lambda _worker: max_tokens)
     return min(roomy or ready, key=cost, default=None)
 
 
@@ -269,13 +269,24 @@ def rooms_of(view: ClusterView) -> Rooms:
     return {worker_id: tokens for worker_id, tokens in told if tokens is not None}
 
 
-def has_room(worker: WorkerView, ledger: LoadLedger, rooms: Rooms, num_tokens: int) -> bool:
-    """It would begin a sequence that needs room for so many at once, beside those that have been promised room there.
+def room_left(worker: WorkerView, ledger: LoadLedger, rooms: Rooms) -> int:
+    """Tokens for which it would begin a sequence at once, beside those that have been promised room there; nothing where it does not tell.
 
-    Some of these have it already, so it may have more than is thought. A worker that has told nothing is taken to have some.
+    Some of these have it already, so it may be more.
     """
-    room = rooms.get(worker.worker_id)
-    return room is None or room - ledger.of(worker.worker_id).coming_tokens >= num_tokens
+    return rooms.get(worker.worker_id, 0) - ledger.of(worker.worker_id).coming_tokens
+
+
+def workers_with_room(
+    workers: Sequence[WorkerView], ledger: LoadLedger, rooms: Rooms, room_at: Callable[[WorkerView], int]
+) -> list[WorkerView]:
+    """Those that would begin a sequence at once which needs room for `room_at` tokens there.
+
+    None where one of them does not tell how much it has: it would get all, or nothing.
+    """
+    if any(worker.worker_id not in rooms for worker in workers):
+        return []
+    return [worker for worker in workers if room_left(worker, ledger, rooms) >= room_at(worker)]
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:

@@ -31,8 +31,8 @@ from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.rerouting import (
     REST_S,
     crowded_workers,
-    is_anywhere_room,
     is_worth,
+    most_room,
     without_room,
 )
 from orchestrator.control.router import (
@@ -46,10 +46,10 @@ from orchestrator.control.router import (
     Wait,
     choose_decode,
     choose_route,
-    has_room,
     no_encoders,
     predict,
     ready_workers,
+    room_left,
     rooms_of,
 )
 from orchestrator.control.served_totals import ServedTotals
@@ -478,7 +478,8 @@ class Dispatcher:
         crowded, speeds, now_s = crowded_workers(view), self._speeds, self._timers.time()
         if not crowded or speeds is None or now_s < self._routed_again_at_s + REST_S:
             return
-        if not is_anywhere_room(view, self._ledger, self._rooms):
+        ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
+        if most_room(ready, self._ledger, self._rooms) <= 0:
             return
         self._routed_again_at_s = now_s
         prompts = (
@@ -504,7 +505,7 @@ class Dispatcher:
         if not isinstance(choice, Route) or choice.predicted is None or machine.route is None:
             return ""
         here, there = machine.route.prefill, choice.prefill
-        if not has_room(there, self._ledger, self._rooms, load.room_at(there)):
+        if room_left(there, self._ledger, self._rooms) < load.room_at(there):
             return ""
         if not is_worth(waited_s, predict(here, self._ledger, load, speeds), choice.predicted):
             return ""

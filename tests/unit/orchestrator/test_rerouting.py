@@ -248,6 +248,16 @@ def test_as_many_prompts_go_to_a_worker_that_only_prefills_as_it_has_room_for() 
     assert workers.num_at == {("p0", "d"): 19, ("p1", "d"): 1}
 
 
+def test_no_prompt_goes_to_a_worker_that_is_not_ready() -> None:
+    workers = QuietWorkers({"a": BOTH, "b": BOTH, "c": BOTH})
+    workers.see({"a": 10**6, "b": 0, "c": 0})
+    workers.submit(4, 100, 100)
+    workers.see({"a": 0, "b": 0, "c": 10**6}, failed=["c"])
+    assert workers.num_at == {("a", "a"): 4}
+    workers.see({"a": 0, "b": 0, "c": 10**6})
+    assert workers.num_at == {("c", "c"): 4}
+
+
 # In simulated clusters.
 
 

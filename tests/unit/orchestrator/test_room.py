@@ -65,9 +65,25 @@ def test_what_was_promised_since_the_view_takes_room() -> None:
     assert route(seen("a", BOTH, 200), seen("b", BOTH, 150), ledger=ledger).prefill.worker_id == "b"
 
 
-def test_a_worker_that_does_not_say_is_taken_to_have_room() -> None:
-    assert route(seen("a", BOTH, None), seen("b", BOTH, 10_000)).prefill.worker_id == "a"
-    assert route(seen("a", BOTH, 0), seen("b", BOTH, None)).prefill.worker_id == "b"
+def test_where_one_worker_does_not_say_rooms_do_not_matter() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("b"), prefill_tokens=5000)
+    for rooms in ((None, 10_000), (0, None), (None, None)):
+        a, b = (seen(name, BOTH, room) for name, room in zip("ab", rooms, strict=True))
+        assert route(a, b, ledger=ledger).prefill.worker_id == "a"
+        a, b = (seen(name, D, room) for name, room in zip("ab", rooms, strict=True))
+        assert route(seen("p", P, 0), a, b).decode.worker_id == "a"
+
+
+def test_a_worker_that_does_not_say_gets_no_more_than_others() -> None:
+    workers = QuietWorkers({"a": BOTH, "b": BOTH, "old": BOTH})
+    rooms: dict[str, int | None] = {"a": 0, "b": 0, "old": None}
+    workers.see(rooms)
+    workers.submit(300, 1000, 100)
+    assert set(workers.num_at.values()) == {100}
+    # Nor is it a place for those that wait for room.
+    workers.see(rooms)
+    assert set(workers.num_at.values()) == {100}
 
 
 def test_who_only_prefills_needs_room_for_the_prompt_and_who_decodes_it_for_all() -> None:
