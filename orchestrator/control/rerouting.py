@@ -10,8 +10,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from orchestrator.control.router import LoadLedger, Predicted, Rooms, room_left
-from orchestrator.control.view import ClusterView, WorkerView
-from workers.api import Phase, WorkerId
+from orchestrator.control.view import WorkerView
+from workers.api import WorkerId
 
 #: Prompts of which the most urgent are looked for at once, those that were given to workers first. One takes 3 us.
 MAX_COMPARED = 1000
@@ -24,7 +24,7 @@ REST_S = 0.25
 class WaitingPrompt(NamedTuple):
     """One that a worker has and has not begun; a smaller one is more urgent. Times are of one clock, in seconds.
 
-    rank: of its priority, the least first. first_token_by_s: its target. attempt: names it. num_tokens: that the worker needs room for at least. since_s: when it was given the prompt.
+    rank: of its priority, the least first. first_token_by_s: its target. attempt: names it. num_tokens: for which the worker must have room to begin it. since_s: when it was given the prompt.
     """
 
     rank: int
@@ -35,15 +35,12 @@ class WaitingPrompt(NamedTuple):
     since_s: float
 
 
-def crowded_workers(view: ClusterView) -> frozenset[WorkerId]:
-    """Those with prompts for which they may have no room, as they told last."""
+def crowded_workers(ledger: LoadLedger, rooms: Rooms) -> frozenset[WorkerId]:
+    """Those that may have no room for some prompt that they were given: they have less than they need for all."""
     return frozenset(
-        worker.worker_id
-        for worker in view.workers
-        if Phase.PREFILL in worker.phases
-        and worker.status is not None
-        and worker.status.room_tokens is not None
-        and worker.status.room_tokens < worker.status.work.prefill_tokens
+        worker_id
+        for worker_id, load in ledger.loads.items()
+        if worker_id in rooms and rooms[worker_id] < load.coming_tokens
     )
 
 

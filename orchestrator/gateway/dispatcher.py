@@ -239,6 +239,10 @@ class Dispatcher:
         assert ledger == self._ledger, (ledger, self._ledger)
         self._prefixes.check_invariants()
 
+    def may_route_again(self, view: ClusterView) -> bool:
+        """Some worker may have no room for a prompt that it was given, by this view."""
+        return bool(crowded_workers(self._ledger, rooms_of(view)))
+
     # Clients.
 
     def submit(self, checked: CheckedRequest, *, arrived_at_s: float, deadline_s: float) -> LiveRequest:
@@ -475,8 +479,11 @@ class Dispatcher:
 
     def _route_again(self, view: ClusterView) -> None:
         """Prompts for which their workers have no room go to others that have."""
-        crowded, speeds, now_s = crowded_workers(view), self._speeds, self._timers.time()
-        if not crowded or speeds is None or now_s < self._routed_again_at_s + REST_S:
+        speeds, now_s = self._speeds, self._timers.time()
+        if speeds is None or now_s < self._routed_again_at_s + REST_S:
+            return
+        crowded = crowded_workers(self._ledger, self._rooms)
+        if not crowded:
             return
         ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
         if most_room(ready, self._ledger, self._rooms) <= 0:

@@ -163,6 +163,7 @@ class Simulation:
         self._num_failed = 0
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
+        self.cluster.links.may_route_again = self.dispatcher.may_route_again
         for at_s, request in config.switches:
             self.timers.call_at(start_s + at_s, self.cluster.want_switch, request)
         for index, planned in enumerate(plan):

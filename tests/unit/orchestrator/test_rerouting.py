@@ -19,15 +19,12 @@ from orchestrator.control.rerouting import (
     is_worth,
     without_room,
 )
-from orchestrator.control.router import (
-    Predicted,
-    kept_tokens,
-)
+from orchestrator.control.router import LoadLedger, Predicted, kept_tokens
 from orchestrator.control.slo import Slo
-from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.view import WorkerView
 from orchestrator.sim.faults import random_faults
 from protos import inference_pb2 as pb
-from tests.support.fake_worker import BOTH, DECODE, FakeWorker
+from tests.support.fake_worker import BOTH, FakeWorker
 from tests.support.gateway import Gateway, collect, gateway, run
 from tests.support.quiet_workers import QuietWorkers
 from tests.support.sim import ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, worker
@@ -84,18 +81,13 @@ def test_so_many_that_work_stays_bounded() -> None:
     assert [one.attempt for one in chosen] == [MAX_COMPARED - 1 - i for i in range(MAX_LOOKS)]
 
 
-def test_a_worker_is_crowded_when_prompts_there_are_longer_than_what_has_room() -> None:
-    told = [
-        ("a", BOTH, status("a", BOTH, 10, 11)),
-        ("b", BOTH, status("b", BOTH, 10, 10)),
-        ("c", BOTH, status("c", BOTH, None, 11)),
-        ("d", DECODE, status("d", DECODE, 0, 11)),
-        ("e", BOTH, None),
-    ]
-    views = [
-        WorkerView(WorkerId(name), 1, phases, LifecycleState.READY, status=one) for name, phases, one in told
-    ]
-    assert crowded_workers(ClusterView("d", 1, 1, "m", tuple(views))) == {"a"}
+def test_a_worker_is_crowded_when_it_needs_more_room_than_it_has_for_what_it_was_given() -> None:
+    ledger = LoadLedger()
+    for name in ("a", "b", "c"):
+        # Fewer prompt tokens than have room: a part of what may be generated is kept, too.
+        ledger.add(WorkerId(name), prefill_tokens=16, coming_tokens=26)
+    rooms = {WorkerId("a"): 25, WorkerId("b"): 26, WorkerId("d"): 0}
+    assert crowded_workers(ledger, rooms) == {"a"}
 
 
 seconds = st.floats(0, 100)
@@ -256,6 +248,27 @@ def test_no_prompt_goes_to_a_worker_that_is_not_ready() -> None:
     assert workers.num_at == {("a", "a"): 4}
     workers.see({"a": 0, "b": 0, "c": 10**6})
     assert workers.num_at == {("c", "c"): 4}
+
+
+def test_a_prompt_that_lacks_what_is_kept_for_its_answer_goes_to_a_worker_that_has_room() -> None:
+    """It needs room for 100 tokens and a quarter of 8,000."""
+    for room, is_enough in ((2099, False), (2100, True)):
+        workers = QuietWorkers({"a": BOTH, "b": BOTH})
+        workers.see({"a": 10**6, "b": 0})
+        workers.submit(1, 100, 8000)
+        workers.see({"a": room, "b": 10**6})
+        assert workers.num_at == {("a", "a") if is_enough else ("b", "b"): 1}
+
+
+def test_a_cached_beginning_is_not_taken_off_room_that_has_it_already() -> None:
+    """All but the last block of the prompt is cached at a, as part of its room for 150 tokens."""
+    workers = QuietWorkers({"a": BOTH, "b": BOTH})
+    workers.see({"a": 10**6, "b": 0})
+    workers.submit(1, 200, 8)
+    [sample] = workers.dispatcher._running.values()
+    assert sample.machine.route is not None
+    prompt = sample.as_waiting(replace(sample.machine.route, num_cached_tokens=192))
+    assert prompt.num_tokens == kept_tokens(200, 208)
 
 
 # In simulated clusters.
