@@ -35,19 +35,21 @@ class PromptLoad:
     """What a prompt would cost where.
 
     cached: tokens of its beginning that a worker has, where it has any. num_blocks: that a worker has of all prompts. max_tokens: with those that may be
-    generated.
+    generated. growth_reserves: of the engines of declared workers.
     """
 
     num_tokens: int = 0
     cached: Mapping[WorkerKey, int] = field(default_factory=dict)
     num_blocks: Mapping[WorkerKey, int] = field(default_factory=dict)
     max_tokens: int = 0
+    growth_reserves: Mapping[WorkerId, float] = field(default_factory=dict)
 
     def room_at(self, worker: WorkerView) -> int:
         """Tokens for which a worker must have room that begins it: where it is decoded elsewhere those of the prompt."""
         if Phase.DECODE not in worker.phases:
             return self.num_tokens
-        return kept_tokens(self.num_tokens, self.max_tokens)
+        reserve = self.growth_reserves.get(worker.worker_id, GROWTH_RESERVE)
+        return kept_tokens(self.num_tokens, self.max_tokens, reserve)
 
     def cached_at(self, worker: WorkerView) -> int:
         """Tokens that this worker need not compute, as far as is known."""
@@ -258,9 +260,9 @@ def choose_decode(
     return min(roomy or ready, key=cost, default=None)
 
 
-def kept_tokens(num_tokens: int, max_tokens: int) -> int:
-    """For which an engine keeps blocks when it begins a prompt of `num_tokens` that may come to `max_tokens`, unless its growth reserve is another."""
-    return num_tokens + math.ceil(GROWTH_RESERVE * (max_tokens - num_tokens))
+def kept_tokens(num_tokens: int, max_tokens: int, growth_reserve: float = GROWTH_RESERVE) -> int:
+    """For which an engine keeps blocks when it begins a prompt of `num_tokens` that may come to `max_tokens`; whole blocks may be more."""
+    return num_tokens + math.ceil(growth_reserve * (max_tokens - num_tokens))
 
 
 def rooms_of(view: ClusterView) -> Rooms:

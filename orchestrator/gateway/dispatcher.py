@@ -88,7 +88,7 @@ class Dispatcher:
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`,
-    `admission` and the workers. tenant_weights: by cache salt. token_budgets: of a step of each worker's engine.
+    `admission` and the workers. tenant_weights: by cache salt. token_budgets: of a step of each worker's engine. growth_reserves: of each engine, see EngineConfig.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Dispatcher:
         slo: Slo = NO_SLO,
         admission: Admission = Admission.OFF,
         token_budgets: Mapping[WorkerId, int] | None = None,
+        growth_reserves: Mapping[WorkerId, float] | None = None,
         tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.num_finished = 0
@@ -117,6 +118,7 @@ class Dispatcher:
         self._admission = admission
         self._tenant_weights = tenant_weights or {}
         self._token_budgets = token_budgets or {}
+        self._growth_reserves = growth_reserves or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
         self._rooms: Rooms = NO_ROOMS
@@ -720,7 +722,9 @@ class Dispatcher:
         is_scored = machine.sampling.num_prompt_logprobs is not None
         cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
         num_blocks = self._prefixes.num_blocks_by_worker()
-        return PromptLoad(machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens)
+        return PromptLoad(
+            machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens, self._growth_reserves
+        )
 
     def _choose(
         self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None

@@ -59,6 +59,7 @@ class QuietWorkers:
         phases: Mapping[str, PhaseSet],
         *,
         max_running: int = 100_000,
+        growth_reserves: Mapping[WorkerId, float] | None = None,
     ) -> None:
         self.timers = SimTimers()
         self._phases = phases
@@ -70,6 +71,7 @@ class QuietWorkers:
             max_running_requests=max_running,
             learn_model=_no_model,
             slo=Slo(1.0, 0.05),
+            growth_reserves=growth_reserves,
         )
 
     def see(

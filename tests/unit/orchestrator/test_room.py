@@ -106,6 +106,19 @@ def test_prompts_take_room_where_they_are_only_prefilled() -> None:
     assert workers.num_at == {("p0", "d"): 25, ("p1", "d"): 25}
 
 
+def test_each_worker_keeps_as_much_for_answers_as_its_manifest_says() -> None:
+    """A prompt of 100 tokens that may come to 300: a keeps room for all of these, b for none, and of c nothing is known."""
+    reserves = {WorkerId("a"): 1.0, WorkerId("b"): 0.0}
+    workers = QuietWorkers({"a": BOTH, "b": BOTH, "c": BOTH}, growth_reserves=reserves)
+    for rooms, chosen in (((299, 100, 149), "b"), ((299, 99, 150), "c"), ((300, 99, 149), "a")):
+        workers.see(dict(zip("abc", rooms, strict=True)))
+        workers.submit(1, 100, 200)
+        assert workers.num_at == {(chosen, chosen): 1}
+        [request] = workers.dispatcher._requests
+        workers.dispatcher.abort(request)
+        workers.dispatcher.check_invariants()
+
+
 def test_prompts_go_to_the_one_worker_that_has_room_though_more_sequences_decode_there() -> None:
     """w0 has three answers of 2,500 tokens that last 15 s, beside which there is no room for a prompt of 4,000."""
     plan = load(
