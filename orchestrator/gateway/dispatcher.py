@@ -124,6 +124,8 @@ class Dispatcher:
         self._rooms: Rooms = NO_ROOMS
         #: When prompts that wait for room were looked at, last.
         self._routed_again_at_s = -math.inf
+        #: Whose turn it is then: those of later attempts first.
+        self._looked_at_last = 0
         self._paths: TransferPaths | None = None
         self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
@@ -488,19 +490,28 @@ class Dispatcher:
         if not crowded:
             return
         ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
-        if most_room(ready, self._ledger, self._rooms) <= 0:
+        most = most_room(ready, self._ledger, self._rooms)
+        if most <= 0:
             return
         self._routed_again_at_s = now_s
+        # In the order of their attempts.
+        running, last = self._running.items(), self._looked_at_last
+        in_turn = itertools.chain(
+            (sample for attempt, sample in running if attempt > last),
+            (sample for attempt, sample in running if attempt <= last),
+        )
         prompts = (
             sample.as_waiting(route)
-            for sample in self._running.values()
+            for sample in in_turn
             if (route := sample.machine.route) is not None
             and route.prefill.worker_id in crowded
             and _can_go_back(sample)
             # Its embeddings are there, or on their way.
             and sample.machine.images is None
         )
-        for prompt in without_room(prompts, self._rooms, now_s):
+        looks = without_room(prompts, self._rooms, most, now_s)
+        self._looked_at_last = looks.last_in_turn
+        for prompt in looks.prompts:
             sample = self._running.get(prompt.attempt)
             # It may have been cancelled with another sample of its request.
             if sample is not None and (reason := self._why_again(sample, now_s - prompt.since_s, speeds)):

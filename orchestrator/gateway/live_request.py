@@ -132,6 +132,7 @@ class LiveSample:
             machine.times.arrived_at_s + machine.slo.ttft_s,
             machine.attempt,
             route.prefill.worker_id,
+            machine.num_prefill_tokens,
             # What is cached there and nobody uses is part of the room that is told.
             route.prefill_room,
             self.record.attempts[-1].at_s,

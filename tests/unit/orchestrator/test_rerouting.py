@@ -46,39 +46,59 @@ def status(name: str, phases: PhaseSet, room: int | None, num_waiting: int = 0) 
 # Which prompts are looked at, and which of them go.
 
 prompts = st.builds(
-    WaitingPrompt,
+    lambda rank, by_s, attempt, worker_id, num_tokens, more, since_s: WaitingPrompt(
+        rank, by_s, attempt, worker_id, num_tokens, num_tokens + more, since_s
+    ),
     st.integers(0, 2),
     st.floats(0, 10),
     st.integers(1, 10**6),
     st.sampled_from([WorkerId("a"), WorkerId("b"), WorkerId("c")]),
     st.integers(1, 100),
+    st.integers(0, 50),
     st.floats(0, 2),
 )
 
 
-@given(st.lists(prompts, max_size=80, unique_by=lambda one: one.attempt), st.integers(0, 100))
-def test_of_those_without_room_the_most_urgent_are_looked_at(found: list[WaitingPrompt], room: int) -> None:
+@given(
+    st.lists(prompts, max_size=80, unique_by=lambda one: one.attempt),
+    st.integers(0, 100),
+    st.integers(1, 100),
+)
+def test_of_those_without_room_the_most_urgent_are_looked_at_and_the_first_ones(
+    found: list[WaitingPrompt], room: int, most: int
+) -> None:
     rooms = {WorkerId("a"): room, WorkerId("b"): 0}
-    chosen = without_room(found, rooms, 2.0)
+    chosen, last = without_room(found, rooms, most, 2.0)
     stuck = [
         one
         for one in found
-        if one.worker_id in rooms and rooms[one.worker_id] < one.num_tokens and one.since_s <= 2.0 - REST_S
+        if one.worker_id in rooms
+        and rooms[one.worker_id] < one.room_tokens
+        and one.num_tokens <= most
+        and one.since_s <= 2.0 - REST_S
     ]
-    assert set(chosen) <= set(stuck)
-    assert len(chosen) == min(MAX_LOOKS, len(stuck))
-    urgency = [(one.rank, one.first_token_by_s) for one in chosen]
-    assert urgency == sorted(urgency)
-    left = [(one.rank, one.first_token_by_s) for one in stuck if one not in chosen]
-    assert all(one >= urgency[-1] for one in left)
+    assert chosen == sorted(chosen)
+    if len(stuck) <= MAX_LOOKS:
+        assert (set(chosen), last) == (set(stuck), 0)
+        return
+    assert len(chosen) == MAX_LOOKS
+    urgent = sorted(stuck)[: MAX_LOOKS // 2]
+    others = [one for one in stuck if one not in urgent][: MAX_LOOKS // 2]
+    assert set(chosen) == {*urgent, *others}
+    assert last == others[-1].attempt
 
 
 def test_so_many_that_work_stays_bounded() -> None:
     """The last one would be the most urgent."""
     nowhere = {WorkerId("a"): 0}
-    found = [WaitingPrompt(0, float(-i), i, WorkerId("a"), 1, 0.0) for i in range(MAX_COMPARED + 1)]
-    chosen = without_room(iter(found), nowhere, 2.0)
-    assert [one.attempt for one in chosen] == [MAX_COMPARED - 1 - i for i in range(MAX_LOOKS)]
+    found = [WaitingPrompt(0, float(-i), i, WorkerId("a"), 1, 1, 0.0) for i in range(MAX_COMPARED + 1)]
+    asked = iter(found)
+    chosen, last = without_room(asked, nowhere, 1, 2.0)
+    half = MAX_LOOKS // 2
+    assert [one.attempt for one in chosen[:half]] == [MAX_COMPARED - 1 - i for i in range(half)]
+    assert [one.attempt for one in chosen[half:]] == list(reversed(range(half)))
+    assert last == half - 1
+    assert len(list(asked)) == 1
 
 
 def test_a_worker_is_crowded_when_it_needs_more_room_than_it_has_for_what_it_was_given() -> None:
@@ -268,7 +288,30 @@ def test_a_cached_beginning_is_not_taken_off_room_that_has_it_already() -> None:
     [sample] = workers.dispatcher._running.values()
     assert sample.machine.route is not None
     prompt = sample.as_waiting(replace(sample.machine.route, num_cached_tokens=192))
-    assert prompt.num_tokens == kept_tokens(200, 208)
+    assert prompt.room_tokens == kept_tokens(200, 208)
+
+
+def test_prompts_that_can_go_nowhere_do_not_hide_others() -> None:
+    """The long ones are the more urgent ones. b has room for neither all of one nor what is kept for its answer."""
+    for num_tokens, max_new, room in ((5000, 100, 4000), (100, 8000, 2099)):
+        workers = QuietWorkers({"a": BOTH, "b": BOTH})
+        workers.see({"a": 10**7, "b": 0})
+        workers.submit(MAX_LOOKS, num_tokens, max_new, priority=1)
+        workers.submit(50, 10, 10)
+        for _ in range(5):
+            workers.see({"a": 0, "b": room})
+        assert workers.num_at == {("a", "a"): MAX_LOOKS, ("b", "b"): 50}
+
+
+def test_each_of_many_prompts_is_looked_at_in_its_time() -> None:
+    """Only the last one has less kept for its answer than b has room for."""
+    workers = QuietWorkers({"a": BOTH, "b": BOTH})
+    workers.see({"a": 10**8, "b": 0})
+    workers.submit(MAX_COMPARED + 200, 10, 8000)
+    workers.submit(1, 10, 10)
+    for _ in range(-(-(MAX_COMPARED + 201) // (MAX_LOOKS // 2))):
+        workers.see({"a": 0, "b": 100})
+    assert workers.num_at == {("a", "a"): MAX_COMPARED + 200, ("b", "b"): 1}
 
 
 # In simulated clusters.
