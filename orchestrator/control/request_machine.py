@@ -192,6 +192,11 @@ class RequestMachine:
         """Tokens that it may come to."""
         return len(self.prompt_ids) + self.sampling.max_new_tokens
 
+    @property
+    def is_moving(self) -> bool:
+        """It goes on at another worker, and who decoded it before has not reported that its KV is there."""
+        return self._moving_from is not None
+
     def routed(self, route: Route, attempt: int, now_s: float) -> list[Action]:
         """A route was chosen: submit to its workers.
 
@@ -271,7 +276,7 @@ class RequestMachine:
             Migration(self.attempt, source.worker_id, decode.worker_id, reason, now_s, num_delivered)
         )
         self._moving_from, self._is_kv_there = source, False
-        self.route = replace(self.route, decode=decode)
+        self.route = replace(self.route, decode=decode, decode_room=self.max_tokens)
         handoff = Handoff(transfer_id, decode.address, decode.incarnation)
         return [
             self._submit(decode, frozenset({Phase.DECODE}), Handoff(transfer_id), now_s),

@@ -78,8 +78,8 @@ class Route:
     num_cached_tokens: int = 0
     #: None while no worker has learnt how long its steps take.
     predicted: Predicted | None = None
-    #: Tokens for which the prefill worker keeps room until the prompt is computed, and the decode worker, when it is another one, until
-    #: the KV is there.
+    #: Tokens for which the prefill worker keeps room, and the decode worker when it is another one: until the prompt is computed, and for a
+    #: sequence that moves until its KV is there.
     prefill_room: int = 0
     decode_room: int = 0
 

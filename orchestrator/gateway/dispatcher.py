@@ -237,6 +237,7 @@ class Dispatcher:
                             prefill_tokens=num_tokens,
                             coming_tokens=machine.route.prefill_room,
                         )
+                    if machine.state is RequestState.PREFILL or machine.is_moving:
                         ledger.add(decode_id, coming_tokens=machine.route.decode_room)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
@@ -388,10 +389,12 @@ class Dispatcher:
             attempt = event.key.attempt
             if (encoding := self._encoders.sample_of(attempt)) is not None:
                 self._do(encoding, encoding.machine.worker_event(worker_id, event, now_s))
-            elif (sample := self._running.get(attempt)) is not None and (
-                actions := sample.machine.worker_event(worker_id, event, now_s)
-            ):
-                self._do(sample, actions)
+            elif (sample := self._running.get(attempt)) is not None:
+                if actions := sample.machine.worker_event(worker_id, event, now_s):
+                    self._do(sample, actions)
+                else:
+                    # Its KV may have come.
+                    sample.settle(self._ledger)
         self._leave_workers()
         self._route_waiting()
 

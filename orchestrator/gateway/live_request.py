@@ -156,9 +156,10 @@ class LiveSample:
         """It goes on at the decode worker that its machine's route has now."""
         assert self._route is not None
         assert self.machine.route is not None
-        ledger.add(self._route.decode.worker_id, decode_sequences=-1)
+        ledger.add(self._route.decode.worker_id, decode_sequences=-1, coming_tokens=-self._decode_room)
         self._route = self.machine.route
-        ledger.add(self._route.decode.worker_id, decode_sequences=1)
+        self._decode_room = self._route.decode_room
+        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._decode_room)
 
     def charge_encodes(self, ledger: LoadLedger) -> list[int]:
         """Count what has just been given to encode workers; returns the attempts of these shards."""
@@ -190,7 +191,7 @@ class LiveSample:
                 coming_tokens=-self._prefill_room,
             )
             self._prefill_tokens = self._prefill_room = 0
-        if self._decode_room:
+        if self._decode_room and not self.machine.is_moving:
             ledger.add(self._route.decode.worker_id, coming_tokens=-self._decode_room)
             self._decode_room = 0
         if self.machine.state is not RequestState.DECODE:

@@ -98,7 +98,9 @@ class QuietWorkers:
             )
             state = LifecycleState.FAILED if name in failed else LifecycleState.READY
             views.append(
-                WorkerView(WorkerId(name), 1, declared - left, state, f"{name}:1", status=status, leaving=left)
+                WorkerView(
+                    WorkerId(name), 1, declared - left, state, f"{name}:1", status=status, leaving=left
+                )
             )
         self.dispatcher.update_view(ClusterView("d", 1, self._version, "m", tuple(views)))
         self.dispatcher.check_invariants()

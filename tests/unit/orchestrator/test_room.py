@@ -17,7 +17,15 @@ from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from tests.support.quiet_workers import QuietWorkers
 from tests.support.sim import BOTH, LLAMA_ON_H100, SHAPES, D, P, load
 from tests.support.sim import run as simulate
-from workers.api import PhaseSet, RequestId, WorkerId, WorkerState, WorkerStatus
+from workers.api import (
+    KvTransferred,
+    PhaseSet,
+    RequestId,
+    TokensGenerated,
+    WorkerId,
+    WorkerState,
+    WorkerStatus,
+)
 from workers.step_shape import FactorSource
 
 COSTS = replace(LLAMA_ON_H100.costs(), source=FactorSource.FITTED)
@@ -117,6 +125,45 @@ def test_each_worker_keeps_as_much_for_answers_as_its_manifest_says() -> None:
         [request] = workers.dispatcher._requests
         workers.dispatcher.abort(request)
         workers.dispatcher.check_invariants()
+
+
+def token(workers: QuietWorkers, name: str, position: int) -> None:
+    """Each request has one of this worker, with this position in its sequence."""
+    for sample in list(workers.dispatcher._running.values()):
+        event = TokensGenerated(key=sample.machine.key, token_ids=(1,), first_position=position)
+        workers.says(name, event)
+
+
+def transferred(workers: QuietWorkers, name: str) -> None:
+    """The KV of each request has gone from there."""
+    for sample in list(workers.dispatcher._running.values()):
+        workers.says(
+            name,
+            KvTransferred(key=sample.machine.key, num_bytes=1, num_chunks=1, transfer_s=0.1, exposed_s=0.1),
+        )
+
+
+def promised(workers: QuietWorkers, name: str) -> int:
+    return workers.dispatcher._ledger.of(WorkerId(name)).coming_tokens
+
+
+def test_sequences_that_move_take_room_where_they_go() -> None:
+    """d1 has room for one of 40, and d2 for none: the others are spread evenly."""
+    workers = QuietWorkers({"p": P, "d0": D, "d1": D, "d2": D})
+    workers.see({"p": 10**6, "d0": 10**6, "d1": 0, "d2": 0})
+    workers.submit(40, 1000, 1000)
+    token(workers, "p", 1000)
+    transferred(workers, "p")
+    assert workers.num_at == {("p", "d0"): 40}
+    workers.see({"p": 10**6, "d0": 10**6, "d1": 2000, "d2": 1999}, leaving={"d0": D})
+    assert workers.num_at == {("p", "d1"): 20, ("p", "d2"): 20}
+    assert (promised(workers, "d0"), promised(workers, "d1")) == (0, 20 * 2000)
+    transferred(workers, "d0")
+    assert (promised(workers, "d1"), promised(workers, "d2")) == (0, 0)
+    for request_id in list(workers.dispatcher._requests):
+        workers.dispatcher.abort(request_id)
+    workers.dispatcher.check_invariants()
+    assert workers.dispatcher._ledger.loads == {}
 
 
 def test_prompts_go_to_the_one_worker_that_has_room_though_more_sequences_decode_there() -> None:
