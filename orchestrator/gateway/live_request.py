@@ -2,6 +2,7 @@
 
 import asyncio
 import weakref
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +128,7 @@ class LiveSample:
         """While a worker has it, by this route, and has not begun it."""
         machine = self.machine
         return WaitingPrompt(
-            # Higher priorities come first.
-            -machine.priority,
+            _rank(self),
             machine.times.arrived_at_s + machine.slo.ttft_s,
             machine.attempt,
             route.prefill.worker_id,
@@ -306,10 +306,10 @@ class LiveRequest:
 
 def enqueue(sample: LiveSample, waiting: deque[LiveSample], *, is_first: bool = False) -> None:
     """Put it behind the last of its priority, or, since it has waited already, before the first of them."""
-    priority, place = sample.machine.priority, len(waiting)
-    while place:
-        other = waiting[place - 1].machine.priority
-        if other > priority or (other == priority and not is_first):
-            break
-        place -= 1
-    waiting.insert(place, sample)
+    bisect = bisect_left if is_first else bisect_right
+    waiting.insert(bisect(waiting, _rank(sample), key=_rank), sample)
+
+
+def _rank(sample: LiveSample) -> int:
+    """Higher priorities come first."""
+    return -sample.machine.priority

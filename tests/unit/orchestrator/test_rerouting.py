@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from orchestrator.control.rerouting import (
 from orchestrator.control.router import LoadLedger, Predicted, kept_tokens
 from orchestrator.control.slo import Slo
 from orchestrator.control.view import WorkerView
+from orchestrator.gateway.live_request import enqueue
 from orchestrator.sim.faults import random_faults
 from protos import inference_pb2 as pb
 from tests.support.fake_worker import BOTH, FakeWorker
@@ -312,6 +315,48 @@ def test_each_of_many_prompts_is_looked_at_in_its_time() -> None:
     for _ in range(-(-(MAX_COMPARED + 201) // (MAX_LOOKS // 2))):
         workers.see({"a": 0, "b": 100})
     assert workers.num_at == {("a", "a"): MAX_COMPARED + 200, ("b", "b"): 1}
+
+
+class Counted:
+    """A sample, and its machine, of which the priority is asked for."""
+
+    num_asked = 0
+
+    def __init__(self, priority: int) -> None:
+        self.machine = self
+        self._priority = priority
+
+    @property
+    def priority(self) -> int:
+        Counted.num_asked += 1
+        return self._priority
+
+
+@given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), max_size=40))
+def test_samples_wait_by_priority_and_those_that_come_back_before_others(
+    coming: list[tuple[int, bool]],
+) -> None:
+    waiting: deque[Any] = deque()
+    for priority, is_first in coming:
+        sample = Counted(priority)
+        before = list(waiting)
+        enqueue(sample, waiting, is_first=is_first)  # type: ignore[arg-type]
+        place = waiting.index(sample)
+        assert [one for one in waiting if one is not sample] == before
+        assert all(
+            one.priority > priority or (one.priority == priority and not is_first) for one in before[:place]
+        )
+        assert all(
+            one.priority < priority or (one.priority == priority and is_first) for one in before[place:]
+        )
+
+
+def test_a_prompt_comes_back_to_a_long_queue_without_a_look_at_all_of_it() -> None:
+    waiting: deque[Any] = deque(Counted(priority) for priority in (1, 0) for _ in range(5000))
+    Counted.num_asked = 0
+    for is_first in (True, False):
+        enqueue(Counted(0), waiting, is_first=is_first)  # type: ignore[arg-type]
+    assert Counted.num_asked < 50
 
 
 # In simulated clusters.
