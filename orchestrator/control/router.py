@@ -286,9 +286,15 @@ def workers_with_room(
 
     None where one of them does not tell how much it has: it would get all, or nothing.
     """
-    if any(worker.worker_id not in rooms for worker in workers):
-        return []
-    return [worker for worker in workers if room_left(worker, ledger, rooms) >= room_at(worker)]
+    loads, found = ledger.loads, []
+    for worker in workers:
+        room = rooms.get(worker.worker_id)
+        if room is None:
+            return []
+        # Most have none, or enough.
+        if room and room - loads.get(worker.worker_id, NO_LOAD).coming_tokens >= room_at(worker):
+            found.append(worker)
+    return found
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
