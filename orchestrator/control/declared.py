@@ -45,6 +45,11 @@ class DeclaredWorker:
         )
 
 
+def growth_reserves(workers: Sequence[DeclaredWorker]) -> Mapping[WorkerId, float]:
+    """The part of what a sequence may still generate for which each worker's engine keeps room."""
+    return {worker.worker_id: worker.engine.growth_reserve for worker in workers}
+
+
 def token_budgets(workers: Sequence[DeclaredWorker]) -> Mapping[WorkerId, int]:
     """Tokens of one step of each worker's engine."""
     return {worker.worker_id: worker.engine.token_budget for worker in workers}

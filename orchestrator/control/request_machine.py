@@ -26,7 +26,7 @@ from orchestrator.control.request_actions import (
     WantEncoders,
     WantRoute,
 )
-from orchestrator.control.router import Route, kept_tokens
+from orchestrator.control.router import Route
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import WorkerView
 from workers.api import (
@@ -193,12 +193,9 @@ class RequestMachine:
         return len(self.prompt_ids) + self.sampling.max_new_tokens
 
     @property
-    def coming_tokens(self) -> int:
-        """For which its decode worker keeps room once it begins there. A hand-off is given all that it may need."""
-        assert self.route is not None
-        if self.route.is_colocated:
-            return kept_tokens(self.num_prefill_tokens, self.max_tokens)
-        return self.max_tokens
+    def is_moving(self) -> bool:
+        """It goes on at another worker, and who decoded it before has not reported that its KV is there."""
+        return self._moving_from is not None
 
     def routed(self, route: Route, attempt: int, now_s: float) -> list[Action]:
         """A route was chosen: submit to its workers.
@@ -279,7 +276,7 @@ class RequestMachine:
             Migration(self.attempt, source.worker_id, decode.worker_id, reason, now_s, num_delivered)
         )
         self._moving_from, self._is_kv_there = source, False
-        self.route = replace(self.route, decode=decode)
+        self.route = replace(self.route, decode=decode, decode_room=self.max_tokens)
         handoff = Handoff(transfer_id, decode.address, decode.incarnation)
         return [
             self._submit(decode, frozenset({Phase.DECODE}), Handoff(transfer_id), now_s),

@@ -4,7 +4,7 @@ Loads are the gateway's own account of what it has in flight: the view is up to 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -35,19 +35,21 @@ class PromptLoad:
     """What a prompt would cost where.
 
     cached: tokens of its beginning that a worker has, where it has any. num_blocks: that a worker has of all prompts. max_tokens: with those that may be
-    generated.
+    generated. growth_reserves: of the engines of declared workers.
     """
 
     num_tokens: int = 0
     cached: Mapping[WorkerKey, int] = field(default_factory=dict)
     num_blocks: Mapping[WorkerKey, int] = field(default_factory=dict)
     max_tokens: int = 0
+    growth_reserves: Mapping[WorkerId, float] = field(default_factory=dict)
 
     def room_at(self, worker: WorkerView) -> int:
         """Tokens for which a worker must have room that begins it: where it is decoded elsewhere those of the prompt."""
         if Phase.DECODE not in worker.phases:
             return self.num_tokens
-        return kept_tokens(self.num_tokens, self.max_tokens)
+        reserve = self.growth_reserves.get(worker.worker_id, GROWTH_RESERVE)
+        return kept_tokens(self.num_tokens, self.max_tokens, reserve)
 
     def cached_at(self, worker: WorkerView) -> int:
         """Tokens that this worker need not compute, as far as is known."""
@@ -76,6 +78,10 @@ class Route:
     num_cached_tokens: int = 0
     #: None while no worker has learnt how long its steps take.
     predicted: Predicted | None = None
+    #: Tokens for which the prefill worker keeps room, and the decode worker when it is another one: until the prompt is computed, and for a
+    #: sequence that moves until its KV is there.
+    prefill_room: int = 0
+    decode_room: int = 0
 
     @property
     def is_colocated(self) -> bool:
@@ -97,7 +103,7 @@ class Refuse:
     reason: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a gateway has in flight on one worker."""
 
@@ -107,11 +113,11 @@ class Load:
     decode_sequences: int = 0
     #: Patches of pictures that are being encoded there.
     encode_patches: int = 0
-    #: Of these sequences, those whose prompts are not computed: tokens that are kept for them there.
+    #: That are kept there for prompts which are not computed, and for KV that is to come.
     coming_tokens: int = 0
 
 
-_NO_LOAD = Load()
+NO_LOAD = Load()
 
 
 @dataclass(slots=True)
@@ -122,7 +128,7 @@ class LoadLedger:
 
     def of(self, worker_id: WorkerId) -> Load:
         """What is in flight there; zero for a worker without any."""
-        return self.loads.get(worker_id) or Load()
+        return self.loads.get(worker_id, NO_LOAD)
 
     def add(
         self,
@@ -134,19 +140,21 @@ class LoadLedger:
         coming_tokens: int = 0,
     ) -> None:
         """Count work that was submitted (positive) or has ended (negative)."""
-        load = self.loads.get(worker_id)
-        if load is None:
-            self.loads[worker_id] = load = Load()
-        load.prefill_tokens += prefill_tokens
-        load.decode_sequences += decode_sequences
-        load.encode_patches += encode_patches
-        load.coming_tokens += coming_tokens
+        before = self.of(worker_id)
+        load = Load(
+            before.prefill_tokens + prefill_tokens,
+            before.decode_sequences + decode_sequences,
+            before.encode_patches + encode_patches,
+            before.coming_tokens + coming_tokens,
+        )
         assert load.prefill_tokens >= 0, worker_id
         assert load.decode_sequences >= 0, worker_id
         assert load.encode_patches >= 0, worker_id
         assert load.coming_tokens >= 0, worker_id
-        if load == _NO_LOAD:
-            del self.loads[worker_id]
+        if load == NO_LOAD:
+            self.loads.pop(worker_id, None)
+        else:
+            self.loads[worker_id] = load
 
 
 def choose_route(
@@ -160,7 +168,7 @@ def choose_route(
 ) -> Route | Wait | Refuse:
     """Prefill where the first token, and KV elsewhere if it has to move, are predicted to come first; decode see choose_decode.
 
-    Where some workers have room for its KV, it goes to these. is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. rooms: see rooms_of. speeds: of all workers that prefill; without them,
+    Where some workers have room for its KV, and all tell, it goes to these. is_linked: whether the gateway has a working stream to that incarnation. paths: of KV. rooms: see rooms_of. speeds: of all workers that prefill; without them,
     and among workers that are near each other, that one is first where least is to be computed: what waits there, the
     prompt without what is cached there, and what the sequences there slow it down by. Among equal prefill workers one
     that can also decode wins, since then no KV has to move; of several such the one with fewer sequences, then the one that
@@ -170,7 +178,7 @@ def choose_route(
         return Wait("no controller has published a view of the cluster yet")
     prompt = prompt or PromptLoad()
     ready = ready_workers(view, Phase.PREFILL, is_linked)
-    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, prompt.room_at(worker))]
+    roomy = workers_with_room(ready, ledger, rooms, prompt.room_at)
     candidates = roomy or ready
     if speeds is not None:
         candidates = _soonest(candidates, ledger, prompt, speeds, paths)
@@ -196,7 +204,17 @@ def choose_route(
         reason += f"; first token in about {predicted.ttft_s:.2g} s"
     if move is not None and (move_s := move.move_s(decode)):
         reason += f"; its KV takes about {move_s:.2g} s, {move.exposed_s(decode):.2g} s of it after prefill"
-    return Route(prefill, decode, reason, peers, prompt.cached_at(prefill), predicted)
+    return Route(
+        prefill,
+        decode,
+        reason,
+        peers,
+        prompt.cached_at(prefill),
+        predicted,
+        prefill_room=prompt.room_at(prefill),
+        # A hand-off is given all that it may need.
+        decode_room=0 if decode is prefill else prompt.max_tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,23 +246,23 @@ def choose_decode(
 ) -> WorkerView | None:
     """Where fewest sequences are, or, with `move`, where waiting for the KV and for the others' tokens takes least, of those that have room for `max_tokens`.
 
-    All count where none has. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
+    All count where none has, or one does not tell. None when no worker can decode now. Ties go to where fewer sequences are, then to the smaller id.
     """
-    idle, loads = Load(), ledger.loads
+    loads = ledger.loads
 
     def cost(worker: WorkerView) -> tuple[float, int, WorkerId]:
-        num = loads.get(worker.worker_id, idle).decode_sequences
+        num = loads.get(worker.worker_id, NO_LOAD).decode_sequences
         wait_s = 0.0 if move is None else move.exposed_s(worker) + ANSWER_TOKENS * move.paths.sequence_s * num
         return wait_s, num, worker.worker_id
 
     ready = ready_workers(view, Phase.DECODE, is_linked)
-    roomy = [worker for worker in ready if has_room(worker, ledger, rooms, max_tokens)]
+    roomy = workers_with_room(ready, ledger, rooms, lambda _worker: max_tokens)
     return min(roomy or ready, key=cost, default=None)
 
 
-def kept_tokens(num_tokens: int, max_tokens: int) -> int:
-    """For which an engine keeps blocks when it begins a prompt of `num_tokens` that may come to `max_tokens`, unless its growth reserve is another."""
-    return num_tokens + math.ceil(GROWTH_RESERVE * (max_tokens - num_tokens))
+def kept_tokens(num_tokens: int, max_tokens: int, growth_reserve: float = GROWTH_RESERVE) -> int:
+    """For which an engine keeps blocks when it begins a prompt of `num_tokens` that may come to `max_tokens`; whole blocks may be more."""
+    return num_tokens + math.ceil(growth_reserve * (max_tokens - num_tokens))
 
 
 def rooms_of(view: ClusterView) -> Rooms:
@@ -253,13 +271,30 @@ def rooms_of(view: ClusterView) -> Rooms:
     return {worker_id: tokens for worker_id, tokens in told if tokens is not None}
 
 
-def has_room(worker: WorkerView, ledger: LoadLedger, rooms: Rooms, num_tokens: int) -> bool:
-    """It would begin a sequence that needs room for so many at once, beside those that have been promised room there.
+def room_left(worker: WorkerView, ledger: LoadLedger, rooms: Rooms) -> int:
+    """Tokens for which it would begin a sequence at once, beside those that have been promised room there; nothing where it does not tell.
 
-    Some of these have it already, so it may have more than is thought. A worker that has told nothing is taken to have some.
+    Some of these have it already, so it may be more.
     """
-    room = rooms.get(worker.worker_id)
-    return room is None or room - ledger.loads.get(worker.worker_id, _NO_LOAD).coming_tokens >= num_tokens
+    return rooms.get(worker.worker_id, 0) - ledger.of(worker.worker_id).coming_tokens
+
+
+def workers_with_room(
+    workers: Sequence[WorkerView], ledger: LoadLedger, rooms: Rooms, room_at: Callable[[WorkerView], int]
+) -> list[WorkerView]:
+    """Those that would begin a sequence at once which needs room for `room_at` tokens there.
+
+    None where one of them does not tell how much it has: it would get all, or nothing.
+    """
+    loads, found = ledger.loads, []
+    for worker in workers:
+        room = rooms.get(worker.worker_id)
+        if room is None:
+            return []
+        # Most have none, or enough.
+        if room and room - loads.get(worker.worker_id, NO_LOAD).coming_tokens >= room_at(worker):
+            found.append(worker)
+    return found
 
 
 def _reason(prefill: WorkerView, decode: WorkerView, ledger: LoadLedger, prompt: PromptLoad) -> str:
@@ -304,13 +339,13 @@ def _prefix_peers(
 
 def _cheapest(candidates: list[WorkerView], ledger: LoadLedger, prompt: PromptLoad) -> WorkerView | None:
     """See choose_route. Most are out at the first number, so that the others are found for few."""
-    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    loads, cached, num_tokens = ledger.loads, prompt.cached, prompt.num_tokens
     best: WorkerView | None = None
     best_cost = math.inf
     best_rest: tuple[int, int, int, WorkerId] | None = None
     for worker in candidates:
         worker_id = worker.worker_id
-        key, load = (worker_id, worker.incarnation), loads.get(worker_id, idle)
+        key, load = (worker_id, worker.incarnation), loads.get(worker_id, NO_LOAD)
         can_decode = Phase.DECODE in worker.phases
         cost = load.prefill_tokens + num_tokens - cached.get(key, 0)
         if can_decode:
@@ -342,11 +377,11 @@ def _soonest(
     paths: TransferPaths | None,
 ) -> list[WorkerView]:
     """Those at which the prompt is predicted to be computed first, or nearly, and to be where it can be decoded."""
-    idle, loads, cached, num_tokens = Load(), ledger.loads, prompt.cached, prompt.num_tokens
+    loads, cached, num_tokens = ledger.loads, prompt.cached, prompt.num_tokens
     times_s = []
     for worker in candidates:
         worker_id = worker.worker_id
-        load = loads.get(worker_id, idle)
+        load = loads.get(worker_id, NO_LOAD)
         num_before = cached.get((worker_id, worker.incarnation), 0)
         speed, num_new = speeds[worker_id], num_tokens - num_before
         time_s = speed.prefill_s(load.prefill_tokens, num_new, num_before, load.decode_sequences)

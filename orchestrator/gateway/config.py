@@ -38,3 +38,5 @@ class GatewayConfig:
     admission: Admission = Admission.OFF
     #: Of each declared worker, the tokens of one step of its engine.
     token_budgets: Mapping[WorkerId, int] = field(default_factory=dict)
+    #: Of each declared worker, the part of what a sequence may still generate for which its engine keeps room.
+    growth_reserves: Mapping[WorkerId, float] = field(default_factory=dict)

@@ -31,8 +31,8 @@ from orchestrator.control.request_record import RequestRecords
 from orchestrator.control.rerouting import (
     REST_S,
     crowded_workers,
-    is_anywhere_room,
     is_worth,
+    most_room,
     without_room,
 )
 from orchestrator.control.router import (
@@ -46,10 +46,10 @@ from orchestrator.control.router import (
     Wait,
     choose_decode,
     choose_route,
-    has_room,
     no_encoders,
     predict,
     ready_workers,
+    room_left,
     rooms_of,
 )
 from orchestrator.control.served_totals import ServedTotals
@@ -88,7 +88,7 @@ class Dispatcher:
     learn_model: told of the model of each worker before it is used; may raise UnusableModel. on_view: told of each view.
     first_attempt: attempts are numbered from here, over all requests. Should differ from one start of
     the gateway to the next, so that a worker cannot take an attempt for an earlier gateway's. slo: of every request, for `totals`,
-    `admission` and the workers. tenant_weights: by cache salt. token_budgets: of a step of each worker's engine.
+    `admission` and the workers. tenant_weights: by cache salt. token_budgets: of a step of each worker's engine. growth_reserves: of each engine, see EngineConfig.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Dispatcher:
         slo: Slo = NO_SLO,
         admission: Admission = Admission.OFF,
         token_budgets: Mapping[WorkerId, int] | None = None,
+        growth_reserves: Mapping[WorkerId, float] | None = None,
         tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self.num_finished = 0
@@ -117,11 +118,14 @@ class Dispatcher:
         self._admission = admission
         self._tenant_weights = tenant_weights or {}
         self._token_budgets = token_budgets or {}
+        self._growth_reserves = growth_reserves or {}
         #: As of the view; None while no worker has learnt how long its steps take.
         self._speeds: dict[WorkerId, PrefillSpeed] | None = None
         self._rooms: Rooms = NO_ROOMS
         #: When prompts that wait for room were looked at, last.
         self._routed_again_at_s = -math.inf
+        #: Whose turn it is then: those of later attempts first.
+        self._looked_at_last = 0
         self._paths: TransferPaths | None = None
         self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
@@ -228,12 +232,21 @@ class Dispatcher:
                     ledger.add(decode_id, decode_sequences=1)
                     if machine.state is RequestState.PREFILL:
                         num_tokens = machine.num_prefill_tokens - machine.route.num_cached_tokens
-                        ledger.add(machine.route.prefill.worker_id, prefill_tokens=num_tokens)
-                        ledger.add(decode_id, coming_tokens=machine.coming_tokens)
+                        ledger.add(
+                            machine.route.prefill.worker_id,
+                            prefill_tokens=num_tokens,
+                            coming_tokens=machine.route.prefill_room,
+                        )
+                    if machine.state is RequestState.PREFILL or machine.is_moving:
+                        ledger.add(decode_id, coming_tokens=machine.route.decode_room)
                 self._encoders.check_invariants(sample, ledger)
         assert len(self._running) <= self._max_running
         assert ledger == self._ledger, (ledger, self._ledger)
         self._prefixes.check_invariants()
+
+    def may_route_again(self, view: ClusterView) -> bool:
+        """Some worker may have no room for a prompt that it was given, by this view."""
+        return bool(crowded_workers(self._ledger, rooms_of(view)))
 
     # Clients.
 
@@ -376,10 +389,12 @@ class Dispatcher:
             attempt = event.key.attempt
             if (encoding := self._encoders.sample_of(attempt)) is not None:
                 self._do(encoding, encoding.machine.worker_event(worker_id, event, now_s))
-            elif (sample := self._running.get(attempt)) is not None and (
-                actions := sample.machine.worker_event(worker_id, event, now_s)
-            ):
-                self._do(sample, actions)
+            elif (sample := self._running.get(attempt)) is not None:
+                if actions := sample.machine.worker_event(worker_id, event, now_s):
+                    self._do(sample, actions)
+                else:
+                    # Its KV may have come.
+                    sample.settle(self._ledger)
         self._leave_workers()
         self._route_waiting()
 
@@ -471,22 +486,35 @@ class Dispatcher:
 
     def _route_again(self, view: ClusterView) -> None:
         """Prompts for which their workers have no room go to others that have."""
-        crowded, speeds, now_s = crowded_workers(view), self._speeds, self._timers.time()
-        if not crowded or speeds is None or now_s < self._routed_again_at_s + REST_S:
+        speeds, now_s = self._speeds, self._timers.time()
+        if speeds is None or now_s < self._routed_again_at_s + REST_S:
             return
-        if not is_anywhere_room(view, self._ledger, self._rooms):
+        crowded = crowded_workers(self._ledger, self._rooms)
+        if not crowded:
+            return
+        ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
+        most = most_room(ready, self._ledger, self._rooms)
+        if most <= 0:
             return
         self._routed_again_at_s = now_s
+        # In the order of their attempts.
+        running, last = self._running.items(), self._looked_at_last
+        in_turn = itertools.chain(
+            (sample for attempt, sample in running if attempt > last),
+            (sample for attempt, sample in running if attempt <= last),
+        )
         prompts = (
             sample.as_waiting(route)
-            for sample in self._running.values()
+            for sample in in_turn
             if (route := sample.machine.route) is not None
             and route.prefill.worker_id in crowded
             and _can_go_back(sample)
             # Its embeddings are there, or on their way.
             and sample.machine.images is None
         )
-        for prompt in without_room(prompts, self._rooms, now_s):
+        looks = without_room(prompts, self._rooms, most, now_s)
+        self._looked_at_last = looks.last_in_turn
+        for prompt in looks.prompts:
             sample = self._running.get(prompt.attempt)
             # It may have been cancelled with another sample of its request.
             if sample is not None and (reason := self._why_again(sample, now_s - prompt.since_s, speeds)):
@@ -500,7 +528,7 @@ class Dispatcher:
         if not isinstance(choice, Route) or choice.predicted is None or machine.route is None:
             return ""
         here, there = machine.route.prefill, choice.prefill
-        if not has_room(there, self._ledger, self._rooms, load.room_at(there)):
+        if room_left(there, self._ledger, self._rooms) < load.room_at(there):
             return ""
         if not is_worth(waited_s, predict(here, self._ledger, load, speeds), choice.predicted):
             return ""
@@ -708,7 +736,9 @@ class Dispatcher:
         is_scored = machine.sampling.num_prompt_logprobs is not None
         cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
         num_blocks = self._prefixes.num_blocks_by_worker()
-        return PromptLoad(machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens)
+        return PromptLoad(
+            machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens, self._growth_reserves
+        )
 
     def _choose(
         self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import weakref
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class LiveSample:
         #: Among what was served.
         self.is_counted = False
         self._route: Route | None = None
-        self._prefill_tokens = self._coming_tokens = 0
+        self._prefill_tokens = self._prefill_room = self._decode_room = 0
         #: Shards that are charged: by attempt, the worker and the patches.
         self._encodes: dict[int, tuple[WorkerId, int]] = {}
 
@@ -127,13 +128,13 @@ class LiveSample:
         """While a worker has it, by this route, and has not begun it."""
         machine = self.machine
         return WaitingPrompt(
-            # Higher priorities come first.
-            -machine.priority,
+            _rank(self),
             machine.times.arrived_at_s + machine.slo.ttft_s,
             machine.attempt,
             route.prefill.worker_id,
-            # What is cached there may need no more room.
-            machine.num_prefill_tokens - route.num_cached_tokens,
+            machine.num_prefill_tokens,
+            # What is cached there and nobody uses is part of the room that is told.
+            route.prefill_room,
             self.record.attempts[-1].at_s,
         )
 
@@ -143,17 +144,22 @@ class LiveSample:
         assert self.machine.route is not None
         self._route = self.machine.route
         self._prefill_tokens = self.machine.num_prefill_tokens - self._route.num_cached_tokens
-        self._coming_tokens = self.machine.coming_tokens
-        ledger.add(self._route.prefill.worker_id, prefill_tokens=self._prefill_tokens)
-        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._coming_tokens)
+        self._prefill_room, self._decode_room = self._route.prefill_room, self._route.decode_room
+        ledger.add(
+            self._route.prefill.worker_id,
+            prefill_tokens=self._prefill_tokens,
+            coming_tokens=self._prefill_room,
+        )
+        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._decode_room)
 
     def move_charge(self, ledger: LoadLedger) -> None:
         """It goes on at the decode worker that its machine's route has now."""
         assert self._route is not None
         assert self.machine.route is not None
-        ledger.add(self._route.decode.worker_id, decode_sequences=-1)
+        ledger.add(self._route.decode.worker_id, decode_sequences=-1, coming_tokens=-self._decode_room)
         self._route = self.machine.route
-        ledger.add(self._route.decode.worker_id, decode_sequences=1)
+        self._decode_room = self._route.decode_room
+        ledger.add(self._route.decode.worker_id, decode_sequences=1, coming_tokens=self._decode_room)
 
     def charge_encodes(self, ledger: LoadLedger) -> list[int]:
         """Count what has just been given to encode workers; returns the attempts of these shards."""
@@ -178,10 +184,16 @@ class LiveSample:
         """Uncharge what the machine's state says is no longer in flight."""
         if self._route is None or self.machine.state is RequestState.PREFILL:
             return
-        if self._coming_tokens:
-            ledger.add(self._route.prefill.worker_id, prefill_tokens=-self._prefill_tokens)
-            ledger.add(self._route.decode.worker_id, coming_tokens=-self._coming_tokens)
-            self._prefill_tokens = self._coming_tokens = 0
+        if self._prefill_room:
+            ledger.add(
+                self._route.prefill.worker_id,
+                prefill_tokens=-self._prefill_tokens,
+                coming_tokens=-self._prefill_room,
+            )
+            self._prefill_tokens = self._prefill_room = 0
+        if self._decode_room and not self.machine.is_moving:
+            ledger.add(self._route.decode.worker_id, coming_tokens=-self._decode_room)
+            self._decode_room = 0
         if self.machine.state is not RequestState.DECODE:
             ledger.add(self._route.decode.worker_id, decode_sequences=-1)
             self._route = None
@@ -294,10 +306,10 @@ class LiveRequest:
 
 def enqueue(sample: LiveSample, waiting: deque[LiveSample], *, is_first: bool = False) -> None:
     """Put it behind the last of its priority, or, since it has waited already, before the first of them."""
-    priority, place = sample.machine.priority, len(waiting)
-    while place:
-        other = waiting[place - 1].machine.priority
-        if other > priority or (other == priority and not is_first):
-            break
-        place -= 1
-    waiting.insert(place, sample)
+    bisect = bisect_left if is_first else bisect_right
+    waiting.insert(bisect(waiting, _rank(sample), key=_rank), sample)
+
+
+def _rank(sample: LiveSample) -> int:
+    """Higher priorities come first."""
+    return -sample.machine.priority

@@ -65,6 +65,7 @@ async def serve(
         tenant_weights=config.tenant_weights,
         admission=config.admission,
         token_budgets=config.token_budgets,
+        growth_reserves=config.growth_reserves,
     )
     server = _server(MAX_CLIENT_MESSAGE_BYTES)
     control_server = _server(MAX_CONTROL_MESSAGE_BYTES)

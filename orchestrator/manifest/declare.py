@@ -6,7 +6,7 @@ from kvtransfer.codecs.codec import CodecId
 from kvtransfer.config import TransportChoice
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker, WorkerResources, token_budgets
+from orchestrator.control.declared import DeclaredWorker, WorkerResources, growth_reserves, token_budgets
 from orchestrator.control.scaling_config import ScalingConfig
 from orchestrator.control.slo import Slo
 from orchestrator.gateway.config import GatewayConfig
@@ -77,6 +77,7 @@ def _worker(deployment: Deployment, group: WorkerGroup, number: int) -> Declared
 def gateway_config(deployment: Deployment) -> GatewayConfig:
     """What the deployment's gateway is started with."""
     gateway = deployment.spec.gateway
+    workers = (*worker_specs(deployment), *extra_workers(deployment))
     return GatewayConfig(
         deployment=deployment.metadata.name,
         model=deployment.spec.model.served_name,
@@ -90,7 +91,8 @@ def gateway_config(deployment: Deployment) -> GatewayConfig:
         slo=slo_of(deployment),
         tenant_weights={one.cache_salt: one.weight for one in gateway.tenants},
         admission=Admission(gateway.admission),
-        token_budgets=token_budgets((*worker_specs(deployment), *extra_workers(deployment))),
+        token_budgets=token_budgets(workers),
+        growth_reserves=growth_reserves(workers),
     )
 
 

@@ -6,7 +6,6 @@ from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from orchestrator.control.observation import ProcessKey
-from orchestrator.control.rerouting import crowded_workers
 from orchestrator.control.router import ready_workers
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
 from orchestrator.gateway.links import LinkListener
@@ -55,6 +54,8 @@ class SimLinks:
         self._prefilling: frozenset[WorkerId] = frozenset()
         #: Told whose events have been dispatched, and when each of their tokens came, if that was before now.
         self.on_events: Callable[[Sequence[RequestId], Sequence[float]], None] = lambda _ids, _times_s: None
+        #: Whether prompts may go elsewhere by this view, for want of room. What has not been read makes these fewer.
+        self.may_route_again: Callable[[ClusterView], bool] = lambda _view: False
 
     def use(self, view: ClusterView) -> list[tuple[WorkerView, str]]:
         """See Links."""
@@ -183,7 +184,7 @@ class SimLinks:
         ready = ready_workers(view, Phase.PREFILL, self.is_open)
         before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
         # Prompts may go to a worker that has come to prefill, or has room: to choose which, it has to know how far each is.
-        if self._prefilling != before or not self._is_steady(view) or crowded_workers(view):
+        if self._prefilling != before or not self._is_steady(view) or self.may_route_again(view):
             self.read_all()
 
     def _is_steady(self, view: ClusterView) -> bool:

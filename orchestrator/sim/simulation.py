@@ -13,7 +13,7 @@ from orchestrator.bench.plan import PlannedRequest, prompt_token_ids
 from orchestrator.bench.records import OK, GatewayTimings, LoadResult, RequestRecord
 from orchestrator.control.admission import Admission
 from orchestrator.control.auto_switch import SwitchMode
-from orchestrator.control.declared import DeclaredWorker, token_budgets
+from orchestrator.control.declared import DeclaredWorker, growth_reserves, token_budgets
 from orchestrator.control.request_actions import Fail
 from orchestrator.control.request_machine import RequestMachine
 from orchestrator.control.role_switch import SwitchRequest
@@ -156,6 +156,7 @@ class Simulation:
             slo=config.slo,
             admission=config.admission,
             token_budgets=token_budgets((*config.declared, *config.extra)),
+            growth_reserves=growth_reserves((*config.declared, *config.extra)),
         )
         self._clients: dict[RequestId, _Client] = {}
         self._records: dict[int, RequestRecord] = {}
@@ -163,6 +164,7 @@ class Simulation:
         self._num_failed = 0
         assert self.cluster.links is not None
         self.cluster.links.on_events = self._read_answers
+        self.cluster.links.may_route_again = self.dispatcher.may_route_again
         for at_s, request in config.switches:
             self.timers.call_at(start_s + at_s, self.cluster.want_switch, request)
         for index, planned in enumerate(plan):

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from orchestrator.control.observation import ProcessKey
 from orchestrator.sim.leap import Leap, tokens_of
-from workers.api import KvTransferred, PrefillStarted, RequestId, RequestKey, TokensGenerated
+from workers.api import PrefillStarted, RequestId, RequestKey, TokensGenerated
 from workers.engine.messages import TokensDecoded
 
-#: Events that change no more than their request either.
-Calm = PrefillStarted | KvTransferred
+#: What changes no more than its request either. KV that has come does: room was promised for it.
+Calm = PrefillStarted
 
 
 @dataclass(slots=True)

@@ -691,6 +691,7 @@ def test_workers_that_may_be_added_are_like_those_of_their_group() -> None:
     assert scaling is not None
     assert (scaling.extra, scaling.hold_s) == (("text-2", "text-3"), 5.0)
     assert gateway_config(deployment).token_budgets.keys() >= {"text-3"}
+    assert gateway_config(deployment).growth_reserves.keys() >= {"text-3"}
     assert scaling_of(parse(MINIMAL)) is None
     assert extra_workers(parse(MINIMAL)) == []
 

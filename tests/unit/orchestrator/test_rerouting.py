@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,17 +21,16 @@ from orchestrator.control.rerouting import (
     is_worth,
     without_room,
 )
-from orchestrator.control.router import (
-    Predicted,
-    kept_tokens,
-)
+from orchestrator.control.router import LoadLedger, Predicted, kept_tokens
 from orchestrator.control.slo import Slo
-from orchestrator.control.view import ClusterView, LifecycleState, WorkerView
+from orchestrator.control.view import WorkerView
+from orchestrator.gateway.live_request import enqueue
 from orchestrator.sim.faults import random_faults
 from protos import inference_pb2 as pb
-from tests.support.fake_worker import BOTH, DECODE, FakeWorker
+from tests.support.fake_worker import BOTH, FakeWorker
 from tests.support.gateway import Gateway, collect, gateway, run
-from tests.support.sim import ENGINE, LLAMA_ON_H100, SHAPES, load, random_load, worker
+from tests.support.quiet_workers import QuietWorkers
+from tests.support.sim import ENGINE, LLAMA_ON_H100, SHAPES, D, P, load, random_load, worker
 from tests.support.sim import run as simulate
 from tests.support.waiting import until
 from workers.api import PhaseSet, PhaseWork, PrefillStarted, RequestId, WorkerId, WorkerState, WorkerStatus
@@ -48,53 +49,68 @@ def status(name: str, phases: PhaseSet, room: int | None, num_waiting: int = 0) 
 # Which prompts are looked at, and which of them go.
 
 prompts = st.builds(
-    WaitingPrompt,
+    lambda rank, by_s, attempt, worker_id, num_tokens, more, since_s: WaitingPrompt(
+        rank, by_s, attempt, worker_id, num_tokens, num_tokens + more, since_s
+    ),
     st.integers(0, 2),
     st.floats(0, 10),
     st.integers(1, 10**6),
     st.sampled_from([WorkerId("a"), WorkerId("b"), WorkerId("c")]),
     st.integers(1, 100),
+    st.integers(0, 50),
     st.floats(0, 2),
 )
 
 
-@given(st.lists(prompts, max_size=80, unique_by=lambda one: one.attempt), st.integers(0, 100))
-def test_of_those_without_room_the_most_urgent_are_looked_at(found: list[WaitingPrompt], room: int) -> None:
+@given(
+    st.lists(prompts, max_size=80, unique_by=lambda one: one.attempt),
+    st.integers(0, 100),
+    st.integers(1, 100),
+)
+def test_of_those_without_room_the_most_urgent_are_looked_at_and_the_first_ones(
+    found: list[WaitingPrompt], room: int, most: int
+) -> None:
     rooms = {WorkerId("a"): room, WorkerId("b"): 0}
-    chosen = without_room(found, rooms, 2.0)
+    chosen, last = without_room(found, rooms, most, 2.0)
     stuck = [
         one
         for one in found
-        if one.worker_id in rooms and rooms[one.worker_id] < one.num_tokens and one.since_s <= 2.0 - REST_S
+        if one.worker_id in rooms
+        and rooms[one.worker_id] < one.room_tokens
+        and one.num_tokens <= most
+        and one.since_s <= 2.0 - REST_S
     ]
-    assert set(chosen) <= set(stuck)
-    assert len(chosen) == min(MAX_LOOKS, len(stuck))
-    urgency = [(one.rank, one.first_token_by_s) for one in chosen]
-    assert urgency == sorted(urgency)
-    left = [(one.rank, one.first_token_by_s) for one in stuck if one not in chosen]
-    assert all(one >= urgency[-1] for one in left)
+    assert chosen == sorted(chosen)
+    if len(stuck) <= MAX_LOOKS:
+        assert (set(chosen), last) == (set(stuck), 0)
+        return
+    assert len(chosen) == MAX_LOOKS
+    urgent = sorted(stuck)[: MAX_LOOKS // 2]
+    others = [one for one in stuck if one not in urgent][: MAX_LOOKS // 2]
+    assert set(chosen) == {*urgent, *others}
+    assert last == others[-1].attempt
 
 
 def test_so_many_that_work_stays_bounded() -> None:
     """The last one would be the most urgent."""
     nowhere = {WorkerId("a"): 0}
-    found = [WaitingPrompt(0, float(-i), i, WorkerId("a"), 1, 0.0) for i in range(MAX_COMPARED + 1)]
-    chosen = without_room(iter(found), nowhere, 2.0)
-    assert [one.attempt for one in chosen] == [MAX_COMPARED - 1 - i for i in range(MAX_LOOKS)]
+    found = [WaitingPrompt(0, float(-i), i, WorkerId("a"), 1, 1, 0.0) for i in range(MAX_COMPARED + 1)]
+    asked = iter(found)
+    chosen, last = without_room(asked, nowhere, 1, 2.0)
+    half = MAX_LOOKS // 2
+    assert [one.attempt for one in chosen[:half]] == [MAX_COMPARED - 1 - i for i in range(half)]
+    assert [one.attempt for one in chosen[half:]] == list(reversed(range(half)))
+    assert last == half - 1
+    assert len(list(asked)) == 1
 
 
-def test_a_worker_is_crowded_when_prompts_there_are_longer_than_what_has_room() -> None:
-    told = [
-        ("a", BOTH, status("a", BOTH, 10, 11)),
-        ("b", BOTH, status("b", BOTH, 10, 10)),
-        ("c", BOTH, status("c", BOTH, None, 11)),
-        ("d", DECODE, status("d", DECODE, 0, 11)),
-        ("e", BOTH, None),
-    ]
-    views = [
-        WorkerView(WorkerId(name), 1, phases, LifecycleState.READY, status=one) for name, phases, one in told
-    ]
-    assert crowded_workers(ClusterView("d", 1, 1, "m", tuple(views))) == {"a"}
+def test_a_worker_is_crowded_when_it_needs_more_room_than_it_has_for_what_it_was_given() -> None:
+    ledger = LoadLedger()
+    for name in ("a", "b", "c"):
+        # Fewer prompt tokens than have room: a part of what may be generated is kept, too.
+        ledger.add(WorkerId(name), prefill_tokens=16, coming_tokens=26)
+    rooms = {WorkerId("a"): 25, WorkerId("b"): 26, WorkerId("d"): 0}
+    assert crowded_workers(ledger, rooms) == {"a"}
 
 
 seconds = st.floats(0, 100)
@@ -236,6 +252,111 @@ def test_what_a_worker_says_of_a_prompt_that_has_gone_is_nothing() -> None:
             await until(lambda: first.aborts == [submit.key], "it was taken back")
 
     run(main)
+
+
+def test_as_many_prompts_go_to_a_worker_that_only_prefills_as_it_has_room_for() -> None:
+    workers = QuietWorkers({"p0": P, "p1": P, "d": D})
+    workers.see({"p0": 10**6, "p1": 0, "d": 10**6})
+    workers.submit(20, 100, 100)
+    workers.see({"p0": 0, "p1": 100, "d": 10**6})
+    workers.see({"p0": 0, "p1": 100, "d": 10**6})
+    assert workers.num_at == {("p0", "d"): 19, ("p1", "d"): 1}
+
+
+def test_no_prompt_goes_to_a_worker_that_is_not_ready() -> None:
+    workers = QuietWorkers({"a": BOTH, "b": BOTH, "c": BOTH})
+    workers.see({"a": 10**6, "b": 0, "c": 0})
+    workers.submit(4, 100, 100)
+    workers.see({"a": 0, "b": 0, "c": 10**6}, failed=["c"])
+    assert workers.num_at == {("a", "a"): 4}
+    workers.see({"a": 0, "b": 0, "c": 10**6})
+    assert workers.num_at == {("c", "c"): 4}
+
+
+def test_a_prompt_that_lacks_what_is_kept_for_its_answer_goes_to_a_worker_that_has_room() -> None:
+    """It needs room for 100 tokens and a quarter of 8,000."""
+    for room, is_enough in ((2099, False), (2100, True)):
+        workers = QuietWorkers({"a": BOTH, "b": BOTH})
+        workers.see({"a": 10**6, "b": 0})
+        workers.submit(1, 100, 8000)
+        workers.see({"a": room, "b": 10**6})
+        assert workers.num_at == {("a", "a") if is_enough else ("b", "b"): 1}
+
+
+def test_a_cached_beginning_is_not_taken_off_room_that_has_it_already() -> None:
+    """All but the last block of the prompt is cached at a, as part of its room for 150 tokens."""
+    workers = QuietWorkers({"a": BOTH, "b": BOTH})
+    workers.see({"a": 10**6, "b": 0})
+    workers.submit(1, 200, 8)
+    [sample] = workers.dispatcher._running.values()
+    assert sample.machine.route is not None
+    prompt = sample.as_waiting(replace(sample.machine.route, num_cached_tokens=192))
+    assert prompt.room_tokens == kept_tokens(200, 208)
+
+
+def test_prompts_that_can_go_nowhere_do_not_hide_others() -> None:
+    """The long ones are the more urgent ones. b has room for neither all of one nor what is kept for its answer."""
+    for num_tokens, max_new, room in ((5000, 100, 4000), (100, 8000, 2099)):
+        workers = QuietWorkers({"a": BOTH, "b": BOTH})
+        workers.see({"a": 10**7, "b": 0})
+        workers.submit(MAX_LOOKS, num_tokens, max_new, priority=1)
+        workers.submit(50, 10, 10)
+        for _ in range(5):
+            workers.see({"a": 0, "b": room})
+        assert workers.num_at == {("a", "a"): MAX_LOOKS, ("b", "b"): 50}
+
+
+def test_each_of_many_prompts_is_looked_at_in_its_time() -> None:
+    """Only the last one has less kept for its answer than b has room for."""
+    workers = QuietWorkers({"a": BOTH, "b": BOTH})
+    workers.see({"a": 10**8, "b": 0})
+    workers.submit(MAX_COMPARED + 200, 10, 8000)
+    workers.submit(1, 10, 10)
+    for _ in range(-(-(MAX_COMPARED + 201) // (MAX_LOOKS // 2))):
+        workers.see({"a": 0, "b": 100})
+    assert workers.num_at == {("a", "a"): MAX_COMPARED + 200, ("b", "b"): 1}
+
+
+class Counted:
+    """A sample, and its machine, of which the priority is asked for."""
+
+    num_asked = 0
+
+    def __init__(self, priority: int) -> None:
+        self.machine = self
+        self._priority = priority
+
+    @property
+    def priority(self) -> int:
+        Counted.num_asked += 1
+        return self._priority
+
+
+@given(st.lists(st.tuples(st.integers(-2, 2), st.booleans()), max_size=40))
+def test_samples_wait_by_priority_and_those_that_come_back_before_others(
+    coming: list[tuple[int, bool]],
+) -> None:
+    waiting: deque[Any] = deque()
+    for priority, is_first in coming:
+        sample = Counted(priority)
+        before = list(waiting)
+        enqueue(sample, waiting, is_first=is_first)  # type: ignore[arg-type]
+        place = waiting.index(sample)
+        assert [one for one in waiting if one is not sample] == before
+        assert all(
+            one.priority > priority or (one.priority == priority and not is_first) for one in before[:place]
+        )
+        assert all(
+            one.priority < priority or (one.priority == priority and is_first) for one in before[place:]
+        )
+
+
+def test_a_prompt_comes_back_to_a_long_queue_without_a_look_at_all_of_it() -> None:
+    waiting: deque[Any] = deque(Counted(priority) for priority in (1, 0) for _ in range(5000))
+    Counted.num_asked = 0
+    for is_first in (True, False):
+        enqueue(Counted(0), waiting, is_first=is_first)  # type: ignore[arg-type]
+    assert Counted.num_asked < 50
 
 
 # In simulated clusters.

@@ -103,6 +103,15 @@ def test_the_ledger_forgets_idle_workers() -> None:
     assert ledger.loads == {}
 
 
+def test_what_the_ledger_has_told_stays_as_it_was() -> None:
+    ledger = LoadLedger()
+    ledger.add(WorkerId("a"), prefill_tokens=5)
+    some, none = ledger.of(WorkerId("a")), ledger.of(WorkerId("b"))
+    ledger.add(WorkerId("a"), prefill_tokens=1)
+    ledger.add(WorkerId("b"), prefill_tokens=1)
+    assert (some.prefill_tokens, none.prefill_tokens) == (5, 0)
+
+
 # What workers have cached.
 
 
