@@ -184,7 +184,7 @@ class LiveSample:
         """Uncharge what the machine's state says is no longer in flight."""
         if self._route is None or self.machine.state is RequestState.PREFILL:
             return
-        if self._prefill_room:
+        if self._prefill_tokens or self._prefill_room:
             ledger.add(
                 self._route.prefill.worker_id,
                 prefill_tokens=-self._prefill_tokens,

@@ -1,4 +1,4 @@
-"""Rows of a cache in four bits (`kv_int4/op.py`) as what attention multiplies.
+"""Rows of a cache in four bits (`kv_int4/op.py`) as what attention of many rows multiplies; that of few needs none of this (`packed_tiles_triton.py`).
 
 A word of eight codes is cut in pairs, an even channel in the lower half of a word and an odd one in the upper, which stay pairs: by `and` and
 `or` in one operation the two are fp16 numbers, 1024 plus the code, or 16 times the code for the bits above. Less 1024, times the scales, plus
