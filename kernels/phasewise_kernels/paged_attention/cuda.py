@@ -321,8 +321,10 @@ def lean_tuning(
     """
     if is_in_bytes or (k_cache.dtype == PACKED_DTYPE and block_m <= 16):
         # A program of one warp has all of a tile in its registers, and waits for no other.
-        num_stages, programs_per_sm = (3, 4) if has_few_outputs else (2, 8)
-        return Tuning(tile_tokens=32, num_warps=1, num_stages=num_stages, programs_per_sm=programs_per_sm)
+        many, few = Tuning(32, num_warps=1, num_stages=2, programs_per_sm=8), Tuning(32, 1, 3, 4)
+        if is_in_bytes:
+            few = Tuning(64, num_warps=4, num_stages=3, programs_per_sm=2)
+        return few if has_few_outputs else many
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
