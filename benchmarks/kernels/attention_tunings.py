@@ -49,8 +49,14 @@ ROWS: dict[str, tuple[list[tuple[int, int]], ...]] = {
 #: (tokens of a tile, warps, stages) and programs of a multiprocessor.
 LEAN = tuple(product((16, 32, 64, 128), (1, 2, 4, 8), (2, 3, 4), (1, 2, 4, 6, 8)))
 QUICK_LEAN = (
+    (16, 1, 4, 8),
+    (32, 1, 2, 4),
+    (32, 1, 2, 6),
     (32, 1, 2, 8),
     (32, 1, 3, 4),
+    (32, 1, 3, 6),
+    (32, 1, 3, 8),
+    (32, 1, 4, 6),
     (32, 2, 4, 4),
     (64, 2, 2, 4),
     (64, 4, 3, 1),

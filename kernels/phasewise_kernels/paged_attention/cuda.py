@@ -31,6 +31,8 @@ PART_TOKENS = 512
 MERGED_VALUES = 4096
 #: Shared memory of the chunk kernel beside its queries and stages, at most.
 SHARED_REST_BYTES = 3072
+#: The only number of channels of `byte_tiles_triton.py`: four of each of 32 threads are a row of V.
+BYTE_TILES_HEAD_DIM = 128
 _LOG2_E = 1.4426950408889634
 
 
@@ -141,12 +143,13 @@ def lean_attention(
 
     shape = _shape(query, k_cache)
     block_r = _power_of_two(max_query_len * shape["group"])
-    # Where codes are multiplied as they are, rows are columns of a product, of which it takes fewer.
-    block_m = max(8 if k_cache.dtype == PACKED_DTYPE else 16, block_r)
+    is_in_bytes = has_byte_tiles(k_cache, v_cache, block_r)
+    # Where rows are columns of a product it takes fewer.
+    block_m = max(8 if is_in_bytes or k_cache.dtype == PACKED_DTYPE else 16, block_r)
     num_kv_heads = k_cache.shape[2]
     num_sms = batch.num_sms or _num_sms(query.device)
     has_few_outputs = len(batch.context_lens) * num_kv_heads <= num_sms
-    tuning = tuning or lean_tuning(k_cache, block_m, has_few_outputs=has_few_outputs)
+    tuning = tuning or lean_tuning(k_cache, block_m, has_few_outputs=has_few_outputs, is_in_bytes=is_in_bytes)
     num_programs = num_sms * tuning.programs_per_sm
     num_programs = max(1, num_programs // num_kv_heads) * num_kv_heads
     slots = num_programs * 2 * block_r
@@ -179,6 +182,7 @@ def lean_attention(
         max_query_len=max_query_len,
         has_window=window > 0,
         has_tree=tree_masks is not None,
+        has_byte_tiles=is_in_bytes,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
@@ -308,12 +312,19 @@ def split_attention(
     )
 
 
-def lean_tuning(k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False) -> Tuning:
-    """Measured on an H100, see docs/gpu-kernels.md. has_few_outputs: no more of them, one for each KV head of a sequence, than SMs."""
-    if k_cache.dtype == PACKED_DTYPE and block_m <= 16:
+def lean_tuning(
+    k_cache: torch.Tensor, block_m: int, *, has_few_outputs: bool = False, is_in_bytes: bool = False
+) -> Tuning:
+    """Measured on an H100, see docs/gpu-kernels.md.
+
+    has_few_outputs: no more of them, one for each KV head of a sequence, than SMs. is_in_bytes: see has_byte_tiles.
+    """
+    if is_in_bytes or (k_cache.dtype == PACKED_DTYPE and block_m <= 16):
         # A program of one warp has all of a tile in its registers, and waits for no other.
-        num_stages, programs_per_sm = (3, 4) if has_few_outputs else (2, 8)
-        return Tuning(tile_tokens=32, num_warps=1, num_stages=num_stages, programs_per_sm=programs_per_sm)
+        many, few = Tuning(32, num_warps=1, num_stages=2, programs_per_sm=8), Tuning(32, 1, 3, 4)
+        if is_in_bytes:
+            few = Tuning(64, num_warps=4, num_stages=3, programs_per_sm=2)
+        return few if has_few_outputs else many
     row_bytes = _power_of_two(k_cache.shape[3]) * k_cache.element_size()
     if row_bytes > 256 or block_m > 16:
         tile_tokens = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
@@ -337,6 +348,17 @@ def chunk_tuning(query: torch.Tensor, k_cache: torch.Tensor, block_m: int) -> Tu
         tile_tokens, num_stages = 128, 2
     stage_bytes = 2 * tile_tokens * row_bytes
     return Tuning(tile_tokens, num_warps=8, num_stages=max(1, min(num_stages, room // stage_bytes)))
+
+
+def has_byte_tiles(k_cache: torch.Tensor, v_cache: torch.Tensor, num_rows: int) -> bool:
+    """Whether the lean kernel reads them by `byte_tiles_triton.py`, which is for words that lie where words do."""
+    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    return (
+        k_cache.dtype == torch.float8_e4m3fn
+        and k_cache.shape[3] == BYTE_TILES_HEAD_DIM
+        and num_rows <= 16
+        and not any(one % 16 for one in strides)
+    )
 
 
 def _check(

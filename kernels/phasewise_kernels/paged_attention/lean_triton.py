@@ -20,6 +20,7 @@ and a host program per output that waits for the others.
 
 import triton.language as tl
 
+from phasewise_kernels.paged_attention.byte_tiles_triton import attend_byte_tiles
 from phasewise_kernels.paged_attention.packed_tiles_triton import attend_packed_tiles
 from phasewise_kernels.paged_attention.parts_triton import is_last, log_sum, merge_parts, store_part
 from phasewise_kernels.paged_attention.tiles_triton import (
@@ -71,6 +72,7 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
     max_query_len: tl.constexpr,
     has_window: tl.constexpr,
     has_tree: tl.constexpr,
+    has_byte_tiles: tl.constexpr,
 ):
     """partial_lse: [programs, 2, block_r] fp32; partial_outputs: [programs, 2, block_r, block_d] fp32.
 
@@ -121,10 +123,8 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                 row_masks = tl.load(tree_masks + first_token + tokens, mask=tokens < query_len, other=0)
                 depths = prefix_len + num_ancestors(row_masks) - 1
                 row_positions = tl.where(row_masks == 0, row_positions, depths)
+            places = (first_token + tokens).to(tl.int64) * q_token + (head * group + rows % group) * q_head
             if k_cache.dtype.element_ty == tl.uint8:
-                places = (first_token + tokens).to(tl.int64) * q_token + (
-                    head * group + rows % group
-                ) * q_head
                 largest, weight_sum, weighted = attend_packed_tiles(
                     query,
                     places,
@@ -147,6 +147,33 @@ def lean_kernel(  # type: ignore[no-untyped-def] # Triton looks at annotations, 
                     v_slot,
                     block_size,
                     head_dim,
+                    tile_tokens,
+                    max_query_len > 1,
+                    has_window,
+                    has_tree,
+                )
+            elif has_byte_tiles:
+                largest, weight_sum, weighted = attend_byte_tiles(
+                    query,
+                    places,
+                    tokens < query_len,
+                    k_cache + head.to(tl.int64) * k_head,
+                    v_cache + head.to(tl.int64) * v_head,
+                    block_tables + sequence.to(tl.int64) * table_stride,
+                    tree_masks + first_token,
+                    row_masks,
+                    row_positions,
+                    first_tile + place - output_first,
+                    first_tile + piece_stop - output_first,
+                    context_len,
+                    prefix_len,
+                    window,
+                    scale,
+                    k_block,
+                    k_slot,
+                    v_block,
+                    v_slot,
+                    block_size,
                     tile_tokens,
                     max_query_len > 1,
                     has_window,

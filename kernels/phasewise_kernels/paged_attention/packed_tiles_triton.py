@@ -82,27 +82,29 @@ def attend_packed_tiles(  # type: ignore[no-untyped-def] # Triton looks at annot
     words = tl.arange(0, num_words)[None, :]
     # Block ids are a tile ahead, since the loads of K and V wait for them.
     start = first_tile * tile_tokens
-    blocks = _blocks(block_table, start, steps, context_len, block_size, tile_tokens)
-    first_blocks = _blocks(block_table, start, first_steps, context_len, block_size, tile_tokens)
+    blocks = blocks_of(block_table, start, steps, context_len, block_size, tile_tokens)
+    first_blocks = blocks_of(block_table, start, first_steps, context_len, block_size, tile_tokens)
     second_blocks = first_blocks
     if block_size % 2 != 0:
-        second_blocks = _blocks(block_table, start, first_steps + 1, context_len, block_size, tile_tokens)
+        second_blocks = blocks_of(block_table, start, first_steps + 1, context_len, block_size, tile_tokens)
     for tile in range(first_tile, last_tile):
         start = tile * tile_tokens
         positions = start + steps
         is_seen = positions < context_len
         # Where tiles are whole blocks, slots lie in each where they do in any other.
         base = 0 if is_aligned else start
-        at_keys = _rows_at(keys, blocks, base + steps, k_block, k_slot, block_size)
-        at_values = _rows_at(values, blocks, base + steps, v_block, v_slot, block_size)
-        at_first = _rows_at(values, first_blocks, base + first_steps, v_block, v_slot, block_size)
-        at_second = _rows_at(values, second_blocks, base + first_steps + 1, v_block, v_slot, block_size)
+        at_keys = rows_at(keys, blocks, base + steps, k_block, k_slot, block_size)
+        at_values = rows_at(values, blocks, base + steps, v_block, v_slot, block_size)
+        at_first = rows_at(values, first_blocks, base + first_steps, v_block, v_slot, block_size)
+        at_second = rows_at(values, second_blocks, base + first_steps + 1, v_block, v_slot, block_size)
         start += tile_tokens
-        blocks = _blocks(block_table, start, steps, context_len, block_size, tile_tokens)
-        first_blocks = _blocks(block_table, start, first_steps, context_len, block_size, tile_tokens)
+        blocks = blocks_of(block_table, start, steps, context_len, block_size, tile_tokens)
+        first_blocks = blocks_of(block_table, start, first_steps, context_len, block_size, tile_tokens)
         second_blocks = first_blocks
         if block_size % 2 != 0:
-            second_blocks = _blocks(block_table, start, first_steps + 1, context_len, block_size, tile_tokens)
+            second_blocks = blocks_of(
+                block_table, start, first_steps + 1, context_len, block_size, tile_tokens
+            )
 
         # Codes are numbers whatever lies there: scales and minima say what counts.
         at = at_keys[:, None] + half_words
@@ -163,7 +165,7 @@ def attend_packed_tiles(  # type: ignore[no-untyped-def] # Triton looks at annot
 
 
 @jit
-def _blocks(block_table, start, steps, context_len, block_size: tl.constexpr, tile_tokens: tl.constexpr):  # type: ignore[no-untyped-def]
+def blocks_of(block_table, start, steps, context_len, block_size: tl.constexpr, tile_tokens: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the positions `steps` after start, a multiple of tile_tokens; of blocks, too, where tile_tokens is one."""
     if tile_tokens % block_size == 0:
         place = start // tile_tokens * (tile_tokens // block_size) + steps // block_size
@@ -173,7 +175,7 @@ def _blocks(block_table, start, steps, context_len, block_size: tl.constexpr, ti
 
 
 @jit
-def _rows_at(cache, blocks, positions, block: tl.constexpr, slot: tl.constexpr, block_size: tl.constexpr):  # type: ignore[no-untyped-def]
+def rows_at(cache, blocks, positions, block: tl.constexpr, slot: tl.constexpr, block_size: tl.constexpr):  # type: ignore[no-untyped-def]
     """Pointers to words."""
     return (cache + blocks.to(tl.int64) * block + positions % block_size * slot).to(_INT32)
 

@@ -225,6 +225,25 @@ CASES = (
     Case(_MIXED, window=7, num_padding=2),
     Case(_MIXED, dtype=torch.float16),
     Case(_MIXED, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn),
+    Case(_MIXED, dtype=torch.float16, kv_dtype=torch.float8_e4m3fn, head_dim=128, num_padding=2),
+    Case(
+        ((1, 200), (1, 40)),
+        dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn,
+        head_dim=128,
+        block_size=16,
+        window=30,
+        is_interleaved=True,
+    ),
+    Case(
+        ((1, 6), (4, 5), (5, 90)),
+        trees=(1, 2),
+        window=30,
+        dtype=torch.float16,
+        kv_dtype=torch.float8_e4m3fn,
+        head_dim=128,
+        block_size=5,
+    ),
     Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, head_dim=32, num_padding=2),
     Case(_MIXED, dtype=torch.float16, kv_dtype=PACKED_DTYPE, head_dim=64, block_size=16, group=1),
     Case(
@@ -251,8 +270,12 @@ CASES = (
 def _any_kv() -> st.SearchStrategy[dict[str, Any]]:
     """head_dim, and dtypes: of queries, and of caches where it is another one."""
     plain = st.fixed_dictionaries({"head_dim": st.sampled_from((8, 16, 40))})
-    packed = {"head_dim": st.sampled_from((32, 64)), "dtype": st.just(torch.float16)}
-    return st.one_of(plain, st.fixed_dictionaries(packed | {"kv_dtype": st.just(PACKED_DTYPE)}))
+    packed = {"head_dim": st.sampled_from((32, 64)), "kv_dtype": st.just(PACKED_DTYPE)}
+    bytewise = {"head_dim": st.sampled_from((40, 128)), "kv_dtype": st.just(torch.float8_e4m3fn)}
+    fewer_bits = (
+        st.fixed_dictionaries({"dtype": st.just(torch.float16), **one}) for one in (packed, bytewise)
+    )
+    return st.one_of(plain, *fewer_bits)
 
 
 @st.composite

@@ -49,3 +49,30 @@ def test_what_is_converted_is_read_in_larger_tiles_where_they_fit(
     k_cache = torch.empty(1, 16, 4, width, dtype=torch.uint8).view(kv_dtype)
     tuning = cuda.chunk_tuning(query, k_cache, block_m=128)
     assert (tuning.tile_tokens, tuning.num_stages) == (tile_tokens, num_stages)
+
+
+def fp8_cache(head_dim: int, stride: int = 0) -> torch.Tensor:
+    """One block of 16 tokens. stride: of a token, where it is another one than they take."""
+    stride = stride or 4 * head_dim
+    memory = torch.empty(16 * stride, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return memory.as_strided((1, 16, 4, head_dim), (16 * stride, stride, head_dim, 1))
+
+
+@pytest.mark.parametrize(
+    ("cache", "num_rows", "is_read_so"),
+    [
+        (fp8_cache(128), 1, True),
+        (fp8_cache(128), 16, True),
+        (fp8_cache(128), 32, False),
+        (fp8_cache(64), 4, False),
+        (fp8_cache(256), 4, False),
+        (fp8_cache(128, stride=528), 4, True),
+        (fp8_cache(128, stride=520), 4, False),
+        (torch.empty(1, 16, 4, 128, dtype=torch.bfloat16), 4, False),
+    ],
+)
+def test_fp8_is_read_in_words_where_rows_are_few_and_words_lie_where_words_do(
+    cache: torch.Tensor, num_rows: int, is_read_so: bool
+) -> None:
+    assert cuda.has_byte_tiles(cache, cache, num_rows) == is_read_so
+    assert cuda.has_byte_tiles(cache, fp8_cache(128), num_rows) == is_read_so

@@ -51,8 +51,8 @@ def attention_types(**more: str) -> dict[str, str]:
     return pointers | dict.fromkeys(numbers, "i32") | {"scale": "fp32"} | more
 
 
-def attention_constants(**more: Any) -> dict[str, Any]:
-    row = row_bytes(HEAD_DIM)
+def attention_constants(row: int = row_bytes(HEAD_DIM), **more: Any) -> dict[str, Any]:
+    """row: bytes of a head."""
     strides = {"block": BLOCK_SIZE * NUM_KV_HEADS * row, "slot": NUM_KV_HEADS * row, "head": row}
     shape = {
         "num_kv_heads": NUM_KV_HEADS,
@@ -76,13 +76,30 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_over_a_cache_in_four_bits(capability: int) -> None:
     from phasewise_kernels.paged_attention.lean_triton import lean_kernel
 
-    constants = attention_constants(block_m=16, block_r=16, tile_tokens=32, max_query_len=4)
+    constants = attention_constants(
+        block_m=16, block_r=16, tile_tokens=32, max_query_len=4, has_byte_tiles=False
+    )
     asm = compiled(
         lean_kernel, attention_types(), constants, capability=capability, num_warps=1, num_stages=2
     )
     # Codes are on their way to shared memory while others are multiplied, each by the thread that has cut it out.
     assert "cp.async" in asm["ptx"]
     assert len(re.findall(r"tt\.dot ", asm["ttgir"])) == 6
+    assert not re.findall(r"ttg\.convert_layout .*dot_op<\{opIdx = 0", asm["ttgir"])
+
+
+def test_decode_over_a_cache_in_fp8() -> None:
+    from phasewise_kernels.paged_attention.lean_triton import lean_kernel
+
+    types = attention_types(k_cache="*fp8e4nv", v_cache="*fp8e4nv")
+    constants = attention_constants(
+        HEAD_DIM, block_m=16, block_r=16, tile_tokens=32, max_query_len=4, has_byte_tiles=True
+    )
+    asm = compiled(lean_kernel, types, constants, num_warps=1, num_stages=2)
+    assert "cp.async" in asm["ptx"]
+    # Two numbers at a time, each by the thread that has loaded and multiplies it.
+    assert asm["ptx"].count("cvt.rn.f16x2.e4m3x2") == 128
+    assert len(re.findall(r"tt\.dot ", asm["ttgir"])) == 3
     assert not re.findall(r"ttg\.convert_layout .*dot_op<\{opIdx = 0", asm["ttgir"])
 
 
