@@ -8,6 +8,9 @@ for any GPU. A batch with both is two launches, as in vLLM.
 FlashAttention-3 as vLLM ships it: `vllm.vllm_flash_attn`, with a schedule that the device has made ahead, outside of what
 is timed, as vLLM's is made once for all layers. Decode is cut into at most 32 pieces, which vLLM sets for CUDA graphs, or
 into as many as the library chooses.
+
+cuDNN through its own package, `nvidia-cudnn-frontend`: lengths, block tables and the place of each sequence's rows are read on the device, so
+that a plan is for all batches of a shape. It is made outside of what is timed. (What torch has of cuDNN takes K and V that lie contiguously.)
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ from phasewise_kernels.paged_attention.cuda import CudaAttentionBatch
 # One that is installed and cannot be imported is not left out without a word.
 flashinfer = import_module("flashinfer") if find_spec("flashinfer") else None
 fa3 = import_module("vllm.vllm_flash_attn") if find_spec("vllm") else None
+cudnn: Any = import_module("cudnn") if find_spec("cudnn") else None
 
 #: Of query, K cache, V cache and output, as `paged_attention_cuda` has them.
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object]
@@ -38,8 +42,9 @@ class Heads(NamedTuple):
     dim: int
 
 
-NAMES = tuple(name for name, module in (("flashinfer", flashinfer), ("fa3", fa3)) if module)
-PACKAGES = {"flashinfer": "flashinfer-python", "fa3": "vllm"}
+MODULES = {"flashinfer": flashinfer, "fa3": fa3, "cudnn_paged": cudnn}
+NAMES = tuple(name for name, module in MODULES.items() if module)
+PACKAGES = {"flashinfer": "flashinfer-python", "fa3": "vllm", "cudnn_paged": "nvidia-cudnn-frontend"}
 TENSOR_CORES = "tensor cores"
 DTYPES = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16}
 #: vLLM's, for CUDA graphs.
@@ -72,6 +77,8 @@ def ways_of(
             )
             for num_splits in ((0,) if num_prompts else (FA3_MAX_SPLITS, 0))
         }
+    if name == "cudnn_paged":
+        return {"first of its plans": partial(_cudnn, batch, heads)}
     ways: dict[str, Callable[[], Call]] = {"persistent": partial(_flashinfer_persistent, batch, heads)}
     prompts, decoding = slice(num_prompts), slice(num_prompts, len(lengths))
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=batch.context_lens.device)
@@ -206,3 +213,92 @@ def _fa3(batch: CudaAttentionBatch, heads: Heads, num_splits: int) -> Call:
         )
 
     return call
+
+
+def _cudnn(batch: CudaAttentionBatch, heads: Heads) -> Call:
+    handle = cudnn.create_handle()
+    rows_at = batch.query_starts.to(torch.int64)[:, None, None, None] * (heads.query * heads.dim)
+    query_lens = batch.query_starts.diff().reshape(-1, 1, 1, 1)
+    context_lens = batch.context_lens.reshape(-1, 1, 1, 1)
+    tables = batch.block_tables[:, None, :, None]
+    made: list[tuple[Any, dict[Any, torch.Tensor], torch.Tensor]] = []
+
+    def call(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> None:
+        if not made:
+            inputs = {
+                "rows": rows_at,
+                "table": tables,
+                "query_lens": query_lens,
+                "context_lens": context_lens,
+            }
+            made.append(_cudnn_graph(handle, batch, heads, (keys, values), inputs))
+        graph, known, workspace = made[0]
+        moving = {"query": query, "keys": keys.transpose(1, 2), "values": values.transpose(1, 2), "out": out}
+        cudnn.set_stream(handle, torch.cuda.current_stream().cuda_stream)
+        graph.execute(
+            {**known, **{UIDS[name]: one for name, one in moving.items()}}, workspace, handle=handle
+        )
+
+    return call
+
+
+#: Of tensors that each call has others of.
+UIDS = {name: uid for uid, name in enumerate(("query", "keys", "values", "out"), 1)}
+
+
+def _cudnn_graph(
+    handle: Any,
+    batch: CudaAttentionBatch,
+    heads: Heads,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    inputs: dict[str, torch.Tensor],
+) -> tuple[Any, dict[Any, torch.Tensor], torch.Tensor]:
+    """The graph, its tensors that are the same in each call, and its workspace."""
+    kind = cudnn.data_type
+    graph = cudnn.pygraph(
+        io_data_type=kind.BFLOAT16,
+        intermediate_data_type=kind.FLOAT,
+        compute_data_type=kind.FLOAT,
+        handle=handle,
+    )
+    ids = {name: 10 + number for number, name in enumerate(inputs)}
+
+    def known(name: str, uid: int) -> Any:
+        return graph.tensor_like(inputs[name]).set_uid(uid)
+
+    rows = heads.query * heads.dim
+    shape = (len(batch.context_lens), heads.query, batch.max_query_len, heads.dim)
+    stride = (batch.max_query_len * rows, heads.dim, rows, 1)
+    query = graph.tensor(name="query", dim=shape, stride=stride, data_type=kind.BFLOAT16)
+    query.set_uid(UIDS["query"]).set_ragged_offset(known("rows", ids["rows"]))
+    keys, values = (
+        graph.tensor_like(cache.transpose(1, 2)).set_uid(UIDS[name])
+        for name, cache in zip(("keys", "values"), caches, strict=True)
+    )
+    out, _ = graph.sdpa(
+        name="attention",
+        q=query,
+        k=keys,
+        v=values,
+        seq_len_q=known("query_lens", ids["query_lens"]),
+        seq_len_kv=known("context_lens", ids["context_lens"]),
+        use_padding_mask=True,
+        attn_scale=heads.dim**-0.5,
+        generate_stats=False,
+        use_causal_mask_bottom_right=True,
+        paged_attention_k_table=known("table", ids["table"]),
+        paged_attention_v_table=known("table", 20),
+        paged_attention_max_seq_len_kv=batch.max_context_len,
+    )
+    out.set_output(True).set_dim(shape).set_stride(stride).set_data_type(kind.BFLOAT16)
+    out.set_uid(UIDS["out"]).set_ragged_offset(known("rows", 21))
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.check_support()
+    graph.build_plans()
+    workspace = torch.empty(
+        max(1, graph.get_workspace_size()), dtype=torch.uint8, device=inputs["rows"].device
+    )
+    found = {ids[name]: one for name, one in inputs.items()}
+    return graph, {**found, 20: inputs["table"], 21: inputs["rows"]}, workspace
