@@ -8,13 +8,11 @@ state is whole between any two calls. The simulator runs it too, with its own ti
 import asyncio
 import itertools
 import logging
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from orchestrator.control.admission import Admission, RefusalLog, refusal
 from orchestrator.control.policies.policy import Totals
-from orchestrator.control.prefill_speed import PrefillSpeed, prefill_speeds
 from orchestrator.control.prefix_index import PrefixIndex
 from orchestrator.control.request_actions import (
     Action,
@@ -28,38 +26,16 @@ from orchestrator.control.request_actions import (
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
-from orchestrator.control.rerouting import (
-    REST_S,
-    crowded_workers,
-    is_worth,
-    most_room,
-    without_room,
-)
-from orchestrator.control.router import (
-    NO_ROOMS,
-    LoadLedger,
-    Move,
-    PromptLoad,
-    Refuse,
-    Rooms,
-    Route,
-    Wait,
-    choose_decode,
-    choose_route,
-    no_encoders,
-    predict,
-    ready_workers,
-    room_left,
-    rooms_of,
-)
+from orchestrator.control.rerouting import crowded_workers
+from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, rooms_of
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
-from orchestrator.control.transfer_paths import TransferPaths
 from orchestrator.control.view import ClusterView, WorkerView
 from orchestrator.errors import DuplicateRequest, GatewayFull, GatewayStopping
 from orchestrator.gateway.encoders import FULL_S, Encoders
 from orchestrator.gateway.links import Link, LinkListener, Links, Timer, Timers
 from orchestrator.gateway.live_request import LiveRequest, LiveSample, enqueue
+from orchestrator.gateway.routes import Routes, can_go_back
 from orchestrator.gateway.validation import CheckedRequest
 from workers.api import (
     Event,
@@ -77,8 +53,6 @@ logger = logging.getLogger(__name__)
 
 #: A worker that told more of its cache than could be read is asked again after so long, in seconds.
 ASK_AGAIN_S = 5.0
-#: Between two looks at how fast KV goes between workers, in seconds.
-PATHS_EVERY_S = 1.0
 
 
 class Dispatcher:
@@ -117,17 +91,6 @@ class Dispatcher:
         self._slo = slo
         self._admission = admission
         self._tenant_weights = tenant_weights or {}
-        self._token_budgets = token_budgets or {}
-        self._growth_reserves = growth_reserves or {}
-        #: As of the view; None while no worker has learnt how long its steps take.
-        self._speeds: dict[WorkerId, PrefillSpeed] | None = None
-        self._rooms: Rooms = NO_ROOMS
-        #: When prompts that wait for room were looked at, last.
-        self._routed_again_at_s = -math.inf
-        #: Whose turn it is then: those of later attempts first.
-        self._looked_at_last = 0
-        self._paths: TransferPaths | None = None
-        self._paths_at_s = 0.0
         self._max_waiting = max_waiting_requests
         self._max_running = max_running_requests
         self._learn_model = learn_model
@@ -135,7 +98,6 @@ class Dispatcher:
         self._on_view = on_view
         self._attempts = itertools.count(first_attempt)
         self._timers = timers
-        self._view: ClusterView | None = None
         self._view_at_s = 0.0
         #: Workers that give up phases, and which.
         self._leaving: dict[WorkerId, PhaseSet] = {}
@@ -144,6 +106,9 @@ class Dispatcher:
         self._links = make_links(self)
         self._ledger = LoadLedger()
         self._prefixes = PrefixIndex()
+        self._routes = Routes(
+            self._ledger, self._prefixes, self._links.is_open, token_budgets or {}, growth_reserves or {}
+        )
         #: All that are not over.
         self._requests: dict[RequestId, LiveRequest] = {}
         #: Samples that workers have, by their attempt, which is no other one's.
@@ -165,7 +130,7 @@ class Dispatcher:
     @property
     def view(self) -> ClusterView | None:
         """The view that is in use."""
-        return self._view
+        return self._routes.view
 
     @property
     def view_age_s(self) -> float:
@@ -185,7 +150,7 @@ class Dispatcher:
     @property
     def can_serve(self) -> bool:
         """A request that came now could go to workers."""
-        return not self._is_stopping and isinstance(self._choose(frozenset()), Route)
+        return not self._is_stopping and isinstance(self._routes.choose(frozenset()), Route)
 
     @property
     def is_leaving(self) -> bool:
@@ -201,7 +166,7 @@ class Dispatcher:
         """Why `can_serve` is false."""
         if self._is_stopping:
             return str(GatewayStopping())
-        choice = self._choose(frozenset())
+        choice = self._routes.choose(frozenset())
         return "" if isinstance(choice, Route) else choice.reason
 
     def check_room(self, num_more: int = 0) -> None:
@@ -301,7 +266,7 @@ class Dispatcher:
 
     def update_view(self, view: ClusterView) -> bool:
         """Use this view from now on; False, and nothing changes, when it is older than the present one."""
-        present = self._view
+        present = self.view
         if self._is_closed:
             return False
         if present is not None and (view.controller_epoch, view.version) < (
@@ -309,20 +274,16 @@ class Dispatcher:
             present.version,
         ):
             return False
-        self._view = view
         self._view_at_s = self._timers.time()
-        self._speeds = prefill_speeds(view, self._token_budgets)
-        self._rooms = rooms_of(view)
-        if self._paths is None or self._view_at_s - self._paths_at_s >= PATHS_EVERY_S:
-            self._paths, self._paths_at_s = TransferPaths.of(view), self._view_at_s
+        self._routes.update(view, self._view_at_s)
         for worker, reason in self._links.use(view):
             self._worker_lost(worker, reason)
         self._on_view(view)
         self._leaving = {worker.worker_id: worker.leaving for worker in view.workers if worker.leaving}
         self._leave_workers()
-        self._spread_prompts(view)
+        self._spread_prompts()
         self._route_waiting()
-        self._route_again(view)
+        self._route_again()
         self._changed()
         return True
 
@@ -411,7 +372,7 @@ class Dispatcher:
         if self._admission is Admission.OFF:
             return
         first = request.samples[0]
-        choice = self._choose_for(first)
+        choice = self._routes.choose_for(first)
         predicted = choice.predicted if isinstance(choice, Route) else None
         now_s = self._timers.time()
         problem = refusal(predicted, now_s - first.machine.times.arrived_at_s, self._slo.ttft_s)
@@ -443,9 +404,9 @@ class Dispatcher:
             elif is_decode_leaving and machine.can_migrate:
                 self._migrate(sample, f"{decode_id} gives up decode", now_s)
 
-    def _spread_prompts(self, view: ClusterView) -> None:
+    def _spread_prompts(self) -> None:
         """Some of the prompts that wait go to a worker that has come to prefill, which else would wait for those that are to come."""
-        ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
+        ready = self._routes.ready(Phase.PREFILL)
         before, self._prefilling = self._prefilling, frozenset(worker.worker_id for worker in ready)
         come = self._prefilling - before
         if come and before:
@@ -453,10 +414,8 @@ class Dispatcher:
 
     def _give_share(self, worker_id: WorkerId) -> None:
         """A worker that can be used again gets some of the prompts that wait: all that it had have gone to others, perhaps to one that has no room to decode them."""
-        assert self._view is not None
         for phase in (Phase.PREFILL, Phase.DECODE):
-            ready = ready_workers(self._view, phase, self._links.is_open)
-            if any(one.worker_id == worker_id for one in ready):
+            if any(one.worker_id == worker_id for one in self._routes.ready(phase)):
                 self._send_back(phase, frozenset({worker_id}))
                 if phase is Phase.PREFILL:
                     self._prefilling |= {worker_id}
@@ -470,7 +429,7 @@ class Dispatcher:
         num_moved = 0
         for sample in reversed(list(self._running.values())):
             machine, route = sample.machine, sample.machine.route
-            if route is None or not _can_go_back(sample) or come <= machine.avoided:
+            if route is None or not can_go_back(sample) or come <= machine.avoided:
                 continue
             if phase is Phase.DECODE and route.is_colocated:
                 continue
@@ -484,70 +443,18 @@ class Dispatcher:
                 return
             self._do(sample, machine.sent_back(f"{', '.join(sorted(come))} has come to {phase}"))
 
-    def _route_again(self, view: ClusterView) -> None:
+    def _route_again(self) -> None:
         """Prompts for which their workers have no room go to others that have."""
-        speeds, now_s = self._speeds, self._timers.time()
-        if speeds is None or now_s < self._routed_again_at_s + REST_S:
-            return
-        crowded = crowded_workers(self._ledger, self._rooms)
-        if not crowded:
-            return
-        ready = ready_workers(view, Phase.PREFILL, self._links.is_open)
-        most = most_room(ready, self._ledger, self._rooms)
-        if most <= 0:
-            return
-        self._routed_again_at_s = now_s
-        # In the order of their attempts.
-        running, last = self._running.items(), self._looked_at_last
-        in_turn = itertools.chain(
-            (sample for attempt, sample in running if attempt > last),
-            (sample for attempt, sample in running if attempt <= last),
-        )
-        prompts = (
-            sample.as_waiting(route)
-            for sample in in_turn
-            if (route := sample.machine.route) is not None
-            and route.prefill.worker_id in crowded
-            and _can_go_back(sample)
-            # Its embeddings are there, or on their way.
-            and sample.machine.images is None
-        )
-        looks = without_room(prompts, self._rooms, most, now_s)
-        self._looked_at_last = looks.last_in_turn
-        for prompt in looks.prompts:
+        now_s = self._timers.time()
+        for prompt in self._routes.prompts_without_room(self._running, now_s):
             sample = self._running.get(prompt.attempt)
             # It may have been cancelled with another sample of its request.
-            if sample is not None and (reason := self._why_again(sample, now_s - prompt.since_s, speeds)):
+            if sample is not None and (reason := self._routes.why_again(sample, now_s - prompt.since_s)):
                 self._do(sample, sample.machine.sent_back(reason))
                 self._route_waiting()
 
-    def _why_again(self, sample: LiveSample, waited_s: float, speeds: Mapping[WorkerId, PrefillSpeed]) -> str:
-        """Why it goes to another worker that has room; empty when it stays."""
-        machine, load = sample.machine, self._prompt_load(sample)
-        choice = self._choose(frozenset(machine.avoided), load)
-        if not isinstance(choice, Route) or choice.predicted is None or machine.route is None:
-            return ""
-        here, there = machine.route.prefill, choice.prefill
-        if room_left(there, self._ledger, self._rooms) < load.room_at(there):
-            return ""
-        if not is_worth(waited_s, predict(here, self._ledger, load, speeds), choice.predicted):
-            return ""
-        return f"{here.worker_id} has no room for its KV, and {there.worker_id} has"
-
     def _migrate(self, sample: LiveSample, reason: str, now_s: float) -> None:
-        assert self._view is not None
-        machine, move = sample.machine, None
-        if self._paths is not None and machine.route is not None:
-            # It stops while its KV moves: nothing of it is hidden.
-            move = Move(self._paths, machine.route.decode, machine.num_prefill_tokens)
-        target = choose_decode(
-            self._view,
-            self._ledger,
-            self._links.is_open,
-            move,
-            rooms=self._rooms,
-            max_tokens=machine.max_tokens,
-        )
+        target = self._routes.choose_decode(sample)
         if target is None:
             # It stays where it is until there is one.
             return
@@ -584,7 +491,7 @@ class Dispatcher:
 
     def _why_waiting(self, sample: LiveSample) -> str:
         if sample.machine.state is not RequestState.QUEUED:
-            return self._encoders.why_waiting(self._view, sample, self._timers.time())
+            return self._encoders.why_waiting(self.view, sample, self._timers.time())
         return self.why_not() or f"{self.num_running} requests were running (gateway.maxRunningRequests)"
 
     def _do(self, sample: LiveSample, actions: Sequence[Action]) -> None:
@@ -671,7 +578,7 @@ class Dispatcher:
             self._give_encoders()
         while self._waiting and self.num_running < self._max_running:
             sample = self._waiting[0]
-            choice = self._choose_for(sample)
+            choice = self._routes.choose_for(sample)
             if isinstance(choice, Wait):
                 return
             self._waiting.popleft()
@@ -692,9 +599,9 @@ class Dispatcher:
         now_s = self._timers.time()
         for sample in self._encoders.wanting():
             machine = sample.machine
-            choice = self._encoders.choose(self._view, sample, now_s)
+            choice = self._encoders.choose(self.view, sample, now_s)
             if isinstance(choice, Wait):
-                if self._look_again is None and self._encoders.is_anyone_full(self._view, now_s):
+                if self._look_again is None and self._encoders.is_anyone_full(self.view, now_s):
                     self._look_again = self._timers.call_later(FULL_S, self._look_at_full_encoders)
                 return
             if isinstance(choice, Refuse):
@@ -708,61 +615,3 @@ class Dispatcher:
     def _look_at_full_encoders(self) -> None:
         self._look_again = None
         self._route_waiting()
-
-    def _choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
-        """The workers of the request's first sample, where the prompt is cached, if they can be had."""
-        if sample.machine.images is not None and (refusal := no_encoders(self._view)) is not None:
-            return refusal
-        prompt = self._prompt_load(sample)
-        first = sample.request.samples[0].machine.route
-        if first is not None and sample.index > 0 and sample.machine.num_attempts == 0:
-            wanted = {first.prefill.worker_id, first.decode.worker_id}
-            choice = choose_route(
-                self._view,
-                self._ledger,
-                lambda w: self._links.is_open(w) and w.worker_id in wanted,
-                prompt,
-                self._speeds,
-                self._paths,
-                self._rooms,
-            )
-            if isinstance(choice, Route):
-                return choice
-        return self._choose(frozenset(sample.machine.avoided), prompt)
-
-    def _prompt_load(self, sample: LiveSample) -> PromptLoad:
-        """What it would cost where. A prompt whose tokens are scored is computed whole."""
-        machine = sample.machine
-        is_scored = machine.sampling.num_prompt_logprobs is not None
-        cached = {} if is_scored else self._prefixes.cached_tokens(sample.request.chain)
-        num_blocks = self._prefixes.num_blocks_by_worker()
-        return PromptLoad(
-            machine.num_prefill_tokens, cached, num_blocks, machine.max_tokens, self._growth_reserves
-        )
-
-    def _choose(
-        self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None
-    ) -> Route | Wait | Refuse:
-        """The best route without the avoided workers, or else with them."""
-        if avoided:
-            choice = choose_route(
-                self._view,
-                self._ledger,
-                lambda w: self._links.is_open(w) and w.worker_id not in avoided,
-                prompt,
-                self._speeds,
-                self._paths,
-                self._rooms,
-            )
-            if isinstance(choice, Route):
-                return choice
-        return choose_route(
-            self._view, self._ledger, self._links.is_open, prompt, self._speeds, self._paths, self._rooms
-        )
-
-
-def _can_go_back(sample: LiveSample) -> bool:
-    """Nobody has begun it, this is not its last attempt, and it would not come back: samples after the first of their request follow that."""
-    machine = sample.machine
-    is_following = sample.index > 0 and machine.num_attempts == 1
-    return machine.is_prefill_waiting and not machine.has_last_attempt and not is_following

@@ -167,7 +167,7 @@ def rest(it: Gateway) -> None:
     for sample in it.dispatcher._running.values():
         attempt = sample.record.attempts[-1]
         attempt.at_s -= 2 * REST_S
-    it.dispatcher._routed_again_at_s -= 2 * REST_S
+    it.dispatcher._routes._looked_at_s -= 2 * REST_S
 
 
 def test_prompts_that_wait_for_room_go_to_a_worker_that_has_some() -> None:
