@@ -125,12 +125,13 @@ def token_kernel(  # type: ignore[no-untyped-def]
     vocab_size: tl.constexpr,
     tile: tl.constexpr,
     num_bins: tl.constexpr,
+    max_levels: tl.constexpr,
     parts_block: tl.constexpr,
     shift: tl.constexpr,
 ):
     """The tokens of rows that were searched; the last program of a row goes through levels that are left. Programs: [rows, parts].
 
-    tie_counts: [rows, parts] int32, for these programs alone.
+    tie_counts: [rows, parts] int32, for these programs alone. max_levels: that there can be.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(token_ids + row) == UNKNOWN:
@@ -170,7 +171,10 @@ def token_kernel(  # type: ignore[no-untyped-def]
                 number = tl.load(numbers + row)
                 first = part * 0
                 end = first + vocab_size
-                while tie < 0:
+                level = part * 0
+                # Without a bound a temperature that is no number would keep the GPU for ever.
+                while (tie < 0) & (level < max_levels):
+                    level += 1
                     add_windows(
                         logits,
                         state,

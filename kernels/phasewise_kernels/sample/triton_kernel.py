@@ -334,6 +334,8 @@ def sample(
         vocab_size,
         TILE,
         num_bins,
+        # Each of the three searches ends when the one before has.
+        3 * triton.cdiv(32 - shift, BITS),
         triton.next_power_of_2(num_tiles),
         shift,
         num_warps=8,
