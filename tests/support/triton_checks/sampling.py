@@ -209,6 +209,13 @@ def check_rows_with_one_program_each(device: str) -> None:
     assert_same(logits, options, rng, (1024, 1, 3, 12))
 
 
+def check_equal_tokens_in_several_parts_of_a_row(device: str) -> None:
+    """The draw is the one of its number, whichever program has it."""
+    rng = np.random.default_rng(7)
+    logits = logits_of("equal", 6, 2500, torch.bfloat16, rng).to(device)
+    assert_same(logits, [(1.0, 0, 1.0, 0.0)] * 6, rng)
+
+
 def check_whatever_comes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
