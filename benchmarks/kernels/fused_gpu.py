@@ -202,19 +202,22 @@ def rope_ways(table: Table, num_tokens: int, cache_dtype: torch.dtype) -> None:
 def sample_ways(
     table: Table, num_rows: int, vocab_size: int, kind: str, options: tuple[float, int, float]
 ) -> None:
-    """peaked: logits as a model's; flat: normal ones, whose draw does not end among the likeliest."""
+    """peaked: logits as a model's; flat: normal ones, whose draw does not end among the likeliest; flat, bf16: with many that are equal."""
     heat, top_k, top_p = options
-    num_bytes = num_rows * vocab_size * 4
+    dtype = BF16 if kind == "flat, bf16" else torch.float32
+    num_bytes = num_rows * vocab_size * dtype.itemsize
     n = max(2, min(8, copies_of(num_bytes)))
     logits = torch.randn(n, num_rows, vocab_size, device="cuda")
     if kind == "peaked":
         logits = (logits * 0.9).exp() * 1.5
+    logits = logits.to(dtype)
     given = {
         "temperature": torch.full((num_rows,), heat, dtype=torch.float64, device="cuda"),
         "top_k": torch.full((num_rows,), top_k, dtype=torch.int64, device="cuda"),
         "top_p": torch.full((num_rows,), top_p, dtype=torch.float64, device="cuda"),
         "min_p": torch.zeros(num_rows, dtype=torch.float64, device="cuda"),
-        "seeds": torch.arange(num_rows, device="cuda"),
+        # The first draws 0.3: a flat row alone does not end among the likeliest either.
+        "seeds": torch.arange(1, num_rows + 1, device="cuda"),
         "positions": torch.arange(num_rows, device="cuda"),
         "streams": torch.zeros(num_rows, dtype=torch.int64, device="cuda"),
     }
@@ -224,7 +227,7 @@ def sample_ways(
         if heat == 0:
             return x.argmax(-1)
         values, ids = torch.sort(x, dim=-1, descending=True)
-        shares = torch.softmax(values / heat, -1)
+        shares = torch.softmax(values.float() / heat, -1)
         if top_k:
             shares[:, top_k:] = 0
         cumulative = shares.cumsum(-1)
@@ -342,7 +345,7 @@ def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
                 for cache_dtype in (BF16, torch.float8_e4m3fn, PACKED_DTYPE):
                     rope_ways(table, num_rows, cache_dtype)
         case "sample":
-            for num_rows in (1, 64, 256):
+            for num_rows in (1, 8, 64, 256):
                 for kind, options in (
                     ("peaked", (0.0, 0, 1.0)),
                     ("peaked", (1.0, 0, 1.0)),
@@ -350,6 +353,9 @@ def measure_part(table: Table, part: str, *, is_quick: bool) -> None:
                     ("peaked", (0.8, 50, 1.0)),
                     ("flat", (1.0, 0, 1.0)),
                     ("flat", (1.0, 0, 0.9)),
+                    ("flat", (2.0, 0, 1.0)),
+                    ("flat", (2.0, 20000, 0.9)),
+                    ("flat, bf16", (2.0, 20000, 0.9)),
                 ):
                     sample_ways(table, num_rows, 128256, kind, options)
         case "transfer":

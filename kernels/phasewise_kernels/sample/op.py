@@ -25,9 +25,10 @@ def sample(
     A row with a NaN, with +inf, or with nothing but -inf gets NO_TOKEN.
 
     A draw depends on seed, position and stream alone, and the tokens are in one order, from most to least likely: so
-    for equal logits it is the token that the CPU draws. All sums are in fp64, in another order than there: a draw
-    differs where the random number lies within about 1e-14 of the border between two tokens, or a border of top_p or
-    min_p lies so near to a token's. Logits that are rounded otherwise differ far more often than that.
+    for equal logits it is the token that the CPU draws. Weights are in fp64, their sums too, in another order than there,
+    or in whole numbers as fine: a draw differs where the random number lies within about 1e-14 of the border between two
+    tokens, or a border of top_p or min_p lies so near to a token's. Logits that are rounded otherwise differ far more
+    often than that.
     Source: Philox 4x64-10 (Salmon et al., SC'11).
     """
     options = {

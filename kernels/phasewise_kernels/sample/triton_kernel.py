@@ -1,12 +1,13 @@
-"""The draw on a GPU, in four launches; no sort but of a few candidates, and nothing that the host waits for.
+"""The draw on a GPU, in a few launches; no sort but of a few candidates, and nothing that the host waits for.
 
     group_maxima   the largest logit of each group of neighbours, and the mass of each chunk: the one pass over all
     choose         per row: a logit that so many groups reach; the logits that reach it, sorted: the draw, if it ends
-                   among them whatever the others are. Once with few of them, then, for rows that are left, with more
-    search         per row of which that cannot be told: the borders of top_k and top_p and the draw itself by bisection
-                   over the logits as whole numbers, 16 parts at a time; ends at once for all other rows
+                   among them whatever the others are
+    level          three times, per row of which that cannot be told: bins of all logits as whole numbers, and in which of them
+                   the borders of top_k and top_p and the draw are; these alone are cut into bins the next time
+    token          its id, after levels that a row still needs
 
-A key is a logit's bits as a whole number of the same order: of bf16 and fp16 without the bits that are always 0. Equal logits are one key,
+The last two end at once for all other rows. A key is a logit's bits as a whole number of the same order: of bf16 and fp16 without the bits that are always 0. Equal logits are one key,
 and among them the lowest id comes first. Masses are exp((logit - highest) / temperature) in fp64.
 """
 
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 
 from phasewise_kernels.sample.keys import NO_TOKEN, UNKNOWN, keys_of, uniform, values_of, weights_of
-from phasewise_kernels.sample.search_kernel import search_kernel
+from phasewise_kernels.sample.levels import STATE, SUMS, begin, scale_of
+from phasewise_kernels.sample.search_kernel import level_kernel, token_kernel
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _jit: Callable[[_F], Any] = triton.jit
@@ -29,11 +31,16 @@ SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 GROUP = 32
 #: Groups of a program of `group_maxima`.
 CHUNK_GROUPS = 128
-#: Groups that have a candidate at least, and room for candidates, first and then.
-CANDIDATES = ((512, 1024), (2048, 4096))
-#: Logits that `search` looks at at a time, and parts that it cuts a range of keys into.
-TILE = 1024
-PARTS = 16
+#: Groups that have a candidate at least, and room for candidates.
+CANDIDATES, ROOM = 512, 1024
+#: Logits that a program of the search looks at at a time, and how many programs all rows have.
+TILE = 2048
+PROGRAMS = 512
+#: Of a thread of the search: two of its programs then fit on a multiprocessor of an H100.
+REGISTERS = 128
+#: Levels that are shared by the programs of a row, and bits that each tells.
+LEVELS = 3
+BITS = 12
 
 _LOWEST = tl.constexpr(-(2**63))
 _LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
@@ -87,6 +94,10 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     candidates,
     numbers,
     highests,
+    scales,
+    states,
+    all_sums,
+    semaphores,
     token_ids,
     vocab_size: tl.constexpr,
     num_chunks,
@@ -96,17 +107,15 @@ def choose_kernel(  # type: ignore[no-untyped-def]
     chunk_groups: tl.constexpr,
     wanted: tl.constexpr,
     room: tl.constexpr,
+    num_bins: tl.constexpr,
     shift: tl.constexpr,
-    is_again: tl.constexpr,
 ):
     """chosen_groups: [rows, room] int32, candidates: [rows, room] int64, for this program alone. Programs: [rows].
 
-    numbers: [rows] fp64, the random numbers; highests: [rows] fp32; token_ids: [rows] int64, UNKNOWN where it is. For `search`.
-    is_again: only for rows where it is.
+    numbers: [rows] fp64, the random numbers; highests: [rows] fp32; token_ids: [rows] int64, UNKNOWN where it is: there
+    scales, fp64, states, all_sums and semaphores, int32, are what the search begins with.
     """
     row = tl.program_id(0).to(tl.int64)
-    if is_again and tl.load(token_ids + row) != UNKNOWN:
-        return
     chunks = tl.arange(0, chunks_block)
     is_chunk = chunks < num_chunks
     start = row * num_chunks
@@ -130,6 +139,8 @@ def choose_kernel(  # type: ignore[no-untyped-def]
             own = tl.load(logits + row * vocab_size + own_ids, mask=own_ids < vocab_size, other=-float("inf"))
             token = tl.min(tl.where(own.to(tl.float32) == highest, own_ids, vocab_size), axis=0).to(tl.int64)
         else:
+            of_masses = tl.load(chunk_masses + start + chunks, mask=is_chunk, other=0.0)
+            total = tl.sum(of_masses * weights_of(of_chunks, highest, temperature), axis=0)
             keys = keys_of(of_groups, shift)
             lowest = tl.min(keys_of(tl.full([1], -_LARGEST_FP32, tl.float32), shift), axis=0)
             low = lowest
@@ -173,8 +184,6 @@ def choose_kernel(  # type: ignore[no-untyped-def]
                 is_real = ranks < num_candidates
                 x = values_of(tl.where(is_real, found >> 32, 0), shift)
                 weights = tl.where(is_real, weights_of(x, highest, temperature), 0.0)
-                of_masses = tl.load(chunk_masses + start + chunks, mask=is_chunk, other=0.0)
-                total = tl.sum(of_masses * weights_of(of_chunks, highest, temperature), axis=0)
                 top_k = tl.load(top_ks + row)
                 has_top_k = (top_k > 0) & (top_k < vocab_size)
                 top_p = tl.load(top_ps + row)
@@ -203,6 +212,10 @@ def choose_kernel(  # type: ignore[no-untyped-def]
                     picked = tl.minimum(picked, last)
                     drawn = tl.sum(tl.where(ranks == picked, found, 0), axis=0)
                     token = 0x7FFFFFFF - (drawn & 0xFFFFFFFF)
+            if token == UNKNOWN:
+                tl.store(scales + row, scale_of(total))
+                tl.store(semaphores + row, 0)
+                begin(states + row * STATE, all_sums + row * SUMS * num_bins, num_bins)
     tl.store(token_ids + row, token)
 
 
@@ -232,6 +245,9 @@ def sample(
     maxima = scratch(num_groups, torch.float32)
     chunk_maxima, chunk_masses = scratch(num_chunks, torch.float32), scratch(num_chunks, torch.float64)
     numbers, highests = scratch(1, torch.float64), scratch(1, torch.float32)
+    num_bins = 1 << BITS
+    scales, states = scratch(1, torch.float64), scratch(STATE.value, torch.int64)
+    sums, semaphores = scratch(SUMS.value * num_bins, torch.int64), scratch(1, torch.int32)
     group_maxima_kernel[(num_rows, num_chunks)](
         logits,
         temperature,
@@ -244,50 +260,85 @@ def sample(
         CHUNK_GROUPS,
         num_warps=8,
     )
-    for wanted, room in CANDIDATES:
-        choose_kernel[(num_rows,)](
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seeds,
-            positions,
-            streams,
-            maxima,
-            chunk_maxima,
-            chunk_masses,
-            scratch(room, torch.int32),
-            scratch(room, torch.int64),
-            numbers,
-            highests,
-            token_ids,
-            vocab_size,
-            num_chunks,
-            triton.next_power_of_2(num_chunks),
-            triton.next_power_of_2(num_groups),
-            GROUP,
-            CHUNK_GROUPS,
-            # Where nearly all groups were wanted, their threshold would let far more logits pass.
-            max(1, min(wanted, vocab_size // GROUP // 2)),
-            room,
-            shift,
-            room > CANDIDATES[0][1],
-            num_warps=8,
-        )
-    search_kernel[(num_rows,)](
+    choose_kernel[(num_rows,)](
         logits,
         temperature,
         top_k,
         top_p,
         min_p,
+        seeds,
+        positions,
+        streams,
+        maxima,
+        chunk_maxima,
+        chunk_masses,
+        scratch(ROOM, torch.int32),
+        scratch(ROOM, torch.int64),
         numbers,
         highests,
+        scales,
+        states,
+        sums,
+        semaphores,
+        token_ids,
+        vocab_size,
+        num_chunks,
+        triton.next_power_of_2(num_chunks),
+        triton.next_power_of_2(num_groups),
+        GROUP,
+        CHUNK_GROUPS,
+        # Where nearly all groups were wanted, their threshold would let far more logits pass.
+        max(1, min(CANDIDATES, vocab_size // GROUP // 2)),
+        ROOM,
+        num_bins,
+        shift,
+        num_warps=8,
+    )
+    num_tiles = triton.cdiv(vocab_size, TILE)
+    grid = num_rows, max(1, min(num_tiles, PROGRAMS // num_rows))
+    for level in range(LEVELS):
+        level_kernel[grid](
+            logits,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            numbers,
+            highests,
+            scales,
+            states,
+            sums,
+            semaphores,
+            token_ids,
+            vocab_size,
+            TILE,
+            num_bins,
+            shift,
+            level == 0,
+            num_warps=8,
+            maxnreg=REGISTERS,
+        )
+    token_kernel[grid](
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        numbers,
+        highests,
+        scales,
+        states,
+        sums,
+        semaphores,
+        scratch(grid[1], torch.int32),
         token_ids,
         vocab_size,
         TILE,
-        PARTS,
+        num_bins,
+        # Each of the three searches ends when the one before has.
+        3 * triton.cdiv(32 - shift, BITS),
+        triton.next_power_of_2(num_tiles),
         shift,
-        num_warps=16,
+        num_warps=8,
+        maxnreg=REGISTERS,
     )
     return token_ids

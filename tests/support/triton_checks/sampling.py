@@ -54,14 +54,22 @@ def arguments(options: list[Options], device: str, rng: np.random.Generator) -> 
     }
 
 
-def drawn(logits: torch.Tensor, given_arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+#: TILE, PROGRAMS, LEVELS and BITS of the search where it is interpreted: rows have one program or several, and their levels are shared, left to the last
+#: program, or both.
+Cuts = tuple[int, int, int, int]
+CUTS: tuple[Cuts, ...] = ((1024, 512, 4, 8), (256, 4, 3, 12), (512, 1, 1, 5))
+
+
+def drawn(
+    logits: torch.Tensor, given_arguments: dict[str, torch.Tensor], cuts: Cuts = CUTS[0]
+) -> torch.Tensor:
     """By the op on a GPU, else by what it launches there."""
     module: Any = op
     if logits.device.type == "cpu":
         module = import_module("phasewise_kernels.sample.triton_kernel")
-        # The interpreter takes seconds to sort a thousand candidates, and as long for a large tile as for a small one.
-        module.CANDIDATES = ((16, 32), (40, 128))
-        module.TILE = 2048
+        # The interpreter takes seconds to sort a thousand candidates.
+        module.CANDIDATES, module.ROOM = 16, 32
+        module.TILE, module.PROGRAMS, module.LEVELS, module.BITS = cuts
     before = logits.clone()
     with poisoned_memory():
         found: torch.Tensor = module.sample(logits, **given_arguments)
@@ -85,10 +93,12 @@ def by_engine(logits: torch.Tensor, given_arguments: dict[str, torch.Tensor]) ->
     return sample_by_engine(logits.float().cpu().contiguous().clone(), rows).token_ids
 
 
-def assert_same(logits: torch.Tensor, options: list[Options], rng: np.random.Generator) -> None:
+def assert_same(
+    logits: torch.Tensor, options: list[Options], rng: np.random.Generator, cuts: Cuts = CUTS[0]
+) -> None:
     """Kernel, reference and engine agree."""
     given_arguments = arguments(options, str(logits.device), rng)
-    found = drawn(logits, given_arguments).tolist()
+    found = drawn(logits, given_arguments, cuts).tolist()
     # Torch's own sums on a GPU have no order that is always the same.
     expected = sample_reference(logits.cpu(), **{name: x.cpu() for name, x in given_arguments.items()})
     assert found == expected.tolist(), (options, logits.shape, logits.dtype)
@@ -98,7 +108,9 @@ def assert_same(logits: torch.Tensor, options: list[Options], rng: np.random.Gen
 def logits_of(
     kind: str, num_rows: int, vocab_size: int, dtype: torch.dtype, rng: np.random.Generator
 ) -> torch.Tensor:
-    """peaked: as a model's; flat: normal; equal: all the same; ties: few different ones; few: nearly all ruled out."""
+    """peaked: as a model's; flat: normal; equal: all the same; ties: few different ones; few: nearly all ruled out; wild: of any
+    size, down to the smallest.
+    """
     x = rng.standard_normal((num_rows, vocab_size))
     if kind == "peaked":
         x = np.exp(x * 0.9) * 1.5
@@ -109,6 +121,8 @@ def logits_of(
     elif kind == "few":
         x = np.where(rng.random(x.shape) < 3 / vocab_size, x, -np.inf)
         x[:, rng.integers(vocab_size)] = 1.0
+    elif kind == "wild":
+        x = np.sign(x) * 2.0 ** rng.integers(-149, 15, x.shape)
     return torch.from_numpy(x).to(dtype)
 
 
@@ -138,7 +152,7 @@ def check_all_options_on_all_kinds_of_logits(device: str) -> None:
                 continue
             options = options[(i // 2 + j // 2) % 2 :: 2]
         logits = logits_of(kind, len(options), vocab_size, dtype, rng).to(device)
-        assert_same(logits, options, rng)
+        assert_same(logits, options, rng, CUTS[(i + j) // 2 % len(CUTS)])
 
 
 def check_unusable_rows(device: str) -> None:
@@ -154,6 +168,21 @@ def check_unusable_rows(device: str) -> None:
         assert found[1] == found[2] == NO_TOKEN
         assert found == sample_reference(logits.to(device), **given_arguments).tolist()
         assert min(found[0], found[3]) >= 0
+
+
+def check_a_temperature_that_is_no_number_ends(device: str) -> None:
+    """Whatever it draws; other rows are as ever."""
+    rng = np.random.default_rng(7)
+    logits = logits_of("flat", 3, 2500, torch.float32, rng)
+    given_arguments = arguments([(2.0, 0, 0.9013, 0.0)] * 3, "cpu", rng)
+    expected = sample_reference(logits, **given_arguments).tolist()
+    given_arguments["temperature"][1] = float("nan")
+    on_device = {name: x.to(device) for name, x in given_arguments.items()}
+    # The interpreter tells of each NaN that becomes a whole number.
+    with np.errstate(invalid="ignore"):
+        found = drawn(logits.to(device), on_device).tolist()
+    assert (found[0], found[2]) == (expected[0], expected[2])
+    assert found[1] < logits.shape[1]
 
 
 def check_the_largest_with_the_lowest_id(device: str) -> None:
@@ -172,23 +201,39 @@ def check_no_rows(device: str) -> None:
     assert found.shape == (0,)
 
 
+def check_rows_with_one_program_each(device: str) -> None:
+    """As many that there are none for parts of them, or no programs for more."""
+    rng = np.random.default_rng(7)
+    options = list(OPTIONS)[1:7] * (1 if device == "cpu" else 100)
+    logits = logits_of("flat", len(options), 2500, torch.bfloat16, rng).to(device)
+    assert_same(logits, options, rng, (1024, 1, 3, 12))
+
+
+def check_equal_tokens_in_several_parts_of_a_row(device: str) -> None:
+    """The draw is the one of its number, whichever program has it."""
+    rng = np.random.default_rng(7)
+    logits = logits_of("equal", 6, 2500, torch.bfloat16, rng).to(device)
+    assert_same(logits, [(1.0, 0, 1.0, 0.0)] * 6, rng)
+
+
 def check_whatever_comes(device: str) -> None:
     """Whatever hypothesis thinks of."""
 
-    @settings(max_examples=8 if device == "cpu" else 200, deadline=None, database=None)
+    @settings(max_examples=25 if device == "cpu" else 200, deadline=None, database=None)
     @given(
-        st.sampled_from(["peaked", "flat", "ties", "few"]),
-        st.sampled_from([(2, torch.float32), (2500, torch.bfloat16)]),
+        st.sampled_from(["peaked", "flat", "equal", "ties", "few", "wild"]),
+        st.sampled_from([(2, torch.float32), (2500, torch.bfloat16), (2500, torch.float32)]),
         st.tuples(
-            st.floats(0.01, 5),
+            st.one_of(st.floats(0.01, 5), st.sampled_from([1e-300, 1e6])),
             st.integers(0, 2600),
-            st.floats(1e-6, 1),
+            st.floats(1e-12, 1),
             st.sampled_from([0.0, 1e-3, 0.3, 1.0]),
         ),
+        st.sampled_from(CUTS),
         st.integers(0, 2**32),
     )
-    def draws(kind: str, size: tuple[int, torch.dtype], options: Options, seed: int) -> None:
+    def draws(kind: str, size: tuple[int, torch.dtype], options: Options, cuts: Cuts, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        assert_same(logits_of(kind, 2, *size, rng).to(device), [options] * 2, rng)
+        assert_same(logits_of(kind, 2, *size, rng).to(device), [options] * 2, rng, cuts)
 
     draws()

@@ -132,3 +132,27 @@ def test_rotation_and_write_into_a_cache_in_four_bits() -> None:
         "is_rotated": True,
     }
     assert "st.global" in compiled(rope_write_int4_kernel, types, constants, num_warps=2)["ptx"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_search_for_the_token_of_a_flat_row(capability: int) -> None:
+    from phasewise_kernels.sample.search_kernel import level_kernel, token_kernel
+    from phasewise_kernels.sample.triton_kernel import BITS, LEVELS, REGISTERS, TILE
+
+    types = dict.fromkeys(("temperatures", "top_ps", "min_ps", "numbers", "scales"), "*fp64")
+    types |= dict.fromkeys(("top_ks", "states", "all_sums", "token_ids"), "*i64")
+    types |= {"all_logits": "*bf16", "highests": "*fp32", "semaphores": "*i32", "tie_counts": "*i32"}
+    constants = {"vocab_size": 128256, "tile": TILE, "num_bins": 1 << BITS, "shift": 16}
+    more: list[tuple[Any, dict[str, Any]]] = [
+        (level_kernel, {"is_first": True}),
+        (level_kernel, {"is_first": False}),
+        (token_kernel, {"max_levels": 3 * LEVELS, "parts_block": 64}),
+    ]
+    for kernel, own in more:
+        own_types = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        asm = compiled(
+            kernel, own_types, constants | own, capability=capability, num_warps=8, maxnreg=REGISTERS
+        )
+        # Sums are in whole numbers, in any order.
+        assert "relaxed.add.u64" in asm["ptx"]
+        assert not re.findall(r"atom\S+f64", asm["ptx"])
