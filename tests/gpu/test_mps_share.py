@@ -1,4 +1,7 @@
-"""Processes that share one GPU through MPS: at the same time, each on its part of the SMs; one is killed and the other goes on."""
+"""Processes that share one GPU through MPS: at the same time, each on its part of the SMs; one is killed, and whoever comes computes.
+
+Nobody else may use the GPU meanwhile: MPS takes turns with those that are not its clients.
+"""
 
 import subprocess
 import sys
@@ -48,6 +51,11 @@ class Spinner:
         line = self._process.stdout.readline()
         assert line, f"it ended with status {self._process.wait()}"
         return line.strip()
+
+    def computes(self, num: int) -> bool:
+        """Whether it says so many times that it has; not when it ends instead."""
+        assert self._process.stdout is not None
+        return all(self._process.stdout.readline().strip() == "computed" for _ in range(num))
 
     def kill(self) -> None:
         """SIGKILL; returns when it is gone."""
@@ -119,18 +127,18 @@ def test_without_shares_two_processes_take_turns(start: Start, tmp_path: Path) -
     assert together(spinners, tmp_path) < 0.5
 
 
-def test_a_process_is_killed_while_both_compute_and_the_other_goes_on(start: Start) -> None:
+def test_a_process_is_killed_while_both_compute_and_whoever_comes_computes(start: Start) -> None:
     # The first has started the daemon.
     killed, other = start(50), start(50)
     for spinner in (killed, other):
         spinner.said()
         spinner.tell("go on")
-    for spinner in (killed, other):
-        assert spinner.said() == "computed"
+        assert spinner.computes(1)
     killed.kill()
-    assert [other.said() for _ in range(50)] == ["computed"] * 50
+    # MPS promises nothing of one whose neighbour ends with work on the GPU: it goes on, or it loses the GPU.
+    goes_on = other.computes(50)
     again = start(50)
     again.said()
     again.tell("go on")
-    assert [again.said() for _ in range(5)] == ["computed"] * 5
-    assert other.said() == "computed"
+    assert again.computes(5)
+    assert not goes_on or other.computes(1)
