@@ -20,6 +20,7 @@ from workers.device.cpu_placing import check_dtypes, place_on_cpu
 from workers.device.gpu import gpu_uuid
 from workers.device.mps_share import sm_count, take_share
 from workers.device.placed import PlacedText
+from workers.device.visible_gpus import see_others
 from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
@@ -111,8 +112,9 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     check_sharing(spec)
     if spec.device is Device.CPU:
         check_dtypes(spec)
-    # Before anything uses the GPU, which fixes the share.
+    # Before anything uses the GPU, which fixes the share, and which GPUs there are.
     member = take_share(spec)
+    see_others(spec)
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
     if Phase.ENCODE in spec.phases and prepared.config.vision is None:

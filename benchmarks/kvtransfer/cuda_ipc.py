@@ -1,9 +1,9 @@
-"""A hand-off of KV between two processes of one GPU, by CUDA IPC, beside a plain copy within the device.
+"""A hand-off of KV between two processes of one GPU, or of two, by CUDA IPC, beside a plain copy within the device.
 
-    PYTHONPATH=.:kernels python benchmarks/kvtransfer/cuda_ipc.py [--quick] [--json FILE] [--sweep]
+    PYTHONPATH=.:kernels python benchmarks/kvtransfer/cuda_ipc.py [--gpus {1,2}] [--quick] [--json FILE] [--sweep]
 
 One process owns a pool of Llama-3-8B's shape, filled with random values; the other maps it and pulls 2,048 tokens of
-it, 268 MB in shuffled blocks, into its own pool. Needs an NVIDIA GPU, and measures nothing where
+it, 268 MB in shuffled blocks, into its own pool, on the same GPU or on another one of the host. Needs an NVIDIA GPU, and measures nothing where
 tests/gpu/test_cuda_ipc.py fails; the last part needs gRPC, protobuf and google-crc32c.
 
 Rates are of the device: CUDA events, the variants in turn, each after a write of 1 GiB, so that nothing is left in the
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes, span_of
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from phasewise_kernels.block_copy import op
 from phasewise_kernels.block_copy.reference import TokenRows
+from workers.device.visible_gpus import VISIBLE
 
 TESTS = "tests/gpu/test_cuda_ipc.py"
 LAYOUT = KvLayout("benchmark", "bfloat16", 16, 32, 8, 128, "rope:theta=500000")
@@ -109,15 +111,24 @@ NUM_BYTES = span_bytes(span_in(0, 0), LAYOUT)
 # The owner's process.
 
 
-def own(pipe: Connection) -> None:
-    """Make a pool and do what the pipe says, until it is killed."""
+def own(pipe: Connection, visible: str) -> None:
+    """Make a pool on the first of the visible GPUs and do what the pipe says, until it is killed."""
+    os.environ[VISIBLE] = visible
     pool = random_pool(seed=1)
-    pipe.send(pool.offers[0].descriptor)
+    pipe.send((pool.offers[0].descriptor, used_bytes()))
     while command := pipe.recv():
-        if command[0] == "bare":
+        if command[0] == "used":
+            pipe.send(used_bytes())
+        elif command[0] == "bare":
             pipe.send(offer_bare(pipe, pool, command[1]))
         else:
             pipe.send(asyncio.run(send_by_protocol(pool, *command[1:])))
+
+
+def used_bytes() -> int:
+    """Of the memory of this process's GPU, by all processes."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return total_bytes - free_bytes
 
 
 def offer_bare(pipe: Connection, pool: KvPool, num_rounds: int) -> dict[str, list[float]]:
@@ -406,6 +417,10 @@ def print_results(results: dict[str, Any]) -> None:
         print(
             f"{name:>34}{row['seconds'] * 1e6:>9.0f}{row['gb_per_s']:>9.0f}{row['gb_per_s'] / copied_s:>9.2f}"
         )
+    if results["mapping_bytes"] is not None:
+        print(
+            f"\nmemory of the owner's GPU that the mapping took: {results['mapping_bytes'] / 2**20:.0f} MiB"
+        )
     bare = results["bare"]
     print("\nhand-off between two processes, ms" + f"{'median':>10}{'p90':>8}")
     print(f"{'over a pipe':>34}{bare['handoff'] * 1e3:>10.2f}{bare['handoff_p90'] * 1e3:>8.2f}")
@@ -429,6 +444,7 @@ def print_results(results: dict[str, Any]) -> None:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--gpus", type=int, choices=(1, 2), default=1, help="2: the owner is on another one")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, for a look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--sweep", action="store_true", help="time the kernel cut up in other ways, too")
@@ -436,20 +452,31 @@ def main() -> int:
     if (problem := tests_problem(TESTS)) is not None:
         print(problem, file=sys.stderr)
         return 1
+    if torch.cuda.device_count() < args.gpus:
+        print(f"this process sees {torch.cuda.device_count()} GPUs, not {args.gpus}", file=sys.stderr)
+        return 1
     machine = describe_gpu()
     num_rounds = 30 if args.quick else 100
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    owner = context.Process(target=own, args=(theirs,), daemon=True)
+    names = os.environ.get(VISIBLE, "0,1").split(",")
+    visible = names[:1] if args.gpus == 1 else names[1::-1]
+    owner = context.Process(target=own, args=(theirs, ",".join(visible)), daemon=True)
     owner.start()
     theirs.close()
     pool = random_pool(seed=2)
-    mapped = open_pool(pipe.recv())
+    descriptor, before_bytes = pipe.recv()
+    mapped = open_pool(descriptor)
     take_bare(pipe, mapped, pool, NUM_WARM_UP)
+    pipe.send(("used",))
+    mapping_bytes = pipe.recv() - before_bytes if args.gpus > 1 else None
     results: dict[str, Any] = {
         "machine": machine,
         "num_rounds": num_rounds,
         "num_bytes": NUM_BYTES,
+        "num_gpus": args.gpus,
+        # That the owner's GPU has less since the other process maps its pool; the owner has computed meanwhile.
+        "mapping_bytes": mapping_bytes,
         "rates": device_rates(mapped, pool, num_rounds),
         "bare": take_bare(pipe, mapped, pool, num_rounds),
     }

@@ -33,6 +33,7 @@ from tests.support.worker_client import (
 from tests.support.worker_process import WorkerProcess, worker_processes
 from workers.api import (
     Device,
+    KvTransferred,
     NgramDrafts,
     PhaseSet,
     RequestId,
@@ -226,6 +227,41 @@ def test_workers_that_share_the_sms_hand_off_as_others_do_and_one_outlives_the_o
     started = ("d-0", DECODE)
     with worker_processes(started, model=model_path, arguments=[(*more, "--sm-percentage", "50")]) as (one,):
         asyncio.run(scenario(one.address))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs in one host")
+def test_kv_goes_from_one_gpu_of_the_host_to_another_without_the_host(model_path: Path) -> None:
+    """Each worker is given one GPU, as Ray does it."""
+    more = ("--device", "cuda", "--weight-dtype", "float32")
+    expected = expected_tokens(model_path)
+
+    async def check(prefill: WorkerClient, decode: WorkerClient, length: int) -> None:
+        request_id = RequestId(f"t{length}")
+        request = replace(greedy_submit(length), key=RequestKey(request_id, 1))
+        to_prefill, to_decode = handed_off(request, decode, request_id)
+
+        def reports() -> list[KvTransferred]:
+            return [event for event in prefill.events_of(request_id) if isinstance(event, KvTransferred)]
+
+        await prefill.send(to_prefill)
+        assert await decode.generate(to_decode) == expected[length][1:]
+        await prefill.wait_for(lambda: bool(reports()), "the report")
+        assert all(one.transport == "cuda_ipc" for one in reports()), reports()
+
+    async def scenario(prefill_address: str, decode_address: str) -> None:
+        prefill, decode = WorkerClient(prefill_address), WorkerClient(decode_address)
+        for length in (17, 131):
+            await check(prefill, decode, length)
+        await prefill.close()
+        await decode.close()
+
+    with worker_processes(
+        *(("p-0", PREFILL), ("d-0", DECODE)),
+        model=model_path,
+        arguments=[more, more],
+        environments=[{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}],
+    ) as (first, second):
+        asyncio.run(scenario(first.address, second.address))
 
 
 has_embedded_model = pytest.mark.skipif(

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -30,9 +30,10 @@ class WorkerProcess:
         return WorkerView(WorkerId(self.worker_id), 1, self.phases, LifecycleState.READY, self.address)
 
 
-def start_process(*arguments: str) -> "subprocess.Popen[str]":
-    """Its output comes by pipes."""
+def start_process(*arguments: str, more: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    """Its output comes by pipes. more: of its environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment |= more or {}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", "workers.main", *arguments],
@@ -50,16 +51,20 @@ def next_line(lines: Iterator[str], start: str) -> str:
 
 @contextmanager
 def worker_processes(
-    *started: tuple[str, PhaseSet], model: Path, arguments: Sequence[Sequence[str]] = ()
+    *started: tuple[str, PhaseSet],
+    model: Path,
+    arguments: Sequence[Sequence[str]] = (),
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[list[WorkerProcess]]:
-    """All ready; killed at the end if they still run. started: worker ids and phases. arguments: more for each."""
+    """All ready; killed at the end if they still run. started: worker ids and phases. arguments, environments: more for each."""
     processes = [
         start_process(
             *("--worker-id", worker_id, "--phases", ",".join(sorted(phases)), "--model", str(model)),
             *("--kv-cache-mib", "2", "--token-budget", "32", "--max-running-sequences", "8"),
-            *more,
+            *(more or ()),
+            more=environment,
         )
-        for (worker_id, phases), more in zip_longest(started, arguments, fillvalue=())
+        for (worker_id, phases), more, environment in zip_longest(started, arguments, environments)
     ]
     try:
         yield [

@@ -13,7 +13,7 @@ from workers.device.capability import PIPE_DIRECTORY, mig_refusal
 from workers.device.device_facts import is_mig
 from workers.device.mps import COMMAND
 from workers.device.mps_member import ROOT, MpsMember, join
-from workers.device.nvml import NvmlUnavailable, open_nvml
+from workers.device.nvml import NvmlUnavailable, gpu_uuids, open_nvml
 from workers.errors import GpuUnavailable, SharingUnsupported
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,7 @@ def first_gpu(environment: Mapping[str, str], nvml: Any) -> str:
     name = visible.split(",")[0].strip()
     if name.startswith("MIG-"):
         return name
-    try:
-        uuids = [_uuid(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-    except nvml.NVMLError as error:
-        raise NvmlUnavailable(f"NVML does not say which GPUs there are ({error})") from error
+    uuids = gpu_uuids(nvml)
     if name.isdecimal():
         found = uuids[int(name) : int(name) + 1]
     else:
@@ -95,8 +92,3 @@ def first_gpu(environment: Mapping[str, str], nvml: Any) -> str:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=1)",
         )
     return found[0]
-
-
-def _uuid(nvml: Any, index: int) -> str:
-    found = nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))
-    return found.decode() if isinstance(found, bytes) else str(found)
