@@ -182,7 +182,8 @@ def _start_keeper(
 ) -> PhasewiseWorkerError | None:
     # Its locks are ours, inherited: there is no moment without them, and they stay when we die meanwhile.
     environment = os.environ if keeping.environment is None else keeping.environment
-    path = os.pathsep.join([str(_SOURCES), environment.get("PYTHONPATH", "")])
+    # What is found here is found there, whatever made it so.
+    path = os.pathsep.join(dict.fromkeys([str(_SOURCES), *filter(None, sys.path)]))
     (folder / PROGRESS).write_text(_fraction(0.0))
     with (folder / LOG).open("wb") as log:
         process = subprocess.Popen(  # noqa: S603 - a command of ours
@@ -193,7 +194,7 @@ def _start_keeper(
             pass_fds=(lock, own),
             start_new_session=True,
             cwd="/",
-            env={**environment, "PYTHONPATH": path.rstrip(os.pathsep)},
+            env={**environment, "PYTHONPATH": path},
         )
     with process:
         assert process.stdin is not None
