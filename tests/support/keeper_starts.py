@@ -33,3 +33,8 @@ def refuse(log: Path, gate: Path, folder: Path, tell: Tell) -> tuple[bytes, Call
 def break_down(_folder: Path, _tell: Tell) -> tuple[bytes, Callable[[], None]]:
     """With an error that is none of ours."""
     raise RuntimeError("there is no such device")
+
+
+def tell_environment(_folder: Path, _tell: Tell) -> tuple[bytes, Callable[[], None]]:
+    """Tells the names in its environment, a line for each."""
+    return "\n".join(os.environ).encode(), lambda: None
