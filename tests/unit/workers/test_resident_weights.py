@@ -26,7 +26,7 @@ from workers.device import gpu, gpu_telemetry, placing, resident_weights
 from workers.device.memory import GpuMemory
 from workers.device.resident_memory import AttachedMemory
 from workers.device.resident_weights import ResidentWeights, map_weights
-from workers.errors import OutOfMemory, ResidentMemoryGone, SharingUnsupported
+from workers.errors import GpuUnavailable, OutOfMemory, ResidentMemoryGone, SharingUnsupported
 from workers.loading import LoadedModel, load
 from workers.model.prepare import WEIGHTS, PreparedModel
 
@@ -174,6 +174,14 @@ def test_a_mig_instance_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
     with pytest.raises(SharingUnsupported, match="a MIG instance, with which it was not tried; leave it out"):
         place.map()
+
+
+def test_a_real_keeper_says_that_there_is_no_gpu_as_a_worker_would(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(GpuUnavailable, match=r"^no GPU can be used: "):
+        map_weights(prepared(place.models), BF16, "GPU-1", nothing, root=place.root)
 
 
 # In the process of the keeper, and in that of a worker.
