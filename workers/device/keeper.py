@@ -75,6 +75,20 @@ class Membership:
         """For a process that uses it no more."""
         os.close(self.lock)
 
+    def give_up(self) -> None:
+        """For a process that cannot use it: who joins from now on has another keeper. This one ends as ever, with its members."""
+        with suppress(FileNotFoundError):
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+            # Whoever has it is about to change what is there anyway.
+            if (
+                _is_taken(lock)
+                and _is_at(lock, self.folder / LOCK)
+                and _is_at(self.lock, self.folder / MEMBERS)
+            ):
+                remove(self.folder)
+            os.close(lock)
+        self.leave()
+
 
 def _ignore(_fraction: float) -> None:
     pass
@@ -292,7 +306,9 @@ def main(arguments: list[str]) -> int:
     os.close(answer)
     _wait_for_end(lock, members, grace_s)
     end()
-    remove(folder)
+    # Unless a member has given it up.
+    if _is_at(lock, folder / LOCK):
+        remove(folder)
     return 0
 
 

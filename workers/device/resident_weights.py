@@ -94,7 +94,8 @@ def map_weights(
     try:
         memory = open_memory(membership.kept)
     except BaseException:
-        membership.leave()
+        # As after an error of the GPU, with which its memory has gone: nobody is to wait for the end of its grace.
+        membership.give_up()
         raise
     logger.info("resident_weights_mapped folder=%s resident_bytes=%d", membership.folder, memory.num_bytes)
     return ResidentWeights(memory, membership)

@@ -204,6 +204,43 @@ def test_after_it_was_killed_the_next_one_has_another_and_all_leave_nothing(
     assert not list(place.root.iterdir())
 
 
+def test_after_one_that_cannot_be_used_was_given_up_the_next_one_has_another(
+    place: Place, begin: Begin
+) -> None:
+    first = begin()
+    pid = first.keeper_pid()
+    place.join().give_up()
+    second = begin()
+    other = second.keeper_pid()
+    assert place.pids == [pid, other]
+    # The one that was given up ends with its last member, and takes nothing of the other one along.
+    first.kill()
+    until_in_thread(lambda: not is_running(pid), "the end of the keeper that was given up")
+    assert begin().keeper_pid() == other
+
+
+def test_a_member_of_one_that_has_gone_gives_up_no_other(place: Place) -> None:
+    early = place.join()
+    place.join().give_up()
+    member = place.join()
+    early.give_up()
+    again = place.join()
+    assert again.kept == member.kept
+    member.leave()
+    again.leave()
+
+
+def test_one_that_is_killed_while_it_starts_is_told_of(place: Place) -> None:
+    place.gate.unlink()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(place.join)
+        until_in_thread(lambda: bool(place.pids), "the keeper that starts")
+        os.kill(place.pids[0], signal.SIGKILL)
+        with pytest.raises(MpsFailed, match="does not start: what libraries print"):
+            joining.result()
+    assert not list(place.root.iterdir())
+
+
 def test_what_others_have_left_goes_and_what_lives_stays(place: Place, begin: Begin) -> None:
     beginning = f"phasewise-test-{os.geteuid()}-"
     dead, half_gone, strange = (place.root / f"{beginning}{name}" for name in ("b", "c-gone-7", "d"))

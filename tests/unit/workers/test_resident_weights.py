@@ -139,13 +139,17 @@ def test_what_stops_the_keeper_stops_the_worker_and_the_next_one_tries_anew(plac
     assert place.num_keepers == 2
 
 
-def test_a_worker_that_cannot_map_them_is_no_member(place: Place) -> None:
+def test_a_worker_that_cannot_map_them_is_no_member_and_the_next_one_has_another_keeper(place: Place) -> None:
+    other = place.map()
+
     def fail(_kept: bytes) -> AttachedMemory:
         raise ResidentMemoryGone(7, "it has ended")
 
     with pytest.raises(ResidentMemoryGone):
         place.map(open_memory=fail)
-    # The end of the keeper is seen to by the fixture.
+    place.map().close()
+    assert place.num_keepers == 2
+    other.close()
 
 
 def test_a_worker_that_waits_is_told_how_far_it_is(place: Place) -> None:
