@@ -1,4 +1,4 @@
-"""Processes that join a keeper of `keeper_starts`."""
+"""Where keepers of `keeper_starts` are, and processes that join one."""
 
 import subprocess
 import sys
@@ -16,6 +16,20 @@ keeping = Keeping(partial(write_line, log, gate), MpsFailed, None, float(sys.arg
 print(join("test", "a", keeping, root=root).kept.decode(), flush=True)
 sys.stdin.read()
 """
+
+
+class KeeperPlace:
+    """root: of the keepers' folders. log: a line for each keeper. gate: they have started when it is there, as it is at first."""
+
+    def __init__(self, path: Path) -> None:
+        self.root, self.log, self.gate = path / "keepers", path / "log", path / "gate"
+        self.root.mkdir()
+        self.gate.touch()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all keepers that there were."""
+        return [int(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
 
 class KeeperMember:

@@ -1,6 +1,7 @@
 """What keepers of tests keep: nothing but a line in a file for each of them. Run in the process of the keeper."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,3 +39,13 @@ def break_down(_folder: Path, _tell: Tell) -> tuple[bytes, Callable[[], None]]:
 def tell_environment(_folder: Path, _tell: Tell) -> tuple[bytes, Callable[[], None]]:
     """Tells the names in its environment, a line for each."""
     return "\n".join(os.environ).encode(), lambda: None
+
+
+def copy_weights(
+    source: Path, log: Path, gate: Path, folder: Path, tell: Tell
+) -> tuple[bytes, Callable[[], None]]:
+    """A copy of this file, which members map instead of memory of a GPU; else as `write_line`."""
+    copy = folder / source.name
+    shutil.copyfile(source, copy)
+    write_line(log, gate, folder, tell)
+    return str(copy).encode(), lambda: None

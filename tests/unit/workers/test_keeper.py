@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.keeper_members import KeeperMember
+from tests.support.keeper_members import KeeperMember, KeeperPlace
 from tests.support.keeper_starts import break_down, refuse, write_line
 from tests.support.mps_members import is_running
 from tests.support.waiting import until_in_thread
@@ -22,18 +22,8 @@ LONG_S = 1000.0
 Begin = Callable[..., KeeperMember]
 
 
-class Place:
-    """root: of the keepers' folders. log: a line for each keeper. gate: they have started when it is there."""
-
-    def __init__(self, path: Path) -> None:
-        self.root, self.log, self.gate = path / "root", path / "log", path / "gate"
-        self.root.mkdir()
-        self.gate.touch()
-
-    @property
-    def pids(self) -> list[int]:
-        """Of all keepers that there were."""
-        return [int(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+class Place(KeeperPlace):
+    """With members."""
 
     def join(
         self,

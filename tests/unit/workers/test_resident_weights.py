@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from kvtransfer.transports.cuda_mapping import this_process
 from tests.support.device_engine import ENGINE, TINY
 from tests.support.fake_nvml import FakeNvml
+from tests.support.keeper_members import KeeperPlace
 from tests.support.keeper_starts import refuse, tell_environment, write_line
 from tests.support.tiny_model import write_tiny_gguf
 from tests.support.waiting import until_in_thread
@@ -42,15 +43,13 @@ def prepared(folder: Path) -> PreparedModel:
     return PreparedModel(folder, "digest", TINY, b"", "")
 
 
-class Place:
-    """closed: what was unmapped, by the process of its keeper."""
+class Place(KeeperPlace):
+    """With what workers map. closed: what was unmapped, by the process of its keeper."""
 
     def __init__(self, path: Path) -> None:
-        self.root, self.log, self.gate = path / "root", path / "log", path / "gate"
+        super().__init__(path)
         self.models = path / "models"
         self.closed: list[bytes] = []
-        self.root.mkdir()
-        self.gate.touch()
 
     def open_memory(self, kept: bytes) -> AttachedMemory:
         return AttachedMemory(this_process(), {"a": torch.zeros(4)}, 4096, lambda: self.closed.append(kept))
@@ -67,10 +66,6 @@ class Place:
         options = {"progress": nothing, "open_memory": self.open_memory, **options}
         return map_weights(prepared(self.models / model), dtype, uuid, start=begin, root=self.root, **options)
 
-    @property
-    def num_keepers(self) -> int:
-        return len(self.log.read_text().splitlines())
-
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
@@ -84,14 +79,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
 
 def test_the_same_weights_of_one_gpu_have_one_keeper(place: Place) -> None:
     one, other = place.map(), place.map()
-    assert place.num_keepers == 1
+    assert len(place.pids) == 1
     assert one.tensors.keys() == {"a"}
     assert one.num_bytes == 4096
     one.close()
     one.close()
     assert len(place.closed) == 1
     again = place.map()
-    assert place.num_keepers == 1
+    assert len(place.pids) == 1
     for mapped in (other, again):
         mapped.close()
     assert len(place.closed) == 3
@@ -102,7 +97,7 @@ def test_other_weights_have_another_keeper(place: Place) -> None:
         place.map(**{"model": "model-v4", "uuid": "GPU-1", "dtype": BF16, **change})
         for change in ({}, {"model": "model-v5"}, {"uuid": "GPU-2"}, {"dtype": FP8})
     ]
-    assert place.num_keepers == 4
+    assert len(place.pids) == 4
     for one in mapped:
         one.close()
 
@@ -136,7 +131,7 @@ def test_what_stops_the_keeper_stops_the_worker_and_the_next_one_tries_anew(plac
     with pytest.raises(OutOfMemory, match="lower it"):
         place.map(start=refuse)
     place.map(start=refuse).close()
-    assert place.num_keepers == 2
+    assert len(place.pids) == 2
 
 
 def test_a_worker_that_cannot_map_them_is_no_member_and_the_next_one_has_another_keeper(place: Place) -> None:
@@ -148,7 +143,7 @@ def test_a_worker_that_cannot_map_them_is_no_member_and_the_next_one_has_another
     with pytest.raises(ResidentMemoryGone):
         place.map(open_memory=fail)
     place.map().close()
-    assert place.num_keepers == 2
+    assert len(place.pids) == 2
     other.close()
 
 
