@@ -21,6 +21,7 @@ from workers.errors import (
     OutOfMemory,
     PhasewiseWorkerError,
     ResidentMemoryGone,
+    ResidentWeightsFailed,
     SharingUnsupported,
     UnsupportedModel,
 )
@@ -40,6 +41,7 @@ LEAVES = [
     SharingUnsupported("green contexts", "the GPU is in MIG mode", "turn MIG off"),
     MpsFailed("it does not answer"),
     ResidentMemoryGone(7, "it has ended"),
+    ResidentWeightsFailed("its keeper does not start: killed"),
 ]
 
 
@@ -65,6 +67,7 @@ def test_only_the_machine_may_do_better_later() -> None:
         False,
         True,
         False,
+        True,
         True,
         True,
     ]
