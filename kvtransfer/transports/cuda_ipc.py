@@ -206,7 +206,7 @@ def open_pool(descriptor: bytes) -> MappedCudaPool:
     except CudaDriverError as error:
         raise PoolUnreachable(TRANSPORT, f"{error}; its owner is process {pool.pid}") from error
     try:
-        kv_cache = _tensor_in(allocation, pool, visible.index(pool.device_uuid))
+        kv_cache = _tensor_in(allocation, pool)
     except (RuntimeError, ValueError) as error:
         cuda_driver.close_ipc_handle(device_index, allocation.address)
         raise PoolUnreachable(TRANSPORT, f"its memory is not what it says: {error}") from error
@@ -280,15 +280,15 @@ def _describe(kv_cache: torch.Tensor, layout: KvLayout) -> bytes:
     ).packed()
 
 
-def _tensor_in(allocation: Allocation, pool: _Description, device_index: int) -> torch.Tensor:
-    """The pool, not copied, on the GPU that its memory belongs to. The allocation must outlive the tensor."""
+def _tensor_in(allocation: Allocation, pool: _Description) -> torch.Tensor:
+    """The pool, not copied. The allocation must outlive the tensor."""
     num_bytes = pool.num_blocks * pool.layout.block_bytes
     if pool.offset + num_bytes > allocation.num_bytes:
         raise ValueError(
             f"{num_bytes} bytes from {pool.offset} on of an allocation of {allocation.num_bytes}"
         )
     address = allocation.address + pool.offset
-    flat = bytes_at(address, num_bytes, device_index)
+    flat = bytes_at(address, num_bytes)
     return flat.view(torch_dtype(pool.layout.dtype)).view(pool_shape(pool.layout, pool.num_blocks))
 
 

@@ -45,10 +45,10 @@ def device_uuid(device_index: int) -> str:
     return str(torch.cuda.get_device_properties(device_index).uuid)
 
 
-def bytes_at(address: int, num_bytes: int, device_index: int) -> torch.Tensor:
-    """[num_bytes] uint8, not copied. The memory must outlive the tensor."""
+def bytes_at(address: int, num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8, not copied, on the device that CUDA says: with another one named it would be a copy. The memory must outlive the tensor."""
     about = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 2}
-    return torch.as_tensor(_CudaArray(about), device=torch.device("cuda", device_index))
+    return torch.as_tensor(_CudaArray(about))
 
 
 @dataclass(frozen=True, slots=True)

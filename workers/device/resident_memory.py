@@ -167,5 +167,5 @@ def _tensor(about: Mapping[str, Any], mapped: Sequence[Allocation], device_index
     num_bytes = reach * dtype.itemsize
     if offset < 0 or offset + num_bytes > allocation.num_bytes:
         raise ValueError(f"{num_bytes} bytes from {offset} on of an allocation of {allocation.num_bytes}")
-    flat = bytes_at(allocation.address + offset, num_bytes, device_index).view(dtype)
+    flat = bytes_at(allocation.address + offset, num_bytes).view(dtype)
     return torch.as_strided(flat, shape, stride)

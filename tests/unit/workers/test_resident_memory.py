@@ -41,7 +41,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         log.append("open")
         return Allocation(host.data_ptr(), 4096)
 
-    def bytes_at(address: int, num_bytes: int, _device: int) -> torch.Tensor:
+    def bytes_at(address: int, num_bytes: int) -> torch.Tensor:
         start = address - host.data_ptr()
         return host[start : start + num_bytes]
 
