@@ -22,8 +22,7 @@
         ├── AddressUnavailable  the address to listen on cannot be had
         ├── DecodePoolBusy      too many pictures wait to be decoded
         ├── MpsFailed           the MPS daemon does not do what it should
-        ├── ResidentMemoryGone  memory that another process was to share cannot be mapped
-        └── ResidentWeightsFailed  the process that keeps weights for workers does not do what it should
+        └── ResidentMemoryGone  memory that another process was to share cannot be mapped
 
 A leaf passes its fields to `Exception`, so that it survives pickling; its message is built from them.
 `retryable` says whether the same act may succeed later without a change to what was asked.
@@ -343,14 +342,3 @@ class ResidentMemoryGone(MachineError):
 
     def __str__(self) -> str:
         return f"memory of process {self.pid} cannot be mapped: {self.problem}; start its owner again, then its workers"
-
-
-class ResidentWeightsFailed(MachineError):
-    """The keeper of the weights did not start; `problem` says why, with its own words where it left any."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(problem)
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"resident weights: {self.problem}; see to that, or leave engine.residentWeights out"

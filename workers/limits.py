@@ -89,15 +89,6 @@ def why_all_sms(*, is_on_gpu: bool, tensor_parallel: int, phase_sharing: str) ->
     return None
 
 
-def why_own_weights(*, is_on_gpu: bool, tensor_parallel: int) -> str | None:
-    """What keeps a worker from weights that others have too, as the end of a sentence; None when nothing does."""
-    if not is_on_gpu:
-        return "on a CPU, where processes share one copy in the page cache"
-    if tensor_parallel > 1:
-        return f"over {tensor_parallel} devices, where it was not tried"
-    return None
-
-
 def min_token_budget(max_running_sequences: int, block_size: int) -> int:
     """Tokens in a step with which every running sequence gets its token and a prompt its next block."""
     return max_running_sequences + block_size

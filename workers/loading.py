@@ -32,7 +32,7 @@ from workers.engine.runner import GrammarTools, ModelRunner
 from workers.errors import HostCacheTooSmall, SharingUnsupported, UnsupportedModel
 from workers.image_loading import LoadedImages, load_images
 from workers.latency_model import LatencyModel
-from workers.limits import SPLIT_PHASES, why_all_sms, why_mixed, why_own_weights
+from workers.limits import SPLIT_PHASES, why_all_sms, why_mixed
 from workers.loaded_shapes import first_latency, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.prepare import PreparedModel, prepare
@@ -40,7 +40,6 @@ from workers.model.resources import check_memory
 from workers.model.vision.config import vision_json
 
 if TYPE_CHECKING:
-    from workers.device.resident_weights import ResidentWeights
     from workers.device.split_runner import SplitRunner
     from workers.tensor_parallel.followers import Followers
 
@@ -74,8 +73,6 @@ class LoadedText:
     packer: KvPacker | None
     #: The other ranks of a tensor-parallel group.
     followers: "Followers | None"
-    #: Its weights, where they are not this process's own.
-    resident: "ResidentWeights | None"
 
     def root_of(self, submit: Submit) -> bytes:
         """What the first block of a request's KV is chained to in the prefix cache."""
@@ -108,8 +105,8 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu, ProfileError, MpsFailed, ResidentMemoryGone, ResidentWeightsFailed and SharingUnsupported, and
-    SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot be had.
+    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu, ProfileError, MpsFailed and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    be had.
     """
     _check_transport(spec)
     check_sharing(spec)
@@ -231,7 +228,6 @@ def _loaded_text(
         punctuation=_punctuation(prepared.tokenizer_json),
         packer=packer,
         followers=placed.followers,
-        resident=placed.resident,
     )
 
 
@@ -257,9 +253,6 @@ def check_sharing(spec: WorkerSpec) -> None:
     if spec.sm_percentage is not None and why is not None:
         setting = f"resources.smPercentage {spec.sm_percentage:g}"
         raise SharingUnsupported(setting, f"cannot be had {why}", "leave it out")
-    why = why_own_weights(is_on_gpu=spec.device is Device.CUDA, tensor_parallel=engine.tensor_parallel)
-    if engine.are_weights_resident and why is not None:
-        raise SharingUnsupported("engine.residentWeights", f"cannot be had {why}", "leave it out")
 
 
 def _punctuation(tokenizer_json: bytes) -> frozenset[int]:

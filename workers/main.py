@@ -126,7 +126,6 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
             growth_reserve=arguments.growth_reserve,
             is_prefix_cache_on=arguments.prefix_cache,
             weight_dtype=_weight_dtype(arguments),
-            are_weights_resident=arguments.resident_weights,
             kv_dtype=KvDtype(arguments.kv_dtype),
             host_cache_bytes=arguments.host_cache_mib * MIB,
             host_cache_codec=HostCacheCodec(arguments.host_cache_codec),

@@ -75,7 +75,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory-fraction",
         type=_number(limits.GPU_MEMORY_FRACTION),
         default=engine.gpu_memory_fraction,
-        help="share of a GPU's memory that is taken at most; with --resident-weights of what they leave",
+        help="share of a GPU's memory that is taken at most",
     )
     add(
         "--block-size", type=_whole(limits.BLOCK_SIZE), default=engine.block_size, help="tokens in a KV block"
@@ -124,11 +124,6 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--weight-dtype",
         choices=[word.value for word in WeightDtype],
         help="how matrices are kept in memory; by default float32, on a GPU bfloat16",
-    )
-    add(
-        "--resident-weights",
-        action="store_true",
-        help="weights of the text model that are in a GPU's memory once for all workers that have this option",
     )
     _add_word(parser, "--kv-dtype", engine.kv_dtype, "what KV is kept in; auto is what is computed in")
     add(

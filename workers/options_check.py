@@ -39,7 +39,6 @@ def options_problem(arguments: argparse.Namespace) -> str | None:
         _tensor_parallel_problem(arguments)
         or _phase_sharing_problem(arguments)
         or _sm_percentage_problem(arguments)
-        or _resident_weights_problem(arguments)
     )
     if problem is not None:
         return problem
@@ -88,12 +87,3 @@ def _sm_percentage_problem(arguments: argparse.Namespace) -> str | None:
     if arguments.sm_percentage is None or why is None:
         return None
     return f"argument --sm-percentage: is {arguments.sm_percentage:g}; leave it out {why}"
-
-
-def _resident_weights_problem(arguments: argparse.Namespace) -> str | None:
-    why = limits.why_own_weights(
-        is_on_gpu=computes_on_gpu(arguments), tensor_parallel=arguments.tensor_parallel
-    )
-    if not arguments.resident_weights or why is None:
-        return None
-    return f"argument --resident-weights: leave it out {why}"

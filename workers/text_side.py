@@ -133,11 +133,6 @@ class TextSide:
             room_tokens=engine.room_tokens,
         )
 
-    @property
-    def resident_bytes(self) -> int | None:
-        """Of its weights, that other workers may have too; None where they are its own."""
-        return self._loaded.resident.num_bytes if self._loaded.resident is not None else None
-
     def _transfers(self, num_wrong_prefixes: int) -> KvTransferCounts:
         """Counts of the transfers, and of prefixes that the engine found to be of other tokens."""
         counts = self.kv_host.counts()
@@ -224,8 +219,6 @@ class TextSide:
             await asyncio.to_thread(self._thread.join)
         # A GPU that hangs is to hold up nobody else.
         await asyncio.to_thread(self._runner.close)
-        if self._loaded.resident is not None:
-            await asyncio.to_thread(self._loaded.resident.close)
         await asyncio.to_thread(self._loaded.compiler.close)
 
 

@@ -157,10 +157,7 @@ class Worker:
             status = self.images.with_status(status)
         if self._telemetry is not None:
             gpu = replace(
-                self._telemetry.status,
-                sm_percentage=self.spec.sm_percentage,
-                sm_count=self._sm_count,
-                resident_bytes=self.text.resident_bytes if self.text is not None else None,
+                self._telemetry.status, sm_percentage=self.spec.sm_percentage, sm_count=self._sm_count
             )
             status = replace(status, gpu=gpu)
         return status

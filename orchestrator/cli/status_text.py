@@ -1,6 +1,6 @@
 """What `phasewise status` prints of one deployment, for a terminal of 80 columns and as JSON. Pure."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.cli import table
@@ -214,15 +214,11 @@ def _wrongs(view: ClusterView) -> list[str]:
 
 
 def _gpus(view: ClusterView) -> list[str]:
-    """A line for each worker with a GPU, and one for what is worth one of its own. Weights in common are told of once."""
+    """A line for each worker with a GPU, and one for what is worth one of its own."""
     found = []
-    told: set[tuple[str, int | None]] = set()
     for worker in view.workers:
         gpu = worker.status.gpu if worker.status is not None else None
         if gpu is not None:
-            if (gpu.uuid, gpu.resident_bytes) in told:
-                gpu = replace(gpu, resident_bytes=None)
-            told.add((gpu.uuid, gpu.resident_bytes))
             found += [f"  {worker.worker_id}: {line}" for line in gpu_lines(gpu)]
     return ["", *found] if found else []
 

@@ -165,7 +165,6 @@ def _engine_config(group: WorkerGroup) -> EngineConfig:
         growth_reserve=engine.growth_reserve,
         is_prefix_cache_on=engine.prefix_cache,
         weight_dtype=group.weight_dtype,
-        are_weights_resident=engine.resident_weights,
         kv_dtype=KvDtype(engine.kv_dtype),
         host_cache_bytes=engine.host_cache_mib * MIB,
         host_cache_codec=HostCacheCodec(engine.host_cache_codec),

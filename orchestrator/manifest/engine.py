@@ -52,8 +52,7 @@ class Engine(Section):
         default=_ENGINE.gpu_memory_fraction,
         gt=limits.GPU_MEMORY_FRACTION.least,
         le=limits.GPU_MEMORY_FRACTION.most,
-        description="Share of a GPU's memory that the worker takes at most: weights, KV and what steps need. With residentWeights: of the memory that "
-        "the weights leave, and without them.",
+        description="Share of a GPU's memory that the worker takes at most: weights, KV and what steps need.",
     )
     token_budget: int = Field(
         default=_ENGINE.token_budget,
@@ -132,12 +131,6 @@ class Engine(Section):
         description="How the matrices of the model are kept in memory. On a CPU (float32, bfloat16, int8) all else is float32; "
         "on a GPU (float32, bfloat16, float16) all else is the same, or with fp8 (e4m3 with a scale for each output, from compute "
         "capability 8.9 on) bfloat16. Default: float32, on a GPU bfloat16.",
-    )
-    resident_weights: bool = Field(
-        default=_ENGINE.are_weights_resident,
-        description="The weights of the text model are in the GPU's memory once for all workers of one user that have this, with the same model and "
-        "weightDtype on the same GPU; a process of its own keeps them until the last of these has been gone for 20 seconds. A worker that is started again "
-        "maps them instead of loading them. On a GPU, without tensor parallelism. Weights of the vision model stay each worker's own.",
     )
     kv_dtype: Literal["auto", "fp8", "int4"] = Field(
         default=_ENGINE.kv_dtype.value,

@@ -192,9 +192,6 @@ class WorkerGroup(Section):
         if self.resources.sm_percentage is not None and why is not None:
             sentence = f"is {self.resources.sm_percentage:g}; allowed: absent {why}"
             inconsistent([(("resources", "smPercentage"), sentence)])
-        why = limits.why_own_weights(is_on_gpu=self.is_on_gpu, tensor_parallel=self.tensor_parallel)
-        if self.engine.resident_weights and why is not None:
-            inconsistent([(("engine", "residentWeights"), f"is true; allowed: false {why}")])
         return self
 
 

@@ -133,9 +133,6 @@ class EngineConfig:
     #: KV of prompts is kept for later ones that begin alike.
     is_prefix_cache_on: bool = True
     weight_dtype: WeightDtype = WeightDtype.FLOAT32
-    #: The weights of the text model are in memory of the GPU once for all workers that have this, and belong to none of them. What
-    #: `limits.why_own_weights` names has it not.
-    are_weights_resident: bool = False
     kv_dtype: KvDtype = KvDtype.AUTO
     #: Host memory for prefix blocks that the pool evicts, in bytes; 0 keeps none.
     host_cache_bytes: int = 0

@@ -183,8 +183,6 @@ class GpuStatus:
     #: Of its SMs, that the worker may use through CUDA MPS, and the whole SMs that these are; None without a share.
     sm_percentage: float | None = None
     sm_count: int | None = None
-    #: Of the memory that is used: the worker's weights, which are there once for all that have them; None where they are its own.
-    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,9 +67,7 @@ def gpu_memory(device: torch.device) -> GpuMemory:
 
 def check_room(need_bytes: int, device: torch.device, memory_fraction: float) -> None:
     """Raise OutOfMemory when weights of so many bytes do not fit in this share of the GPU's memory."""
-    remedy = "use a smaller model, more or larger GPUs, or end other programs on it"
-    if memory_fraction < 1:
-        remedy += ", or raise engine.gpuMemoryFraction"
+    remedy = "use a smaller model, more or larger GPUs, end other programs on it, or raise engine.gpuMemoryFraction"
     require("the model's weights on the GPU", need_bytes, device, memory_fraction, remedy)
 
 

@@ -21,26 +21,19 @@ ENCODER_HIDDEN_SIZES, ENCODER_INNER_SIZES = 24, 3
 
 @dataclass(frozen=True, slots=True)
 class GpuMemory:
-    """free_bytes: now, of total_bytes. own_bytes: what this process holds of the rest; the others hold what remains.
-
-    resident_bytes: weights that a keeper has for this process and others: no worker's, so that shares are of what they leave.
-    """
+    """free_bytes: now, of total_bytes. own_bytes: what this process holds of the rest; the others hold what remains."""
 
     free_bytes: int
     total_bytes: int
     own_bytes: int = 0
-    resident_bytes: int = 0
 
     def left_of(self, fraction: float) -> int:
         """What this process may still take so that it has no more than this share of the memory."""
-        return max(0, min(self.free_bytes, self._share(fraction) - self.own_bytes))
+        return max(0, min(self.free_bytes, int(fraction * self.total_bytes) - self.own_bytes))
 
     def held_of(self, fraction: float) -> int:
         """What others hold of this share: it is not free."""
-        return max(0, self._share(fraction) - self.own_bytes - self.free_bytes)
-
-    def _share(self, fraction: float) -> int:
-        return int(fraction * (self.total_bytes - self.resident_bytes))
+        return max(0, int(fraction * self.total_bytes) - self.own_bytes - self.free_bytes)
 
 
 def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> int:

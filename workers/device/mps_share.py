@@ -11,9 +11,8 @@ import torch
 from workers.api import WorkerSpec
 from workers.device.capability import PIPE_DIRECTORY, mig_refusal
 from workers.device.device_facts import is_mig
-from workers.device.keeper import ROOT
 from workers.device.mps import COMMAND
-from workers.device.mps_member import MpsMember, join
+from workers.device.mps_member import ROOT, MpsMember, join
 from workers.device.nvml import NvmlUnavailable, gpu_uuids, open_nvml
 from workers.errors import GpuUnavailable, SharingUnsupported
 

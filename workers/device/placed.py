@@ -11,7 +11,6 @@ from workers.model.llama import Llama
 from workers.step_shape import DeviceShape
 
 if TYPE_CHECKING:
-    from workers.device.resident_weights import ResidentWeights
     from workers.device.sampler import DeviceSampler
     from workers.device.sm_share import SmShares
     from workers.engine.forwarding import Forward
@@ -33,13 +32,9 @@ class PlacedText:
     followers: "Followers | None" = None
     #: Layouts of its SMs, for split steps.
     shares: "SmShares | None" = None
-    #: None where the weights are this process's own.
-    resident: "ResidentWeights | None" = None
 
     def close(self) -> None:
         """Give back what other processes and the driver have."""
-        if self.resident is not None:
-            self.resident.close()
         if self.shares is not None:
             # Whoever has layouts has imported what makes them.
             from workers.device.sm_share import close_shares

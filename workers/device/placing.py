@@ -1,8 +1,7 @@
 """The text model of a worker and its KV on a GPU, with steps captured. Blocks for seconds."""
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,10 +15,9 @@ from workers.api import KvDtype, PhaseSharing, WeightDtype, WorkerSpec
 from workers.device.buckets import decode_buckets, mixed_buckets
 from workers.device.dtypes import kv_dtype, needed_capability
 from workers.device.forward import DeviceForward
-from workers.device.gpu import gpu_memory, gpu_uuid, load_to_gpu, open_gpu
-from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, layout_bytes, step_bytes
+from workers.device.gpu import gpu_memory, load_to_gpu, open_gpu
+from workers.device.memory import CONTEXT_BYTES, kv_cache_bytes, layout_bytes, step_bytes
 from workers.device.placed import PlacedText
-from workers.device.resident_weights import ResidentWeights, map_weights
 from workers.device.sampler import DeviceSampler
 from workers.device.sm_share import SmShares, close_shares, open_sm_shares
 from workers.device.split_runner import PHASES, STEP_GROUPS, SplitRunner, open_split
@@ -38,53 +36,37 @@ Progress = Callable[[str, float], None]
 
 
 def place_on_gpu(spec: WorkerSpec, prepared: PreparedModel, progress: Progress) -> PlacedText:
-    """Raises GpuUnavailable, NotOnGpu, SharingUnsupported, UnsupportedModel, OutOfMemory, KvCacheTooSmall, ResidentMemoryGone and
-    ResidentWeightsFailed.
-    """
+    """Raises GpuUnavailable, NotOnGpu, SharingUnsupported, UnsupportedModel, OutOfMemory and KvCacheTooSmall."""
     check_spec(spec)
     check_dtypes(spec, prepared.config)
     device = open_gpu(needed_capability=needed_capability(spec.engine))
-    with ExitStack() as undone:
-        # Before KV: it gets what their captured steps leave.
-        shares = _open_shares(spec)
+    # Before KV: it gets what their captured steps leave.
+    shares = _open_shares(spec)
+    try:
+        return replace(_place(spec, prepared, device, shares, progress), shares=shares)
+    except BaseException:
         if shares is not None:
-            undone.callback(close_shares, shares)
-        weights, resident = _load_weights(spec, prepared, device, progress)
-        if resident is not None:
-            undone.callback(resident.close)
-        placed = _place(spec, prepared, weights, resident, shares, progress)
-        undone.pop_all()
-    return placed
-
-
-def _load_weights(
-    spec: WorkerSpec, prepared: PreparedModel, device: torch.device, progress: Progress
-) -> tuple[Mapping[str, torch.Tensor], ResidentWeights | None]:
-    """Those of a keeper where the spec has them so."""
-    engine = spec.engine
-
-    def tell(done: float) -> None:
-        progress("loading the weights onto the GPU", done)
-
-    tell(0.0)
-    if engine.are_weights_resident:
-        resident = map_weights(prepared, engine.weight_dtype, gpu_uuid(), tell)
-        return resident.tensors, resident
-    path, fraction = prepared.folder / WEIGHTS, engine.gpu_memory_fraction
-    return load_to_gpu(path, device, engine.weight_dtype, fraction, tell), None
+            close_shares(shares)
+        raise
 
 
 def _place(
     spec: WorkerSpec,
     prepared: PreparedModel,
-    weights: Mapping[str, torch.Tensor],
-    resident: ResidentWeights | None,
+    device: torch.device,
     shares: SmShares | None,
     progress: Progress,
 ) -> PlacedText:
     engine, config = spec.engine, prepared.config
+    progress("loading the weights onto the GPU", 0.0)
+    weights = load_to_gpu(
+        prepared.folder / WEIGHTS,
+        device,
+        engine.weight_dtype,
+        engine.gpu_memory_fraction,
+        lambda done: progress("loading the weights onto the GPU", done),
+    )
     model = Llama(config, weights)
-    device = model.device
     layout = config.kv_layout(
         block_size=engine.block_size,
         dtype=kv_dtype(engine),
@@ -94,10 +76,7 @@ def _place(
     needed_bytes = step_bytes(config, engine, model.dtype.itemsize)
     if shares is not None:
         needed_bytes += len(shares.layouts) * layout_bytes(config, engine, model.dtype.itemsize)
-    memory = gpu_memory(device)
-    if resident is not None:
-        memory = replace(memory, resident_bytes=resident.num_bytes)
-    kv_cache = _take_kv_cache(spec, layout, needed_bytes, memory, device, progress)
+    kv_cache = _take_kv_cache(spec, layout, needed_bytes, device, progress)
     pool = CudaPool(kv_cache, layout)
     progress("preparing the transfer kernels", 0.0)
     pool.warm_up()
@@ -118,9 +97,7 @@ def _place(
         layout,
         forward,
         DeviceSampler(device),
-        gpu_shape(name, memory.total_bytes, engine.weight_dtype, spec.sm_percentage),
-        shares=shares,
-        resident=resident,
+        gpu_shape(name, gpu_memory(device).total_bytes, engine.weight_dtype, spec.sm_percentage),
     )
 
 
@@ -193,13 +170,9 @@ def check_dtypes(spec: WorkerSpec, config: ModelConfig) -> None:
 
 
 def _take_kv_cache(
-    spec: WorkerSpec,
-    layout: KvLayout,
-    needed_bytes: int,
-    memory: GpuMemory,
-    device: torch.device,
-    progress: Progress,
+    spec: WorkerSpec, layout: KvLayout, needed_bytes: int, device: torch.device, progress: Progress
 ) -> torch.Tensor:
+    memory = gpu_memory(device)
     num_bytes = kv_cache_bytes(memory, spec.engine, needed_bytes)
     left_bytes = memory.left_of(spec.engine.gpu_memory_fraction) - needed_bytes
     remedy = "lower engine.kvCacheMiB, raise engine.gpuMemoryFraction, or end other programs on the GPU"

@@ -68,20 +68,12 @@ class ResidentMemory:
 
 
 class AttachedMemory:
-    """The tensors of another process, mapped here; made by `attach`. Views of them must not be used after `close`.
-
-    num_bytes: of the allocations that they lie in.
-    """
+    """The tensors of another process, mapped here; made by `attach`. Views of them must be gone before `close`."""
 
     def __init__(
-        self,
-        owner: ProcessIdentity,
-        tensors: dict[str, torch.Tensor],
-        num_bytes: int,
-        close: Callable[[], None],
+        self, owner: ProcessIdentity, tensors: dict[str, torch.Tensor], close: Callable[[], None]
     ) -> None:
         self.tensors = tensors
-        self.num_bytes = num_bytes
         self._owner = owner
         self._close: Callable[[], None] | None = close
 
@@ -125,7 +117,7 @@ def attach(manifest: bytes) -> AttachedMemory:
     except (CudaDriverError, ValueError, RuntimeError) as error:
         close()
         raise ResidentMemoryGone(owner.pid, str(error)) from error
-    return AttachedMemory(owner, tensors, sum(one.num_bytes for one in mapped), close)
+    return AttachedMemory(owner, tensors, close)
 
 
 def device_of(manifest: bytes) -> int:

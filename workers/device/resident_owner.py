@@ -1,8 +1,4 @@
-"""The process that owns weights and KV pool and computes nothing: as long as it lives, workers may come and go.
-
-It is for processes that one other starts and ends (`phase_processes`), and a pool that only these know. What outlives whoever started it,
-and is found by whoever comes, has a `keeper`, as the weights of a deployment's workers have.
-"""
+"""The process that owns weights and KV pool and computes nothing: as long as it lives, workers may come and go."""
 
 import multiprocessing
 import os

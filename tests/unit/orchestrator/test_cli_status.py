@@ -299,27 +299,10 @@ def test_a_gpu_is_shown_with_what_is_wrong_with_it() -> None:
     ]
     shared = GpuStatus("GPU-1", temperature_c=40, sm_percentage=62.5, sm_count=82)
     assert gpu_lines(shared) == ["GPU GPU-1, 40 C, 62.5% by MPS, 82 SMs"]
-    assert gpu_lines(GpuStatus("GPU-1", resident_bytes=3 * 2**29)) == [
-        "GPU GPU-1, 1.5 GiB of weights in common"
-    ]
     assert gpu_lines(GpuStatus("GPU-1", age_s=9.0)) == ["GPU GPU-1, seen 9 s ago"]
     view = replace(VIEW, workers=(with_status(PREFILL_0, gpu=GpuStatus("GPU-1", missing="no NVML")),))
     shown = lines(DeploymentStatus(RUNNING, replace(REPORT, view=view)))
     assert shown[-2:] == ["  prefill-0: GPU GPU-1", "  prefill-0: GPU telemetry: no NVML"]
-
-
-def test_weights_that_workers_have_in_common_are_told_of_once() -> None:
-    one, other = (GpuStatus(uuid, resident_bytes=2**30) for uuid in ("GPU-1", "GPU-2"))
-    workers = tuple(
-        with_status(worker, gpu=gpu)
-        for worker, gpu in zip((PREFILL_0, DECODE_0, DECODE_0), (one, one, other), strict=True)
-    )
-    shown = lines(DeploymentStatus(RUNNING, replace(REPORT, view=replace(VIEW, workers=workers))))
-    assert shown[-3:] == [
-        "  prefill-0: GPU GPU-1, 1.0 GiB of weights in common",
-        "  decode-0: GPU GPU-1",
-        "  decode-0: GPU GPU-2, 1.0 GiB of weights in common",
-    ]
 
 
 def test_json_has_transfers_and_leaks() -> None:

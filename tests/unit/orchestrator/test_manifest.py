@@ -425,28 +425,6 @@ def test_shares_of_the_sms_of_one_gpu_may_add_up_to_more_than_all() -> None:
     assert [one.spec(1, "127.0.0.1").sm_percentage for one in declared] == [100, 33.3, None]
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({}, "is true; allowed: false on a CPU, where processes share one copy in the page cache"),
-        ({"resources": {"gpus": 2}}, "is true; allowed: false over 2 devices, where it was not tried"),
-    ],
-)
-def test_weights_in_common_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
-    workers = [group("w", "prefill", "decode", engine={"residentWeights": True}, **options)]
-    problem = only_problem(manifest(workers=workers))
-    assert problem == f"spec.workers[0].engine.residentWeights: {says}"
-
-
-def test_workers_of_one_gpu_may_have_weights_in_common() -> None:
-    workers = [
-        group("p", "prefill", device="cuda", engine={"residentWeights": True}),
-        group("d", "decode", resources={"gpus": 1}),
-    ]
-    declared = worker_specs(parse(manifest(workers=workers)))
-    assert [one.engine.are_weights_resident for one in declared] == [True, False]
-
-
 def test_steps_of_a_gpu_with_both_phases_may_be_split() -> None:
     workers = [group("w", "decode", "prefill", device="cuda", engine=SPLIT)]
     (worker,) = worker_specs(parse(manifest(workers=workers)))

@@ -353,10 +353,6 @@ ONE_GPU = "      resources: {gpus: 1}\n"
             {"group": "      resources: {gpus: 1, smPercentage: 50}\n"},
             "resources.smPercentage: 50 is not simulated: a worker has all SMs of one h100",
         ),
-        (
-            {"engine": ", residentWeights: true", "group": ONE_GPU},
-            "engine.residentWeights is not simulated: a worker has weights of its own",
-        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["fine", "coarse"])

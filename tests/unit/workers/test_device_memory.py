@@ -28,33 +28,6 @@ def test_what_others_hold_of_a_share_is_told() -> None:
     assert memory.held_of(0.9) == 36 * GIB
 
 
-def test_shares_are_of_what_weights_in_common_leave() -> None:
-    """16 GiB of 80 are nobody's: two workers with 0.45 each have 28.8, and a process that keeps them its context."""
-    first = GpuMemory(63 * GIB, 80 * GIB, 0, 16 * GIB)
-    assert first.left_of(0.45) == int(0.45 * 64 * GIB)
-    assert first.held_of(0.45) == 0
-    taken = first.left_of(0.45)
-    second = GpuMemory(63 * GIB - taken, 80 * GIB, 0, 16 * GIB)
-    assert second.left_of(0.45) == taken
-    # As one with all would have it, without them.
-    assert GpuMemory(30 * GIB, 64 * GIB, 7 * GIB).left_of(0.5) == GpuMemory(
-        30 * GIB, 80 * GIB, 7 * GIB, 16 * GIB
-    ).left_of(0.5)
-    assert second.held_of(1.0) == 64 * GIB - second.free_bytes
-
-
-@given(st.integers(0, 40 * GIB), st.lists(st.floats(0.05, 1), min_size=1, max_size=4))
-def test_workers_whose_shares_add_up_to_one_do_not_take_too_much(resident: int, parts: list[float]) -> None:
-    free = 80 * GIB - resident
-    for part in parts:
-        memory = GpuMemory(free, 80 * GIB, 0, resident)
-        taken = kv_cache_bytes(memory, replace(AUTO, gpu_memory_fraction=part / sum(parts)), 0)
-        # Each gets all of its share, also the last one.
-        assert taken == int(part / sum(parts) * (80 * GIB - resident)) or taken == free
-        free -= taken
-    assert 0 <= free <= len(parts)
-
-
 def test_a_size_that_is_named_is_kept() -> None:
     assert kv_cache_bytes(GpuMemory(0, GIB), replace(ENGINE, kv_cache_bytes=7), 0) == 7
 

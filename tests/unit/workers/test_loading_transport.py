@@ -97,24 +97,6 @@ def test_a_worker_that_cannot_have_a_part_of_the_sms_is_not_given_one(
         load(replace(spec, **change), lambda *_progress: None)
 
 
-@pytest.mark.parametrize(
-    ("device", "degree", "says"),
-    [
-        (Device.CPU, 1, "on a CPU, where processes share"),
-        (Device.CUDA, 2, "over 2 devices, where it was not"),
-    ],
-)
-def test_a_worker_that_cannot_have_weights_in_common_is_not_given_them(
-    device: Device, degree: int, says: str
-) -> None:
-    engine = EngineConfig(tensor_parallel=degree, are_weights_resident=True)
-    spec = WorkerSpec(WorkerId("w"), 1, BOTH, "no-such-model", device=device, engine=engine)
-    with pytest.raises(
-        SharingUnsupported, match=f"^engine.residentWeights: cannot be had {says}.*; leave it out"
-    ):
-        load(spec, lambda *_progress: None)
-
-
 @pytest.mark.parametrize("dtype", [WeightDtype.FLOAT32, WeightDtype.INT8])
 def test_the_layout_of_kv_names_what_weights_are_kept_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: WeightDtype

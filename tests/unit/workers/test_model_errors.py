@@ -21,7 +21,6 @@ from workers.errors import (
     OutOfMemory,
     PhasewiseWorkerError,
     ResidentMemoryGone,
-    ResidentWeightsFailed,
     SharingUnsupported,
     UnsupportedModel,
 )
@@ -41,7 +40,6 @@ LEAVES = [
     SharingUnsupported("green contexts", "the GPU is in MIG mode", "turn MIG off"),
     MpsFailed("it does not answer"),
     ResidentMemoryGone(7, "it has ended"),
-    ResidentWeightsFailed("its keeper does not start: killed"),
 ]
 
 
@@ -67,7 +65,6 @@ def test_only_the_machine_may_do_better_later() -> None:
         False,
         True,
         False,
-        True,
         True,
         True,
     ]

@@ -130,7 +130,7 @@ def test_what_a_machine_that_went_down_has_left_is_in_nobodys_way(
     folder = root / f"phasewise-mps-{os.geteuid()}-1"
     (folder / "phasewise-mps-dead").mkdir(parents=True)
     folder.chmod(0o700)
-    (folder / "kept").write_text("phasewise-mps-dead")
+    (folder / "pipe").write_text("phasewise-mps-dead")
     (folder / "lock").touch()
     command = write_fake(tmp_path)
     assert answers(start(command).folder(), command)

@@ -90,11 +90,6 @@ def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: py
             "--device cuda --step-budget predicted --phase-sharing predicted --sm-percentage 50",
             "leave it out with phase sharing predicted, which divides all SMs within one process; use one of the two",
         ),
-        (
-            "--resident-weights",
-            "argument --resident-weights: leave it out on a CPU, where processes share one",
-        ),
-        ("--device cuda --tensor-parallel 2 --resident-weights", "leave it out over 2 devices"),
         ("--device cuda --sm-percentage 0", "argument --sm-percentage: '0' is not above 0"),
         (
             "--device cuda --sm-percentage 101",
@@ -120,11 +115,6 @@ def test_steps_of_a_gpu_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_may_have_a_part_of_the_sms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec_of(monkeypatch, "--device", "cuda").sm_percentage is None
     assert spec_of(monkeypatch, "--device", "cuda", "--sm-percentage", "62.5").sm_percentage == 62.5
-
-
-def test_a_worker_may_have_weights_in_common_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not spec_of(monkeypatch, "--device", "cuda").engine.are_weights_resident
-    assert spec_of(monkeypatch, "--device", "cuda", "--resident-weights").engine.are_weights_resident
 
 
 def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

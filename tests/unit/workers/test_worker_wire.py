@@ -275,7 +275,6 @@ GPUS = st.builds(
     age_s=st.floats(0, 1e6),
     sm_percentage=st.none() | st.floats(0, 100),
     sm_count=st.none() | UINT32,
-    resident_bytes=st.none() | UINT64,
 )
 STATUSES = st.builds(
     WorkerStatus,
