@@ -1635,8 +1635,6 @@ class GpuStatus(_message.Message):
     NOTES_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
-    SM_PERCENTAGE_FIELD_NUMBER: _builtins.int
-    SM_COUNT_FIELD_NUMBER: _builtins.int
     uuid: _builtins.str
     name: _builtins.str
     memory_used_bytes: _builtins.int
@@ -1661,9 +1659,6 @@ class GpuStatus(_message.Message):
     """What could not be asked, and why."""
     age_s: _builtins.float
     """Seconds since it was looked at."""
-    sm_percentage: _builtins.float
-    """Of its SMs, that the worker may use through CUDA MPS, and the whole SMs that these are; absent without a share."""
-    sm_count: _builtins.int
     @_builtins.property
     def throttle_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1697,12 +1692,10 @@ class GpuStatus(_message.Message):
         notes: _abc.Iterable[_builtins.str] | None = ...,
         missing: _builtins.str = ...,
         age_s: _builtins.float = ...,
-        sm_percentage: _builtins.float | None = ...,
-        sm_count: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_sm_count", b"_sm_count", "_sm_percentage", b"_sm_percentage", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_clock_mhz", b"sm_clock_mhz", "sm_count", b"sm_count", "sm_percentage", b"sm_percentage", "temperature_c", b"temperature_c", "utilisation", b"utilisation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "utilisation", b"utilisation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_sm_count", b"_sm_count", "_sm_percentage", b"_sm_percentage", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "age_s", b"age_s", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "has_remap_failed", b"has_remap_failed", "is_remap_pending", b"is_remap_pending", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "missing", b"missing", "name", b"name", "notes", b"notes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "problem", b"problem", "sm_clock_mhz", b"sm_clock_mhz", "sm_count", b"sm_count", "sm_percentage", b"sm_percentage", "temperature_c", b"temperature_c", "throttle_reasons", b"throttle_reasons", "utilisation", b"utilisation", "uuid", b"uuid", "xids", b"xids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected", "_ecc_uncorrected", b"_ecc_uncorrected", "_max_sm_clock_mhz", b"_max_sm_clock_mhz", "_memory_clock_mhz", b"_memory_clock_mhz", "_memory_total_bytes", b"_memory_total_bytes", "_memory_used_bytes", b"_memory_used_bytes", "_memory_utilisation", b"_memory_utilisation", "_power_limit_w", b"_power_limit_w", "_power_w", b"_power_w", "_sm_clock_mhz", b"_sm_clock_mhz", "_temperature_c", b"_temperature_c", "_utilisation", b"_utilisation", "age_s", b"age_s", "ecc_corrected", b"ecc_corrected", "ecc_uncorrected", b"ecc_uncorrected", "has_remap_failed", b"has_remap_failed", "is_remap_pending", b"is_remap_pending", "max_sm_clock_mhz", b"max_sm_clock_mhz", "memory_clock_mhz", b"memory_clock_mhz", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "memory_utilisation", b"memory_utilisation", "missing", b"missing", "name", b"name", "notes", b"notes", "power_limit_w", b"power_limit_w", "power_w", b"power_w", "problem", b"problem", "sm_clock_mhz", b"sm_clock_mhz", "temperature_c", b"temperature_c", "throttle_reasons", b"throttle_reasons", "utilisation", b"utilisation", "uuid", b"uuid", "xids", b"xids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ecc_corrected: _TypeAlias = _typing.Literal["ecc_corrected"]  # noqa: Y015
     _WhichOneofArgType__ecc_corrected: _TypeAlias = _typing.Literal["_ecc_corrected", b"_ecc_corrected"]  # noqa: Y015
@@ -1724,10 +1717,6 @@ class GpuStatus(_message.Message):
     _WhichOneofArgType__power_w: _TypeAlias = _typing.Literal["_power_w", b"_power_w"]  # noqa: Y015
     _WhichOneofReturnType__sm_clock_mhz: _TypeAlias = _typing.Literal["sm_clock_mhz"]  # noqa: Y015
     _WhichOneofArgType__sm_clock_mhz: _TypeAlias = _typing.Literal["_sm_clock_mhz", b"_sm_clock_mhz"]  # noqa: Y015
-    _WhichOneofReturnType__sm_count: _TypeAlias = _typing.Literal["sm_count"]  # noqa: Y015
-    _WhichOneofArgType__sm_count: _TypeAlias = _typing.Literal["_sm_count", b"_sm_count"]  # noqa: Y015
-    _WhichOneofReturnType__sm_percentage: _TypeAlias = _typing.Literal["sm_percentage"]  # noqa: Y015
-    _WhichOneofArgType__sm_percentage: _TypeAlias = _typing.Literal["_sm_percentage", b"_sm_percentage"]  # noqa: Y015
     _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
     _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
     _WhichOneofReturnType__utilisation: _TypeAlias = _typing.Literal["utilisation"]  # noqa: Y015
@@ -1752,10 +1741,6 @@ class GpuStatus(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__power_w) -> _WhichOneofReturnType__power_w | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_clock_mhz) -> _WhichOneofReturnType__sm_clock_mhz | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_count) -> _WhichOneofReturnType__sm_count | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__sm_percentage) -> _WhichOneofReturnType__sm_percentage | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
     @_typing.overload

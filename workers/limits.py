@@ -78,17 +78,6 @@ def why_mixed(
     return None
 
 
-def why_all_sms(*, is_on_gpu: bool, tensor_parallel: int, phase_sharing: str) -> str | None:
-    """What keeps a worker from a share of a GPU's SMs, as the end of a sentence; None when nothing does. phase_sharing: word of the manifest."""
-    if not is_on_gpu:
-        return "on a CPU, which has no SMs to share"
-    if tensor_parallel > 1:
-        return f"over {tensor_parallel} devices, where it was not tried"
-    if phase_sharing != "mixed":
-        return f"with phase sharing {phase_sharing}, which divides all SMs within one process; use one of the two"
-    return None
-
-
 def min_token_budget(max_running_sequences: int, block_size: int) -> int:
     """Tokens in a step with which every running sequence gets its token and a prompt its next block."""
     return max_running_sequences + block_size

@@ -6,7 +6,7 @@ from pathlib import PurePath
 from workers.api import WeightDtype
 from workers.errors import ProfileError
 from workers.known_gpu import H100
-from workers.latency_model import LatencyModel, rate_at
+from workers.latency_model import LatencyModel
 from workers.limits import WEIGHT_BYTES
 from workers.model.config import ModelConfig
 from workers.step_shape import DeviceShape, ModelShape, StepCosts
@@ -61,27 +61,10 @@ def cpu_shape(num_threads: int, memory_bytes: int) -> DeviceShape:
     )
 
 
-def gpu_shape(
-    name: str,
-    memory_bytes: int,
-    dtype: WeightDtype = WeightDtype.BFLOAT16,
-    sm_percentage: float | None = None,
-) -> DeviceShape:
-    """Of any GPU, before it was measured: an H100's, curves by share of the SMs included. dtype: of the weights that it multiplies.
-
-    sm_percentage: that the worker may use, alone on the device; None: all.
-    """
-    share = 1.0 if sm_percentage is None else sm_percentage / 100
-    compute, memory = rate_at(share, H100.compute_curve), rate_at(share, H100.memory_curve)
+def gpu_shape(name: str, memory_bytes: int, dtype: WeightDtype = WeightDtype.BFLOAT16) -> DeviceShape:
+    """Of any GPU, before it was measured: an H100's, curves by share of the SMs included. dtype: of the weights that it multiplies."""
     speed_up = FP8_SPEED_UP if dtype is WeightDtype.FP8 else 1.0
-    return replace(
-        H100,
-        name=name,
-        memory_bytes=memory_bytes,
-        flops_per_s=H100.flops_per_s * speed_up * compute,
-        attention_flops_per_s=H100.attention_flops_per_s * compute,
-        bytes_per_s=H100.bytes_per_s * memory,
-    )
+    return replace(H100, name=name, memory_bytes=memory_bytes, flops_per_s=H100.flops_per_s * speed_up)
 
 
 def first_latency(

@@ -18,9 +18,7 @@ from workers.block_hash import root_hash
 from workers.device.buckets import MAX_MIXED_TOKENS
 from workers.device.cpu_placing import check_dtypes, place_on_cpu
 from workers.device.gpu import gpu_uuid
-from workers.device.mps_share import sm_count, take_share
 from workers.device.placed import PlacedText
-from workers.device.visible_gpus import see_others
 from workers.embeddings.memory import EmbeddingMemory
 from workers.engine.decoding.cautious import punctuation_token_ids
 from workers.engine.grammar import GrammarCompiler
@@ -32,7 +30,7 @@ from workers.engine.runner import GrammarTools, ModelRunner
 from workers.errors import HostCacheTooSmall, SharingUnsupported, UnsupportedModel
 from workers.image_loading import LoadedImages, load_images
 from workers.latency_model import LatencyModel
-from workers.limits import SPLIT_PHASES, why_all_sms, why_mixed
+from workers.limits import SPLIT_PHASES, why_mixed
 from workers.loaded_shapes import first_latency, model_shape
 from workers.model.config import ModelConfig, RopeScaling
 from workers.model.prepare import PreparedModel, prepare
@@ -89,14 +87,13 @@ class LoadedText:
 class LoadedModel:
     """What the phases of a worker need of its model. text: of prefill and decode; images: of encode and prefill.
 
-    gpu_uuid: of the GPU that it computes on, as NVML names it; None on a CPU. sm_count: of its share of the SMs; None without one.
+    gpu_uuid: of the GPU that it computes on, as NVML names it; None on a CPU.
     """
 
     info: ModelInfo
     text: LoadedText | None
     images: LoadedImages | None
     gpu_uuid: str | None = None
-    sm_count: int | None = None
 
 
 def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedModel:
@@ -105,16 +102,13 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     progress: told what is done and how much of it, 0 to 1; may raise to stop it.
 
     Raises ModelUnavailable, UnsupportedModel, CorruptModel, KvCacheTooSmall, HostCacheTooSmall, ImageCacheTooSmall,
-    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu, ProfileError, MpsFailed and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
+    OutOfMemory, OutOfDisk, GpuUnavailable, NotOnGpu, NotOnCpu, ProfileError and SharingUnsupported, and SharedMemoryUnavailable or TransportUnavailable when the spec insists on what cannot
     be had.
     """
     _check_transport(spec)
     check_sharing(spec)
     if spec.device is Device.CPU:
         check_dtypes(spec)
-    # Before anything uses the GPU, which fixes the share, and which GPUs there are.
-    member = take_share(spec)
-    see_others(spec)
     torch.set_num_threads(spec.engine.num_threads)
     prepared = prepare(spec.model_source, progress)
     if Phase.ENCODE in spec.phases and prepared.config.vision is None:
@@ -133,7 +127,7 @@ def load(spec: WorkerSpec, progress: Callable[[str, float], None]) -> LoadedMode
     )
     # Of a tensor-parallel group: that of rank 0, which is this process.
     uuid = gpu_uuid() if spec.device is Device.CUDA else None
-    return LoadedModel(info, text, images, uuid, sm_count(spec, member) if member is not None else None)
+    return LoadedModel(info, text, images, uuid)
 
 
 def _load_text(
@@ -245,14 +239,6 @@ def check_sharing(spec: WorkerSpec) -> None:
     if engine.phase_sharing is not PhaseSharing.MIXED and why is not None:
         setting = f"engine.phaseSharing {engine.phase_sharing}"
         raise SharingUnsupported(setting, f"cannot be had {why}", f"use {PhaseSharing.MIXED}")
-    why = why_all_sms(
-        is_on_gpu=spec.device is Device.CUDA,
-        tensor_parallel=engine.tensor_parallel,
-        phase_sharing=engine.phase_sharing,
-    )
-    if spec.sm_percentage is not None and why is not None:
-        setting = f"resources.smPercentage {spec.sm_percentage:g}"
-        raise SharingUnsupported(setting, f"cannot be had {why}", "leave it out")
 
 
 def _punctuation(tokenizer_json: bytes) -> frozenset[int]:

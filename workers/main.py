@@ -108,7 +108,6 @@ def _spec(arguments: argparse.Namespace) -> WorkerSpec:
         bind_host=arguments.bind_host,
         port=arguments.port,
         device=Device(arguments.device),
-        sm_percentage=arguments.sm_percentage,
         engine=EngineConfig(
             block_size=arguments.block_size,
             kv_cache_bytes=_kv_cache_bytes(arguments),

@@ -35,13 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
     _add_kv_transfer_options(parser)
     _add_word(parser, "--device", Device.CPU, "what it computes with")
     add(
-        "--sm-percentage",
-        type=_percentage,
-        metavar="PERCENT",
-        help="of a GPU's SMs, to be used through CUDA MPS at the same time as other processes, above 0 to 100; by default processes "
-        "take turns",
-    )
-    add(
         "--profile",
         type=Path,
         metavar="FILE",
@@ -258,13 +251,6 @@ def _number(bounds: limits.Bounds) -> Callable[[str], float]:
         return value
 
     return read
-
-
-def _percentage(text: str) -> float:
-    found = _number(limits.Bounds(0, 100))(text)
-    if found == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return found
 
 
 def _port(text: str) -> int:

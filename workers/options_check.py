@@ -35,11 +35,7 @@ def options_problem(arguments: argparse.Namespace) -> str | None:
         return "argument --span-recompute: a GPU does not do it yet; leave it out, or use --device cpu"
     if arguments.span_recompute is not None and not arguments.prefix_cache:
         return "argument --span-recompute: with --no-prefix-cache there is no block to reuse"
-    problem = (
-        _tensor_parallel_problem(arguments)
-        or _phase_sharing_problem(arguments)
-        or _sm_percentage_problem(arguments)
-    )
+    problem = _tensor_parallel_problem(arguments) or _phase_sharing_problem(arguments)
     if problem is not None:
         return problem
     if TransportChoice(arguments.transport) not in limits.CARRYING_TRANSPORTS:
@@ -76,14 +72,3 @@ def _phase_sharing_problem(arguments: argparse.Namespace) -> str | None:
     if arguments.phase_sharing == PhaseSharing.MIXED or why is None:
         return None
     return f"argument --phase-sharing: is {arguments.phase_sharing}; it must be mixed {why}"
-
-
-def _sm_percentage_problem(arguments: argparse.Namespace) -> str | None:
-    why = limits.why_all_sms(
-        is_on_gpu=computes_on_gpu(arguments),
-        tensor_parallel=arguments.tensor_parallel,
-        phase_sharing=arguments.phase_sharing,
-    )
-    if arguments.sm_percentage is None or why is None:
-        return None
-    return f"argument --sm-percentage: is {arguments.sm_percentage:g}; leave it out {why}"

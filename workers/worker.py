@@ -90,7 +90,6 @@ class Worker:
         self.text: TextSide | None = None
         self.images: ImageSide | None = None
         self._telemetry: GpuTelemetry | None = None
-        self._sm_count: int | None = None
         self._on_state = on_state
         self._state = WorkerState.LOADING
         self._message = "starting"
@@ -156,10 +155,7 @@ class Worker:
         if self.images is not None:
             status = self.images.with_status(status)
         if self._telemetry is not None:
-            gpu = replace(
-                self._telemetry.status, sm_percentage=self.spec.sm_percentage, sm_count=self._sm_count
-            )
-            status = replace(status, gpu=gpu)
+            status = replace(status, gpu=self._telemetry.status)
         return status
 
     @property
@@ -272,7 +268,6 @@ class Worker:
         if loaded.gpu_uuid is not None:
             self._telemetry = GpuTelemetry(loaded.gpu_uuid, on_unhealthy=self._gpu_failed)
             self._telemetry.start()
-        self._sm_count = loaded.sm_count
         self._info = loaded.info
         self._sessions.serve_with(self._take, loaded.info.vocab_size)
 

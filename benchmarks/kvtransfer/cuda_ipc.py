@@ -37,9 +37,9 @@ from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes, span_of
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from phasewise_kernels.block_copy import op
 from phasewise_kernels.block_copy.reference import TokenRows
-from workers.device.visible_gpus import VISIBLE
 
 TESTS = "tests/gpu/test_cuda_ipc.py"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 LAYOUT = KvLayout("benchmark", "bfloat16", 16, 32, 8, 128, "rope:theta=500000")
 NUM_TOKENS = 2048
 NUM_BLOCKS = 512
@@ -459,9 +459,10 @@ def main() -> int:
     num_rounds = 30 if args.quick else 100
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
+    # Each process sees one, as Ray has it.
     names = os.environ.get(VISIBLE, "0,1").split(",")
-    visible = names[:1] if args.gpus == 1 else names[1::-1]
-    owner = context.Process(target=own, args=(theirs, ",".join(visible)), daemon=True)
+    os.environ[VISIBLE] = names[0]
+    owner = context.Process(target=own, args=(theirs, names[args.gpus - 1]), daemon=True)
     owner.start()
     theirs.close()
     pool = random_pool(seed=2)
@@ -469,14 +470,14 @@ def main() -> int:
     mapped = open_pool(descriptor)
     take_bare(pipe, mapped, pool, NUM_WARM_UP)
     pipe.send(("used",))
-    mapping_bytes = pipe.recv() - before_bytes if args.gpus > 1 else None
+    mapping_bytes = pipe.recv() - before_bytes
     results: dict[str, Any] = {
         "machine": machine,
         "num_rounds": num_rounds,
         "num_bytes": NUM_BYTES,
         "num_gpus": args.gpus,
-        # That the owner's GPU has less since the other process maps its pool; the owner has computed meanwhile.
-        "mapping_bytes": mapping_bytes,
+        # That the owner's GPU has less since the other process, of another GPU, maps its pool; the owner has computed meanwhile.
+        "mapping_bytes": mapping_bytes if args.gpus > 1 else None,
         "rates": device_rates(mapped, pool, num_rounds),
         "bare": take_bare(pipe, mapped, pool, num_rounds),
     }

@@ -18,7 +18,6 @@ def gpu_lines(gpu: GpuStatus) -> list[str]:
         "" if clock is None else f"{clock} MHz{f' of {most}' if most is not None else ''}",
         "" if gpu.power_w is None else f"{gpu.power_w:.0f} W{_of_limit(gpu.power_limit_w)}",
         "" if gpu.temperature_c is None else f"{gpu.temperature_c} C",
-        "" if gpu.sm_percentage is None else f"{gpu.sm_percentage:g}% by MPS, {gpu.sm_count} SMs",
         f"slowed by {' and '.join(gpu.throttle_reasons)}" if gpu.throttle_reasons else "",
         f"{gpu.ecc_corrected} ECC errors corrected" if gpu.ecc_corrected else "",
         f"seen {gpu.age_s:.0f} s ago" if gpu.age_s > STALE_AFTER_S and not gpu.missing else "",

@@ -88,9 +88,6 @@ def _left_out(declared: DeclaredWorker, latency: LatencyModel, *, is_known: bool
         gpus = declared.resources.num_gpus
         key = f"resources.gpus: {gpus}" if gpus > 1 else f"engine.tensorParallel: {engine.tensor_parallel}"
         found.append(f"{key} is not simulated: a worker is one {latency.device.name}")
-    if declared.sm_percentage is not None:
-        share = f"resources.smPercentage: {declared.sm_percentage:g}"
-        found.append(f"{share} is not simulated: a worker has all SMs of one {latency.device.name}")
     if engine.weight_dtype in ONE_BYTE and model.weight_bytes >= 2:
         sentence = f"{engine.weight_dtype} is not simulated: a weight of {model.name} has {model.weight_bytes:g} bytes"
         found.append(f"engine.weightDtype: {sentence}")

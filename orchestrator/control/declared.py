@@ -27,8 +27,6 @@ class DeclaredWorker:
     engine: EngineConfig
     kv_transfer: KvTransferConfig
     device: Device = Device.CPU
-    #: See WorkerSpec.
-    sm_percentage: float | None = None
     #: What its latency model begins with; None: the roofline.
     profile: StepCosts | None = None
 
@@ -43,7 +41,6 @@ class DeclaredWorker:
             engine=self.engine,
             kv_transfer=self.kv_transfer,
             device=self.device,
-            sm_percentage=self.sm_percentage,
             profile=self.profile,
         )
 

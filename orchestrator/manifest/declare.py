@@ -70,7 +70,6 @@ def _worker(deployment: Deployment, group: WorkerGroup, number: int) -> Declared
         engine=_engine_config(group),
         kv_transfer=_kv_transfer_config(deployment.spec.kv_transfer),
         device=Device.CUDA if group.is_on_gpu else Device.CPU,
-        sm_percentage=group.resources.sm_percentage,
         profile=group.profile.costs if group.profile is not None else None,
     )
 

@@ -44,7 +44,7 @@ ProfileFile = Annotated[
 
 
 class Resources(Section):
-    """What Ray reserves for one replica, and its share of a GPU that Ray hands to nobody."""
+    """What Ray reserves for one replica."""
 
     cpus: float = Field(
         default=1.0,
@@ -58,13 +58,6 @@ class Resources(Section):
         le=limits.TENSOR_PARALLEL.most,
         description="GPUs, of NVIDIA and of one node; with several every layer is spread over them, as "
         "engine.tensorParallel says.",
-    )
-    sm_percentage: float | None = Field(
-        default=None,
-        gt=0,
-        le=100,
-        description="Share of the SMs of a GPU that each of these workers may use, through CUDA MPS, at the same time as others on that GPU; shares may add "
-        "up to more than 100. For workers with device: cuda and gpus: 0. A fault of one on the GPU may end the others. Default: they take turns.",
     )
     memory_gib: float | None = Field(
         default=None,
@@ -184,14 +177,6 @@ class WorkerGroup(Section):
         if self.engine.phase_sharing != "mixed" and why is not None:
             sentence = f"is {self.engine.phase_sharing}; allowed: mixed {why}"
             inconsistent([(("engine", "phaseSharing"), sentence)])
-        why = limits.why_all_sms(
-            is_on_gpu=self.is_on_gpu,
-            tensor_parallel=self.tensor_parallel,
-            phase_sharing=self.engine.phase_sharing,
-        )
-        if self.resources.sm_percentage is not None and why is not None:
-            sentence = f"is {self.resources.sm_percentage:g}; allowed: absent {why}"
-            inconsistent([(("resources", "smPercentage"), sentence)])
         return self
 
 

@@ -4,7 +4,6 @@ import asyncio
 import importlib.util
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tests.support.worker_client import (
     submit,
     worker_spec,
 )
-from tests.support.worker_process import WorkerProcess, worker_processes
+from tests.support.worker_process import worker_processes
 from workers.api import (
     Device,
     KvTransferred,
@@ -43,8 +42,6 @@ from workers.api import (
     WorkerSpec,
     WorkerState,
 )
-from workers.device.capability import capability_of
-from workers.device.device_facts import device_facts
 from workers.device.gpu import load_to_gpu
 from workers.model.llama import Llama
 from workers.model.prepare import WEIGHTS, load_weights, prepare
@@ -58,8 +55,6 @@ pytestmark = [
 PROMPT_LENGTHS = (1, 16, 17, 50, 131)
 #: Of the embedded model's logits in bfloat16, relative to the norm of those in float32.
 BF16_ERROR = 0.05
-MPS_REFUSAL = capability_of(device_facts()).mps
-needs_mps = pytest.mark.skipif(MPS_REFUSAL is not None, reason=f"MPS: {MPS_REFUSAL}")
 TEXTS = ("The capital of France is", "def fibonacci(n):\n", "Once upon a time there was a", "1, 2, 3, 4,")
 
 
@@ -190,43 +185,6 @@ def test_a_worker_process_serves_from_a_gpu(
         await client.close()
 
     asyncio.run(scenario())
-
-
-@needs_mps
-def test_workers_that_share_the_sms_hand_off_as_others_do_and_one_outlives_the_other(
-    model_path: Path,
-) -> None:
-    more = ("--device", "cuda", "--weight-dtype", "float32", "--gpu-memory-fraction", "0.4")
-    expected = expected_tokens(model_path)
-
-    async def check(address: str, decode: WorkerClient, transfer_id: str) -> None:
-        prefill = WorkerClient(address)
-        gpu = (await prefill.status()).gpu
-        assert gpu is not None
-        assert gpu.sm_percentage == 60
-        assert 0 < (gpu.sm_count or 0) < torch.cuda.get_device_properties(0).multi_processor_count
-        request = replace(greedy_submit(17), key=RequestKey(RequestId(transfer_id), 1))
-        to_prefill, to_decode = handed_off(request, decode, transfer_id)
-        await prefill.send(to_prefill)
-        assert await decode.generate(to_decode) == expected[17][1:]
-        await prefill.close()
-
-    def prefills() -> AbstractContextManager[list[WorkerProcess]]:
-        return worker_processes(
-            ("p-0", PREFILL), model=model_path, arguments=[(*more, "--sm-percentage", "60")]
-        )
-
-    async def scenario(decode_address: str) -> None:
-        decode = WorkerClient(decode_address)
-        # Killed at the end of each block.
-        for number in range(2):
-            with prefills() as (prefill,):
-                await check(prefill.address, decode, f"t{number}")
-        await decode.close()
-
-    started = ("d-0", DECODE)
-    with worker_processes(started, model=model_path, arguments=[(*more, "--sm-percentage", "50")]) as (one,):
-        asyncio.run(scenario(one.address))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs in one host")

@@ -41,7 +41,6 @@ class FakeNvml:
         self.temperature = 40
         self.num_event_sets = 0
         self.num_reads = 0
-        self.is_mig = False
 
     def _check(self, name: str) -> None:
         if name in self.failing:
@@ -51,19 +50,6 @@ class FakeNvml:
         if uuid != self.uuid:
             raise FakeNvmlError(self.NVML_ERROR_NOT_FOUND)
         return uuid
-
-    def nvmlDeviceGetCount(self) -> int:
-        self._check("count")
-        return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
-        return (self.uuid, "GPU-other")[index]
-
-    def nvmlDeviceGetUUID(self, handle: str) -> str:
-        return handle
-
-    def nvmlDeviceGetMigMode(self, _: str) -> tuple[int, int]:
-        return int(self.is_mig), int(self.is_mig)
 
     def nvmlDeviceGetName(self, _: str) -> str:
         return "NVIDIA Double"

@@ -160,9 +160,6 @@ class WorkerSpec:
     bind_host: str = "127.0.0.1"
     port: int = 0
     device: Device = Device.CPU
-    #: Of a GPU's SMs, that this process may use through CUDA MPS, at the same time as others; above 0, 100 at most. None: it takes turns
-    #: with others, and has all SMs then. What `limits.why_all_sms` names has none.
-    sm_percentage: float | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
     #: What its latency model begins with; None: the roofline.

@@ -180,9 +180,6 @@ class GpuStatus:
     missing: str = ""
     #: Seconds since it was looked at.
     age_s: float = 0.0
-    #: Of its SMs, that the worker may use through CUDA MPS, and the whole SMs that these are; None without a share.
-    sm_percentage: float | None = None
-    sm_count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

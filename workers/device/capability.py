@@ -94,7 +94,7 @@ def _green_context_refusal(facts: DeviceFacts) -> Refusal | None:
         return Refusal(
             "cuda.bindings is not installed", "pip install cuda-bindings of the driver's major version"
         )
-    return mig_refusal(is_mig=facts.is_mig)
+    return _mig_refusal(facts)
 
 
 def _mps_refusal(facts: DeviceFacts) -> Refusal | None:
@@ -105,7 +105,7 @@ def _mps_refusal(facts: DeviceFacts) -> Refusal | None:
             "nvidia-cuda-mps-control is not on the PATH",
             "install the driver's compute utilities, or mount them into the container",
         )
-    return mig_refusal(is_mig=facts.is_mig)
+    return _mig_refusal(facts)
 
 
 def _too_old(facts: DeviceFacts, least: tuple[int, int]) -> Refusal:
@@ -115,9 +115,9 @@ def _too_old(facts: DeviceFacts, least: tuple[int, int]) -> Refusal:
     )
 
 
-def mig_refusal(*, is_mig: bool | None) -> Refusal | None:
+def _mig_refusal(facts: DeviceFacts) -> Refusal | None:
     """A MIG instance is a share already, and to divide one was never tried."""
-    if is_mig:
+    if facts.is_mig:
         return Refusal(
             "the GPU is in MIG mode, in which dividing an instance was not tried",
             "give each worker a MIG instance of its own, or turn MIG off",

@@ -3,7 +3,6 @@
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -42,13 +41,9 @@ def _bindings() -> str:
 
 def _is_mig(uuid: str) -> bool | None:
     try:
-        return is_mig(uuid, open_nvml())
+        nvml = open_nvml()
     except NvmlUnavailable:
         return None
-
-
-def is_mig(uuid: str, nvml: Any) -> bool | None:
-    """Whether the GPU is in MIG mode; None when NVML does not say."""
     try:
         current, _ = nvml.nvmlDeviceGetMigMode(nvml.nvmlDeviceGetHandleByUUID(uuid))
     except nvml.NVMLError as error:

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,78 +41,30 @@ exec "$0" -f </dev/null
 """
 
 
-def find_command(command: str = COMMAND) -> str:
-    """Its path. Raises SharingUnsupported."""
-    path = shutil.which(command)
-    if path is None:
-        problem = f"{command} is not on the PATH"
-        raise SharingUnsupported(
-            "MPS", problem, "install the driver's compute utilities, or use green contexts"
-        )
-    return path
-
-
-def client_environment(folder: Path, percentage: float | None = None) -> dict[str, str]:
-    """What a client of the daemon with this folder is to have in its environment before it first uses the GPU.
-
-    percentage: of the SMs, above 0 and up to 100; the device rounds it down to whole pairs. None: all. Raises ValueError.
-    """
-    if percentage is not None and not 0 < percentage <= 100:
-        raise ValueError(f"percentage is {percentage}; it is above 0, and 100 at most")
-    found = {PIPE_DIRECTORY: str(folder), LOG_DIRECTORY: str(folder)}
-    return found if percentage is None else {**found, PERCENTAGE: f"{percentage:g}"}
-
-
-def ask(path: str, folder: Path, command: str) -> str:
-    """What the daemon with this folder answers to a command of its own language. path: of `find_command`. Raises MpsFailed."""
-    try:
-        answer = subprocess.run(  # noqa: S603 - no shell, and a path that was looked up
-            [path],
-            input=f"{command}\n",
-            env={**os.environ, **client_environment(folder)},
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise MpsFailed(f"no answer to {command!r} within {ANSWER_S:g} s") from error
-    if answer.returncode:
-        raise MpsFailed(f"{command!r}: {(answer.stderr or answer.stdout).strip()}")
-    return answer.stdout.strip()
-
-
-def client_pids(path: str, folder: Path) -> list[int]:
-    """Of every server of the daemon with this folder. Raises MpsFailed."""
-    servers = ask(path, folder, "get_server_list").split()
-    return [int(pid) for server in servers for pid in ask(path, folder, f"get_client_list {server}").split()]
-
-
 class MpsDaemon:
     """A daemon that is this process's child, in the foreground, so that it can be waited for, and that ends when this process does.
 
-    parent: in which it makes its folder; that for temporary files when None. Raises SharingUnsupported when the command is not there,
-    MpsFailed when it does not start or end.
+    Raises SharingUnsupported when the command is not there, MpsFailed when it does not start or end.
     """
 
-    def __init__(
-        self,
-        *,
-        command: str = COMMAND,
-        parent: Path | None = None,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._command = path = find_command(command)
+    def __init__(self, *, command: str = COMMAND, sleep: Callable[[float], None] = time.sleep) -> None:
+        path = shutil.which(command)
+        if path is None:
+            problem = f"{command} is not on the PATH"
+            raise SharingUnsupported(
+                "MPS", problem, "install the driver's compute utilities, or use green contexts"
+            )
+        self._command = path
         self._sleep = sleep
         # Short: a socket's path has 107 characters at most.
-        self.folder = Path(tempfile.mkdtemp(prefix="phasewise-mps-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix="phasewise-mps-"))
         environment = {**os.environ, **self.environment()}
         environment.pop(PERCENTAGE, None)
         # The devices of a daemon are numbered anew for its clients, which choose among all by this themselves.
         environment.pop("CUDA_VISIBLE_DEVICES", None)
-        with (self.folder / "output").open("wb") as output:
+        with (self._folder / "output").open("wb") as output:
             self._process = subprocess.Popen(  # noqa: S603 - no shell, and a path that was looked up
-                ["/bin/sh", "-c", _SCRIPT, path, str(self.folder)],
+                ["/bin/sh", "-c", _SCRIPT, path, str(self._folder)],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -122,12 +73,12 @@ class MpsDaemon:
                 start_new_session=True,
             )
         try:
-            self._wait(lambda: (self.folder / "control").exists(), START_S, "does not listen")
+            self._wait(lambda: (self._folder / "control").exists(), START_S, "does not listen")
         except MpsFailed:
-            self.kill()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._kill()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        logger.info("mps_started pid=%d folder=%s", self._process.pid, self.folder)
+        logger.info("mps_started pid=%d folder=%s", self._process.pid, self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -138,22 +89,37 @@ class MpsDaemon:
         self.stop()
 
     def environment(self, percentage: float | None = None) -> dict[str, str]:
-        """See `client_environment`."""
-        return client_environment(self.folder, percentage)
+        """What a client is to have in its environment before it first uses the GPU.
+
+        percentage: of the SMs, above 0 and up to 100; the device rounds it down to whole pairs. None: all. Raises ValueError.
+        """
+        if percentage is not None and not 0 < percentage <= 100:
+            raise ValueError(f"percentage is {percentage}; it is above 0, and 100 at most")
+        found = {PIPE_DIRECTORY: str(self._folder), LOG_DIRECTORY: str(self._folder)}
+        return found if percentage is None else {**found, PERCENTAGE: f"{percentage:g}"}
 
     def ask(self, command: str) -> str:
-        """See the function of this name."""
-        return ask(self._command, self.folder, command)
+        """What the daemon answers to a command of its own language. Raises MpsFailed."""
+        try:
+            answer = subprocess.run(  # noqa: S603 - as above
+                [self._command],
+                input=f"{command}\n",
+                env={**os.environ, **self.environment()},
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise MpsFailed(f"no answer to {command!r} within {ANSWER_S:g} s") from error
+        if answer.returncode:
+            raise MpsFailed(f"{command!r}: {(answer.stderr or answer.stdout).strip()}")
+        return answer.stdout.strip()
 
     def client_pids(self) -> list[int]:
-        """See the function of this name."""
-        return client_pids(self._command, self.folder)
-
-    def wait(self) -> None:
-        """Until it has ended, by itself or because another thread has it end."""
-        # Its number stays its own until whoever ends it has waited for it, which may be before.
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        """Of every server of this daemon. Raises MpsFailed."""
+        servers = self.ask("get_server_list").split()
+        return [int(pid) for server in servers for pid in self.ask(f"get_client_list {server}").split()]
 
     def stop(self) -> None:
         """End it and its servers, and remove its folder. Its clients should have ended; those that have not lose the GPU."""
@@ -163,11 +129,10 @@ class MpsDaemon:
             self._wait(lambda: self._process.poll() is not None, END_S, "does not end")
         except MpsFailed as error:
             logger.warning("mps_killed reason=%s", error)
-            self.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+            self._kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def kill(self) -> None:
-        """SIGKILL, for it and its servers; of its folder all is left."""
+    def _kill(self) -> None:
         # Not yet waited for, so that the number of the group is still its own.
         if self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -184,7 +149,7 @@ class MpsDaemon:
 
     def _said(self) -> str:
         try:
-            said = (self.folder / "output").read_text(errors="replace").strip().splitlines()[-3:]
+            said = (self._folder / "output").read_text(errors="replace").strip().splitlines()[-3:]
         except OSError:
             said = []
         return " / ".join(said) or "it said nothing"

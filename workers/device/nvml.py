@@ -21,15 +21,3 @@ def open_nvml() -> Any:
         )
         raise NvmlUnavailable(problem) from error
     return pynvml
-
-
-def gpu_uuids(nvml: Any) -> list[str]:
-    """Of all GPUs of the host that this container has, in NVML's order. nvml: of `open_nvml`. Raises NvmlUnavailable."""
-    try:
-        found = [
-            nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))
-            for index in range(nvml.nvmlDeviceGetCount())
-        ]
-    except nvml.NVMLError as error:
-        raise NvmlUnavailable(f"NVML does not say which GPUs there are ({error})") from error
-    return [uuid.decode() if isinstance(uuid, bytes) else str(uuid) for uuid in found]

@@ -97,7 +97,7 @@ def _place(
         layout,
         forward,
         DeviceSampler(device),
-        gpu_shape(name, gpu_memory(device).total_bytes, engine.weight_dtype, spec.sm_percentage),
+        gpu_shape(name, gpu_memory(device).total_bytes, engine.weight_dtype),
     )
 
 

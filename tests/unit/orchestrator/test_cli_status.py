@@ -297,8 +297,6 @@ def test_a_gpu_is_shown_with_what_is_wrong_with_it() -> None:
         "GPU note: a row of memory is remapped at the next reset",
         "GPU telemetry: power: not supported",
     ]
-    shared = GpuStatus("GPU-1", temperature_c=40, sm_percentage=62.5, sm_count=82)
-    assert gpu_lines(shared) == ["GPU GPU-1, 40 C, 62.5% by MPS, 82 SMs"]
     assert gpu_lines(GpuStatus("GPU-1", age_s=9.0)) == ["GPU GPU-1, seen 9 s ago"]
     view = replace(VIEW, workers=(with_status(PREFILL_0, gpu=GpuStatus("GPU-1", missing="no NVML")),))
     shown = lines(DeploymentStatus(RUNNING, replace(REPORT, view=view)))

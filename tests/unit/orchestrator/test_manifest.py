@@ -390,41 +390,6 @@ def test_where_steps_are_not_split_phase_sharing_is_mixed(
     parse(text("mixed"))
 
 
-@pytest.mark.parametrize(
-    ("options", "share", "says"),
-    [
-        ({}, 50, "is 50; allowed: absent on a CPU, which has no SMs to share"),
-        ({"device": "cpu"}, 50, "is 50; allowed: absent on a CPU, which has no SMs to share"),
-        (
-            {"device": "cuda", "engine": {"tensorParallel": 2}},
-            12.5,
-            "is 12.5; allowed: absent over 2 devices",
-        ),
-        ({"device": "cuda", "engine": SPLIT}, 50, "allowed: absent with phase sharing predicted, which"),
-        ({"device": "cuda"}, 0, "is 0; allowed: a number above 0 and at most 100"),
-        ({"device": "cuda"}, 100.5, "is 100.5; allowed: a number above 0 and at most 100"),
-        ({"device": "cuda"}, "50%", 'is "50%"; allowed: a number above 0 and at most 100'),
-    ],
-)
-def test_a_share_of_the_sms_that_cannot_be_is_refused(
-    options: dict[str, Any], share: object, says: str
-) -> None:
-    workers = [group("w", "prefill", "decode", resources={"smPercentage": share}, **options)]
-    problem = only_problem(manifest(workers=workers))
-    assert problem.startswith("spec.workers[0].resources.smPercentage: ")
-    assert says in problem
-
-
-def test_shares_of_the_sms_of_one_gpu_may_add_up_to_more_than_all() -> None:
-    workers = [
-        group("p", "prefill", device="cuda", resources={"smPercentage": 100}),
-        group("d", "decode", device="cuda", resources={"smPercentage": 33.3}),
-        group("e", "decode", device="cuda"),
-    ]
-    declared = worker_specs(parse(manifest(workers=workers)))
-    assert [one.spec(1, "127.0.0.1").sm_percentage for one in declared] == [100, 33.3, None]
-
-
 def test_steps_of_a_gpu_with_both_phases_may_be_split() -> None:
     workers = [group("w", "decode", "prefill", device="cuda", engine=SPLIT)]
     (worker,) = worker_specs(parse(manifest(workers=workers)))

@@ -349,10 +349,6 @@ ONE_GPU = "      resources: {gpus: 1}\n"
             {"engine": ", stepBudget: predicted, phaseSharing: predicted", "group": ONE_GPU},
             "engine.phaseSharing: predicted is not simulated: prompts and decodes are in steps together",
         ),
-        (
-            {"group": "      resources: {gpus: 1, smPercentage: 50}\n"},
-            "resources.smPercentage: 50 is not simulated: a worker has all SMs of one h100",
-        ),
     ],
 )
 @pytest.mark.parametrize("mode", ["fine", "coarse"])

@@ -81,22 +81,6 @@ def test_a_worker_whose_steps_are_not_split_is_not_asked_to(change: dict[str, An
         load(replace(spec, **change), lambda *_progress: None)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"device": Device.CPU}, "cannot be had on a CPU, which has no SMs to share; leave it out"),
-        ({"engine": EngineConfig(tensor_parallel=2)}, "cannot be had over 2 devices"),
-        ({"engine": SPLIT}, "cannot be had with phase sharing predicted"),
-    ],
-)
-def test_a_worker_that_cannot_have_a_part_of_the_sms_is_not_given_one(
-    change: dict[str, Any], says: str
-) -> None:
-    spec = WorkerSpec(WorkerId("w"), 1, BOTH, "no-such-model", device=Device.CUDA, sm_percentage=50)
-    with pytest.raises(SharingUnsupported, match=f"^resources.smPercentage 50: {says}"):
-        load(replace(spec, **change), lambda *_progress: None)
-
-
 @pytest.mark.parametrize("dtype", [WeightDtype.FLOAT32, WeightDtype.INT8])
 def test_the_layout_of_kv_names_what_weights_are_kept_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: WeightDtype

@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.fake_mps import write_fake
-from tests.support.mps_members import is_running
 from tests.support.waiting import until_in_thread
 from workers.device import mps
 from workers.device.mps import MpsDaemon
@@ -78,6 +78,13 @@ def test_a_daemon_ends_when_the_process_that_started_it_is_killed(tmp_path: Path
     pid, folder = killed.stdout.split()
     until_in_thread(lambda: not is_running(int(pid)), "the end of the daemon")
     until_in_thread(lambda: not Path(folder).exists(), "the end of its folder")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_without_the_command_it_is_refused_with_what_to_do() -> None:

@@ -81,24 +81,6 @@ def test_on_a_gpu_weights_are_bfloat16_and_kv_takes_what_is_left(monkeypatch: py
             "--device cuda --step-budget predicted --tensor-parallel 2 --phase-sharing predicted",
             "it must be mixed over 2 devices",
         ),
-        (
-            "--sm-percentage 50",
-            "argument --sm-percentage: is 50; leave it out on a CPU, which has no SMs to share",
-        ),
-        ("--device cuda --tensor-parallel 2 --sm-percentage 50", "leave it out over 2 devices"),
-        (
-            "--device cuda --step-budget predicted --phase-sharing predicted --sm-percentage 50",
-            "leave it out with phase sharing predicted, which divides all SMs within one process; use one of the two",
-        ),
-        ("--device cuda --sm-percentage 0", "argument --sm-percentage: '0' is not above 0"),
-        (
-            "--device cuda --sm-percentage 101",
-            "argument --sm-percentage: '101' is not a number from 0 to 100",
-        ),
-        (
-            "--device cuda --sm-percentage nan",
-            "argument --sm-percentage: 'nan' is not a number from 0 to 100",
-        ),
     ],
 )
 def test_what_the_device_does_not_do_is_refused(
@@ -110,11 +92,6 @@ def test_what_the_device_does_not_do_is_refused(
 def test_steps_of_a_gpu_may_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     options = "--device cuda --step-budget predicted --phase-sharing predicted"
     assert spec_of(monkeypatch, *options.split()).engine.phase_sharing is PhaseSharing.PREDICTED
-
-
-def test_a_worker_may_have_a_part_of_the_sms(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert spec_of(monkeypatch, "--device", "cuda").sm_percentage is None
-    assert spec_of(monkeypatch, "--device", "cuda", "--sm-percentage", "62.5").sm_percentage == 62.5
 
 
 def test_options_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

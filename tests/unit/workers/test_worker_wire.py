@@ -273,8 +273,6 @@ GPUS = st.builds(
     notes=st.lists(TEXT, max_size=2).map(tuple),
     missing=TEXT,
     age_s=st.floats(0, 1e6),
-    sm_percentage=st.none() | st.floats(0, 100),
-    sm_count=st.none() | UINT32,
 )
 STATUSES = st.builds(
     WorkerStatus,
