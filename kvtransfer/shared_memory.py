@@ -95,7 +95,7 @@ class SharedMemory:
             raise SharedMemoryUnavailable(num_bytes, f"{error.strerror or error}") from error
         nonce = secrets.token_bytes(NONCE_BYTES)
         _HEADER.pack_into(mapped, 0, _MAGIC, nonce, num_bytes)
-        place = (_boot_id(), _pid_namespace(), os.getpid(), fd)
+        place = (boot_id(), _pid_namespace(), os.getpid(), fd)
         return cls(fd, mapped, SharedMemoryDescriptor(*place, num_bytes, nonce.hex()))
 
     @property
@@ -145,7 +145,7 @@ class MappedMemory:
     @classmethod
     def open(cls, descriptor: SharedMemoryDescriptor) -> "MappedMemory":
         """Raises PoolUnreachable with the reason."""
-        if descriptor.boot_id != _boot_id():
+        if descriptor.boot_id != boot_id():
             raise PoolUnreachable(TRANSPORT, "it is on another host")
         if descriptor.pid_namespace != _pid_namespace():
             raise PoolUnreachable(TRANSPORT, "it is in another container (another pid namespace)")
@@ -241,7 +241,8 @@ def _touch(data: npt.NDArray[np.uint8]) -> None:
         data[begin : begin + TOUCHED_BYTES : mmap.PAGESIZE].max()
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Of this machine since it was started; all its containers have the same."""
     return _BOOT_ID.read_text().strip()
 
 

@@ -29,6 +29,7 @@ from kvtransfer.layout import KvLayout
 from kvtransfer.pieces import PoolGeometry, check_same_shape, check_span
 from kvtransfer.pool import KvPool, KvSpan, PoolOffer, span_bytes
 from kvtransfer.pool_tensor import payload_tensor, pool_shape, torch_dtype
+from kvtransfer.shared_memory import boot_id
 from kvtransfer.transports import cuda_driver
 from kvtransfer.transports.cuda_driver import Allocation, CudaDriverError
 from kvtransfer.transports.cuda_mapping import ProcessIdentity, bytes_at, device_uuid, this_process
@@ -38,7 +39,7 @@ from phasewise_kernels.block_copy.reference import TokenRows, contiguous_rows
 logger = logging.getLogger(__name__)
 
 TRANSPORT = "cuda_ipc"
-_VERSION = 1
+_VERSION = 2
 
 
 class CudaPool:
@@ -179,12 +180,14 @@ class MappedCudaPool:
 
 
 def open_pool(descriptor: bytes) -> MappedCudaPool:
-    """Map the pool of another process for the current device of this one.
+    """Map the pool of another process for the current device of this one, which need not see the GPU that has it.
 
-    Raises PoolUnreachable with the reason: no GPU here, or another one, the same process, or what CUDA says when the
-    owner is gone.
+    Raises PoolUnreachable with the reason: another host, no GPU here, the same process, or what CUDA says when the owner is
+    gone, or the GPUs do not reach each other.
     """
     pool = _Description.parse(descriptor)
+    if pool.boot_id != boot_id():
+        raise PoolUnreachable(TRANSPORT, "it is on another host")
     if pool.owner.is_this_process:
         raise PoolUnreachable(
             TRANSPORT, "it is a pool of this same process, which CUDA IPC does not open; in_process does"
@@ -193,18 +196,12 @@ def open_pool(descriptor: bytes) -> MappedCudaPool:
         raise PoolUnreachable(TRANSPORT, f"process {pool.pid}, which had it, has ended")
     if not torch.cuda.is_available():
         raise PoolUnreachable(TRANSPORT, "this process sees no GPU")
-    visible = [device_uuid(index) for index in range(torch.cuda.device_count())]
-    if pool.device_uuid not in visible:
-        raise PoolUnreachable(
-            TRANSPORT,
-            f"GPU {pool.device_uuid} is not visible to this process: it is one of another host, "
-            "or not in CUDA_VISIBLE_DEVICES",
-        )
     device_index = torch.cuda.current_device()
     try:
         allocation = cuda_driver.open_ipc_handle(device_index, bytes.fromhex(pool.handle))
     except CudaDriverError as error:
-        raise PoolUnreachable(TRANSPORT, f"{error}; its owner is process {pool.pid}") from error
+        problem = f"{error}; its owner is process {pool.pid}, on GPU {pool.device_uuid}"
+        raise PoolUnreachable(TRANSPORT, problem) from error
     try:
         kv_cache = _tensor_in(allocation, pool)
     except (RuntimeError, ValueError) as error:
@@ -230,6 +227,7 @@ class _Description:
     num_blocks: int
     layout: KvLayout
     device_uuid: str
+    boot_id: str
     pid: int
     pid_namespace: str
     ticks: int | None
@@ -276,6 +274,7 @@ def _describe(kv_cache: torch.Tensor, layout: KvLayout) -> bytes:
         num_blocks=kv_cache.shape[2],
         layout=layout,
         device_uuid=device_uuid(index),
+        boot_id=boot_id(),
         **asdict(this_process()),
     ).packed()
 

@@ -10,8 +10,9 @@ import torch
 from kvtransfer.errors import PoolUnreachable
 from kvtransfer.layout import DTYPE_BITS
 from kvtransfer.pool import KvSpan, span_bytes, span_of
+from kvtransfer.shared_memory import boot_id
 from kvtransfer.transports import cuda_driver, cuda_ipc
-from kvtransfer.transports.cuda_driver import Allocation
+from kvtransfer.transports.cuda_driver import Allocation, CudaDriverError
 from kvtransfer.transports.cuda_ipc import CudaPool, MappedCudaPool, open_pool
 from kvtransfer.transports.cuda_mapping import this_process
 from phasewise_kernels.block_copy.reference import checksum_reference, convert
@@ -41,11 +42,12 @@ def described(**changes: object) -> bytes:
         "num_blocks": 3,
         "layout": {name: getattr(layout_of("float32"), name) for name in layout_of("float32").__slots__},
         "device_uuid": "00000000-0000-0000-0000-000000000000",
+        "boot_id": boot_id(),
         "pid": 1,
         "pid_namespace": "pid:[1]",
         "ticks": 1,
         "start": "of another process",
-        "version": 1,
+        "version": 2,
     }
     return json.dumps({**fields, **changes}).encode()
 
@@ -179,7 +181,7 @@ def test_what_cuda_reports_while_it_copies_is_a_lost_connection(monkeypatch: pyt
         b"\xff",
         b"[]",
         b"{}",
-        described(version=2),
+        described(version=1),
         described(handle="00"),
         described(handle="xy"),
         described(num_blocks=0),
@@ -191,6 +193,47 @@ def test_what_cuda_reports_while_it_copies_is_a_lost_connection(monkeypatch: pyt
 def test_a_descriptor_that_makes_no_sense_is_unreachable(descriptor: bytes) -> None:
     with pytest.raises(PoolUnreachable, match="its descriptor"):
         open_pool(descriptor)
+
+
+def test_a_pool_of_another_host_is_not_opened() -> None:
+    with pytest.raises(PoolUnreachable, match="it is on another host"):
+        open_pool(described(boot_id="another"))
+
+
+def test_a_pool_of_a_gpu_that_this_process_does_not_see_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, kv_cache = a_pool()
+    opened: list[tuple[int, bytes]] = []
+
+    def open_handle(device_index: int, handle: bytes) -> Allocation:
+        opened.append((device_index, handle))
+        return Allocation(4096, 64 + kv_cache.nbytes)
+
+    def bytes_at(address: int, num_bytes: int) -> torch.Tensor:
+        assert (address, num_bytes) == (4096 + 64, kv_cache.nbytes)
+        return kv_cache.view(-1).view(torch.uint8)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_driver, "open_ipc_handle", open_handle)
+    monkeypatch.setattr(cuda_ipc, "bytes_at", bytes_at)
+    pool = open_pool(described(offset=64, num_blocks=kv_cache.shape[2], device_uuid="another"))
+    assert opened == [(0, bytes(cuda_driver.HANDLE_BYTES))]
+    span = a_span(source.layout)
+    target, _ = a_pool(seed=5)
+    assert pool.pull(span, target, span) == source.checksum(span, "cuda_ipc")
+
+
+def test_a_gpu_whose_memory_this_one_does_not_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> Allocation:
+        raise CudaDriverError("cuIpcOpenMemHandle_v2", "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_driver, "open_ipc_handle", refuse)
+    with pytest.raises(
+        PoolUnreachable, match="PEER_ACCESS_UNSUPPORTED; its owner is process 1, on GPU another"
+    ):
+        open_pool(described(device_uuid="another"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
