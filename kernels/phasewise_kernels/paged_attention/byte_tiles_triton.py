@@ -162,9 +162,10 @@ def _four(words):  # type: ignore[no-untyped-def]
 
 @jit
 def _fp16(words):  # type: ignore[no-untyped-def]
-    """Of each lowest byte, fp8 e4m3: its bits lie in fp16 where they are 2**-8 of it."""
+    """Of each lowest byte, fp8 e4m3: its bits lie in fp16 where they are 2**-8 of it, but for those of NaN."""
     bits = ((words & 0x80) << 8) | ((words & 0x7F) << 7)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    values = bits.to(tl.int16).to(tl.float16, bitcast=True) * 256.0
+    return tl.where((words & 0x7F) == 0x7F, float("nan"), values)
 
 
 @jit

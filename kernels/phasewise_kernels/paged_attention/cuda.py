@@ -352,12 +352,12 @@ def chunk_tuning(query: torch.Tensor, k_cache: torch.Tensor, block_m: int) -> Tu
 
 def has_byte_tiles(k_cache: torch.Tensor, v_cache: torch.Tensor, num_rows: int) -> bool:
     """Whether the lean kernel reads them by `byte_tiles_triton.py`, which is for words that lie where words do."""
-    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    begins = k_cache.data_ptr(), v_cache.data_ptr()
     return (
         k_cache.dtype == torch.float8_e4m3fn
         and k_cache.shape[3] == BYTE_TILES_HEAD_DIM
         and num_rows <= 16
-        and not any(one % 16 for one in strides)
+        and not any(one % 16 for one in (*begins, *k_cache.stride()[:3], *v_cache.stride()[:3]))
     )
 
 

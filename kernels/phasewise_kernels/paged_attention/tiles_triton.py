@@ -7,7 +7,7 @@ weights 2**(score - largest), and the sum of weighted values. The empty part is 
     tile          tile_tokens positions of one sequence, counted from 0
     seen          a row at position p sees up to p; in a tree, all before the new tokens and those that its mask names
 
-Values that no row sees are not loaded: whatever lies there cannot reach the output.
+Values beyond the context are not loaded: whatever lies there cannot reach the output.
 Source: online softmax as in FlashAttention-2 (Dao 2023); the merge is that of FlashDecoding.
 """
 

@@ -12,7 +12,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _jit: Callable[[_F], Any] = triton.jit
 
 NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
-#: What `choose` says where `search` is to look.
+#: What `choose` says where `level` and `token` are to look.
 UNKNOWN = tl.constexpr(-2)
 _MULTIPLIER_0 = tl.constexpr(reference.MULTIPLIERS[0])
 _MULTIPLIER_1 = tl.constexpr(reference.MULTIPLIERS[1])

@@ -76,3 +76,10 @@ def test_fp8_is_read_in_words_where_rows_are_few_and_words_lie_where_words_do(
 ) -> None:
     assert cuda.has_byte_tiles(cache, cache, num_rows) == is_read_so
     assert cuda.has_byte_tiles(cache, fp8_cache(128), num_rows) == is_read_so
+
+
+def test_a_cache_that_begins_in_the_middle_of_a_word_is_not_read_in_words() -> None:
+    memory = torch.empty(2 + 16 * 512, dtype=torch.uint8)[2:].view(torch.float8_e4m3fn)
+    cache = memory.view(1, 16, 4, 128)
+    assert not cuda.has_byte_tiles(cache, fp8_cache(128), 1)
+    assert not cuda.has_byte_tiles(fp8_cache(128), cache, 1)

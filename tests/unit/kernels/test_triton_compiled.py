@@ -88,18 +88,24 @@ def test_decode_over_a_cache_in_four_bits(capability: int) -> None:
     assert not re.findall(r"ttg\.convert_layout .*dot_op<\{opIdx = 0", asm["ttgir"])
 
 
-def test_decode_over_a_cache_in_fp8() -> None:
+#: The first that has fp8, and an H100's.
+@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize(("tile_tokens", "num_warps", "num_stages"), [(32, 1, 2), (64, 4, 3)])
+def test_decode_over_a_cache_in_fp8(
+    capability: int, tile_tokens: int, num_warps: int, num_stages: int
+) -> None:
     from phasewise_kernels.paged_attention.lean_triton import lean_kernel
 
     types = attention_types(k_cache="*fp8e4nv", v_cache="*fp8e4nv")
     constants = attention_constants(
-        HEAD_DIM, block_m=16, block_r=16, tile_tokens=32, max_query_len=4, has_byte_tiles=True
+        HEAD_DIM, block_m=16, block_r=16, tile_tokens=tile_tokens, max_query_len=4, has_byte_tiles=True
     )
-    asm = compiled(lean_kernel, types, constants, num_warps=1, num_stages=2)
+    asm = compiled(
+        lean_kernel, types, constants, capability=capability, num_warps=num_warps, num_stages=num_stages
+    )
     assert "cp.async" in asm["ptx"]
     # Two numbers at a time, each by the thread that has loaded and multiplies it.
-    assert asm["ptx"].count("cvt.rn.f16x2.e4m3x2") == 128
-    assert len(re.findall(r"tt\.dot ", asm["ttgir"])) == 3
+    assert asm["ptx"].count("cvt.rn.f16x2.e4m3x2") == 4 * tile_tokens // num_warps
     assert not re.findall(r"ttg\.convert_layout .*dot_op<\{opIdx = 0", asm["ttgir"])
 
 
