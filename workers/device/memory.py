@@ -12,8 +12,10 @@ CONTEXT_BYTES = 832 * 2**20
 #: The same of one layout of the SMs beside its captured steps: contexts, workspaces for its two streams, graphs of many pieces, and parts of
 #: chunks' outputs.
 LAYOUT_CONTEXT_BYTES = 288 * 2**20
-#: Logits that the sampler reads are float32, and sorted or summed in a copy.
+#: Logits that the sampler reads may be float32 in a copy, or sorted.
 SAMPLER_COPIES_BYTES = 8
+#: Bins and candidates of each row that is drawn, whatever the vocabulary (`phasewise_kernels/sample/triton_kernel.py`).
+SAMPLER_ROW_BYTES = 144 * 2**10
 #: What a layer of an encoder holds of each patch, in hidden and in intermediate sizes: Q, K and V as they are projected,
 #: rotated in float32 and gathered by windows, and what comes before and after.
 ENCODER_HIDDEN_SIZES, ENCODER_INNER_SIZES = 24, 3
@@ -46,6 +48,7 @@ def step_bytes(config: ModelConfig, engine: EngineConfig, value_bytes: int) -> i
     if config.vision is not None:
         num_values += num_captured * config.hidden_size
     num_bytes = CONTEXT_BYTES + num_values * value_bytes + logits * SAMPLER_COPIES_BYTES
+    num_bytes += engine.max_running_sequences * SAMPLER_ROW_BYTES
     if engine.weight_dtype is WeightDtype.FP8:
         # What is multiplied is there in fp8 too.
         num_bytes += (num_tokens + num_captured) * max(config.intermediate_size, config.hidden_size)

@@ -2,13 +2,21 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.device_engine import ENGINE, TINY
 from tests.support.picture_models import IDEFICS3
 from workers.api import WeightDtype
-from workers.device.memory import CONTEXT_BYTES, GpuMemory, kv_cache_bytes, layout_bytes, step_bytes
+from workers.device.memory import (
+    CONTEXT_BYTES,
+    SAMPLER_ROW_BYTES,
+    GpuMemory,
+    kv_cache_bytes,
+    layout_bytes,
+    step_bytes,
+)
 
 GIB = 2**30
 AUTO = replace(ENGINE, kv_cache_bytes=0)
@@ -76,3 +84,12 @@ def test_steps_need_more_with_more_tokens_and_sequences() -> None:
     # Embeddings of the pictures of a captured step.
     assert step_bytes(replace(TINY, vision=IDEFICS3), ENGINE, 2) > base
     assert step_bytes(TINY, replace(ENGINE, weight_dtype=WeightDtype.FP8), 2) > base
+
+
+def test_what_the_draw_of_a_row_takes_whatever_the_vocabulary_is_counted() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from phasewise_kernels.sample import levels, triton_kernel
+
+    bins = 8 * levels.SUMS.value << triton_kernel.BITS
+    candidates, state = 12 * triton_kernel.ROOM, 8 * levels.STATE.value
+    assert bins + candidates + state <= SAMPLER_ROW_BYTES <= 1.1 * (bins + candidates + state)
