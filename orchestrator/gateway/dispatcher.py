@@ -26,8 +26,7 @@ from orchestrator.control.request_actions import (
 )
 from orchestrator.control.request_machine import RequestState
 from orchestrator.control.request_record import RequestRecords
-from orchestrator.control.rerouting import crowded_workers
-from orchestrator.control.router import LoadLedger, Refuse, Route, Wait, rooms_of
+from orchestrator.control.router import LoadLedger, Refuse, Route, Wait
 from orchestrator.control.served_totals import ServedTotals
 from orchestrator.control.slo import NO_SLO, Slo
 from orchestrator.control.view import ClusterView, WorkerView
@@ -211,7 +210,7 @@ class Dispatcher:
 
     def may_route_again(self, view: ClusterView) -> bool:
         """Some worker may have no room for a prompt that it was given, by this view."""
-        return bool(crowded_workers(self._ledger, rooms_of(view)))
+        return self._routes.may_be_crowded(view)
 
     # Clients.
 
@@ -446,7 +445,7 @@ class Dispatcher:
     def _route_again(self) -> None:
         """Prompts for which their workers have no room go to others that have."""
         now_s = self._timers.time()
-        for prompt in self._routes.prompts_without_room(self._running, now_s):
+        for prompt in self._routes.take_prompts_without_room(self._running, now_s):
             sample = self._running.get(prompt.attempt)
             # It may have been cancelled with another sample of its request.
             if sample is not None and (reason := self._routes.why_again(sample, now_s - prompt.since_s)):

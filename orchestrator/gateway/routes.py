@@ -54,8 +54,7 @@ class Routes:
         token_budgets: Mapping[WorkerId, int],
         growth_reserves: Mapping[WorkerId, float],
     ) -> None:
-        #: The last one.
-        self.view: ClusterView | None = None
+        self._view: ClusterView | None = None
         self._ledger, self._prefixes, self._is_open = ledger, prefixes, is_open
         self._token_budgets, self._growth_reserves = token_budgets, growth_reserves
         #: As of the view; None while no worker has learnt how long its steps take.
@@ -68,9 +67,14 @@ class Routes:
         #: Whose turn it is then: those of later attempts first.
         self._looked_at_last = 0
 
+    @property
+    def view(self) -> ClusterView | None:
+        """The one that is in use."""
+        return self._view
+
     def update(self, view: ClusterView, now_s: float) -> None:
         """Use this view from now on."""
-        self.view = view
+        self._view = view
         self._speeds = prefill_speeds(view, self._token_budgets)
         self._rooms = rooms_of(view)
         if self._paths is None or now_s - self._paths_at_s >= PATHS_EVERY_S:
@@ -78,8 +82,8 @@ class Routes:
 
     def ready(self, phase: Phase) -> list[WorkerView]:
         """Workers that can be given requests for it."""
-        assert self.view is not None
-        return ready_workers(self.view, phase, self._is_open)
+        assert self._view is not None
+        return ready_workers(self._view, phase, self._is_open)
 
     def choose(self, avoided: frozenset[WorkerId], prompt: PromptLoad | None = None) -> Route | Wait | Refuse:
         """The best route without the avoided workers, or else with them."""
@@ -91,7 +95,7 @@ class Routes:
 
     def choose_for(self, sample: LiveSample) -> Route | Wait | Refuse:
         """The workers of the request's first sample, where the prompt is cached, if they can be had."""
-        if sample.machine.images is not None and (refusal := no_encoders(self.view)) is not None:
+        if sample.machine.images is not None and (refusal := no_encoders(self._view)) is not None:
             return refusal
         prompt = self._prompt_load(sample)
         first = sample.request.samples[0].machine.route
@@ -104,17 +108,19 @@ class Routes:
 
     def choose_decode(self, sample: LiveSample) -> WorkerView | None:
         """Who is to decode it instead of the worker that does; None while nobody can."""
-        assert self.view is not None
+        assert self._view is not None
         machine, move = sample.machine, None
         if self._paths is not None and machine.route is not None:
             # It stops while its KV moves: nothing of it is hidden.
             move = Move(self._paths, machine.route.decode, machine.num_prefill_tokens)
         return choose_decode(
-            self.view, self._ledger, self._is_open, move, rooms=self._rooms, max_tokens=machine.max_tokens
+            self._view, self._ledger, self._is_open, move, rooms=self._rooms, max_tokens=machine.max_tokens
         )
 
-    def prompts_without_room(self, running: Mapping[int, LiveSample], now_s: float) -> list[WaitingPrompt]:
-        """Those for which their workers have no room, while others have some, of which `why_again` says whether they go there; the most urgent first.
+    def take_prompts_without_room(
+        self, running: Mapping[int, LiveSample], now_s: float
+    ) -> list[WaitingPrompt]:
+        """Those whose turn it is, of those for which their workers have no room while others have some; `why_again` says whether they go there. The most urgent first.
 
         running: samples that workers have, by their attempt, in the order of these. None soon after the last ones.
         """
@@ -129,6 +135,10 @@ class Routes:
         looks = without_room(prompts, self._rooms, most, now_s)
         self._looked_at_last = looks.last_in_turn
         return looks.prompts
+
+    def may_be_crowded(self, view: ClusterView) -> bool:
+        """Some worker may have no room for a prompt that it was given, by this view."""
+        return bool(crowded_workers(self._ledger, rooms_of(view)))
 
     def why_again(self, sample: LiveSample, waited_s: float) -> str:
         """Why it goes to another worker that has room; empty when it stays."""
@@ -148,7 +158,7 @@ class Routes:
     def _best(
         self, prompt: PromptLoad | None, may_use: Callable[[WorkerView], bool]
     ) -> Route | Wait | Refuse:
-        return choose_route(self.view, self._ledger, may_use, prompt, self._speeds, self._paths, self._rooms)
+        return choose_route(self._view, self._ledger, may_use, prompt, self._speeds, self._paths, self._rooms)
 
     def _prompt_load(self, sample: LiveSample) -> PromptLoad:
         """What it would cost where. A prompt whose tokens are scored is computed whole."""
