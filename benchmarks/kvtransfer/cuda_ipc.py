@@ -449,19 +449,19 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument("--sweep", action="store_true", help="time the kernel cut up in other ways, too")
     args = parser.parse_args()
-    if (problem := tests_problem(TESTS)) is not None:
-        print(problem, file=sys.stderr)
-        return 1
     if torch.cuda.device_count() < args.gpus:
         print(f"this process sees {torch.cuda.device_count()} GPUs, not {args.gpus}", file=sys.stderr)
+        return 1
+    # Each process sees one, as Ray has it: CUDA looks at this when it is first asked for anything.
+    names = os.environ.get(VISIBLE, "0,1").split(",")
+    os.environ[VISIBLE] = names[0]
+    if (problem := tests_problem(TESTS)) is not None:
+        print(problem, file=sys.stderr)
         return 1
     machine = describe_gpu()
     num_rounds = 30 if args.quick else 100
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    # Each process sees one, as Ray has it.
-    names = os.environ.get(VISIBLE, "0,1").split(",")
-    os.environ[VISIBLE] = names[0]
     owner = context.Process(target=own, args=(theirs, names[args.gpus - 1]), daemon=True)
     owner.start()
     theirs.close()

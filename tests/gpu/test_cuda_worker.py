@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -191,6 +192,7 @@ def test_a_worker_process_serves_from_a_gpu(
 def test_kv_goes_from_one_gpu_of_the_host_to_another_without_the_host(model_path: Path) -> None:
     """Each worker is given one GPU, as Ray does it."""
     more = ("--device", "cuda", "--weight-dtype", "float32")
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
     expected = expected_tokens(model_path)
 
     async def check(prefill: WorkerClient, decode: WorkerClient, length: int) -> None:
@@ -217,7 +219,7 @@ def test_kv_goes_from_one_gpu_of_the_host_to_another_without_the_host(model_path
         *(("p-0", PREFILL), ("d-0", DECODE)),
         model=model_path,
         arguments=[more, more],
-        environments=[{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}],
+        environments=[{"CUDA_VISIBLE_DEVICES": name} for name in names],
     ) as (first, second):
         asyncio.run(scenario(first.address, second.address))
 
