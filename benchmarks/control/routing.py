@@ -48,10 +48,10 @@ from orchestrator.control.slo import Slo, percentile  # noqa: E402
 from orchestrator.control.transfer_paths import LEAST_BYTES, TransferPaths  # noqa: E402
 from orchestrator.control.view import ClusterView, LifecycleState, WorkerView  # noqa: E402
 from orchestrator.gateway.dispatcher import Dispatcher  # noqa: E402
-from orchestrator.gateway.links import Link  # noqa: E402
 from orchestrator.gateway.validation import CheckedRequest  # noqa: E402
 from orchestrator.sim.simulation import SimConfig, Simulation  # noqa: E402
 from orchestrator.sim.timers import SimTimers  # noqa: E402
+from tests.support.quiet_workers import OpenLinks  # noqa: E402
 from workers.api import (  # noqa: E402
     Abort,
     Command,
@@ -210,28 +210,13 @@ def time_decisions(num_decisions: int) -> dict[str, float]:
     }
 
 
-class Everywhere:
-    """Links to all workers, which hear nothing. Implements gateway.links.Links."""
+class Everywhere(OpenLinks):
+    """Links to all workers, which hear nothing."""
 
     num_aborts = 0
 
-    def use(self, _view: ClusterView) -> list[tuple[WorkerView, str]]:
-        return []
-
-    def has(self, _link: Link) -> bool:
-        return True
-
-    def is_open(self, _worker: WorkerView) -> bool:
-        return True
-
-    def unsent_bytes(self, _worker: WorkerView) -> int:
-        return 0
-
     def send(self, _worker: WorkerView, command: Command) -> None:
         self.num_aborts += isinstance(command, Abort)
-
-    async def close(self) -> None:
-        pass
 
 
 def time_views(num_views: int) -> dict[str, float]:
